@@ -1,0 +1,33 @@
+"""The memory-less baseline: how often each token occurs in the training data, stream by stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+
+def fit(files: Iterable[np.ndarray], cardinalities: Sequence[int]) -> list[np.ndarray]:
+    """Log-probabilities of each stream's tokens, one added to every count.
+
+    Args:
+        files: int32 [S, T_i] tokens; negative ones are absent. Streams beyond those asked for are left out.
+        cardinalities: tokens of each stream, text first.
+
+    Returns:
+        One float64 [cardinality] table of nats (negative) per stream.
+    """
+    counts = [np.ones(cardinality) for cardinality in cardinalities]
+    for file in files:
+        for count, tokens in zip(counts, file, strict=False):
+            count += np.bincount(tokens[tokens >= 0], minlength=len(count))
+    return [np.log(count / count.sum()) for count in counts]
+
+
+def nats(tables: Sequence[np.ndarray], tokens: np.ndarray) -> np.ndarray:
+    """Cross-entropy of every token under `fit`'s tables: float64 [..., len(tables), T] of int32 [..., S, T]; NaN where absent."""
+    streams = [
+        np.where(tokens[..., i, :] >= 0, -table[np.maximum(tokens[..., i, :], 0)], np.nan)
+        for i, table in enumerate(tables)
+    ]
+    return np.stack(streams, axis=-2)

@@ -1,0 +1,282 @@
+"""Architecture as frozen dataclasses, checked when they are built; presets. Imports no jax, so ``--help`` stays quick.
+
+Sizes follow Moshi (Défossez et al. 2024, arXiv 2410.00037) and its ``config.json``; the TTT fields follow Sun et al. 2024
+(arXiv 2407.04620).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from typing import Literal
+
+from ttt_jax.errors import InputError
+
+FRAME_RATE = 12.5  # frames per second of Moshi and Mimi
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise `InputError` with `message` unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def _check_sizes(prefix: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        check(size >= 1, f"{prefix}.{name}={size} is not a size: give 1 or more.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TTTConfig:
+    """TTT layers: where they sit and how their inner network learns."""
+
+    layers: str = "middle"
+    """Layers that get a TTT layer after self-attention: "29,30,31", "25-30", "-1" (the last), "middle" (the middle one), "all", "none"."""
+    hidden: tuple[int, ...] = (4,)
+    """Hidden widths of the inner network in multiples of the head width D: () is the linear network, (4,) the 2-layer MLP."""
+    mini_batch: int = 16
+    """Inner mini-batch size b: frames that share one starting point of the inner gradient."""
+    base_lr: float | None = None
+    """Largest inner learning rate before the division by D; unset: `default_base_lr` of mini_batch."""
+    gate_init: float = 0.1
+    """Initial value of the gate parameter alpha; the layer adds tanh(alpha) times its output."""
+    pre_norm: bool = True
+    """RMSNorm in front of the layer's projections."""
+    remat_group: int = 16
+    """Mini-batches whose inner activations are recomputed together in the backward pass; memory against time, no effect on results."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.mini_batch >= 1,
+            f"ttt.mini_batch={self.mini_batch} is not a size: give 1 or more frames per inner mini-batch.",
+        )
+        check(
+            self.remat_group >= 1,
+            f"ttt.remat_group={self.remat_group} is not a size: give 1 or more mini-batches per group.",
+        )
+        check(
+            all(width >= 1 for width in self.hidden),
+            f"ttt.hidden={self.hidden} has a width below 1: give positive multiples of the head width, or nothing for the linear network.",
+        )
+        check(
+            self.base_lr is None or self.base_lr >= 0,
+            f"ttt.base_lr={self.base_lr} is negative: give 0 (no learning) or a positive inner learning rate.",
+        )
+
+    @property
+    def resolved_base_lr(self) -> float:
+        """The inner learning rate in force."""
+        return default_base_lr(self.mini_batch) if self.base_lr is None else self.base_lr
+
+
+def default_base_lr(mini_batch: int) -> float:
+    """Inner learning rate for an inner mini-batch of `mini_batch` frames.
+
+    A mini-batch sums its frames' gradients, all taken at one stale point, so what one update may move bounds
+    mini_batch * base_lr. Up to 8 frames a rate of 1 is stable; beyond, the sum is held at that of 8 frames.
+    """
+    return min(1.0, 8.0 / mini_batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthConfig:
+    """The depth transformer ("depformer"): one pass over the own voice's codebooks inside each frame."""
+
+    dim: int = 1024
+    """Width."""
+    num_layers: int = 6
+    """Layers."""
+    num_heads: int = 16
+    """Attention heads."""
+    hidden: int = 2816
+    """SwiGLU hidden width."""
+
+    def __post_init__(self) -> None:
+        _check_sizes("depth", dim=self.dim, num_layers=self.num_layers, num_heads=self.num_heads, hidden=self.hidden)
+        check(
+            self.dim % self.num_heads == 0,
+            f"depth.dim={self.dim} does not divide into depth.num_heads={self.num_heads}: choose a multiple.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MoshiConfig:
+    """Moshi's language model. Defaults are the 7B's (kyutai/moshiko)."""
+
+    dim: int = 4096
+    """Width of the temporal transformer."""
+    num_layers: int = 32
+    """Layers of the temporal transformer."""
+    num_heads: int = 32
+    """Attention heads; TTT layers have as many."""
+    hidden: int = 11264
+    """SwiGLU hidden width."""
+    context: int = 3000
+    """Attention window in frames: a frame sees itself and the context - 1 before it."""
+    layer_context: tuple[tuple[int, int], ...] = ()
+    """Windows of single layers, as (layer, frames) pairs; the others have `context`."""
+    max_period: float = 10000.0
+    """Longest period of the rotary position embedding."""
+    n_q: int = 16
+    """Audio codebooks read: those of the own voice, then the other voice's."""
+    dep_q: int = 8
+    """Audio codebooks predicted: the own voice's."""
+    card: int = 2048
+    """Entries of an audio codebook; id `card` is the initial token."""
+    text_card: int = 32000
+    """Text pieces; id `text_card` is the initial token."""
+    delays: tuple[int, ...] = (0,) + 2 * ((0,) + 7 * (1,))
+    """Delay of each stream in frames: text, own codebooks, other voice's codebooks."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of the activations (float64 for tests); norms, softmax, rotations, logits and the TTT state are at least float32."""
+    depth: DepthConfig = DepthConfig()
+    """Depth transformer."""
+    ttt: TTTConfig = TTTConfig(layers="29,30,31")
+    """TTT layers."""
+
+    def __post_init__(self) -> None:
+        _check_sizes(
+            "model",
+            **{
+                f: getattr(self, f)
+                for f in ("dim", "num_layers", "num_heads", "hidden", "context", "n_q", "dep_q", "card", "text_card")
+            },
+        )
+        check(
+            self.dim % self.num_heads == 0,
+            f"model.dim={self.dim} does not divide into model.num_heads={self.num_heads}: choose a multiple.",
+        )
+        check(
+            self.head_dim % 2 == 0,
+            f"model.dim={self.dim} over {self.num_heads} heads gives an odd head width {self.head_dim}: rotary pairs need an even one.",
+        )
+        check(
+            self.dep_q <= self.n_q,
+            f"model.dep_q={self.dep_q} exceeds model.n_q={self.n_q}: only codebooks that are read can be predicted.",
+        )
+        check(
+            len(self.delays) == self.n_q + 1 and min(self.delays) >= 0,
+            f"model.delays={self.delays} has {len(self.delays)} entries: give one delay of 0 or more for text and each of the {self.n_q} codebooks.",
+        )
+        check(
+            self.delays[0] == 0,
+            f"model.delays[0]={self.delays[0]} delays the text stream: Moshi's text leads with delay 0.",
+        )
+        for layer, frames in self.layer_context:
+            check(
+                0 <= layer < self.num_layers and frames >= 1,
+                f"model.layer_context=({layer}, {frames}) does not fit: name layers 0 to {self.num_layers - 1} and windows of 1 frame or more.",
+            )
+        self.ttt_layers  # noqa: B018  refuse impossible layer names when the configuration is built
+
+    @property
+    def num_streams(self) -> int:
+        """Token streams of a frame: text and n_q codebooks."""
+        return self.n_q + 1
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head, the TTT layers' D too."""
+        return self.dim // self.num_heads
+
+    @property
+    def max_delay(self) -> int:
+        """Longest delay in frames."""
+        return max(self.delays)
+
+    @property
+    def ttt_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that carry a TTT layer."""
+        return parse_layers(self.ttt.layers, self.num_layers)
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """Attention window of every layer."""
+        special = dict(self.layer_context)
+        return tuple(special.get(layer, self.context) for layer in range(self.num_layers))
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """Longest runs of equal layers; parameters and states are stacked by run."""
+        kinds = [(layer in self.ttt_layers, context) for layer, context in enumerate(self.contexts)]
+        starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
+        return tuple(
+            Run(start, stop, *kinds[start]) for start, stop in zip(starts, [*starts[1:], self.num_layers], strict=True)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Layers `start` to `stop` - 1: equal in kind, hence stacked."""
+
+    start: int
+    stop: int
+    has_ttt: bool
+    context: int
+
+    @property
+    def name(self) -> str:
+        """Key in parameters and states."""
+        return f"layers_{self.start:02d}_{self.stop - 1:02d}"
+
+
+def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    """Layer indices named by `text`: "29,30,31", "25-30", "-1", "middle", "all" or "none", sorted and without repeats."""
+    words = {"all": range(num_layers), "none": (), "middle": (num_layers // 2,)}
+    if text.strip() in words:
+        return tuple(words[text.strip()])
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", part)
+        check(
+            match is not None,
+            f'ttt.layers="{text}" cannot be read: write "29,30,31", "25-30", "-1", "middle", "all" or "none".',
+        )
+        first = int(match[1]) + (num_layers if match[1].startswith("-") else 0)
+        last = int(match[2]) if match[2] else first
+        for layer in (first, last):
+            check(
+                0 <= layer < num_layers,
+                f'ttt.layers="{text}" names layer {layer}, but the model has layers 0 to {num_layers - 1}: name layers in that range.',
+            )
+        check(first <= last, f'ttt.layers="{text}" has the empty range {part.strip()}: write the lower layer first.')
+        layers.update(range(first, last + 1))
+    return tuple(sorted(layers))
+
+
+MODEL_PRESETS: dict[str, MoshiConfig] = {
+    "tiny": MoshiConfig(
+        dim=128,
+        num_layers=3,
+        num_heads=4,
+        hidden=352,
+        context=64,
+        card=64,
+        text_card=512,
+        depth=DepthConfig(dim=64, num_layers=2, num_heads=4, hidden=176),
+        ttt=TTTConfig(layers="middle"),
+    ),
+    "small": MoshiConfig(
+        dim=768,
+        num_layers=12,
+        num_heads=12,
+        hidden=2112,
+        context=250,
+        card=64,
+        text_card=512,
+        depth=DepthConfig(dim=384, num_layers=4, num_heads=6, hidden=1056),
+        ttt=TTTConfig(layers="8,9,10"),
+    ),
+    "moshi-7b": MoshiConfig(dtype="bfloat16"),
+}
+"""Named models: `tiny` trains on a laptop CPU in minutes, `small` (about 150 M) on one GPU, `moshi-7b` has the shape of Kyutai's."""
+
+
+def model_preset(name: str) -> MoshiConfig:
+    """The preset called `name`; raises `InputError` with the nearest name otherwise."""
+    if name not in MODEL_PRESETS:
+        near = difflib.get_close_matches(name, MODEL_PRESETS, n=1)
+        hint = f' Perhaps you meant "{near[0]}".' if near else ""
+        raise InputError(f'unknown preset "{name}": choose one of {", ".join(MODEL_PRESETS)}.{hint}')
+    return MODEL_PRESETS[name]

@@ -1,0 +1,81 @@
+"""One layer of the temporal transformer: attention, TTT where configured, feed-forward. Linen declares its parameters."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.config import MoshiConfig
+from ttt_jax.init import fan_in_normal, linear_kernel
+from ttt_jax.moshi import attention
+from ttt_jax.norms import rms_norm
+from ttt_jax.ttt.inner import TTTState
+from ttt_jax.ttt.layer import TTTLayer
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary positions, no biases."""
+
+    cfg: MoshiConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, ring: attention.Ring, where: attention.Positions
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """x [B, T, dim] -> update [B, T, dim] and the call's keys and values [B, T, H, K] for the ring."""
+        cfg = self.cfg
+        shape = (cfg.dim, 3, cfg.num_heads, cfg.head_dim)
+        qkv = jnp.einsum("BTD,DPHK->PBTHK", x, self.param("qkv", linear_kernel, shape).astype(x.dtype))
+        q, k = (attention.rotate(y, where.query, cfg.max_period) for y in qkv[:2])
+        read = attention.attend(q, k, qkv[2], ring, where)
+        out = self.param("out", fan_in_normal((0, 1)), (cfg.num_heads, cfg.head_dim, cfg.dim))
+        return jnp.einsum("BTHK,HKD->BTD", read, out.astype(x.dtype)), (k, qkv[2])
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), no biases."""
+
+    dim: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., dim] -> [..., dim]."""
+        gate_up = self.param("gate_up", linear_kernel, (self.dim, 2, self.hidden)).astype(x.dtype)
+        h = jnp.einsum("BTD,DPF->PBTF", x, gate_up)
+        down = self.param("down", linear_kernel, (self.hidden, self.dim)).astype(x.dtype)
+        return (jax.nn.silu(h[0]) * h[1]) @ down
+
+
+class Block(nn.Module):
+    """Pre-norm layer: x + attention, then the TTT layer, then x + feed-forward."""
+
+    cfg: MoshiConfig
+    has_ttt: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        ring: attention.Ring,
+        where: attention.Positions,
+        ttt: TTTState | None,
+    ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], TTTState | None]]:
+        """One layer over a call.
+
+        Args:
+          x: [B, T, dim]; mask: bool [B, T]; ring: this layer's, [B, S, H, K]; where: positions of the call;
+          ttt: the TTT state, None in layers without.
+
+        Returns:
+          x and ((keys, values) of the call, new TTT state).
+        """
+        norm = lambda name: self.param(name, nn.initializers.ones, (self.cfg.dim,))  # noqa: E731
+        update, kv = Attention(self.cfg, name="attention")(rms_norm(x, norm("norm1")), ring, where)
+        x = x + update
+        if self.has_ttt:
+            x, ttt = TTTLayer(self.cfg, name="ttt")(x, mask, ttt)
+        x = x + FeedForward(self.cfg.dim, self.cfg.hidden, name="ffn")(rms_norm(x, norm("norm2")))
+        return x, (kv, ttt)

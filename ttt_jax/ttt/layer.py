@@ -1,0 +1,85 @@
+"""The TTT layer: parameters, and the map from hidden vectors to the inner loop's queries, keys, targets and rates."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.config import MoshiConfig
+from ttt_jax.init import fan_in_normal, linear_kernel
+from ttt_jax.norms import rms_norm
+from ttt_jax.ttt import inner
+
+UNIT_EPS = 1e-12  # under the root of the norm of q and k
+TARGET_EPS = 1e-10  # added to the target's variance
+POST_NORM_EPS = 1e-6
+
+
+class TTTLayer(nn.Module):
+    """x + tanh(alpha) * Wo post_norm(q + LN(f_{W_i}(q))), heads joined; alpha per channel."""
+
+    cfg: MoshiConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, state: inner.TTTState) -> tuple[jax.Array, inner.TTTState]:
+        """Runs the layer over a call of any length.
+
+        Args:
+          x: hidden vectors [B, T, dim]; masked frames may hold anything, NaN included.
+          mask: bool [B, T], valid frames: the others take no place in a mini-batch and come out as 0.
+          state: `init_state` or what the call before returned.
+
+        Returns:
+          [B, T, dim] in the type of `x`, and the new state.
+        """
+        cfg, heads, width = self.cfg, self.cfg.num_heads, self.cfg.head_dim
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        x = jnp.where(mask[..., None], x, 0)
+        h = rms_norm(x, self.param("norm", nn.initializers.ones, (cfg.dim,))) if cfg.ttt.pre_norm else x
+
+        q, k, v = (self._project(name, h).reshape(*x.shape[:2], heads, width).astype(wide) for name in ("q", "k", "v"))
+        q, k = (y * jax.lax.rsqrt((y * y).sum(-1, keepdims=True) + UNIT_EPS) for y in (q, k))
+
+        scale = self.param("ln_scale", nn.initializers.ones, (heads, width)).astype(wide)
+        bias = self.param("ln_bias", nn.initializers.zeros, (heads, width)).astype(wide)
+        r = v - k
+        r = r - r.mean(-1, keepdims=True)
+        variance = (r * r).sum(-1, keepdims=True) / (width - 1)
+        target = scale * r * jax.lax.rsqrt(variance + TARGET_EPS) + bias
+
+        rate_weight = self.param("rate_weight", nn.initializers.normal(0.02), (heads, cfg.dim)).astype(wide)
+        rate_bias = self.param("rate_bias", nn.initializers.zeros, (heads,)).astype(wide)
+        rate = jax.nn.sigmoid(jnp.einsum("BTD,HD->BTH", h.astype(wide), rate_weight) + rate_bias)
+        eta = cfg.ttt.resolved_base_lr / width * rate
+
+        base = tuple(
+            inner.Affine(
+                self.param(f"inner_w{layer}", fan_in_normal(in_axis=1), (heads, i, o)).astype(wide),
+                self.param(f"inner_b{layer}", nn.initializers.zeros, (heads, o)).astype(wide),
+            )
+            for layer, (i, o) in enumerate(inner.widths(width, cfg.ttt.hidden))
+        )
+        state, z = inner.inner_scan(
+            base, scale, bias, state, inner.Inputs(q, k, target, eta), mask, cfg.ttt.mini_batch, cfg.ttt.remat_group
+        )
+
+        z = inner.layer_norm(
+            z.reshape(x.shape),
+            self.param("post_norm_scale", nn.initializers.ones, (cfg.dim,)).astype(wide),
+            self.param("post_norm_bias", nn.initializers.zeros, (cfg.dim,)).astype(wide),
+            POST_NORM_EPS,
+        )
+        gate = jnp.tanh(self.param("gate", nn.initializers.constant(cfg.ttt.gate_init), (cfg.dim,)).astype(wide))
+        out = x + (gate * self._project("out", z.astype(x.dtype))).astype(x.dtype)
+        return jnp.where(mask[..., None], out, 0), state
+
+    def _project(self, name: str, x: jax.Array) -> jax.Array:
+        kernel = self.param(f"{name}_kernel", linear_kernel, (self.cfg.dim, self.cfg.dim)).astype(x.dtype)
+        return x @ kernel + self.param(f"{name}_bias", nn.initializers.zeros, (self.cfg.dim,)).astype(x.dtype)
+
+
+def init_state(cfg: MoshiConfig, batch: int) -> inner.TTTState:
+    """A fresh state of one TTT layer for `batch` rows: float32 zeros (float64 where the model is)."""
+    dtype = jnp.promote_types(cfg.dtype, jnp.float32)
+    return inner.init_state(batch, cfg.num_heads, cfg.head_dim, cfg.ttt.hidden, cfg.ttt.mini_batch, dtype)
