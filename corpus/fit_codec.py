@@ -1,0 +1,127 @@
+"""Fits the embedded codec to the training recordings of the embedded corpus: ``python -m corpus.fit_codec``.
+
+Residual k-means, one codebook after the other: k-means++ starts, Lloyd's iterations with unused entries moved to badly
+coded frames, the best of several starts. One entry of the first codebook is pinned to digital silence and one entry of every
+later codebook to zero, so that silence has one exact code. Deterministic: equal recordings give equal parameters on one
+machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from ttt_jax.codec import EMBEDDED
+from ttt_jax.codec.kmeans import FORMAT, KMeansCodec, mel_filters
+from ttt_jax.data.audio import read_audio
+from ttt_jax.data.manifest import read_manifest
+from ttt_jax.errors import InputError
+
+SAMPLE_RATE = 16000
+FRAME_SIZE = 1280
+WINDOW = 512
+BANDS = 40
+SUBFRAMES = 5
+LOWEST_HZ, HIGHEST_HZ = 60.0, 7600.0
+FLOOR = 3e-7  # white noise at -65 dB of full scale: above the corpus' pauses, below its faintest speech
+NUM_CODEBOOKS = 8
+CARDINALITY = 64
+STARTS = 3
+ITERATIONS = 40
+
+
+def main() -> None:
+    """Fits the codec, writes it and prints how much each codebook explains."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--manifest", type=Path, default=EMBEDDED.parents[1] / "train.jsonl")
+    parser.add_argument("--out", type=Path, default=EMBEDDED)
+    args = parser.parse_args()
+    try:
+        voices = [read_audio(entry.path, SAMPLE_RATE)[0] for entry in read_manifest(args.manifest)]
+    except InputError as error:
+        parser.error(str(error))
+    codec = fit(voices)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    codec.save(args.out)
+    size = args.out.stat().st_size
+    print(f"{args.out}: {codec.name}, {size} bytes, digest {codec.digest}")
+
+
+def fit(voices: list[np.ndarray]) -> KMeansCodec:
+    """Returns a codec fitted to recordings, float32 [samples] each, at `SAMPLE_RATE`."""
+    metadata = {
+        "format": FORMAT,
+        "name": f"melkmeans-{NUM_CODEBOOKS}x{CARDINALITY}",
+        "sample_rate": str(SAMPLE_RATE),
+        "frame_size": str(FRAME_SIZE),
+        "window": str(WINDOW),
+        "floor": str(FLOOR),
+        "licence": "CC-BY-SA-3.0",
+        "fitted_to": "the training recordings of the embedded corpus (see NOTICE)",
+    }
+    mel = mel_filters(BANDS, WINDOW, SAMPLE_RATE, LOWEST_HZ, HIGHEST_HZ)
+    size = SUBFRAMES * BANDS
+    # A codec without content serves to compute the features.
+    empty = {"codebooks": np.zeros((1, 1, size)), "mean": np.zeros(size), "mel": mel}
+    front = KMeansCodec(empty, metadata)
+    logmel_NF = np.concatenate([front.features(voice) for voice in voices])
+    mean_F = logmel_NF.mean(axis=0)
+    silence_F = front.features(np.zeros(FRAME_SIZE, np.float32))[0] - mean_F
+    codebooks_QVF = fit_codebooks((logmel_NF - mean_F).astype(np.float32), silence_F.astype(np.float32))
+    return KMeansCodec({"codebooks": codebooks_QVF, "mean": mean_F, "mel": mel}, metadata)
+
+
+def fit_codebooks(features_NF: np.ndarray, silence_F: np.ndarray) -> np.ndarray:
+    """Returns codebooks float32 [NUM_CODEBOOKS, CARDINALITY, F] for the rows of `features_NF`."""
+    rng = np.random.default_rng(0)
+    rest_NF = features_NF
+    books = []
+    for index in range(NUM_CODEBOOKS):
+        pinned_F = silence_F if index == 0 else np.zeros_like(silence_F)
+        book_VF = min((_k_means(rest_NF, pinned_F, rng) for _ in range(STARTS)), key=lambda found: found[1])[0]
+        books.append(book_VF)
+        rest_NF = rest_NF - book_VF[_nearest(rest_NF, book_VF)[0]]
+        print(f"codebook {index + 1}: {_share(rest_NF, features_NF):.4f} of the variance left", flush=True)
+    # Shuffled, so that no id means anything by itself: silence is not id 0, and code that confuses the two shows.
+    return np.stack([rng.permutation(book_VF) for book_VF in books])
+
+
+def _k_means(rows_NF: np.ndarray, pinned_F: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    """Returns entries [CARDINALITY, F], the first one pinned, and the mean squared error."""
+    book_VF = np.empty((CARDINALITY, rows_NF.shape[1]), np.float32)
+    book_VF[0] = pinned_F
+    distance_N = np.square(rows_NF - pinned_F).sum(axis=1)
+    for entry in range(1, CARDINALITY):
+        chosen = np.searchsorted(np.cumsum(distance_N, dtype=np.float64), rng.uniform() * distance_N.sum(dtype=np.float64))
+        book_VF[entry] = rows_NF[min(chosen, len(rows_NF) - 1)]
+        distance_N = np.minimum(distance_N, np.square(rows_NF - book_VF[entry]).sum(axis=1))
+    for _ in range(ITERATIONS):
+        nearest_N, distance_N = _nearest(rows_NF, book_VF)
+        sums_VF, counts_V = _sums(rows_NF, nearest_N)
+        unused_V = counts_V == 0
+        unused_V[0] = False
+        book_VF[1:] = (sums_VF / np.maximum(counts_V, 1)[:, None])[1:]
+        book_VF[unused_V] = rows_NF[np.argsort(distance_N)[len(rows_NF) - unused_V.sum() :]]
+    return book_VF, float(_nearest(rows_NF, book_VF)[1].mean())
+
+
+def _nearest(rows_NF: np.ndarray, book_VF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each row's nearest entry and its squared distance, [N] both."""
+    partial_NV = np.square(book_VF).sum(axis=1) - 2 * rows_NF @ book_VF.T
+    return partial_NV.argmin(axis=1), partial_NV.min(axis=1) + np.square(rows_NF).sum(axis=1)
+
+
+def _sums(rows_NF: np.ndarray, codes_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns for each entry the sum [V, F] and the number [V] of its rows."""
+    member_NV = np.eye(CARDINALITY, dtype=np.float32)[codes_N]
+    return member_NV.T @ rows_NF, member_NV.sum(axis=0)
+
+
+def _share(rest_NF: np.ndarray, features_NF: np.ndarray) -> float:
+    return float(np.square(rest_NF).sum() / np.square(features_NF).sum())
+
+
+if __name__ == "__main__":
+    main()

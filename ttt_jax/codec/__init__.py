@@ -1,0 +1,88 @@
+"""Audio to code frames and back.
+
+    ttt_jax.codec.kmeans   the embedded codec: residual k-means over log-mel frames
+    ttt_jax.codec.phase    its way back from energies to a waveform
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ttt_jax.errors import InputError
+
+EMBEDDED = Path(__file__).resolve().parents[2] / "corpus" / "codec" / "melkmeans-8x64.safetensors"
+
+
+class Codec(Protocol):
+    """What every codec offers; data, training and evaluation use nothing beyond it.
+
+    Sizes are read from the codec, never assumed: the embedded one runs at 16 kHz with 64 entries a codebook, Mimi at
+    24 kHz with 2048. Neural codecs hold jax parameters and return NumPy codes; their state is a pytree.
+    """
+
+    name: str
+    """Printed and stored with every result, e.g. "melkmeans-8x64"."""
+    digest: str
+    """SHA-256, hex, of the parameters: equal digests mean equal codes; caches and checkpoints are keyed by it."""
+    sample_rate: int
+    """Samples a second that `encode` takes and `decode` returns."""
+    frame_rate: float
+    """Frames a second; 12.5 for all codecs of this project."""
+    frame_size: int
+    """Samples of a frame, sample_rate / frame_rate."""
+    num_codebooks: int
+    """Rows of the codes; 8, the first being the coarsest."""
+    cardinality: int
+    """Entries of a codebook; codes lie in [0, cardinality)."""
+
+    def encode(self, audio: np.ndarray) -> np.ndarray:
+        """float [samples], one channel -> int32 [num_codebooks, T], T = ceil(samples / frame_size), filled with zeros."""
+        ...
+
+    def init_state(self) -> Any:
+        """The state of a stream before its first sample."""
+        ...
+
+    def encode_step(self, audio: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
+        """The next whole frames of a stream, float [frame_size * n], and the state before them -> int32 [num_codebooks, n]
+        and the state after them.
+
+        The state is a value: returned, never changed in place. Codes depend on no later sample, and any split of a
+        recording into blocks gives the codes of `encode`.
+        """
+        ...
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """int [num_codebooks, T] in [0, cardinality) -> float32 [T * frame_size]."""
+        ...
+
+
+def load_codec(name_or_path: str | Path = "kmeans") -> Codec:
+    """Returns a codec.
+
+    Args:
+        name_or_path: "kmeans" for the embedded codec of a checkout, or the path of a file written by
+            `ttt_jax.codec.kmeans.KMeansCodec.save`.
+
+    Raises:
+        InputError: An unknown name, a codec that this version does not have, or a file that is not a codec.
+    """
+    from ttt_jax.codec.kmeans import KMeansCodec
+
+    name = str(name_or_path)
+    if name == "mimi":
+        raise InputError("codec 'mimi' is not available in this version, which has 'kmeans' only; use codec 'kmeans'.")
+    if name == "kmeans" and not EMBEDDED.is_file():
+        raise InputError(
+            f"codec 'kmeans' is expected at {EMBEDDED}, which does not exist: the embedded codec comes with a checkout of "
+            "the project, not with the installed package; run from a checkout or give the path of a codec file."
+        )
+    path = EMBEDDED if name == "kmeans" else Path(name_or_path)
+    if not path.is_file():
+        raise InputError(
+            f"codec {name!r} is neither a codec nor a file; use 'kmeans' or the path of a codec file (.safetensors)."
+        )
+    return KMeansCodec.load(path)

@@ -1,0 +1,204 @@
+"""A manifest's entry to frames, int32 [17, T], cached on disk.
+
+Rows (for a codec of 8 codebooks): 0 the text, 1 to 8 the left channel (the model's voice), 9 to 16 the right channel (the
+other voice; for a mono file the codes of silence). -1 stands for what is not known: an entry without alignments has text
+-1 in every frame, which the model reads as a zero vector and no loss counts.
+
+An entry may also name codes made elsewhere: a safetensors file with one tensor ``codes``, int [K, T], and the metadata
+``frame_rate`` (e.g. "12.5") and ``codec`` (the digest of the codec, or its name). K is 8 for the model's voice alone, 16
+for both voices, 17 for both with the text as row 0; otherwise the text comes from the alignments as for audio.
+
+The cache holds one safetensors file per entry, named by a SHA-256 over the contents of the audio and alignment files, the
+codec's and the tokenizer's digests. A cached file carries a checksum; one that does not match is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from ttt_jax.codec import Codec
+from ttt_jax.data.audio import read_audio
+from ttt_jax.data.manifest import Entry, check_duration, read_alignments, read_manifest
+from ttt_jax.data.text import Tokenizer, text_stream
+from ttt_jax.errors import InputError
+from ttt_jax.files import write_atomically
+
+ABSENT = -1
+_VERSION = "ttt_jax.frames/1"  # to change whenever the same input would give other frames
+
+
+def load_frames(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: str | Path) -> np.ndarray:
+    """Returns the frames of one recording, from the cache if they are there.
+
+    Args:
+        entry: An audio file, or codes made elsewhere (``.safetensors``), with its alignments if there are any.
+        codec: Encodes both channels; its digest must be that of codes made elsewhere.
+        tokenizer: Gives the text row.
+        cache_dir: Folder of the cache, made if need be. Codes made elsewhere are read as they are.
+
+    Returns:
+        int32 [1 + 2 * num_codebooks, T]; see the module's docstring for the rows.
+
+    Raises:
+        InputError: A file is unusable, lasts less than a frame, does not last what the manifest says, or holds codes of
+            another rate or codec or outside its range; or the cache cannot be written.
+    """
+    if entry.path.suffix == ".safetensors":
+        return _external_frames(entry, codec, tokenizer)
+    cached = _cache_path(entry, codec, tokenizer, Path(cache_dir))
+    found = _read_cached(cached, codec)
+    if found is not None:
+        frames, seconds = found
+        check_duration(entry, seconds)
+        return frames
+    frames, seconds = _encode(entry, codec, tokenizer)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"seconds": repr(seconds), "sha256": _checksum(frames, repr(seconds))}
+        write_atomically(cached, safetensors.numpy.save({"frames": frames}, metadata=metadata))
+    except OSError as error:
+        raise InputError(f"cache_dir {cache_dir} cannot be written ({error.strerror}): give a folder that can.") from error
+    return frames
+
+
+def encode_manifest(
+    path: str | Path, codec: Codec, tokenizer: Tokenizer, cache_dir: str | Path, progress: bool = True
+) -> list[tuple[Entry, np.ndarray]]:
+    """Returns every entry of a manifest with its frames, in the manifest's order.
+
+    Args:
+        path: The JSONL file.
+        codec: See `load_frames`.
+        tokenizer: See `load_frames`.
+        cache_dir: See `load_frames`.
+        progress: Whether to show a progress bar on standard error.
+
+    Raises:
+        InputError: As `read_manifest` and `load_frames`.
+    """
+    from tqdm import tqdm
+
+    bar = tqdm(read_manifest(path), desc=f"encoding {Path(path).name}", unit="file", leave=False, disable=not progress)
+    return [(entry, load_frames(entry, codec, tokenizer, cache_dir)) for entry in bar]
+
+
+def _encode(entry: Entry, codec: Codec, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
+    """Returns the frames and the length in seconds of an audio entry."""
+    channels = read_audio(entry.path, codec.sample_rate)
+    num_samples = channels.shape[1]
+    seconds = num_samples / codec.sample_rate
+    if num_samples < codec.frame_size:
+        raise _too_short(entry, seconds, codec)
+    check_duration(entry, seconds)
+    own = codec.encode(channels[0])
+    other = codec.encode(channels[1]) if len(channels) == 2 else _silence(own.shape[1], codec)
+    text = _text(entry, own.shape[1], tokenizer, codec)
+    return np.concatenate([text[None], own, other]).astype(np.int32), seconds
+
+
+def _silence(num_frames: int, codec: Codec) -> np.ndarray:
+    return codec.encode(np.zeros(num_frames * codec.frame_size, np.float32))
+
+
+def _text(entry: Entry, num_frames: int, tokenizer: Tokenizer, codec: Codec) -> np.ndarray:
+    if entry.alignment is None:
+        return np.full(num_frames, ABSENT, np.int32)
+    words = read_alignments(entry.alignment, entry.duration)
+    return text_stream(words, num_frames, tokenizer, codec.frame_rate)
+
+
+def _external_frames(entry: Entry, codec: Codec, tokenizer: Tokenizer) -> np.ndarray:
+    path, voice = entry.path, codec.num_codebooks
+    try:
+        with safetensors.safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            codes = file.get_tensor("codes")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"{path} cannot be read as codes ({error}): expected a safetensors file with a tensor 'codes', int [K, T]."
+        ) from error
+    _check_origin(path, metadata, codec)
+    if codes.ndim != 2 or len(codes) not in (voice, 2 * voice, 1 + 2 * voice) or codes.dtype.kind not in "iu":
+        raise InputError(
+            f"{path} holds codes of type {codes.dtype} and shape {list(codes.shape)}, expected integers [K, T] with K ="
+            f" {voice} (the model's voice), {2 * voice} (both voices) or {1 + 2 * voice} (text first): write them so."
+        )
+    num_frames = codes.shape[1]
+    if not num_frames:
+        raise _too_short(entry, 0.0, codec)
+    check_duration(entry, num_frames / codec.frame_rate)
+    has_text = len(codes) == 1 + 2 * voice
+    for row, values in enumerate(codes):
+        is_text = has_text and row == 0
+        cardinality = tokenizer.cardinality if is_text else codec.cardinality
+        if values.min() < ABSENT or values.max() >= cardinality:
+            raise InputError(
+                f"{path} has values from {values.min()} to {values.max()} in row {row} of its codes, expected -1 to"
+                f" {cardinality - 1} ({'the tokenizer' if is_text else codec.name}): encode it again."
+            )
+    if has_text:
+        return codes.astype(np.int32)
+    other = codes[voice:] if len(codes) == 2 * voice else _silence(num_frames, codec)
+    text = _text(entry, num_frames, tokenizer, codec)
+    return np.concatenate([text[None], codes[:voice], other]).astype(np.int32)
+
+
+def _check_origin(path: Path, metadata: dict[str, str], codec: Codec) -> None:
+    """Refuses codes of another frame rate or another codec."""
+    rate, origin = metadata.get("frame_rate"), metadata.get("codec")
+    try:
+        same_rate = rate is not None and float(rate) == codec.frame_rate
+    except ValueError:
+        same_rate = False
+    if not same_rate:
+        raise InputError(
+            f"{path} states frame_rate {rate!r} in its metadata, but {codec.name} has {codec.frame_rate} frames a second:"
+            " encode the audio with this codec, or write the metadata if it is missing."
+        )
+    if origin not in (codec.digest, codec.name):
+        raise InputError(
+            f"{path} states codec {origin!r} in its metadata, but the codec in use is {codec.name} with digest"
+            f" {codec.digest}: encode the audio with this codec, or choose the codec that made the codes."
+        )
+
+
+def _too_short(entry: Entry, seconds: float, codec: Codec) -> InputError:
+    return InputError(
+        f"{entry.path} lasts {seconds:.3f} s, less than one frame of {1 / codec.frame_rate:.3f} s: give a longer recording"
+        " or drop it from the manifest."
+    )
+
+
+def _cache_path(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: Path) -> Path:
+    alignment = _file_digest(entry.alignment) if entry.alignment else "none"
+    parts = (_VERSION, _file_digest(entry.path), alignment, codec.digest, tokenizer.digest)
+    return cache_dir / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()}.safetensors"
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check the manifest that names it.") from error
+
+
+def _read_cached(path: Path, codec: Codec) -> tuple[np.ndarray, float] | None:
+    """Returns frames and length in seconds, or None where there is no cached file or a damaged one."""
+    try:
+        with safetensors.safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            frames = file.get_tensor("frames")
+        intact = metadata["sha256"] == _checksum(frames, metadata["seconds"]) and len(frames) == 1 + 2 * codec.num_codebooks
+        return (frames, float(metadata["seconds"])) if intact else None
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError):
+        return None
+
+
+def _checksum(frames: np.ndarray, seconds: str) -> str:
+    return hashlib.sha256(f"{frames.dtype.str}{frames.shape}{seconds}".encode() + frames.tobytes()).hexdigest()
