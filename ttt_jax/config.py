@@ -40,7 +40,7 @@ class TTTConfig:
     base_lr: float | None = None
     """Largest inner learning rate before the division by D; unset: `default_base_lr` of mini_batch."""
     gate_init: float = 0.1
-    """Initial value of the gate parameter alpha; the layer adds tanh(alpha) times its output."""
+    """Initial value of the gate parameter alpha; the layer adds tanh(alpha) times its output. Models trained from scratch start at 0.5."""
     pre_norm: bool = True
     """RMSNorm in front of the layer's projections."""
     remat_group: int = 16
@@ -255,7 +255,7 @@ MODEL_PRESETS: dict[str, MoshiConfig] = {
         card=64,
         text_card=512,
         depth=DepthConfig(dim=64, num_layers=2, num_heads=4, hidden=176),
-        ttt=TTTConfig(layers="middle"),
+        ttt=TTTConfig(layers="middle", gate_init=0.5),
     ),
     "small": MoshiConfig(
         dim=768,
@@ -266,7 +266,7 @@ MODEL_PRESETS: dict[str, MoshiConfig] = {
         card=64,
         text_card=512,
         depth=DepthConfig(dim=384, num_layers=4, num_heads=6, hidden=1056),
-        ttt=TTTConfig(layers="8,9,10"),
+        ttt=TTTConfig(layers="8,9,10", gate_init=0.5),
     ),
     "moshi-7b": MoshiConfig(dtype="bfloat16"),
 }

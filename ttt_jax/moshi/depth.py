@@ -18,7 +18,7 @@ from ttt_jax.norms import rms_norm
 
 
 class Cache(NamedTuple):
-    """Keys and values of the codebooks done so far in this frame, [L, N, Q, H, K]."""
+    """Keys and values of the codebooks done so far in this frame, [L, Q, N, H, K]."""
 
     k: jax.Array
     v: jax.Array
@@ -59,14 +59,16 @@ class DepthTransformer(nn.Module):
         Returns:
           float32 (or wider) logits [N, Q, V].
         """
-        x = jnp.einsum("ND,QDE->NQE", hidden, self.input.astype(hidden.dtype))
+        # Codebook-major inside: each codebook's matrix then meets one contiguous matrix of frames.
+        x = jnp.einsum("ND,QDE->QNE", hidden, self.input.astype(hidden.dtype))
         tokens = lookup(self.audio_emb, audio[:, :-1], hidden.dtype)
-        x = x + jnp.concatenate([lookup(self.text_emb[None], text[:, None], hidden.dtype), tokens], 1)
+        tokens = jnp.concatenate([lookup(self.text_emb[None], text[:, None], hidden.dtype), tokens], 1)
+        x = x + tokens.swapaxes(0, 1)
         codebooks = slice(0, self.cfg.dep_q)
         for layer in range(self.cfg.depth.num_layers):
             q, k, v = self._qkv(x, layer, codebooks)
-            x = self._layer(x, q, k, v, layer, codebooks, jnp.tril(jnp.ones((x.shape[1],) * 2, bool)))
-        return self._logits(x, codebooks)
+            x = self._layer(x, q, k, v, layer, codebooks, jnp.tril(jnp.ones((x.shape[0],) * 2, bool)))
+        return self._logits(x, codebooks).swapaxes(0, 1)
 
     def step(self, hidden: jax.Array, token: jax.Array, codebook: int, cache: Cache) -> tuple[jax.Array, Cache]:
         """Logits of one codebook.
@@ -80,36 +82,36 @@ class DepthTransformer(nn.Module):
         """
         table = self.text_emb if codebook == 0 else self.audio_emb[codebook - 1]
         x = hidden @ self.input[codebook].astype(hidden.dtype) + lookup(table[None], token[:, None], hidden.dtype)[:, 0]
-        x, here, done = x[:, None], slice(codebook, codebook + 1), slice(0, codebook + 1)
+        x, here, done = x[None], slice(codebook, codebook + 1), slice(0, codebook + 1)
         for layer in range(self.cfg.depth.num_layers):
             q, k, v = self._qkv(x, layer, here)
-            cache = Cache(cache.k.at[layer, :, here].set(k), cache.v.at[layer, :, here].set(v))
+            cache = Cache(cache.k.at[layer, here].set(k), cache.v.at[layer, here].set(v))
             seen = jnp.ones((1, codebook + 1), bool)
-            x = self._layer(x, q, cache.k[layer, :, done], cache.v[layer, :, done], layer, here, seen)
-        return self._logits(x, here)[:, 0], cache
+            x = self._layer(x, q, cache.k[layer, done], cache.v[layer, done], layer, here, seen)
+        return self._logits(x, here)[0], cache
 
     def _qkv(self, x: jax.Array, layer: int, codebooks: slice) -> jax.Array:
         kernel = self.qkv[layer, codebooks].astype(x.dtype)
-        return jnp.einsum("NQD,QDPHK->PNQHK", rms_norm(x, self.norm1[layer]), kernel)
+        return jnp.einsum("QND,QDPHK->PQNHK", rms_norm(x, self.norm1[layer]), kernel)
 
     def _layer(
         self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, layer: int, codebooks: slice, seen: jax.Array
     ) -> jax.Array:
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        scores = jnp.einsum("NQHK,NSHK->NHQS", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
+        scores = jnp.einsum("QNHK,SNHK->NHQS", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
         weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(x.dtype)
-        read = jnp.einsum("NHQS,NSHK->NQHK", weights, v)
-        x = x + jnp.einsum("NQHK,QHKD->NQD", read, self.out[layer, codebooks].astype(x.dtype))
-        h = jnp.einsum("NQD,QDPF->PNQF", rms_norm(x, self.norm2[layer]), self.gate_up[layer, codebooks].astype(x.dtype))
-        return x + jnp.einsum("NQF,QFD->NQD", jax.nn.silu(h[0]) * h[1], self.down[layer, codebooks].astype(x.dtype))
+        read = jnp.einsum("NHQS,SNHK->QNHK", weights, v)
+        x = x + jnp.einsum("QNHK,QHKD->QND", read, self.out[layer, codebooks].astype(x.dtype))
+        h = jnp.einsum("QND,QDPF->PQNF", rms_norm(x, self.norm2[layer]), self.gate_up[layer, codebooks].astype(x.dtype))
+        return x + jnp.einsum("QNF,QFD->QND", jax.nn.silu(h[0]) * h[1], self.down[layer, codebooks].astype(x.dtype))
 
     def _logits(self, x: jax.Array, codebooks: slice) -> jax.Array:
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.einsum("NQD,QDV->NQV", x, self.heads[codebooks].astype(x.dtype), preferred_element_type=wide)
+        return jnp.einsum("QND,QDV->QNV", x, self.heads[codebooks].astype(x.dtype), preferred_element_type=wide)
 
 
 def init_cache(cfg: MoshiConfig, batch: int) -> Cache:
     """An empty cache for one frame of `batch` rows."""
     depth = cfg.depth
-    empty = jnp.zeros((depth.num_layers, batch, cfg.dep_q, depth.num_heads, depth.dim // depth.num_heads), cfg.dtype)
+    empty = jnp.zeros((depth.num_layers, cfg.dep_q, batch, depth.num_heads, depth.dim // depth.num_heads), cfg.dtype)
     return Cache(empty, empty)

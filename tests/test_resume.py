@@ -1,0 +1,139 @@
+"""A run that was stopped ends like one that never was; checkpoints read back exactly or are refused."""
+
+import dataclasses
+import json
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from micro import CONFIG, files, write_manifest
+
+from train import loop
+from train.config import DataConfig, TrainConfig
+from train.windows import Windows
+from ttt_jax import record
+from ttt_jax.checkpoint import load_run
+from ttt_jax.codec import load_codec
+from ttt_jax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same run twice: `whole` undisturbed, `parts` stopped by Ctrl-C in step 7 and resumed; exit codes."""
+    folder = tmp_path_factory.mktemp("runs")
+    train = write_manifest(folder, "train", files(), load_codec().digest)
+    heldout = write_manifest(folder, "heldout", files((70, 50), seed=1), load_codec().digest)
+    data = dataclasses.replace(CONFIG.data, train=str(train), heldout=str(heldout), cache=str(folder / "cache"))
+    codes = [loop.start(dataclasses.replace(CONFIG, data=data, run_dir=str(folder / "whole")))]
+
+    class Interrupted(Windows):
+        """Presses Ctrl-C while step 7 is prepared; the loop looks at one batch before the first step."""
+
+        def __next__(self):
+            self.taken = getattr(self, "taken", 0) + 1
+            if self.taken == 8:
+                signal.raise_signal(signal.SIGINT)
+            return super().__next__()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Windows", Interrupted)
+        codes.append(loop.start(dataclasses.replace(CONFIG, data=data, run_dir=str(folder / "parts"))))
+    shutil.copytree(folder / "parts", folder / "stopped")
+    codes.append(loop.resume(folder / "parts"))
+    return folder, codes
+
+
+def metrics(run_dir):
+    untimed = ("seconds", "frames_per_second")
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in untimed} for line in lines]
+
+
+def test_exit_codes_tell_done_from_interrupted(runs):
+    assert runs[1] == [0, 130, 0]
+
+
+def test_an_interrupted_run_keeps_the_step_it_was_in(runs):
+    assert [line["step"] for line in metrics(runs[0] / "stopped")] == list(range(1, 8))
+    assert load_run(runs[0] / "stopped").meta["step"] == 7
+
+
+def test_a_resumed_run_has_the_losses_of_one_never_stopped(runs):
+    whole, parts = metrics(runs[0] / "whole"), metrics(runs[0] / "parts")
+    assert [line["step"] for line in whole] == list(range(1, CONFIG.steps + 1))
+    assert whole == parts
+
+
+def test_a_resumed_run_has_the_weights_of_one_never_stopped(runs):
+    whole, parts = (load_run(runs[0] / name).params for name in ("whole", "parts"))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, parts))
+
+
+def test_a_finished_run_leaves_everything_it_promises(runs):
+    found = {str(path.relative_to(runs[0] / "whole")) for path in (runs[0] / "whole").rglob("*") if path.is_file()}
+    assert {"config.json", "meta.json", "metrics.jsonl", "loss.png", "eval/results.json"} <= found
+    assert not [name for name in found if name.endswith((".tmp", ".partial"))]
+
+
+def test_the_stored_configuration_is_the_one_that_ran(runs):
+    stored = record.from_dict(TrainConfig, record.read_json(runs[0] / "whole" / "config.json", "it"), "it")
+    assert stored.model == CONFIG.model
+    assert stored.steps == CONFIG.steps
+    run = load_run(runs[0] / "whole")
+    assert run.config == stored.model
+    assert run.meta["codec"]["digest"] == load_codec().digest
+    assert run.meta["config"] == record.to_dict(stored)
+
+
+def test_a_taken_run_folder_is_refused(runs):
+    with pytest.raises(InputError, match="whole is taken.*--resume"):
+        loop.start(dataclasses.replace(CONFIG, run_dir=str(runs[0] / "whole")))
+
+
+def test_resume_refuses_other_data(runs, tmp_path):
+    stopped = tmp_path / "stopped"
+    shutil.copytree(runs[0] / "stopped", stopped)
+    manifest = runs[0] / "train.jsonl"
+    text = manifest.read_text()
+    manifest.write_text("\n".join(text.splitlines()[1:]) + "\n")
+    try:
+        with pytest.raises(InputError, match="differ from those"):
+            loop.resume(stopped)
+    finally:
+        manifest.write_text(text)
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(runs, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(runs[0] / "stopped", damaged)
+    for path in (damaged / "checkpoints" / "7" / "params").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(InputError, match="checkpoints/7 is damaged"):
+        load_run(damaged)
+
+
+def test_no_run_and_no_checkpoint_are_refused(tmp_path):
+    with pytest.raises(InputError, match="is not the folder of a run"):
+        load_run(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        load_run(tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(runs, tmp_path, monkeypatch):
+    init = loop.init
+
+    def spoiled(cfg):
+        state = init(cfg)
+        return state._replace(params={**state.params, "out_norm": state.params["out_norm"] * np.nan})
+
+    monkeypatch.setattr(loop, "init", spoiled)
+    data = DataConfig(
+        **{**dataclasses.asdict(CONFIG.data), "train": str(runs[0] / "train.jsonl"), "cache": str(tmp_path)}
+    )
+    with pytest.raises(InputError, match="step 1: loss is nan"):
+        loop.start(dataclasses.replace(CONFIG, data=data, run_dir=str(tmp_path / "run")))
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))

@@ -1,0 +1,259 @@
+"""What `python -m train` can be told: frozen dataclasses, presets and the command line. Imports no jax."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ttt_jax import record
+from ttt_jax.config import MODEL_PRESETS, MoshiConfig, check
+from ttt_jax.errors import InputError
+
+DESCRIPTION = """Train a Moshi with TTT layers on speech; the layers' state is carried along each file.
+
+  python -m train                              the preset "tiny" on the embedded corpus
+  python -m train PRESET --optim.lr 1e-3       a preset, fields overridden; presets: {presets}
+  python -m train --from RUN/config.json       a stored configuration again, in a new run folder; fields can follow
+  python -m train --resume RUN                 go on from the latest checkpoint in the run folder RUN
+
+Defaults below are those of "{preset}"."""
+
+
+def _check_positive(prefix: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        check(value > 0, f"{prefix}{name}={value} is out of range: give a number above 0.")
+
+
+def _check_not_negative(prefix: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        check(value >= 0, f"{prefix}{name}={value} is out of range: give 0 or more.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Speech to train on and how it is cut."""
+
+    train: str | None = None
+    """Manifest (JSONL with path and duration) of the training files; unset: the embedded corpus."""
+    heldout: str | None = None
+    """Manifest of the files that are evaluated at the end; unset: the embedded corpus's if `train` is unset, else none."""
+    codec: str = "kmeans"
+    """Codec that turns audio into codes: "kmeans" (embedded) or the path of a codec file."""
+    tokenizer: str | None = None
+    """SentencePiece model for the text stream; unset: the embedded one."""
+    cache: str | None = None
+    """Folder for encoded data and compiled programs; unset: ttt_jax in the user's cache folder."""
+    chunk: int = 128
+    """Frames of a file that one training step sees; gradients end at its start, the state goes on."""
+    batch: int = 8
+    """Rows of a batch; each follows one file after another, chunk by chunk."""
+
+    def __post_init__(self) -> None:
+        _check_positive("data.", self, "chunk", "batch")
+
+    @property
+    def cache_dir(self) -> Path:
+        """The cache folder in force."""
+        if self.cache is not None:
+            return Path(self.cache).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ttt_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay, clipped by the global norm."""
+
+    lr: float = 1e-3
+    """Highest learning rate of everything outside the TTT layers."""
+    ttt_lr: float = 1e-3
+    """Highest learning rate of the TTT layers (inner initial weights W0 included), gates apart."""
+    gate_lr: float = 1e-2
+    """Highest learning rate of the TTT layers' gates."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up; half of the run's steps if it has fewer than twice as many."""
+    final_fraction: float = 0.05
+    """Learning rate of the last step as a fraction of the highest."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean squared gradient."""
+    weight_decay: float = 0.1
+    """Decay of matrices and embeddings; biases, norms, gates, inner rates and W0 have none."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; longer ones are scaled down to it."""
+
+    def __post_init__(self) -> None:
+        _check_positive("optim.", self, "lr", "clip_norm")
+        _check_not_negative("optim.", self, "ttt_lr", "gate_lr", "warmup_steps", "weight_decay")
+        for name in ("final_fraction", "beta1", "beta2"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"optim.{name}={value} is out of range: give a number from 0 to 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weight of a token in the mean cross-entropy that is minimised; with all at 1 every token counts the same.
+
+    Kyutai's fine-tuning (first codebook 100, other codebooks 1, text as much as all audio, text padding 0.5) reads here
+    text=107, text_padding=0.5, first_codebook=100.
+    """
+
+    text: float = 1.0
+    """Weight of a text token; an acoustic codebook's token weighs 1."""
+    text_padding: float = 1.0
+    """Factor on the weight of text targets that are padding (PAD, EPAD); Kyutai uses 0.5."""
+    first_codebook: float = 1.0
+    """Weight of a first-codebook token; Kyutai uses 100."""
+
+    def __post_init__(self) -> None:
+        _check_not_negative("loss.", self, "text", "text_padding", "first_codebook")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    model: MoshiConfig = MODEL_PRESETS["tiny"]
+    """Moshi's language model; card and text_card follow the codec and the tokenizer."""
+    data: DataConfig = DataConfig()
+    """Speech to train on and how it is cut."""
+    optim: OptimConfig = OptimConfig()
+    """AdamW with linear warm-up and cosine decay, clipped by the global norm."""
+    loss: LossConfig = LossConfig()
+    """Weight of a token in the mean cross-entropy that is minimised; with all at 1 every token counts the same."""
+    name: str = "tiny"
+    """Name of the run; its folder is runs/NAME-DATE-TIME unless run_dir is given."""
+    run_dir: str | None = None
+    """Folder of the run's results; must not hold a run yet."""
+    steps: int = 600
+    """Optimiser steps."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of files."""
+    log_every: int = 5
+    """Steps between lines in metrics.jsonl."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = 2
+    """Latest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        _check_positive("", self, "steps", "log_every", "checkpoint_every", "keep")
+        _check_not_negative("", self, "seed")
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "tiny": TrainConfig(),
+    "small": TrainConfig(
+        model=MODEL_PRESETS["small"],
+        data=DataConfig(chunk=256, batch=16),
+        optim=OptimConfig(lr=3e-4, ttt_lr=3e-4, gate_lr=3e-3, warmup_steps=500),
+        name="small",
+        steps=20_000,
+        log_every=20,
+        checkpoint_every=1_000,
+    ),
+    "moshi-7b": TrainConfig(
+        model=MODEL_PRESETS["moshi-7b"],
+        data=DataConfig(chunk=1250, batch=16),
+        optim=OptimConfig(lr=2e-6, ttt_lr=1e-4, gate_lr=1e-3, warmup_steps=100),
+        loss=LossConfig(text=107.0, text_padding=0.5, first_codebook=100.0),
+        name="moshi-7b",
+        steps=2_000,
+        log_every=1,
+        checkpoint_every=100,
+    ),
+}
+"""Named runs: `tiny` takes minutes on a laptop CPU, `small` a GPU, `moshi-7b` has the shape of Kyutai's model."""
+
+
+class Command(NamedTuple):
+    """A command line, understood: start `config`, or go on with the run in `resume`."""
+
+    config: TrainConfig | None
+    resume: Path | None
+
+
+def parse(args: Sequence[str]) -> Command:
+    """The command that `args` ask for. Raises `InputError`; exits on --help (0) and on what tyro refuses (2)."""
+    words = list(args)
+    if words and words[0].split("=")[0] == "--resume":
+        path, rest = _take_path(words, "the folder of a run")
+        if rest:
+            raise InputError(
+                f"--resume goes on with the run's own configuration and takes no {rest[0]}: use --from to change it."
+            )
+        return Command(None, path)
+    if words and words[0].split("=")[0] == "--from":
+        path, words = _take_path(words, "the config.json of a run")
+        preset, default = str(path), load(path)
+    else:
+        preset = words.pop(0) if words and not words[0].startswith("-") else "tiny"
+        default = _preset(preset)
+    for word in words:
+        check(
+            word.split("=")[0] not in ("--from", "--resume"),
+            f"{word.split('=')[0]} stands behind other arguments: put it first, right after `python -m train`.",
+        )
+    return Command(_override(default, preset, words), None)
+
+
+def load(path: Path) -> TrainConfig:
+    """The configuration stored in `path`, without its run folder, so that running it starts a new one."""
+    values = record.read_json(path, "the config.json of a run")
+    return dataclasses.replace(record.from_dict(TrainConfig, values, str(path)), run_dir=None)
+
+
+def _take_path(words: list[str], what: str) -> tuple[Path, list[str]]:
+    flag, equals, value = words[0].partition("=")
+    rest = words[1:]
+    if not equals:
+        check(bool(rest) and not rest[0].startswith("--"), f"{flag} has no path behind it: give {what}.")
+        value, rest = rest[0], rest[1:]
+    return Path(value).expanduser(), rest
+
+
+def _preset(name: str) -> TrainConfig:
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f'perhaps you meant "{near[0]}"' if near else "choose one of them"
+        raise InputError(f'unknown preset "{name}": there are {", ".join(PRESETS)}; {hint}.')
+    return PRESETS[name]
+
+
+def _override(default: TrainConfig, preset: str, words: list[str]) -> TrainConfig:
+    import tyro
+
+    with _plain_input_errors():
+        return tyro.cli(
+            TrainConfig,
+            prog="python -m train",
+            description=DESCRIPTION.format(presets=", ".join(PRESETS), preset=preset),
+            default=default,
+            args=words,
+        )
+
+
+@contextlib.contextmanager
+def _plain_input_errors() -> Iterator[None]:
+    """Raise the `InputError` behind tyro's exit, if there is one, instead of its drawing of it."""
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            yield
+    except SystemExit as exit_:
+        cause: BaseException | None = exit_
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        sys.stderr.write(shown.getvalue())
+        raise

@@ -1,0 +1,85 @@
+"""metrics.jsonl: one line of scalars for a step; and the check that they are numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from train.step import Metrics
+from ttt_jax.errors import InputError
+
+
+def stream_names(count: int) -> list[str]:
+    """Names of the predicted streams: text and the own voice's codebooks from 1."""
+    return ["text", *(f"codebook {i}" for i in range(1, count))]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that was cut off while it was written is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+class MetricsLog:
+    """Writes a run's metrics file; a resumed run continues it behind the step it resumes from."""
+
+    def __init__(self, path: Path, every: int, last_step: int, done: int):
+        self._every = every
+        self._last_step = last_step
+        kept = [line for line in read(path) if line["step"] <= done]
+        self._file = path.open("w", encoding="utf-8", buffering=1)
+        for line in kept:
+            self._write(line)
+        self._before = kept[-1]["seconds"] if kept else 0.0
+        self._start = self._mark = time.perf_counter()
+        self._frames = 0
+        self.rate = 0.0
+        """Frames per second since the line before the last."""
+
+    def add(self, step: int, metrics: Metrics, frames: int) -> dict[str, Any]:
+        """The step's line, written if it is due; waits until the step is computed.
+
+        Raises `InputError` if the loss or the gradient is not finite.
+        """
+        values = jax.device_get(metrics)
+        line = {
+            "step": step,
+            "loss": float(values.loss),
+            "streams": {  # a stream without targets in this batch (speech without transcript) has no loss
+                name: None if math.isnan(value) else float(value)
+                for name, value in zip(stream_names(len(values.streams)), values.streams, strict=True)
+            },
+            "grad_norm": float(values.grad_norm),
+            "lr": {group: float(rate) for group, rate in values.rates.items()},
+            "ttt": {str(layer): {k: float(v) for k, v in summary.items()} for layer, summary in values.ttt.items()},
+        }
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(line[name]):
+                raise InputError(
+                    f"step {step}: {name} is {line[name]}, so the run stops with its last checkpoint as it was: lower"
+                    " optim.lr, optim.ttt_lr or model.ttt.base_lr, or raise optim.warmup_steps."
+                )
+        self._frames += frames
+        now = time.perf_counter()
+        if step % self._every == 0 or step in (1, self._last_step):
+            self.rate = self._frames / max(now - self._mark, 1e-9)
+            self._mark, self._frames = now, 0
+            self._write({**line, "seconds": round(self._before + now - self._start, 3), "frames_per_second": self.rate})
+        return line
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")

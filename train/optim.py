@@ -1,0 +1,76 @@
+"""The optimiser: AdamW, clipped by the global norm, with a learning rate of its own for base, TTT layers and gates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from train.config import TrainConfig
+
+RULES = (
+    (r".*/ttt/gate", "gate", False),
+    # W0 is not decayed: the inner layer norm hides its scale from the outer loss, yet that scale sets how far an inner
+    # step moves the network. Decay would shrink it and so raise the inner learning rate unasked.
+    (r".*/ttt/(inner_[wb]\d+|rate_weight|rate_bias|(ln|post_norm)_(scale|bias)|norm|[a-z]+_bias)", "ttt", False),
+    (r".*/ttt/[a-z]+_kernel", "ttt", True),
+    (r"(.*/)?(norm\d|out_norm)", "base", False),
+    (r"(.*/)?(text_emb|audio_emb|text_head|heads|input|qkv|out|gate_up|down)", "base", True),
+)
+"""(pattern of a parameter's path, its group, whether it is decayed); the first that matches the whole path decides."""
+
+GROUPS = ("base", "ttt", "gate")
+
+
+def groups(params: Any) -> Any:
+    """The tree of `params` with the group's name at every leaf. Raises `ValueError` for a path that no rule covers."""
+    return _by_rule(params, 1)
+
+
+def decayed(params: Any) -> Any:
+    """The tree of `params` with True where weight decay applies."""
+    return _by_rule(params, 2)
+
+
+def schedules(cfg: TrainConfig) -> dict[str, Callable]:
+    """Per group the learning rate at each step, counted from 0: linear warm-up, then cosine to its final fraction."""
+    optim = cfg.optim
+    peaks = {"base": optim.lr, "ttt": optim.ttt_lr, "gate": optim.gate_lr}
+    warmup = min(optim.warmup_steps, cfg.steps // 2)
+    return {
+        group: optax.warmup_cosine_decay_schedule(
+            # Step 0 already learns: the ramp ends, and the decay begins, at step `warmup`.
+            init_value=peak / (warmup + 1),
+            peak_value=peak,
+            warmup_steps=warmup,
+            decay_steps=max(cfg.steps, 1),
+            end_value=peak * optim.final_fraction,
+        )
+        for group, peak in peaks.items()
+    }
+
+
+def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformation:
+    """The optimiser of a run; the groups share AdamW's statistics and differ in the learning rate."""
+    optim = cfg.optim
+    rates = {group: optax.scale_by_learning_rate(schedule) for group, schedule in schedules(cfg).items()}
+    return optax.chain(
+        optax.clip_by_global_norm(optim.clip_norm),
+        optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=1e-8),
+        optax.add_decayed_weights(optim.weight_decay, mask=decayed),
+        optax.multi_transform(rates, groups),
+    )
+
+
+def _by_rule(params: Any, column: int) -> Any:
+    def find(path, _):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for rule in RULES:
+            if re.fullmatch(rule[0], name):
+                return rule[column]
+        raise ValueError(f"no rule says how the parameter {name} is trained: add it to train.optim.RULES.")
+
+    return jax.tree_util.tree_map_with_path(find, params)
