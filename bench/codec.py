@@ -89,7 +89,9 @@ def print_entropies(codec: Codec, train: list[np.ndarray], heldout: list[np.ndar
     size = codec.cardinality
 
     def pairs(files: list[np.ndarray], context: int, codebook: int, lag: int) -> np.ndarray:
-        return np.concatenate([np.stack([f[context, 1 - lag : f.shape[1] - lag], f[codebook, 1:]]) for f in files], axis=1)
+        return np.concatenate(
+            [np.stack([f[context, 1 - lag : f.shape[1] - lag], f[codebook, 1:]]) for f in files], axis=1
+        )
 
     def nats(context: int, codebook: int, lag: int) -> tuple[float, float]:
         before, now = pairs(train, context, codebook, lag)

@@ -94,7 +94,9 @@ def _k_means(rows_NF: np.ndarray, pinned_F: np.ndarray, rng: np.random.Generator
     book_VF[0] = pinned_F
     distance_N = np.square(rows_NF - pinned_F).sum(axis=1)
     for entry in range(1, CARDINALITY):
-        chosen = np.searchsorted(np.cumsum(distance_N, dtype=np.float64), rng.uniform() * distance_N.sum(dtype=np.float64))
+        chosen = np.searchsorted(
+            np.cumsum(distance_N, dtype=np.float64), rng.uniform() * distance_N.sum(dtype=np.float64)
+        )
         book_VF[entry] = rows_NF[min(chosen, len(rows_NF) - 1)]
         distance_N = np.minimum(distance_N, np.square(rows_NF - book_VF[entry]).sum(axis=1))
     for _ in range(ITERATIONS):

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ttt_jax.errors import InputError
+from ttt_jax.command import run
 
 
 def main(args: Sequence[str]) -> int:
@@ -14,18 +14,13 @@ def main(args: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval", description="Evaluate what `python -m train` made.")
     tasks = parser.add_subparsers(dest="task", required=True)
     stream = tasks.add_parser("stream", help="held-out files frame by frame, memory kept, reset, frozen and off")
-    stream.add_argument("run", help="folder of a run")
+    stream.add_argument("run_dir", metavar="RUN", help="folder of a run")
     stream.add_argument("--out", help="folder for the results; unset: RUN/eval")
     options = parser.parse_args(args)
-    try:
-        from eval import heldout
+    from eval import heldout
 
-        heldout.of_run(options.run, options.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return heldout.of_run(options.run_dir, options.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(lambda: main(sys.argv[1:])))

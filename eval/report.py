@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from eval.arms import ARMS
 from eval.statistics import Estimate, estimate, file_mean, windows
 from eval.stream import Scores
 from ttt_jax.config import FRAME_RATE
+from ttt_jax.files import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,55 +109,36 @@ def verdict(results: Results) -> str:
     value = results.against_persist["reset"]["after the first chunk"]
     if value.n < 2:
         return "One file gives no interval: nothing can be said about whether keeping the memory helps."
-    if value.low > 0:
-        said = "helps"
-    elif value.high < 0:
-        said = "hurts"
-    else:
+    if value.low <= 0 <= value.high:
         return f"Keeping the memory across chunks makes no clear difference here: {_signed(value)} nats over {value.n} files."
-    return f"Keeping the memory across chunks {said} here: {_signed(value)} nats over {value.n} files."
+    share = 100 * abs(value.mean) / results.losses["reset"]["mean"].mean
+    change = "lowers" if value.mean > 0 else "raises"
+    return (
+        f"Keeping the memory across chunks {change} the loss by {abs(value.mean):.4f} nats ({share:.2f} %) over {value.n} files,"
+        f" 95 % interval {min(abs(value.low), abs(value.high)):.4f} to {max(abs(value.low), abs(value.high)):.4f}."
+    )
 
 
 def _signed(value: Estimate) -> str:
     return f"{value.mean:+.4f} [{value.low:+.4f}, {value.high:+.4f}]"
 
 
-def write(results: Results, scores: dict[str, Scores], meta: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Writes results.json, frames.npz (every frame of every arm) and the picture to `folder`; their paths."""
+def write(results: Results, scores: dict[str, Scores], meta: dict[str, Any], folder: Path) -> list[Path]:
+    """Write results.json, frames.npz (every frame of every arm) and memory.png to `folder`; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {"results": folder / "results.json", "frames": folder / "frames.npz", "picture": folder / "memory.png"}
     content = {"about": "nats per token; estimates are means over files with 95 % intervals (Student's t)", **meta}
     content |= dataclasses.asdict(results) | {"verdict": verdict(results)}
-    with _replacing(paths["results"]) as path:
-        path.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
-    with _replacing(paths["frames"]) as path:
-        arrays = {f"nats/{arm}": score.nats.astype(np.float32) for arm, score in scores.items()}
-        with path.open("wb") as file:
-            np.savez_compressed(
-                file,
-                tokens=scores["persist"].tokens,
-                displacement=scores["persist"].displacement.astype(np.float32),
-                **arrays,
-            )
-    with _replacing(paths["picture"]) as path:
-        _draw(results, path)
-    return paths
-
-
-class _replacing:
-    """A path to write to that becomes `target` when all went well."""
-
-    def __init__(self, target: Path) -> None:
-        self.target, self.partial = target, target.with_name(f".{target.name}.partial{target.suffix}")
-
-    def __enter__(self) -> Path:
-        return self.partial
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            os.replace(self.partial, self.target)
-        else:
-            self.partial.unlink(missing_ok=True)
+    nats = {f"nats/{arm}": score.nats.astype(np.float32) for arm, score in scores.items()}
+    frames = io.BytesIO()
+    np.savez_compressed(frames, tokens=scores["persist"].tokens, displacement=scores["persist"].displacement, **nats)
+    contents = {
+        "results.json": (json.dumps(_plain(content), indent=1, allow_nan=False) + "\n").encode(),
+        "frames.npz": frames.getvalue(),
+        "memory.png": _draw(results),
+    }
+    for name, data in contents.items():
+        write_atomically(folder / name, data)
+    return [folder / name for name in contents]
 
 
 def _plain(value: Any) -> Any:
@@ -175,17 +157,20 @@ def _plain(value: Any) -> Any:
 COLOURS = {"persist": "#1b6ca8", "reset": "#d1495b", "frozen": "#7d8597", "off": "#edae49"}
 
 
-def _draw(results: Results, path: Path) -> None:
+def _draw(results: Results) -> bytes:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, (loss, gain, state) = plt.subplots(3, 1, figsize=(8, 9), sharex=True, constrained_layout=True)
-    seconds = (np.arange(len(results.displacement)) + 0.5) * results.window / FRAME_RATE
+    # Where few files are left an interval says nothing and would squeeze all others: results.json has those windows.
+    counts = [value.n for value in results.displacement]
+    shown = sum(count > max(counts) / 2 for count in counts)
+    seconds = (np.arange(shown) + 0.5) * results.window / FRAME_RATE
 
     def band(axis, values: list[Estimate], colour: str, label: str, shift: float = 0.0) -> None:
-        mean, low, high = (np.array([getattr(v, field) for v in values]) for field in ("mean", "low", "high"))
+        mean, low, high = (np.array([getattr(v, field) for v in values[:shown]]) for field in ("mean", "low", "high"))
         error = np.nan_to_num(np.stack([mean - low, high - mean]))
         axis.errorbar(
             seconds + shift, mean, error, color=colour, marker="o", markersize=3, capsize=2, lw=1.4, label=label
@@ -197,8 +182,8 @@ def _draw(results: Results, path: Path) -> None:
     for i, arm in enumerate(arm for arm in results.by_position if arm != "persist"):
         band(gain, results.by_position[arm], COLOURS[arm], arm, 0.4 * (i - 1))
     gain.axhline(0, color="black", lw=0.8)
-    gain.set_ylabel("nats per token")
-    gain.set_title("What memory brings: loss of the arm minus loss with memory kept (above 0: memory helps)")
+    gain.set_ylabel("nats per token\n(above 0: memory helps)")
+    gain.set_title("What memory brings: loss of the arm minus loss with memory kept")
     gain.legend(frameon=False, ncols=3)
     band(state, results.displacement, COLOURS["persist"], "memory kept")
     state.set_ylabel("displacement / base norm")
@@ -215,7 +200,9 @@ def _draw(results: Results, path: Path) -> None:
         textcoords="offset points",
         fontsize=8,
     )
-    counts = ", ".join(str(v.n) for v in results.by_position["persist"])
-    figure.suptitle(f"Held-out speech, frame by frame; bars: 95 % over files (files per point: {counts})", fontsize=10)
-    figure.savefig(path, dpi=120, format="png")
+    files = ", ".join(map(str, counts[:shown]))
+    figure.suptitle(f"Held-out speech, frame by frame; bars: 95 % over files (files per point: {files})", fontsize=10)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
     plt.close(figure)
+    return picture.getvalue()

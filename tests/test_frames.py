@@ -16,7 +16,9 @@ from ttt_jax.data.text import EPAD, PAD
 from ttt_jax.errors import InputError
 
 RATE = 16000
-TOKENIZER = types.SimpleNamespace(cardinality=300, digest="t" * 64, encode=lambda word: [4 + ord(c) % 200 for c in word])
+TOKENIZER = types.SimpleNamespace(
+    cardinality=300, digest="t" * 64, encode=lambda word: [4 + ord(c) % 200 for c in word]
+)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from train import config
-from ttt_jax.errors import InputError
+from ttt_jax.command import run
 
 
 def main(args: Sequence[str]) -> int:
@@ -16,20 +16,11 @@ def main(args: Sequence[str]) -> int:
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.INFO)
     log.propagate = False
-    try:
-        command = config.parse(args)
-        from train import loop
+    command = config.parse(args)
+    from train import loop
 
-        if command.resume is not None:
-            return loop.resume(command.resume)
-        return loop.start(command.config)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return loop.start(command.config) if command.resume is None else loop.resume(command.resume)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(lambda: main(sys.argv[1:])))

@@ -52,9 +52,9 @@ class DataConfig:
     """SentencePiece model for the text stream; unset: the embedded one."""
     cache: str | None = None
     """Folder for encoded data and compiled programs; unset: ttt_jax in the user's cache folder."""
-    chunk: int = 128
+    chunk: int = 64
     """Frames of a file that one training step sees; gradients end at its start, the state goes on."""
-    batch: int = 8
+    batch: int = 16
     """Rows of a batch; each follows one file after another, chunk by chunk."""
 
     def __post_init__(self) -> None:
@@ -72,9 +72,9 @@ class DataConfig:
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay, clipped by the global norm."""
 
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Highest learning rate of everything outside the TTT layers."""
-    ttt_lr: float = 1e-3
+    ttt_lr: float = 2e-3
     """Highest learning rate of the TTT layers (inner initial weights W0 included), gates apart."""
     gate_lr: float = 1e-2
     """Highest learning rate of the TTT layers' gates."""
@@ -134,13 +134,13 @@ class TrainConfig:
     """Name of the run; its folder is runs/NAME-DATE-TIME unless run_dir is given."""
     run_dir: str | None = None
     """Folder of the run's results; must not hold a run yet."""
-    steps: int = 600
+    steps: int = 150
     """Optimiser steps."""
     seed: int = 0
     """Seed of the initial weights and of the order of files."""
-    log_every: int = 5
+    log_every: int = 1
     """Steps between lines in metrics.jsonl."""
-    checkpoint_every: int = 200
+    checkpoint_every: int = 50
     """Steps between checkpoints; the last step always has one."""
     keep: int = 2
     """Latest checkpoints that are kept."""

@@ -55,7 +55,7 @@ def load(cfg: DataConfig, codec: Codec, tokenizer: Tokenizer) -> Corpus:
         tokenizer,
         [file for _, file in train],
         [file for _, file in heldout],
-        [entry.path.stem for entry, _ in heldout],
+        [f"{entry.path.parent.name}/{entry.path.stem}" for entry, _ in heldout],
     )
 
 

@@ -17,10 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from eval import report, unigram
-from eval.arms import ARMS
+from eval import unigram
+from eval.heldout import evaluate
 from eval.statistics import file_mean
-from eval.stream import stream
 from train import corpus as corpora
 from train import plots
 from train.config import TrainConfig
@@ -31,13 +30,11 @@ from train.windows import Windows
 from ttt_jax import record
 from ttt_jax.checkpoint import Checkpoints, open_run
 from ttt_jax.codec import Codec
+from ttt_jax.command import INTERRUPTED
 from ttt_jax.data.text import Tokenizer
 from ttt_jax.errors import InputError
 
 log = logging.getLogger("train")
-
-INTERRUPTED = 130
-EVAL_WINDOW = 125  # frames, 10 s: positions are reported in windows of this
 
 
 def start(cfg: TrainConfig) -> int:
@@ -120,22 +117,13 @@ def _run(cfg: TrainConfig, corpus: Corpus, state: TrainState, windows: Windows, 
     if not finished:
         log.info("interrupted after step %d; go on with: python -m train --resume %s", int(state.step), run_dir)
         return INTERRUPTED
-    evaluate(cfg, state.params, corpus, tables, {"step": int(state.step), **meta})
-    return 0
-
-
-def evaluate(cfg: TrainConfig, params: Any, corpus: Corpus, tables: list[np.ndarray], meta: dict[str, Any]) -> None:
-    """Stream the held-out files frame by frame under every arm; print the results and store them in the run folder."""
-    if not corpus.heldout:
+    if corpus.heldout:
+        evaluate(
+            state.params, cfg, corpus, {"config": record.to_dict(cfg), "step": cfg.steps, **meta}, run_dir / "eval"
+        )
+    else:
         log.info("no held-out files to evaluate: name some with --data.heldout")
-        return
-    log.info("streaming %d held-out files frame by frame, memory %s ...", len(corpus.heldout), ", ".join(ARMS))
-    scores = {arm: stream(params, corpus.heldout, arm, cfg.data.chunk, cfg.model) for arm in ARMS}
-    results = report.summarise(scores, tables, corpus.heldout_names, cfg.data.chunk, EVAL_WINDOW, cfg.model.context)
-    log.info("\n%s\n", report.table(results))
-    paths = report.write(results, scores, meta, Path(cfg.run_dir) / "eval")
-    for what, path in paths.items():
-        log.info("%-9s %s", what, path)
+    return 0
 
 
 def _train(

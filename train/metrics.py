@@ -52,12 +52,14 @@ class MetricsLog:
         Raises `InputError` if the loss or the gradient is not finite.
         """
         values = jax.device_get(metrics)
+        names = stream_names(len(values.streams))
         line = {
             "step": step,
             "loss": float(values.loss),
+            "half_variance": dict(zip(names, map(float, values.half_variance), strict=True)),
             "streams": {  # a stream without targets in this batch (speech without transcript) has no loss
                 name: None if math.isnan(value) else float(value)
-                for name, value in zip(stream_names(len(values.streams)), values.streams, strict=True)
+                for name, value in zip(names, values.streams, strict=True)
             },
             "grad_norm": float(values.grad_norm),
             "lr": {group: float(rate) for group, rate in values.rates.items()},

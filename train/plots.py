@@ -11,7 +11,7 @@ import numpy as np
 
 from ttt_jax.files import write_atomically
 
-SMOOTHING = 20  # metric lines over which curves are averaged
+SMOOTHING = 10  # metric lines over which curves are averaged
 
 
 def loss_curve(lines: Sequence[dict[str, Any]], baseline: dict[str, float], path: Path) -> None:

@@ -1,7 +1,7 @@
 """Audio to code frames and back.
 
-    ttt_jax.codec.kmeans   the embedded codec: residual k-means over log-mel frames
-    ttt_jax.codec.phase    its way back from energies to a waveform
+ttt_jax.codec.kmeans   the embedded codec: residual k-means over log-mel frames
+ttt_jax.codec.phase    its way back from energies to a waveform
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ class KMeansCodec:
         self.num_bands = len(tensors["mel"])
         self.num_subframes = features // self.num_bands
         self._hop = self.frame_size // self.num_subframes
-        self.tensors: dict[str, np.ndarray] = {key: np.ascontiguousarray(tensors[key], dtype=np.float32) for key in _TENSORS}
+        self.tensors: dict[str, np.ndarray] = {
+            key: np.ascontiguousarray(tensors[key], dtype=np.float32) for key in _TENSORS
+        }
         self.digest: str = _digest(self.tensors, numbers)
         codebooks_QVF = self.tensors["codebooks"].astype(np.float64)
         self._codebooks_QVF = codebooks_QVF
@@ -269,7 +271,9 @@ def _check(tensors: dict[str, np.ndarray], metadata: dict[str, str], source: str
         and int(numbers["frame_size"]) % (shapes["mean"][0] // shapes["mel"][0]) == 0
     )
     if not fits or not all(np.isfinite(tensors[key]).all() for key in _TENSORS):
-        raise InputError(f"{source} has parameters that do not fit together or are not finite ({shapes}, {numbers}); {hint}")
+        raise InputError(
+            f"{source} has parameters that do not fit together or are not finite ({shapes}, {numbers}); {hint}"
+        )
     return numbers
 
 

@@ -62,7 +62,9 @@ def load_frames(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: str
         metadata = {"seconds": repr(seconds), "sha256": _checksum(frames, repr(seconds))}
         write_atomically(cached, safetensors.numpy.save({"frames": frames}, metadata=metadata))
     except OSError as error:
-        raise InputError(f"cache_dir {cache_dir} cannot be written ({error.strerror}): give a folder that can.") from error
+        raise InputError(
+            f"cache_dir {cache_dir} cannot be written ({error.strerror}): give a folder that can."
+        ) from error
     return frames
 
 
@@ -194,7 +196,9 @@ def _read_cached(path: Path, codec: Codec) -> tuple[np.ndarray, float] | None:
         with safetensors.safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
             frames = file.get_tensor("frames")
-        intact = metadata["sha256"] == _checksum(frames, metadata["seconds"]) and len(frames) == 1 + 2 * codec.num_codebooks
+        intact = (
+            metadata["sha256"] == _checksum(frames, metadata["seconds"]) and len(frames) == 1 + 2 * codec.num_codebooks
+        )
         return (frames, float(metadata["seconds"])) if intact else None
     except (OSError, safetensors.SafetensorError, KeyError, ValueError):
         return None

@@ -1,0 +1,113 @@
+"""One small TTT layer, its settings and what the tests of its laws call."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import reference_ttt
+from tests.drawing import pieces, quick_jit, random_like, random_params
+from ttt_jax.config import MoshiConfig, TTTConfig
+from ttt_jax.ttt.layer import TTTLayer, init_state
+
+TOL = 1e-10
+ROWS, FRAMES, DIM, HEADS = 2, 32, 16, 2
+NETWORKS = {"linear": (), "mlp2": (4,), "mlp3": (2, 2)}
+SIZES = [1, 4, 16, pytest.param(64, marks=pytest.mark.slow)]
+
+networks = pytest.mark.parametrize("hidden", NETWORKS.values(), ids=NETWORKS.keys())
+sizes = pytest.mark.parametrize("mini_batch", SIZES)
+# Every length of a call compiles anew, so splits are drawn for these; the whole grid is slow.
+SPLIT = {((), 1), ((4,), 4), ((4,), 16), ((2, 2), 4)}
+split_grid = pytest.mark.parametrize(
+    ("hidden", "mini_batch"),
+    [
+        pytest.param(hidden, b, id=f"{name}-{b}", marks=() if (hidden, b) in SPLIT else pytest.mark.slow)
+        for name, hidden in NETWORKS.items()
+        for b in (1, 4, 16, 64)
+    ],
+)
+# Laws that hold by the same lines of code for every network are tried on one pair each of b = 1, inside and across.
+pairs = pytest.mark.parametrize(
+    ("hidden", "mini_batch"), [((), 1), ((4,), 4), ((2, 2), 16)], ids=["linear-1", "mlp2-4", "mlp3-16"]
+)
+
+
+def config(hidden=(4,), mini_batch=4, dtype="float64", **ttt) -> MoshiConfig:
+    return MoshiConfig(
+        dim=DIM,
+        num_heads=HEADS,
+        num_layers=1,
+        dtype=dtype,
+        ttt=TTTConfig(layers="0", hidden=hidden, mini_batch=mini_batch, **ttt),
+    )
+
+
+def apply(params, x, mask, state, cfg):
+    return TTTLayer(cfg).apply({"params": params}, x, mask, state)
+
+
+call = quick_jit(apply, static_argnames="cfg")
+
+
+@partial(quick_jit, static_argnames="cfg")
+def value_and_grads(params, x, mask, state, weights, cfg):
+    """A loss that reads outputs and state alike, and its gradients to parameters, x and the carried weights."""
+
+    def loss(params, x, moved):
+        out, new = apply(params, x, mask, state._replace(displacement=moved[0], open_sum=moved[1]), cfg)
+        return sum(
+            (a * b).sum() for a, b in zip(jax.tree.leaves((out, new[:2])), jax.tree.leaves(weights), strict=True)
+        )
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2))(params, x, state[:2])
+
+
+@cache
+def init_shapes(cfg):
+    x, mask = jnp.zeros((1, 1, cfg.dim), cfg.dtype), jnp.ones((1, 1), bool)
+    return jax.eval_shape(lambda key: TTTLayer(cfg).init(key, x, mask, init_state(cfg, 1))["params"], jax.random.key(0))
+
+
+def setting(cfg, seed, frames=FRAMES, rows=ROWS):
+    """Random parameters and hidden vectors, and the generator for more."""
+    rng = np.random.default_rng(seed)
+    return (
+        random_params(init_shapes(cfg), rng, cfg.dtype),
+        jnp.asarray(rng.standard_normal((rows, frames, cfg.dim)), cfg.dtype),
+        rng,
+    )
+
+
+def carried_state(cfg, rng, rows=ROWS):
+    """A state that a stream could have left: weights moved, rows at phases of their own."""
+    b = cfg.ttt.mini_batch
+    state = init_state(cfg, rows)
+    count = rng.integers(0, 3 * b, rows)
+    moved = jax.tree.map(lambda d: 0.2 * d, random_like(state.displacement, rng))
+    inside = lambda s: 0.2 * s * jnp.asarray(count % b > 0, s.dtype).reshape(-1, *(1,) * (s.ndim - 1))  # noqa: E731
+    open_sum = jax.tree.map(inside, random_like(state.open_sum, rng))
+    return state._replace(displacement=moved, open_sum=open_sum, count=jnp.asarray(count, jnp.int32))
+
+
+def run_split(params, x, mask, state, cfg, parts):
+    outs = []
+    for piece in pieces(parts):
+        out, state = call(params, x[:, piece], mask[:, piece], state, cfg=cfg)
+        outs.append(out)
+    return jnp.concatenate(outs, 1), state
+
+
+def reference(params, x, mask, state, cfg):
+    return reference_ttt.ttt_layer(
+        params,
+        np.asarray(x, np.float64),
+        np.asarray(mask),
+        state,
+        heads=cfg.num_heads,
+        mini_batch=cfg.ttt.mini_batch,
+        base_lr=cfg.ttt.resolved_base_lr,
+        pre_norm=cfg.ttt.pre_norm,
+    )

@@ -1,0 +1,137 @@
+"""What a configuration means and what it refuses, in one sentence that names the field."""
+
+import dataclasses
+
+import pytest
+
+from ttt_jax.config import (
+    MODEL_PRESETS,
+    DepthConfig,
+    TTTConfig,
+    default_base_lr,
+    model_preset,
+    parse_layers,
+)
+from ttt_jax.errors import InputError
+
+TINY = MODEL_PRESETS["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("29,30,31", (29, 30, 31)),
+        ("25-30", (25, 26, 27, 28, 29, 30)),
+        ("-1", (31,)),
+        ("-32", (0,)),
+        ("middle", (16,)),
+        ("all", tuple(range(32))),
+        ("none", ()),
+        (" 3 , 1,1-2", (1, 2, 3)),
+        ("0,-1", (0, 31)),
+    ],
+)
+def test_layer_names(text, layers):
+    assert parse_layers(text, 32) == layers
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("32", "names layer 32, but the model has layers 0 to 31"),
+        ("-33", "names layer -1, but the model has layers 0 to 31"),
+        ("30-40", "names layer 40"),
+        ("5-3", "has the empty range 5-3"),
+        ("last", 'ttt.layers="last" cannot be read'),
+        ("", 'ttt.layers="" cannot be read'),
+        ("1,,2", "cannot be read"),
+        ("1.5", "cannot be read"),
+    ],
+)
+def test_impossible_layers_are_refused(text, said):
+    with pytest.raises(InputError) as error:
+        parse_layers(text, 32)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: TTTConfig(mini_batch=0), "ttt.mini_batch=0"),
+        (lambda: TTTConfig(remat_group=0), "ttt.remat_group=0"),
+        (lambda: TTTConfig(hidden=(4, 0)), "ttt.hidden=(4, 0)"),
+        (lambda: TTTConfig(base_lr=-0.1), "ttt.base_lr=-0.1"),
+        (lambda: TTTConfig(base_lr=float("nan")), "ttt.base_lr=nan"),
+        (lambda: DepthConfig(dim=0), "depth.dim=0"),
+        (lambda: DepthConfig(dim=10, num_heads=3), "depth.num_heads=3"),
+        (lambda: dataclasses.replace(TINY, num_layers=0), "model.num_layers=0"),
+        (lambda: dataclasses.replace(TINY, context=0), "model.context=0"),
+        (lambda: dataclasses.replace(TINY, dim=130), "model.dim=130"),
+        (lambda: dataclasses.replace(TINY, dim=12), "odd head width 3"),
+        (lambda: dataclasses.replace(TINY, dep_q=17), "model.dep_q=17"),
+        (lambda: dataclasses.replace(TINY, n_q=8), "model.delays="),
+        (lambda: dataclasses.replace(TINY, delays=(0,) + 16 * (-1,)), "model.delays="),
+        (lambda: dataclasses.replace(TINY, delays=(1,) + 16 * (1,)), "model.delays[0]=1"),
+        (lambda: dataclasses.replace(TINY, layer_context=((3, 10),)), "model.layer_context=(3, 10)"),
+        (lambda: dataclasses.replace(TINY, layer_context=((0, 0),)), "model.layer_context=(0, 0)"),
+        (
+            lambda: dataclasses.replace(TINY, ttt=TTTConfig(layers="3")),
+            "names layer 3, but the model has layers 0 to 2",
+        ),
+    ],
+)
+def test_refused_settings_name_field_and_value(build, said):
+    with pytest.raises(InputError) as error:
+        build()
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_preset_gets_a_suggestion():
+    with pytest.raises(InputError, match='unknown preset "smal": choose one of tiny, small, moshi-7b.*"small"'):
+        model_preset("smal")
+    with pytest.raises(InputError) as error:
+        model_preset("xyz")
+    assert "Perhaps" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", MODEL_PRESETS)
+def test_presets_are_found_by_name(name):
+    assert model_preset(name) is MODEL_PRESETS[name]
+
+
+def test_seven_billion_preset_has_the_shape_of_moshi():
+    cfg = model_preset("moshi-7b")
+    assert (cfg.dim, cfg.num_layers, cfg.num_heads, cfg.context, cfg.card, cfg.text_card) == (
+        4096,
+        32,
+        32,
+        3000,
+        2048,
+        32000,
+    )
+    assert cfg.delays == (0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1)
+    assert (cfg.num_streams, cfg.dep_q, cfg.max_delay, cfg.head_dim) == (17, 8, 1, 128)
+
+
+def test_runs_are_the_longest_stretches_of_equal_layers():
+    cfg = dataclasses.replace(TINY, num_layers=7, ttt=TTTConfig(layers="2-4"), layer_context=((4, 9), (6, 9)))
+    got = [(run.name, run.has_ttt, run.context) for run in cfg.runs]
+    assert got == [
+        ("layers_00_01", False, 64),
+        ("layers_02_03", True, 64),
+        ("layers_04_04", True, 9),
+        ("layers_05_05", False, 64),
+        ("layers_06_06", False, 9),
+    ]
+
+
+def test_configurations_are_hashable_values():
+    assert hash(dataclasses.replace(TINY)) == hash(TINY)
+    assert TTTConfig(layers="0", hidden=(2, 3)) == TTTConfig(layers="0", hidden=(2, 3)) != TTTConfig(layers="0")
+
+
+def test_default_rate_bounds_the_sum_of_a_mini_batch():
+    assert [default_base_lr(b) for b in (1, 8, 16, 64)] == [1.0, 1.0, 0.5, 0.125]
+    assert TTTConfig(mini_batch=16).resolved_base_lr == 0.5
+    assert TTTConfig(mini_batch=16, base_lr=0.0).resolved_base_lr == 0.0
