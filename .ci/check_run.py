@@ -18,10 +18,14 @@ def main(run: Path) -> None:
         expect(abs(loss / expected - 1) < 0.05, f"initial loss of {name} is {loss:.3f}, expected {expected:.3f}")
     gain = results["against_unigram"]
     for name, least in {"text": 0.3, "codebook 1": 0.3, "codebook 2": 0.1}.items():
-        expect(gain[name]["mean"] >= least, f"{name} beats the unigram model by {gain[name]['mean']:.3f} nats, not {least}")
+        expect(
+            gain[name]["mean"] >= least, f"{name} beats the unigram model by {gain[name]['mean']:.3f} nats, not {least}"
+        )
     for name, value in gain.items():
         expect(value["mean"] > -0.02, f"{name} is {-value['mean']:.3f} nats worse than the unigram model")
-    expect(gain["mean"]["low"] > 0, f"the mean over streams is not clearly better than the unigram model: {gain['mean']}")
+    expect(
+        gain["mean"]["low"] > 0, f"the mean over streams is not clearly better than the unigram model: {gain['mean']}"
+    )
     cost = results["cost"]
     expect(cost["seconds"] <= 300, f"the run took {cost['seconds']:.0f} s, more than 300")
     expect(cost["peak_gigabytes"] <= 4, f"the run took {cost['peak_gigabytes']:.1f} GB of memory, more than 4")

@@ -44,7 +44,8 @@ def parts(codec):
 def test_streaming_in_blocks_gives_the_codes_of_offline_encoding(codec, speech, frames):
     padded = np.pad(speech, (0, 100))
     offline = codec.encode(speech)
-    assert offline.shape == (8, 75) and offline.dtype == np.int32
+    assert offline.shape == (8, 75)
+    assert offline.dtype == np.int32
     np.testing.assert_array_equal(stream(codec, padded, frames), offline)
 
 
@@ -93,7 +94,8 @@ def test_silence_decodes_to_silence(codec):
 def test_decoded_audio_has_whole_frames_and_is_reproducible(codec, speech):
     codes = codec.encode(speech)[:, :20]
     audio = codec.decode(codes)
-    assert audio.shape == (20 * codec.frame_size,) and audio.dtype == np.float32
+    assert audio.shape == (20 * codec.frame_size,)
+    assert audio.dtype == np.float32
     np.testing.assert_array_equal(codec.decode(codes), audio)
     assert codec.decode(codes[:, :1]).shape == (codec.frame_size,)
     assert codec.decode(codes[:, :0]).shape == (0,)
@@ -126,7 +128,8 @@ def test_the_shipped_file_is_small_and_named_for_what_it_is(codec):
     assert EMBEDDED.stat().st_size <= 1_000_000
     assert codec.name == f"melkmeans-{codec.num_codebooks}x{codec.cardinality}"
     assert (codec.num_codebooks, codec.frame_rate, codec.sample_rate) == (8, 12.5, 16000)
-    assert "SA" in codec.metadata["licence"] and (EMBEDDED.parent / "NOTICE").is_file()
+    assert "SA" in codec.metadata["licence"]
+    assert (EMBEDDED.parent / "NOTICE").is_file()
 
 
 def test_digest_follows_the_parameters_and_nothing_else(codec):
@@ -142,7 +145,8 @@ def test_digest_follows_the_parameters_and_nothing_else(codec):
 def test_saved_codec_is_the_same_codec(codec, speech, tmp_path):
     codec.save(tmp_path / "copy.safetensors")
     copy = load_codec(tmp_path / "copy.safetensors")
-    assert copy.digest == codec.digest and copy.metadata == codec.metadata
+    assert copy.digest == codec.digest
+    assert copy.metadata == codec.metadata
     assert [path.name for path in tmp_path.iterdir()] == ["copy.safetensors"]
     np.testing.assert_array_equal(copy.encode(speech[:5000]), codec.encode(speech[:5000]))
 

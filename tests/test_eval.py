@@ -59,7 +59,9 @@ def test_each_token_is_scored_against_itself(files, scores):
 
 def test_reset_differs_from_persist_only_after_the_first_chunk(scores):
     persist, reset = scores["persist"].nats, scores["reset"].nats
-    np.testing.assert_allclose(persist[:, :, :CHUNK], reset[:, :, :CHUNK], atol=5e-6)  # rounding: XLA may branch on a reset
+    np.testing.assert_allclose(
+        persist[:, :, :CHUNK], reset[:, :, :CHUNK], atol=5e-6
+    )  # rounding: XLA may branch on a reset
     assert np.nanmax(np.abs(persist - reset)[:, :, CHUNK:]) > 1e-3
 
 
@@ -76,7 +78,9 @@ def test_off_does_not_depend_on_the_ttt_layers(params, files, scores):
 
     other = jax.tree_util.tree_map_with_path(scramble, params)
     np.testing.assert_array_equal(stream(other, files, "off", CHUNK, MODEL).nats, scores["off"].nats)
-    assert not np.array_equal(stream(other, files, "persist", CHUNK, MODEL).nats, scores["persist"].nats, equal_nan=True)
+    assert not np.array_equal(
+        stream(other, files, "persist", CHUNK, MODEL).nats, scores["persist"].nats, equal_nan=True
+    )
 
 
 def test_arms_leave_the_parameters_as_they_are(params):
@@ -138,7 +142,8 @@ def test_results_say_what_was_measured(files, scores, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("gain", "said"), [(0.01, "lowers the loss by 0.0100"), (-0.01, "raises the loss by 0.0100"), (0.0, "no clear difference")]
+    ("gain", "said"),
+    [(0.01, "lowers the loss by 0.0100"), (-0.01, "raises the loss by 0.0100"), (0.0, "no clear difference")],
 )
 def test_the_verdict_follows_the_interval(gain, said):
     rng = np.random.default_rng(0)

@@ -76,7 +76,8 @@ def test_rows_are_text_then_left_then_right_channel(codec, tmp_path):
     stereo = np.stack([babble(2.0, 0), babble(2.0, 1)], axis=1)
     words = [["ab", [0.5, 0.9], "SPEAKER_MAIN"], ["no", [1.0, 1.2], "SPEAKER_OTHER"]]
     frames = frames_of(write_entry(tmp_path, stereo, words=words), codec, tmp_path / "cache")
-    assert frames.shape == (17, 25) and frames.dtype == np.int32
+    assert frames.shape == (17, 25)
+    assert frames.dtype == np.int32
     np.testing.assert_array_equal(frames[1:9], codec.encode(stereo[:, 0]))
     np.testing.assert_array_equal(frames[9:], codec.encode(stereo[:, 1]))
     expected = np.full(25, PAD)
@@ -183,7 +184,8 @@ def test_codes_made_elsewhere_are_accepted(codec, tmp_path, rows, origin):
     manifest = write_codes(tmp_path, codes, codec, codec=getattr(codec, origin))
     (tmp_path / "a.json").write_text(json.dumps({"alignments": [["x", [1.0, 1.1], "SPEAKER_MAIN"]]}))
     frames = frames_of(manifest, codec, tmp_path / "cache")
-    assert frames.shape == (17, 30) and frames.dtype == np.int32
+    assert frames.shape == (17, 30)
+    assert frames.dtype == np.int32
     own, other = (codes[1:9], codes[9:]) if rows == 17 else (codes[:8], codes[8:])
     np.testing.assert_array_equal(frames[1:9], own)
     silence = codec.encode(np.zeros(30 * codec.frame_size, np.float32))

@@ -74,7 +74,7 @@ def test_reference_gradient_equals_finite_differences(hidden):
 def test_parallel_form_equals_written_out_descent(hidden, mini_batch, x64, seed):
     cfg = config(hidden, mini_batch)
     params, x, _ = setting(cfg, seed)
-    state, mask = init_state(cfg, ROWS), jnp.ones((ROWS, FRAMES), bool)
+    state, mask = init_state(cfg, ROWS), np.ones((ROWS, FRAMES), bool)
     assert_close(call(params, x, mask, state, cfg=cfg), reference(params, x, mask, state, cfg), TOL)
 
 
@@ -84,14 +84,14 @@ def test_parallel_form_equals_written_out_descent(hidden, mini_batch, x64, seed)
 def test_masked_rows_at_different_phases_equal_written_out_descent(hidden, mini_batch, x64, seed):
     cfg = config(hidden, mini_batch)
     params, x, rng = setting(cfg, seed)
-    state, mask = carried_state(cfg, rng), jnp.asarray(random_mask(rng, (ROWS, FRAMES)))
+    state, mask = carried_state(cfg, rng), random_mask(rng, (ROWS, FRAMES))
     assert_close(call(params, x, mask, state, cfg=cfg), reference(params, x, mask, state, cfg), TOL)
 
 
 def test_layer_without_pre_norm_equals_written_out_descent(x64):
     cfg = config(pre_norm=False, base_lr=0.3)
     params, x, _ = setting(cfg, 1)
-    state, mask = init_state(cfg, ROWS), jnp.ones((ROWS, FRAMES), bool)
+    state, mask = init_state(cfg, ROWS), np.ones((ROWS, FRAMES), bool)
     assert_close(call(params, x, mask, state, cfg=cfg), reference(params, x, mask, state, cfg), TOL)
 
 
@@ -99,7 +99,7 @@ def test_layer_without_pre_norm_equals_written_out_descent(x64):
 def test_outer_gradients_equal_finite_differences(hidden, mini_batch, x64):
     cfg = config(hidden, mini_batch)
     params, x, rng = setting(cfg, 2)
-    state, mask = carried_state(cfg, rng), jnp.asarray(random_mask(rng, (ROWS, FRAMES)))
+    state, mask = carried_state(cfg, rng), random_mask(rng, (ROWS, FRAMES))
     weights = random_like((x, state[:2]), rng)
     point = (params, x, tuple(state[:2]))
     _, grads = value_and_grads(params, x, mask, state, weights, cfg=cfg)
@@ -124,7 +124,7 @@ def test_outer_gradients_equal_finite_differences(hidden, mini_batch, x64):
 def test_any_split_gives_the_same_outputs_and_state(hidden, mini_batch, x64, seed, parts):
     cfg = config(hidden, mini_batch)
     params, x, rng = setting(cfg, seed)
-    state, mask = carried_state(cfg, rng), jnp.asarray(random_mask(rng, (ROWS, FRAMES)))
+    state, mask = carried_state(cfg, rng), random_mask(rng, (ROWS, FRAMES))
     assert_close(run_split(params, x, mask, state, cfg, parts), call(params, x, mask, state, cfg=cfg), TOL)
 
 
@@ -137,7 +137,7 @@ def test_any_split_gives_the_same_outputs_and_state(hidden, mini_batch, x64, see
 def test_any_split_gives_the_same_gradients(hidden, mini_batch, x64, seed, parts):
     cfg = config(hidden, mini_batch)
     params, x, rng = setting(cfg, seed)
-    state, mask = carried_state(cfg, rng), jnp.asarray(random_mask(rng, (ROWS, FRAMES)))
+    state, mask = carried_state(cfg, rng), random_mask(rng, (ROWS, FRAMES))
     weights = random_like((x, state[:2]), rng)
 
     starts = [state]
@@ -146,11 +146,11 @@ def test_any_split_gives_the_same_gradients(hidden, mini_batch, x64, seed, parts
     # The chain rule over the calls, the last one first.
     of_params, of_x, of_carried = jax.tree.map(jnp.zeros_like, params), [], weights[1]
     for piece, start in zip(pieces(parts)[::-1], starts[-2::-1], strict=True):
-        ahead = (weights[0][:, piece], of_carried)
+        ahead = (np.asarray(weights[0])[:, piece], of_carried)
         _, (here, of_frames, of_carried) = value_and_grads(params, x[:, piece], mask[:, piece], start, ahead, cfg=cfg)
         of_params = jax.tree.map(jnp.add, of_params, here)
-        of_x.insert(0, of_frames)
-    got = (of_params, jnp.concatenate(of_x, 1), of_carried)
+        of_x.insert(0, np.asarray(of_frames))
+    got = (of_params, np.concatenate(of_x, 1), of_carried)
     assert_close(got, value_and_grads(params, x, mask, state, weights, cfg=cfg)[1], TOL)
 
 
@@ -158,7 +158,7 @@ def test_any_split_gives_the_same_gradients(hidden, mini_batch, x64, seed, parts
 def test_streaming_equals_one_chunk_in_float32_over_256_frames(mini_batch):
     cfg = config(mini_batch=mini_batch, dtype="float32")
     params, x, _ = setting(cfg, 3, frames=256)
-    state, mask = init_state(cfg, ROWS), jnp.ones((ROWS, 256), bool)
+    state, mask = init_state(cfg, ROWS), np.ones((ROWS, 256), bool)
     whole = call(params, x, mask, state, cfg=cfg)
     for parts in [(1,) * 256, (21, 3) * 10 + (16,)]:
         streamed = run_split(params, x, mask, state, cfg, parts)
@@ -175,10 +175,10 @@ def test_streaming_equals_one_chunk_in_float32_over_256_frames(mini_batch):
 def test_a_frame_changes_nothing_before_it_and_everything_from_it_on(hidden, mini_batch, x64, seed, frame):
     cfg = config(hidden, mini_batch)
     params, x, rng = setting(cfg, seed)
-    state, mask = carried_state(cfg, rng), jnp.ones((ROWS, FRAMES), bool)
-    changed = x.at[0, frame].set(jnp.asarray(rng.standard_normal(DIM)))
-    out, _ = call(params, x, mask, state, cfg=cfg)
-    other, _ = call(params, changed, mask, state, cfg=cfg)
+    state, mask = carried_state(cfg, rng), np.ones((ROWS, FRAMES), bool)
+    changed = x.copy()
+    changed[0, frame] = rng.standard_normal(DIM)
+    out, other = (np.asarray(call(params, y, mask, state, cfg=cfg)[0]) for y in (x, changed))
     assert_same_bits(other[:, :frame], out[:, :frame])
     assert (other[0, frame:] != out[0, frame:]).any(-1).all()
 
@@ -192,14 +192,15 @@ def test_rows_are_independent(hidden, mini_batch, x64, seed):
     cfg = config(hidden, mini_batch)
     params, x, rng = setting(cfg, seed)
     state, mask = carried_state(cfg, rng), random_mask(rng, (ROWS, FRAMES))
-    changed = x.at[1].set(jnp.asarray(rng.standard_normal(x.shape[1:])))
+    changed = x.copy()
+    changed[1] = rng.standard_normal(x.shape[1:])
     fresh = jax.tree.map(lambda s: s.at[1].set(0), state)
     other_mask = mask.copy()
     other_mask[1] = rng.random(FRAMES) < 0.5
     first = lambda tree: jax.tree.map(lambda leaf: leaf[:1], tree)  # noqa: E731
-    out = first(call(params, x, jnp.asarray(mask), state, cfg=cfg))
-    assert_same_bits(first(call(params, changed, jnp.asarray(other_mask), fresh, cfg=cfg)), out)
-    assert_close(call(params, x[:1], jnp.asarray(mask[:1]), first(state), cfg=cfg), out, TOL)
+    out = first(call(params, x, mask, state, cfg=cfg))
+    assert_same_bits(first(call(params, changed, other_mask, fresh, cfg=cfg)), out)
+    assert_close(call(params, x[:1], mask[:1], first(state), cfg=cfg), out, TOL)
 
 
 @pairs
@@ -207,9 +208,9 @@ def test_rows_are_independent(hidden, mini_batch, x64, seed):
 def test_content_of_masked_frames_changes_no_bit(hidden, mini_batch, x64, seed):
     cfg = config(hidden, mini_batch)
     params, x, rng = setting(cfg, seed)
-    state, mask = carried_state(cfg, rng), jnp.asarray(random_mask(rng, (ROWS, FRAMES)) & (np.arange(FRAMES) != 5))
+    state, mask = carried_state(cfg, rng), random_mask(rng, (ROWS, FRAMES)) & (np.arange(FRAMES) != 5)
     weights = random_like((x, state[:2]), rng)
-    poisoned = jnp.where(mask[..., None], x, jnp.asarray(rng.choice([np.nan, np.inf, 1e300], x.shape)))
+    poisoned = np.where(mask[..., None], x, rng.choice([np.nan, np.inf, 1e300], x.shape))
     out, new = call(params, poisoned, mask, state, cfg=cfg)
     assert_same_bits((out, new), call(params, x, mask, state, cfg=cfg))
     assert (np.asarray(out)[~np.asarray(mask)] == 0).all()
@@ -226,17 +227,17 @@ def test_gaps_equal_the_compacted_sequence(hidden, mini_batch, x64, seed):
     params, x, rng = setting(cfg, seed)
     state, mask = carried_state(cfg, rng), random_mask(rng, (ROWS, FRAMES))
     order = np.argsort(~mask, 1, kind="stable")
-    packed = jnp.take_along_axis(x, order[..., None], 1)
-    out, new = call(params, x, jnp.asarray(mask), state, cfg=cfg)
-    compact, compact_new = call(params, packed, jnp.asarray(np.take_along_axis(mask, order, 1)), state, cfg=cfg)
-    assert_close((jnp.take_along_axis(out, order[..., None], 1), new), (compact, compact_new), TOL)
+    packed = np.take_along_axis(x, order[..., None], 1)
+    out, new = call(params, x, mask, state, cfg=cfg)
+    compact, compact_new = call(params, packed, np.take_along_axis(mask, order, 1), state, cfg=cfg)
+    assert_close((np.take_along_axis(np.asarray(out), order[..., None], 1), new), (compact, compact_new), TOL)
 
 
 def test_a_call_without_valid_frames_leaves_the_state(x64):
     cfg = config()
     params, x, rng = setting(cfg, 4)
     state = carried_state(cfg, rng)
-    out, new = call(params, x * jnp.nan, jnp.zeros((ROWS, FRAMES), bool), state, cfg=cfg)
+    out, new = call(params, x * np.nan, np.zeros((ROWS, FRAMES), bool), state, cfg=cfg)
     assert_same_bits(new, state)
     assert (out == 0).all()
 
@@ -250,7 +251,7 @@ def test_parameters_keep_their_bits(x64):
     before = digest(params)
     state = init_state(cfg, ROWS)
     for frame in range(6):
-        _, state = call(params, x[:, frame : frame + 1], jnp.ones((ROWS, 1), bool), state, cfg=cfg)
+        _, state = call(params, x[:, frame : frame + 1], np.ones((ROWS, 1), bool), state, cfg=cfg)
     assert digest(state) != digest(init_state(cfg, ROWS))
     assert digest(params) == before
 
@@ -260,7 +261,7 @@ def test_closed_gate_returns_the_input_exactly(dtype):
     cfg = config(dtype=dtype)
     params, x, rng = setting(cfg, 6)
     params["gate"] = jnp.zeros_like(params["gate"])
-    out, _ = call(params, x, jnp.ones((ROWS, FRAMES), bool), carried_state(cfg, rng), cfg=cfg)
+    out, _ = call(params, x, np.ones((ROWS, FRAMES), bool), carried_state(cfg, rng), cfg=cfg)
     assert_same_bits(out, x)
 
 
@@ -268,7 +269,7 @@ def test_closed_gate_returns_the_input_exactly(dtype):
 def test_no_rate_leaves_the_base_weights(hidden, x64):
     cfg = config(hidden, base_lr=0.0)
     params, x, _ = setting(cfg, 7)
-    mask = jnp.ones((ROWS, FRAMES), bool)
+    mask = np.ones((ROWS, FRAMES), bool)
     out, new = call(params, x, mask, init_state(cfg, ROWS), cfg=cfg)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(new[:2]))
     # What does not learn sees each frame alone: the last one gives the same without those before.
@@ -281,8 +282,8 @@ def test_no_rate_leaves_the_base_weights(hidden, x64):
 def test_rate_decides_whether_the_inner_loss_of_a_repeated_frame_falls(hidden, base_lr, x64):
     cfg = config(hidden, base_lr=base_lr)
     params, x, _ = setting(cfg, 8)
-    repeated = jnp.broadcast_to(x[:, :1], x.shape)
-    _, state = call(params, repeated, jnp.ones((ROWS, FRAMES), bool), init_state(cfg, ROWS), cfg=cfg)
+    repeated = np.broadcast_to(x[:, :1], x.shape)
+    _, state = call(params, repeated, np.ones((ROWS, FRAMES), bool), init_state(cfg, ROWS), cfg=cfg)
     p = {name: np.asarray(value) for name, value in params.items()}
     for row in range(ROWS):
         _, k, t, _ = reference_ttt.frame_inputs(p, np.asarray(x[row, 0]), HEADS, base_lr, True)
@@ -301,7 +302,7 @@ def test_rate_decides_whether_the_inner_loss_of_a_repeated_frame_falls(hidden, b
 def test_gradient_reaches_the_base_weights_past_a_cut_state(hidden, mini_batch, x64):
     cfg = config(hidden, mini_batch)
     params, x, rng = setting(cfg, 9)
-    mask, weights = jnp.ones((ROWS, 16), bool), jnp.asarray(rng.standard_normal((ROWS, 16, DIM)))
+    mask, weights = np.ones((ROWS, 16), bool), jnp.asarray(rng.standard_normal((ROWS, 16, DIM)))
     base = {name: value for name, value in params.items() if name.startswith("inner_")}
 
     def carried(base, run):

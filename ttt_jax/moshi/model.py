@@ -6,6 +6,7 @@ in the state, which it takes and returns. Parameters and states of equal layers 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +59,7 @@ class Outputs(NamedTuple):
     """Output of the temporal transformer after its norm, [B, T, dim]."""
 
 
+@partial(jax.jit, static_argnames="cfg")
 def init_params(cfg: MoshiConfig, key: jax.Array) -> Params:
     """Moshi's initialisation, float32 (float64 with a float64 model)."""
     text, audio, head, depth, *layers = jax.random.split(key, 4 + cfg.num_layers)
@@ -177,6 +179,7 @@ def text_logits(params: Params, hidden: jax.Array) -> jax.Array:
     return jnp.matmul(hidden, params["text_head"].astype(hidden.dtype), preferred_element_type=wide)
 
 
+@partial(jax.jit, static_argnames="cfg")
 def forward(
     params: Params, frames: jax.Array, mask: jax.Array, state: State, cfg: MoshiConfig
 ) -> tuple[Outputs, State]:
