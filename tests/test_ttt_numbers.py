@@ -36,15 +36,14 @@ from ttt_jax.ttt.layer import TTTLayer, init_state
 @pairs
 @pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "trained"])
 def test_silence_gives_finite_gradients(hidden, mini_batch, fresh):
-    # Without biases nothing but the epsilons bounds the slopes at 0, and every further mini-batch multiplies them.
-    cfg, frames = config(hidden, mini_batch, dtype="float32"), mini_batch if fresh else FRAMES
-    x, mask, state = jnp.zeros((ROWS, frames, DIM)), jnp.ones((ROWS, frames), bool), init_state(cfg, ROWS)
+    # With biases of 0 nothing but the epsilons would bound the slopes at 0, and every further mini-batch multiplies them.
+    cfg = config(hidden, mini_batch, dtype="float32")
+    x, mask, state = jnp.zeros((ROWS, FRAMES, DIM)), jnp.ones((ROWS, FRAMES), bool), init_state(cfg, ROWS)
     init = quick_jit(TTTLayer(cfg).init)
     params = init(jax.random.key(0), x, mask, state)["params"] if fresh else setting(cfg, 14)[0]
     weights = random_like((x, state[:2]), np.random.default_rng(0))
-    assert all(
-        np.isfinite(leaf).all() for leaf in jax.tree.leaves(value_and_grads(params, x, mask, state, weights, cfg=cfg))
-    )
+    leaves = jax.tree.leaves(value_and_grads(params, x, mask, state, weights, cfg=cfg))
+    assert max(np.abs(leaf).max() for leaf in leaves) < 1e9  # NaN fails too
 
 
 @pytest.mark.parametrize("frames", [1, 3, 21])

@@ -212,7 +212,7 @@ def forward(
         text_logits(params, hidden),
         audio.reshape(rows, length, cfg.dep_q, cfg.card),
         targets,
-        (targets >= 0) & (targets < cards) & mask[:, None],
+        (targets >= 0) & (targets < cards),  # masked frames have absent targets
         hidden,
     )
     return outputs, state._replace(history=history)
