@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ttt_jax.codec import EMBEDDED, Codec, load_codec
+from ttt_jax.codec import EMBEDDED
+from ttt_jax.codec.kmeans import KMeansCodec
 from ttt_jax.data.audio import read_audio
 from ttt_jax.data.manifest import Entry, Word, read_alignments, read_manifest
 
@@ -27,11 +28,11 @@ SMOOTHING = 8.0  # frames' worth of unigram that every bigram row starts with
 def main() -> None:
     """Prints all figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--codec", default="kmeans")
+    parser.add_argument("--codec", type=Path, default=EMBEDDED, help="file of a k-means codec")
     parser.add_argument("--corpus", type=Path, default=EMBEDDED.parents[1])
     parser.add_argument("--utterances", type=int, default=60, help="English utterances for the recogniser")
     args = parser.parse_args()
-    codec = load_codec(args.codec)
+    codec = KMeansCodec.load(args.codec)
     entries = {split: read_manifest(args.corpus / f"{split}.jsonl") for split in ("train", "heldout")}
     voices = {split: [read_audio(e.path, codec.sample_rate)[0] for e in some] for split, some in entries.items()}
     print(f"{codec.name}, digest {codec.digest[:16]}, {codec.num_codebooks} codebooks of {codec.cardinality} entries")
@@ -47,7 +48,7 @@ def main() -> None:
     print_recognition(codec, english, args.utterances)
 
 
-def print_variance(codec: Codec, voices: dict[str, list], codes: dict[str, list]) -> None:
+def print_variance(codec: KMeansCodec, voices: dict[str, list], codes: dict[str, list]) -> None:
     """Share of the features' variance (about the mean) that is left after each codebook."""
     for split in voices:
         features = np.concatenate([codec.features(voice) for voice in voices[split]])
@@ -62,7 +63,7 @@ def print_variance(codec: Codec, voices: dict[str, list], codes: dict[str, list]
         print(f"{split}: variance left after each codebook: {shares}; after all {DECIBEL * left[-1] ** 0.5:.2f} dB rms")
 
 
-def print_decoding(codec: Codec, voices: list[np.ndarray], codes: list[np.ndarray]) -> None:
+def print_decoding(codec: KMeansCodec, voices: list[np.ndarray], codes: list[np.ndarray]) -> None:
     """Log-spectral distance of decoded speech to the original, beside that of shuffled frames."""
     rng, elapsed, squares = np.random.default_rng(0), 0.0, {"decoded": [], "shuffled": []}
     seconds = 0.0
@@ -81,7 +82,7 @@ def print_decoding(codec: Codec, voices: list[np.ndarray], codes: list[np.ndarra
     print(", ".join(f"{name} {value:.1f}" for name, value in distances.items()))
 
 
-def print_entropies(codec: Codec, train: list[np.ndarray], heldout: list[np.ndarray]) -> None:
+def print_entropies(codec: KMeansCodec, train: list[np.ndarray], heldout: list[np.ndarray]) -> None:
     """Nats per held-out code from counts of the training files, and what one known code takes off.
 
     Contexts: the same codebook and the first codebook in the frame before, the codebook above in the same frame.
@@ -112,7 +113,7 @@ def print_entropies(codec: Codec, train: list[np.ndarray], heldout: list[np.ndar
         print(f"{codebook + 1:8d}  {unigram:7.2f}  {unigram - same:18.2f}  {unigram - first:19.2f}  {above:>26}")
 
 
-def print_recognition(codec: Codec, recordings: list[tuple[Entry, np.ndarray]], limit: int) -> None:
+def print_recognition(codec: KMeansCodec, recordings: list[tuple[Entry, np.ndarray]], limit: int) -> None:
     """What pocketsphinx understands of the original, of decoded codes and of decoded codes in shuffled order."""
     try:
         from pocketsphinx import Decoder

@@ -4,7 +4,7 @@ Downloads the packages of ``sources.json`` with apt-get (Debian bookworm) into D
 joins prompts of one voice into files of one to two minutes and writes, beside this script, ``voices/<voice>/`` (Ogg Opus,
 word alignments, LICENSE, NOTICE) and the manifests ``train.jsonl`` and ``heldout.jsonl``. Needs numpy, soundfile and, for
 this script alone, PyPI's G722 and pocketsphinx. The same sources and seed give the same files. Afterwards run
-``python -m corpus.fit_tokenizer``.
+``python -m corpus.fit_tokenizer`` and ``python -m corpus.fit_codec``.
 """
 
 from __future__ import annotations

@@ -4,11 +4,15 @@ Residual k-means, one codebook after the other: k-means++ starts, Lloyd's iterat
 coded frames, the best of several starts. One entry of the first codebook is pinned to digital silence and one entry of every
 later codebook to zero, so that silence has one exact code. Deterministic: equal recordings give equal parameters on one
 machine.
+
+For other recordings name their ``--manifest``, where the codec goes (``--out``) and what its file says of itself:
+``--name``, ``--licence``, ``--fitted-to``.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,35 +35,54 @@ CARDINALITY = 64
 STARTS = 3
 ITERATIONS = 40
 
+MANIFEST = EMBEDDED.parents[1] / "train.jsonl"
+OF_EMBEDDED = {  # true of no other recordings
+    "out": EMBEDDED,
+    "name": f"melkmeans-{NUM_CODEBOOKS}x{CARDINALITY}",
+    "licence": "CC-BY-SA-3.0",
+    "fitted_to": "the training recordings of the embedded corpus (see NOTICE)",
+}
 
-def main() -> None:
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Fits the codec, writes it and prints how much each codebook explains."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--manifest", type=Path, default=EMBEDDED.parents[1] / "train.jsonl")
-    parser.add_argument("--out", type=Path, default=EMBEDDED)
-    args = parser.parse_args()
+    parser.add_argument("--manifest", type=Path, default=MANIFEST, help="recordings; unset: the embedded corpus")
+    told = parser.add_argument_group("the codec's file (all four are needed with another manifest)")
+    told.add_argument("--out", type=Path, help="where it is written")
+    told.add_argument("--name", help="the codec's name, printed with every result")
+    told.add_argument("--licence", help="terms of the recordings, which those of the codec follow")
+    told.add_argument("--fitted-to", help="what the recordings are")
+    args = parser.parse_args(argv)
+    missing = [f"--{key.replace('_', '-')}" for key in OF_EMBEDDED if getattr(args, key) is None]
+    if missing and args.manifest.resolve() != MANIFEST.resolve():
+        parser.error(
+            f"{args.manifest} is not the embedded corpus, so where the codec goes and what its file says must be told:"
+            f" give {', '.join(missing)}."
+        )
+    about = {key: default if getattr(args, key) is None else getattr(args, key) for key, default in OF_EMBEDDED.items()}
+    out = about.pop("out")
     try:
         voices = [read_audio(entry.path, SAMPLE_RATE)[0] for entry in read_manifest(args.manifest)]
     except InputError as error:
         parser.error(str(error))
-    codec = fit(voices)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    codec.save(args.out)
-    size = args.out.stat().st_size
-    print(f"{args.out}: {codec.name}, {size} bytes, digest {codec.digest}")
+    codec = fit(voices, **about)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    codec.save(out)
+    print(f"{out}: {codec.name}, {out.stat().st_size} bytes, digest {codec.digest}")
 
 
-def fit(voices: list[np.ndarray]) -> KMeansCodec:
-    """Returns a codec fitted to recordings, float32 [samples] each, at `SAMPLE_RATE`."""
+def fit(voices: list[np.ndarray], name: str, licence: str, fitted_to: str) -> KMeansCodec:
+    """Returns a codec fitted to recordings, float32 [samples] each, at `SAMPLE_RATE`; its metadata say the rest."""
     metadata = {
         "format": FORMAT,
-        "name": f"melkmeans-{NUM_CODEBOOKS}x{CARDINALITY}",
+        "name": name,
         "sample_rate": str(SAMPLE_RATE),
         "frame_size": str(FRAME_SIZE),
         "window": str(WINDOW),
         "floor": str(FLOOR),
-        "licence": "CC-BY-SA-3.0",
-        "fitted_to": "the training recordings of the embedded corpus (see NOTICE)",
+        "licence": licence,
+        "fitted_to": fitted_to,
     }
     mel = mel_filters(BANDS, WINDOW, SAMPLE_RATE, LOWEST_HZ, HIGHEST_HZ)
     size = SUBFRAMES * BANDS

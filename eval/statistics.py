@@ -15,10 +15,6 @@ class Estimate(NamedTuple):
     high: float
     n: int
 
-    def __str__(self) -> str:
-        """For tables."""
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]" if self.n > 1 else f"{self.mean:.3f}"
-
 
 def estimate(values: np.ndarray) -> Estimate:
     """Mean and interval of one value per file; NaN entries (nothing measured) are left out."""

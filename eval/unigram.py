@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 
-def fit(files: Iterable[np.ndarray], cardinalities: Sequence[int]) -> list[np.ndarray]:
+def fit(files: Iterable[np.ndarray], cardinalities: Iterable[int]) -> list[np.ndarray]:
     """Log-probabilities of each stream's tokens, one added to every count.
 
     Args:

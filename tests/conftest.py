@@ -11,12 +11,14 @@ from hypothesis import HealthCheck, settings
 # A property's example takes as long as its first compilation; fixtures here hold settings, which examples may share.
 _allowed = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("default", max_examples=20, deadline=None, derandomize=True, suppress_health_check=_allowed)
-settings.register_profile("thorough", max_examples=200, deadline=None, suppress_health_check=_allowed)
+settings.register_profile("thorough", max_examples=60, deadline=None, suppress_health_check=_allowed)
 settings.load_profile("default")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fixes what numbers depend on, and keeps compiled programs in pytest's own cache folder."""
+    if "slow" in config.option.markexpr and "not slow" not in config.option.markexpr:
+        settings.load_profile("thorough")
     jax.config.update("jax_default_matmul_precision", "highest")
     if getattr(config, "cache", None) is not None:
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))

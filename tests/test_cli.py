@@ -1,18 +1,22 @@
-"""`python -m train` from a shell in another folder: help, and mistakes that end in one sentence and leave nothing."""
+"""The commands from a shell in another folder: help, and mistakes that end in one sentence and leave nothing."""
 
+import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(folder, *args):
+def run(folder, *args, module="train"):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache"), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "train", *args]
+    command = [sys.executable, "-m", module, *args]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
 
@@ -52,12 +56,71 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(tmp_path, args, said):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "config.json").touch()
     done = run(tmp_path, *args)
-    assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if line]
-    assert [line for line in lines if line.startswith("error: ") and said in line], done.stderr
+    assert_one_sentence(done, said)
+    assert left(tmp_path) == {"empty.jsonl", "taken"}
+
+
+def write_bad(folder, kind):
+    """A manifest of one recording of 4 s with one thing wrong; its name."""
+    sound = folder / "bad.wav"
+    samples = np.random.default_rng(0).uniform(-0.3, 0.3, 0 if kind == "length zero" else 4 * 16000)
+    soundfile.write(sound, samples, 16000, subtype="PCM_16")
+    content = bytearray(sound.read_bytes())
+    if kind == "not audio":
+        content = b"These bytes are no sound. " * 100
+    elif kind == "cut off":
+        content = content[: len(content) // 2]
+    elif kind == "no channel":
+        at = content.index(b"fmt ") + 10
+        content[at : at + 2] = struct.pack("<H", 0)
+    sound.write_bytes(content)
+    if kind == "other words":
+        (folder / "bad.json").write_text(json.dumps({"alignments": [["hello", [9.0, 9.5], "SPEAKER_MAIN"]]}))
+    (folder / "bad.jsonl").write_text(json.dumps({"path": "bad.wav", "duration": 4.0}))
+    return "bad.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("not audio", "bad.wav is not audio"),
+        ("cut off", "bad.wav is cut off"),
+        ("length zero", "bad.wav holds no samples"),
+        ("no channel", "bad.wav has no channel"),
+        ("other words", "bad.json, alignments[0] is"),
+    ],
+)
+def test_a_bad_recording_is_one_sentence_and_leaves_no_run_and_nothing_cached(tmp_path, kind, said):
+    manifest = write_bad(tmp_path, kind)
+    before = left(tmp_path)
+    assert_one_sentence(run(tmp_path, "--data.train", manifest), said)
+    assert left(tmp_path) == before
+    # frames/ holds what was encoded; a half-written entry would lie there
+    assert not [path for path in (tmp_path / "cache" / "ttt_jax").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["stream", "nowhere"], "nowhere is not the folder of a run"),
+        (["stream", "nowhere", "--out", "results"], "nowhere is not the folder of a run"),
+    ],
+)
+def test_evaluating_what_is_no_run_is_one_sentence_and_leaves_nothing(tmp_path, args, said):
+    assert_one_sentence(run(tmp_path, *args, module="eval"), said)
+    assert left(tmp_path) == set()
+
+
+def assert_one_sentence(done, said):
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said in line
     assert "Traceback" not in done.stderr
-    left = {path.name for path in tmp_path.iterdir()} - {"cache"}
-    assert left == {"empty.jsonl", "taken"}
+
+
+def left(folder):
+    """What a command left in the folder it ran in, but for the cache."""
+    return {path.name for path in folder.iterdir()} - {"cache"}
 
 
 def test_a_mistyped_field_gets_a_suggestion(tmp_path):

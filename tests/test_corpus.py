@@ -1,13 +1,17 @@
 """The embedded corpus keeps what its README says, and the steps of its build do what they claim."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
+from corpus import fit_codec
 from corpus.align import HOP, spread, voiced_frames
 from corpus.prompts import Prompt, alike, clean_words, drop_similar, share_out, trim
+from ttt_jax.codec import EMBEDDED, load_codec
 from ttt_jax.data.audio import read_audio
 from ttt_jax.data.manifest import check_duration, read_alignments, read_manifest
 from ttt_jax.data.text import load_tokenizer, text_stream
@@ -52,6 +56,13 @@ def test_each_voice_has_five_to_six_minutes_in_files_of_one_to_three():
         files = train[voice] + heldout[voice]
         assert 300 <= sum(entry.duration for entry in files) <= 360
         assert all(60 <= entry.duration <= 180 for entry in files)
+
+
+def test_the_readme_states_the_length_of_the_recordings():
+    minutes = {split: sum(entry.duration for entry in entries(split)) / 60 for split in ("train", "heldout")}
+    said = " ".join((CORPUS / "README.md").read_text(encoding="utf-8").split())
+    parts = f"({minutes['train']:.1f} for training, {minutes['heldout']:.1f} held out)"
+    assert f"{sum(minutes.values()):.0f} minutes in all {parts}" in said
 
 
 def test_the_audio_fits_in_eight_megabytes():
@@ -130,6 +141,40 @@ def test_sources_are_pinned_by_hash():
     packages = json.loads((CORPUS / "sources.json").read_text())["packages"]
     assert len(packages) == 11
     assert all(len(bytes.fromhex(source["sha256"])) == 32 and source["version"] for source in packages.values())
+
+
+@pytest.fixture
+def other_manifest(tmp_path):
+    """Fifteen seconds of noise that changes its level, as another's recordings."""
+    rng = np.random.default_rng(0)
+    level = np.repeat(10 ** rng.uniform(-3, -0.5, 150), RATE // 10)
+    soundfile.write(tmp_path / "a.wav", (level * rng.normal(size=len(level))).clip(-1, 1), RATE, subtype="FLOAT")
+    (tmp_path / "m.jsonl").write_text(json.dumps({"path": "a.wav", "duration": 15.0}))
+    return tmp_path / "m.jsonl"
+
+
+ABOUT = {"--name": "mine-8x64", "--licence": "CC0-1.0", "--fitted-to": "noise"}
+
+
+def test_a_codec_of_other_recordings_says_what_it_is_told(other_manifest, tmp_path):
+    out = tmp_path / "new" / "mine.safetensors"
+    told = [part for pair in ABOUT.items() for part in pair]
+    fit_codec.main(["--manifest", str(other_manifest), "--out", str(out), *told])
+    codec = load_codec(out)
+    assert (codec.name, codec.metadata["licence"], codec.metadata["fitted_to"]) == tuple(ABOUT.values())
+
+
+@pytest.mark.parametrize("missing", ["--out", *ABOUT])
+def test_a_codec_of_other_recordings_never_claims_the_embedded_corpus(other_manifest, tmp_path, capsys, missing):
+    before = EMBEDDED.read_bytes()
+    told = {**ABOUT, "--out": str(tmp_path / "mine.safetensors")}
+    del told[missing]
+    with pytest.raises(SystemExit) as stop:
+        fit_codec.main(["--manifest", str(other_manifest), *[part for pair in told.items() for part in pair]])
+    assert stop.value.code == 2
+    assert re.search(rf"m\.jsonl is not the embedded corpus.*give {missing}\.", capsys.readouterr().err)
+    assert EMBEDDED.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"a.wav", "m.jsonl"}
 
 
 def speech(*spans, seconds=4.0):

@@ -127,18 +127,39 @@ def test_unigram_nats_are_those_of_smoothed_counts():
     np.testing.assert_allclose(unigram.nats(tables, np.array([[2, -1]])), [[np.log(6), np.nan]])
 
 
+def summarise(scores, tables, names="ab", chunk=CHUNK, window=10):
+    streams = list(MODEL.target_streams)[: len(tables)]
+    return report.summarise(scores, tables, streams, list(names), chunk, window, MODEL.context, "a codec")
+
+
 def test_results_say_what_was_measured(files, scores, tmp_path):
-    tables = unigram.fit(files, [MODEL.text_card] + MODEL.dep_q * [MODEL.card])
-    results = report.summarise(scores, tables, ["a", "b"], CHUNK, 10, MODEL.context)
-    paths = report.write(results, scores, {}, tmp_path)
+    results = summarise(scores, unigram.fit(files, MODEL.target_streams.values()))
+    paths = report.write(results, scores, {"run": "somewhere"}, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
     stored = json.loads((tmp_path / "results.json").read_text())
     by_hand = np.mean([np.mean([np.nanmean(scores["off"].nats[b, k]) for k in range(9)]) for b in range(2)])
-    assert stored["losses"]["off"]["mean"]["mean"] == pytest.approx(by_hand)
+    assert stored["losses"]["off"]["mean"]["mean"] == pytest.approx(by_hand, rel=1e-6)
     assert stored["losses"]["off"]["mean"]["n"] == 2
     assert [file["frames"] for file in stored["files"]] == list(LENGTHS)
-    assert stored["by_position"]["persist"][2]["n"] == 2  # frames 20 to 29: the shorter file has one of them
+    counts = [window["n"] for window in stored["loss_by_position"]["reset"]]
+    assert counts == [2, 2, 2]  # frames 20 to 29: the shorter file has one of them
+    assert stored["paths"]["picture"] == str(tmp_path / "memory.png")
     assert report.verdict(results) in report.table(results)
+
+
+def test_speech_without_transcripts_is_averaged_over_its_codebooks(files, scores):
+    tables = unigram.fit(files, MODEL.target_streams.values())
+    silent = {
+        arm: s._replace(nats=np.concatenate([s.nats[:, :1] * np.nan, s.nats[:, 1:]], 1)) for arm, s in scores.items()
+    }
+    results = summarise(silent, tables)
+    assert results.averaged == list(MODEL.target_streams)[1:]
+    assert results.losses["off"]["text"].n == 0
+    with_text = summarise(scores, tables).losses["off"]
+    codebooks = [with_text[name].mean for name in results.averaged]
+    assert results.losses["off"]["mean"].mean == pytest.approx(np.mean(codebooks))
+    assert results.against_persist["reset"]["after the first chunk"].n == 2
+    assert "nan" not in report.table(results)
 
 
 @pytest.mark.parametrize(
@@ -151,5 +172,5 @@ def test_the_verdict_follows_the_interval(gain, said):
     noise = rng.normal(0, 1e-3, (6, 1, 1))
     tokens, moved = np.zeros((6, 2, 40), np.int32), np.zeros((6, 1, 40))
     arms = {arm: Scores(persist if arm == "persist" else persist + gain + noise, moved, tokens) for arm in ARMS}
-    results = report.summarise(arms, [np.log(np.ones(2) / 2)] * 2, list("abcdef"), 10, 10, 5)
+    results = summarise(arms, [np.log(np.ones(2) / 2)] * 2, "abcdef", chunk=10)
     assert said in report.verdict(results)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from micro import MODEL, config
 
+from tests.micro import MODEL, config
 from train import optim
 from train.config import PRESETS, OptimConfig
 from ttt_jax.moshi import model

@@ -8,8 +8,9 @@ import signal
 import jax
 import numpy as np
 import pytest
-from micro import CONFIG, files, write_manifest
 
+from eval.__main__ import main as eval_main
+from tests.micro import CONFIG, files, write_manifest
 from train import loop
 from train.config import DataConfig, TrainConfig
 from train.windows import Windows
@@ -45,10 +46,38 @@ def runs(tmp_path_factory):
     return folder, codes
 
 
+@pytest.fixture(scope="module")
+def killed(runs):
+    """`whole` as a kill in step 33 without warning would have left it, then resumed; and its exit code."""
+    folder = runs[0] / "killed"
+    shutil.copytree(runs[0] / "whole", folder)
+    shutil.rmtree(folder / "eval")
+    (folder / "loss.png").unlink()
+    # Orbax's name for a checkpoint that is being written
+    (folder / "checkpoints" / "40").rename(folder / "checkpoints" / "40.orbax-checkpoint-tmp")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:32]) + lines[32][:50])
+    return folder, loop.resume(folder)
+
+
+def with_meta(run_dir, copy, change):
+    """A copy of a run in which the latest checkpoint's meta went through `change`."""
+    shutil.copytree(run_dir, copy)
+    path = copy / "checkpoints" / "40" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta))
+    return copy
+
+
 def metrics(run_dir):
     untimed = ("seconds", "frames_per_second")
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in untimed} for line in lines]
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
 
 
 def test_exit_codes_tell_done_from_interrupted(runs):
@@ -71,6 +100,51 @@ def test_a_resumed_run_has_the_weights_of_one_never_stopped(runs):
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, parts))
 
 
+def test_a_run_killed_without_warning_ends_like_one_never_stopped(runs, killed):
+    whole, (resumed, code) = runs[0] / "whole", killed
+    assert code == 0
+    assert metrics(resumed) == metrics(whole)
+    weights = [load_run(folder).params for folder in (resumed, whole)]
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), *weights))
+    assert results(resumed / "eval")["losses"] == results(whole / "eval")["losses"]
+
+
+def test_a_run_killed_without_warning_leaves_no_remains(killed):
+    assert {path.name for path in (killed[0] / "checkpoints").iterdir()} == {"20", "40"}
+    assert not [path for path in killed[0].rglob("*") if "tmp" in path.name]
+
+
+def test_evaluating_a_run_anew_gives_the_losses_of_its_end(runs, tmp_path):
+    whole = runs[0] / "whole"
+    before = (whole / "eval" / "results.json").read_bytes()
+    assert eval_main(["stream", str(whole), "--out", str(tmp_path / "x")]) == 0
+    again, first = results(tmp_path / "x"), results(whole / "eval")
+    assert again["losses"] == first["losses"]
+    assert again["files"] == first["files"]
+    assert (whole / "eval" / "results.json").read_bytes() == before
+
+
+def test_evaluating_a_run_without_held_out_files_is_refused(runs, tmp_path):
+    def change(meta):
+        meta["config"]["data"]["heldout"] = None
+
+    copy = with_meta(runs[0] / "whole", tmp_path / "copy", change)
+    with pytest.raises(InputError, match="copy was trained without held-out files.*--data.heldout"):
+        eval_main(["stream", str(copy), "--out", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("part", ["codec", "tokenizer"])
+def test_evaluating_with_another_codec_or_tokenizer_is_refused(runs, tmp_path, part):
+    def change(meta):
+        meta[part]["digest"] = "0" * 64
+
+    copy = with_meta(runs[0] / "whole", tmp_path / "copy", change)
+    with pytest.raises(InputError, match=f"{part}.*copy was trained with.*bring"):
+        eval_main(["stream", str(copy), "--out", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_finished_run_leaves_everything_it_promises(runs):
     found = {str(path.relative_to(runs[0] / "whole")) for path in (runs[0] / "whole").rglob("*") if path.is_file()}
     assert {"config.json", "meta.json", "metrics.jsonl", "loss.png", "eval/results.json"} <= found
@@ -79,7 +153,9 @@ def test_a_finished_run_leaves_everything_it_promises(runs):
 
 def test_the_stored_configuration_is_the_one_that_ran(runs):
     stored = record.from_dict(TrainConfig, record.read_json(runs[0] / "whole" / "config.json", "it"), "it")
-    assert stored.model == CONFIG.model
+    rate = CONFIG.model.ttt.resolved_base_lr  # stored as it was used, so that another default changes no stored run
+    ttt = dataclasses.replace(CONFIG.model.ttt, base_lr=rate)
+    assert stored.model == dataclasses.replace(CONFIG.model, ttt=ttt)
     assert stored.steps == CONFIG.steps
     run = load_run(runs[0] / "whole")
     assert run.config == stored.model

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -99,10 +100,15 @@ def test_not_json_is_refused(tmp_path):
         config.load(path)
 
 
-def test_json_is_written_at_once_or_not_at_all(tmp_path):
+def test_json_is_written_at_once_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     record.write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        record.write_json(path, {"a": object()})
+
+    def fail(*_):
+        raise OSError("killed")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="killed"):
+        record.write_json(path, {"a": 2})
     assert record.read_json(path, "x") == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]

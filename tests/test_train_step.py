@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from micro import CONFIG, MODEL, files
 
 from eval import unigram
+from tests.micro import CONFIG, MODEL, files
 from train import step
 from train.windows import Batch, Windows
 from ttt_jax.moshi import model

@@ -83,6 +83,27 @@ def test_seed_decides_the_order():
     assert (tokens(1) != tokens(2)).any()
 
 
+def test_order_and_offsets_stay_those_of_stored_runs():
+    # a resumed run would read other speech if these moved; computed by the first version
+    batches = take(Windows(FILES, 2, CHUNK, 5), 24)
+    starts = [int(b.frames[r, 0, 0]) for b in batches for r in range(2) if b.reset[r]]
+    expected = [4005, 3000, 1001, 2006, 1, 2000, 6, 4001, 3000, 1007, 5, 3000, 4001]
+    assert starts == [*expected, 1006, 2002, 4001, 1002, 3000, 7, 2002, 3000, 1000, 2005, 7, 4005]
+
+
+def test_the_order_of_a_pass_is_drawn_once(monkeypatch):
+    draw, passes = np.random.default_rng, []
+
+    def counted(key):
+        passes.extend(key[1:] if len(key) == 2 else ())  # an offset's key has three parts
+        return draw(key)
+
+    monkeypatch.setattr(np.random, "default_rng", counted)
+    take(Windows(FILES, 2, CHUNK, 12345), 60)
+    assert len(passes) > 5
+    assert passes == list(range(len(passes)))
+
+
 @pytest.mark.parametrize("before", [0, 1, 7, 23])
 def test_position_restores_exactly_through_json(before):
     windows = Windows(FILES, 2, CHUNK, 0)

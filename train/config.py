@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import os
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ttt_jax import record
 from ttt_jax.config import MODEL_PRESETS, MoshiConfig, check
+from ttt_jax.data.corpus import CorpusConfig
 from ttt_jax.errors import InputError
 
 DESCRIPTION = """Train a Moshi with TTT layers on speech; the layers' state is carried along each file.
@@ -29,29 +30,19 @@ Defaults below are those of "{preset}"."""
 def _check_positive(prefix: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        check(value > 0, f"{prefix}{name}={value} is out of range: give a number above 0.")
+        check(0 < value < math.inf, f"{prefix}{name}={value} is out of range: give a number above 0.")
 
 
 def _check_not_negative(prefix: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        check(value >= 0, f"{prefix}{name}={value} is out of range: give 0 or more.")
+        check(0 <= value < math.inf, f"{prefix}{name}={value} is out of range: give 0 or more.")
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(CorpusConfig):
     """Speech to train on and how it is cut."""
 
-    train: str | None = None
-    """Manifest (JSONL with path and duration) of the training files; unset: the embedded corpus."""
-    heldout: str | None = None
-    """Manifest of the files that are evaluated at the end; unset: the embedded corpus's if `train` is unset, else none."""
-    codec: str = "kmeans"
-    """Codec that turns audio into codes: "kmeans" (embedded) or the path of a codec file."""
-    tokenizer: str | None = None
-    """SentencePiece model for the text stream; unset: the embedded one."""
-    cache: str | None = None
-    """Folder for encoded data and compiled programs; unset: ttt_jax in the user's cache folder."""
     chunk: int = 64
     """Frames of a file that one training step sees; gradients end at its start, the state goes on."""
     batch: int = 16
@@ -59,13 +50,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_positive("data.", self, "chunk", "batch")
-
-    @property
-    def cache_dir(self) -> Path:
-        """The cache folder in force."""
-        if self.cache is not None:
-            return Path(self.cache).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ttt_jax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,17 +78,21 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _check_positive("optim.", self, "lr", "clip_norm")
         _check_not_negative("optim.", self, "ttt_lr", "gate_lr", "warmup_steps", "weight_decay")
-        for name in ("final_fraction", "beta1", "beta2"):
+        for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            check(0 <= value <= 1, f"optim.{name}={value} is out of range: give a number from 0 to 1.")
+            check(0 <= value < 1, f"optim.{name}={value} is out of range: give a number from 0 to below 1.")
+        check(
+            0 <= self.final_fraction <= 1,
+            f"optim.final_fraction={self.final_fraction} is out of range: give a number from 0 to 1.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     """Weight of a token in the mean cross-entropy that is minimised; with all at 1 every token counts the same.
 
-    Kyutai's fine-tuning (first codebook 100, other codebooks 1, text as much as all audio, text padding 0.5) reads here
-    text=107, text_padding=0.5, first_codebook=100.
+    Kyutai's fine-tuning (first codebook 100, other codebooks 1, text as much as all audio, text padding 0.5) is about
+    text=107, text_padding=0.5, first_codebook=100; it normalises text and audio apart, here all weights share one sum.
     """
 
     text: float = 1.0
@@ -147,6 +135,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_positive("", self, "steps", "log_every", "checkpoint_every", "keep")
+        check(
+            self.model.dtype != "float64",
+            "model.dtype=float64 is for tests of the model: train in float32 or bfloat16.",
+        )
         _check_not_negative("", self, "seed")
 
 
@@ -199,6 +191,10 @@ def parse(args: Sequence[str]) -> Command:
         preset = words.pop(0) if words and not words[0].startswith("-") else "tiny"
         default = _preset(preset)
     for word in words:
+        check(
+            word not in PRESETS,
+            f"the preset {word} stands behind other arguments: put it first, right after `python -m train`.",
+        )
         check(
             word.split("=")[0] not in ("--from", "--resume"),
             f"{word.split('=')[0]} stands behind other arguments: put it first, right after `python -m train`.",

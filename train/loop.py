@@ -6,11 +6,11 @@ import contextlib
 import dataclasses
 import datetime
 import logging
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,17 @@ import numpy as np
 from eval import unigram
 from eval.heldout import evaluate
 from eval.statistics import file_mean
-from train import corpus as corpora
 from train import plots
 from train.config import TrainConfig
-from train.corpus import Corpus
-from train.metrics import MetricsLog, read, stream_names
+from train.metrics import MetricsLog, read
 from train.step import Metrics, TrainState, init, make_train_step
 from train.windows import Windows
 from ttt_jax import record
 from ttt_jax.checkpoint import Checkpoints, open_run
 from ttt_jax.codec import Codec
-from ttt_jax.command import INTERRUPTED
+from ttt_jax.command import INTERRUPTED, keep_compiled, machine
+from ttt_jax.data import corpus as corpora
+from ttt_jax.data.corpus import Corpus
 from ttt_jax.data.text import Tokenizer
 from ttt_jax.errors import InputError
 
@@ -39,23 +39,23 @@ log = logging.getLogger("train")
 
 def start(cfg: TrainConfig) -> int:
     """Start a run of `cfg`; the exit code. Nothing is left behind if the input is bad. Raises `InputError`."""
-    _set_up(cfg)
+    keep_compiled(cfg.data.cache_dir / "compiled")
     run_dir = Path(cfg.run_dir or f"runs/{cfg.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}").expanduser()
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise InputError(
             f"run_dir {run_dir} is taken: give another --run-dir, or go on with the run in it by --resume {run_dir}."
         )
+    writable = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    if not os.access(writable, os.W_OK):
+        raise InputError(f"run_dir {run_dir} cannot be made ({writable} is not writable): give another --run-dir.")
     codec, tokenizer = corpora.load_coders(cfg.data)
-    cfg = dataclasses.replace(fit_model(cfg, codec, tokenizer), run_dir=str(run_dir))
+    cfg = dataclasses.replace(fit_model(cfg, codec, tokenizer), run_dir=str(run_dir), data=cfg.data.resolved())
     corpus = corpora.load(cfg.data, codec, tokenizer)
     _announce(cfg, corpus)
     state = init(cfg)
     _announce_parameters(state.params)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"run_dir {run_dir} cannot be made ({error.strerror}): give another --run-dir.") from None
-    meta = {"versions": versions(), "device": jax.devices()[0].device_kind, **corpus.describe()}
+    run_dir.mkdir(parents=True, exist_ok=True)
+    meta = {**machine(), **corpus.describe()}
     record.write_json(run_dir / "config.json", record.to_dict(cfg))
     record.write_json(run_dir / "meta.json", meta)
     return _run(cfg, corpus, state, _windows(cfg, corpus), meta)
@@ -67,7 +67,7 @@ def resume(run_dir: Path) -> int:
         meta = checkpoints.meta()
         cfg = record.from_dict(TrainConfig, meta.pop("config"), f"the checkpoint in {run_dir}")
         cfg = dataclasses.replace(cfg, run_dir=str(run_dir))
-        _set_up(cfg)
+        keep_compiled(cfg.data.cache_dir / "compiled")
         corpus = corpora.load(cfg.data, *corpora.load_coders(cfg.data))
         if {key: meta[key] for key in corpus.describe()} != corpus.describe():
             raise InputError(
@@ -81,7 +81,7 @@ def resume(run_dir: Path) -> int:
     windows.set_state(saved.data)
     _announce(cfg, corpus)
     log.info("resuming after step %d", saved.step)
-    return _run(cfg, corpus, state, windows, meta)
+    return _run(cfg, corpus, state, windows, {**meta, **machine()})
 
 
 def fit_model(cfg: TrainConfig, codec: Codec, tokenizer: Tokenizer) -> TrainConfig:
@@ -92,35 +92,29 @@ def fit_model(cfg: TrainConfig, codec: Codec, tokenizer: Tokenizer) -> TrainConf
             f"model.n_q={cfg.model.n_q} and model.dep_q={cfg.model.dep_q} do not fit the codec {codec.name}: give"
             f" {2 * codebooks} and {codebooks}, two voices of {codebooks} codebooks of which one is predicted."
         )
-    model = dataclasses.replace(cfg.model, card=codec.cardinality, text_card=tokenizer.cardinality)
+    # The inner rate in force is stored: a default may change one day, this run's may not.
+    ttt = dataclasses.replace(cfg.model.ttt, base_lr=cfg.model.ttt.resolved_base_lr)
+    model = dataclasses.replace(cfg.model, card=codec.cardinality, text_card=tokenizer.cardinality, ttt=ttt)
     return dataclasses.replace(cfg, model=model)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a run's numbers depend on."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages}
 
 
 def _run(cfg: TrainConfig, corpus: Corpus, state: TrainState, windows: Windows, meta: dict[str, Any]) -> int:
     run_dir = Path(cfg.run_dir)
-    cardinalities = [cfg.model.text_card] + cfg.model.dep_q * [cfg.model.card]
-    tables = unigram.fit(corpus.train, cardinalities)
+    tables = unigram.fit(corpus.train, cfg.model.target_streams.values())
     checkpoints = Checkpoints(run_dir, keep=cfg.keep)
     try:
         state, finished = _train(cfg, state, windows, checkpoints, {"config": record.to_dict(cfg), **meta})
     finally:
         checkpoints.close()
-    baseline = dict(zip(stream_names(len(tables)), _unigram_loss(tables, corpus.train), strict=True))
+    baseline = dict(zip(cfg.model.target_streams, _unigram_loss(tables, corpus.train), strict=True))
     plots.loss_curve(read(run_dir / "metrics.jsonl"), baseline, run_dir / "loss.png")
     log.info("checkpoints, metrics.jsonl and loss.png are in %s", run_dir)
     if not finished:
         log.info("interrupted after step %d; go on with: python -m train --resume %s", int(state.step), run_dir)
         return INTERRUPTED
     if corpus.heldout:
-        evaluate(
-            state.params, cfg, corpus, {"config": record.to_dict(cfg), "step": cfg.steps, **meta}, run_dir / "eval"
-        )
+        about = {"config": record.to_dict(cfg), "step": cfg.steps, **meta}
+        evaluate(state.params, cfg.model, corpus, cfg.data.chunk, about, run_dir, run_dir / "eval")
     else:
         log.info("no held-out files to evaluate: name some with --data.heldout")
     return 0
@@ -136,7 +130,9 @@ def _train(
     if done >= cfg.steps:
         return state, True
     train_step = _compile(cfg, state, windows)
-    metrics_log = MetricsLog(Path(cfg.run_dir) / "metrics.jsonl", cfg.log_every, cfg.steps, done)
+    metrics_log = MetricsLog(
+        Path(cfg.run_dir) / "metrics.jsonl", list(cfg.model.target_streams), cfg.log_every, cfg.steps, done
+    )
     pending: tuple[int, Metrics, int] | None = None
     bar = tqdm(
         total=cfg.steps, initial=done, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15
@@ -208,12 +204,6 @@ def _interrupt_flag() -> Iterator[list[bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _set_up(cfg: TrainConfig) -> None:
-    if jax.config.jax_compilation_cache_dir is None:  # else the user's own choice stands
-        jax.config.update("jax_compilation_cache_dir", str(cfg.data.cache_dir / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
 def _announce(cfg: TrainConfig, corpus: Corpus) -> None:
     devices = jax.devices()
     log.info("device    %d x %s (%s)", len(devices), devices[0].device_kind, devices[0].platform)
@@ -258,11 +248,11 @@ def _announce_parameters(params: Any) -> None:
 def _announce_initial_loss(cfg: TrainConfig, metrics: Metrics) -> None:
     """How far the untrained model is from what random logits give: ln(cardinality) + half their variance."""
     log.info("before training, nats per token (expected of random logits: ln cardinality + half their variance)")
-    cardinalities = [cfg.model.text_card] + cfg.model.dep_q * [cfg.model.card]
-    rows = zip(stream_names(len(cardinalities)), cardinalities, metrics.streams, metrics.half_variance, strict=True)
-    for name, card, loss, half in rows:
-        expected = np.log(card) + float(half)
-        log.info("  %-12s %6.3f   expected %6.3f = ln %d + %.3f", name, float(loss), expected, card, float(half))
+    rows = zip(cfg.model.target_streams.items(), metrics.streams, metrics.half_variance, strict=True)
+    for (name, card), loss, half in rows:
+        if np.isfinite(loss):  # speech without transcripts has no text to score
+            expected = np.log(card) + float(half)
+            log.info("  %-12s %6.3f   expected %6.3f = ln %d + %.3f", name, float(loss), expected, card, float(half))
 
 
 def _unigram_loss(tables: list[np.ndarray], files: list[np.ndarray]) -> list[float]:

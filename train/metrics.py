@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,7 @@ import jax
 
 from train.step import Metrics
 from ttt_jax.errors import InputError
-
-
-def stream_names(count: int) -> list[str]:
-    """Names of the predicted streams: text and the own voice's codebooks from 1."""
-    return ["text", *(f"codebook {i}" for i in range(1, count))]
+from ttt_jax.files import write_atomically
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -33,13 +30,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 class MetricsLog:
     """Writes a run's metrics file; a resumed run continues it behind the step it resumes from."""
 
-    def __init__(self, path: Path, every: int, last_step: int, done: int):
+    def __init__(self, path: Path, streams: Sequence[str], every: int, last_step: int, done: int):
+        self._streams = streams
         self._every = every
         self._last_step = last_step
         kept = [line for line in read(path) if line["step"] <= done]
-        self._file = path.open("w", encoding="utf-8", buffering=1)
-        for line in kept:
-            self._write(line)
+        write_atomically(path, "".join(map(_as_line, kept)).encode())  # a kill in between must not lose the lines
+        self._file = path.open("a", encoding="utf-8", buffering=1)
         self._before = kept[-1]["seconds"] if kept else 0.0
         self._start = self._mark = time.perf_counter()
         self._frames = 0
@@ -52,18 +49,14 @@ class MetricsLog:
         Raises `InputError` if the loss or the gradient is not finite.
         """
         values = jax.device_get(metrics)
-        names = stream_names(len(values.streams))
         line = {
             "step": step,
             "loss": float(values.loss),
-            "half_variance": dict(zip(names, map(float, values.half_variance), strict=True)),
-            "streams": {  # a stream without targets in this batch (speech without transcript) has no loss
-                name: None if math.isnan(value) else float(value)
-                for name, value in zip(names, values.streams, strict=True)
-            },
+            "half_variance": _finite(dict(zip(self._streams, values.half_variance, strict=True))),
+            "streams": _finite(dict(zip(self._streams, values.streams, strict=True))),
             "grad_norm": float(values.grad_norm),
             "lr": {group: float(rate) for group, rate in values.rates.items()},
-            "ttt": {str(layer): {k: float(v) for k, v in summary.items()} for layer, summary in values.ttt.items()},
+            "ttt": {str(layer): _finite(summary) for layer, summary in values.ttt.items()},
         }
         for name in ("loss", "grad_norm"):
             if not math.isfinite(line[name]):
@@ -76,12 +69,19 @@ class MetricsLog:
         if step % self._every == 0 or step in (1, self._last_step):
             self.rate = self._frames / max(now - self._mark, 1e-9)
             self._mark, self._frames = now, 0
-            self._write({**line, "seconds": round(self._before + now - self._start, 3), "frames_per_second": self.rate})
+            seconds = round(self._before + now - self._start, 3)
+            self._file.write(_as_line({**line, "seconds": seconds, "frames_per_second": self.rate}))
         return line
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
-    def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+
+def _finite(values: Mapping[str, Any]) -> dict[str, float | None]:
+    """The numbers for JSON, which has no NaN: None for means of a stream without targets (speech without transcript)."""
+    return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _as_line(line: dict[str, Any]) -> str:
+    return json.dumps(line, allow_nan=False) + "\n"

@@ -80,7 +80,8 @@ def make_train_step(cfg: TrainConfig) -> Callable[[TrainState, Batch], tuple[Tra
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         stream = model.reset_rows(state.stream, batch.reset, cfg.model)
-        # The one place where gradients through time are cut: at the start of a chunk.
+        # The one place where gradients through time are cut. A step's state is its input, so nothing could flow back here;
+        # whoever chains steps under one gradient relies on it.
         stream = jax.tree.map(jax.lax.stop_gradient, stream)
         (loss, (streams, half_variance, stream)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params, batch, stream

@@ -6,6 +6,7 @@ seed and of a file's place in that list, so the position is a few integers and a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -80,9 +81,16 @@ class Windows:
     def _index(self, place: int) -> int:
         """The file at `place` in the endless list."""
         passes, within = divmod(place, len(self._files))
-        return int(np.random.default_rng((self._seed, passes)).permutation(len(self._files))[within])
+        return int(_order(self._seed, passes, len(self._files))[within])
 
     def _offset(self, place: int) -> int:
         """First frame read of the file at `place`: under one chunk, and inside the file."""
         frames = self._files[self._index(place)].shape[1]
         return int(np.random.default_rng((self._seed, 0, place)).integers(min(self._chunk, frames)))
+
+
+# A long corpus takes long to shuffle, and rows look files up in this pass and, around its end, in the next.
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, passes: int, count: int) -> np.ndarray:
+    """The files' numbers in the order of pass `passes` through the corpus, int [count]."""
+    return np.random.default_rng((seed, passes)).permutation(count)

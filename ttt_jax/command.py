@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 from ttt_jax.errors import InputError
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 _started = time.perf_counter()
 
@@ -20,6 +26,23 @@ def cost() -> dict[str, float]:
     """Seconds since the command began and the most memory it has held, in gigabytes (10^9 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"seconds": round(time.perf_counter() - _started, 1), "peak_gigabytes": round(peak / 1e9, 2)}
+
+
+def machine() -> dict[str, Any]:
+    """Versions and device that numbers depend on, as results store them."""
+    import jax
+
+    versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in PACKAGES}
+    return {"versions": versions, "device": jax.devices()[0].device_kind}
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keep compiled programs in `folder` for the next run, unless the user has chosen a place."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def run(command: Callable[[], int]) -> int:
@@ -34,10 +57,13 @@ def run(command: Callable[[], int]) -> int:
         problem = (
             f"the package {error.name} is not installed: install what the commands need by pip install -e '.[all]'."
         )
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        problem = f"no space left on the disk of {error.filename or 'the run folder'}: free some and run again."
+        problem = f"{error.filename or 'the disk'}: {error.strerror}; mend that, or give another path, and run again."
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

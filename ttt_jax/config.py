@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from typing import Literal
 
@@ -34,11 +35,11 @@ class TTTConfig:
     layers: str = "middle"
     """Layers that get a TTT layer after self-attention: "29,30,31", "25-30", "-1" (the last), "middle" (the middle one), "all", "none"."""
     hidden: tuple[int, ...] = (4,)
-    """Hidden widths of the inner network in multiples of the head width D: () is the linear network, (4,) the 2-layer MLP."""
+    """Hidden widths of the inner network in multiples of the head width D: none is the linear network, 4 the 2-layer MLP."""
     mini_batch: int = 16
     """Inner mini-batch size b: frames that share one starting point of the inner gradient."""
     base_lr: float | None = None
-    """Largest inner learning rate before the division by D; unset: `default_base_lr` of mini_batch."""
+    """Largest inner learning rate before the division by D; unset: min(1, 8 / mini_batch)."""
     gate_init: float = 0.1
     """Initial value of the gate parameter alpha; the layer adds tanh(alpha) times its output. Models trained from scratch start at 0.5."""
     pre_norm: bool = True
@@ -60,7 +61,11 @@ class TTTConfig:
             f"ttt.hidden={self.hidden} has a width below 1: give positive multiples of the head width, or nothing for the linear network.",
         )
         check(
-            self.base_lr is None or self.base_lr >= 0,
+            math.isfinite(self.gate_init),
+            f"ttt.gate_init={self.gate_init} is not a number: give one, 0.1 for layers added to a trained model.",
+        )
+        check(
+            self.base_lr is None or 0 <= self.base_lr < math.inf,
             f"ttt.base_lr={self.base_lr} is negative: give 0 (no learning) or a positive inner learning rate.",
         )
 
@@ -123,9 +128,9 @@ class MoshiConfig:
     dep_q: int = 8
     """Audio codebooks predicted: the own voice's."""
     card: int = 2048
-    """Entries of an audio codebook; id `card` is the initial token."""
+    """Entries of an audio codebook; id `card` is the initial token. Training from scratch takes the codec's."""
     text_card: int = 32000
-    """Text pieces; id `text_card` is the initial token."""
+    """Text pieces; id `text_card` is the initial token. Training from scratch takes the tokenizer's."""
     delays: tuple[int, ...] = (0,) + 2 * ((0,) + 7 * (1,))
     """Delay of each stream in frames: text, own codebooks, other voice's codebooks."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -152,6 +157,10 @@ class MoshiConfig:
             f"model.dim={self.dim} over {self.num_heads} heads gives an odd head width {self.head_dim}: rotary pairs need an even one.",
         )
         check(
+            0 < self.max_period < math.inf,
+            f"model.max_period={self.max_period} is not a period: give a number above 0, such as 10000.",
+        )
+        check(
             self.dep_q <= self.n_q,
             f"model.dep_q={self.dep_q} exceeds model.n_q={self.n_q}: only codebooks that are read can be predicted.",
         )
@@ -174,6 +183,11 @@ class MoshiConfig:
     def num_streams(self) -> int:
         """Token streams of a frame: text and n_q codebooks."""
         return self.n_q + 1
+
+    @property
+    def target_streams(self) -> dict[str, int]:
+        """The streams that are predicted, in order, and the number of their tokens: text, then the own codebooks from 1."""
+        return {"text": self.text_card} | {f"codebook {k}": self.card for k in range(1, self.dep_q + 1)}
 
     @property
     def head_dim(self) -> int:

@@ -5,8 +5,9 @@ other voice; for a mono file the codes of silence). -1 stands for what is not kn
 -1 in every frame, which the model reads as a zero vector and no loss counts.
 
 An entry may also name codes made elsewhere: a safetensors file with one tensor ``codes``, int [K, T], and the metadata
-``frame_rate`` (e.g. "12.5") and ``codec`` (the digest of the codec, or its name). K is 8 for the model's voice alone, 16
-for both voices, 17 for both with the text as row 0; otherwise the text comes from the alignments as for audio.
+``frame_rate`` (e.g. "12.5") and ``codec`` (the codec's digest; its name would not do, as two fits may share it). K is 8
+for the model's voice alone, 16 for both voices, 17 for both with the text as row 0; otherwise the text comes from the
+alignments as for audio.
 
 The cache holds one safetensors file per entry, named by a SHA-256 over the contents of the audio and alignment files, the
 codec's and the tokenizer's digests. A cached file carries a checksum; one that does not match is made again.
@@ -29,6 +30,7 @@ from ttt_jax.errors import InputError
 from ttt_jax.files import write_atomically
 
 ABSENT = -1
+"""Token that is not known; equals `ttt_jax.moshi.delays.ABSENT`, whose module would load jax."""
 _VERSION = "ttt_jax.frames/1"  # to change whenever the same input would give other frames
 
 
@@ -162,10 +164,11 @@ def _check_origin(path: Path, metadata: dict[str, str], codec: Codec) -> None:
             f"{path} states frame_rate {rate!r} in its metadata, but {codec.name} has {codec.frame_rate} frames a second:"
             " encode the audio with this codec, or write the metadata if it is missing."
         )
-    if origin not in (codec.digest, codec.name):
+    if origin != codec.digest:
         raise InputError(
-            f"{path} states codec {origin!r} in its metadata, but the codec in use is {codec.name} with digest"
-            f" {codec.digest}: encode the audio with this codec, or choose the codec that made the codes."
+            f"{path} states codec {origin!r} in its metadata, but the codec in use, {codec.name}, has the digest"
+            f" {codec.digest}: encode the audio with this codec and state its `digest`, or give data.codec the file of the"
+            " codec that made the codes."
         )
 
 

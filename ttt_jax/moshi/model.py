@@ -207,7 +207,7 @@ def forward(
         {"params": params["depth"]}, hidden.reshape(rows * length, cfg.dim), flat[:, 0], flat[:, 1:]
     )
     targets = own.swapaxes(1, 2)
-    cards = jnp.array([cfg.text_card] + cfg.dep_q * [cfg.card], jnp.int32)[None, :, None]
+    cards = jnp.array([*cfg.target_streams.values()], jnp.int32)[None, :, None]
     outputs = Outputs(
         text_logits(params, hidden),
         audio.reshape(rows, length, cfg.dep_q, cfg.card),

@@ -1,20 +1,52 @@
-"""From manifests to the token arrays that a run trains on and is evaluated on."""
+"""From manifests to the token arrays that a run trains on and is evaluated on. Imports no jax."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from train.config import DataConfig
 from ttt_jax.codec import Codec, load_codec
 from ttt_jax.data.frames import encode_manifest
 from ttt_jax.data.manifest import read_manifest
 from ttt_jax.data.text import Tokenizer, load_tokenizer
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "corpus"
+EMBEDDED = Path(__file__).resolve().parent.parent.parent / "corpus"
+"""Folder of the embedded corpus in a checkout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusConfig:
+    """Which speech, and what encodes it."""
+
+    train: str | None = None
+    """Manifest (JSONL with path and duration) of the training files; unset: the embedded corpus."""
+    heldout: str | None = None
+    """Manifest of the files that are evaluated at the end; unset: the embedded corpus's if `train` is unset, else none."""
+    codec: str = "kmeans"
+    """Codec that turns audio into codes: "kmeans" (embedded) or the path of a codec file."""
+    tokenizer: str | None = None
+    """SentencePiece model for the text stream; unset: the embedded one."""
+    cache: str | None = None
+    """Folder for encoded data and compiled programs; unset: ttt_jax in the user's cache folder."""
+
+    @property
+    def cache_dir(self) -> Path:
+        """The cache folder in force."""
+        if self.cache is not None:
+            return Path(self.cache).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ttt_jax"
+
+    def resolved(self) -> CorpusConfig:
+        """The same with absolute paths, so that it means the same in any folder."""
+        names = ("train", "heldout", "tokenizer", "cache") + (("codec",) if Path(self.codec).exists() else ())
+        paths = {name: getattr(self, name) for name in names}
+        absolute = {name: str(Path(path).expanduser().absolute()) for name, path in paths.items() if path is not None}
+        return dataclasses.replace(self, **absolute)
 
 
 class Corpus(NamedTuple):
@@ -36,12 +68,12 @@ class Corpus(NamedTuple):
         }
 
 
-def load_coders(cfg: DataConfig) -> tuple[Codec, Tokenizer]:
+def load_coders(cfg: CorpusConfig) -> tuple[Codec, Tokenizer]:
     """The codec and the tokenizer of `cfg`. Raises `InputError`."""
     return load_codec(cfg.codec), load_tokenizer(cfg.tokenizer or EMBEDDED / "tokenizer" / "spm512.model")
 
 
-def load(cfg: DataConfig, codec: Codec, tokenizer: Tokenizer) -> Corpus:
+def load(cfg: CorpusConfig, codec: Codec, tokenizer: Tokenizer) -> Corpus:
     """Read and encode the files of `cfg`; what was encoded before comes from the cache. Raises `InputError`."""
     train_manifest = cfg.train or EMBEDDED / "train.jsonl"
     heldout_manifest = cfg.heldout or (EMBEDDED / "heldout.jsonl" if cfg.train is None else None)

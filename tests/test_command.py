@@ -1,0 +1,50 @@
+"""Every command ends in one sentence and an exit code when the user, not the program, can mend things."""
+
+import errno
+
+import pytest
+
+from ttt_jax import command
+from ttt_jax.errors import InputError
+
+
+def _raise(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (InputError("layer 9 is not there: name another."), 2, "error: layer 9 is not there: name another."),
+        (ModuleNotFoundError("no", name="soxr"), 2, "the package soxr is not installed"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk: No space left on device"),
+        (FileExistsError(errno.EEXIST, "File exists", "results"), 2, "results: File exists"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_a_mendable_problem_is_one_line(capsys, error, code, said):
+    assert command.run(lambda: _raise(error)) == code
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), ModuleNotFoundError("no", name="train.typo"), OSError(errno.EBADF, "closed")]
+)
+def test_a_bug_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        command.run(lambda: _raise(error))
+
+
+def test_a_command_that_ends_well_keeps_its_code():
+    assert command.run(lambda: 0) == 0
+
+
+def test_cost_grows_with_memory_and_time():
+    before = command.cost()
+    held = bytearray(300_000_000)
+    held[::4096] = b"x" * len(held[::4096])
+    after = command.cost()
+    assert after["peak_gigabytes"] >= min(before["peak_gigabytes"] + 0.05, 0.3)
+    assert after["seconds"] >= before["seconds"]
