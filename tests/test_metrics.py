@@ -10,7 +10,6 @@ from train.metrics import MetricsLog, read
 from train.step import Metrics
 from ttt_jax.errors import InputError
 
-
 STREAMS = ["text", "codebook 1"]
 
 

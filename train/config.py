@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import math
 import sys
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 from ttt_jax import record
 from ttt_jax.config import MODEL_PRESETS, MoshiConfig, check
+from ttt_jax.config import preset as find_preset
 from ttt_jax.data.corpus import CorpusConfig
 from ttt_jax.errors import InputError
 
@@ -189,7 +189,7 @@ def parse(args: Sequence[str]) -> Command:
         preset, default = str(path), load(path)
     else:
         preset = words.pop(0) if words and not words[0].startswith("-") else "tiny"
-        default = _preset(preset)
+        default = find_preset(preset, PRESETS)
     for word in words:
         check(
             word not in PRESETS,
@@ -215,14 +215,6 @@ def _take_path(words: list[str], what: str) -> tuple[Path, list[str]]:
         check(bool(rest) and not rest[0].startswith("--"), f"{flag} has no path behind it: give {what}.")
         value, rest = rest[0], rest[1:]
     return Path(value).expanduser(), rest
-
-
-def _preset(name: str) -> TrainConfig:
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f'perhaps you meant "{near[0]}"' if near else "choose one of them"
-        raise InputError(f'unknown preset "{name}": there are {", ".join(PRESETS)}; {hint}.')
-    return PRESETS[name]
 
 
 def _override(default: TrainConfig, preset: str, words: list[str]) -> TrainConfig:

@@ -10,9 +10,12 @@ import dataclasses
 import difflib
 import math
 import re
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, TypeVar
 
 from ttt_jax.errors import InputError
+
+Preset = TypeVar("Preset")
 
 FRAME_RATE = 12.5  # frames per second of Moshi and Mimi
 
@@ -288,9 +291,14 @@ MODEL_PRESETS: dict[str, MoshiConfig] = {
 
 
 def model_preset(name: str) -> MoshiConfig:
-    """The preset called `name`; raises `InputError` with the nearest name otherwise."""
-    if name not in MODEL_PRESETS:
-        near = difflib.get_close_matches(name, MODEL_PRESETS, n=1)
-        hint = f' Perhaps you meant "{near[0]}".' if near else ""
-        raise InputError(f'unknown preset "{name}": choose one of {", ".join(MODEL_PRESETS)}.{hint}')
-    return MODEL_PRESETS[name]
+    """The model called `name`. Raises `InputError` with the nearest name if there is none."""
+    return preset(name, MODEL_PRESETS)
+
+
+def preset(name: str, presets: Mapping[str, Preset]) -> Preset:
+    """The one of `presets` called `name`. Raises `InputError` with the nearest name if there is none."""
+    if name not in presets:
+        near = difflib.get_close_matches(name, presets, n=1)
+        hint = f'perhaps you meant "{near[0]}"' if near else "choose one of them"
+        raise InputError(f'unknown preset "{name}": there are {", ".join(presets)}; {hint}.')
+    return presets[name]
