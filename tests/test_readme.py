@@ -1,0 +1,28 @@
+"""What the README shows runs as it stands there."""
+
+import re
+from pathlib import Path
+
+from train.config import parse
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_python_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["outputs"].text_logits.shape == (1, 100, names["cfg"].text_card)
+    assert int(names["state"].position[0]) == 100
+
+
+def test_the_command_lines_are_understood():
+    lines = re.findall(r"^python -m train(.*?)(?:#.*)?$", README, flags=re.MULTILINE)
+    plain = [line.split() for line in lines if not any(word in line for word in ("--help", "--from", "--resume"))]
+    assert len(plain) >= 2
+    for words in plain:
+        assert parse(words).config is not None
+
+
+def test_the_two_commands_are_there_for_ci():
+    assert len(re.findall(r"^python3 -m venv ", README, flags=re.MULTILINE)) == 2
