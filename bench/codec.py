@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ttt_jax.codec import EMBEDDED
+from ttt_jax.codec import DEFAULT_FILE
 from ttt_jax.codec.kmeans import KMeansCodec
 from ttt_jax.data.audio import read_audio
 from ttt_jax.data.manifest import Entry, Word, read_alignments, read_manifest
@@ -28,8 +28,8 @@ SMOOTHING = 8.0  # frames' worth of unigram that every bigram row starts with
 def main() -> None:
     """Prints all figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--codec", type=Path, default=EMBEDDED, help="file of a k-means codec")
-    parser.add_argument("--corpus", type=Path, default=EMBEDDED.parents[1])
+    parser.add_argument("--codec", type=Path, default=DEFAULT_FILE, help="file of a k-means codec")
+    parser.add_argument("--corpus", type=Path, default=DEFAULT_FILE.parents[1])
     parser.add_argument("--utterances", type=int, default=60, help="English utterances for the recogniser")
     args = parser.parse_args()
     codec = KMeansCodec.load(args.codec)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ttt_jax.codec import EMBEDDED
+from ttt_jax.codec import DEFAULT_FILE
 from ttt_jax.codec.kmeans import FORMAT, KMeansCodec, mel_filters
 from ttt_jax.data.audio import read_audio
 from ttt_jax.data.manifest import read_manifest
@@ -35,9 +35,9 @@ CARDINALITY = 64
 STARTS = 3
 ITERATIONS = 40
 
-MANIFEST = EMBEDDED.parents[1] / "train.jsonl"
+MANIFEST = DEFAULT_FILE.parents[1] / "train.jsonl"
 OF_EMBEDDED = {  # true of no other recordings
-    "out": EMBEDDED,
+    "out": DEFAULT_FILE,
     "name": f"melkmeans-{NUM_CODEBOOKS}x{CARDINALITY}",
     "licence": "CC-BY-SA-3.0",
     "fitted_to": "the training recordings of the embedded corpus (see NOTICE)",

@@ -5,12 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
-from ttt_jax.codec import EMBEDDED, load_codec
+from ttt_jax.codec import DEFAULT_FILE, load_codec
 from ttt_jax.codec.kmeans import KMeansCodec, mel_filters
 from ttt_jax.data.audio import read_audio
 from ttt_jax.errors import InputError
 
-VOICES = EMBEDDED.parents[1] / "voices"
+VOICES = DEFAULT_FILE.parents[1] / "voices"
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +124,11 @@ def test_every_codebook_lowers_the_error(codec, speech):
 
 
 def test_the_shipped_file_is_small_and_named_for_what_it_is(codec):
-    assert EMBEDDED.stat().st_size <= 1_000_000
+    assert DEFAULT_FILE.stat().st_size <= 1_000_000
     assert codec.name == f"melkmeans-{codec.num_codebooks}x{codec.cardinality}"
     assert (codec.num_codebooks, codec.frame_rate, codec.sample_rate) == (8, 12.5, 16000)
     assert "SA" in codec.metadata["licence"]
-    assert (EMBEDDED.parent / "NOTICE").is_file()
+    assert (DEFAULT_FILE.parent / "NOTICE").is_file()
 
 
 def test_digest_follows_the_parameters_and_nothing_else(codec):
@@ -176,7 +176,7 @@ def test_file_that_is_no_codec_is_refused_by_name(codec, tmp_path):
     bad.write_bytes(b"not a codec")
     with pytest.raises(InputError, match="bad.safetensors cannot be read"):
         load_codec(bad)
-    bad.write_bytes(EMBEDDED.read_bytes()[:-1000])
+    bad.write_bytes(DEFAULT_FILE.read_bytes()[:-1000])
     with pytest.raises(InputError, match="bad.safetensors cannot be read"):
         load_codec(bad)
 

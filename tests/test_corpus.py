@@ -11,7 +11,7 @@ import soundfile
 from corpus import fit_codec
 from corpus.align import HOP, spread, voiced_frames
 from corpus.prompts import Prompt, alike, clean_words, drop_similar, share_out, trim
-from ttt_jax.codec import EMBEDDED, load_codec
+from ttt_jax.codec import DEFAULT_FILE, load_codec
 from ttt_jax.data.audio import read_audio
 from ttt_jax.data.manifest import check_duration, read_alignments, read_manifest
 from ttt_jax.data.text import load_tokenizer, text_stream
@@ -166,14 +166,14 @@ def test_a_codec_of_other_recordings_says_what_it_is_told(other_manifest, tmp_pa
 
 @pytest.mark.parametrize("missing", ["--out", *ABOUT])
 def test_a_codec_of_other_recordings_never_claims_the_embedded_corpus(other_manifest, tmp_path, capsys, missing):
-    before = EMBEDDED.read_bytes()
+    before = DEFAULT_FILE.read_bytes()
     told = {**ABOUT, "--out": str(tmp_path / "mine.safetensors")}
     del told[missing]
     with pytest.raises(SystemExit) as stop:
         fit_codec.main(["--manifest", str(other_manifest), *[part for pair in told.items() for part in pair]])
     assert stop.value.code == 2
     assert re.search(rf"m\.jsonl is not the embedded corpus.*give {missing}\.", capsys.readouterr().err)
-    assert EMBEDDED.read_bytes() == before
+    assert DEFAULT_FILE.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"a.wav", "m.jsonl"}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ttt_jax.errors import InputError
 
-EMBEDDED = Path(__file__).resolve().parents[2] / "corpus" / "codec" / "melkmeans-8x64.safetensors"
+DEFAULT_FILE = Path(__file__).resolve().parents[2] / "corpus" / "codec" / "melkmeans-8x64.safetensors"
 
 
 class Codec(Protocol):
@@ -75,12 +75,12 @@ def load_codec(name_or_path: str | Path = "kmeans") -> Codec:
     name = str(name_or_path)
     if name == "mimi":
         raise InputError("codec 'mimi' is not available in this version, which has 'kmeans' only; use codec 'kmeans'.")
-    if name == "kmeans" and not EMBEDDED.is_file():
+    if name == "kmeans" and not DEFAULT_FILE.is_file():
         raise InputError(
-            f"codec 'kmeans' is expected at {EMBEDDED}, which does not exist: the embedded codec comes with a checkout of "
+            f"codec 'kmeans' is expected at {DEFAULT_FILE}, which does not exist: the embedded codec comes with a checkout of "
             "the project, not with the installed package; run from a checkout or give the path of a codec file."
         )
-    path = EMBEDDED if name == "kmeans" else Path(name_or_path)
+    path = DEFAULT_FILE if name == "kmeans" else Path(name_or_path)
     if not path.is_file():
         raise InputError(
             f"codec {name!r} is neither a codec nor a file; use 'kmeans' or the path of a codec file (.safetensors)."
