@@ -49,10 +49,6 @@ def score_frame(
     )
 
 
-stream_step = jax.jit(score_frame, static_argnames="cfg", donate_argnames="state")
-"""`score_frame`, compiled, for a stream that arrives frame by frame. The state passed in is consumed."""
-
-
 @partial(jax.jit, static_argnames="cfg", donate_argnames="state")
 def _scan(
     params: model.Params, frames: jax.Array, mask: jax.Array, resets: jax.Array, state: model.State, cfg: MoshiConfig

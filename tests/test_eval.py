@@ -9,7 +9,7 @@ import pytest
 
 from eval import report, statistics, unigram
 from eval.arms import ARMS
-from eval.stream import Scores, stream, stream_step
+from eval.stream import Scores, stream
 from tests.micro import CONFIG, MODEL
 from train.step import init
 from ttt_jax.moshi import model
@@ -88,19 +88,6 @@ def test_arms_leave_the_parameters_as_they_are(params):
     for arm in ARMS.values():
         arm.edit(params)
     jax.tree.map(np.testing.assert_array_equal, before, params)
-
-
-def test_the_streaming_step_donates_its_state_and_compiles_once(params, files):
-    state = model.init_state(MODEL, 1)
-    shapes = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
-    before = stream_step._cache_size()
-    for t in range(3):
-        old = state
-        frame, true = jnp.asarray(files[0][None, :, t]), jnp.ones((1,), bool)
-        state, _ = stream_step(params, frame, true, jnp.array(False), state, cfg=MODEL)
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
-        assert jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state) == shapes
-    assert stream_step._cache_size() == before + 1
 
 
 def test_an_estimate_is_students_interval_over_files():

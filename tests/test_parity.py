@@ -86,13 +86,19 @@ def test_paused_row_equals_pytorch(fixture):
     assert (got[1][:, ~active[1]] == -1).all()
 
 
-def test_generate_step_donates_its_state(fixture):
+def test_generate_step_donates_its_state_and_compiles_once(fixture):
     cfg, params, trace = fixture
-    state = model.init_state(cfg, 2)
-    _, new = generate.generate_step(
-        params, jnp.zeros((2, 3), jnp.int32), jnp.ones(2, bool), state, jax.random.key(0), cfg=cfg
-    )
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), model.init_state(cfg, 2)
-    )
+
+    def kinds(state):
+        return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
+
+    state, sampling = model.init_state(cfg, 2), generate.Sampling(top_k=5)  # settings of its own: a program of its own
+    fresh, before = kinds(state), generate.generate_step._cache_size()
+    for call in range(3):
+        old, other = state, jnp.asarray(trace["free_user"][:, :, call], jnp.int32)
+        _, state = generate.generate_step(
+            params, other, jnp.ones(2, bool), state, jax.random.key(call), cfg=cfg, sampling=sampling
+        )
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+        assert kinds(state) == fresh
+    assert generate.generate_step._cache_size() == before + 1
