@@ -64,12 +64,15 @@ def add(a, b, factor=1.0):
     return [(wa + factor * wb, ba + factor * bb) for (wa, ba), (wb, bb) in zip(a, b, strict=True)]
 
 
-def frame_inputs(p, x, heads, base_lr, pre_norm):
-    """q, k, t [H, D] and the rates [H] of one frame's hidden vector x [d]."""
+def frame_inputs(p, x, heads, base_lr, pre_norm, position=None):
+    """q, k, t [H, D] and the rates [H] of one frame's hidden vector x [d]; rotated by `position` if there is one."""
     width = x.shape[0] // heads
     h = p["norm"] * x / np.sqrt((x**2).mean() + 1e-8) if pre_norm else x
     q, k, v = ((h @ p[f"{name}_kernel"] + p[f"{name}_bias"]).reshape(heads, width) for name in "qkv")
     q, k = (y / np.sqrt((y**2).sum(-1, keepdims=True) + 1e-12) for y in (q, k))
+    if position is not None:
+        turn = np.exp(1j * position * 10000.0 ** (-2 * np.arange(width // 2) / width))
+        q, k = (((y[:, ::2] + 1j * y[:, 1::2]) * turn).view(np.float64) for y in (q, k))
     t = np.empty_like(v)
     for head in range(heads):
         r = v[head] - k[head]
@@ -81,38 +84,56 @@ def frame_inputs(p, x, heads, base_lr, pre_norm):
     return q, k, t, eta
 
 
-def ttt_layer(p, x, mask, state, *, heads, mini_batch, base_lr, pre_norm=True):
-    """The layer over x [B, T, d] with mask [B, T]: outputs (0 where masked) and the state after it."""
+def norm(weights):
+    """Euclidean norm over all maps."""
+    return np.sqrt(sum((w**2).sum() + (b**2).sum() for w, b in weights))
+
+
+def ttt_layer(p, x, mask, state, *, heads, base_lr, ttt):
+    """The layer over x [B, T, d] with mask [B, T]: outputs (0 where masked), the state after it, and what is measured.
+
+    `ttt` is the configuration; measured are l(W0), l(W_{t-1}), l(W_t) and |W_t - W0| / |W0|, [4, B, T, H].
+    """
     p = {name: np.asarray(value, np.float64) for name, value in p.items()}
     maps = len(state[0])
-    out = np.zeros(x.shape)
+    out, measured = np.zeros(x.shape), np.zeros((4, *x.shape[:2], heads))
     displacement, open_sum = (
         [(np.array(w, np.float64), np.array(b, np.float64)) for w, b in part] for part in state[:2]
     )
     count = np.array(state[2])
     for row in range(x.shape[0]):
         base = [[(p[f"inner_w{n}"][h], p[f"inner_b{n}"][h]) for n in range(maps)] for h in range(heads)]
-        start = [add(base[h], [(w[row, h], b[row, h]) for w, b in displacement]) for h in range(heads)]
+        moved = [[(w[row, h], b[row, h]) for w, b in displacement] for h in range(heads)]
         total = [
             [(w[row, h], b[row, h]) for w, b in open_sum] or [(0 * w, 0 * b) for w, b in base[h]] for h in range(heads)
         ]
         for frame in np.flatnonzero(mask[row]):
-            q, k, t, eta = frame_inputs(p, x[row, frame], heads, base_lr, pre_norm)
+            position = count[row] % ttt.mini_batch if ttt.rope else None
+            q, k, t, eta = frame_inputs(p, x[row, frame], heads, base_lr, ttt.pre_norm, position)
             count[row] += 1
             z = []
             for h in range(heads):
                 scale, bias = p["ln_scale"][h], p["ln_bias"][h]
-                total[h] = add(total[h], inner_gradient(start[h], k[h], t[h], scale, bias), eta[h])
-                now = add(start[h], total[h], -1.0)
+                start = add(base[h], moved[h])
+                before = add(start, total[h], -1.0)
+                total[h] = add(total[h], inner_gradient(start, k[h], t[h], scale, bias), eta[h])
+                now = add(start, total[h], -1.0)
                 z.append(q[h] + layer_norm(network(now, q[h]), scale, bias, 1e-8))
-                if count[row] % mini_batch == 0:
-                    start[h], total[h] = now, add(total[h], total[h], -1.0)
+                losses = [inner_loss(w, k[h], t[h], scale, bias) for w in (base[h], before, now)]
+                measured[:, row, frame, h] = *losses, norm(add(moved[h], total[h], -1.0)) / norm(base[h])
+                if count[row] % ttt.mini_batch == 0:
+                    moved[h], total[h] = add(moved[h], total[h], -1.0), add(total[h], total[h], -1.0)
+                    if ttt.horizon is not None:
+                        moved[h] = add(moved[h], moved[h], np.exp(-ttt.mini_batch / ttt.horizon) - 1)
+                    if ttt.max_displacement is not None:
+                        limit = ttt.max_displacement * norm(base[h])
+                        moved[h] = add(moved[h], moved[h], min(1.0, limit / norm(moved[h])) - 1)
             joined = layer_norm(np.concatenate(z), p["post_norm_scale"], p["post_norm_bias"], 1e-6)
             out[row, frame] = x[row, frame] + np.tanh(p["gate"]) * (joined @ p["out_kernel"] + p["out_bias"])
         for h in range(heads):
             for n in range(maps):
                 for part in (0, 1):
-                    displacement[n][part][row, h] = start[h][n][part] - base[h][n][part]
+                    displacement[n][part][row, h] = moved[h][n][part]
                     if open_sum:
                         open_sum[n][part][row, h] = total[h][n][part]
-    return out, (displacement, open_sum, count)
+    return out, (displacement, open_sum, count), measured

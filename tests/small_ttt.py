@@ -14,8 +14,17 @@ from ttt_jax.ttt.layer import TTTLayer, init_state
 
 TOL = 1e-10
 ROWS, FRAMES, DIM, HEADS = 2, 32, 16, 2
-NETWORKS = {"linear": (), "mlp2": (4,), "mlp3": (2, 2)}
+NETWORKS = {"linear": (), "mlp2": (4,), "mlp3": (2, 2), "mlp5": (2, 1, 3, 2)}
 SIZES = [1, 4, 16, pytest.param(64, marks=pytest.mark.slow)]
+
+VARIANTS = {
+    "as trained from scratch": {},
+    "no decay": {"horizon": None},
+    "bound": {"max_displacement": 0.5},
+    "bound, no decay": {"max_displacement": 0.2, "horizon": None},
+    "rope": {"rope": True},
+    "no pre-norm": {"pre_norm": False, "base_lr": 0.3},
+}
 
 networks = pytest.mark.parametrize("hidden", NETWORKS.values(), ids=NETWORKS.keys())
 sizes = pytest.mark.parametrize("mini_batch", SIZES)
@@ -36,6 +45,8 @@ pairs = pytest.mark.parametrize(
 
 
 def config(hidden=(4,), mini_batch=4, dtype="float64", **ttt) -> MoshiConfig:
+    """A layer whose memory decays within the test; narrow heads take the rate of wide ones."""
+    ttt = {"horizon": 100.0, "base_lr": min(1.0, 8 / mini_batch), **ttt}
     return MoshiConfig(
         dim=DIM,
         num_heads=HEADS,
@@ -46,10 +57,16 @@ def config(hidden=(4,), mini_batch=4, dtype="float64", **ttt) -> MoshiConfig:
 
 
 def apply(params, x, mask, state, cfg):
-    return TTTLayer(cfg).apply({"params": params}, x, mask, state)
+    return TTTLayer(cfg).apply({"params": params}, x, mask, state)[:2]
+
+
+def measure(params, x, mask, state, cfg):
+    """Output, state and measurement."""
+    return TTTLayer(cfg).apply({"params": params}, x, mask, state, True)
 
 
 call = quick_jit(apply, static_argnames="cfg")
+measured_call = quick_jit(measure, static_argnames="cfg")
 
 
 @partial(quick_jit, static_argnames="cfg")
@@ -101,13 +118,17 @@ def run_split(params, x, mask, state, cfg, parts):
 
 
 def reference(params, x, mask, state, cfg):
+    """Output and state of the written-out descent."""
+    return measured_reference(params, x, mask, state, cfg)[:2]
+
+
+def measured_reference(params, x, mask, state, cfg):
     return reference_ttt.ttt_layer(
         params,
         np.asarray(x, np.float64),
         np.asarray(mask),
         state,
         heads=cfg.num_heads,
-        mini_batch=cfg.ttt.mini_batch,
-        base_lr=cfg.ttt.resolved_base_lr,
-        pre_norm=cfg.ttt.pre_norm,
+        base_lr=cfg.inner_lr,
+        ttt=cfg.ttt,
     )

@@ -62,6 +62,15 @@ def test_impossible_layers_are_refused(text, said):
         (lambda: TTTConfig(hidden=(4, 0)), "ttt.hidden=(4, 0)"),
         (lambda: TTTConfig(base_lr=-0.1), "ttt.base_lr=-0.1"),
         (lambda: TTTConfig(base_lr=float("nan")), "ttt.base_lr=nan"),
+        (lambda: TTTConfig(mini_batch=1.5), "ttt.mini_batch=1.5"),
+        (lambda: TTTConfig(hidden=(2.5,)), "ttt.hidden=(2.5,)"),
+        (lambda: TTTConfig(gate_init=float("inf")), "ttt.gate_init=inf"),
+        (lambda: TTTConfig(horizon=8.0), "ttt.horizon=8.0 is shorter than the mini-batch of 16"),
+        (lambda: TTTConfig(horizon=float("nan")), "ttt.horizon=nan"),
+        (lambda: TTTConfig(max_displacement=0.0), "ttt.max_displacement=0.0"),
+        (lambda: TTTConfig(rope=True, mini_batch=1), "ttt.rope=True has no effect with ttt.mini_batch=1"),
+        (lambda: dataclasses.replace(TINY, dtype="float16"), 'model.dtype="float16" is not supported'),
+        (lambda: dataclasses.replace(TINY, layer_context=((1, 8), (1, 9))), "gives a layer two windows"),
         (lambda: DepthConfig(dim=0), "depth.dim=0"),
         (lambda: DepthConfig(dim=10, num_heads=3), "depth.num_heads=3"),
         (lambda: dataclasses.replace(TINY, num_layers=0), "model.num_layers=0"),
@@ -132,6 +141,7 @@ def test_configurations_are_hashable_values():
 
 
 def test_default_rate_bounds_the_sum_of_a_mini_batch():
-    assert [default_base_lr(b) for b in (1, 8, 16, 64)] == [1.0, 1.0, 0.5, 0.125]
-    assert TTTConfig(mini_batch=16).resolved_base_lr == 0.5
-    assert TTTConfig(mini_batch=16, base_lr=0.0).resolved_base_lr == 0.0
+    assert [default_base_lr(b, 128) for b in (1, 8, 16, 64, 256)] == [1.0, 1.0, 0.5, 0.125, 0.03125]
+    assert [default_base_lr(1, width) for width in (16, 32, 64, 128)] == [0.25, 0.5, 1.0, 1.0]
+    assert TINY.inner_lr == 0.5
+    assert dataclasses.replace(TINY, ttt=TTTConfig(base_lr=0.0)).inner_lr == 0.0

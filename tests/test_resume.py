@@ -153,7 +153,7 @@ def test_a_finished_run_leaves_everything_it_promises(runs):
 
 def test_the_stored_configuration_is_the_one_that_ran(runs):
     stored = record.from_dict(TrainConfig, record.read_json(runs[0] / "whole" / "config.json", "it"), "it")
-    rate = CONFIG.model.ttt.resolved_base_lr  # stored as it was used, so that another default changes no stored run
+    rate = CONFIG.model.inner_lr  # stored as it was used, so that another default changes no stored run
     ttt = dataclasses.replace(CONFIG.model.ttt, base_lr=rate)
     assert stored.model == dataclasses.replace(CONFIG.model, ttt=ttt)
     assert stored.steps == CONFIG.steps

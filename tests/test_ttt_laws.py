@@ -25,6 +25,7 @@ from tests.small_ttt import (
     HEADS,
     ROWS,
     TOL,
+    VARIANTS,
     apply,
     call,
     carried_state,
@@ -88,11 +89,32 @@ def test_masked_rows_at_different_phases_equal_written_out_descent(hidden, mini_
     assert_close(call(params, x, mask, state, cfg=cfg), reference(params, x, mask, state, cfg), TOL)
 
 
-def test_layer_without_pre_norm_equals_written_out_descent(x64):
-    cfg = config(pre_norm=False, base_lr=0.3)
-    params, x, _ = setting(cfg, 1)
-    state, mask = init_state(cfg, ROWS), np.ones((ROWS, FRAMES), bool)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(("hidden", "mini_batch"), [((4,), 4), ((), 5)])
+def test_every_variant_equals_written_out_descent(hidden, mini_batch, variant, x64):
+    cfg = config(hidden, mini_batch, **variant)
+    params, x, rng = setting(cfg, 1)
+    state, mask = carried_state(cfg, rng), random_mask(rng, (ROWS, FRAMES))
     assert_close(call(params, x, mask, state, cfg=cfg), reference(params, x, mask, state, cfg), TOL)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@given(seed=seeds, parts=splits(FRAMES))
+def test_any_split_of_every_variant_gives_the_same(variant, x64, seed, parts):
+    cfg = config((4,), 4, **variant)
+    params, x, rng = setting(cfg, seed)
+    state, mask = carried_state(cfg, rng), random_mask(rng, (ROWS, FRAMES))
+    assert_close(run_split(params, x, mask, state, cfg, parts), call(params, x, mask, state, cfg=cfg), TOL)
+
+
+@pytest.mark.parametrize("mini_batch", [100, 256])
+def test_mini_batches_longer_than_a_call(mini_batch, x64):
+    cfg = config(mini_batch=mini_batch, horizon=400.0)
+    params, x, rng = setting(cfg, 21, frames=300)
+    state, mask = carried_state(cfg, rng), random_mask(rng, (ROWS, 300))
+    expected = reference(params, x, mask, state, cfg)
+    assert_close(call(params, x, mask, state, cfg=cfg), expected, TOL)
+    assert_close(run_split(params, x, mask, state, cfg, (3, 21, 3, 21, 252)), expected, TOL)
 
 
 @pairs

@@ -67,7 +67,7 @@ def test_streaming_compiles_once():
     step = jax.jit(TTTLayer(cfg).apply)
     state = init_state(cfg, ROWS)
     for frame in range(3):
-        _, state = step({"params": params}, x[:, frame : frame + 1], jnp.ones((ROWS, 1), bool), state)
+        _, state, _ = step({"params": params}, x[:, frame : frame + 1], jnp.ones((ROWS, 1), bool), state)
     assert step._cache_size() == 1
 
 

@@ -93,7 +93,7 @@ def fit_model(cfg: TrainConfig, codec: Codec, tokenizer: Tokenizer) -> TrainConf
             f" {2 * codebooks} and {codebooks}, two voices of {codebooks} codebooks of which one is predicted."
         )
     # The inner rate in force is stored: a default may change one day, this run's may not.
-    ttt = dataclasses.replace(cfg.model.ttt, base_lr=cfg.model.ttt.resolved_base_lr)
+    ttt = dataclasses.replace(cfg.model.ttt, base_lr=cfg.model.inner_lr)
     model = dataclasses.replace(cfg.model, card=codec.cardinality, text_card=tokenizer.cardinality, ttt=ttt)
     return dataclasses.replace(cfg, model=model)
 
@@ -222,7 +222,7 @@ def _announce(cfg: TrainConfig, corpus: Corpus) -> None:
         "TTT       layers %s, mini-batch %d, inner rate %g",
         layers,
         cfg.model.ttt.mini_batch,
-        cfg.model.ttt.resolved_base_lr,
+        cfg.model.inner_lr,
     )
 
 

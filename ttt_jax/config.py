@@ -11,12 +11,13 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from ttt_jax.errors import InputError
 
 Preset = TypeVar("Preset")
 
+Dtype = Literal["float32", "bfloat16", "float64"]
 FRAME_RATE = 12.5  # frames per second of Moshi and Mimi
 
 
@@ -26,9 +27,13 @@ def check(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _check_sizes(prefix: str, **sizes: int) -> None:
     for name, size in sizes.items():
-        check(size >= 1, f"{prefix}.{name}={size} is not a size: give 1 or more.")
+        check(_is_int(size) and size >= 1, f"{prefix}.{name}={size} is not a size: give 1 or more.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +47,13 @@ class TTTConfig:
     mini_batch: int = 16
     """Inner mini-batch size b: frames that share one starting point of the inner gradient."""
     base_lr: float | None = None
-    """Largest inner learning rate before the division by D; unset: min(1, 8 / mini_batch)."""
+    """Largest inner learning rate before the division by the head width D; unset: min(1, D / 64, 8 / mini_batch)."""
+    horizon: float | None = 12000.0
+    """Frames after which what was learned has decayed to 1/e (12,000 are 16 minutes); "None": no decay."""
+    max_displacement: float | None = None
+    """Bound on the norm of fast weights minus base, per head, in norms of the base; unset: no bound."""
+    rope: bool = False
+    """Rotary embedding of inner queries and keys by their position in the mini-batch."""
     gate_init: float = 0.1
     """Initial value of the gate parameter alpha; the layer adds tanh(alpha) times its output. Models trained from scratch start at 0.5."""
     pre_norm: bool = True
@@ -52,16 +63,16 @@ class TTTConfig:
 
     def __post_init__(self) -> None:
         check(
-            self.mini_batch >= 1,
+            _is_int(self.mini_batch) and self.mini_batch >= 1,
             f"ttt.mini_batch={self.mini_batch} is not a size: give 1 or more frames per inner mini-batch.",
         )
         check(
-            self.remat_group >= 1,
+            _is_int(self.remat_group) and self.remat_group >= 1,
             f"ttt.remat_group={self.remat_group} is not a size: give 1 or more mini-batches per group.",
         )
         check(
-            all(width >= 1 for width in self.hidden),
-            f"ttt.hidden={self.hidden} has a width below 1: give positive multiples of the head width, or nothing for the linear network.",
+            all(_is_int(width) and width >= 1 for width in self.hidden),
+            f"ttt.hidden={self.hidden} is no list of widths: give positive multiples of the head width, or nothing for the linear network.",
         )
         check(
             math.isfinite(self.gate_init),
@@ -69,22 +80,31 @@ class TTTConfig:
         )
         check(
             self.base_lr is None or 0 <= self.base_lr < math.inf,
-            f"ttt.base_lr={self.base_lr} is negative: give 0 (no learning) or a positive inner learning rate.",
+            f"ttt.base_lr={self.base_lr} is no rate: give 0 (no learning) or a positive inner learning rate.",
+        )
+        check(
+            self.horizon is None or self.mini_batch <= self.horizon < math.inf,
+            f"ttt.horizon={self.horizon} is shorter than the mini-batch of {self.mini_batch} frames or no number: give more frames, or None for no decay.",
+        )
+        check(
+            self.max_displacement is None or 0 < self.max_displacement < math.inf,
+            f"ttt.max_displacement={self.max_displacement} is no bound: give a number above 0, or None for none.",
+        )
+        check(
+            not (self.rope and self.mini_batch == 1),
+            "ttt.rope=True has no effect with ttt.mini_batch=1, where every frame has position 0: give a larger mini-batch or leave it off.",
         )
 
-    @property
-    def resolved_base_lr(self) -> float:
-        """The inner learning rate in force."""
-        return default_base_lr(self.mini_batch) if self.base_lr is None else self.base_lr
 
-
-def default_base_lr(mini_batch: int) -> float:
-    """Inner learning rate for an inner mini-batch of `mini_batch` frames.
+def default_base_lr(mini_batch: int, head_dim: int) -> float:
+    """Inner learning rate for an inner mini-batch of `mini_batch` frames and heads of width `head_dim`.
 
     A mini-batch sums its frames' gradients, all taken at one stale point, so what one update may move bounds
-    mini_batch * base_lr. Up to 8 frames a rate of 1 is stable; beyond, the sum is held at that of 8 frames.
+    mini_batch * base_lr: up to 8 frames a rate of 1 is stable, beyond the sum is held at that of 8 frames. The division by
+    the head width makes a step's relative size the same for all widths; narrow heads drift further from their base all the
+    same, since their frames share fewer directions, and learn as well at a lower rate (docs/design.md has the figures).
     """
-    return min(1.0, 8.0 / mini_batch)
+    return min(1.0, head_dim / 64, 8.0 / mini_batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +156,7 @@ class MoshiConfig:
     """Text pieces; id `text_card` is the initial token. Training from scratch takes the tokenizer's."""
     delays: tuple[int, ...] = (0,) + 2 * ((0,) + 7 * (1,))
     """Delay of each stream in frames: text, own codebooks, other voice's codebooks."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Dtype = "float32"
     """Type of the activations (float64 for tests); norms, softmax, rotations, logits and the TTT state are at least float32."""
     depth: DepthConfig = DepthConfig()
     """Depth transformer."""
@@ -175,6 +195,15 @@ class MoshiConfig:
             self.delays[0] == 0,
             f"model.delays[0]={self.delays[0]} delays the text stream: Moshi's text leads with delay 0.",
         )
+        check(
+            self.dtype in get_args(Dtype),
+            f'model.dtype="{self.dtype}" is not supported: give {" or ".join(get_args(Dtype))}.',
+        )
+        named = [layer for layer, _ in self.layer_context]
+        check(
+            len(set(named)) == len(named),
+            f"model.layer_context={self.layer_context} gives a layer two windows: name each layer once.",
+        )
         for layer, frames in self.layer_context:
             check(
                 0 <= layer < self.num_layers and frames >= 1,
@@ -196,6 +225,12 @@ class MoshiConfig:
     def head_dim(self) -> int:
         """Width of a head, the TTT layers' D too."""
         return self.dim // self.num_heads
+
+    @property
+    def inner_lr(self) -> float:
+        """The base inner learning rate in force."""
+        lr = self.ttt.base_lr
+        return default_base_lr(self.ttt.mini_batch, self.head_dim) if lr is None else lr
 
     @property
     def max_delay(self) -> int:

@@ -1,4 +1,4 @@
-"""Sliding-window attention over a ring cache and the frames of the call; rotary positions. Plain functions on arrays.
+"""Sliding-window attention over a ring cache and the frames of the call. Plain functions on arrays.
 
 Shapes: B rows, T frames of the call, S slots of the ring, H heads, K head width.
 """
@@ -48,22 +48,6 @@ def positions(start: jax.Array, mask: jax.Array, context: int) -> Positions:
     in_call = (distance >= 0) & (distance < context) & mask[:, None]
     # A masked frame shares its position with a valid one before it: order within the call keeps it causal.
     return Positions(query, in_ring, in_call & jnp.tril(jnp.ones(in_call.shape[1:], bool)))
-
-
-def rotate(x: jax.Array, position: jax.Array, max_period: float) -> jax.Array:
-    """Rotary embedding of interleaved pairs (2i, 2i + 1), in float32 or wider.
-
-    Args:
-      x: [B, T, H, K]; position: int32 [B, T]; pair i turns by position * max_period^(-2i / K).
-    """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    half = x.shape[-1] // 2
-    frequency = max_period ** (-jnp.arange(half, dtype=wide) / half)
-    angle = (position.astype(wide)[..., None] * frequency)[:, :, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    pairs = x.astype(wide).reshape(*x.shape[:-1], half, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape).astype(x.dtype)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring, where: Positions) -> jax.Array:

@@ -10,8 +10,9 @@ from ttt_jax.config import MoshiConfig
 from ttt_jax.init import fan_in_normal, linear_kernel
 from ttt_jax.moshi import attention
 from ttt_jax.norms import rms_norm
+from ttt_jax.rotary import rotate
 from ttt_jax.ttt.inner import TTTState
-from ttt_jax.ttt.layer import TTTLayer
+from ttt_jax.ttt.layer import Measurement, TTTLayer
 
 
 class Attention(nn.Module):
@@ -27,7 +28,7 @@ class Attention(nn.Module):
         cfg = self.cfg
         shape = (cfg.dim, 3, cfg.num_heads, cfg.head_dim)
         qkv = jnp.einsum("BTD,DPHK->PBTHK", x, self.param("qkv", linear_kernel, shape).astype(x.dtype))
-        q, k = (attention.rotate(y, where.query, cfg.max_period) for y in qkv[:2])
+        q, k = (rotate(y, where.query, cfg.max_period) for y in qkv[:2])
         read = attention.attend(q, k, qkv[2], ring, where)
         out = self.param("out", fan_in_normal((0, 1)), (cfg.num_heads, cfg.head_dim, cfg.dim))
         return jnp.einsum("BTHK,HKD->BTD", read, out.astype(x.dtype)), (k, qkv[2])
@@ -62,20 +63,22 @@ class Block(nn.Module):
         ring: attention.Ring,
         where: attention.Positions,
         ttt: TTTState | None,
-    ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], TTTState | None]]:
+        measured: bool = False,
+    ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], TTTState | None, Measurement | None]]:
         """One layer over a call.
 
         Args:
           x: [B, T, dim]; mask: bool [B, T]; ring: this layer's, [B, S, H, K]; where: positions of the call;
-          ttt: the TTT state, None in layers without.
+          ttt: the TTT state, None in layers without; measured: whether to measure TTT layers.
 
         Returns:
-          x and ((keys, values) of the call, new TTT state).
+          x and ((keys, values) of the call, new TTT state, measurement), the last two None in layers without.
         """
         norm = lambda name: self.param(name, nn.initializers.ones, (self.cfg.dim,))  # noqa: E731
         update, kv = Attention(self.cfg, name="attention")(rms_norm(x, norm("norm1")), ring, where)
         x = x + update
+        measurement = None
         if self.has_ttt:
-            x, ttt = TTTLayer(self.cfg, name="ttt")(x, mask, ttt)
+            x, ttt, measurement = TTTLayer(self.cfg, name="ttt")(x, mask, ttt, measured)
         x = x + FeedForward(self.cfg.dim, self.cfg.hidden, name="ffn")(rms_norm(x, norm("norm2")))
-        return x, (kv, ttt)
+        return x, (kv, ttt, measurement)

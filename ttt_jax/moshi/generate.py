@@ -63,7 +63,7 @@ def generate_step(
     newest = jnp.where(rows & ~first, other, state.history[:, own_streams:, -1])
     history = state.history.at[:, own_streams:, -1].set(newest)
     tokens = jnp.stack([history[:, k, newest_slot - delays[k]] for k in range(cfg.num_streams)], 1)[:, None]
-    hidden, state = temporal(params, tokens, rows, state, cfg)
+    hidden, state, _ = temporal(params, tokens, rows, state, cfg)
 
     keys = jax.random.split(key, own_streams)
     depth, cache = DepthTransformer(cfg), init_cache(cfg, mask.shape[0])

@@ -57,6 +57,8 @@ class Outputs(NamedTuple):
     """bool [B, 1 + Q, T]: valid frame, stream begun, token present."""
     hidden: jax.Array
     """Output of the temporal transformer after its norm, [B, T, dim]."""
+    ttt: ttt_layer.Measurement | None
+    """By TTT layer in the order of `MoshiConfig.ttt_layers`, leaves [L, B, T, ...]; None if not asked for."""
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -129,19 +131,20 @@ def _select(rows: jax.Array, new: Any, old: Any, axis: int) -> Any:
 
 
 def temporal(
-    params: Params, tokens: jax.Array, mask: jax.Array, state: State, cfg: MoshiConfig
-) -> tuple[jax.Array, State]:
+    params: Params, tokens: jax.Array, mask: jax.Array, state: State, cfg: MoshiConfig, measured: bool = False
+) -> tuple[jax.Array, State, ttt_layer.Measurement | None]:
     """The temporal transformer over columns of the delayed grid.
 
     Args:
-      tokens: int32 [B, T, K], the column that each position reads; mask: bool [B, T].
+      tokens: int32 [B, T, K], the column that each position reads; mask: bool [B, T]; measured: as in `forward`.
 
     Returns:
-      Hidden vectors after the output norm [B, T, dim] and the state with rings, TTT states and positions moved on.
+      Hidden vectors after the output norm [B, T, dim], the state with rings, TTT states and positions moved on, and
+      `Outputs.ttt`.
     """
     text = lookup(params["text_emb"][None], tokens[..., :1], cfg.dtype)
     x = text.sum(2) + lookup(params["audio_emb"], tokens[..., 1:], cfg.dtype).sum(2)
-    layers = {}
+    layers, measurements = {}, []
     for run in cfg.runs:
         old = state.layers[run.name]
         where = attention.positions(state.position, mask, run.context)
@@ -149,14 +152,17 @@ def temporal(
 
         def body(x: jax.Array, layer, block: Block = block, where: attention.Positions = where):
             params, ring, ttt = layer
-            return block.apply({"params": params}, x, mask, ring, where, ttt)
+            return block.apply({"params": params}, x, mask, ring, where, ttt, measured)
 
-        x, ((k, v), ttt) = _over_layers(
+        x, ((k, v), ttt, measurement) = _over_layers(
             body, x, (params["layers"][run.name], *old), run.stop - run.start, tokens.shape[1]
         )
         layers[run.name] = RunState(attention.write(old.ring, k, v, state.position, mask), ttt)
+        if measurement is not None:
+            measurements.append(measurement)
     position = state.position + mask.sum(1, dtype=jnp.int32)
-    return rms_norm(x, params["out_norm"]), State(state.history, position, layers)
+    measurement = jax.tree.map(lambda *ys: jnp.concatenate(ys), *measurements) if measurements else None
+    return rms_norm(x, params["out_norm"]), State(state.history, position, layers), measurement
 
 
 def _over_layers(body, x: jax.Array, layers, length: int, frames: int):
@@ -179,9 +185,9 @@ def text_logits(params: Params, hidden: jax.Array) -> jax.Array:
     return jnp.matmul(hidden, params["text_head"].astype(hidden.dtype), preferred_element_type=wide)
 
 
-@partial(jax.jit, static_argnames="cfg")
+@partial(jax.jit, static_argnames=("cfg", "measured"))
 def forward(
-    params: Params, frames: jax.Array, mask: jax.Array, state: State, cfg: MoshiConfig
+    params: Params, frames: jax.Array, mask: jax.Array, state: State, cfg: MoshiConfig, measured: bool = False
 ) -> tuple[Outputs, State]:
     """Moshi with teacher-forced tokens, for any number of frames.
 
@@ -194,12 +200,13 @@ def forward(
       mask: bool [B, T]; a masked frame is skipped as if it were not there, and its outputs mean nothing.
       state: of `init_state` or the call before.
       cfg: the architecture; static.
+      measured: whether to measure the TTT layers as well (`Outputs.ttt`); static, and free where not asked for.
 
     Returns:
       Predictions with their targets, and the state after the call.
     """
     grid, history = columns(state.history, frames, mask, cfg)
-    hidden, state = temporal(params, grid.inputs, mask, state, cfg)
+    hidden, state, measurement = temporal(params, grid.inputs, mask, state, cfg, measured)
     own = grid.targets[..., : 1 + cfg.dep_q]
     rows, length = mask.shape
     flat = own.reshape(rows * length, 1 + cfg.dep_q)
@@ -214,6 +221,7 @@ def forward(
         targets,
         (targets >= 0) & (targets < cards),  # masked frames have absent targets
         hidden,
+        measurement,
     )
     return outputs, state._replace(history=history)
 

@@ -10,10 +10,13 @@ one affine map of the inner network joins. Everything here is float32, or float6
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from ttt_jax.config import TTTConfig
 
 LN_EPS = 1e-8
 
@@ -51,12 +54,49 @@ class Layout(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the inner loop reads of each frame."""
+    """What the inner loop reads of each frame: query, key, target and rate."""
 
     q: jax.Array  # [B, T, H, D]
     k: jax.Array  # [B, T, H, D]
     t: jax.Array  # [B, T, H, D]
     eta: jax.Array  # [B, T, H]
+
+
+class InnerMeasurement(NamedTuple):
+    """What the fast weights knew of each frame, [B, T, H] each, 0 where masked; the losses are l(W; k_t, t_t)."""
+
+    loss_base: jax.Array
+    """At W0, the learned start."""
+    loss_before: jax.Array
+    """At W_{t-1}, the weights before the frame's own step, inside a mini-batch too."""
+    loss_after: jax.Array
+    """At W_t, the weights that the frame's query reads."""
+    displacement: jax.Array
+    """Norm of W_t - W0 over that of W0."""
+
+
+class Frames(NamedTuple):
+    """The frames of a mini-batch, or of many, with what can be known of them before their weights are."""
+
+    kq: jax.Array
+    """Keys, then queries, [..., B, H, 2 C, D]."""
+    t: jax.Array
+    """Targets, [..., B, H, C, D]."""
+    eta: jax.Array
+    """Rates, [..., B, H, C]; 0 in empty slots."""
+    at_base: jax.Array
+    """What the first map of the base puts out for `kq`, [..., B, H, 2 C, O]."""
+    overlap: jax.Array
+    """<q_i, k_j> + 1 where j <= i, else 0, [..., B, H, C, C]."""
+
+
+class Descent(NamedTuple):
+    """Gradient steps of the frames of a mini-batch, all taken at the same weights, as factors of outer products."""
+
+    inputs: tuple[jax.Array, ...]
+    """Of each affine map, [B, H, C, I]."""
+    steps: tuple[jax.Array, ...]
+    """Rate times loss gradient at the output of each map, [B, H, C, O]: the step of frame c in the weights is the outer product."""
 
 
 def widths(head_dim: int, hidden: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -104,81 +144,138 @@ def _apply(x: jax.Array, affine: Affine) -> jax.Array:
     return jnp.einsum("BHCI,BHIO->BHCO", x, affine.w) + affine.b[:, :, None]
 
 
-def gradients(network: Network, k: jax.Array, t: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[list, list]:
-    """Factors of each frame's gradient of the inner loss 0.5 * |LN(f_W(k)) - t|^2, all taken at the same weights.
+def prepare(base: Network, x: Inputs) -> Frames:
+    """Adds what frames [..., B, H, C, D] need of the base weights alone: for all mini-batches at once, ahead of their scan."""
+    kq = jnp.concatenate([x.k, x.q], -2)
+    at_base = jnp.einsum("...HCI,HIO->...HCO", kq, base[0].w) + base[0].b[:, None]
+    overlap = jnp.einsum("...CI,...SI->...CS", x.q, x.k) + 1
+    return Frames(kq, x.t, x.eta, at_base, jnp.where(_causal(overlap), overlap, 0))
+
+
+def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of keys and of queries."""
+    return x[..., : x.shape[-2] // 2, :], x[..., x.shape[-2] // 2 :, :]
+
+
+def _causal(overlap: jax.Array) -> jax.Array:
+    return jnp.tril(jnp.ones(overlap.shape[-2:], bool))
+
+
+def weights(base: Network, displacement: Network) -> Network:
+    """What a mini-batch reads: base plus displacement; of the first map the displacement alone, since `Frames` hold the rest.
+
+    Adding the base costs a pass over all weights; a map that is only ever applied to what is known ahead does without.
+    """
+    return displacement[:1] + jax.tree.map(jnp.add, base[1:], displacement[1:])
+
+
+def descend(weights: Network, first: jax.Array, scale: jax.Array, bias: jax.Array, x: Frames) -> Descent:
+    """Each frame's step on the inner loss 0.5 * |LN(f_W(k)) - t|^2, all taken at the same weights.
 
     Args:
-      network: weights, [B, H, I, O] and [B, H, O].
-      k, t: keys and targets [B, H, C, D].
+      weights: as `weights` gives them; first: what the first map puts out for the keys, [B, H, C, O].
       scale, bias: of the LayerNorm, [H, 1, D].
-
-    Returns:
-      inputs x_l [B, H, C, I] of the affine maps and the loss gradients g_l [B, H, C, O] at their outputs: the gradient of
-      frame c with respect to the weights of map l is the outer product of x_l[c] and g_l[c], to its bias g_l[c].
+      x: the frames of a mini-batch; eta is 0 in empty slots.
     """
-    inputs, slopes, x = [], [], k
-    for affine in network[:-1]:
-        inputs.append(x)
-        x, slope = _gelu_and_slope(_apply(x, affine))
+    inputs, slopes, y = [_halves(x.kq)[0]], [], first
+    for affine in weights[1:]:
+        y, slope = _gelu_and_slope(y)
+        inputs.append(y)
         slopes.append(slope)
-    inputs.append(x)
-    normed, rstd = _normalise(_apply(x, network[-1]), LN_EPS)
-    g = (scale * normed + bias - t) * scale
+        y = _apply(y, affine)
+    normed, rstd = _normalise(y, LN_EPS)
+    g = (scale * normed + bias - x.t) * scale
     g = (g - g.mean(-1, keepdims=True) - normed * (g * normed).mean(-1, keepdims=True)) * rstd
     grads = [g]
-    for affine, slope in zip(network[:0:-1], slopes[::-1], strict=True):
+    for affine, slope in zip(weights[:0:-1], slopes[::-1], strict=True):
         g = jnp.einsum("BHCO,BHIO->BHCI", g, affine.w) * slope
         grads.insert(0, g)
-    return inputs, grads
+    return Descent(tuple(inputs), tuple(x.eta[..., None] * g for g in grads))
 
 
-def mini_batch_step(
+def read(weights: Network, first: jax.Array, overlap: jax.Array, descent: Descent, seen: jax.Array) -> jax.Array:
+    """f_{W_i}(x_i) [B, H, C, D], W_i being `weights` less the steps of the frames j that frame i has seen, never formed.
+
+    Args:
+      weights: as `weights` gives them; first: what the first map puts out for x, [B, H, C, O].
+      overlap: <x_i, k_j> + 1 where frame i has seen j, else 0, [B, H, C, C]; seen: bool [C, C].
+    """
+    # XLA joins products that share a factor and would copy all weights beside the steps to do so: barriers keep these apart.
+    descent = jax.lax.optimization_barrier(descent)
+    x = first - jnp.einsum("BHCS,BHSO->BHCO", overlap, descent.steps[0])
+    for affine, x_k, step in zip(weights[1:], descent.inputs[1:], descent.steps[1:], strict=True):
+        x = _gelu(x)
+        # The +1 is the bias: its update does not depend on the input.
+        overlap = jnp.einsum("BHCI,BHSI->BHCS", jax.lax.optimization_barrier(x), x_k) + 1
+        x = _apply(x, affine) - jnp.einsum("BHCS,BHSO->BHCO", jnp.where(seen, overlap, 0), step)
+    return x
+
+
+def total(descent: Descent, factor: jax.Array) -> Network:
+    """Sum over the frames of a mini-batch of `factor` [B] times their steps."""
+    steps = (step * factor[:, None, None, None] for step in descent.steps)
+    return tuple(
+        Affine(jnp.einsum("BHCI,BHCO->BHIO", x_k, step), step.sum(2))
+        for x_k, step in zip(descent.inputs, steps, strict=True)
+    )
+
+
+def scaled(network: Network, factor: jax.Array) -> Network:
+    """`network` [B, H, ...] times `factor` [B, H] or [B, 1]."""
+    return jax.tree.map(lambda w: w * factor.reshape(factor.shape + (1,) * (w.ndim - 2)), network)
+
+
+def squared_norm(network: Network) -> jax.Array:
+    """Over all weights of a head: [B, H], or [H] of a base."""
+    return sum((w * w).sum((-2, -1)) + (b * b).sum(-1) for w, b in network)
+
+
+def retain(displacement: Network, base: Network, closes: jax.Array, cfg: TTTConfig) -> Network:
+    """What stays of the displacement in rows whose mini-batch closes (bool [B]): it decays and is held within its bound."""
+    if cfg.horizon is not None:
+        kept = jnp.where(closes, math.exp(-cfg.mini_batch / cfg.horizon), 1).astype(base[0].w.dtype)
+        displacement = scaled(displacement, kept[:, None])
+    if cfg.max_displacement is not None:
+        norm, limit = squared_norm(displacement), cfg.max_displacement**2 * squared_norm(base)
+        beyond = closes[:, None] & (norm > limit)
+        displacement = scaled(displacement, jnp.sqrt(jnp.where(beyond, limit / jnp.where(beyond, norm, 1), 1)))
+    return displacement
+
+
+def measure(
     base: Network,
     scale: jax.Array,
     bias: jax.Array,
     displacement: Network,
     open_sum: Network,
-    q: jax.Array,
-    k: jax.Array,
-    t: jax.Array,
-    eta: jax.Array,
-    closes: jax.Array,
-) -> tuple[tuple[Network, Network], jax.Array]:
-    """Takes the frames of one mini-batch, or those of it that a call brings.
+    descent: Descent,
+    x: Frames,
+) -> InnerMeasurement:
+    """What the fast weights of a mini-batch know of its frames, [B, H, C] each."""
 
-    Args:
-      base: learned initial weights W0, [H, I, O] and [H, O].
-      scale, bias: of the inner LayerNorm, [H, 1, D].
-      displacement, open_sum: the carried state.
-      q, k, t: [B, H, C, D] in the order of time; eta: rates [B, H, C], 0 in empty slots.
-      closes: bool [B], whether the mini-batch ends here.
+    def loss(y: jax.Array) -> jax.Array:
+        return 0.5 * ((layer_norm(y, scale, bias) - x.t) ** 2).sum(-1)
 
-    Returns:
-      (displacement, open_sum) and the outputs q + LN(f_{W_i}(q)) [B, H, C, D].
-    """
-    start = jax.tree.map(lambda w0, d: w0 + d, base, displacement)
-    inputs, grads = gradients(start, k, t, scale, bias)
-    steps = [eta[..., None] * g for g in grads]
-
-    causal = jnp.tril(jnp.ones((q.shape[2],) * 2, q.dtype))
-    before = jax.tree.map(lambda w, g: w - g, start, open_sum) if open_sum else start
-    x = q
-    for layer, (affine, x_k, step) in enumerate(zip(before, inputs, steps, strict=True)):
-        x = _gelu(x) if layer else x
-        # The +1 is the bias: its update does not depend on the input.
-        overlap = (jnp.einsum("BHCI,BHSI->BHCS", x, x_k) + 1) * causal
-        x = _apply(x, affine) - jnp.einsum("BHCS,BHSO->BHCO", overlap, step)
-    z = q + layer_norm(x, scale, bias)
-
-    sums = tuple(
-        Affine(jnp.einsum("BHCI,BHCO->BHIO", x_k, step), step.sum(2)) for x_k, step in zip(inputs, steps, strict=True)
+    if open_sum:
+        displacement = jax.tree.map(jnp.subtract, displacement, open_sum)
+    k, at_base = _halves(x.kq)[0], _halves(x.at_base)[0]
+    gram = jnp.einsum("BHCI,BHSI->BHCS", k, k) + 1
+    upto = _causal(gram)
+    start, now = (weights(base, d) for d in (jax.tree.map(jnp.zeros_like, displacement), displacement))
+    first = at_base + _apply(k, now[0])
+    never, before = jnp.zeros_like(upto), jnp.tril(upto, -1)
+    # |displacement - sum of steps|^2, multiplied out so that no prefix of the sum is formed.
+    moved = squared_norm(displacement)[..., None]
+    for affine, x_k, step in zip(displacement, *descent, strict=True):
+        moved -= 2 * jnp.cumsum((_apply(x_k, affine) * step).sum(-1), -1)
+        square = (jnp.einsum("BHCI,BHSI->BHCS", x_k, x_k) + 1) * jnp.einsum("BHCO,BHSO->BHCS", step, step)
+        moved += jnp.diagonal(jnp.cumsum(jnp.cumsum(square, -1), -2), axis1=-2, axis2=-1)
+    return InnerMeasurement(
+        loss(read(start, at_base, 0 * gram, descent, never)),
+        loss(read(now, first, jnp.where(before, gram, 0), descent, before)),
+        loss(read(now, first, jnp.where(upto, gram, 0), descent, upto)),
+        jnp.sqrt(jnp.maximum(moved, 0) / squared_norm(base)[:, None]),
     )
-    if not open_sum:
-        return (jax.tree.map(lambda d, s: d - s, displacement, sums), open_sum), z
-    sums = jax.tree.map(jnp.add, open_sum, sums)
-    keep = lambda new, old: jnp.where(closes.reshape(-1, *(1,) * (old.ndim - 1)), new, old)  # noqa: E731
-    closed = jax.tree.map(lambda d, s: keep(d - s, d), displacement, sums)
-    return (closed, jax.tree.map(lambda s: keep(jnp.zeros_like(s), s), sums)), z
 
 
 def layout(mask: jax.Array, count: jax.Array, mini_batch: int) -> Layout:
@@ -213,58 +310,121 @@ def inner_scan(
     state: TTTState,
     inputs: Inputs,
     mask: jax.Array,
-    mini_batch: int,
-    remat_group: int,
-) -> tuple[TTTState, jax.Array]:
+    cfg: TTTConfig,
+    measured: bool = False,
+) -> tuple[TTTState, jax.Array, InnerMeasurement | None]:
     """Runs the inner loop over a call of any length.
 
     The scan carries the displacement and adds the base where weights are read: forming the displacement as a difference
-    would lose small updates to rounding.
+    would lose small updates to rounding. It does not carry the sum of the open mini-batch: only the first mini-batch of a
+    call has one behind it, and what a row leaves open is summed once, at the end.
 
     Args:
       base: W0, [H, I, O] and [H, O]; scale, bias: inner LayerNorm [H, D].
       state: of B rows, at any phases.
       inputs: q, k, t, eta of T frames; may hold anything finite where masked.
       mask: bool [B, T], valid frames.
-      mini_batch: b; remat_group: mini-batches recomputed together in the backward pass.
+      cfg: of the layer.
+      measured: whether to measure as well; where not, nothing of it is computed.
 
     Returns:
-      The state after the call and z = q + LN(f_{W_i}(q)) [B, T, H, D], 0 where masked.
+      The state after the call; z = q + LN(f_{W_i}(q)) [B, T, H, D], 0 where masked; the measurement or None.
     """
-    place = layout(mask, state.count, mini_batch)
-    rows, batches, slots = place.frame.shape
-    frames = mask.shape[1]
-    source = jnp.minimum(place.frame, frames - 1).reshape(rows, batches * slots)
+    scale, bias = scale[:, None], bias[:, None]
+    place = layout(mask, state.count, cfg.mini_batch)
+    batches, slots = place.frame.shape[1:]
+    xs = Inputs(*(_to_slots(x, place.frame) for x in inputs))
+    filled = jnp.moveaxis(place.frame < mask.shape[1], 1, 0)[:, :, None]
+    xs, closes = xs._replace(eta=jnp.where(filled, xs.eta, 0)), place.closes.T
 
-    def to_slots(x: jax.Array) -> jax.Array:  # [B, T, H, ...] -> [M, B, H, C, ...]
-        x = jnp.take_along_axis(x, source.reshape(source.shape + (1,) * (x.ndim - 2)), 1)
-        x = x.reshape(rows, batches, slots, *x.shape[2:])
-        return jnp.moveaxis(jnp.moveaxis(x, 3, 2), 1, 0)
+    def advance(displacement: Network, open_sum: Network, x: Frames):
+        """The steps of the frames of one mini-batch, and what is put out for them."""
+        now = weights(base, displacement)
+        k_first, q_first = _halves(x.at_base + _apply(x.kq, now[0]))
+        descent, q = descend(now, k_first, scale, bias, x), _halves(x.kq)[1]
+        if open_sum:
+            now, q_first = jax.tree.map(jnp.subtract, now, open_sum), q_first - _apply(q, open_sum[0])
+        z = q + layer_norm(read(now, q_first, x.overlap, descent, _causal(x.overlap)), scale, bias)
+        return descent, (z, measure(base, scale, bias, displacement, open_sum, descent, x) if measured else None)
 
-    q, k, t, eta = (to_slots(x) for x in inputs)
-    filled = jnp.moveaxis(place.frame < frames, 1, 0)[:, :, None]
-    xs = (q, k, t, jnp.where(filled, eta, 0), place.closes.T)
+    def body(displacement: Network, x: tuple[Frames, jax.Array]):
+        frames, closes = x
+        descent, out = advance(displacement, (), frames)
+        displacement = jax.tree.map(jnp.add, displacement, total(descent, -closes.astype(scale.dtype)))
+        return retain(displacement, base, closes, cfg), out
 
-    def body(carry, x):
-        return mini_batch_step(base, scale[:, None], bias[:, None], *carry, *x)
+    displacement, open_sum, outs = state.displacement, state.open_sum, []
+    if open_sum:
+        descent, out = advance(displacement, open_sum, prepare(base, jax.tree.map(lambda x: x[0], xs)))
+        open_sum = jax.tree.map(jnp.add, open_sum, total(descent, jnp.ones(mask.shape[0], scale.dtype)))
+        displacement = _where(closes[0], jax.tree.map(jnp.subtract, displacement, open_sum), displacement)
+        displacement = retain(displacement, base, closes[0], cfg)
+        outs.append(jax.tree.map(lambda y: y[None], out))
+    if later := batches - len(outs):
+        rest = jax.tree.map(lambda x: x[len(outs) :], (xs, closes))
+        ahead = lambda x: (prepare(base, x[0]), x[1])  # noqa: E731
+        displacement, out = _grouped_scan(body, ahead, displacement, rest, later, cfg.remat_group)
+        outs.append(out)
+    count = state.count + mask.sum(1, dtype=jnp.int32)
+    if open_sum:
+        reached = state.count % cfg.mini_batch + count - state.count  # frames since the first mini-batch began
+        index, later = reached // cfg.mini_batch, jax.tree.map(jnp.zeros_like, open_sum)
+        if batches > 1:
+            last = prepare(base, jax.tree.map(lambda x: _pick(x, jnp.minimum(index, batches - 1)), xs))
+            now = weights(base, displacement)
+            first = _halves(last.at_base + _apply(last.kq, now[0]))[0]
+            is_open = (reached % cfg.mini_batch > 0).astype(first.dtype)
+            later = total(descend(now, first, scale, bias, last), is_open)
+        open_sum = _where(index == 0, open_sum, later)
+    z, measurement = jax.tree.map(lambda *ys: _to_frames(jnp.concatenate(ys), place.slot, mask), *outs)
+    return TTTState(displacement, open_sum, count), z, measurement
 
-    carry, z = _grouped_scan(body, (state.displacement, state.open_sum), xs, batches, remat_group)
-    z = jnp.moveaxis(jnp.moveaxis(z, 0, 1), 3, 2).reshape(rows, batches * slots, *inputs.q.shape[2:])
-    z = jnp.take_along_axis(z, jnp.minimum(place.slot, batches * slots - 1)[..., None, None], 1)
-    z = jnp.where(mask[..., None, None], z, 0)
-    return TTTState(*carry, state.count + mask.sum(1, dtype=jnp.int32)), z
+
+def _to_slots(x: jax.Array, frame: jax.Array) -> jax.Array:
+    """[B, T, H, ...] -> [M, B, H, C, ...] by `Layout.frame`; empty slots hold some frame's."""
+    rows, batches, slots = frame.shape
+    index = jnp.minimum(frame, x.shape[1] - 1).reshape(rows, batches * slots, *(1,) * (x.ndim - 2))
+    x = jnp.take_along_axis(x, index, 1).reshape(rows, batches, slots, *x.shape[2:])
+    return jnp.moveaxis(jnp.moveaxis(x, 3, 2), 1, 0)
 
 
-def _grouped_scan(body, carry, xs, length: int, group: int):
-    """`lax.scan` whose backward pass keeps the carry at group boundaries only; plain where a single group holds all."""
+def _to_frames(x: jax.Array, slot: jax.Array, mask: jax.Array) -> jax.Array:
+    """[M, B, H, C, ...] -> [B, T, H, ...] by `Layout.slot`; masked frames hold 0."""
+    x = jnp.moveaxis(jnp.moveaxis(x, 0, 1), 3, 2)
+    x = x.reshape(x.shape[0], -1, *x.shape[3:])
+    lift = lambda y: y.reshape(*y.shape, *(1,) * (x.ndim - 2))  # noqa: E731
+    x = jnp.take_along_axis(x, lift(jnp.minimum(slot, x.shape[1] - 1)), 1)
+    return jnp.where(lift(mask), x, 0)
+
+
+def _pick(x: jax.Array, index: jax.Array) -> jax.Array:
+    """[M, B, ...] -> [B, ...], of each row the entry at `index` int32 [B]."""
+    return jnp.take_along_axis(x, index.reshape(1, -1, *(1,) * (x.ndim - 2)), 0)[0]
+
+
+def _where(rows: jax.Array, a: Network, b: Network) -> Network:
+    return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y), a, b)
+
+
+def _grouped_scan(body, prepare, carry, xs, length: int, group: int):
+    """`lax.scan` of `body` over what `prepare` makes of `xs`, a group of steps at a time.
+
+    The backward pass keeps the carry at group boundaries; going through a group it keeps the carry of each step and computes
+    all else again, which is quicker than storing it.
+    """
+    body = jax.checkpoint(body, prevent_cse=False)
+
+    def run(carry, xs):
+        return jax.lax.scan(body, carry, prepare(xs))
+
     if length <= group:
-        return jax.lax.scan(body, carry, xs)
-    group_body = jax.checkpoint(lambda c, x: jax.lax.scan(body, c, x), prevent_cse=False)
+        return run(carry, xs)
+    run = jax.checkpoint(run, prevent_cse=False)
     whole = length - length % group
     head = jax.tree.map(lambda x: x[:whole].reshape(-1, group, *x.shape[1:]), xs)
-    carry, ys = jax.lax.scan(group_body, carry, head)
+    carry, ys = jax.lax.scan(run, carry, head)
     ys = jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), ys)
     if whole == length:
         return carry, ys
-    carry, rest = group_body(carry, jax.tree.map(lambda x: x[whole:], xs))
+    carry, rest = run(carry, jax.tree.map(lambda x: x[whole:], xs))
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, rest)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,11 +11,28 @@ import jax.numpy as jnp
 from ttt_jax.config import MoshiConfig
 from ttt_jax.init import fan_in_normal, fan_in_uniform, linear_kernel
 from ttt_jax.norms import rms_norm
+from ttt_jax.rotary import rotate
 from ttt_jax.ttt import inner
 
 UNIT_EPS = 1e-12  # under the root of the norm of q and k
 TARGET_EPS = 1e-10  # added to the target's variance
 POST_NORM_EPS = 1e-6
+ROPE_PERIOD = 10000.0
+
+
+class Measurement(NamedTuple):
+    """What a TTT layer did with each frame of a call; 0 where masked."""
+
+    inner: inner.InnerMeasurement
+    """Inner losses and displacement, [B, T, H]."""
+    rate: jax.Array
+    """Inner rate eta, [B, T, H]."""
+    input_rms: jax.Array
+    """Root mean square over channels of what the layer reads, [B, T]."""
+    update_rms: jax.Array
+    """Of what it adds, tanh(alpha) times its output, [B, T]."""
+    gate: jax.Array
+    """Mean magnitude of tanh(alpha) over channels, [B, T]: one number, repeated."""
 
 
 class TTTLayer(nn.Module):
@@ -22,16 +41,19 @@ class TTTLayer(nn.Module):
     cfg: MoshiConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, state: inner.TTTState) -> tuple[jax.Array, inner.TTTState]:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, state: inner.TTTState, measured: bool = False
+    ) -> tuple[jax.Array, inner.TTTState, Measurement | None]:
         """Runs the layer over a call of any length.
 
         Args:
           x: hidden vectors [B, T, dim]; masked frames may hold anything, NaN included.
           mask: bool [B, T], valid frames: the others take no place in a mini-batch and come out as 0.
           state: `init_state` or what the call before returned.
+          measured: whether to measure as well; where not, nothing of it is computed.
 
         Returns:
-          [B, T, dim] in the type of `x`, and the new state.
+          [B, T, dim] in the type of `x`, the new state, and the measurement or None.
         """
         cfg, heads, width = self.cfg, self.cfg.num_heads, self.cfg.head_dim
         wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -40,6 +62,10 @@ class TTTLayer(nn.Module):
 
         q, k, v = (self._project(name, h).reshape(*x.shape[:2], heads, width).astype(wide) for name in ("q", "k", "v"))
         q, k = (y * jax.lax.rsqrt((y * y).sum(-1, keepdims=True) + UNIT_EPS) for y in (q, k))
+        if cfg.ttt.rope:
+            # Counted from the state, so that a mini-batch which several calls bring is numbered as one.
+            position = (state.count[:, None] + jnp.cumsum(mask, 1) - 1) % cfg.ttt.mini_batch
+            q, k = (rotate(y, position, ROPE_PERIOD) for y in (q, k))
 
         scale = self.param("ln_scale", nn.initializers.ones, (heads, width)).astype(wide)
         bias = self.param("ln_bias", nn.initializers.zeros, (heads, width)).astype(wide)
@@ -51,7 +77,7 @@ class TTTLayer(nn.Module):
         rate_weight = self.param("rate_weight", nn.initializers.normal(0.02), (heads, cfg.dim)).astype(wide)
         rate_bias = self.param("rate_bias", nn.initializers.zeros, (heads,)).astype(wide)
         rate = jax.nn.sigmoid(jnp.einsum("BTD,HD->BTH", h.astype(wide), rate_weight) + rate_bias)
-        eta = cfg.ttt.resolved_base_lr / width * rate
+        eta = cfg.inner_lr / width * rate
 
         base = tuple(
             inner.Affine(
@@ -60,9 +86,8 @@ class TTTLayer(nn.Module):
             )
             for layer, (i, o) in enumerate(inner.widths(width, cfg.ttt.hidden))
         )
-        state, z = inner.inner_scan(
-            base, scale, bias, state, inner.Inputs(q, k, target, eta), mask, cfg.ttt.mini_batch, cfg.ttt.remat_group
-        )
+        inputs = inner.Inputs(q, k, target, eta)
+        state, z, of_inner = inner.inner_scan(base, scale, bias, state, inputs, mask, cfg.ttt, measured)
 
         z = inner.layer_norm(
             z.reshape(x.shape),
@@ -71,8 +96,14 @@ class TTTLayer(nn.Module):
             POST_NORM_EPS,
         )
         gate = jnp.tanh(self.param("gate", nn.initializers.constant(cfg.ttt.gate_init), (cfg.dim,)).astype(wide))
-        out = x + (gate * self._project("out", z.astype(x.dtype))).astype(x.dtype)
-        return jnp.where(mask[..., None], out, 0), state
+        update = gate * self._project("out", z.astype(x.dtype))
+        out = jnp.where(mask[..., None], x + update.astype(x.dtype), 0)
+        if of_inner is None:
+            return out, state, None
+        rms = lambda y: jnp.sqrt((y.astype(wide) ** 2).mean(-1))  # noqa: E731
+        rest = (eta, rms(x), rms(update), jnp.broadcast_to(jnp.abs(gate).mean(), mask.shape))
+        rest = (jnp.where(mask.reshape(*mask.shape, *(1,) * (y.ndim - 2)), y, 0) for y in rest)
+        return out, state, Measurement(of_inner, *rest)
 
     def _project(self, name: str, x: jax.Array) -> jax.Array:
         kernel = self.param(f"{name}_kernel", linear_kernel, (self.cfg.dim, self.cfg.dim)).astype(x.dtype)

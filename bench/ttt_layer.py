@@ -1,0 +1,197 @@
+"""Times the TTT inner loop against a plain scan and against the device's own limits: ``python -m bench.ttt_layer``.
+
+Per inner mini-batch size and batch: milliseconds forward and forward + backward, of `ttt_jax.ttt.inner.inner_scan` and of
+a peer measured in the same run, the plain causal dual form in a `lax.scan` (2-layer MLP, bfloat16 products, whole
+mini-batches of one phase: no masks, no streaming state, no bound). Two limits stand beside them: the time to read and write
+the fast weights once per mini-batch at the memory bandwidth that a copy reaches here, and that of the products alone at the
+rate that a large matrix product reaches here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttt_jax.config import TTTConfig, default_base_lr
+from ttt_jax.ttt import inner
+
+
+def main() -> None:
+    """Prints one line per cell, and writes them all as JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--frames", type=int, default=2048)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--width", type=int, default=128, help="of a head")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--mini-batches", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    args = parser.parse_args()
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, jax {jax.__version__}; {args.heads} heads x {args.width}, {args.frames} frames")
+    bandwidth, rate = copy_bandwidth(args.repeats), product_rate(args.repeats)
+    print(f"a copy moves {bandwidth / 1e9:.0f} GB/s, a float32 product of default precision runs at {rate / 1e12:.1f} TFLOP/s")
+    print("batch    b  pass                ours: median ms (spread)    plain scan: median ms (spread)   ratio   us/mini-batch   limits ms: weights, products")
+    rows = []
+    for batch in args.batches:
+        for b in args.mini_batches:
+            row = cell(args, batch, b, bandwidth, rate)
+            rows += row
+            for r in row:
+                print(line(r), flush=True)
+    if args.out:
+        about = {"device": device.device_kind, "jax": jax.__version__, "bandwidth": bandwidth, "rate": rate}
+        args.out.write_text(json.dumps({**about, "cells": rows}, indent=1))
+
+
+def line(r: dict) -> str:
+    """One cell as a line of the table."""
+    ours, plain = r["ours_ms"], r["plain_ms"]
+    show = lambda t: f"{t[0]:9.2f} ({t[1]:.2f}-{t[2]:.2f})"  # noqa: E731
+    return (
+        f"{r['batch']:5d} {r['mini_batch']:4d}  {r['pass']:18s} {show(ours):>25s} {show(plain):>31s} "
+        f"{ours[0] / plain[0]:9.2f} {r['us_per_mini_batch']:12.1f} {r['weights_ms']:14.2f}, {r['products_ms']:.2f}"
+    )
+
+
+def cell(args: argparse.Namespace, batch: int, b: int, bandwidth: float, rate: float) -> list[dict]:
+    """Figures of one batch and inner mini-batch size, forward and forward + backward."""
+    heads, width, frames = args.heads, args.width, args.frames
+    cfg = TTTConfig(mini_batch=b)
+    base, scale, bias, inputs, weight = arrays(batch, heads, width, frames, cfg)
+    state = inner.init_state(batch, heads, width, cfg.hidden, b, jnp.float32)
+    mask = jnp.ones((batch, frames), bool)
+
+    def ours(base, scale, bias, displacement, inputs, state, mask):
+        state, z, _ = inner.inner_scan(base, scale, bias, state._replace(displacement=displacement), inputs, mask, cfg)
+        return state.displacement, z
+
+    plain = partial(plain_scan, mini_batch=b, group=cfg.remat_group)
+    arguments = (base, scale, bias, state.displacement, inputs, state, mask, weight)
+    points = width * 4 * width
+    flops = batch * heads * frames * (7 * 2 * points + (20 * b * width if b > 1 else 0))
+    traffic = 2 * 4 * batch * heads * 2 * points * (frames // b)
+    cells = []
+    for name, factor in (("forward", 1), ("forward + backward", 4)):
+        timed = {
+            who: spread(program(fun, name), arguments, args.repeats) for who, fun in (("ours", ours), ("plain", plain))
+        }
+        cells.append(
+            {
+                "batch": batch,
+                "mini_batch": b,
+                "pass": name,
+                "ours_ms": timed["ours"],
+                "plain_ms": timed["plain"],
+                "us_per_mini_batch": timed["ours"][0] * 1e3 / (frames // b),
+                # Backward reads the weights again, and reads and writes their gradients.
+                "weights_ms": traffic * (1 if factor == 1 else 3) / bandwidth * 1e3,
+                "products_ms": flops * factor / rate * 1e3,
+            }
+        )
+    return cells
+
+
+def program(fun: Callable, name: str) -> Callable:
+    """`fun` jitted, or the gradient of a weighted sum of its output with respect to all that it learns from."""
+    if name == "forward":
+        return jax.jit(lambda *args: fun(*args[:-1]))
+    return jax.jit(jax.grad(lambda *args: (fun(*args[:-1])[1] * args[-1]).sum(), argnums=(0, 1, 2, 3, 4)))
+
+
+def arrays(batch: int, heads: int, width: int, frames: int, cfg: TTTConfig):
+    """Random weights and inputs in the magnitudes of a layer at its initialisation."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    q, k, t = (normal(batch, frames, heads, width) for _ in range(3))
+    q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    eta = jax.nn.sigmoid(normal(batch, frames, heads)) * default_base_lr(cfg.mini_batch, width) / width
+    base = tuple(
+        inner.Affine(normal(heads, i, o) / i**0.5, jnp.zeros((heads, o))) for i, o in inner.widths(width, cfg.hidden)
+    )
+    scale, bias = jnp.ones((heads, width)), jnp.zeros((heads, width))
+    return base, scale, bias, inner.Inputs(q, k, t, eta), normal(batch, frames, heads, width)
+
+
+def plain_scan(base, scale, bias, displacement, inputs: inner.Inputs, state, mask, *, mini_batch: int, group: int):
+    """The peer: what one writes for training alone. Same arguments and outputs as the call it is compared with."""
+    batch, frames, heads, width = inputs.q.shape
+    count = frames // mini_batch
+
+    def dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum(equation, a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+    def split(x: jax.Array) -> jax.Array:  # [B, T, H, ...] -> [M, B, H, C, ...]
+        return jnp.moveaxis(jnp.moveaxis(x.reshape(batch, count, mini_batch, heads, *x.shape[3:]), 1, 0), 3, 2)
+
+    causal = jnp.tril(jnp.ones((mini_batch, mini_batch)))
+
+    def body(weights, x):
+        (w1, b1), (w2, b2) = weights
+        q, k, t, eta = x
+        before = dot("BHCI,BHIO->BHCO", k, w1) + b1[:, :, None]
+        hidden, slope = jax.nn.gelu(before), inner._gelu_and_slope(before)[1]
+        out = dot("BHCI,BHIO->BHCO", hidden, w2) + b2[:, :, None]
+        normed, rstd = inner._normalise(out, inner.LN_EPS)
+        g = (scale[:, None] * normed + bias[:, None] - t) * scale[:, None]
+        g = (g - g.mean(-1, keepdims=True) - normed * (g * normed).mean(-1, keepdims=True)) * rstd * eta[..., None]
+        g1 = dot("BHCO,BHIO->BHCI", g, w2) * slope
+        after = (
+            (w1 - dot("BHCI,BHCO->BHIO", k, g1), b1 - g1.sum(2)),
+            (w2 - dot("BHCI,BHCO->BHIO", hidden, g), b2 - g.sum(2)),
+        )
+        if mini_batch == 1:
+            (w1, b1), (w2, b2) = after
+            read = jax.nn.gelu(dot("BHCI,BHIO->BHCO", q, w1) + b1[:, :, None])
+            z = dot("BHCI,BHIO->BHCO", read, w2) + b2[:, :, None]
+        else:
+            overlap = (dot("BHCI,BHSI->BHCS", q, k) + 1) * causal
+            read = dot("BHCI,BHIO->BHCO", q, w1) + b1[:, :, None] - dot("BHCS,BHSO->BHCO", overlap, g1)
+            read = jax.nn.gelu(read)
+            overlap = (dot("BHCI,BHSI->BHCS", read, hidden) + 1) * causal
+            z = dot("BHCI,BHIO->BHCO", read, w2) + b2[:, :, None] - dot("BHCS,BHSO->BHCO", overlap, g)
+        return after, q + inner.layer_norm(z, scale[:, None], bias[:, None])
+
+    start = tuple((w0.w + d.w, w0.b + d.b) for w0, d in zip(base, displacement, strict=True))
+    weights, z = inner._grouped_scan(body, lambda x: x, start, tuple(map(split, inputs)), count, group)
+    z = jnp.moveaxis(jnp.moveaxis(z, 2, 3), 0, 1).reshape(batch, frames, heads, width)
+    return weights, z
+
+
+def spread(fun: Callable, arguments: tuple, repeats: int) -> tuple[float, float, float]:
+    """Median, least and greatest milliseconds of a call, compilation and a first call apart."""
+    fun = fun.lower(*arguments).compile()
+    jax.block_until_ready(fun(*arguments))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(fun(*arguments))
+        times.append((time.perf_counter() - start) * 1e3)
+    return float(np.median(times)), min(times), max(times)
+
+
+def copy_bandwidth(repeats: int) -> float:
+    """Bytes read and written per second by a pass over an array that no cache holds."""
+    x = jnp.ones((2**26,), jnp.float32)
+    return 2 * x.nbytes / (spread(jax.jit(lambda x: x + 1), (x,), repeats)[0] / 1e3)
+
+
+def product_rate(repeats: int) -> float:
+    """FLOP per second of a float32 product of two 4096 x 4096 matrices at default precision (TF32 where there is one)."""
+    x = jnp.ones((4096, 4096), jnp.float32)
+    return 2 * 4096**3 / (spread(jax.jit(jnp.matmul), (x, x), repeats)[0] / 1e3)
+
+
+if __name__ == "__main__":
+    main()
