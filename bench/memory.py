@@ -1,32 +1,118 @@
-"""How long the fast weights of a TTT layer stay alive and what they keep: ``python -m bench.memory``."""
+"""How long fast weights stay alive and what they keep, over an hour of real speech: ``python -m bench.memory``.
+
+Streams 45,000 frames (an hour) of the embedded speech, as a TTT layer of a model reads them, through TTT layers with several
+inner networks and mini-batches, and prints for each:
+
+- displacement: norm of fast weights minus base over the base's, the largest of the heads, after 1,024, 4,500 and 45,000
+  frames; a memory that inflates for ever stops learning, since the inner LayerNorm is blind to the scale of the weights
+- plasticity: inner loss before each frame's step over the 512 frames after the map from keys to values is replaced by
+  another, late (frame 40,960) over early (frame 1,024): above 1 the layer has grown stiff
+- inner loss at the base weights, and before the step in the first and in the last 512 frames
+- kept: share of what the first 1,024 frames left in the weights that is still there after so many more frames, by two
+  streams that differ in those frames alone
+
+The speech repeats every 19,968 frames, so that the early and the late change meet the same frames.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.config import MoshiConfig, TTTConfig
+from ttt_jax.checkpoint import load_run
+from ttt_jax.config import MoshiConfig, TTTConfig, model_preset
+from ttt_jax.data import corpus
 from ttt_jax.moshi import model
 from ttt_jax.moshi.delays import columns
-from ttt_jax.ttt import inner
-from ttt_jax.ttt.layer import TTTLayer, init_state
+from ttt_jax.ttt.inner import TTTState
+from ttt_jax.ttt.layer import Measurement, TTTLayer, init_state
 
 CALL = 512  # frames of a call
-PERIOD = 39 * CALL  # frames after which the speech repeats, so that the early and the late change meet the same frames
+PERIOD = 39 * CALL
 EARLY, LATE, END = 2 * CALL, 80 * CALL, 45_000
+MOMENTS = (EARLY, 4_500, END)
+NETWORKS = {"linear": (), "mlp2": (4,), "mlp3": (2, 2), "mlp5": (2, 2, 2, 2)}
+LATER = (3_000, 12_000, 36_000)
 
 
-def activations(params, cfg: MoshiConfig, frames: np.ndarray) -> jax.Array:
-    """What the first TTT layer of a model reads, [1, T, dim], of tokens int32 [K, T]."""
+def main() -> None:
+    """Prints a table, and writes its figures as JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--run", type=Path, help="folder of a run whose model reads the speech; default: tiny, not trained"
+    )
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["linear", "mlp2", "mlp3"])
+    parser.add_argument("--mini-batches", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--heads", type=int, nargs="+", default=[4], help="heads that share the model's channels")
+    parser.add_argument("--base-lr", type=float)
+    parser.add_argument("--horizon", type=float, help="frames, inf for no decay; default: the layer's")
+    parser.add_argument("--max-displacement", type=float)
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    args = parser.parse_args()
+    if args.run:
+        run = load_run(args.run)
+        params, cfg = run.params, run.config
+    else:
+        cfg = model_preset("tiny")
+        params = model.init_params(cfg, jax.random.key(0))
+    x = activations(params, cfg, speech())
+    # Of the second row the first frames are others, all that follow the same.
+    rows = jnp.concatenate([x, x.at[:, :EARLY].set(x[:, PERIOD // 2 :][:, :EARLY])])
+    ttt = TTTConfig(layers="0", base_lr=args.base_lr, max_displacement=args.max_displacement)
+    if args.horizon:
+        ttt = dataclasses.replace(ttt, horizon=None if args.horizon == np.inf else args.horizon)
+    print(HEADER)
+    found = []
+    for heads in args.heads:
+        for network in args.networks:
+            for b in args.mini_batches:
+                one = dataclasses.replace(ttt, hidden=NETWORKS[network], mini_batch=b)
+                layer = MoshiConfig(dim=cfg.dim, num_heads=heads, num_layers=1, dtype="float32", ttt=one)
+                found.append({"network": network, "b": b, "D": layer.head_dim, **study(rows, layer)})
+                print(line(found[-1]), flush=True)
+    if args.out:
+        args.out.write_text(
+            json.dumps({"jax": jax.__version__, "ttt": dataclasses.asdict(ttt), "rows": found}, indent=1)
+        )
+
+
+HEADER = """\
+                 displacement after   growth  plasticity     inner loss, before the step      kept after more frames
+network  D    b  1,024  4,500 45,000  late/early       base   first 512    last 512   """ + "  ".join(
+    f"{n:>6,}" for n in LATER
+)
+
+
+def line(r: dict[str, Any]) -> str:
+    """A row of the table."""
+    moved, growth = r["displacement"], r["growth"]
+    return (
+        f"{r['network']:7s}{r['D']:3d} {r['b']:4d}  {moved[0]:5.2f}  {moved[1]:5.2f} {moved[2]:6.2f}  {growth:6.2f} {r['plasticity']:10.2f}"
+        f" {r['base']:10.2f} {r['first']:11.2f} {r['last']:11.2f}   " + "  ".join(f"{k:6.1%}" for k in r["kept"])
+    )
+
+
+def speech() -> np.ndarray:
+    """Tokens of the embedded corpus, int32 [K, PERIOD], one file after another."""
+    cfg = corpus.CorpusConfig()
+    loaded = corpus.load(cfg, *corpus.load_coders(cfg))
+    return np.concatenate(loaded.train + loaded.heldout, 1)[:, :PERIOD]
+
+
+def activations(params: model.Params, cfg: MoshiConfig, frames: np.ndarray) -> jax.Array:
+    """What the first TTT layer of a model reads, float32 [1, T, dim], of tokens int32 [K, T]; T a multiple of `CALL`."""
 
     @jax.jit
-    def call(frames, state):
+    def call(frames: jax.Array, state: model.State) -> tuple[jax.Array, model.State]:
         read = []
 
         def keep(fun, args, kwargs, context):
@@ -38,7 +124,7 @@ def activations(params, cfg: MoshiConfig, frames: np.ndarray) -> jax.Array:
         with nn.intercept_methods(keep):
             grid, history = columns(state.history, frames, mask, cfg)
             _, state, _ = model.temporal(params, grid.inputs, mask, state, cfg)
-        return read[0], state._replace(history=history)
+        return read[0].astype(jnp.float32), state._replace(history=history)
 
     state, outs = model.init_state(cfg, 1), []
     for start in range(0, frames.shape[1], CALL):
@@ -48,46 +134,67 @@ def activations(params, cfg: MoshiConfig, frames: np.ndarray) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="cfg")
-def _call(params, x, state, cfg):
-    _, state, m = TTTLayer(cfg).apply({"params": params}, x, jnp.ones(x.shape[:2], bool), state, True)
-    return state, m
+def step(params: model.Params, x: jax.Array, mask: jax.Array, state: TTTState, cfg: MoshiConfig) -> TTTState:
+    """The layer over x [B, CALL, dim], its valid frames in mask bool [B, CALL]: its state after the call."""
+    return TTTLayer(cfg).apply({"params": params}, x, mask, state)[1]
 
 
-def ratios(params, state):
-    base = sum((p**2).sum(tuple(range(1, p.ndim))) for n, p in params.items() if n.startswith("inner_"))
-    moved = sum((d[0] ** 2).sum(tuple(range(1, d.ndim - 1))) for d in jax.tree.leaves(state.displacement))
-    return np.asarray(jnp.sqrt(moved / base))
+@partial(jax.jit, static_argnames="cfg")
+def look(params: model.Params, x: jax.Array, state: TTTState, cfg: MoshiConfig) -> Measurement:
+    """What the layer measures over x [B, CALL, dim]."""
+    return TTTLayer(cfg).apply({"params": params}, x, jnp.ones(x.shape[:2], bool), state, True)[2]
 
 
-def change_map(params, key):
-    k = params["v_kernel"]
-    return {**params, "v_kernel": jax.random.normal(key, k.shape) * k.std(), "v_bias": jax.random.permutation(key, params["v_bias"])}
+def study(x: jax.Array, cfg: MoshiConfig, seed: int = 0) -> dict[str, Any]:
+    """Streams an hour and measures on the way.
+
+    Args:
+      x: what the layer reads in a period, float32 [B, PERIOD, dim]: the stream, and maybe a second that differs in its first
+        `EARLY` frames, which then repeat the first's; cfg: a model whose `ttt` and heads are the layer's.
+
+    Returns:
+      The figures of the table, by name.
+    """
+    batch = x.shape[0]
+    first = x[:1].repeat(batch, 0)
+    init = jax.jit(TTTLayer(cfg).init)
+    params = init(jax.random.key(seed), first[:, :1], jnp.ones((batch, 1), bool), init_state(cfg, batch))["params"]
+    other = init(jax.random.key(seed + 1), first[:, :1], jnp.ones((batch, 1), bool), init_state(cfg, batch))["params"]
+    changed = {**params, "v_kernel": other["v_kernel"], "v_bias": other["v_bias"]}
+    norm = jnp.sqrt(_squares({name: p for name, p in params.items() if name.startswith("inner_")}, 1))
+    moved, apart, after, losses = {}, {}, {}, {}
+    state, frame = init_state(cfg, batch), 0
+    stops = {*MOMENTS, EARLY, LATE, *(EARLY + n for n in LATER)}
+    while frame < END:
+        stop = min(stop for stop in (frame + CALL, *stops) if stop > frame)
+        piece = jnp.take(x if frame < EARLY else first, (frame + jnp.arange(CALL)) % PERIOD, 1)
+        if frame in (EARLY, LATE):
+            after[frame] = look(changed, piece, state, cfg).inner.loss_before[0].mean()
+        if frame == 0 or stop == END:
+            losses[frame] = look(params, piece, state, cfg).inner
+        state = step(params, piece, jnp.arange(CALL)[None].repeat(batch, 0) < stop - frame, state, cfg)
+        frame = stop
+        if frame in MOMENTS:
+            moved[frame] = float((jnp.sqrt(_squares(state.displacement, 2)[0]) / norm).max())
+        if batch > 1 and frame - EARLY in (0, *LATER):
+            apart[frame] = jnp.sqrt(_squares(jax.tree.map(lambda d: d[:1] - d[1:], state.displacement), 2).sum())
+    start, *later = apart.values() or (1.0,)
+    begin, end = losses.values()
+    return {
+        "displacement": list(moved.values()),
+        "growth": moved[END] / moved[MOMENTS[1]],
+        "plasticity": float(after[LATE] / after[EARLY]),
+        "base": float(begin.loss_base[0].mean()),
+        "first": float(begin.loss_before[0].mean()),
+        "last": float(end.loss_before[0].mean()),
+        "kept": [float(distance / start) for distance in later],
+    }
 
 
-def study(cfg: MoshiConfig, x: jax.Array, key, params=None) -> dict:
-    """x: one period."""
-    mask = jnp.ones((1, CALL), bool)
-    if params is None:
-        params = jax.jit(TTTLayer(cfg).init)(key, x[:, :CALL], mask, init_state(cfg, 1))["params"]
-    other = change_map(params, jax.random.key(77))
-    frozen = {**params, "rate_bias": jnp.full_like(params["rate_bias"], -jnp.inf)}
-    state, r = init_state(cfg, 1), {}
-    before, base, moved = [], [], []
-    recall = {}
-    frames = 0
-    while frames < END:
-        if frames in (EARLY, LATE):
-            _, m = _call(other, x[:, frames % PERIOD :][:, :CALL], state, cfg)
-            r["early" if frames == EARLY else "late"] = float(m.inner.loss_before.mean())
-            r.setdefault("new_base", float(m.inner.loss_base.mean()))
-        if frames in (CALL, EARLY, 4*CALL, 4608, 9216, 36*CALL):
-            _, m = _call(frozen, x[:, :CALL], state, cfg)
-            recall[frames] = float((m.inner.loss_base - m.inner.loss_before).mean())
-        state, m = _call(params, x[:, frames % PERIOD :][:, :CALL], state, cfg)
-        before.append(float(m.inner.loss_before.mean())); base.append(float(m.inner.loss_base.mean()))
-        moved.append(np.asarray(m.inner.displacement[0, -1]))
-        frames += CALL
-    moved = np.stack(moved)
-    r |= dict(disp_1k=moved[1].max(), disp_4500=moved[8].max(), disp_45k=moved[87].max(), disp_max=moved.max(), growth=(moved[87] / moved[8]).max(),
-      plastic=r["late"] / r["early"], base=np.mean(base), b1=before[0], before_early=np.mean(before[1:10]), before_late=np.mean(before[-10:]), recall=recall)
-    return r
+def _squares(tree: Any, lead: int) -> jax.Array:
+    """Sums of squares of all leaves, keeping `lead` leading axes."""
+    return sum((leaf**2).sum(tuple(range(lead, leaf.ndim))) for leaf in jax.tree.leaves(tree))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,8 +15,6 @@ from ttt_jax.ttt.layer import TTTLayer, init_state
 TOL = 1e-10
 ROWS, FRAMES, DIM, HEADS = 2, 32, 16, 2
 NETWORKS = {"linear": (), "mlp2": (4,), "mlp3": (2, 2), "mlp5": (2, 1, 3, 2)}
-SIZES = [1, 4, 16, pytest.param(64, marks=pytest.mark.slow)]
-
 VARIANTS = {
     "as trained from scratch": {},
     "no decay": {"horizon": None},
@@ -27,17 +25,24 @@ VARIANTS = {
 }
 
 networks = pytest.mark.parametrize("hidden", NETWORKS.values(), ids=NETWORKS.keys())
-sizes = pytest.mark.parametrize("mini_batch", SIZES)
+# Every pair compiles for seconds, deep networks for the most: those left out of the default run are slow.
+DEFAULT = {(hidden, b) for hidden in ((), (4,), (2, 2)) for b in (1, 4, 16)} | {((2, 1, 3, 2), 4)}
 # Every length of a call compiles anew, so splits are drawn for these; the whole grid is slow.
 SPLIT = {((), 1), ((4,), 4), ((4,), 16), ((2, 2), 4)}
-split_grid = pytest.mark.parametrize(
-    ("hidden", "mini_batch"),
-    [
-        pytest.param(hidden, b, id=f"{name}-{b}", marks=() if (hidden, b) in SPLIT else pytest.mark.slow)
-        for name, hidden in NETWORKS.items()
-        for b in (1, 4, 16, 64)
-    ],
-)
+
+
+def _grid(default):
+    return pytest.mark.parametrize(
+        ("hidden", "mini_batch"),
+        [
+            pytest.param(hidden, b, id=f"{name}-{b}", marks=() if (hidden, b) in default else pytest.mark.slow)
+            for name, hidden in NETWORKS.items()
+            for b in (1, 4, 16, 64)
+        ],
+    )
+
+
+grid, split_grid = _grid(DEFAULT), _grid(SPLIT)
 # Laws that hold by the same lines of code for every network are tried on one pair each of b = 1, inside and across.
 pairs = pytest.mark.parametrize(
     ("hidden", "mini_batch"), [((), 1), ((4,), 4), ((2, 2), 16)], ids=["linear-1", "mlp2-4", "mlp3-16"]
@@ -60,9 +65,9 @@ def apply(params, x, mask, state, cfg):
     return TTTLayer(cfg).apply({"params": params}, x, mask, state)[:2]
 
 
-def measure(params, x, mask, state, cfg):
+def measure(params, x, mask, state, cfg, measured=True):
     """Output, state and measurement."""
-    return TTTLayer(cfg).apply({"params": params}, x, mask, state, True)
+    return TTTLayer(cfg).apply({"params": params}, x, mask, state, measured)
 
 
 call = quick_jit(apply, static_argnames="cfg")

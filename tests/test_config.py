@@ -142,6 +142,6 @@ def test_configurations_are_hashable_values():
 
 def test_default_rate_bounds_the_sum_of_a_mini_batch():
     assert [default_base_lr(b, 128) for b in (1, 8, 16, 64, 256)] == [1.0, 1.0, 0.5, 0.125, 0.03125]
-    assert [default_base_lr(1, width) for width in (16, 32, 64, 128)] == [0.25, 0.5, 1.0, 1.0]
+    assert [default_base_lr(1, width) for width in (8, 16, 32, 128)] == [0.25, 0.5, 1.0, 1.0]
     assert TINY.inner_lr == 0.5
     assert dataclasses.replace(TINY, ttt=TTTConfig(base_lr=0.0)).inner_lr == 0.0

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from ttt_jax import doctor
-from ttt_jax.doctor import layer_apply
+from ttt_jax.ttt import laws
+from ttt_jax.ttt.laws import layer_apply
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,14 +53,14 @@ def test_help_needs_no_jax():
 
 
 def test_the_layer_keeps_the_laws_in_float32_too():
-    found = list(doctor.check_laws(dtype="float32"))
-    assert len(found) == len(doctor.LAWS)
+    found = laws.check_laws(dtype="float32")
+    assert len(found) == len(laws.LAWS)
     assert [f for f in found if not f.holds] == []
 
 
 def only(monkeypatch, measure):
-    """Leaves the doctor this one check."""
-    monkeypatch.setattr(doctor, "LAWS", tuple(law for law in doctor.LAWS if law[2] is measure))
+    """Leaves this one law."""
+    monkeypatch.setattr(laws, "LAWS", tuple(law for law in laws.LAWS if law[2] is measure))
 
 
 def looks_ahead(params, x, mask, state, cfg):
@@ -100,8 +101,16 @@ def ignores_the_gate(params, x, mask, state, cfg):
     return layer_apply({**params, "gate": params["gate"] + 1e-9}, x, mask, state, cfg)
 
 
+def with_ttt(cfg, **changes):
+    return dataclasses.replace(cfg, ttt=dataclasses.replace(cfg.ttt, **changes))
+
+
 def ignores_the_rate(params, x, mask, state, cfg):
-    return layer_apply(params, x, mask, state, dataclasses.replace(cfg, ttt=dataclasses.replace(cfg.ttt, base_lr=None)))
+    return layer_apply(params, x, mask, state, with_ttt(cfg, base_lr=None))
+
+
+def forgets_nothing(params, x, mask, state, cfg):
+    return layer_apply(params, x, mask, state, with_ttt(cfg, horizon=None))
 
 
 def cuts_off_the_base(params, x, mask, state, cfg):
@@ -109,35 +118,41 @@ def cuts_off_the_base(params, x, mask, state, cfg):
     return layer_apply(cut, x, mask, state, cfg)
 
 
+def cuts_off_one_bias(params, x, mask, state, cfg):
+    return layer_apply({**params, "inner_b0": jax.lax.stop_gradient(params["inner_b0"])}, x, mask, state, cfg)
+
+
 @pytest.mark.parametrize(
     ("broken", "measure"),
     [
-        (doubles_its_update, doctor._descent),
-        (doubles_its_descent, doctor._descent),
-        (drops_its_state, doctor._splits),
-        (looks_ahead, doctor._causality),
-        (reads_masked_frames, doctor._masked_content),
-        (learns_from_masked_frames, doctor._masked_place),
-        (mixes_rows, doctor._rows),
-        (ignores_the_gate, doctor._closed_gate),
-        (ignores_the_rate, doctor._no_rate),
-        (cuts_off_the_base, doctor._base_gradient),
+        (doubles_its_update, laws._descent),
+        (doubles_its_descent, laws._descent),
+        (forgets_nothing, laws._descent),
+        (drops_its_state, laws._splits),
+        (looks_ahead, laws._causality),
+        (reads_masked_frames, laws._masked_content),
+        (learns_from_masked_frames, laws._masked_place),
+        (mixes_rows, laws._rows),
+        (ignores_the_gate, laws._closed_gate),
+        (ignores_the_rate, laws._no_rate),
+        (cuts_off_the_base, laws._base_gradient),
+        (cuts_off_one_bias, laws._base_gradient),
     ],
     ids=lambda function: function.__name__.strip("_"),
 )
 def test_a_broken_layer_fails_its_law(monkeypatch, broken, measure):
     only(monkeypatch, measure)
-    (found,) = doctor.check_laws(broken)
+    (found,) = laws.check_laws(broken)
     assert not found.holds
-    assert not found.note
+    assert found.problem is None
 
 
 def test_a_doubled_update_keeps_the_other_laws():
-    assert {found.law for found in doctor.check_laws(doubles_its_update) if not found.holds} == {1}
+    assert {found.law for found in laws.check_laws(doubles_its_update) if not found.holds} == {1}
 
 
 def test_a_program_that_writes_into_the_parameters_fails_its_law(monkeypatch):
-    compiled = doctor._jit
+    compiled = laws._jit
 
     def spoiling(function, **options):
         def call(params, *args, **kwargs):
@@ -146,29 +161,31 @@ def test_a_program_that_writes_into_the_parameters_fails_its_law(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(doctor, "_jit", spoiling)
-    only(monkeypatch, doctor._digests)
-    (found,) = doctor.check_laws()
+    monkeypatch.setattr(laws, "_jit", spoiling)
+    only(monkeypatch, laws._parameters)
+    (found,) = laws.check_laws()
     assert not found.holds
-    assert not found.note
+    assert found.problem is None
 
 
 def test_a_layer_that_does_not_run_fails_with_its_reason(capsys, monkeypatch):
     def stumbles(params, x, mask, state, cfg):
         raise RuntimeError("no convolution found\nand much more")
 
-    (*found,) = doctor.check_laws(stumbles)
-    assert len(found) == len(doctor.LAWS)
-    assert {(f.holds, f.note) for f in found} == {(False, "RuntimeError: no convolution found")}
-    monkeypatch.setattr(doctor, "check_laws", lambda dtype: iter(found))
+    found = laws.check_laws(stumbles)
+    assert len(found) == len(laws.LAWS)
+    assert {f.holds for f in found} == {False}
+    monkeypatch.setattr(laws, "check_laws", lambda dtype: found)
     assert not doctor._show_laws()
-    assert "FAIL" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count("FAIL") == out.count("  RuntimeError: no convolution found\n") == len(found)
 
 
-@pytest.mark.parametrize("errors", [[float("nan"), 0.0], [0.0, float("nan")]])
-def test_a_nan_is_the_worst_error(errors):
-    assert np.isnan(doctor._worst(errors))
-    assert not doctor.Finding(1, "", doctor._worst(errors), 1.0).holds
+@pytest.mark.parametrize("got", [[float("nan"), 0.0], [0.0, float("nan")]])
+def test_a_nan_is_the_worst_error(got):
+    error = laws._off([np.float64(value) for value in got], [np.float64(0)] * 2)
+    assert np.isnan(error)
+    assert not laws.Finding(1, "", error, 1.0, None).holds
 
 
 # Packages and devices
@@ -255,9 +272,17 @@ def test_bounds_are_compared_by_number(version, bounds, kept):
     assert doctor.fits(version, bounds) == kept
 
 
-def test_the_oldest_python_is_that_of_the_project():
+def test_the_oldest_python_and_the_optional_extras_are_those_of_the_project():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == ">=" + ".".join(map(str, doctor.PYTHON))
+    extras = project["optional-dependencies"]
+    assert extras["all"] == [f"ttt_jax[{','.join(e for e in extras if e not in (*doctor.OPTIONAL, 'all'))}]"]
+
+
+def test_an_older_python_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "PYTHON", (99, 0))
+    assert doctor.main([]) == 1
+    assert "install 99.0 or later" in capsys.readouterr().out
 
 
 def test_an_unused_gpu_is_told(monkeypatch, capsys):
@@ -268,6 +293,6 @@ def test_an_unused_gpu_is_told(monkeypatch, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert 'pip install -U "jax[cuda13]>=' in out
     monkeypatch.setattr(doctor, "unmet", lambda requirement: [])
-    assert "cuda12, cuda13" in doctor.unused_gpu()
+    assert "update the NVIDIA driver" in doctor.unused_gpu()
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert "JAX_PLATFORMS is cpu: unset it" in doctor.unused_gpu()

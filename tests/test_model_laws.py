@@ -1,15 +1,18 @@
 """The laws of the one forward: a small model of several runs, windows shorter than the stream, delays of up to 2 frames."""
 
 import dataclasses
+import itertools
 from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval import stream as evaluation
+from eval.arms import ARMS
 from tests.drawing import (
     assert_close,
     assert_same_bits,
@@ -48,18 +51,30 @@ SMALL = MoshiConfig(
 SHALLOW = dataclasses.replace(
     SMALL, num_layers=2, layer_context=(), ttt=dataclasses.replace(SMALL.ttt, layers="0-1", hidden=())
 )
-"""For gradients, whose programs take longest to compile."""
+"""One run of two layers: for the grid of inner networks and for gradients, whose programs take longest to compile."""
+NETWORKS = {"linear": (), "mlp2": (2,), "mlp3": (2, 2)}
+DEFAULT = {"mlp2-4": SMALL}  # the one of several runs
+
+
+def grid(*default: str):
+    """Inner networks and mini-batch sizes; all but `default` are slow."""
+    params = []
+    for (name, hidden), b in itertools.product(NETWORKS.items(), (1, 4, 16, 64)):
+        label = f"{name}-{b}"
+        shallow = dataclasses.replace(SHALLOW, ttt=dataclasses.replace(SHALLOW.ttt, hidden=hidden, mini_batch=b))
+        marks = () if label in default else pytest.mark.slow
+        params.append(pytest.param(DEFAULT.get(label, shallow), id=label, marks=marks))
+    return pytest.mark.parametrize("cfg", params)
+
+
+configs = grid("linear-1", "mlp2-4", "mlp3-16")
 OWN = 1 + SMALL.dep_q
 CARDS = np.array([SMALL.text_card] + SMALL.n_q * [SMALL.card])
 
 
-def full_loss(params, frames, mask, state, cfg):
-    outputs, state = model.forward(params, frames, mask, state, cfg)
-    return token_losses(outputs).sum(), (outputs, state)
-
-
-forward = quick_jit(model.forward, static_argnames="cfg")
-loss_and_grads = quick_jit(jax.value_and_grad(full_loss, has_aux=True), static_argnames="cfg")
+forward = quick_jit(model.forward, static_argnames=("cfg", "measured"))
+reset_rows = quick_jit(model.reset_rows, static_argnames="cfg")
+reset_ttt_rows = quick_jit(model.reset_ttt_rows)
 
 
 @cache
@@ -79,17 +94,23 @@ def random_tokens(rng, shape):
     return rng.integers(0, CARDS[None, :, None], (rows, SMALL.num_streams, frames), dtype=np.int32)
 
 
-def run_split(params, frames, mask, cfg, parts):
-    """All outputs along time (axis 1), and the state at the end."""
-    state, outs = model.init_state(cfg, frames.shape[0]), []
+def run_split(params, frames, mask, cfg, parts, state=None, measured=False):
+    """All outputs along time (axis 1), and the state at the end; from a fresh state if none is given."""
+    state, outs = fresh(cfg, frames.shape[0]) if state is None else state, []
     for piece in pieces(parts):
-        out, state = forward(params, frames[:, :, piece], mask[:, piece], state, cfg=cfg)
+        out, state = forward(params, frames[:, :, piece], mask[:, piece], state, cfg=cfg, measured=measured)
         outs.append(by_time(out))
     return jax.tree.map(lambda *x: np.concatenate(x, 1), *outs), state
 
 
 def by_time(out):
-    return out._replace(targets=out.targets.swapaxes(1, 2), target_mask=out.target_mask.swapaxes(1, 2))
+    """Outputs with rows and frames in front."""
+    out = jax.tree.map(np.asarray, out)
+    return out._replace(
+        targets=out.targets.swapaxes(1, 2),
+        target_mask=out.target_mask.swapaxes(1, 2),
+        ttt=jax.tree.map(lambda x: np.moveaxis(x, 0, 2), out.ttt),
+    )
 
 
 def valid(out, mask):
@@ -103,61 +124,81 @@ def moved_state(params, rng, cfg=SMALL):
     return run_split(params, tokens, mask, cfg, (8, 8))[1]
 
 
+@cache
+def fresh(cfg, rows=ROWS):
+    return jax.tree.map(np.asarray, model.init_state(cfg, rows))
+
+
+def carried_state(cfg, rng):
+    """A state that could be met, in NumPy: rows and layers at phases of their own, rings full or not yet."""
+    b = cfg.ttt.mini_batch
+
+    def of_run(run):
+        normal = lambda x: rng.standard_normal(x.shape).astype(x.dtype)  # noqa: E731
+        ring, ttt = jax.tree.map(normal, run.ring), run.ttt
+        if ttt is None:
+            return model.RunState(ring, None)
+        count = rng.integers(0, 3 * b, ttt.count.shape, dtype=np.int32)
+        is_open = lambda x: (count % b > 0).reshape(count.shape + (1,) * (x.ndim - 2))  # noqa: E731
+        return model.RunState(
+            ring,
+            ttt._replace(
+                displacement=jax.tree.map(lambda x: 0.2 * normal(x), ttt.displacement),
+                open_sum=jax.tree.map(lambda x: 0.2 * normal(x) * is_open(x), ttt.open_sum),
+                count=count,
+            ),
+        )
+
+    layers = {name: of_run(run) for name, run in fresh(cfg).layers.items()}
+    history = rng.integers(0, CARDS[None, :, None], fresh(cfg).history.shape, dtype=np.int32)
+    return model.State(history, rng.integers(0, 20, ROWS, dtype=np.int32), layers)
+
+
+def poisoned_floats(state, row=1):
+    """The state with every float of one row NaN."""
+
+    def poison(x):
+        rows = (np.arange(ROWS) == row).reshape(-1, *(1,) * (x.ndim - 2))
+        return np.where(rows, np.nan, x) if np.issubdtype(x.dtype, np.floating) else x
+
+    return state._replace(layers=jax.tree.map(poison, state.layers))
+
+
+def row_of(tree, row):
+    """One row of outputs or of a state."""
+    if isinstance(tree, model.State):
+        rest = jax.tree.map(lambda x: x[row], tree[:2])
+        return model.State(*rest, jax.tree.map(lambda x: x[:, row], tree.layers))
+    return jax.tree.map(lambda x: x[row], tree)
+
+
 # Splits
 
 
+@configs
 @given(seed=seeds, parts=splits(FRAMES))
-def test_any_split_gives_the_same_outputs_and_state(x64, seed, parts):
-    params, frames, rng = setting(SMALL, seed)
+def test_any_split_gives_the_same_outputs_and_state(cfg, x64, seed, parts):
+    params, frames, rng = setting(cfg, seed)
     mask = random_mask(rng, (ROWS, FRAMES))
-    out, state = run_split(params, frames, mask, SMALL, parts)
-    whole, whole_state = run_split(params, frames, mask, SMALL, (FRAMES,))
+    start = carried_state(cfg, rng) if rng.random() < 0.7 else fresh(cfg)
+    out, state = run_split(params, frames, mask, cfg, parts, start)
+    whole, whole_state = run_split(params, frames, mask, cfg, (FRAMES,), start)
     assert_close(valid(out, mask), valid(whole, mask), TOL)
     assert_close(state, whole_state, TOL)
 
 
-def test_streaming_equals_one_chunk_in_float32():
-    cfg = dataclasses.replace(SMALL, dtype="float32")
-    params, frames, _ = setting(cfg, 1)
-    mask = np.ones((ROWS, FRAMES), bool)
-    out, state = run_split(params, frames, mask, cfg, (1,) * FRAMES)
-    whole, whole_state = run_split(params, frames, mask, cfg, (FRAMES,))
+@grid("mlp2-4")
+def test_streaming_equals_one_chunk_in_float32_over_256_frames(cfg):
+    cfg, length = dataclasses.replace(cfg, dtype="float32"), 256
+    params, frames, _ = setting(cfg, 1, frames=length)
+    mask = np.ones((ROWS, length), bool)
+    out, state = run_split(params, frames, mask, cfg, (1,) * length)
+    whole, whole_state = run_split(params, frames, mask, cfg, (length,))
     for a, b in zip(jax.tree.leaves((out, state)), jax.tree.leaves((whole, whole_state)), strict=True):
         assert np.linalg.norm(np.float64(a) - b) <= 1e-5 * np.linalg.norm(b)
 
 
-def test_two_calls_give_the_gradients_of_one(x64):
-    params, frames, rng = setting(SHALLOW, 2)
-    mask = random_mask(rng, (ROWS, FRAMES))
-
-    def split_loss(params):
-        total, state = 0, model.init_state(SHALLOW, ROWS)
-        for piece in pieces((19, 21)):
-            loss, (_, state) = full_loss(params, frames[:, :, piece], mask[:, piece], state, SHALLOW)
-            total += loss
-        return total
-
-    loss, grads = quick_jit(jax.value_and_grad(split_loss))(params)
-    (whole, _), expected = loss_and_grads(params, frames, mask, model.init_state(SHALLOW, ROWS), cfg=SHALLOW)
-    assert_close((loss, grads), (whole, expected), TOL)
-
-
 # Masks and rows
-
-
-@given(seed=seeds)
-def test_tokens_of_masked_frames_change_no_bit(x64, seed):
-    params, frames, rng = setting(SHALLOW, seed)
-    mask = random_mask(rng, (ROWS, FRAMES)) & (np.arange(FRAMES) < FRAMES - 3)
-    garbage = rng.choice(np.array([-(2**31), -7, -1, 3, 999, 2**31 - 1], np.int32), frames.shape)
-    poisoned = np.where(mask[:, None], frames, garbage)
-    (loss, (out, state)), grads = loss_and_grads(params, poisoned, mask, model.init_state(SHALLOW, ROWS), cfg=SHALLOW)
-    (clean_loss, (clean, clean_state)), clean_grads = loss_and_grads(
-        params, frames, mask, model.init_state(SHALLOW, ROWS), cfg=SHALLOW
-    )
-    assert_same_bits((loss, state, grads), (clean_loss, clean_state, clean_grads))
-    assert_same_bits(valid(by_time(out), mask), valid(by_time(clean), mask))
-    assert not np.asarray(out.target_mask).swapaxes(1, 2)[~mask].any()
 
 
 @given(seed=seeds)
@@ -175,17 +216,81 @@ def test_gaps_equal_the_compacted_stream(x64, seed):
     assert_close(state, packed_state, TOL)
 
 
+@configs
 @given(seed=seeds)
-def test_rows_are_independent(x64, seed):
-    params, frames, rng = setting(SMALL, seed)
+def test_rows_are_independent(cfg, x64, seed):
+    params, frames, rng = setting(cfg, seed)
     mask = random_mask(rng, (ROWS, FRAMES))
-    other, other_mask = frames.copy(), mask.copy()
+    start, other, other_mask = carried_state(cfg, rng), frames.copy(), mask.copy()
     other[1], other_mask[1] = random_tokens(rng, (1, FRAMES))[0], rng.random(FRAMES) < 0.5
-    (out, state), (out2, state2) = (
-        run_split(params, f, m, SMALL, (FRAMES,)) for f, m in ((frames, mask), (other, other_mask))
+    out, state = run_split(params, frames, mask, cfg, (FRAMES,), start)
+    for neighbour in (start, poisoned_floats(start)):
+        out2, state2 = run_split(params, other, other_mask, cfg, (FRAMES,), neighbour)
+        assert_same_bits(row_of(out2, 0), row_of(out, 0))
+        assert_same_bits(row_of(state2, 0), row_of(state, 0))
+    assert np.isnan(row_of(out2, 1).hidden[other_mask[1]]).all()
+
+
+@configs
+@given(seed=seeds)
+def test_nothing_of_a_poisoned_row_is_left_after_its_reset(cfg, x64, seed):
+    params, frames, rng = setting(cfg, seed)
+    mask, start, rows = random_mask(rng, (ROWS, FRAMES)), carried_state(cfg, rng), np.array([False, True])
+    poisoned = poisoned_floats(start)
+    reset = reset_rows(poisoned, rows, cfg=cfg)
+    assert_same_bits(row_of(reset, 0), row_of(start, 0))
+    assert_same_bits(row_of(reset, 1), row_of(fresh(cfg), 1))
+    ttt_of = lambda state: [run.ttt for run in state.layers.values()]  # noqa: E731
+    assert_same_bits(ttt_of(reset_ttt_rows(poisoned, rows)), ttt_of(reset))
+    (out, state), (expected, expected_state) = (
+        run_split(params, frames, mask, cfg, (FRAMES,), s) for s in (reset, fresh(cfg))
     )
-    assert_same_bits(jax.tree.map(lambda x: x[0], out2), jax.tree.map(lambda x: x[0], out))
-    assert_same_bits(jax.tree.map(lambda x: x[:, 0], state2.layers), jax.tree.map(lambda x: x[:, 0], state.layers))
+    assert_same_bits(row_of(out, 1), row_of(expected, 1))
+    assert_same_bits(row_of(state, 1), row_of(expected_state, 1))
+
+
+@st.composite
+def schedules(draw):
+    """Lengths of calls, and by row: which frames are there (a start, pauses, an end), and before which calls it is reset."""
+    parts = draw(splits(FRAMES).filter(lambda parts: 3 <= len(parts) <= 12))
+    mask, resets = np.zeros((ROWS, FRAMES), bool), np.zeros((ROWS, len(parts)), bool)
+    for row in range(ROWS):
+        start, end = sorted(draw(st.lists(st.integers(0, FRAMES), min_size=2, max_size=2)))
+        mask[row, start:end] = True
+        for _ in range(draw(st.integers(0, 3))):
+            pause = draw(st.integers(0, FRAMES))
+            mask[row, pause : pause + draw(st.integers(1, 9))] = False
+        resets[row, draw(st.lists(st.integers(1, len(parts) - 1), max_size=2))] = True
+    return parts, mask, resets
+
+
+@grid("linear-1", "mlp3-16")
+@settings(max_examples=10)
+@given(seed=seeds, schedule=schedules())
+def test_rows_of_a_batch_come_and_go_as_if_each_were_alone(cfg, x64, seed, schedule):
+    params, frames, _ = setting(cfg, seed)
+    parts, mask, resets = schedule
+    state, outs = fresh(cfg), []
+    for call, piece in enumerate(pieces(parts)):
+        state = reset_rows(state, resets[:, call], cfg=cfg)
+        out, state = forward(params, frames[:, :, piece], mask[:, piece], state, cfg=cfg)
+        outs.append(by_time(out))
+    out = jax.tree.map(lambda *x: np.concatenate(x, 1), *outs)
+    starts = np.array([piece.start for piece in pieces(parts)])
+    for row in range(ROWS):
+        # Only the frames that are there, one by one, and no mask.
+        alone, outs = fresh(cfg, 1), []
+        for frame in range(FRAMES):
+            if frame in starts[resets[row]]:
+                alone = fresh(cfg, 1)
+            if mask[row, frame]:
+                one = frames[row : row + 1, :, frame : frame + 1], np.ones((1, 1), bool)
+                expected, alone = forward(params, *one, alone, cfg=cfg)
+                outs.append(row_of(by_time(expected), 0))
+        if outs:
+            expected = jax.tree.map(lambda *x: np.concatenate(x), *outs)
+            assert_close(valid(row_of(out, row), mask[row]), expected, TOL)
+        assert_close(row_of(state, row), row_of(alone, 0), TOL)
 
 
 def test_a_reset_row_behaves_as_fresh_and_the_other_goes_on(x64):
@@ -220,13 +325,17 @@ def test_a_ttt_reset_clears_ttt_states_and_nothing_else(x64):
 # Causality
 
 
+@configs
 @given(seed=seeds, frame=st.integers(0, FRAMES - 4), stream=st.integers(0, SMALL.n_q))
-def test_a_token_is_read_one_position_after_its_column(x64, seed, frame, stream):
-    params, frames, _ = setting(SMALL, seed)
+def test_a_token_is_read_one_position_after_its_column(cfg, x64, seed, frame, stream):
+    params, frames, rng = setting(cfg, seed)
     mask, column = np.ones((ROWS, FRAMES), bool), frame + SMALL.delays[stream]
-    changed = frames.copy()
+    changed, state = frames.copy(), carried_state(cfg, rng)
     changed[0, stream, frame] = (changed[0, stream, frame] + 1) % CARDS[stream]
-    out, other = (run_split(params, f, mask, SMALL, (FRAMES,))[0] for f in (frames, changed))
+    out, other = (run_split(params, f, mask, cfg, (FRAMES,), state)[0] for f in (frames, changed))
+    assert_same_bits(other.hidden[:, : column + 1], out.hidden[:, : column + 1])
+    assert_same_bits(other.targets[:, :column], out.targets[:, :column])
+    assert_same_bits(row_of(other, 1), row_of(out, 1))
     assert_same_bits(other.text_logits[:, : column + 1], out.text_logits[:, : column + 1])
     assert_same_bits(other.audio_logits[:, :column], out.audio_logits[:, :column])
     assert (other.text_logits[0, column + 1 :] != out.text_logits[0, column + 1 :]).any(-1).all()
@@ -312,22 +421,63 @@ def test_losses_are_the_cross_entropy_of_what_is_scored(x64):
 # Parameters, shapes, programs
 
 
-def test_closed_gates_give_the_model_without_ttt_bit_for_bit():
-    cfg = dataclasses.replace(SMALL, dtype="float32", layer_context=())
+@pytest.mark.parametrize("calls", [(FRAMES,), (1,) * 12], ids=["chunk", "streaming"])
+def test_closed_gates_give_the_model_without_ttt_bit_for_bit(calls):
+    ttt = dataclasses.replace(SMALL.ttt, layers="1-2", hidden=())
+    cfg = dataclasses.replace(SMALL, dtype="float32", num_layers=3, layer_context=(), ttt=ttt)
     plain = dataclasses.replace(cfg, ttt=dataclasses.replace(cfg.ttt, layers="none"))
     params, frames, _ = setting(cfg, 10)
-    stacks = []
-    for block in params["layers"].values():
-        if "ttt" in block:
-            block["ttt"]["gate"] = jnp.zeros_like(block["ttt"]["gate"])
-        stacks.append({name: leaf for name, leaf in block.items() if name != "ttt"})
+    params = ARMS["off"].edit(params)
+    stacks = [{name: leaf for name, leaf in block.items() if name != "ttt"} for block in params["layers"].values()]
     (run,) = plain.runs
-    without = {**params, "layers": {run.name: jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)}}
-    mask = np.ones((ROWS, FRAMES), bool)
-    run = jax.jit(model.forward, static_argnames="cfg")
-    out, _ = run(params, frames, mask, model.init_state(cfg, ROWS), cfg=cfg)
-    expected, _ = run(without, frames, mask, model.init_state(plain, ROWS), cfg=plain)
-    assert_same_bits(out, expected)
+    stack = lambda *x: jnp.concatenate(x)  # noqa: E731
+    without = {**params, "layers": {run.name: jax.tree.map(stack, *stacks)}}
+    state, expected_state = model.init_state(cfg, ROWS), model.init_state(plain, ROWS)
+    forward = jax.jit(model.forward, static_argnames="cfg")  # as users compile it
+    for piece in pieces(calls):
+        call = frames[:, :, piece], np.ones((ROWS, piece.stop - piece.start), bool)
+        out, state = forward(params, *call, state, cfg=cfg)
+        expected, expected_state = forward(without, *call, expected_state, cfg=plain)
+        assert_same_bits(out, expected)
+    rings = jax.tree.map(stack, *(run.ring for run in state.layers.values()))
+    assert_same_bits((*state[:2], rings), (*expected_state[:2], expected_state.layers[run.name].ring))
+    assert all((np.asarray(leaf) != 0).any() for leaf in jax.tree.leaves(state.layers["layers_01_02"].ttt.displacement))
+
+
+@grid("mlp2-4")
+@pytest.mark.parametrize("how", ["no rate", "frozen"])
+def test_what_does_not_learn_knows_what_its_base_knows(how, cfg, x64):
+    if how == "no rate":
+        cfg = dataclasses.replace(cfg, ttt=dataclasses.replace(cfg.ttt, base_lr=0.0))
+    params, frames, rng = setting(cfg, 13)
+    mask = random_mask(rng, (ROWS, FRAMES))
+    edited = ARMS["frozen"].edit(params) if how == "frozen" else params
+    out, state = run_split(edited, frames, mask, cfg, (8,) * 5, measured=True)
+    inner = valid(out, mask).ttt.inner
+    assert (inner.loss_base > 0).all()
+    assert_close((inner.loss_before, inner.loss_after), (inner.loss_base,) * 2, 1e-13)
+    assert (inner.displacement == 0).all()
+    for run in (run for run in state.layers.values() if run.ttt is not None):
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(run.ttt[:2]))
+        np.testing.assert_array_equal(run.ttt.count, np.broadcast_to(mask.sum(1), run.ttt.count.shape))
+
+
+@grid("mlp2-4")
+def test_measuring_changes_nothing_and_does_not_depend_on_the_split(cfg, x64):
+    params, frames, rng = setting(cfg, 14)
+    mask, state = random_mask(rng, (ROWS, FRAMES)), carried_state(cfg, rng)
+    measured, new = run_split(params, frames, mask, cfg, (8,) * 5, state, measured=True)
+    out, expected = run_split(params, frames, mask, cfg, (8,) * 5, state)
+    # Two programs: XLA may order sums differently in one that also measures.
+    assert_close((valid(measured._replace(ttt=None), mask), new), (valid(out, mask), expected), 1e-12)
+    streamed, _ = run_split(params, frames, mask, cfg, (1,) * FRAMES, state, measured=True)
+    assert_close(streamed.ttt, measured.ttt, TOL)
+    assert all((leaf[~mask] == 0).all() and (leaf[mask] != 0).any() for leaf in jax.tree.leaves(streamed.ttt))
+    # Layers stand in the order of the stack, whatever run they belong to.
+    gates = np.concatenate([block["ttt"]["gate"] for block in params["layers"].values() if "ttt" in block])
+    gates = np.abs(np.tanh(gates)).mean(-1)
+    assert len(gates) == len(cfg.ttt_layers)
+    assert_close(streamed.ttt.gate[mask], np.broadcast_to(gates, (mask.sum(), len(gates))), TOL)
 
 
 def test_streaming_keeps_parameters_and_compiles_once():
@@ -342,6 +492,15 @@ def test_streaming_keeps_parameters_and_compiles_once():
     assert step._cache_size() == 1
     assert digest(params) == before
     assert digest(state) != digest(model.init_state(cfg, ROWS))
+
+
+def test_evaluation_keeps_parameters():
+    cfg = dataclasses.replace(SHALLOW, dtype="float32", num_layers=1, ttt=dataclasses.replace(SHALLOW.ttt, layers="0"))
+    params, frames, _ = setting(cfg, 15, frames=9)
+    before = digest(params)
+    scores = {arm: evaluation.stream(params, [frames[0], frames[1, :, :5]], arm, 4, cfg) for arm in ARMS}
+    assert digest(params) == before
+    assert np.nanmax(scores["persist"].displacement) > 0
 
 
 @pytest.mark.parametrize("frames", [1, 3, 21])
@@ -360,12 +519,14 @@ def test_state_keeps_structure_shapes_and_dtypes(dtype, frames):
         assert run.ttt is None or {leaf.dtype for leaf in jax.tree.leaves(run.ttt[:2])} == {jnp.dtype("float32")}
 
 
-def test_streaming_step_donates_its_state():
+def test_streaming_step_donates_its_state_and_keeps_parameters():
     cfg = dataclasses.replace(SHALLOW, dtype="float32")
     params, _, _ = setting(cfg, 12)
     state = model.init_state(cfg, ROWS)
     other = jnp.zeros((ROWS, cfg.n_q - cfg.dep_q), jnp.int32)
+    before = digest(params)
     _, new = generate.generate_step(params, other, jnp.ones((ROWS,), bool), state, jax.random.key(0), cfg)
+    assert digest(params) == before
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, params)))
 

@@ -30,12 +30,12 @@ from tests.small_ttt import (
     call,
     carried_state,
     config,
+    grid,
     networks,
     pairs,
     reference,
     run_split,
     setting,
-    sizes,
     split_grid,
     value_and_grads,
 )
@@ -69,8 +69,7 @@ def test_reference_gradient_equals_finite_differences(hidden):
 # Law 1
 
 
-@networks
-@sizes
+@grid
 @given(seed=seeds)
 def test_parallel_form_equals_written_out_descent(hidden, mini_batch, x64, seed):
     cfg = config(hidden, mini_batch)
@@ -79,8 +78,7 @@ def test_parallel_form_equals_written_out_descent(hidden, mini_batch, x64, seed)
     assert_close(call(params, x, mask, state, cfg=cfg), reference(params, x, mask, state, cfg), TOL)
 
 
-@networks
-@sizes
+@grid
 @given(seed=seeds)
 def test_masked_rows_at_different_phases_equal_written_out_descent(hidden, mini_batch, x64, seed):
     cfg = config(hidden, mini_batch)
@@ -191,8 +189,7 @@ def test_streaming_equals_one_chunk_in_float32_over_256_frames(mini_batch):
 # Law 3
 
 
-@networks
-@sizes
+@grid
 @given(seed=seeds, frame=st.integers(0, FRAMES - 1))
 def test_a_frame_changes_nothing_before_it_and_everything_from_it_on(hidden, mini_batch, x64, seed, frame):
     cfg = config(hidden, mini_batch)

@@ -22,12 +22,11 @@ from tests.small_ttt import (
     call,
     carried_state,
     config,
+    grid,
     init_shapes,
-    networks,
     pairs,
     reference,
     setting,
-    sizes,
     value_and_grads,
 )
 from ttt_jax.ttt.layer import TTTLayer, init_state
@@ -47,8 +46,7 @@ def test_silence_gives_finite_gradients(hidden, mini_batch, fresh):
 
 
 @pytest.mark.parametrize("frames", [1, 3, 21])
-@networks
-@sizes
+@grid
 def test_state_keeps_structure_shapes_and_dtypes(hidden, mini_batch, frames):
     for dtype in ("float32", "bfloat16"):
         cfg = config(hidden, mini_batch, dtype=dtype)

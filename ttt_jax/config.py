@@ -47,9 +47,9 @@ class TTTConfig:
     mini_batch: int = 16
     """Inner mini-batch size b: frames that share one starting point of the inner gradient."""
     base_lr: float | None = None
-    """Largest inner learning rate before the division by the head width D; unset: min(1, D / 64, 8 / mini_batch)."""
-    horizon: float | None = 12000.0
-    """Frames after which what was learned has decayed to 1/e (12,000 are 16 minutes); "None": no decay."""
+    """Largest inner learning rate before the division by the head width D; unset: min(1, D / 32, 8 / mini_batch)."""
+    horizon: float | None = 6000.0
+    """Frames after which what was learned has decayed to 1/e (6,000 are 8 minutes); None: no decay."""
     max_displacement: float | None = None
     """Bound on the norm of fast weights minus base, per head, in norms of the base; unset: no bound."""
     rope: bool = False
@@ -104,7 +104,7 @@ def default_base_lr(mini_batch: int, head_dim: int) -> float:
     the head width makes a step's relative size the same for all widths; narrow heads drift further from their base all the
     same, since their frames share fewer directions, and learn as well at a lower rate (docs/design.md has the figures).
     """
-    return min(1.0, head_dim / 64, 8.0 / mini_batch)
+    return min(1.0, head_dim / 32, 8.0 / mini_batch)
 
 
 @dataclasses.dataclass(frozen=True)
