@@ -69,7 +69,7 @@ def zeros_like(tree):
 # Law 2
 
 
-@configs
+@grid("mlp2-16")
 @given(seed=seeds, parts=st.permutations(CALLS))
 def test_any_split_gives_the_same_gradients(cfg, x64, seed, parts):
     params, frames, rng = setting(cfg, seed, frames=FRAMES)

@@ -175,7 +175,7 @@ def row_of(tree, row):
 # Splits
 
 
-@configs
+@grid("linear-1", "mlp2-4")
 @given(seed=seeds, parts=splits(FRAMES))
 def test_any_split_gives_the_same_outputs_and_state(cfg, x64, seed, parts):
     params, frames, rng = setting(cfg, seed)
