@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax.config import TTTConfig, default_base_lr
-from ttt_jax.ttt import inner
+from ttt_jax.ttt import inner, network
 
 
 def main() -> None:
@@ -123,13 +123,14 @@ def arrays(batch: int, heads: int, width: int, frames: int, cfg: TTTConfig):
     q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
     eta = jax.nn.sigmoid(normal(batch, frames, heads)) * default_base_lr(cfg.mini_batch, width) / width
     base = tuple(
-        inner.Affine(normal(heads, i, o) / i**0.5, jnp.zeros((heads, o))) for i, o in inner.widths(width, cfg.hidden)
+        network.Affine(normal(heads, i, o) / i**0.5, jnp.zeros((heads, o)))
+        for i, o in network.widths(width, cfg.hidden)
     )
     scale, bias = jnp.ones((heads, width)), jnp.zeros((heads, width))
-    return base, scale, bias, inner.Inputs(q, k, t, eta), normal(batch, frames, heads, width)
+    return base, scale, bias, network.Inputs(q, k, t, eta), normal(batch, frames, heads, width)
 
 
-def plain_scan(base, scale, bias, displacement, inputs: inner.Inputs, state, mask, *, mini_batch: int, group: int):
+def plain_scan(base, scale, bias, displacement, inputs: network.Inputs, state, mask, *, mini_batch: int, group: int):
     """The peer: what one writes for training alone. Same arguments and outputs as the call it is compared with."""
     batch, frames, heads, width = inputs.q.shape
     count = frames // mini_batch
@@ -146,9 +147,9 @@ def plain_scan(base, scale, bias, displacement, inputs: inner.Inputs, state, mas
         (w1, b1), (w2, b2) = weights
         q, k, t, eta = x
         before = dot("BHCI,BHIO->BHCO", k, w1) + b1[:, :, None]
-        hidden, slope = inner._gelu_and_slope(before)
+        hidden, slope = network.gelu_and_slope(before)
         out = dot("BHCI,BHIO->BHCO", hidden, w2) + b2[:, :, None]
-        normed, rstd = inner._normalise(out, inner.LN_EPS)
+        normed, rstd = network.normalise(out)
         g = (scale[:, None] * normed + bias[:, None] - t) * scale[:, None]
         g = (g - g.mean(-1, keepdims=True) - normed * (g * normed).mean(-1, keepdims=True)) * rstd * eta[..., None]
         g1 = dot("BHCO,BHIO->BHCI", g, w2) * slope
@@ -166,7 +167,7 @@ def plain_scan(base, scale, bias, displacement, inputs: inner.Inputs, state, mas
             read = jax.nn.gelu(read)
             overlap = (dot("BHCI,BHSI->BHCS", read, hidden) + 1) * causal
             z = dot("BHCI,BHIO->BHCO", read, w2) + b2[:, :, None] - dot("BHCS,BHSO->BHCO", overlap, g)
-        return after, q + inner.layer_norm(z, scale[:, None], bias[:, None])
+        return after, q + network.layer_norm(z, scale[:, None], bias[:, None])
 
     start = tuple((w0.w + d.w, w0.b + d.b) for w0, d in zip(base, displacement, strict=True))
     xs = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), tuple(map(split, inputs)))

@@ -24,7 +24,7 @@ from tests.drawing import digest, quick_jit, random_params
 from tests.small_ttt import ROWS, TOL, carried_state, config
 from ttt_jax.config import DepthConfig, MoshiConfig, TTTConfig
 from ttt_jax.moshi import model
-from ttt_jax.ttt import inner, layer
+from ttt_jax.ttt import inner, layer, network
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -242,13 +242,13 @@ FLAWS = {
         every_parameter_moves_the_output,
         OF_LAYER,
         {
-            "z = inner.layer_norm(": "z, _ = z.reshape(x.shape), inner.layer_norm(",
+            "z = network.layer_norm(": "z, _ = z.reshape(x.shape), network.layer_norm(",
             'update = gate * self._project("out", z.astype(x.dtype))': 'self._project("out", z)\n        update = gate * z',
         },
     ),
     "look-ahead": Flaw(
         a_later_frame_changes_no_earlier_output,
-        OF_INNER,
+        (network, *OF_INNER),
         {"return jnp.tril(jnp.ones(overlap.shape[-2:], bool))": "return jnp.ones(overlap.shape[-2:], bool)"},
     ),
     "state lost": Flaw(
@@ -284,7 +284,7 @@ FLAWS = {
         {
             "z = q + layer_norm(read(": "twice = descent._replace(steps=tuple(2 * step for step in descent.steps))\n"
             "        z = q + layer_norm(read(",
-            "x.overlap, descent, _causal": "x.overlap, twice, _causal",
+            "x.overlap, descent, causal": "x.overlap, twice, causal",
         },
     ),
     "reset to noise": Flaw(a_reset_row_is_a_fresh_one, (model,), RESET_TO_NOISE),

@@ -15,10 +15,10 @@ from tests.small_ttt import (
     VARIANTS,
     carried_state,
     config,
-    grid,
     init_shapes,
     measure,
     measured_call,
+    measured_grid,
     measured_reference,
     networks,
     setting,
@@ -36,7 +36,7 @@ def assert_measured(params, x, mask, state, cfg):
     return got
 
 
-@grid
+@measured_grid
 @given(seed=seeds)
 def test_measured_losses_are_those_of_the_written_out_descent(hidden, mini_batch, x64, seed):
     cfg = config(hidden, mini_batch)

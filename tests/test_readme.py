@@ -13,7 +13,8 @@ def test_the_python_example_runs():
     names = {}
     exec(code, names)
     assert names["outputs"].text_logits.shape == (1, 100, names["cfg"].text_card)
-    assert int(names["state"].position[0]) == 100
+    assert int(names["state"].position[0]) == 200  # two calls of 100 frames
+    assert names["gain"].shape == (1, 1, 100, names["cfg"].num_heads)
 
 
 def test_the_command_lines_are_understood():

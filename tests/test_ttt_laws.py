@@ -96,7 +96,13 @@ def test_every_variant_equals_written_out_descent(hidden, mini_batch, variant, x
     assert_close(call(params, x, mask, state, cfg=cfg), reference(params, x, mask, state, cfg), TOL)
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(variant, id=name, marks=() if name in ("bound", "rope") else pytest.mark.slow)
+        for name, variant in VARIANTS.items()
+    ],
+)
 @given(seed=seeds, parts=splits(FRAMES))
 def test_any_split_of_every_variant_gives_the_same(variant, x64, seed, parts):
     cfg = config((4,), 4, **variant)

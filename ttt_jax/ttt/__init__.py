@@ -1,6 +1,8 @@
 """The TTT layer (Sun et al. 2024, arXiv 2407.04620): a recurrent layer whose hidden state is the weights of a small network.
 
-- `inner.py`: the inner network, its gradient, the scan over mini-batches: plain functions on arrays
+- `network.py`: the inner network, its gradient, reading through steps: plain functions on arrays
+- `inner.py`: the state, and the scan over mini-batches
+- `measure.py`: what fast weights know of each frame
 - `laws.py`: the layer's laws, tried on this very machine by the doctor
 - `layer.py`: the layer's parameters and the map from hidden vectors to inner queries, keys, targets and rates
 """

@@ -1,8 +1,7 @@
-"""The inner loop: gradient descent on a small network per head, as a pure scan. No Flax, no parameters of its own.
+"""The inner loop: mini-batches of frames through fast weights, as a pure scan. No Flax, no parameters of its own.
 
 For every frame i of a mini-batch that starts at weights W, the parallel ("dual") form computes what the written-out descent
-reads, W_i = W - sum_{j<=i} eta_j grad l(W; k_j, t_j), without forming W_i: a layer's input times a sum of outer products is
-attention with a lower-triangular mask (Sun et al. 2024, section 2.5, with the mask that makes it causal).
+reads, W_i = W - sum_{j<=i} eta_j grad l(W; k_j, t_j), without forming W_i (`network.py`). The scan goes over mini-batches.
 
 Shapes: B rows, T frames, H heads, D head width, M mini-batches that a call touches, C slots in one, I and O the widths that
 one affine map of the inner network joins. Everything here is float32, or float64 when the input is.
@@ -17,18 +16,24 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.config import TTTConfig
-
-LN_EPS = 1e-8
-
-
-class Affine(NamedTuple):
-    """One affine map of the inner network, or something of its shape: a displacement, a gradient."""
-
-    w: jax.Array  # [..., H, I, O]
-    b: jax.Array  # [..., H, O]
-
-
-Network = tuple[Affine, ...]
+from ttt_jax.ttt.measure import InnerMeasurement, measure
+from ttt_jax.ttt.network import (
+    Affine,
+    Frames,
+    Inputs,
+    Network,
+    apply,
+    causal,
+    descend,
+    halves,
+    layer_norm,
+    prepare,
+    read,
+    squared_norm,
+    total,
+    weights,
+    widths,
+)
 
 
 class TTTState(NamedTuple):
@@ -53,58 +58,6 @@ class Layout(NamedTuple):
     """Slot of each frame in the flattened [M * C], int32 [B, T]; M * C for masked frames."""
 
 
-class Inputs(NamedTuple):
-    """What the inner loop reads of each frame: query, key, target and rate."""
-
-    q: jax.Array  # [B, T, H, D]
-    k: jax.Array  # [B, T, H, D]
-    t: jax.Array  # [B, T, H, D]
-    eta: jax.Array  # [B, T, H]
-
-
-class InnerMeasurement(NamedTuple):
-    """What the fast weights knew of each frame, [B, T, H] each, 0 where masked; the losses are l(W; k_t, t_t)."""
-
-    loss_base: jax.Array
-    """At W0, the learned start."""
-    loss_before: jax.Array
-    """At W_{t-1}, the weights before the frame's own step, inside a mini-batch too."""
-    loss_after: jax.Array
-    """At W_t, the weights that the frame's query reads."""
-    displacement: jax.Array
-    """Norm of W_t - W0 over that of W0."""
-
-
-class Frames(NamedTuple):
-    """The frames of a mini-batch, or of many, with what can be known of them before their weights are."""
-
-    kq: jax.Array
-    """Keys, then queries, [..., B, H, 2 C, D]."""
-    t: jax.Array
-    """Targets, [..., B, H, C, D]."""
-    eta: jax.Array
-    """Rates, [..., B, H, C]; 0 in empty slots."""
-    at_base: jax.Array
-    """What the first map of the base puts out for `kq`, [..., B, H, 2 C, O]."""
-    overlap: jax.Array
-    """<q_i, k_j> + 1 where j <= i, else 0, [..., B, H, C, C]."""
-
-
-class Descent(NamedTuple):
-    """Gradient steps of the frames of a mini-batch, all taken at the same weights, as factors of outer products."""
-
-    inputs: tuple[jax.Array, ...]
-    """Of each affine map, [B, H, C, I]."""
-    steps: tuple[jax.Array, ...]
-    """Rate times loss gradient at the output of each map, [B, H, C, O]: the step of frame c in the weights is the outer product."""
-
-
-def widths(head_dim: int, hidden: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """(I, O) of every affine map of an inner network with the given hidden widths in multiples of `head_dim`."""
-    sizes = (head_dim, *(m * head_dim for m in hidden), head_dim)
-    return tuple(zip(sizes[:-1], sizes[1:], strict=True))
-
-
 def init_state(
     batch: int, heads: int, head_dim: int, hidden: tuple[int, ...], mini_batch: int, dtype: jnp.dtype
 ) -> TTTState:
@@ -119,115 +72,9 @@ def init_state(
     return TTTState(zeros(), zeros() if mini_batch > 1 else (), jnp.zeros((batch,), jnp.int32))
 
 
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float = LN_EPS) -> jax.Array:
-    """LayerNorm over the last axis with biased variance."""
-    return scale * _normalise(x, eps)[0] + bias
-
-
-def _normalise(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    centred = x - x.mean(-1, keepdims=True)
-    rstd = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)
-    return centred * rstd, rstd
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=True)
-
-
-def _gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    c, a = 0.7978845608028654, 0.044715  # sqrt(2 / pi); Hendrycks and Gimpel 2016
-    tanh = jnp.tanh(c * x * (1 + a * x * x))
-    return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * c * (1 + 3 * a * x * x)
-
-
-def _apply(x: jax.Array, affine: Affine) -> jax.Array:
-    return jnp.einsum("BHCI,BHIO->BHCO", x, affine.w) + affine.b[:, :, None]
-
-
-def prepare(base: Network, x: Inputs) -> Frames:
-    """Adds what frames [..., B, H, C, D] need of the base weights alone: for all mini-batches at once, ahead of their scan."""
-    kq = jnp.concatenate([x.k, x.q], -2)
-    at_base = jnp.einsum("...HCI,HIO->...HCO", kq, base[0].w) + base[0].b[:, None]
-    overlap = jnp.einsum("...CI,...SI->...CS", x.q, x.k) + 1
-    return Frames(kq, x.t, x.eta, at_base, jnp.where(_causal(overlap), overlap, 0))
-
-
-def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of keys and of queries."""
-    return x[..., : x.shape[-2] // 2, :], x[..., x.shape[-2] // 2 :, :]
-
-
-def _causal(overlap: jax.Array) -> jax.Array:
-    return jnp.tril(jnp.ones(overlap.shape[-2:], bool))
-
-
-def weights(base: Network, displacement: Network) -> Network:
-    """What a mini-batch reads: base plus displacement; of the first map the displacement alone, since `Frames` hold the rest.
-
-    Adding the base costs a pass over all weights; a map that is only ever applied to what is known ahead does without.
-    """
-    return displacement[:1] + jax.tree.map(jnp.add, base[1:], displacement[1:])
-
-
-def descend(weights: Network, first: jax.Array, scale: jax.Array, bias: jax.Array, x: Frames) -> Descent:
-    """Each frame's step on the inner loss 0.5 * |LN(f_W(k)) - t|^2, all taken at the same weights.
-
-    Args:
-      weights: as `weights` gives them; first: what the first map puts out for the keys, [B, H, C, O].
-      scale, bias: of the LayerNorm, [H, 1, D].
-      x: the frames of a mini-batch; eta is 0 in empty slots.
-    """
-    inputs, slopes, y = [_halves(x.kq)[0]], [], first
-    for affine in weights[1:]:
-        y, slope = _gelu_and_slope(y)
-        inputs.append(y)
-        slopes.append(slope)
-        y = _apply(y, affine)
-    normed, rstd = _normalise(y, LN_EPS)
-    g = (scale * normed + bias - x.t) * scale
-    g = (g - g.mean(-1, keepdims=True) - normed * (g * normed).mean(-1, keepdims=True)) * rstd
-    grads = [g]
-    for affine, slope in zip(weights[:0:-1], slopes[::-1], strict=True):
-        g = jnp.einsum("BHCO,BHIO->BHCI", g, affine.w) * slope
-        grads.insert(0, g)
-    return Descent(tuple(inputs), tuple(x.eta[..., None] * g for g in grads))
-
-
-def read(weights: Network, first: jax.Array, overlap: jax.Array, descent: Descent, seen: jax.Array) -> jax.Array:
-    """f_{W_i}(x_i) [B, H, C, D], W_i being `weights` less the steps of the frames j that frame i has seen, never formed.
-
-    Args:
-      weights: as `weights` gives them; first: what the first map puts out for x, [B, H, C, O].
-      overlap: <x_i, k_j> + 1 where frame i has seen j, else 0, [B, H, C, C]; seen: bool [C, C].
-    """
-    # XLA joins products that share a factor and would copy all weights beside the steps to do so: barriers keep these apart.
-    descent = jax.lax.optimization_barrier(descent)
-    x = first - jnp.einsum("BHCS,BHSO->BHCO", overlap, descent.steps[0])
-    for affine, x_k, step in zip(weights[1:], descent.inputs[1:], descent.steps[1:], strict=True):
-        x = _gelu(x)
-        # The +1 is the bias: its update does not depend on the input.
-        overlap = jnp.einsum("BHCI,BHSI->BHCS", jax.lax.optimization_barrier(x), x_k) + 1
-        x = _apply(x, affine) - jnp.einsum("BHCS,BHSO->BHCO", jnp.where(seen, overlap, 0), step)
-    return x
-
-
-def total(descent: Descent, factor: jax.Array) -> Network:
-    """Sum over the frames of a mini-batch of `factor` [B] times their steps."""
-    steps = (step * factor[:, None, None, None] for step in descent.steps)
-    return tuple(
-        Affine(jnp.einsum("BHCI,BHCO->BHIO", x_k, step), step.sum(2))
-        for x_k, step in zip(descent.inputs, steps, strict=True)
-    )
-
-
 def scaled(network: Network, factor: jax.Array) -> Network:
     """`network` [B, H, ...] times `factor` [B, H] or [B, 1]."""
     return jax.tree.map(lambda w: w * factor.reshape(factor.shape + (1,) * (w.ndim - 2)), network)
-
-
-def squared_norm(network: Network) -> jax.Array:
-    """Over all weights of a head: [B, H], or [H] of a base."""
-    return sum((w * w).sum((-2, -1)) + (b * b).sum(-1) for w, b in network)
 
 
 def retain(displacement: Network, base: Network, closes: jax.Array, cfg: TTTConfig) -> Network:
@@ -240,42 +87,6 @@ def retain(displacement: Network, base: Network, closes: jax.Array, cfg: TTTConf
         beyond = closes[:, None] & (norm > limit)
         displacement = scaled(displacement, jnp.sqrt(jnp.where(beyond, limit / jnp.where(beyond, norm, 1), 1)))
     return displacement
-
-
-def measure(
-    base: Network,
-    scale: jax.Array,
-    bias: jax.Array,
-    displacement: Network,
-    open_sum: Network,
-    descent: Descent,
-    x: Frames,
-) -> InnerMeasurement:
-    """What the fast weights of a mini-batch know of its frames, [B, H, C] each."""
-
-    def loss(y: jax.Array) -> jax.Array:
-        return 0.5 * ((layer_norm(y, scale, bias) - x.t) ** 2).sum(-1)
-
-    if open_sum:
-        displacement = jax.tree.map(jnp.subtract, displacement, open_sum)
-    k, at_base = _halves(x.kq)[0], _halves(x.at_base)[0]
-    gram = jnp.einsum("BHCI,BHSI->BHCS", k, k) + 1
-    upto = _causal(gram)
-    start, now = (weights(base, d) for d in (jax.tree.map(jnp.zeros_like, displacement), displacement))
-    first = at_base + _apply(k, now[0])
-    never, before = jnp.zeros_like(upto), jnp.tril(upto, -1)
-    # |displacement - sum of steps|^2, multiplied out so that no prefix of the sum is formed.
-    moved = squared_norm(displacement)[..., None]
-    for affine, x_k, step in zip(displacement, *descent, strict=True):
-        moved -= 2 * jnp.cumsum((_apply(x_k, affine) * step).sum(-1), -1)
-        square = (jnp.einsum("BHCI,BHSI->BHCS", x_k, x_k) + 1) * jnp.einsum("BHCO,BHSO->BHCS", step, step)
-        moved += jnp.diagonal(jnp.cumsum(jnp.cumsum(square, -1), -2), axis1=-2, axis2=-1)
-    return InnerMeasurement(
-        loss(read(start, at_base, 0 * gram, descent, never)),
-        loss(read(now, first, jnp.where(before, gram, 0), descent, before)),
-        loss(read(now, first, jnp.where(upto, gram, 0), descent, upto)),
-        jnp.sqrt(jnp.maximum(moved, 0) / squared_norm(base)[:, None]),
-    )
 
 
 def layout(mask: jax.Array, count: jax.Array, mini_batch: int) -> Layout:
@@ -340,11 +151,11 @@ def inner_scan(
     def advance(displacement: Network, open_sum: Network, x: Frames):
         """The steps of the frames of one mini-batch, and what is put out for them."""
         now = weights(base, displacement)
-        k_first, q_first = _halves(x.at_base + _apply(x.kq, now[0]))
-        descent, q = descend(now, k_first, scale, bias, x), _halves(x.kq)[1]
+        k_first, q_first = halves(x.at_base + apply(x.kq, now[0]))
+        descent, q = descend(now, k_first, scale, bias, x), halves(x.kq)[1]
         if open_sum:
-            now, q_first = jax.tree.map(jnp.subtract, now, open_sum), q_first - _apply(q, open_sum[0])
-        z = q + layer_norm(read(now, q_first, x.overlap, descent, _causal(x.overlap)), scale, bias)
+            now, q_first = jax.tree.map(jnp.subtract, now, open_sum), q_first - apply(q, open_sum[0])
+        z = q + layer_norm(read(now, q_first, x.overlap, descent, causal(x.overlap)), scale, bias)
         return descent, (z, measure(base, scale, bias, displacement, open_sum, descent, x) if measured else None)
 
     def body(displacement: Network, x: tuple[Frames, jax.Array]):
@@ -360,10 +171,10 @@ def inner_scan(
         displacement = _where(closes[0], jax.tree.map(jnp.subtract, displacement, open_sum), displacement)
         displacement = retain(displacement, base, closes[0], cfg)
         outs.append(jax.tree.map(lambda y: y[None], out))
-    if later := batches - len(outs):
+    if len(outs) < batches:
         rest = jax.tree.map(lambda x: x[len(outs) :], (xs, closes))
         ahead = lambda x: (prepare(base, x[0]), x[1])  # noqa: E731
-        displacement, out = _grouped_scan(body, ahead, displacement, rest, later, cfg.remat_group)
+        displacement, out = _grouped_scan(body, ahead, displacement, rest, batches - len(outs), cfg.remat_group)
         outs.append(out)
     count = state.count + mask.sum(1, dtype=jnp.int32)
     if open_sum:
@@ -372,7 +183,7 @@ def inner_scan(
         if batches > 1:
             last = prepare(base, jax.tree.map(lambda x: _pick(x, jnp.minimum(index, batches - 1)), xs))
             now = weights(base, displacement)
-            first = _halves(last.at_base + _apply(last.kq, now[0]))[0]
+            first = halves(last.at_base + apply(last.kq, now[0]))[0]
             is_open = (reached % cfg.mini_batch > 0).astype(first.dtype)
             later = total(descend(now, first, scale, bias, last), is_open)
         open_sum = _where(index == 0, open_sum, later)

@@ -12,7 +12,8 @@ from ttt_jax.config import MoshiConfig
 from ttt_jax.init import fan_in_normal, fan_in_uniform, linear_kernel
 from ttt_jax.norms import rms_norm
 from ttt_jax.rotary import rotate
-from ttt_jax.ttt import inner
+from ttt_jax.ttt import inner, network
+from ttt_jax.ttt.measure import InnerMeasurement
 
 UNIT_EPS = 1e-12  # under the root of the norm of q and k
 TARGET_EPS = 1e-10  # added to the target's variance
@@ -23,7 +24,7 @@ ROPE_PERIOD = 10000.0
 class Measurement(NamedTuple):
     """What a TTT layer did with each frame of a call; 0 where masked."""
 
-    inner: inner.InnerMeasurement
+    inner: InnerMeasurement
     """Inner losses and displacement, [B, T, H]."""
     rate: jax.Array
     """Inner rate eta, [B, T, H]."""
@@ -80,16 +81,16 @@ class TTTLayer(nn.Module):
         eta = cfg.inner_lr / width * rate
 
         base = tuple(
-            inner.Affine(
+            network.Affine(
                 self.param(f"inner_w{layer}", fan_in_normal(in_axis=1), (heads, i, o)).astype(wide),
                 self.param(f"inner_b{layer}", nn.initializers.zeros, (heads, o)).astype(wide),
             )
-            for layer, (i, o) in enumerate(inner.widths(width, cfg.ttt.hidden))
+            for layer, (i, o) in enumerate(network.widths(width, cfg.ttt.hidden))
         )
-        inputs = inner.Inputs(q, k, target, eta)
+        inputs = network.Inputs(q, k, target, eta)
         state, z, of_inner = inner.inner_scan(base, scale, bias, state, inputs, mask, cfg.ttt, measured)
 
-        z = inner.layer_norm(
+        z = network.layer_norm(
             z.reshape(x.shape),
             self.param("post_norm_scale", nn.initializers.ones, (cfg.dim,)).astype(wide),
             self.param("post_norm_bias", nn.initializers.zeros, (cfg.dim,)).astype(wide),

@@ -1,0 +1,70 @@
+"""What fast weights know of the frames that they are about to learn, and after."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.ttt.network import (
+    Descent,
+    Frames,
+    Network,
+    apply,
+    causal,
+    halves,
+    layer_norm,
+    read,
+    squared_norm,
+    weights,
+)
+
+
+class InnerMeasurement(NamedTuple):
+    """What the fast weights knew of each frame, [B, T, H] each, 0 where masked; the losses are l(W; k_t, t_t)."""
+
+    loss_base: jax.Array
+    """At W0, the learned start."""
+    loss_before: jax.Array
+    """At W_{t-1}, the weights before the frame's own step, inside a mini-batch too."""
+    loss_after: jax.Array
+    """At W_t, the weights that the frame's query reads."""
+    displacement: jax.Array
+    """Norm of W_t - W0 over that of W0."""
+
+
+def measure(
+    base: Network,
+    scale: jax.Array,
+    bias: jax.Array,
+    displacement: Network,
+    open_sum: Network,
+    descent: Descent,
+    x: Frames,
+) -> InnerMeasurement:
+    """What the fast weights of a mini-batch know of its frames, [B, H, C] each."""
+
+    def loss(y: jax.Array) -> jax.Array:
+        return 0.5 * ((layer_norm(y, scale, bias) - x.t) ** 2).sum(-1)
+
+    if open_sum:
+        displacement = jax.tree.map(jnp.subtract, displacement, open_sum)
+    k, at_base = halves(x.kq)[0], halves(x.at_base)[0]
+    gram = jnp.einsum("BHCI,BHSI->BHCS", k, k) + 1
+    upto = causal(gram)
+    start, now = (weights(base, d) for d in (jax.tree.map(jnp.zeros_like, displacement), displacement))
+    first = at_base + apply(k, now[0])
+    never, before = jnp.zeros_like(upto), jnp.tril(upto, -1)
+    # |displacement - sum of steps|^2, multiplied out so that no prefix of the sum is formed.
+    moved = squared_norm(displacement)[..., None]
+    for affine, x_k, step in zip(displacement, *descent, strict=True):
+        moved -= 2 * jnp.cumsum((apply(x_k, affine) * step).sum(-1), -1)
+        square = (jnp.einsum("BHCI,BHSI->BHCS", x_k, x_k) + 1) * jnp.einsum("BHCO,BHSO->BHCS", step, step)
+        moved += jnp.diagonal(jnp.cumsum(jnp.cumsum(square, -1), -2), axis1=-2, axis2=-1)
+    return InnerMeasurement(
+        loss(read(start, at_base, 0 * gram, descent, never)),
+        loss(read(now, first, jnp.where(before, gram, 0), descent, before)),
+        loss(read(now, first, jnp.where(upto, gram, 0), descent, upto)),
+        jnp.sqrt(jnp.maximum(moved, 0) / squared_norm(base)[:, None]),
+    )

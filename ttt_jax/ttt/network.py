@@ -1,0 +1,177 @@
+"""The inner network: a small MLP per head, its gradient, and reading through steps that are never added up.
+
+A frame's gradient in the weights of an affine map is the outer product of the map's input and the loss gradient at its output. What
+frame i reads after the steps of frames j <= i is therefore attention with a lower-triangular mask (Sun et al. 2024, arXiv
+2407.04620, section 2.5, with the mask that makes it causal). Plain functions on arrays.
+
+Shapes: B rows, H heads, D head width, C frames of a mini-batch, I and O the widths that one affine map joins.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+LN_EPS = 1e-8
+
+
+class Affine(NamedTuple):
+    """One affine map of the inner network, or something of its shape: a displacement, a gradient."""
+
+    w: jax.Array  # [..., H, I, O]
+    b: jax.Array  # [..., H, O]
+
+
+Network = tuple[Affine, ...]
+
+
+class Inputs(NamedTuple):
+    """What the inner loop reads of each frame: query, key, target and rate."""
+
+    q: jax.Array  # [B, T, H, D]
+    k: jax.Array  # [B, T, H, D]
+    t: jax.Array  # [B, T, H, D]
+    eta: jax.Array  # [B, T, H]
+
+
+class Frames(NamedTuple):
+    """The frames of a mini-batch, or of many, with what can be known of them before their weights are."""
+
+    kq: jax.Array
+    """Keys, then queries, [..., B, H, 2 C, D]."""
+    t: jax.Array
+    """Targets, [..., B, H, C, D]."""
+    eta: jax.Array
+    """Rates, [..., B, H, C]; 0 in empty slots."""
+    at_base: jax.Array
+    """What the first map of the base puts out for `kq`, [..., B, H, 2 C, O]."""
+    overlap: jax.Array
+    """<q_i, k_j> + 1 where j <= i, else 0, [..., B, H, C, C]."""
+
+
+class Descent(NamedTuple):
+    """Gradient steps of the frames of a mini-batch, all taken at the same weights, as factors of outer products."""
+
+    inputs: tuple[jax.Array, ...]
+    """Of each affine map, [B, H, C, I]."""
+    steps: tuple[jax.Array, ...]
+    """Rate times loss gradient at the output of each map, [B, H, C, O]: the step of frame c in the weights is the outer product."""
+
+
+def widths(head_dim: int, hidden: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """(I, O) of every affine map of an inner network with the given hidden widths in multiples of `head_dim`."""
+    sizes = (head_dim, *(m * head_dim for m in hidden), head_dim)
+    return tuple(zip(sizes[:-1], sizes[1:], strict=True))
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float = LN_EPS) -> jax.Array:
+    """LayerNorm over the last axis with biased variance."""
+    return scale * normalise(x, eps)[0] + bias
+
+
+def normalise(x: jax.Array, eps: float = LN_EPS) -> tuple[jax.Array, jax.Array]:
+    """x centred and divided by its standard deviation over the last axis, and one over that deviation."""
+    centred = x - x.mean(-1, keepdims=True)
+    rstd = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)
+    return centred * rstd, rstd
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU by the tanh formula."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`gelu` and its derivative."""
+    c, a = 0.7978845608028654, 0.044715  # sqrt(2 / pi); Hendrycks and Gimpel 2016
+    tanh = jnp.tanh(c * x * (1 + a * x * x))
+    return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * c * (1 + 3 * a * x * x)
+
+
+def apply(x: jax.Array, affine: Affine) -> jax.Array:
+    """[B, H, C, I] -> [B, H, C, O]."""
+    return jnp.einsum("BHCI,BHIO->BHCO", x, affine.w) + affine.b[:, :, None]
+
+
+def prepare(base: Network, x: Inputs) -> Frames:
+    """Adds what frames [..., B, H, C, D] need of the base weights alone: for all mini-batches at once, ahead of their scan."""
+    kq = jnp.concatenate([x.k, x.q], -2)
+    at_base = jnp.einsum("...HCI,HIO->...HCO", kq, base[0].w) + base[0].b[:, None]
+    overlap = jnp.einsum("...CI,...SI->...CS", x.q, x.k) + 1
+    return Frames(kq, x.t, x.eta, at_base, jnp.where(causal(overlap), overlap, 0))
+
+
+def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Those of the keys and those of the queries, of arrays [..., 2 C, D] as in `Frames`."""
+    return x[..., : x.shape[-2] // 2, :], x[..., x.shape[-2] // 2 :, :]
+
+
+def causal(overlap: jax.Array) -> jax.Array:
+    """Which frame j a frame i has seen, its own included: bool [C, C] for an overlap [..., C, C]."""
+    return jnp.tril(jnp.ones(overlap.shape[-2:], bool))
+
+
+def weights(base: Network, displacement: Network) -> Network:
+    """What a mini-batch reads: base plus displacement; of the first map the displacement alone, since `Frames` hold the rest.
+
+    Adding the base costs a pass over all weights; a map that is only ever applied to what is known ahead does without.
+    """
+    return displacement[:1] + jax.tree.map(jnp.add, base[1:], displacement[1:])
+
+
+def descend(weights: Network, first: jax.Array, scale: jax.Array, bias: jax.Array, x: Frames) -> Descent:
+    """Each frame's step on the inner loss 0.5 * |LN(f_W(k)) - t|^2, all taken at the same weights.
+
+    Args:
+      weights: as `weights` gives them; first: what the first map puts out for the keys, [B, H, C, O].
+      scale, bias: of the LayerNorm, [H, 1, D].
+      x: the frames of a mini-batch; eta is 0 in empty slots.
+    """
+    inputs, slopes, y = [halves(x.kq)[0]], [], first
+    for affine in weights[1:]:
+        y, slope = gelu_and_slope(y)
+        inputs.append(y)
+        slopes.append(slope)
+        y = apply(y, affine)
+    normed, rstd = normalise(y)
+    g = (scale * normed + bias - x.t) * scale
+    g = (g - g.mean(-1, keepdims=True) - normed * (g * normed).mean(-1, keepdims=True)) * rstd
+    grads = [g]
+    for affine, slope in zip(weights[:0:-1], slopes[::-1], strict=True):
+        g = jnp.einsum("BHCO,BHIO->BHCI", g, affine.w) * slope
+        grads.insert(0, g)
+    return Descent(tuple(inputs), tuple(x.eta[..., None] * g for g in grads))
+
+
+def read(weights: Network, first: jax.Array, overlap: jax.Array, descent: Descent, seen: jax.Array) -> jax.Array:
+    """f_{W_i}(x_i) [B, H, C, D], W_i being `weights` less the steps of the frames j that frame i has seen, never formed.
+
+    Args:
+      weights: as `weights` gives them; first: what the first map puts out for x, [B, H, C, O].
+      overlap: <x_i, k_j> + 1 where frame i has seen j, else 0, [B, H, C, C]; seen: bool [C, C].
+    """
+    # XLA joins products that share a factor and would copy all weights beside the steps to do so: barriers keep these apart.
+    descent = jax.lax.optimization_barrier(descent)
+    x = first - jnp.einsum("BHCS,BHSO->BHCO", overlap, descent.steps[0])
+    for affine, x_k, step in zip(weights[1:], descent.inputs[1:], descent.steps[1:], strict=True):
+        x = gelu(x)
+        # The +1 is the bias: its update does not depend on the input.
+        overlap = jnp.einsum("BHCI,BHSI->BHCS", jax.lax.optimization_barrier(x), x_k) + 1
+        x = apply(x, affine) - jnp.einsum("BHCS,BHSO->BHCO", jnp.where(seen, overlap, 0), step)
+    return x
+
+
+def total(descent: Descent, factor: jax.Array) -> Network:
+    """Sum over the frames of a mini-batch of `factor` [B] times their steps."""
+    steps = (step * factor[:, None, None, None] for step in descent.steps)
+    return tuple(
+        Affine(jnp.einsum("BHCI,BHCO->BHIO", x_k, step), step.sum(2))
+        for x_k, step in zip(descent.inputs, steps, strict=True)
+    )
+
+
+def squared_norm(network: Network) -> jax.Array:
+    """Over all weights of a head: [B, H], or [H] of a base."""
+    return sum((w * w).sum((-2, -1)) + (b * b).sum(-1) for w, b in network)
