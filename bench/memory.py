@@ -3,8 +3,9 @@
 Streams 45,000 frames (an hour) of the embedded speech, as a TTT layer of a model reads them, through TTT layers with several
 inner networks and mini-batches, and prints for each:
 
-- displacement: norm of fast weights minus base over the base's, the largest of the heads, after 1,024, 4,500 and 45,000
-  frames; a memory that inflates for ever stops learning, since the inner LayerNorm is blind to the scale of the weights
+- displacement: norm of fast weights minus base over the base's, the largest of the heads: its peak, in the first 512 frames
+  or after any 512 that follow, and after 4,500 and 45,000 frames; growth is from the one to the other, of the head that grows
+  most. A memory that inflates for ever stops learning, since the inner LayerNorm is blind to the scale of the weights
 - plasticity: inner loss before each frame's step over the 512 frames after the map from keys to values is replaced by
   another, late (frame 40,960) over early (frame 1,024): above 1 the layer has grown stiff
 - inner loss at the base weights, and before the step in the first and in the last 512 frames
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax.checkpoint import load_run
-from ttt_jax.config import MoshiConfig, TTTConfig, model_preset
+from ttt_jax.config import MoshiConfig, TTTConfig, check, model_preset
 from ttt_jax.data import corpus
 from ttt_jax.moshi import model
 from ttt_jax.moshi.delays import columns
@@ -39,7 +40,7 @@ from ttt_jax.ttt.layer import Measurement, TTTLayer, init_state
 CALL = 512  # frames of a call
 PERIOD = 39 * CALL
 EARLY, LATE, END = 2 * CALL, 80 * CALL, 45_000
-MOMENTS = (EARLY, 4_500, END)
+MOMENTS = (4_500, END)
 NETWORKS = {"linear": (), "mlp2": (4,), "mlp3": (2, 2), "mlp5": (2, 2, 2, 2)}
 LATER = (3_000, 12_000, 36_000)
 
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument(
         "--run", type=Path, help="folder of a run whose model reads the speech; default: tiny, not trained"
     )
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["linear", "mlp2", "mlp3"])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS])
     parser.add_argument("--mini-batches", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--heads", type=int, nargs="+", default=[4], help="heads that share the model's channels")
     parser.add_argument("--base-lr", type=float)
@@ -68,7 +69,7 @@ def main() -> None:
     # Of the second row the first frames are others, all that follow the same.
     rows = jnp.concatenate([x, x.at[:, :EARLY].set(x[:, PERIOD // 2 :][:, :EARLY])])
     ttt = TTTConfig(layers="0", base_lr=args.base_lr, max_displacement=args.max_displacement)
-    if args.horizon:
+    if args.horizon is not None:
         ttt = dataclasses.replace(ttt, horizon=None if args.horizon == np.inf else args.horizon)
     print(HEADER)
     found = []
@@ -86,15 +87,15 @@ def main() -> None:
 
 
 HEADER = """\
-                 displacement after   growth  plasticity     inner loss, before the step      kept after more frames
-network  D    b  1,024  4,500 45,000  late/early       base   first 512    last 512   """ + "  ".join(
+                 displacement at      growth  plasticity     inner loss, before the step      kept after more frames
+network  D    b   peak  4,500 45,000  late/early       base   first 512    last 512   """ + "  ".join(
     f"{n:>6,}" for n in LATER
 )
 
 
 def line(r: dict[str, Any]) -> str:
     """A row of the table."""
-    moved, growth = r["displacement"], r["growth"]
+    moved, growth = (r["peak"], *r["displacement"]), r["growth"]
     return (
         f"{r['network']:7s}{r['D']:3d} {r['b']:4d}  {moved[0]:5.2f}  {moved[1]:5.2f} {moved[2]:6.2f}  {growth:6.2f} {r['plasticity']:10.2f}"
         f" {r['base']:10.2f} {r['first']:11.2f} {r['last']:11.2f}   " + "  ".join(f"{k:6.1%}" for k in r["kept"])
@@ -109,7 +110,19 @@ def speech() -> np.ndarray:
 
 
 def activations(params: model.Params, cfg: MoshiConfig, frames: np.ndarray) -> jax.Array:
-    """What the first TTT layer of a model reads, float32 [1, T, dim], of tokens int32 [K, T]; T a multiple of `CALL`."""
+    """What the first TTT layer of a model reads, float32 [1, T, dim], of tokens int32 [K, T]; T a multiple of `CALL`.
+
+    Raises `InputError` if the model has no TTT layer.
+    """
+    check(bool(cfg.ttt_layers), "the model has no TTT layer: give a run that has one.")
+    # The model up to that layer, which is then no part of a scan over equal layers that would keep what it reads to itself.
+    last = cfg.ttt_layers[0]
+    runs = {run.start: params["layers"][run.name] for run in cfg.runs}
+    windows = tuple((layer, window) for layer, window in cfg.layer_context if layer <= last)
+    ttt = dataclasses.replace(cfg.ttt, layers=str(last))
+    cfg = dataclasses.replace(cfg, num_layers=last + 1, layer_context=windows, ttt=ttt)
+    cut = {run.name: jax.tree.map(lambda p, run=run: p[: run.stop - run.start], runs[run.start]) for run in cfg.runs}
+    params = {**params, "layers": cut}
 
     @jax.jit
     def call(frames: jax.Array, state: model.State) -> tuple[jax.Array, model.State]:
@@ -174,15 +187,15 @@ def study(x: jax.Array, cfg: MoshiConfig, seed: int = 0) -> dict[str, Any]:
             losses[frame] = look(params, piece, state, cfg).inner
         state = step(params, piece, jnp.arange(CALL)[None].repeat(batch, 0) < stop - frame, state, cfg)
         frame = stop
-        if frame in MOMENTS:
-            moved[frame] = float((jnp.sqrt(_squares(state.displacement, 2)[0]) / norm).max())
+        moved[frame] = jnp.sqrt(_squares(state.displacement, 2)[0]) / norm
         if batch > 1 and frame - EARLY in (0, *LATER):
             apart[frame] = jnp.sqrt(_squares(jax.tree.map(lambda d: d[:1] - d[1:], state.displacement), 2).sum())
     start, *later = apart.values() or (1.0,)
     begin, end = losses.values()
     return {
-        "displacement": list(moved.values()),
-        "growth": moved[END] / moved[MOMENTS[1]],
+        "peak": float(max(begin.displacement[0].max(), *(heads.max() for heads in moved.values()))),
+        "displacement": [float(moved[moment].max()) for moment in MOMENTS],
+        "growth": float((moved[END] / moved[MOMENTS[0]]).max()),
         "plasticity": float(after[LATE] / after[EARLY]),
         "base": float(begin.loss_base[0].mean()),
         "first": float(begin.loss_before[0].mean()),

@@ -43,11 +43,9 @@ def _grid(default):
 
 
 grid, split_grid = _grid(DEFAULT), _grid(SPLIT)
-measured_grid = _grid({((), 1), ((4,), 4), ((2, 2), 16)})
 # Laws that hold by the same lines of code for every network are tried on one pair each of b = 1, inside and across.
-pairs = pytest.mark.parametrize(
-    ("hidden", "mini_batch"), [((), 1), ((4,), 4), ((2, 2), 16)], ids=["linear-1", "mlp2-4", "mlp3-16"]
-)
+pairs = _grid({((), 1), ((4,), 4), ((2, 2), 16)})
+gradient_grid = _grid({((), 1), ((4,), 4)})
 
 
 def config(hidden=(4,), mini_batch=4, dtype="float64", **ttt) -> MoshiConfig:

@@ -62,14 +62,28 @@ def test_impossible_layers_are_refused(text, said):
         (lambda: TTTConfig(hidden=(4, 0)), "ttt.hidden=(4, 0)"),
         (lambda: TTTConfig(base_lr=-0.1), "ttt.base_lr=-0.1"),
         (lambda: TTTConfig(base_lr=float("nan")), "ttt.base_lr=nan"),
-        (lambda: TTTConfig(mini_batch=1.5), "ttt.mini_batch=1.5"),
-        (lambda: TTTConfig(hidden=(2.5,)), "ttt.hidden=(2.5,)"),
+        (lambda: TTTConfig(mini_batch=1.5), "ttt.mini_batch is 1.5, but must be of type int"),
+        (lambda: TTTConfig(hidden=(2.5,)), "ttt.hidden is 2.5, but must be of type int"),
+        (lambda: TTTConfig(hidden=4), "ttt.hidden is 4, but must be a list"),
+        (lambda: TTTConfig(rope="no"), "ttt.rope is 'no', but must be of type bool"),
+        (lambda: TTTConfig(base_lr=True), "ttt.base_lr is True, but must be of type float"),
+        (lambda: TTTConfig(layers=(1, 2)), "ttt.layers is (1, 2), but must be of type str"),
+        (lambda: TTTConfig(horizon=float("inf")), "ttt.horizon=inf is no number of frames"),
+        (lambda: dataclasses.replace(TINY, layer_context=((0, 8.5),)), "model.layer_context is 8.5"),
+        (
+            lambda: dataclasses.replace(TINY, layer_context=((0,),)),
+            "model.layer_context is (0,), but must be a list of 2",
+        ),
+        (lambda: dataclasses.replace(TINY, delays=None), "model.delays is None"),
+        (lambda: dataclasses.replace(TINY, ttt=None), "model.ttt is None"),
+        (lambda: dataclasses.replace(TINY, max_period=0.001), "model.max_period=0.001"),
+        (lambda: dataclasses.replace(TINY, num_heads=64), "heads of width 2"),
         (lambda: TTTConfig(gate_init=float("inf")), "ttt.gate_init=inf"),
         (lambda: TTTConfig(horizon=8.0), "ttt.horizon=8.0 is shorter than the mini-batch of 16"),
         (lambda: TTTConfig(horizon=float("nan")), "ttt.horizon=nan"),
         (lambda: TTTConfig(max_displacement=0.0), "ttt.max_displacement=0.0"),
         (lambda: TTTConfig(rope=True, mini_batch=1), "ttt.rope=True has no effect with ttt.mini_batch=1"),
-        (lambda: dataclasses.replace(TINY, dtype="float16"), 'model.dtype="float16" is not supported'),
+        (lambda: dataclasses.replace(TINY, dtype="float16"), "model.dtype is 'float16', but must be 'float32' or"),
         (lambda: dataclasses.replace(TINY, layer_context=((1, 8), (1, 9))), "gives a layer two windows"),
         (lambda: DepthConfig(dim=0), "depth.dim=0"),
         (lambda: DepthConfig(dim=10, num_heads=3), "depth.num_heads=3"),
@@ -135,6 +149,10 @@ def test_runs_are_the_longest_stretches_of_equal_layers():
     ]
 
 
+def test_lists_become_tuples():
+    assert hash(TTTConfig(hidden=[4])) == hash(TTTConfig(hidden=(4,)))
+
+
 def test_configurations_are_hashable_values():
     assert hash(dataclasses.replace(TINY)) == hash(TINY)
     assert TTTConfig(layers="0", hidden=(2, 3)) == TTTConfig(layers="0", hidden=(2, 3)) != TTTConfig(layers="0")
@@ -143,5 +161,6 @@ def test_configurations_are_hashable_values():
 def test_default_rate_bounds_the_sum_of_a_mini_batch():
     assert [default_base_lr(b, 128) for b in (1, 8, 16, 64, 256)] == [1.0, 1.0, 0.5, 0.125, 0.03125]
     assert [default_base_lr(1, width) for width in (8, 16, 32, 128)] == [0.25, 0.5, 1.0, 1.0]
+    assert [default_base_lr(16, 32, layers) for layers in (0, 1, 2, 4)] == [0.5, 0.5, 0.25, 0.0625]
     assert TINY.inner_lr == 0.5
     assert dataclasses.replace(TINY, ttt=TTTConfig(base_lr=0.0)).inner_lr == 0.0

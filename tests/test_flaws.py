@@ -255,15 +255,15 @@ FLAWS = {
         a_call_hands_on_what_it_learned,
         OF_INNER,
         {
-            "return TTTState(displacement, open_sum, count)": "return TTTState(state.displacement, state.open_sum, count)"
+            "return TTTState(displacement, open_sum, state.count + valid)": "return TTTState(state.displacement, state.open_sum, state.count + valid)"
         },
     ),
     "row 0 for all": Flaw(
         rows_keep_states_of_their_own,
         OF_INNER,
         {
-            "return TTTState(displacement, open_sum, count)": "first = lambda s: jnp.broadcast_to(s[:1], s.shape)\n"
-            "    return TTTState(*jax.tree.map(first, (displacement, open_sum)), count)"
+            "return TTTState(displacement, open_sum, state.count + valid)": "first = lambda s: jnp.broadcast_to(s[:1], s.shape)\n"
+            "    return TTTState(*jax.tree.map(first, (displacement, open_sum)), state.count + valid)"
         },
     ),
     "parameters written": Flaw(

@@ -18,9 +18,9 @@ from tests.small_ttt import (
     init_shapes,
     measure,
     measured_call,
-    measured_grid,
     measured_reference,
     networks,
+    pairs,
     setting,
 )
 from ttt_jax.ttt import inner
@@ -36,7 +36,7 @@ def assert_measured(params, x, mask, state, cfg):
     return got
 
 
-@measured_grid
+@pairs
 @given(seed=seeds)
 def test_measured_losses_are_those_of_the_written_out_descent(hidden, mini_batch, x64, seed):
     cfg = config(hidden, mini_batch)

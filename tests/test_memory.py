@@ -9,7 +9,7 @@ from bench import memory
 from ttt_jax.config import MoshiConfig, TTTConfig, model_preset
 from ttt_jax.moshi import model
 
-DEFAULT = {("linear", 1), ("mlp2", 16)}
+DEFAULT = {("linear", 1), ("mlp5", 16)}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_fast_weights_stay_bounded_and_plastic_over_an_hour(speech, network, min
         ttt=TTTConfig(layers="0", hidden=memory.NETWORKS[network], mini_batch=mini_batch),
     )
     found = memory.study(speech, cfg)
-    assert max(found["displacement"]) <= 2
+    assert found["peak"] <= 2
     assert found["growth"] <= 1.5
     assert found["plasticity"] <= 1.25
     assert found["last"] < 0.2 * found["base"]  # and it learns: nothing would be bounded more easily than what does not
@@ -46,7 +46,7 @@ def test_without_decay_a_fast_linear_memory_inflates_and_grows_stiff_and_a_bound
     ttt = TTTConfig(layers="0", hidden=(), mini_batch=1, horizon=None, base_lr=4.0)
     cfg = MoshiConfig(dim=speech.shape[-1], num_heads=8, num_layers=1, dtype="float32", ttt=ttt)
     loose = memory.study(speech, cfg)
-    assert max(loose["displacement"]) > 4
+    assert loose["peak"] > 4
     assert loose["growth"] > 1.5
     assert loose["plasticity"] > 1.2
     held = memory.study(speech, dataclasses.replace(cfg, ttt=dataclasses.replace(ttt, max_displacement=1.0)))

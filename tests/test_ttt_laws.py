@@ -30,6 +30,7 @@ from tests.small_ttt import (
     call,
     carried_state,
     config,
+    gradient_grid,
     grid,
     networks,
     pairs,
@@ -154,11 +155,7 @@ def test_any_split_gives_the_same_outputs_and_state(hidden, mini_batch, x64, see
     assert_close(run_split(params, x, mask, state, cfg, parts), call(params, x, mask, state, cfg=cfg), TOL)
 
 
-@pytest.mark.parametrize(
-    ("hidden", "mini_batch"),
-    [((), 1), ((4,), 4), pytest.param((2, 2), 16, marks=pytest.mark.slow)],
-    ids=["linear-1", "mlp2-4", "mlp3-16"],
-)
+@gradient_grid
 @given(seed=seeds, parts=splits(FRAMES))
 def test_any_split_gives_the_same_gradients(hidden, mini_batch, x64, seed, parts):
     cfg = config(hidden, mini_batch)

@@ -11,8 +11,9 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_type_hints
 
+from ttt_jax import record
 from ttt_jax.errors import InputError
 
 Preset = TypeVar("Preset")
@@ -27,13 +28,17 @@ def check(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _conform(config: object, prefix: str) -> None:
+    """Refuse values of another type than their field's, and turn lists into tuples, so that a configuration can be hashed."""
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = record.conform(hints[field.name], getattr(config, field.name), "the configuration", prefix + field.name)
+        object.__setattr__(config, field.name, value)
 
 
 def _check_sizes(prefix: str, **sizes: int) -> None:
     for name, size in sizes.items():
-        check(_is_int(size) and size >= 1, f"{prefix}.{name}={size} is not a size: give 1 or more.")
+        check(size >= 1, f"{prefix}.{name}={size} is not a size: give 1 or more.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +52,10 @@ class TTTConfig:
     mini_batch: int = 16
     """Inner mini-batch size b: frames that share one starting point of the inner gradient."""
     base_lr: float | None = None
-    """Largest inner learning rate before the division by the head width D; unset: min(1, D / 32, 8 / mini_batch)."""
-    horizon: float | None = 6000.0
-    """Frames after which what was learned has decayed to 1/e (6,000 are 8 minutes); None: no decay."""
+    """Largest inner learning rate before the division by the head width D; unset: min(1, D / 32, 8 / mini_batch), the last halved for
+    every hidden layer beyond the first."""
+    horizon: float | None = 4000.0
+    """Frames after which what was learned has decayed to 1/e (4,000 are 5 minutes); None: no decay."""
     max_displacement: float | None = None
     """Bound on the norm of fast weights minus base, per head, in norms of the base; unset: no bound."""
     rope: bool = False
@@ -62,16 +68,17 @@ class TTTConfig:
     """Mini-batches whose inner activations are recomputed together in the backward pass; memory against time, no effect on results."""
 
     def __post_init__(self) -> None:
+        _conform(self, "ttt.")
         check(
-            _is_int(self.mini_batch) and self.mini_batch >= 1,
+            self.mini_batch >= 1,
             f"ttt.mini_batch={self.mini_batch} is not a size: give 1 or more frames per inner mini-batch.",
         )
         check(
-            _is_int(self.remat_group) and self.remat_group >= 1,
+            self.remat_group >= 1,
             f"ttt.remat_group={self.remat_group} is not a size: give 1 or more mini-batches per group.",
         )
         check(
-            all(_is_int(width) and width >= 1 for width in self.hidden),
+            all(width >= 1 for width in self.hidden),
             f"ttt.hidden={self.hidden} is no list of widths: give positive multiples of the head width, or nothing for the linear network.",
         )
         check(
@@ -83,8 +90,12 @@ class TTTConfig:
             f"ttt.base_lr={self.base_lr} is no rate: give 0 (no learning) or a positive inner learning rate.",
         )
         check(
-            self.horizon is None or self.mini_batch <= self.horizon < math.inf,
-            f"ttt.horizon={self.horizon} is shorter than the mini-batch of {self.mini_batch} frames or no number: give more frames, or None for no decay.",
+            self.horizon is None or 0 < self.horizon < math.inf,
+            f"ttt.horizon={self.horizon} is no number of frames: give one above 0, or None for no decay.",
+        )
+        check(
+            self.horizon is None or self.mini_batch <= self.horizon,
+            f"ttt.horizon={self.horizon} is shorter than the mini-batch of {self.mini_batch} frames: give at least as many.",
         )
         check(
             self.max_displacement is None or 0 < self.max_displacement < math.inf,
@@ -96,15 +107,16 @@ class TTTConfig:
         )
 
 
-def default_base_lr(mini_batch: int, head_dim: int) -> float:
-    """Inner learning rate for an inner mini-batch of `mini_batch` frames and heads of width `head_dim`.
+def default_base_lr(mini_batch: int, head_dim: int, hidden_layers: int = 1) -> float:
+    """Inner learning rate for a mini-batch of `mini_batch` frames, heads of width `head_dim` and an MLP of so many hidden layers.
 
     A mini-batch sums its frames' gradients, all taken at one stale point, so what one update may move bounds
-    mini_batch * base_lr: up to 8 frames a rate of 1 is stable, beyond the sum is held at that of 8 frames. The division by
-    the head width makes a step's relative size the same for all widths; narrow heads drift further from their base all the
-    same, since their frames share fewer directions, and learn as well at a lower rate (docs/design.md has the figures).
+    mini_batch * base_lr: up to 8 frames a rate of 1 is stable, beyond the sum is held at that of 8 frames. Deeper networks start
+    with smaller outputs, which the inner LayerNorm turns into larger gradients: each further hidden layer halves the sum. The
+    division by the head width makes a step's relative size the same for all widths; narrow heads drift further from their base
+    all the same and learn as well at a lower rate.
     """
-    return min(1.0, head_dim / 32, 8.0 / mini_batch)
+    return min(1.0, head_dim / 32, 8.0 / mini_batch * 0.5 ** max(0, hidden_layers - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +133,7 @@ class DepthConfig:
     """SwiGLU hidden width."""
 
     def __post_init__(self) -> None:
+        _conform(self, "depth.")
         _check_sizes("depth", dim=self.dim, num_layers=self.num_layers, num_heads=self.num_heads, hidden=self.hidden)
         check(
             self.dim % self.num_heads == 0,
@@ -164,6 +177,7 @@ class MoshiConfig:
     """TTT layers."""
 
     def __post_init__(self) -> None:
+        _conform(self, "model.")
         _check_sizes(
             "model",
             **{
@@ -180,8 +194,8 @@ class MoshiConfig:
             f"model.dim={self.dim} over {self.num_heads} heads gives an odd head width {self.head_dim}: rotary pairs need an even one.",
         )
         check(
-            0 < self.max_period < math.inf,
-            f"model.max_period={self.max_period} is not a period: give a number above 0, such as 10000.",
+            1 < self.max_period < math.inf,
+            f"model.max_period={self.max_period} is not a period: give a number above 1, such as 10000.",
         )
         check(
             self.dep_q <= self.n_q,
@@ -195,10 +209,6 @@ class MoshiConfig:
             self.delays[0] == 0,
             f"model.delays[0]={self.delays[0]} delays the text stream: Moshi's text leads with delay 0.",
         )
-        check(
-            self.dtype in get_args(Dtype),
-            f'model.dtype="{self.dtype}" is not supported: give {" or ".join(get_args(Dtype))}.',
-        )
         named = [layer for layer, _ in self.layer_context]
         check(
             len(set(named)) == len(named),
@@ -209,7 +219,10 @@ class MoshiConfig:
                 0 <= layer < self.num_layers and frames >= 1,
                 f"model.layer_context=({layer}, {frames}) does not fit: name layers 0 to {self.num_layers - 1} and windows of 1 frame or more.",
             )
-        self.ttt_layers  # noqa: B018  refuse impossible layer names when the configuration is built
+        check(
+            not self.ttt_layers or self.head_dim >= 4,  # refuses impossible layer names, too
+            f"model.num_heads={self.num_heads} gives TTT layers heads of width {self.head_dim}: the inner LayerNorm needs 4 or more.",
+        )
 
     @property
     def num_streams(self) -> int:
@@ -230,7 +243,7 @@ class MoshiConfig:
     def inner_lr(self) -> float:
         """The base inner learning rate in force."""
         lr = self.ttt.base_lr
-        return default_base_lr(self.ttt.mini_batch, self.head_dim) if lr is None else lr
+        return default_base_lr(self.ttt.mini_batch, self.head_dim, len(self.ttt.hidden)) if lr is None else lr
 
     @property
     def max_delay(self) -> int:

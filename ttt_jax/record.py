@@ -30,6 +30,11 @@ def from_dict(kind: type[Config], values: Any, where: str) -> Config:
     return _build(kind, values, where, "")
 
 
+def conform(kind: Any, value: Any, where: str, key: str) -> Any:
+    """`value` as one of type `kind` (a field's), lists as tuples. Raises `InputError` naming `where` and `key` if it is of another."""
+    return _build(kind, value, where, key)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` at once or not at all."""
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
@@ -47,6 +52,8 @@ def read_json(path: Path, what: str) -> Any:
 
 def _build(kind: Any, value: Any, where: str, key: str) -> Any:
     if dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):
+            return value
         return _build_dataclass(kind, value, where, key)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):

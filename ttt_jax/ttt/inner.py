@@ -29,9 +29,9 @@ from ttt_jax.ttt.network import (
     layer_norm,
     prepare,
     read,
+    readable,
     squared_norm,
     total,
-    weights,
     widths,
 )
 
@@ -84,8 +84,8 @@ def retain(displacement: Network, base: Network, closes: jax.Array, cfg: TTTConf
         displacement = scaled(displacement, kept[:, None])
     if cfg.max_displacement is not None:
         norm, limit = squared_norm(displacement), cfg.max_displacement**2 * squared_norm(base)
-        beyond = closes[:, None] & (norm > limit)
-        displacement = scaled(displacement, jnp.sqrt(jnp.where(beyond, limit / jnp.where(beyond, norm, 1), 1)))
+        beyond = closes[:, None] & (norm > limit) & (limit > 0)  # of a base of zeros there are no multiples
+        displacement = scaled(displacement, jnp.sqrt(jnp.where(beyond, limit, 1) / jnp.where(beyond, norm, 1)))
     return displacement
 
 
@@ -150,7 +150,7 @@ def inner_scan(
 
     def advance(displacement: Network, open_sum: Network, x: Frames):
         """The steps of the frames of one mini-batch, and what is put out for them."""
-        now = weights(base, displacement)
+        now = readable(base, displacement)
         k_first, q_first = halves(x.at_base + apply(x.kq, now[0]))
         descent, q = descend(now, k_first, scale, bias, x), halves(x.kq)[1]
         if open_sum:
@@ -176,19 +176,19 @@ def inner_scan(
         ahead = lambda x: (prepare(base, x[0]), x[1])  # noqa: E731
         displacement, out = _grouped_scan(body, ahead, displacement, rest, batches - len(outs), cfg.remat_group)
         outs.append(out)
-    count = state.count + mask.sum(1, dtype=jnp.int32)
+    valid = mask.sum(1, dtype=jnp.int32)
     if open_sum:
-        reached = state.count % cfg.mini_batch + count - state.count  # frames since the first mini-batch began
-        index, later = reached // cfg.mini_batch, jax.tree.map(jnp.zeros_like, open_sum)
+        reached = state.count % cfg.mini_batch + valid  # frames since the first mini-batch began
+        index, newly_open = reached // cfg.mini_batch, jax.tree.map(jnp.zeros_like, open_sum)
         if batches > 1:
             last = prepare(base, jax.tree.map(lambda x: _pick(x, jnp.minimum(index, batches - 1)), xs))
-            now = weights(base, displacement)
+            now = readable(base, displacement)
             first = halves(last.at_base + apply(last.kq, now[0]))[0]
             is_open = (reached % cfg.mini_batch > 0).astype(first.dtype)
-            later = total(descend(now, first, scale, bias, last), is_open)
-        open_sum = _where(index == 0, open_sum, later)
+            newly_open = total(descend(now, first, scale, bias, last), is_open)
+        open_sum = _where(index == 0, open_sum, newly_open)
     z, measurement = jax.tree.map(lambda *ys: _to_frames(jnp.concatenate(ys), place.slot, mask), *outs)
-    return TTTState(displacement, open_sum, count), z, measurement
+    return TTTState(displacement, open_sum, state.count + valid), z, measurement
 
 
 def _to_slots(x: jax.Array, frame: jax.Array) -> jax.Array:
@@ -217,8 +217,8 @@ def _where(rows: jax.Array, a: Network, b: Network) -> Network:
     return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y), a, b)
 
 
-def _grouped_scan(body, prepare, carry, xs, length: int, group: int):
-    """`lax.scan` of `body` over what `prepare` makes of `xs`, a group of steps at a time.
+def _grouped_scan(body, ahead, carry, xs, length: int, group: int):
+    """`lax.scan` of `body` over what `ahead` makes of `xs`, a group of steps at a time.
 
     The backward pass keeps the carry at group boundaries; going through a group it keeps the carry of each step and computes
     all else again, which is quicker than storing it.
@@ -226,7 +226,7 @@ def _grouped_scan(body, prepare, carry, xs, length: int, group: int):
     body = jax.checkpoint(body, prevent_cse=False)
 
     def run(carry, xs):
-        return jax.lax.scan(body, carry, prepare(xs))
+        return jax.lax.scan(body, carry, ahead(xs))
 
     if length <= group:
         return run(carry, xs)

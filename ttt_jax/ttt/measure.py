@@ -13,11 +13,12 @@ from ttt_jax.ttt.network import (
     Network,
     apply,
     causal,
+    gelu,
     halves,
     layer_norm,
     read,
+    readable,
     squared_norm,
-    weights,
 )
 
 
@@ -53,9 +54,12 @@ def measure(
     k, at_base = halves(x.kq)[0], halves(x.at_base)[0]
     gram = jnp.einsum("BHCI,BHSI->BHCS", k, k) + 1
     upto = causal(gram)
-    start, now = (weights(base, d) for d in (jax.tree.map(jnp.zeros_like, displacement), displacement))
+    now = readable(base, displacement)
     first = at_base + apply(k, now[0])
-    never, before = jnp.zeros_like(upto), jnp.tril(upto, -1)
+    before = jnp.tril(upto, -1)
+    untaught = at_base  # reads no state: what the base knows is known even where a state is spoilt
+    for w, b in base[1:]:
+        untaught = jnp.einsum("BHCI,HIO->BHCO", gelu(untaught), w) + b[:, None]
     # |displacement - sum of steps|^2, multiplied out so that no prefix of the sum is formed.
     moved = squared_norm(displacement)[..., None]
     for affine, x_k, step in zip(displacement, *descent, strict=True):
@@ -63,7 +67,7 @@ def measure(
         square = (jnp.einsum("BHCI,BHSI->BHCS", x_k, x_k) + 1) * jnp.einsum("BHCO,BHSO->BHCS", step, step)
         moved += jnp.diagonal(jnp.cumsum(jnp.cumsum(square, -1), -2), axis1=-2, axis2=-1)
     return InnerMeasurement(
-        loss(read(start, at_base, 0 * gram, descent, never)),
+        loss(untaught),
         loss(read(now, first, jnp.where(before, gram, 0), descent, before)),
         loss(read(now, first, jnp.where(upto, gram, 0), descent, upto)),
         jnp.sqrt(jnp.maximum(moved, 0) / squared_norm(base)[:, None]),

@@ -113,7 +113,7 @@ def causal(overlap: jax.Array) -> jax.Array:
     return jnp.tril(jnp.ones(overlap.shape[-2:], bool))
 
 
-def weights(base: Network, displacement: Network) -> Network:
+def readable(base: Network, displacement: Network) -> Network:
     """What a mini-batch reads: base plus displacement; of the first map the displacement alone, since `Frames` hold the rest.
 
     Adding the base costs a pass over all weights; a map that is only ever applied to what is known ahead does without.
@@ -125,7 +125,7 @@ def descend(weights: Network, first: jax.Array, scale: jax.Array, bias: jax.Arra
     """Each frame's step on the inner loss 0.5 * |LN(f_W(k)) - t|^2, all taken at the same weights.
 
     Args:
-      weights: as `weights` gives them; first: what the first map puts out for the keys, [B, H, C, O].
+      weights: as `readable` gives them; first: what the first map puts out for the keys, [B, H, C, O].
       scale, bias: of the LayerNorm, [H, 1, D].
       x: the frames of a mini-batch; eta is 0 in empty slots.
     """
@@ -149,7 +149,7 @@ def read(weights: Network, first: jax.Array, overlap: jax.Array, descent: Descen
     """f_{W_i}(x_i) [B, H, C, D], W_i being `weights` less the steps of the frames j that frame i has seen, never formed.
 
     Args:
-      weights: as `weights` gives them; first: what the first map puts out for x, [B, H, C, O].
+      weights: as `readable` gives them; first: what the first map puts out for x, [B, H, C, O].
       overlap: <x_i, k_j> + 1 where frame i has seen j, else 0, [B, H, C, C]; seen: bool [C, C].
     """
     # XLA joins products that share a factor and would copy all weights beside the steps to do so: barriers keep these apart.
