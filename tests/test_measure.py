@@ -107,6 +107,16 @@ def test_a_state_reset_on_every_frame_shows(x64):
     assert (np.abs(kept.loss_before - kept.loss_base)[:, 1:] > 1e-3).all()
 
 
+def test_what_the_base_knows_is_told_even_of_a_spoilt_state(x64):
+    cfg = config()
+    params, x, rng = setting(cfg, 7)
+    state, mask = carried_state(cfg, rng), np.ones((ROWS, FRAMES), bool)
+    spoilt = state._replace(displacement=jax.tree.map(lambda d: d * jnp.nan, state.displacement))
+    got, sound = (measured_call(params, x, mask, s, cfg=cfg)[2].inner for s in (spoilt, state))
+    assert np.isnan(got.loss_before).all()
+    assert_same_bits(got.loss_base, sound.loss_base)
+
+
 def test_what_repeats_is_learned(x64):
     cfg = config()
     params, x, _ = setting(cfg, 6)

@@ -98,3 +98,12 @@ def test_rematerialised_groups_change_nothing(group, x64):
     got, expected = (value_and_grads(params, x, mask, state, weights, cfg=c) for c in (cfg, plain))
     assert_close(got, expected, 1e-12)
     assert_close(call(params, x, mask, state, cfg=cfg), call(params, x, mask, state, cfg=plain), 1e-12)
+
+
+def test_a_bound_on_a_base_of_zeros_has_finite_gradients(x64):
+    cfg = config(max_displacement=0.5)
+    params, x, rng = setting(cfg, 15)
+    params |= {name: jnp.zeros_like(p) for name, p in params.items() if name.startswith("inner_")}
+    state, mask = carried_state(cfg, rng), jnp.ones((ROWS, FRAMES), bool)
+    grads = value_and_grads(params, x, mask, state, random_like((x, state[:2]), rng), cfg=cfg)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
