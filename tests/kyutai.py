@@ -47,22 +47,21 @@ def config_from(raw: dict, weights: dict[str, np.ndarray]) -> MoshiConfig:
 
 
 def params_from(w: dict[str, np.ndarray], cfg: MoshiConfig) -> dict:
-    """Maps [out, in] matrices, fused over q, k, v and codebooks, to our stacked kernels."""
+    """Maps matrices fused over q, k, v and codebooks to our stacked kernels."""
     dim, heads, width, q = cfg.dim, cfg.num_heads, cfg.head_dim, cfg.dep_q
     depth, depth_width = cfg.depth, cfg.depth.dim // cfg.depth.num_heads
 
     def gate_up(name: str) -> np.ndarray:
-        halves = w[name].reshape(2, -1, w[name].shape[1])
-        return halves.transpose(2, 0, 1)
+        return w[name].reshape(2, -1, w[name].shape[1])
 
     def layer(i: int) -> dict:
         p = f"transformer.layers.{i}."
         return {
             "attention": {
-                "qkv": w[p + "self_attn.in_proj_weight"].reshape(3, heads, width, dim).transpose(3, 0, 1, 2),
-                "out": w[p + "self_attn.out_proj.weight"].T.reshape(heads, width, dim),
+                "qkv": w[p + "self_attn.in_proj_weight"].reshape(3, heads, width, dim),
+                "out": w[p + "self_attn.out_proj.weight"].reshape(dim, heads, width),
             },
-            "ffn": {"gate_up": gate_up(p + "gating.linear_in.weight"), "down": w[p + "gating.linear_out.weight"].T},
+            "ffn": {"gate_up": gate_up(p + "gating.linear_in.weight"), "down": w[p + "gating.linear_out.weight"]},
             "norm1": w[p + "norm1.alpha"].reshape(-1),
             "norm2": w[p + "norm2.alpha"].reshape(-1),
         }
@@ -72,10 +71,10 @@ def params_from(w: dict[str, np.ndarray], cfg: MoshiConfig) -> dict:
         qkv = w[p + "self_attn.in_proj_weight"].reshape(q, 3, depth.num_heads, depth_width, depth.dim)
         out = w[p + "self_attn.out_proj.weight"].reshape(q, depth.dim, depth.num_heads, depth_width)
         return {
-            "qkv": qkv.transpose(0, 4, 1, 2, 3),
-            "out": out.transpose(0, 2, 3, 1),
+            "qkv": qkv,
+            "out": out,
             "gate_up": np.stack([gate_up(p + f"gating.{k}.linear_in.weight") for k in range(q)]),
-            "down": np.stack([w[p + f"gating.{k}.linear_out.weight"].T for k in range(q)]),
+            "down": np.stack([w[p + f"gating.{k}.linear_out.weight"] for k in range(q)]),
             "norm1": w[p + "norm1.alpha"].reshape(-1),
             "norm2": w[p + "norm2.alpha"].reshape(-1),
         }
@@ -95,12 +94,12 @@ def params_from(w: dict[str, np.ndarray], cfg: MoshiConfig) -> dict:
         "audio_emb": jnp.stack(each("emb.{}.weight", cfg.n_q)),
         "layers": {run.name: stack([layer(i) for i in range(run.start, run.stop)]) for run in cfg.runs},
         "out_norm": jnp.asarray(w["out_norm.alpha"].reshape(-1)),
-        "text_head": jnp.asarray(w["text_linear.weight"].T),
+        "text_head": jnp.asarray(w["text_linear.weight"]),
         "depth": {
-            "input": jnp.stack(each("depformer_in.{}.weight", q)).swapaxes(1, 2),
+            "input": jnp.stack(each("depformer_in.{}.weight", q)),
             "text_emb": jnp.asarray(w["depformer_text_emb.weight"]),
             "audio_emb": jnp.stack(each("depformer_emb.{}.weight", q - 1)),
-            "heads": jnp.stack(each("linears.{}.weight", q)).swapaxes(1, 2),
+            "heads": jnp.stack(each("linears.{}.weight", q)),
             **stack([depth_layer(i) for i in range(depth.num_layers)]),
         },
     }

@@ -68,7 +68,7 @@ def frame_inputs(p, x, heads, base_lr, pre_norm, position=None):
     """q, k, t [H, D] and the rates [H] of one frame's hidden vector x [d]; rotated by `position` if there is one."""
     width = x.shape[0] // heads
     h = p["norm"] * x / np.sqrt((x**2).mean() + 1e-8) if pre_norm else x
-    q, k, v = ((h @ p[f"{name}_kernel"] + p[f"{name}_bias"]).reshape(heads, width) for name in "qkv")
+    q, k, v = ((h @ p[f"{name}_kernel"].T + p[f"{name}_bias"]).reshape(heads, width) for name in "qkv")
     q, k = (y / np.sqrt((y**2).sum(-1, keepdims=True) + 1e-12) for y in (q, k))
     if position is not None:
         turn = np.exp(1j * position * 10000.0 ** (-2 * np.arange(width // 2) / width))
@@ -129,7 +129,7 @@ def ttt_layer(p, x, mask, state, *, heads, base_lr, ttt):
                         limit = ttt.max_displacement * norm(base[h])
                         moved[h] = add(moved[h], moved[h], min(1.0, limit / norm(moved[h])) - 1)
             joined = layer_norm(np.concatenate(z), p["post_norm_scale"], p["post_norm_bias"], 1e-6)
-            out[row, frame] = x[row, frame] + np.tanh(p["gate"]) * (joined @ p["out_kernel"] + p["out_bias"])
+            out[row, frame] = x[row, frame] + np.tanh(p["gate"]) * (joined @ p["out_kernel"].T + p["out_bias"])
         for h in range(heads):
             for n in range(maps):
                 for part in (0, 1):

@@ -67,11 +67,9 @@ def test_generating_step(dtype):
     cfg = dataclasses.replace(MODEL, dtype=dtype)
     params, state = params_and_state(cfg)
 
-    def generate_step(params, other, mask, state, key_data):
-        key = jax.random.wrap_key_data(key_data)  # a key has a type of its own, its data are plain numbers
-        return generate.generate_step(params, other, mask, state, key, cfg)
+    def stream_step(params, other, mask, state):
+        return generate.stream_step(params, other, mask, state, cfg)
 
-    key_data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    text = lowered(generate_step, params, tokens(ROWS, cfg.n_q - cfg.dep_q), flags(ROWS), state, key_data)
+    text = lowered(stream_step, params, tokens(ROWS, cfg.n_q - cfg.dep_q), flags(ROWS), state)
     assert "stablehlo.dot_general" in text
     assert ("bf16" in text) == (dtype == "bfloat16")

@@ -525,7 +525,7 @@ def test_streaming_step_donates_its_state_and_keeps_parameters():
     state = model.init_state(cfg, ROWS)
     other = jnp.zeros((ROWS, cfg.n_q - cfg.dep_q), jnp.int32)
     before = digest(params)
-    _, new = generate.generate_step(params, other, jnp.ones((ROWS,), bool), state, jax.random.key(0), cfg)
+    _, new = generate.stream_step(params, other, jnp.ones((ROWS,), bool), state, cfg)
     assert digest(params) == before
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, params)))

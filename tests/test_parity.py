@@ -58,9 +58,7 @@ def _generate(cfg, params, frames, active):
     state, outs = model.init_state(cfg, frames.shape[0]), []
     for call in range(frames.shape[2]):
         other = jnp.asarray(frames[:, :, call], jnp.int32)
-        own, state = generate.generate_step(
-            params, other, jnp.asarray(active[:, call]), state, jax.random.key(0), cfg=cfg, sampling=greedy
-        )
+        own, state = generate.stream_step(params, other, jnp.asarray(active[:, call]), state, cfg, greedy)
         outs.append(np.asarray(own))
     return np.stack(outs, -1)
 
@@ -86,19 +84,17 @@ def test_paused_row_equals_pytorch(fixture):
     assert (got[1][:, ~active[1]] == -1).all()
 
 
-def test_generate_step_donates_its_state_and_compiles_once(fixture):
+def test_stream_step_donates_its_state_and_compiles_once(fixture):
     cfg, params, trace = fixture
 
     def kinds(state):
         return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
 
     state, sampling = model.init_state(cfg, 2), generate.Sampling(top_k=5)  # settings of its own: a program of its own
-    fresh, before = kinds(state), generate.generate_step._cache_size()
+    fresh, before = kinds(state), generate.stream_step._cache_size()
     for call in range(3):
         old, other = state, jnp.asarray(trace["free_user"][:, :, call], jnp.int32)
-        _, state = generate.generate_step(
-            params, other, jnp.ones(2, bool), state, jax.random.key(call), cfg=cfg, sampling=sampling
-        )
+        _, state = generate.stream_step(params, other, jnp.ones(2, bool), state, cfg, sampling)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
         assert kinds(state) == fresh
-    assert generate.generate_step._cache_size() == before + 1
+    assert generate.stream_step._cache_size() == before + 1

@@ -131,14 +131,41 @@ class DepthConfig:
     """Attention heads."""
     hidden: int = 2816
     """SwiGLU hidden width."""
+    schedule: tuple[int, ...] = ()
+    """Weight set of each predicted codebook, so that codebooks can share one; empty: each has its own."""
+    low_rank: int | None = None
+    """Width of the embedding tables, which a matrix of their own widens to `dim`; unset: the tables have width `dim`."""
 
     def __post_init__(self) -> None:
         _conform(self, "depth.")
         _check_sizes("depth", dim=self.dim, num_layers=self.num_layers, num_heads=self.num_heads, hidden=self.hidden)
         check(
+            self.low_rank is None or self.low_rank >= 1,
+            f"depth.low_rank={self.low_rank} is not a width: give 1 or more, or None for full tables.",
+        )
+        check(
+            set(self.schedule) == set(range(len(set(self.schedule)))),
+            f"depth.schedule={self.schedule} leaves out a weight set: number those in use from 0 without a gap.",
+        )
+        check(
             self.dim % self.num_heads == 0,
             f"depth.dim={self.dim} does not divide into depth.num_heads={self.num_heads}: choose a multiple.",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on every linear map of the base: W x + scaling * B (A x)."""
+
+    rank: int = 0
+    """Rank; 0: none."""
+    scaling: float = 2.0
+    """Factor of the adapters' output."""
+
+    def __post_init__(self) -> None:
+        _conform(self, "lora.")
+        check(self.rank >= 0, f"lora.rank={self.rank} is no rank: give 0 for none, or a positive one.")
+        check(math.isfinite(self.scaling), f"lora.scaling={self.scaling} is not a number: give one, such as 2.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,8 +198,14 @@ class MoshiConfig:
     """Delay of each stream in frames: text, own codebooks, other voice's codebooks."""
     dtype: Dtype = "float32"
     """Type of the activations (float64 for tests); norms, softmax, rotations, logits and the TTT state are at least float32."""
+    extra_heads: int = 0
+    """Further linear heads on the temporal transformer's output (Kyutai's pause prediction)."""
+    extra_heads_dim: int = 6
+    """Outputs of each."""
     depth: DepthConfig = DepthConfig()
     """Depth transformer."""
+    lora: LoRAConfig = LoRAConfig()
+    """Adapters kept apart from the weights."""
     ttt: TTTConfig = TTTConfig(layers="29,30,31")
     """TTT layers."""
 
@@ -208,6 +241,14 @@ class MoshiConfig:
         check(
             self.delays[0] == 0,
             f"model.delays[0]={self.delays[0]} delays the text stream: Moshi's text leads with delay 0.",
+        )
+        check(
+            not self.depth.schedule or len(self.depth.schedule) == self.dep_q,
+            f"depth.schedule={self.depth.schedule} has {len(self.depth.schedule)} entries: give one for each of the {self.dep_q} predicted codebooks.",
+        )
+        check(
+            self.extra_heads >= 0 and self.extra_heads_dim >= 1,
+            f"model.extra_heads={self.extra_heads} of {self.extra_heads_dim} outputs cannot be: give 0 or more heads of 1 output or more.",
         )
         named = [layer for layer, _ in self.layer_context]
         check(
@@ -249,6 +290,11 @@ class MoshiConfig:
     def max_delay(self) -> int:
         """Longest delay in frames."""
         return max(self.delays)
+
+    @property
+    def depth_sets(self) -> tuple[int, ...]:
+        """Weight set of the depth transformer that each predicted codebook uses."""
+        return self.depth.schedule or tuple(range(self.dep_q))
 
     @property
     def ttt_layers(self) -> tuple[int, ...]:

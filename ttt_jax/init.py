@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 
-def fan_in_normal(in_axis: int | tuple[int, ...] = 0) -> Callable:
+def fan_in_normal(in_axis: int | tuple[int, ...] = -1) -> Callable:
     """Truncated normal of standard deviation 1/sqrt(fan_in), cut at three of them."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
@@ -17,7 +17,7 @@ def fan_in_normal(in_axis: int | tuple[int, ...] = 0) -> Callable:
     return init
 
 
-def fan_in_uniform(in_axis: int | tuple[int, ...] = 0) -> Callable:
+def fan_in_uniform(in_axis: int | tuple[int, ...] = -1) -> Callable:
     """Uniform in +-1/sqrt(fan_in): what ``torch.nn.Linear`` starts from."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
@@ -27,9 +27,9 @@ def fan_in_uniform(in_axis: int | tuple[int, ...] = 0) -> Callable:
     return init
 
 
-linear_kernel = fan_in_normal(0)
-"""Kernel [in, out] of a linear map."""
-embedding = fan_in_normal(-1)
+linear_kernel = fan_in_normal()
+"""Matrix [..., out, in] of a linear map."""
+embedding = fan_in_normal()
 """Table [..., entries, dim]: standard deviation 1/sqrt(dim)."""
 
 

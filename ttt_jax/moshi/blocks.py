@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from ttt_jax.config import MoshiConfig
 from ttt_jax.init import fan_in_normal, linear_kernel
+from ttt_jax.linear import declare, linear
 from ttt_jax.moshi import attention
 from ttt_jax.norms import rms_norm
 from ttt_jax.rotary import rotate
@@ -26,27 +26,27 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """x [B, T, dim] -> update [B, T, dim] and the call's keys and values [B, T, H, K] for the ring."""
         cfg = self.cfg
-        shape = (cfg.dim, 3, cfg.num_heads, cfg.head_dim)
-        qkv = jnp.einsum("BTD,DPHK->PBTHK", x, self.param("qkv", linear_kernel, shape).astype(x.dtype))
-        q, k = (rotate(y, where.query, cfg.max_period) for y in qkv[:2])
-        read = attention.attend(q, k, qkv[2], ring, where)
-        out = self.param("out", fan_in_normal((0, 1)), (cfg.num_heads, cfg.head_dim, cfg.dim))
-        return jnp.einsum("BTHK,HKD->BTD", read, out.astype(x.dtype)), (k, qkv[2])
+        heads = (cfg.num_heads, cfg.head_dim)
+        qkv = linear(x, declare(self, "qkv", linear_kernel, cfg.lora, (3, *heads), (cfg.dim,)), cfg.lora.scaling)
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        q, k = (rotate(y, where.query, cfg.max_period) for y in (q, k))
+        read = attention.attend(q, k, v, ring, where)
+        out = declare(self, "out", fan_in_normal((-2, -1)), cfg.lora, (cfg.dim,), heads)
+        return linear(read, out, cfg.lora.scaling, inner=2), (k, v)
 
 
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)), no biases."""
 
-    dim: int
-    hidden: int
+    cfg: MoshiConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., dim] -> [..., dim]."""
-        gate_up = self.param("gate_up", linear_kernel, (self.dim, 2, self.hidden)).astype(x.dtype)
-        h = jnp.einsum("BTD,DPF->PBTF", x, gate_up)
-        down = self.param("down", linear_kernel, (self.hidden, self.dim)).astype(x.dtype)
-        return (jax.nn.silu(h[0]) * h[1]) @ down
+        dim, hidden, lora = self.cfg.dim, self.cfg.hidden, self.cfg.lora
+        h = linear(x, declare(self, "gate_up", linear_kernel, lora, (2, hidden), (dim,)), lora.scaling)
+        gated = jax.nn.silu(h[..., 0, :]) * h[..., 1, :]
+        return linear(gated, declare(self, "down", linear_kernel, lora, (dim,), (hidden,)), lora.scaling)
 
 
 class Block(nn.Module):
@@ -80,5 +80,5 @@ class Block(nn.Module):
         measurement = None
         if self.has_ttt:
             x, ttt, measurement = TTTLayer(self.cfg, name="ttt")(x, mask, ttt, measured)
-        x = x + FeedForward(self.cfg.dim, self.cfg.hidden, name="ffn")(rms_norm(x, norm("norm2")))
+        x = x + FeedForward(self.cfg, name="ffn")(rms_norm(x, norm("norm2")))
         return x, (kv, ttt, measurement)

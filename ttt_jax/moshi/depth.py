@@ -1,117 +1,155 @@
-"""The depth transformer: within a frame, codebook after codebook, each with weights of its own.
+"""The depth transformer: within a frame, codebook after codebook, each with a weight set of its own or shared by a schedule.
 
-Shapes: N frames (any batch of them), Q = dep_q codebooks, D depth width, H heads, K head width, V codebook entries.
+No positional embedding. `teach` runs all codebooks at once, `step` one over a cache: the same layers.
+
+Shapes: N frames (any batch of them), Q = dep_q codebooks, S weight sets, L layers, D depth width, H heads, K head width,
+V codebook entries.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ttt_jax.config import MoshiConfig
 from ttt_jax.init import embedding, fan_in_normal, fan_in_uniform
+from ttt_jax.linear import Kernel, init_kernel, kernel, linear
 from ttt_jax.moshi.embed import lookup
 from ttt_jax.norms import rms_norm
 
-
-class Cache(NamedTuple):
-    """Keys and values of the codebooks done so far in this frame, [L, Q, N, H, K]."""
-
-    k: jax.Array
-    v: jax.Array
+Params = dict[str, Any]
 
 
-class DepthTransformer(nn.Module):
-    """From a frame's hidden vector and its tokens so far to the logits of the next codebook. No positional embedding.
+Cache = list[list[tuple[jax.Array, jax.Array]]]
+"""By layer the keys and values [N, H, K] of the codebooks done so far in this frame."""
 
-    `__call__` teaches all codebooks at once; `step` takes one. Both run the same layers: a step is a call of one codebook
-    over a cache.
+
+def init_params(cfg: MoshiConfig, key: jax.Array) -> Params:
+    """Parameters: those of layers stacked [L, S, ...], "input" [S, ...], tables and heads by codebook."""
+    depth, q, dim = cfg.depth, cfg.dep_q, cfg.depth.dim
+    sets, layers = max(cfg.depth_sets) + 1, depth.num_layers
+    heads, width = (depth.num_heads, dim // depth.num_heads), depth.low_rank or dim
+    uniform = fan_in_uniform()
+    maps = {
+        "input": (uniform, (dim,), (cfg.dim,), (sets,)),
+        "heads": (fan_in_normal(), (cfg.card,), (dim,), (q,)),
+        "qkv": (uniform, (3, *heads), (dim,), (layers, sets)),
+        "out": (fan_in_uniform((-2, -1)), (dim,), heads, (layers, sets)),
+        "gate_up": (uniform, (2, depth.hidden), (dim,), (layers, sets)),
+        "down": (uniform, (dim,), (depth.hidden,), (layers, sets)),
+    }
+    if depth.low_rank:
+        maps["text_emb_up"] = (uniform, (dim,), (width,), ())
+        maps["audio_emb_up"] = (uniform, (dim,), (width,), (q - 1,))
+    text, audio, *keys = jax.random.split(key, 2 + len(maps))
+    params = {
+        "text_emb": embedding(text, (cfg.text_card + 1, width)),
+        "audio_emb": embedding(audio, (q - 1, cfg.card + 1, width)),
+        "norm1": jnp.ones((layers, dim)),
+        "norm2": jnp.ones((layers, dim)),
+    }
+    for key, (name, (init, out, inner, lead)) in zip(keys, maps.items(), strict=True):
+        params |= init_kernel(key, name, init, cfg.lora, out, inner, lead)
+    return params
+
+
+def teach(params: Params, hidden: jax.Array, text: jax.Array, audio: jax.Array, cfg: MoshiConfig) -> jax.Array:
+    """Teacher-forced logits of all codebooks.
+
+    Args:
+      hidden: the temporal transformer's output [N, dim]; text: int32 [N]; audio: int32 [N, Q], the tokens of the same
+        column of the delayed grid; the last is not read.
+
+    Returns:
+      float32 (or wider) logits [N, Q, V].
     """
+    scaling, q = cfg.lora.scaling, cfg.dep_q
 
-    cfg: MoshiConfig
+    def of_codebooks(kernel: Kernel) -> Kernel:
+        """Weight sets by codebook; in place where each has its own."""
+        return kernel if cfg.depth_sets == tuple(range(q)) else kernel.at(jnp.array(cfg.depth_sets))
 
-    def setup(self) -> None:
-        """Declares the parameters, stacked by layer (first axis) and codebook."""
-        cfg, depth = self.cfg, self.cfg.depth
-        q, layers, width = cfg.dep_q, depth.num_layers, depth.dim // depth.num_heads
-        heads_in = (layers, q, depth.dim, 3, depth.num_heads, width)
-        self.input = self.param("input", fan_in_uniform(1), (q, cfg.dim, depth.dim))
-        self.text_emb = self.param("text_emb", embedding, (cfg.text_card + 1, depth.dim))
-        self.audio_emb = self.param("audio_emb", embedding, (q - 1, cfg.card + 1, depth.dim))
-        self.heads = self.param("heads", fan_in_normal(1), (q, depth.dim, cfg.card))
-        self.qkv = self.param("qkv", fan_in_uniform(2), heads_in)
-        self.out = self.param("out", fan_in_uniform((2, 3)), (layers, q, depth.num_heads, width, depth.dim))
-        self.gate_up = self.param("gate_up", fan_in_uniform(2), (layers, q, depth.dim, 2, depth.hidden))
-        self.down = self.param("down", fan_in_uniform(2), (layers, q, depth.hidden, depth.dim))
-        self.norm1 = self.param("norm1", nn.initializers.ones, (layers, depth.dim))
-        self.norm2 = self.param("norm2", nn.initializers.ones, (layers, depth.dim))
+    def each(x: jax.Array, kernel: Kernel, inner: int = 1, wide: bool = False) -> jax.Array:
+        """[Q, N, *in] -> [Q, N, *out], each codebook by its own matrix."""
+        return jax.vmap(lambda x, kernel: linear(x, kernel, scaling, inner, wide))(x, kernel)
 
-    def __call__(self, hidden: jax.Array, text: jax.Array, audio: jax.Array) -> jax.Array:
-        """Teacher-forced logits.
-
-        Args:
-          hidden: the temporal transformer's output [N, dim]; text: int32 [N]; audio: int32 [N, Q], the tokens of the same
-            column of the delayed grid; the last is not read.
-
-        Returns:
-          float32 (or wider) logits [N, Q, V].
-        """
-        # Codebook-major inside: each codebook's matrix then meets one contiguous matrix of frames.
-        x = jnp.einsum("ND,QDE->QNE", hidden, self.input.astype(hidden.dtype))
-        tokens = lookup(self.audio_emb, audio[:, :-1], hidden.dtype)
-        tokens = jnp.concatenate([lookup(self.text_emb[None], text[:, None], hidden.dtype), tokens], 1)
-        x = x + tokens.swapaxes(0, 1)
-        codebooks = slice(0, self.cfg.dep_q)
-        for layer in range(self.cfg.depth.num_layers):
-            q, k, v = self._qkv(x, layer, codebooks)
-            x = self._layer(x, q, k, v, layer, codebooks, jnp.tril(jnp.ones((x.shape[0],) * 2, bool)))
-        return self._logits(x, codebooks).swapaxes(0, 1)
-
-    def step(self, hidden: jax.Array, token: jax.Array, codebook: int, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Logits of one codebook.
-
-        Args:
-          hidden: [N, dim]; token: int32 [N], the text token for codebook 0, else the token of the codebook before.
-          codebook: which one, a Python number; cache: of the codebooks before.
-
-        Returns:
-          Logits [N, V] and the cache with this codebook.
-        """
-        table = self.text_emb if codebook == 0 else self.audio_emb[codebook - 1]
-        x = hidden @ self.input[codebook].astype(hidden.dtype) + lookup(table[None], token[:, None], hidden.dtype)[:, 0]
-        x, here, done = x[None], slice(codebook, codebook + 1), slice(0, codebook + 1)
-        for layer in range(self.cfg.depth.num_layers):
-            q, k, v = self._qkv(x, layer, here)
-            cache = Cache(cache.k.at[layer, here].set(k), cache.v.at[layer, here].set(v))
-            seen = jnp.ones((1, codebook + 1), bool)
-            x = self._layer(x, q, cache.k[layer, done], cache.v[layer, done], layer, here, seen)
-        return self._logits(x, here)[0], cache
-
-    def _qkv(self, x: jax.Array, layer: int, codebooks: slice) -> jax.Array:
-        kernel = self.qkv[layer, codebooks].astype(x.dtype)
-        return jnp.einsum("QND,QDPHK->PQNHK", rms_norm(x, self.norm1[layer]), kernel)
-
-    def _layer(
-        self, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, layer: int, codebooks: slice, seen: jax.Array
-    ) -> jax.Array:
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        scores = jnp.einsum("QNHK,SNHK->NHQS", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
-        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(x.dtype)
-        read = jnp.einsum("NHQS,SNHK->QNHK", weights, v)
-        x = x + jnp.einsum("QNHK,QHKD->QND", read, self.out[layer, codebooks].astype(x.dtype))
-        h = jnp.einsum("QND,QDPF->PQNF", rms_norm(x, self.norm2[layer]), self.gate_up[layer, codebooks].astype(x.dtype))
-        return x + jnp.einsum("QNF,QFD->QND", jax.nn.silu(h[0]) * h[1], self.down[layer, codebooks].astype(x.dtype))
-
-    def _logits(self, x: jax.Array, codebooks: slice) -> jax.Array:
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.einsum("QND,QDV->QNV", x, self.heads[codebooks].astype(x.dtype), preferred_element_type=wide)
+    # Codebook-major inside: each codebook's matrix then meets one contiguous matrix of frames.
+    x = jax.vmap(lambda kernel: linear(hidden, kernel, scaling))(of_codebooks(kernel(params, "input")))
+    embedded = _embed(params, "text", text, cfg, hidden.dtype)[None]
+    if q > 1:
+        before = lookup(params["audio_emb"], audio[:, :-1], hidden.dtype).swapaxes(0, 1)
+        before = each(before, kernel(params, "audio_emb_up")) if cfg.depth.low_rank else before
+        embedded = jnp.concatenate([embedded, before])
+    x, seen = x + embedded, jnp.tril(jnp.ones((q, q), bool))
+    for layer in range(cfg.depth.num_layers):
+        qkv, out, gate_up, down = (
+            of_codebooks(kernel(params, name).at(layer)) for name in ("qkv", "out", "gate_up", "down")
+        )
+        y = each(rms_norm(x, params["norm1"][layer]), qkv)
+        x = x + each(_attend(y[:, :, 0], y[:, :, 1], y[:, :, 2], seen), out, inner=2)
+        y = each(rms_norm(x, params["norm2"][layer]), gate_up)
+        x = x + each(jax.nn.silu(y[:, :, 0]) * y[:, :, 1], down)
+    return each(x, kernel(params, "heads"), wide=True).swapaxes(0, 1)
 
 
-def init_cache(cfg: MoshiConfig, batch: int) -> Cache:
-    """An empty cache for one frame of `batch` rows."""
-    depth = cfg.depth
-    empty = jnp.zeros((depth.num_layers, cfg.dep_q, batch, depth.num_heads, depth.dim // depth.num_heads), cfg.dtype)
-    return Cache(empty, empty)
+def step(
+    params: Params, hidden: jax.Array, token: jax.Array, codebook: int, cache: Cache, cfg: MoshiConfig
+) -> tuple[jax.Array, Cache]:
+    """Logits of one codebook.
+
+    Args:
+      hidden: [N, dim]; token: int32 [N], the text token for codebook 0, else the token of the codebook before.
+      codebook: which one, a Python number; cache: of the codebooks before; for codebook 0 an empty list for each layer.
+
+    Returns:
+      Logits [N, V] and the cache with this codebook.
+    """
+    scaling, weights = cfg.lora.scaling, cfg.depth_sets[codebook]
+    x = linear(hidden, kernel(params, "input").at(weights), scaling)
+    x = x + _embed(params, codebook - 1 if codebook else "text", token, cfg, hidden.dtype)
+    done = []
+    for layer, before in enumerate(cache):
+        qkv, out, gate_up, down = (
+            kernel(params, name).at(layer, weights) for name in ("qkv", "out", "gate_up", "down")
+        )
+        y = linear(rms_norm(x, params["norm1"][layer]), qkv, scaling)
+        done.append([*before, (y[:, 1], y[:, 2])])
+        x = x + linear(_attend_few(y[:, 0], done[-1]), out, scaling, inner=2)
+        y = linear(rms_norm(x, params["norm2"][layer]), gate_up, scaling)
+        x = x + linear(jax.nn.silu(y[:, 0]) * y[:, 1], down, scaling)
+    return linear(x, kernel(params, "heads").at(codebook), scaling, wide=True), done
+
+
+def _embed(params: Params, table: str | int, token: jax.Array, cfg: MoshiConfig, dtype: jnp.dtype) -> jax.Array:
+    """Embeddings [N, D] of tokens [N] by the text table or that of a codebook."""
+    rows = params["text_emb"][None] if table == "text" else params["audio_emb"][table : table + 1]
+    embedded = lookup(rows, token[:, None], dtype)[:, 0]
+    if cfg.depth.low_rank is None:
+        return embedded
+    up = kernel(params, "text_emb_up") if table == "text" else kernel(params, "audio_emb_up").at(table)
+    return linear(embedded, up, cfg.lora.scaling)
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+    """Queries [T, N, H, K] over keys and values [U, N, H, K] where `seen` [T, U]: [T, N, H, K]."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("TNHK,UNHK->NHTU", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(q.dtype)
+    return jnp.einsum("NHTU,UNHK->TNHK", weights, v)
+
+
+def _attend_few(q: jax.Array, seen: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    """A query [N, H, K] over the keys and values of a few codebooks, [N, H, K] each: [N, H, K].
+
+    Written out term by term, it is one or two kernels instead of six: at this size starting them is what takes time.
+    """
+    dtype, wide = q.dtype, jnp.promote_types(q.dtype, jnp.float32)
+    q = q.astype(wide) * q.shape[-1] ** -0.5
+    scores = [(q * k.astype(wide)).sum(-1, keepdims=True) for k, _ in seen]
+    highest = functools.reduce(jnp.maximum, scores)
+    weights = [jnp.exp(score - highest) for score in scores]
+    total = sum(weights)
+    return sum(w / total * v.astype(wide) for w, (_, v) in zip(weights, seen, strict=True)).astype(dtype)

@@ -1,17 +1,21 @@
-"""Sampling frame by frame: the other voice's codes in, own text and codes out. Pure functions over the same state as `forward`."""
+"""Generation frame by frame: the other voice's codes in, own text and codes out. Pure functions over the state of `forward`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ttt_jax.config import MoshiConfig
+from ttt_jax.moshi import depth
 from ttt_jax.moshi.delays import ABSENT
-from ttt_jax.moshi.depth import DepthTransformer, init_cache
-from ttt_jax.moshi.model import Params, State, temporal, text_logits
+from ttt_jax.moshi.model import PRNG, Params, State, temporal, text_logits
+
+FREE = -2
+"""In place of a forced token: it is to be sampled (Kyutai's "ungenerated" token)."""
 
 
 class Sampling(NamedTuple):
@@ -23,63 +27,180 @@ class Sampling(NamedTuple):
     text_top_k: int = 25
 
 
-def sample(logits: jax.Array, key: jax.Array, temperature: float, top_k: int) -> jax.Array:
-    """int32 tokens [...] drawn from the `top_k` likeliest of logits [..., V] at `temperature`."""
-    if temperature == 0:
+def streaming_params(params: Params, cfg: MoshiConfig) -> Params:
+    """`params` as `stream_step` and `generate` read them quickest here; the results are the same to the bit.
+
+    Matrices are converted to the type they are used in, once instead of at every frame. On a CPU each layer's become arrays of their
+    own, since XLA's CPU products copy a matrix out of its stack first; on other devices few large arrays are quickest
+    (docs/performance.md). `forward` takes `params` itself.
+    """
+    stacked = {
+        "input": 1,
+        "heads": 1,
+        "qkv": 2,
+        "out": 2,
+        "gate_up": 2,
+        "down": 2,
+    }  # leading axes in the depth transformer
+    unstack = jax.default_backend() == "cpu"
+
+    def separate(leaf: jax.Array, axes: int) -> Any:
+        return tuple(separate(part, axes - 1) for part in leaf) if axes and unstack else leaf
+
+    def convert(path: tuple, leaf: jax.Array) -> Any:
+        names = [step.key for step in path]
+        axes = 1 if names[0] == "layers" else 0
+        if names[0] == "depth":
+            axes = stacked.get(names[-1].split("_lora_")[0], 0)
+        return separate(leaf if is_wide(names) else leaf.astype(cfg.dtype), axes)
+
+    return jax.tree_util.tree_map_with_path(convert, params)
+
+
+def is_wide(names: Sequence[str]) -> bool:
+    """Whether the parameter at this path is used in float32 or wider whatever the type of the activations."""
+    narrow = ("_kernel", "q_bias", "k_bias", "v_bias", "out_bias")
+    return "norm" in names[-1] or ("ttt" in names and not names[-1].endswith(narrow))
+
+
+def sample(logits: jax.Array, noise: jax.Array | None, temperature: float) -> jax.Array:
+    """Tokens drawn from the likeliest of `logits` at a temperature.
+
+    Args:
+      logits: [B, V]; noise: standard Gumbel [B, k], as many as tokens come into question; None with temperature 0.
+
+    Returns:
+      int32 [B]: the likeliest at temperature 0, else a draw from the softmax over the k likeliest.
+    """
+    if noise is None:
         return logits.argmax(-1).astype(jnp.int32)
-    values, tokens = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
-    choice = jax.random.categorical(key, values / temperature)
-    return jnp.take_along_axis(tokens, choice[..., None], -1)[..., 0].astype(jnp.int32)
+    values, tokens = jax.lax.top_k(logits, noise.shape[-1])
+    choice = (values / temperature + noise).argmax(-1)
+    return jnp.take_along_axis(tokens, choice[:, None], -1)[:, 0].astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("cfg", "sampling"), donate_argnames=("state",))
-def generate_step(
+def stream_step(
     params: Params,
     other: jax.Array,
     mask: jax.Array,
     state: State,
-    key: jax.Array,
     cfg: MoshiConfig,
     sampling: Sampling = Sampling(),
+    forced: jax.Array | None = None,
 ) -> tuple[jax.Array, State]:
-    """One call of the streaming model.
+    """One frame of the streaming model.
 
-    Call s takes the other voice's frame s - 1 and samples column s of the delayed grid: text s, semantic code s, acoustic
-    codes s - delay. The first call of a row ignores `other`: position 0 reads initial tokens (as Kyutai's streams do).
+    Call s of a row takes the other voice's frame s - 1 and generates column s of the delayed grid: text s, semantic code s,
+    acoustic codes s - delay. The first call of a row ignores `other`: position 0 reads initial tokens.
+
+    A stream may begin with `forward` (a prompt) and go on here; the first call then takes the codes of the prompt's last frame.
 
     Args:
-      other: codes of the other voice, int32 [B, n_q - dep_q]; mask: bool [B], rows that take part; state: donated.
-      key: random key; cfg, sampling: static.
+      params: of `init_params`, or converted.
+      other: codes of the other voice, int32 [B, n_q - dep_q].
+      mask: bool [B], rows that take part; for the others nothing happens.
+      state: donated, use what is returned; `fork_rows` makes a copy.
+      cfg, sampling: static.
+      forced: own tokens of frame s (undelayed: its acoustic codes count in later calls), int32 [B, 1 + dep_q], `FREE` where
+        they are to be sampled; unset: all are.
 
     Returns:
-      Own tokens of the newest complete frame, int32 [B, 1 + dep_q], `ABSENT` in the first max_delay calls of a row and in
-      rows that do not take part; the state.
+      Own tokens of the newest complete frame s - max_delay, int32 [B, 1 + dep_q], `ABSENT` in the first max_delay calls of a row
+      and in rows that do not take part; the state.
     """
     own_streams = 1 + cfg.dep_q
     delays, newest_slot = cfg.delays, state.history.shape[-1] - 1
-    rows = mask[:, None]
-    first = (state.position == 0)[:, None]
-    # history[..., -1] is frame s - 1; its own acoustic tokens were not sampled yet when it was pushed.
-    newest = jnp.where(rows & ~first, other, state.history[:, own_streams:, -1])
+    rows, position = mask[:, None], state.position
+    text_noise, noise = _gumbel(state, cfg, sampling)
+    # history[..., -1] is frame s - 1, pushed by the call before, which did not know the other voice's codes yet.
+    newest = jnp.where(rows & (position > 0)[:, None], other, state.history[:, own_streams:, -1])
     history = state.history.at[:, own_streams:, -1].set(newest)
     tokens = jnp.stack([history[:, k, newest_slot - delays[k]] for k in range(cfg.num_streams)], 1)[:, None]
     hidden, state, _ = temporal(params, tokens, rows, state, cfg)
 
-    keys = jax.random.split(key, own_streams)
-    depth, cache = DepthTransformer(cfg), init_cache(cfg, mask.shape[0])
-    token = sample(text_logits(params, hidden[:, 0]), keys[0], sampling.text_temperature, sampling.text_top_k)
-    column = [token]
-    for codebook in range(cfg.dep_q):
-        logits, cache = depth.apply({"params": params["depth"]}, hidden[:, 0], token, codebook, cache, method="step")
-        token = sample(logits, keys[1 + codebook], sampling.temperature, sampling.top_k)
-        column.append(token)
+    # Push frame s, then generate column s and put it where it belongs: stream k in frame s - delay_k, unless that lies before
+    # frame 0. What a place holds already is given: forced, or part of a prompt.
+    own = jnp.full((mask.shape[0], own_streams), FREE, jnp.int32) if forced is None else forced
+    pushed = jnp.concatenate([own, jnp.full_like(newest, ABSENT)], 1)[..., None]
+    pushed = jnp.concatenate([history[..., 1:], pushed], -1)
 
-    # Push frame s, then write column s where it belongs: stream k in frame s - delay_k, unless that lies before frame 0.
-    pushed = jnp.concatenate([history[..., 1:], jnp.full_like(history[..., :1], ABSENT)], -1)
-    position = state.position - 1
-    for k, sampled in enumerate(column):
-        keep = pushed[:, k, newest_slot - delays[k]]
-        pushed = pushed.at[:, k, newest_slot - delays[k]].set(jnp.where(position >= delays[k], sampled, keep))
+    def put(pushed: jax.Array, stream: int, sampled: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Token of `stream` in column s, and the frames with it."""
+        place = newest_slot - delays[stream]
+        held, begun = pushed[:, stream, place], position >= delays[stream]
+        token = jnp.where(begun & (held != FREE), held, sampled)
+        return token, pushed.at[:, stream, place].set(jnp.where(begun, token, held))
+
+    cache: depth.Cache = [[] for _ in range(cfg.depth.num_layers)]
+    hidden = hidden[:, 0]
+    token = sample(text_logits(params, hidden, cfg), text_noise, sampling.text_temperature)
+    token, pushed = put(pushed, 0, token)
+    for codebook in range(cfg.dep_q):
+        logits, cache = depth.step(params["depth"], hidden, token, codebook, cache, cfg)
+        token = sample(logits, None if noise is None else noise[:, codebook], sampling.temperature)
+        token, pushed = put(pushed, 1 + codebook, token)
+
     complete = rows & (position >= cfg.max_delay)[:, None]
     own = jnp.where(complete, pushed[:, :own_streams, newest_slot - cfg.max_delay], ABSENT)
     return own, state._replace(history=jnp.where(rows[..., None], pushed, history))
+
+
+@partial(jax.jit, static_argnames=("cfg", "sampling", "first_frame"), donate_argnames=("state",))
+def generate(
+    params: Params,
+    other: jax.Array,
+    mask: jax.Array,
+    state: State,
+    cfg: MoshiConfig,
+    sampling: Sampling = Sampling(),
+    forced: jax.Array | None = None,
+    first_frame: Literal["twice", "once"] = "twice",
+) -> tuple[jax.Array, State]:
+    """A scan of `stream_step` over T frames of the other voice.
+
+    A fresh row's first call sees nothing of the frame that it is given. With `first_frame="twice"` fresh rows are given their
+    first frame twice, so that all frames are heard, aligned as in training (Kyutai's ``run_inference``); with "once" that frame
+    is lost and all later ones arrive a frame earlier (Kyutai's server). Rows that have begun go on alike in both.
+
+    Args:
+      other: int32 [B, n_q - dep_q, T]; mask: bool [B, T]: a masked frame pauses its row.
+      forced: int32 [B, 1 + dep_q, N], own tokens of the first N frames that each row generates here, `FREE` where sampled.
+      params, state, cfg, sampling: as in `stream_step`; the state is donated.
+
+    Returns:
+      What each call gave, int32 [B, 1 + dep_q, calls], calls being T + 1 with "twice" and T with "once"; the state.
+    """
+    if first_frame == "twice":
+        other = jnp.concatenate([other[..., :1], other], -1)
+        fresh = mask.any(1) & (state.position == 0)
+        mask = jnp.concatenate([fresh[:, None], mask], 1)
+    start = state.position
+
+    def body(state: State, x: tuple[jax.Array, jax.Array]):
+        other, mask = x
+        given = None
+        if forced is not None:
+            index = jnp.broadcast_to((state.position - start)[:, None, None], (*forced.shape[:2], 1))
+            given = jnp.take_along_axis(forced, index, 2, mode="fill", fill_value=FREE)[..., 0]
+        own, state = stream_step(params, other, mask, state, cfg, sampling, given)
+        return state, own
+
+    state, own = jax.lax.scan(body, state, (jnp.moveaxis(other, -1, 0), mask.T))
+    return jnp.moveaxis(own, 0, -1), state
+
+
+def _gumbel(state: State, cfg: MoshiConfig, sampling: Sampling) -> tuple[jax.Array | None, jax.Array | None]:
+    """Noise for one call, each row's from its own key and position: text [B, k], audio [B, Q, k]; None where greedy."""
+    text = min(sampling.text_top_k, cfg.text_card) if sampling.text_temperature else 0
+    audio = min(sampling.top_k, cfg.card) if sampling.temperature else 0
+
+    def draw(key: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl=PRNG), position)
+        return jax.random.gumbel(key, (text + cfg.dep_q * audio,), jnp.float32)
+
+    noise = jax.vmap(draw)(state.key, state.position)
+    return (
+        noise[:, :text] if text else None,
+        noise[:, text:].reshape(-1, cfg.dep_q, audio) if audio else None,
+    )

@@ -6,6 +6,7 @@ in the state, which it takes and returns. Parameters and states of equal layers 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,17 +14,19 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.config import MoshiConfig, Run
+from ttt_jax.errors import InputError
 from ttt_jax.init import embedding, linear_kernel
-from ttt_jax.moshi import attention
+from ttt_jax.linear import init_kernel, kernel, linear
+from ttt_jax.moshi import attention, depth
 from ttt_jax.moshi.blocks import Block
 from ttt_jax.moshi.delays import columns, init_history
-from ttt_jax.moshi.depth import DepthTransformer
 from ttt_jax.moshi.embed import lookup
 from ttt_jax.norms import rms_norm
 from ttt_jax.ttt import inner
 from ttt_jax.ttt import layer as ttt_layer
 
 Params = dict[str, Any]
+PRNG = "threefry2x32"
 
 
 class RunState(NamedTuple):
@@ -40,6 +43,8 @@ class State(NamedTuple):
     """Last max_delay + 1 frames, int32 [B, K, max_delay + 1]: what the delays still need."""
     position: jax.Array
     """Valid frames seen, int32 [B]."""
+    key: jax.Array
+    """Key data of the row's random draws, uint32 [B, 2]; each draw folds the position in."""
     layers: dict[str, RunState]
     """By name of the run."""
 
@@ -64,7 +69,7 @@ class Outputs(NamedTuple):
 @partial(jax.jit, static_argnames="cfg")
 def init_params(cfg: MoshiConfig, key: jax.Array) -> Params:
     """Moshi's initialisation, float32 (float64 with a float64 model)."""
-    text, audio, head, depth, *layers = jax.random.split(key, 4 + cfg.num_layers)
+    text, audio, head, codebooks, *layers = jax.random.split(key, 4 + cfg.num_layers)
     layers = jnp.stack(layers)
     batch, frames = 1, 1
     state = init_state(cfg, batch)
@@ -76,7 +81,6 @@ def init_params(cfg: MoshiConfig, key: jax.Array) -> Params:
         where = attention.positions(state.position, mask, run.context)
         return Block(cfg, run.has_ttt).init(key, x, mask, run_state.ring, where, run_state.ttt)["params"]
 
-    tokens = jnp.zeros((batch, cfg.dep_q), jnp.int32)
     params = {
         "text_emb": embedding(text, (cfg.text_card + 1, cfg.dim)),
         "audio_emb": embedding(audio, (cfg.n_q, cfg.card + 1, cfg.dim)),
@@ -85,14 +89,24 @@ def init_params(cfg: MoshiConfig, key: jax.Array) -> Params:
             for run in cfg.runs
         },
         "out_norm": jnp.ones((cfg.dim,)),
-        "text_head": linear_kernel(head, (cfg.dim, cfg.text_card)),
-        "depth": DepthTransformer(cfg).init(depth, x[:, 0], tokens[:, 0], tokens)["params"],
+        **init_kernel(head, "text_head", linear_kernel, cfg.lora, (cfg.text_card,), (cfg.dim,)),
+        "depth": depth.init_params(cfg, codebooks),
     }
+    if cfg.extra_heads:
+        out, lead = (cfg.extra_heads_dim,), (cfg.extra_heads,)
+        params |= init_kernel(
+            jax.random.fold_in(head, 2), "extra_heads", linear_kernel, cfg.lora, out, (cfg.dim,), lead
+        )
     return jax.tree.map(lambda p: p.astype(jnp.promote_types(cfg.dtype, jnp.float32)), params)
 
 
-def init_state(cfg: MoshiConfig, batch: int) -> State:
-    """A fresh stream in each of `batch` rows. Needs no parameters."""
+def init_state(cfg: MoshiConfig, batch: int, seeds: Sequence[int] | None = None) -> State:
+    """A fresh stream in each of `batch` rows. Needs no parameters.
+
+    Args:
+      seeds: of each row's random draws (`generate`); rows with equal seeds draw equally, whatever else is in the batch.
+        Unset: 0, 1, 2 and so on.
+    """
 
     def run_state(run: Run) -> RunState:
         one = RunState(
@@ -102,16 +116,40 @@ def init_state(cfg: MoshiConfig, batch: int) -> State:
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (run.stop - run.start, *leaf.shape)), one)
 
     state = State(
-        init_history(cfg, batch), jnp.zeros((batch,), jnp.int32), {run.name: run_state(run) for run in cfg.runs}
+        init_history(cfg, batch),
+        jnp.zeros((batch,), jnp.int32),
+        _keys(range(batch) if seeds is None else seeds, batch),
+        {run.name: run_state(run) for run in cfg.runs},
     )
     return jax.tree.map(jnp.array, state)  # buffers of its own, so that a step can donate it
 
 
-def reset_rows(state: State, rows: jax.Array, cfg: MoshiConfig) -> State:
-    """The state with the rows where `rows` (bool [B]) is true as fresh as in `init_state`."""
-    fresh = init_state(cfg, rows.shape[0])
+def _keys(seeds: Sequence[int], batch: int) -> jax.Array:
+    seeds = jnp.array(seeds, jnp.uint32)
+    if seeds.shape != (batch,):
+        raise InputError(f"seeds has the shape {seeds.shape}: give one seed for each of the {batch} rows.")
+    return jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed, impl=PRNG)))(seeds)
+
+
+def reset_rows(state: State, rows: jax.Array, cfg: MoshiConfig, seeds: Sequence[int] | None = None) -> State:
+    """The state with the rows where `rows` (bool [B]) is true as fresh as in `init_state`.
+
+    They keep their random key, and so repeat their draws, unless `seeds` (one for every row) gives new ones.
+    """
+    batch = rows.shape[0]
+    fresh = init_state(cfg, batch)._replace(key=state.key if seeds is None else _keys(seeds, batch))
     layers = _select(rows, fresh.layers, state.layers, axis=1)
-    return State(*_select(rows, fresh[:2], state[:2], axis=0), layers)
+    return State(*_select(rows, fresh[:3], state[:3], axis=0), layers)
+
+
+def fork_rows(state: State, rows: Sequence[int]) -> State:
+    """A state of its own whose row i goes on where row `rows[i]` of `state` stands; [0, 0, 0] makes three of the first.
+
+    Copies share their random key: `generate` draws the same for them until their keys are made to differ.
+    """
+    index = jnp.array(rows, jnp.int32)
+    layers = jax.tree.map(lambda leaf: leaf[:, index], state.layers)
+    return State(*(leaf[index] for leaf in state[:3]), layers)
 
 
 def reset_ttt_rows(state: State, rows: jax.Array) -> State:
@@ -151,38 +189,47 @@ def temporal(
         block = Block(cfg, run.has_ttt)
 
         def body(x: jax.Array, layer, block: Block = block, where: attention.Positions = where):
-            params, ring, ttt = layer
+            params, (ring, ttt) = layer
             return block.apply({"params": params}, x, mask, ring, where, ttt, measured)
 
         x, ((k, v), ttt, measurement) = _over_layers(
-            body, x, (params["layers"][run.name], *old), run.stop - run.start, tokens.shape[1]
+            body, x, params["layers"][run.name], old, run.stop - run.start, tokens.shape[1]
         )
         layers[run.name] = RunState(attention.write(old.ring, k, v, state.position, mask), ttt)
         if measurement is not None:
             measurements.append(measurement)
     position = state.position + mask.sum(1, dtype=jnp.int32)
     measurement = jax.tree.map(lambda *ys: jnp.concatenate(ys), *measurements) if measurements else None
-    return rms_norm(x, params["out_norm"]), State(state.history, position, layers), measurement
+    return rms_norm(x, params["out_norm"]), state._replace(position=position, layers=layers), measurement
 
 
-def _over_layers(body, x: jax.Array, layers, length: int, frames: int):
+def _over_layers(body, x: jax.Array, params, states, length: int, frames: int):
     """Runs `body` over stacked layers: a scan over many frames (compiles one layer), unrolled over one.
 
     Scanned weights are copied out of their stack by library matrix products; at one frame that copy is all the time.
     """
     if frames > 1 and length > 1:
-        return jax.lax.scan(body, x, layers)
+        return jax.lax.scan(body, x, (params, states))
     ys = []
     for i in range(length):
-        x, y = body(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
-        ys.append(y)
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
+        layer = jax.tree.map(lambda leaf, i=i: leaf[i], params, is_leaf=lambda leaf: isinstance(leaf, tuple))
+        x, (kv, ttt, measurement) = body(x, (layer, jax.tree.map(lambda leaf, i=i: leaf[i], states)))
+        # A TTT state goes back where it was, so that a step writes it in place.
+        states = states._replace(ttt=jax.tree.map(lambda leaf, new, i=i: leaf.at[i].set(new), states.ttt, ttt))
+        ys.append((kv, measurement))
+    (kv, measurement) = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
+    return x, (kv, states.ttt, measurement)
 
 
-def text_logits(params: Params, hidden: jax.Array) -> jax.Array:
-    """float32 (or wider) logits [..., text_card] of hidden vectors [..., dim]."""
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    return jnp.matmul(hidden, params["text_head"].astype(hidden.dtype), preferred_element_type=wide)
+def text_logits(params: Params, hidden: jax.Array, cfg: MoshiConfig) -> jax.Array:
+    """float32 (or wider) text logits [..., text_card] of hidden vectors [..., dim]."""
+    return linear(hidden, kernel(params, "text_head"), cfg.lora.scaling, wide=True)
+
+
+def extra_logits(params: Params, hidden: jax.Array, cfg: MoshiConfig) -> jax.Array:
+    """float32 (or wider) logits [..., extra_heads, extra_heads_dim] of hidden vectors [..., dim], such as `Outputs.hidden`."""
+    heads = [kernel(params, "extra_heads").at(i) for i in range(cfg.extra_heads)]
+    return jnp.stack([linear(hidden, head, cfg.lora.scaling, wide=True) for head in heads], -2)
 
 
 @partial(jax.jit, static_argnames=("cfg", "measured"))
@@ -210,13 +257,11 @@ def forward(
     own = grid.targets[..., : 1 + cfg.dep_q]
     rows, length = mask.shape
     flat = own.reshape(rows * length, 1 + cfg.dep_q)
-    audio = DepthTransformer(cfg).apply(
-        {"params": params["depth"]}, hidden.reshape(rows * length, cfg.dim), flat[:, 0], flat[:, 1:]
-    )
+    audio = depth.teach(params["depth"], hidden.reshape(rows * length, cfg.dim), flat[:, 0], flat[:, 1:], cfg)
     targets = own.swapaxes(1, 2)
     cards = jnp.array([*cfg.target_streams.values()], jnp.int32)[None, :, None]
     outputs = Outputs(
-        text_logits(params, hidden),
+        text_logits(params, hidden, cfg),
         audio.reshape(rows, length, cfg.dep_q, cfg.card),
         targets,
         (targets >= 0) & (targets < cards),  # masked frames have absent targets

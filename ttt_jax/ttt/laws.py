@@ -154,7 +154,7 @@ def _written_out(p: Params, x: jax.Array, cfg: MoshiConfig) -> tuple[jax.Array, 
     def frame(carry, numbered):
         (start, fast), (i, x) = carry, numbered
         h = p["norm"] * x / jnp.sqrt((x * x).mean() + 1e-8)
-        q, k, v = ((h @ p[f"{name}_kernel"] + p[f"{name}_bias"]).reshape(heads, width) for name in "qkv")
+        q, k, v = ((h @ p[f"{name}_kernel"].T + p[f"{name}_bias"]).reshape(heads, width) for name in "qkv")
         q, k = (y / jnp.sqrt((y * y).sum(-1, keepdims=True) + 1e-12) for y in (q, k))
         target = p["ln_scale"] * standard(v - k, 1e-10, ddof=1) + p["ln_bias"]
         rate = cfg.inner_lr / width * jax.nn.sigmoid(p["rate_weight"] @ h + p["rate_bias"])
@@ -164,7 +164,7 @@ def _written_out(p: Params, x: jax.Array, cfg: MoshiConfig) -> tuple[jax.Array, 
         closes = (i + 1) % ttt.mini_batch == 0
         fast = jax.tree.map(lambda w, w0: jnp.where(closes, w0 + kept * (w - w0), w), fast, base)
         start = jax.tree.map(lambda old, new: jnp.where(closes, new, old), start, fast)
-        return (start, fast), x + jnp.tanh(p["gate"]) * (z @ p["out_kernel"] + p["out_bias"])
+        return (start, fast), x + jnp.tanh(p["gate"]) * (z @ p["out_kernel"].T + p["out_bias"])
 
     (_, fast), out = jax.lax.scan(frame, (base, base), (jnp.arange(len(x)), x))
     return out, jax.tree.map(jnp.subtract, fast, base)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ttt_jax.config import MoshiConfig
 from ttt_jax.init import fan_in_normal, fan_in_uniform, linear_kernel
+from ttt_jax.linear import Kernel, linear
 from ttt_jax.norms import rms_norm
 from ttt_jax.rotary import rotate
 from ttt_jax.ttt import inner, network
@@ -107,11 +108,11 @@ class TTTLayer(nn.Module):
         return out, state, Measurement(of_inner, *rest)
 
     def _project(self, name: str, x: jax.Array) -> jax.Array:
-        kernel = self.param(f"{name}_kernel", linear_kernel, (self.cfg.dim, self.cfg.dim)).astype(x.dtype)
+        kernel = self.param(f"{name}_kernel", linear_kernel, (self.cfg.dim, self.cfg.dim))
         # With biases of 0 a frame of zeros would have k = v = f(k) = 0, where the norms' slopes are bounded by their epsilons
         # alone and a few such mini-batches overflow the gradient. PyTorch's default, as in the original, keeps away from there.
         bias = nn.initializers.zeros if name == "out" else fan_in_uniform()
-        return x @ kernel + self.param(f"{name}_bias", bias, (self.cfg.dim,)).astype(x.dtype)
+        return linear(x, Kernel(kernel)) + self.param(f"{name}_bias", bias, (self.cfg.dim,)).astype(x.dtype)
 
 
 def init_state(cfg: MoshiConfig, batch: int) -> inner.TTTState:

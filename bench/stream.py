@@ -1,0 +1,304 @@
+"""Times streaming generation, tokens on the host after each frame: ``python -m bench.stream``.
+
+Ours and the PyTorch package ``moshi`` (where it is installed; with its CUDA graphs on a GPU) run one after the other, each in
+a process of its own, on random weights of one shape, Kyutai's sampling, a full attention window. Beside them stands the time to read all
+weights and rings once at the bandwidth that a copy reaches here.
+
+    python -m bench.stream                                   # small: dim 512, 8 layers, depth 256 x 6, float32
+    python -m bench.stream --shape 7b --rows 1 8             # the 7B in bfloat16, TTT on three layers: needs a GPU of 80 GB
+    python -m bench.stream --long 45000                      # streams that many frames, times the first and the last hundred
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SMALL = {
+    "dim": 512, "num_layers": 8, "num_heads": 8, "hidden": 1408, "context": 250,
+    "depth": {"dim": 256, "num_layers": 6, "num_heads": 4, "hidden": 704},
+}  # fmt: skip
+WARM_UP = 10
+
+
+def main() -> None:
+    """Prints a line per program and number of rows, and writes them all as JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=["small", "7b"], default="small")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1])
+    parser.add_argument(
+        "--ttt", nargs="+", help='TTT layers, such as "none" "29,30,31"; default: none and the last three'
+    )
+    parser.add_argument("--frames", type=int, default=100, help="timed")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch on a CPU")
+    parser.add_argument("--long", type=int, help="frames to stream for the first and the last hundred to be compared")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(child(**json.loads(args.child))))
+        return
+    layers = args.ttt or ["none", "29,30,31" if args.shape == "7b" else "5-7"]
+    cells = [{"who": "ours", "rows": rows, "ttt": ttt} for rows in args.rows for ttt in layers]
+    if importlib.util.find_spec("moshi"):
+        cells += [{"who": "torch", "rows": rows, "ttt": "none"} for rows in args.rows]
+    else:
+        print("PyTorch moshi is not installed here: timed alone (docs/parity.md says how to install it)")
+    results = []
+    for cell in sorted(cells, key=lambda cell: (cell["rows"], cell["who"] == "ours")):
+        asked = {**cell, "shape": args.shape, "frames": args.frames, "threads": args.threads}
+        if args.long and cell["who"] == "ours":
+            asked["long"] = args.long
+        got = {**cell, **in_child(asked)}
+        results.append(got)
+        print(line(got), flush=True)
+    for rows in args.rows:
+        of = {cell["who"] + cell["ttt"]: cell["ms"][0] for cell in results if cell["rows"] == rows}
+        if "torchnone" in of:
+            for ttt in layers:
+                ratio = of["torchnone"] / of["ours" + ttt]
+                print(f"{rows} rows, TTT {ttt}: {ratio:.2f} times as fast as PyTorch without TTT")
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=1))
+
+
+def in_child(asked: dict[str, Any]) -> dict[str, Any]:
+    """What `child` returns, run in a process of its own, so that memory is counted and freed program by program."""
+    command = [sys.executable, "-m", "bench.stream", "--child", json.dumps(asked)]
+    env = {**os.environ, "NO_TORCH_COMPILE": "1", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode:
+        sys.exit(f"{asked} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def line(cell: dict[str, Any]) -> str:
+    """A cell as a line of the table."""
+    median, low, high = cell["ms"]
+    text = (
+        f"{cell['who']:5s} {cell['rows']} rows  TTT {cell['ttt']:9s} {median:7.2f} ms a frame ({low:.2f}-{high:.2f}), "
+        f"queued {cell['queued_ms']:.2f}; peak {cell['peak_gb']:.2f} GB; {cell['about']}"
+    )
+    if "floor_ms" in cell:
+        text += f"; reading all once {cell['floor_ms']:.2f} ms; compiled in {cell['compile_s']:.0f} s"
+    for name in ("first", "last"):
+        if name in cell:
+            text += f"\n      {name} hundred of {cell['long']} frames: {cell[name]['ms']:.2f} ms, {cell[name]['gb']:.3f} GB in use"
+    return text
+
+
+def child(who: str, **asked: Any) -> dict[str, Any]:
+    """Figures of one program."""
+    return ours(**asked) if who == "ours" else torch_moshi(**asked)
+
+
+def ours(shape: str, rows: int, ttt: str, frames: int, threads: int, long: int | None = None) -> dict[str, Any]:
+    """Our `stream_step` on random weights and a full window."""
+    import jax
+    import jax.numpy as jnp
+
+    from ttt_jax.config import DepthConfig, MoshiConfig, TTTConfig
+    from ttt_jax.moshi import generate, model
+
+    cfg = MoshiConfig(dtype="bfloat16", ttt=TTTConfig(layers=ttt))
+    if shape == "small":
+        cfg = MoshiConfig(**SMALL | {"depth": DepthConfig(**SMALL["depth"])}, ttt=TTTConfig(layers=ttt))
+    params = random_params(cfg)
+    weights = read_bytes(params)
+    params = generate.streaming_params(params, cfg)
+    state = model.init_state(cfg, rows)
+    if not long:
+        state = state._replace(position=jnp.full((rows,), cfg.context + 5, jnp.int32))
+    mask = jnp.ones((rows,), bool)
+    codes = np.random.default_rng(0).integers(0, cfg.card, (64, rows, cfg.n_q - cfg.dep_q), np.int32)
+    codes = [jnp.asarray(c) for c in codes]
+    began = time.perf_counter()
+    step = generate.stream_step.lower(params, codes[0], mask, state, cfg).compile()
+    compile_s = time.perf_counter() - began
+    for i in range(WARM_UP):
+        own, state = step(params, codes[i], mask, state)
+    jax.block_until_ready(own)
+
+    def blocking(n: int) -> list[float]:
+        nonlocal state
+        times = []
+        for i in range(n):
+            began = time.perf_counter()
+            own, state = step(params, codes[i % 64], mask, state)
+            np.asarray(own)
+            times.append((time.perf_counter() - began) * 1e3)
+        return times
+
+    got: dict[str, Any] = {}
+    if long:
+        times = blocking(100)
+        got |= {"long": long, "first": {"ms": float(np.median(times)), "gb": in_use()}}
+        blocking(long - 200 - WARM_UP)
+        times = blocking(100)
+        got |= {"last": {"ms": float(np.median(times)), "gb": in_use()}}
+    times = blocking(frames)
+    began = time.perf_counter()
+    for i in range(frames):
+        own, state = step(params, codes[i % 64], mask, state)
+    jax.block_until_ready(state)
+    queued = (time.perf_counter() - began) * 1e3 / frames
+    device = jax.devices()[0]
+    return got | {
+        "ms": spread(times),
+        "queued_ms": queued,
+        "compile_s": compile_s,
+        "floor_ms": (weights + sum(leaf.nbytes for leaf in jax.tree.leaves(state))) / copy_bandwidth() * 1e3,
+        "peak_gb": peak(),
+        "about": f"{device.device_kind}, jax {jax.__version__}",
+    }
+
+
+def random_params(cfg: Any) -> Any:
+    """Random weights of the model's shapes in its type; TTT layers in float32."""
+    import jax
+    import jax.numpy as jnp
+
+    from ttt_jax.moshi import model
+
+    shapes = model.init_params.eval_shape(cfg, jax.random.key(0))
+
+    def one(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        names = [str(p.key) for p in path]
+        dtype = jnp.float32 if "ttt" in names else jnp.dtype(cfg.dtype)
+        if "norm" in names[-1] or names[-1] == "ln_scale":
+            return jnp.ones(leaf.shape, dtype)
+        fan_in = leaf.shape[-2] if names[-1].startswith("inner_w") else leaf.shape[-1]
+        key = jax.random.key(zlib.crc32("/".join(names).encode()) % 2**31, impl="rbg")
+        return normal(key, leaf.shape, dtype, fan_in**-0.5)
+
+    normal = jax.jit(
+        lambda key, shape, dtype, scale: jax.random.normal(key, shape, dtype) * jnp.asarray(scale, dtype),
+        static_argnums=(1, 2),
+    )
+    return jax.block_until_ready(jax.tree_util.tree_map_with_path(one, shapes))
+
+
+def read_bytes(params: Any) -> int:
+    """Bytes of weights that a frame must read: all but the embedding tables."""
+    import jax
+
+    tables = [params["text_emb"], params["audio_emb"], params["depth"]["text_emb"], params["depth"]["audio_emb"]]
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - sum(table.nbytes for table in tables)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a large copy reads and writes here."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.zeros((2**28,) if jax.default_backend() != "cpu" else (2**26,), jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    jax.block_until_ready(copy(x))
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        jax.block_until_ready(copy(x))
+        times.append(time.perf_counter() - began)
+    return 2 * x.nbytes / float(np.median(times))
+
+
+def torch_moshi(shape: str, rows: int, ttt: str, frames: int, threads: int) -> dict[str, Any]:
+    """``LMGen.step`` of PyTorch moshi, its defaults, random weights, a full window."""
+    import torch
+    from moshi.models.lm import LMGen, LMModel
+
+    size = SMALL if shape == "small" else None
+    cuda = torch.cuda.is_available()
+    torch.set_num_threads(threads)
+    kwargs = {
+        "delays": [0] + 2 * ([0] + 7 * [1]), "n_q": 16, "dep_q": 8, "card": 2048, "text_card": 32000,
+        "dim": size["dim"] if size else 4096, "num_heads": size["num_heads"] if size else 32,
+        "num_layers": size["num_layers"] if size else 32, "hidden_scale": 4.125, "causal": True,
+        "context": size["context"] if size else 3000, "max_period": 10000, "gating": "silu", "norm": "rms_norm_f32",
+        "positional_embedding": "rope", "depformer_dim": size["depth"]["dim"] if size else 1024,
+        "depformer_num_heads": size["depth"]["num_heads"] if size else 16, "depformer_num_layers": 6,
+        "depformer_dim_feedforward": int(4.125 * (size["depth"]["dim"] if size else 1024)),
+        "depformer_multi_linear": True, "depformer_context": 8, "depformer_gating": "silu",
+        "depformer_pos_emb": "none", "depformer_weights_per_step": True,
+    }  # fmt: skip
+    device = "cuda" if cuda else "cpu"
+    model = LMModel(**kwargs, device=device, dtype=torch.float32 if size else torch.bfloat16).eval()
+    gen = LMGen(model)
+    codes = torch.randint(0, 2048, (64, rows, 8, 1), device=device)
+    times = []
+    with torch.no_grad(), gen.streaming(rows):
+        for i in range(WARM_UP):
+            gen.step(codes[i])
+        # A full window without streaming through it: what the ring's mask sees is the count of frames.
+        fill_window(model, kwargs["context"] + 5)
+        for i in range(WARM_UP):
+            gen.step(codes[i])
+        for i in range(frames):
+            began = time.perf_counter()
+            gen.step(codes[i % 64]).cpu()
+            times.append((time.perf_counter() - began) * 1e3)
+        began = time.perf_counter()
+        for i in range(frames):
+            gen.step(codes[i % 64])
+        if cuda:
+            torch.cuda.synchronize()
+        queued = (time.perf_counter() - began) * 1e3 / frames
+    name = torch.cuda.get_device_name() if cuda else f"{threads} threads"
+    return {
+        "ms": spread(times),
+        "queued_ms": queued,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else peak(),
+        "about": f"{name}, torch {torch.__version__}",
+    }
+
+
+def fill_window(model: Any, frames: int) -> None:
+    """Sets the position of every ring of the temporal transformer to `frames`, in place."""
+    for module in model.transformer.modules():
+        state = getattr(module, "_streaming_state", None)
+        for name in ("offset", "offsets"):
+            if hasattr(state, name):
+                getattr(state, name).fill_(frames)
+        if hasattr(state, "kv_cache"):
+            state.kv_cache.end_offset.fill_(frames)
+
+
+def spread(times: list[float]) -> tuple[float, float, float]:
+    """Median, tenth and ninetieth percentile."""
+    return tuple(float(np.percentile(times, p)) for p in (50, 10, 90))
+
+
+def peak() -> float:
+    """Most memory held, in gigabytes: the device's, or the process's on a CPU."""
+    import resource
+
+    if "jax" in sys.modules:
+        stats = sys.modules["jax"].devices()[0].memory_stats()
+        if stats:
+            return stats["peak_bytes_in_use"] / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def in_use() -> float:
+    """Memory held now, in gigabytes: the device's, or the process's on a CPU (Linux)."""
+    import jax
+
+    stats = jax.devices()[0].memory_stats()
+    if stats:
+        return stats["bytes_in_use"] / 1e9
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Linear maps without biases, with low-rank adapters where configured. Linen declares their parameters.
+
+Matrices are stored [out, in], as PyTorch stores them. For a single row the product is bound by reading the matrix, and a
+reduction along its rows reads it quickest (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.config import LoRAConfig
+from ttt_jax.init import fan_in_uniform
+
+Initializer = Callable[..., jax.Array]
+FEW_ROWS = 16  # up to here a product is bound by reading its matrix
+
+
+class Kernel(NamedTuple):
+    """A linear map's parameters, possibly stacked on leading axes (or in tuples: `ttt_jax.moshi.generate.streaming_params`)."""
+
+    w: jax.Array
+    """[..., *out, *in]."""
+    lora_a: jax.Array | None = None
+    """[..., r, *in]."""
+    lora_b: jax.Array | None = None
+    """[..., *out, r]."""
+
+    def at(self, *index: int | jax.Array) -> Kernel:
+        """The kernel at `index` of the leading axes."""
+        return Kernel(*(None if leaf is None else _pick(leaf, index) for leaf in self))
+
+
+def _pick(leaf: Any, index: tuple[int | jax.Array, ...]) -> jax.Array:
+    if len(index) == 2 and not isinstance(leaf, tuple):
+        # As one axis: XLA reads a slice of one leading axis where it lies, and copies that of two.
+        (i, j), columns = index, leaf.shape[1]
+        return leaf.reshape(-1, *leaf.shape[2:])[i * columns + j]
+    for i in index:
+        leaf = leaf[i]
+    return leaf
+
+
+def kernel(params: Mapping[str, jax.Array], name: str) -> Kernel:
+    """The kernel called `name` among `params`, with its adapters if there are any."""
+    return Kernel(params[name], params.get(f"{name}_lora_a"), params.get(f"{name}_lora_b"))
+
+
+def init_kernel(
+    key: jax.Array,
+    name: str,
+    init: Initializer,
+    lora: LoRAConfig,
+    out: tuple[int, ...],
+    inner: tuple[int, ...],
+    lead: tuple[int, ...] = (),
+) -> dict[str, jax.Array]:
+    """Parameters `name`, and `name`_lora_a, `name`_lora_b with adapters, of a map from `inner` to `out` axes, stacked on `lead`.
+
+    Adapters start as Kyutai's: A like a PyTorch linear layer, B at 0, so that they change nothing.
+    """
+    params = {name: init(key, (*lead, *out, *inner))}
+    if lora.rank:
+        uniform = fan_in_uniform(tuple(range(-len(inner), 0)))
+        params[f"{name}_lora_a"] = uniform(jax.random.fold_in(key, 1), (*lead, lora.rank, *inner))
+        params[f"{name}_lora_b"] = jnp.zeros((*lead, *out, lora.rank))
+    return params
+
+
+def declare(
+    module: nn.Module, name: str, init: Initializer, lora: LoRAConfig, out: tuple[int, ...], inner: tuple[int, ...]
+) -> Kernel:
+    """`init_kernel` as parameters of a Linen module."""
+
+    def one(part: str) -> Initializer:
+        return lambda key: init_kernel(key, name, init, lora, out, inner)[part]
+
+    parts = [name] + [f"{name}_lora_{half}" for half in "ab" if lora.rank]
+    return Kernel(*(module.param(part, one(part)) for part in parts))
+
+
+def linear(x: jax.Array, kernel: Kernel, scaling: float = 1.0, inner: int = 1, wide: bool = False) -> jax.Array:
+    """W x + scaling * B (A x), the latter with adapters only.
+
+    Args:
+      x: [..., *in], `inner` axes of it contracted; kernel: without leading axes; scaling: of the adapters (`LoRAConfig`).
+      wide: whether to return the type that products are summed in, at least float32, instead of the type of `x`.
+
+    Returns:
+      [..., *out].
+    """
+    y = _product(x, kernel.w, inner, wide)
+    if kernel.lora_a is None:
+        return y
+    adapted = _product(_product(x, kernel.lora_a, inner, False), kernel.lora_b, 1, wide)
+    return y + scaling * adapted
+
+
+def _product(x: jax.Array, w: jax.Array, inner: int, wide: bool) -> jax.Array:
+    sums = jnp.promote_types(x.dtype, jnp.float32)
+    out_type = sums if wide else x.dtype
+    lead, out = x.shape[: x.ndim - inner], w.shape[: w.ndim - inner]
+    x, w = x.reshape(*lead, -1), w.astype(x.dtype).reshape(*out, -1)
+
+    def dot(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(x, w, (((x.ndim - 1,), (w.ndim - 1,)), ((), ())), preferred_element_type=out_type)
+
+    def multiply_reduce(x: jax.Array, w: jax.Array) -> jax.Array:
+        y = (w.astype(sums) * x.reshape(-1).astype(sums)).sum(-1)
+        return y.astype(out_type).reshape(*lead, *out)
+
+    def matrix_first(x: jax.Array, w: jax.Array) -> jax.Array:
+        rows = x.reshape(-1, x.shape[-1])
+        y = jax.lax.dot_general(w, rows, (((w.ndim - 1,), (1,)), ((), ())), preferred_element_type=out_type)
+        return jnp.moveaxis(y, -1, 0).reshape(*lead, *out)
+
+    rows = math.prod(lead)
+    if rows > FEW_ROWS:
+        return dot(x, w)
+    # XLA's GPU products of one row copy the matrix out of its stack first, a reduction reads it in place. Its CPU products
+    # transpose a right-hand matrix of more than two axes.
+    return jax.lax.platform_dependent(x, w, cuda=multiply_reduce if rows == 1 else dot, cpu=matrix_first, default=dot)
