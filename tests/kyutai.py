@@ -59,7 +59,7 @@ def params_from(w: dict[str, np.ndarray], cfg: MoshiConfig) -> dict:
         return {
             "attention": {
                 "qkv": w[p + "self_attn.in_proj_weight"].reshape(3, heads, width, dim),
-                "out": w[p + "self_attn.out_proj.weight"].reshape(dim, heads, width),
+                "out": w[p + "self_attn.out_proj.weight"],
             },
             "ffn": {"gate_up": gate_up(p + "gating.linear_in.weight"), "down": w[p + "gating.linear_out.weight"]},
             "norm1": w[p + "norm1.alpha"].reshape(-1),
@@ -69,7 +69,7 @@ def params_from(w: dict[str, np.ndarray], cfg: MoshiConfig) -> dict:
     def depth_layer(i: int) -> dict:
         p = f"depformer.layers.{i}."
         qkv = w[p + "self_attn.in_proj_weight"].reshape(q, 3, depth.num_heads, depth_width, depth.dim)
-        out = w[p + "self_attn.out_proj.weight"].reshape(q, depth.dim, depth.num_heads, depth_width)
+        out = w[p + "self_attn.out_proj.weight"].reshape(q, depth.dim, depth.dim)
         return {
             "qkv": qkv,
             "out": out,
@@ -86,6 +86,9 @@ def params_from(w: dict[str, np.ndarray], cfg: MoshiConfig) -> dict:
             for key in first
         }
 
+    def merged(layers: dict) -> dict:
+        return {k: leaf if k.startswith("norm") else leaf.reshape(-1, *leaf.shape[2:]) for k, leaf in layers.items()}
+
     def each(pattern: str, n: int) -> list[np.ndarray]:
         return [w[pattern.format(k)] for k in range(n)]
 
@@ -100,6 +103,6 @@ def params_from(w: dict[str, np.ndarray], cfg: MoshiConfig) -> dict:
             "text_emb": jnp.asarray(w["depformer_text_emb.weight"]),
             "audio_emb": jnp.stack(each("depformer_emb.{}.weight", q - 1)),
             "heads": jnp.stack(each("linears.{}.weight", q)),
-            **stack([depth_layer(i) for i in range(depth.num_layers)]),
+            **merged(stack([depth_layer(i) for i in range(depth.num_layers)])),
         },
     }

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import math
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ttt_jax import record
+from ttt_jax.command import plain_input_errors
 from ttt_jax.config import MODEL_PRESETS, MoshiConfig, check
 from ttt_jax.config import preset as find_preset
 from ttt_jax.data.corpus import CorpusConfig
@@ -220,7 +218,7 @@ def _take_path(words: list[str], what: str) -> tuple[Path, list[str]]:
 def _override(default: TrainConfig, preset: str, words: list[str]) -> TrainConfig:
     import tyro
 
-    with _plain_input_errors():
+    with plain_input_errors():
         return tyro.cli(
             TrainConfig,
             prog="python -m train",
@@ -228,20 +226,3 @@ def _override(default: TrainConfig, preset: str, words: list[str]) -> TrainConfi
             default=default,
             args=words,
         )
-
-
-@contextlib.contextmanager
-def _plain_input_errors() -> Iterator[None]:
-    """Raise the `InputError` behind tyro's exit, if there is one, instead of its drawing of it."""
-    shown = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(shown):
-            yield
-    except SystemExit as exit_:
-        cause: BaseException | None = exit_
-        while cause is not None and not isinstance(cause, InputError):
-            cause = cause.__context__
-        if cause is not None:
-            raise cause from None
-        sys.stderr.write(shown.getvalue())
-        raise

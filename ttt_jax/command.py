@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,3 +71,20 @@ def run(command: Callable[[], int]) -> int:
         return INTERRUPTED
     print(f"error: {problem}", file=sys.stderr)
     return BAD_INPUT
+
+
+@contextlib.contextmanager
+def plain_input_errors() -> Iterator[None]:
+    """Raise the `InputError` behind tyro's exit, if there is one, instead of its drawing of it."""
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            yield
+    except SystemExit as exit_:
+        cause: BaseException | None = exit_
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        sys.stderr.write(shown.getvalue())
+        raise

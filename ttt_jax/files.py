@@ -1,10 +1,15 @@
-"""Files written at once or not at all."""
+"""Files and folders written at once or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from ttt_jax.errors import InputError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -18,3 +23,42 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def check_new(folder: Path) -> None:
+    """Raise `InputError` unless a folder can be made at `folder`: nothing is there, or an empty folder."""
+    if folder.is_dir():
+        if any(folder.iterdir()):
+            raise InputError(f"{folder} is not empty: give a new folder, or remove what is there.")
+    elif os.path.lexists(folder):
+        raise InputError(f"{folder} is a file: give a new folder.")
+    if not folder.absolute().parent.is_dir():
+        raise InputError(f"{folder.parent} is no folder, so {folder.name} cannot be made in it: make it first.")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name when all is done; on an error or interrupt it is removed.
+
+    Raises `InputError` as `check_new` does.
+    """
+    check_new(folder)
+    temporary = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}.", suffix=".tmp"))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)  # mkdtemp makes folders that only their owner may enter
+        for path in (*temporary.iterdir(), temporary):
+            _to_disk(path)
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until `path` would outlive a loss of power."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

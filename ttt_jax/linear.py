@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,25 +25,15 @@ class Kernel(NamedTuple):
     """A linear map's parameters, possibly stacked on leading axes (or in tuples: `ttt_jax.moshi.generate.streaming_params`)."""
 
     w: jax.Array
-    """[..., *out, *in]."""
+    """[..., *out, in]."""
     lora_a: jax.Array | None = None
-    """[..., r, *in]."""
+    """[..., r, in]."""
     lora_b: jax.Array | None = None
     """[..., *out, r]."""
 
-    def at(self, *index: int | jax.Array) -> Kernel:
-        """The kernel at `index` of the leading axes."""
-        return Kernel(*(None if leaf is None else _pick(leaf, index) for leaf in self))
-
-
-def _pick(leaf: Any, index: tuple[int | jax.Array, ...]) -> jax.Array:
-    if len(index) == 2 and not isinstance(leaf, tuple):
-        # As one axis: XLA reads a slice of one leading axis where it lies, and copies that of two.
-        (i, j), columns = index, leaf.shape[1]
-        return leaf.reshape(-1, *leaf.shape[2:])[i * columns + j]
-    for i in index:
-        leaf = leaf[i]
-    return leaf
+    def at(self, index: int | slice | jax.Array) -> Kernel:
+        """The kernel at `index` of the first axis."""
+        return Kernel(*(None if leaf is None else leaf[index] for leaf in self))
 
 
 def kernel(params: Mapping[str, jax.Array], name: str) -> Kernel:
@@ -57,23 +47,22 @@ def init_kernel(
     init: Initializer,
     lora: LoRAConfig,
     out: tuple[int, ...],
-    inner: tuple[int, ...],
+    inner: int,
     lead: tuple[int, ...] = (),
 ) -> dict[str, jax.Array]:
-    """Parameters `name`, and `name`_lora_a, `name`_lora_b with adapters, of a map from `inner` to `out` axes, stacked on `lead`.
+    """Parameters `name`, and `name`_lora_a, `name`_lora_b with adapters, of a map of width `inner` to `out` axes, stacked on `lead`.
 
     Adapters start as Kyutai's: A like a PyTorch linear layer, B at 0, so that they change nothing.
     """
-    params = {name: init(key, (*lead, *out, *inner))}
+    params = {name: init(key, (*lead, *out, inner))}
     if lora.rank:
-        uniform = fan_in_uniform(tuple(range(-len(inner), 0)))
-        params[f"{name}_lora_a"] = uniform(jax.random.fold_in(key, 1), (*lead, lora.rank, *inner))
+        params[f"{name}_lora_a"] = fan_in_uniform()(jax.random.fold_in(key, 1), (*lead, lora.rank, inner))
         params[f"{name}_lora_b"] = jnp.zeros((*lead, *out, lora.rank))
     return params
 
 
 def declare(
-    module: nn.Module, name: str, init: Initializer, lora: LoRAConfig, out: tuple[int, ...], inner: tuple[int, ...]
+    module: nn.Module, name: str, init: Initializer, lora: LoRAConfig, out: tuple[int, ...], inner: int
 ) -> Kernel:
     """`init_kernel` as parameters of a Linen module."""
 
@@ -84,28 +73,26 @@ def declare(
     return Kernel(*(module.param(part, one(part)) for part in parts))
 
 
-def linear(x: jax.Array, kernel: Kernel, scaling: float = 1.0, inner: int = 1, wide: bool = False) -> jax.Array:
+def linear(x: jax.Array, kernel: Kernel, scaling: float = 1.0, wide: bool = False) -> jax.Array:
     """W x + scaling * B (A x), the latter with adapters only.
 
     Args:
-      x: [..., *in], `inner` axes of it contracted; kernel: without leading axes; scaling: of the adapters (`LoRAConfig`).
+      x: [..., in]; kernel: without leading axes; scaling: of the adapters (`LoRAConfig`).
       wide: whether to return the type that products are summed in, at least float32, instead of the type of `x`.
 
     Returns:
       [..., *out].
     """
-    y = _product(x, kernel.w, inner, wide)
+    y = _product(x, kernel.w, wide)
     if kernel.lora_a is None:
         return y
-    adapted = _product(_product(x, kernel.lora_a, inner, False), kernel.lora_b, 1, wide)
-    return y + scaling * adapted
+    return y + scaling * _product(_product(x, kernel.lora_a, False), kernel.lora_b, wide)
 
 
-def _product(x: jax.Array, w: jax.Array, inner: int, wide: bool) -> jax.Array:
+def _product(x: jax.Array, w: jax.Array, wide: bool) -> jax.Array:
     sums = jnp.promote_types(x.dtype, jnp.float32)
     out_type = sums if wide else x.dtype
-    lead, out = x.shape[: x.ndim - inner], w.shape[: w.ndim - inner]
-    x, w = x.reshape(*lead, -1), w.astype(x.dtype).reshape(*out, -1)
+    w, lead, out = w.astype(x.dtype), x.shape[:-1], w.shape[:-1]
 
     def dot(x: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.dot_general(x, w, (((x.ndim - 1,), (w.ndim - 1,)), ((), ())), preferred_element_type=out_type)

@@ -1,10 +1,14 @@
 """Sliding-window attention over a ring cache and the frames of the call. Plain functions on arrays.
 
-Shapes: B rows, T frames of the call, S slots of the ring, H heads, K head width.
+A call of many frames reads the ring as it was and the frames of the call, and writes afterwards (`attend`, `write`); a call of
+one frame writes first and reads the ring alone (`attend_one`), the same keys in fewer steps.
+
+Shapes: B rows, T frames of the call, S slots of the ring, H heads, K head width, L layers.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -14,7 +18,7 @@ NEGATIVE = -1e30  # finite: a query without any key must not turn into NaN
 
 
 class Ring(NamedTuple):
-    """Keys (rotated) and values of the last S valid frames of each row, frame at position p in slot p % S: [..., B, S, H, K]."""
+    """Keys (rotated) and values of the last S valid frames of each row, frame at position p in slot p % S: [..., B, H, S, K]."""
 
     k: jax.Array
     v: jax.Array
@@ -33,7 +37,7 @@ class Positions(NamedTuple):
 
 def init_ring(batch: int, slots: int, heads: int, width: int, dtype: jnp.dtype) -> Ring:
     """An empty ring of S = `slots` frames."""
-    empty = jnp.zeros((batch, slots, heads, width), dtype)
+    empty = jnp.zeros((batch, heads, slots, width), dtype)
     return Ring(empty, empty)
 
 
@@ -55,77 +59,96 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring, where: Position
 
     Ring and call are scored apart, so that the ring is read in place and never copied.
     """
-    keys, values, seen = (ring.k, k), (ring.v, v), (where.in_ring, where.in_call)
-    scores = [
-        jnp.where(part[:, None], _products(q, key) * q.shape[-1] ** -0.5, NEGATIVE)
-        for key, part in zip(keys, seen, strict=True)
-    ]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    keys, values, seen = (ring.k, k.swapaxes(1, 2)), (ring.v, v.swapaxes(1, 2)), (where.in_ring, where.in_call)
+
+    def score(key: jax.Array, seen: jax.Array) -> jax.Array:
+        s = jnp.einsum("BTHK,BHSK->BHTS", q, key, preferred_element_type=wide) * q.shape[-1] ** -0.5
+        return jnp.where(seen[:, None], s, NEGATIVE)
+
+    scores = [score(*part) for part in zip(keys, seen, strict=True)]
     highest = jnp.maximum(*(s.max(-1, keepdims=True) for s in scores))
     weights = [jnp.exp(s - highest) for s in scores]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
-    return sum(_weighted((w / total).astype(q.dtype), value) for w, value in zip(weights, values, strict=True))
+    parts = ((w / total).astype(q.dtype) for w in weights)
+    return sum(jnp.einsum("BHTS,BHSK->BTHK", w, value) for w, value in zip(parts, values, strict=True))
 
 
-def _products(q: jax.Array, k: jax.Array) -> jax.Array:
-    """[B, T, H, K], [B, S, H, K] -> [B, H, T, S] in float32 or wider."""
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-
-    def dot(q: jax.Array, k: jax.Array) -> jax.Array:
-        return jnp.einsum("BTHK,BSHK->BHTS", q, k, preferred_element_type=wide)
-
-    def multiply_reduce(q: jax.Array, k: jax.Array) -> jax.Array:
-        return (q.astype(wide) * k.astype(wide)).sum(-1).swapaxes(1, 2)[:, :, None]
-
-    # One query: XLA's GPU products copy the ring out of its stack first, a reduction reads it in place.
-    return jax.lax.platform_dependent(q, k, cuda=multiply_reduce, default=dot) if q.shape[1] == 1 else dot(q, k)
-
-
-def _weighted(weights: jax.Array, v: jax.Array) -> jax.Array:
-    """[B, H, T, S], [B, S, H, K] -> [B, T, H, K]."""
-    wide = jnp.promote_types(v.dtype, jnp.float32)
-
-    def dot(weights: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.einsum("BHTS,BSHK->BTHK", weights, v)
-
-    def multiply_reduce(weights: jax.Array, v: jax.Array) -> jax.Array:
-        rows = weights[:, :, 0].swapaxes(1, 2)[..., None].astype(wide)
-        return (rows * v.astype(wide)).sum(1, keepdims=True).astype(v.dtype)
-
-    one_query = weights.shape[2] == 1
-    return jax.lax.platform_dependent(weights, v, cuda=multiply_reduce, default=dot) if one_query else dot(weights, v)
-
-
-def write(ring: Ring, k: jax.Array, v: jax.Array, start: jax.Array, mask: jax.Array) -> Ring:
+def write(rings: Ring, k: jax.Array, v: jax.Array, start: jax.Array, mask: jax.Array) -> Ring:
     """Puts the valid frames of a call into the rings of a run of layers.
 
     Args:
-      ring: [L, B, S, H, K]; k, v: [L, B, T, H, K]; start, mask as in `positions`. Where more than S frames arrive only the
+      rings: [L, B, H, S, K]; k, v: [L, B, T, H, K]; start, mask as in `positions`. Where more than S frames arrive only the
         last S stay.
     """
-    slots = ring.k.shape[2]
+    slots = rings.k.shape[3]
     rank = jnp.cumsum(mask, 1) - 1
     stays = mask & (rank >= mask.sum(1, keepdims=True) - slots)
     slot = jnp.where(stays, (start[:, None] + rank) % slots, slots)
-    return Ring(*(_put(old, new, slot) for old, new in zip(ring, (k, v), strict=True)))
+    rows = jnp.arange(mask.shape[0])[:, None]
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[:, rows, :, slot].set(jnp.moveaxis(new, 0, 2), mode="drop")
+
+    return Ring(put(rings.k, k), put(rings.v, v))
 
 
-def _put(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """`old` [L, B, S, H, K] with `new` [L, B, T, H, K] in the slots int32 [B, T]; slot S is nowhere."""
+def attend_one(
+    q: jax.Array, k: jax.Array, v: jax.Array, rings: Ring, layer: int, position: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, Ring]:
+    """`attend` and `write` for a call of one frame in one of the layers whose rings are stacked.
 
-    def scatter(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-        return old.at[:, jnp.arange(old.shape[1])[:, None], slot].set(new, mode="drop")
+    Args:
+      q, k, v: [B, 1, H, K]; rings: [L, B, H, S, K]; position: int32 [B], of the frame; mask: bool [B].
 
-    def row_by_row(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-        def put(row: jax.Array, old: jax.Array) -> jax.Array:
-            at = (0, row, jnp.minimum(slot[row, 0], old.shape[2] - 1), 0, 0)
-            size = (old.shape[0], 1, 1, *old.shape[3:])
-            held, coming = jax.lax.dynamic_slice(old, at, size), jax.lax.dynamic_slice_in_dim(new, row, 1, 1)
-            kept = jnp.where(slot[row, 0] < old.shape[2], coming, held)
-            return jax.lax.dynamic_update_slice(old, kept, at)
+    Returns:
+      What is read, [B, 1, H, K], and the rings with the frame in the rows where `mask`.
+    """
+    q, k, v = q[:, 0], k[:, 0], v[:, 0]
+    slots, wide = rings.k.shape[3], jnp.promote_types(q.dtype, jnp.float32)
+    slot = jnp.where(mask, position % slots, slots)
+    rings = Ring(_put(rings.k, k, layer, slot), _put(rings.v, v, layer, slot))
+    keys, values = rings.k[layer], rings.v[layer]
 
-        return jax.lax.fori_loop(0, old.shape[1], put, old)
+    # XLA's GPU products copy the rings out of their stack first, reductions read them in place.
+    def dot_keys(q: jax.Array, keys: jax.Array) -> jax.Array:
+        return jnp.einsum("BHK,BHSK->BHS", q, keys, preferred_element_type=wide)
 
-    if new.shape[2] > 1:
-        return scatter(old, new, slot)
-    # One frame: on a CPU XLA copies all that it scatters into.
-    return jax.lax.platform_dependent(old, new, slot, cpu=row_by_row, default=scatter)
+    def reduce_keys(q: jax.Array, keys: jax.Array) -> jax.Array:
+        return (q.astype(wide)[:, :, None] * keys.astype(wide)).sum(-1)
+
+    def dot_values(weights: jax.Array, values: jax.Array) -> jax.Array:
+        return jnp.einsum("BHS,BHSK->BHK", weights.astype(values.dtype), values)
+
+    def reduce_values(weights: jax.Array, values: jax.Array) -> jax.Array:
+        parts = math.gcd(slots, 8)  # more of them than heads, so that they fill the device
+        split = lambda y: y.reshape(*y.shape[:2], parts, slots // parts, -1)  # noqa: E731
+        return (split(weights) * split(values).astype(wide)).sum(3).sum(2).astype(values.dtype)
+
+    scores = jax.lax.platform_dependent(q, keys, cuda=reduce_keys, default=dot_keys) * q.shape[-1] ** -0.5
+    held = (jnp.arange(slots) <= position[:, None])[:, None]
+    weights = jax.nn.softmax(jnp.where(held, scores, NEGATIVE), axis=-1)
+    read = jax.lax.platform_dependent(weights, values, cuda=reduce_values, default=dot_values)
+    return read[:, None], rings
+
+
+def _put(rings: jax.Array, new: jax.Array, layer: int, slot: jax.Array) -> jax.Array:
+    """`rings` [L, B, H, S, K] with `new` [B, H, K] in the slots int32 [B] of a layer; slot S is nowhere."""
+    rows, slots = new.shape[0], rings.shape[3]
+
+    def row_by_row(rings: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+        def put(row: int | jax.Array, rings: jax.Array) -> jax.Array:
+            at = (layer, row, 0, jnp.minimum(slot[row], slots - 1), 0)
+            held = jax.lax.dynamic_slice(rings, at, (1, 1, new.shape[1], 1, new.shape[2]))
+            coming = jax.lax.dynamic_slice_in_dim(new, row, 1)[None, :, :, None]
+            return jax.lax.dynamic_update_slice(rings, jnp.where(slot[row] < slots, coming, held), at)
+
+        return jax.lax.fori_loop(0, rows, put, rings) if rows > 1 else put(0, rings)
+
+    def scatter(rings: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+        return rings.at[layer, jnp.arange(rows), :, slot].set(new, mode="drop")
+
+    if rows == 1:
+        return row_by_row(rings, new, slot)
+    # On a CPU XLA copies all that it scatters into.
+    return jax.lax.platform_dependent(rings, new, slot, cpu=row_by_row, default=scatter)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 
 from ttt_jax.config import MoshiConfig
-from ttt_jax.init import fan_in_normal, linear_kernel
+from ttt_jax.init import linear_kernel
 from ttt_jax.linear import declare, linear
-from ttt_jax.moshi import attention
 from ttt_jax.norms import rms_norm
 from ttt_jax.rotary import rotate
 from ttt_jax.ttt.inner import TTTState
 from ttt_jax.ttt.layer import Measurement, TTTLayer
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""From queries, keys and values [B, T, H, K] to what is read, of the same shape, and what the caller wants back of the call."""
 
 
 class Attention(nn.Module):
@@ -21,18 +26,16 @@ class Attention(nn.Module):
     cfg: MoshiConfig
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, ring: attention.Ring, where: attention.Positions
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """x [B, T, dim] -> update [B, T, dim] and the call's keys and values [B, T, H, K] for the ring."""
+    def __call__(self, x: jax.Array, position: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+        """x [B, T, dim] at positions [B, T] -> update [B, T, dim] and what else `attend` returns."""
         cfg = self.cfg
         heads = (cfg.num_heads, cfg.head_dim)
-        qkv = linear(x, declare(self, "qkv", linear_kernel, cfg.lora, (3, *heads), (cfg.dim,)), cfg.lora.scaling)
+        qkv = linear(x, declare(self, "qkv", linear_kernel, cfg.lora, (3, *heads), cfg.dim), cfg.lora.scaling)
         q, k, v = (qkv[:, :, i] for i in range(3))
-        q, k = (rotate(y, where.query, cfg.max_period) for y in (q, k))
-        read = attention.attend(q, k, v, ring, where)
-        out = declare(self, "out", fan_in_normal((-2, -1)), cfg.lora, (cfg.dim,), heads)
-        return linear(read, out, cfg.lora.scaling, inner=2), (k, v)
+        q, k = (rotate(y, position, cfg.max_period) for y in (q, k))
+        read, kept = attend(q, k, v)
+        out = declare(self, "out", linear_kernel, cfg.lora, (cfg.dim,), cfg.dim)
+        return linear(read.reshape(x.shape), out, cfg.lora.scaling), kept
 
 
 class FeedForward(nn.Module):
@@ -44,9 +47,9 @@ class FeedForward(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., dim] -> [..., dim]."""
         dim, hidden, lora = self.cfg.dim, self.cfg.hidden, self.cfg.lora
-        h = linear(x, declare(self, "gate_up", linear_kernel, lora, (2, hidden), (dim,)), lora.scaling)
+        h = linear(x, declare(self, "gate_up", linear_kernel, lora, (2, hidden), dim), lora.scaling)
         gated = jax.nn.silu(h[..., 0, :]) * h[..., 1, :]
-        return linear(gated, declare(self, "down", linear_kernel, lora, (dim,), (hidden,)), lora.scaling)
+        return linear(gated, declare(self, "down", linear_kernel, lora, (dim,), hidden), lora.scaling)
 
 
 class Block(nn.Module):
@@ -60,25 +63,25 @@ class Block(nn.Module):
         self,
         x: jax.Array,
         mask: jax.Array,
-        ring: attention.Ring,
-        where: attention.Positions,
+        position: jax.Array,
+        attend: Attend,
         ttt: TTTState | None,
         measured: bool = False,
-    ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], TTTState | None, Measurement | None]]:
+    ) -> tuple[jax.Array, tuple[Any, TTTState | None, Measurement | None]]:
         """One layer over a call.
 
         Args:
-          x: [B, T, dim]; mask: bool [B, T]; ring: this layer's, [B, S, H, K]; where: positions of the call;
+          x: [B, T, dim]; mask: bool [B, T]; position: int32 [B, T]; attend: how its queries read;
           ttt: the TTT state, None in layers without; measured: whether to measure TTT layers.
 
         Returns:
-          x and ((keys, values) of the call, new TTT state, measurement), the last two None in layers without.
+          x and (what else `attend` returns, new TTT state, measurement), the last two None in layers without.
         """
         norm = lambda name: self.param(name, nn.initializers.ones, (self.cfg.dim,))  # noqa: E731
-        update, kv = Attention(self.cfg, name="attention")(rms_norm(x, norm("norm1")), ring, where)
+        update, kept = Attention(self.cfg, name="attention")(rms_norm(x, norm("norm1")), position, attend)
         x = x + update
         measurement = None
         if self.has_ttt:
             x, ttt, measurement = TTTLayer(self.cfg, name="ttt")(x, mask, ttt, measured)
         x = x + FeedForward(self.cfg, name="ffn")(rms_norm(x, norm("norm2")))
-        return x, (kv, ttt, measurement)
+        return x, (kept, ttt, measurement)

@@ -21,6 +21,8 @@ from ttt_jax.moshi.embed import lookup
 from ttt_jax.norms import rms_norm
 
 Params = dict[str, Any]
+STACKED = ("input", "qkv", "out", "gate_up", "down", "heads")
+"""Maps that a step picks one matrix of."""
 
 
 Cache = list[list[tuple[jax.Array, jax.Array]]]
@@ -28,22 +30,23 @@ Cache = list[list[tuple[jax.Array, jax.Array]]]
 
 
 def init_params(cfg: MoshiConfig, key: jax.Array) -> Params:
-    """Parameters: those of layers stacked [L, S, ...], "input" [S, ...], tables and heads by codebook."""
+    """Parameters: those of layers stacked [L * S, ...] (layer by layer, one axis: XLA reads a slice of it where it lies, and would
+    copy that of two), "input" [S, ...], tables and heads by codebook."""
     depth, q, dim = cfg.depth, cfg.dep_q, cfg.depth.dim
     sets, layers = max(cfg.depth_sets) + 1, depth.num_layers
     heads, width = (depth.num_heads, dim // depth.num_heads), depth.low_rank or dim
     uniform = fan_in_uniform()
     maps = {
-        "input": (uniform, (dim,), (cfg.dim,), (sets,)),
-        "heads": (fan_in_normal(), (cfg.card,), (dim,), (q,)),
-        "qkv": (uniform, (3, *heads), (dim,), (layers, sets)),
-        "out": (fan_in_uniform((-2, -1)), (dim,), heads, (layers, sets)),
-        "gate_up": (uniform, (2, depth.hidden), (dim,), (layers, sets)),
-        "down": (uniform, (dim,), (depth.hidden,), (layers, sets)),
+        "input": (uniform, (dim,), cfg.dim, (sets,)),
+        "heads": (fan_in_normal(), (cfg.card,), dim, (q,)),
+        "qkv": (uniform, (3, *heads), dim, (layers * sets,)),
+        "out": (uniform, (dim,), dim, (layers * sets,)),
+        "gate_up": (uniform, (2, depth.hidden), dim, (layers * sets,)),
+        "down": (uniform, (dim,), depth.hidden, (layers * sets,)),
     }
     if depth.low_rank:
-        maps["text_emb_up"] = (uniform, (dim,), (width,), ())
-        maps["audio_emb_up"] = (uniform, (dim,), (width,), (q - 1,))
+        maps["text_emb_up"] = (uniform, (dim,), width, ())
+        maps["audio_emb_up"] = (uniform, (dim,), width, (q - 1,))
     text, audio, *keys = jax.random.split(key, 2 + len(maps))
     params = {
         "text_emb": embedding(text, (cfg.text_card + 1, width)),
@@ -68,13 +71,15 @@ def teach(params: Params, hidden: jax.Array, text: jax.Array, audio: jax.Array, 
     """
     scaling, q = cfg.lora.scaling, cfg.dep_q
 
-    def of_codebooks(kernel: Kernel) -> Kernel:
-        """Weight sets by codebook; in place where each has its own."""
+    def of_codebooks(kernel: Kernel, layer: int = 0) -> Kernel:
+        """Of one layer, the weights by codebook; in place where each has its own."""
+        sets = max(cfg.depth_sets) + 1
+        kernel = kernel.at(slice(layer * sets, (layer + 1) * sets))
         return kernel if cfg.depth_sets == tuple(range(q)) else kernel.at(jnp.array(cfg.depth_sets))
 
-    def each(x: jax.Array, kernel: Kernel, inner: int = 1, wide: bool = False) -> jax.Array:
-        """[Q, N, *in] -> [Q, N, *out], each codebook by its own matrix."""
-        return jax.vmap(lambda x, kernel: linear(x, kernel, scaling, inner, wide))(x, kernel)
+    def each(x: jax.Array, kernel: Kernel, wide: bool = False) -> jax.Array:
+        """[Q, N, in] -> [Q, N, *out], each codebook by its own matrix."""
+        return jax.vmap(lambda x, kernel: linear(x, kernel, scaling, wide))(x, kernel)
 
     # Codebook-major inside: each codebook's matrix then meets one contiguous matrix of frames.
     x = jax.vmap(lambda kernel: linear(hidden, kernel, scaling))(of_codebooks(kernel(params, "input")))
@@ -86,10 +91,11 @@ def teach(params: Params, hidden: jax.Array, text: jax.Array, audio: jax.Array, 
     x, seen = x + embedded, jnp.tril(jnp.ones((q, q), bool))
     for layer in range(cfg.depth.num_layers):
         qkv, out, gate_up, down = (
-            of_codebooks(kernel(params, name).at(layer)) for name in ("qkv", "out", "gate_up", "down")
+            of_codebooks(kernel(params, name), layer) for name in ("qkv", "out", "gate_up", "down")
         )
         y = each(rms_norm(x, params["norm1"][layer]), qkv)
-        x = x + each(_attend(y[:, :, 0], y[:, :, 1], y[:, :, 2], seen), out, inner=2)
+        read = _attend(y[:, :, 0], y[:, :, 1], y[:, :, 2], seen)
+        x = x + each(read.reshape(x.shape), out)
         y = each(rms_norm(x, params["norm2"][layer]), gate_up)
         x = x + each(jax.nn.silu(y[:, :, 0]) * y[:, :, 1], down)
     return each(x, kernel(params, "heads"), wide=True).swapaxes(0, 1)
@@ -112,12 +118,11 @@ def step(
     x = x + _embed(params, codebook - 1 if codebook else "text", token, cfg, hidden.dtype)
     done = []
     for layer, before in enumerate(cache):
-        qkv, out, gate_up, down = (
-            kernel(params, name).at(layer, weights) for name in ("qkv", "out", "gate_up", "down")
-        )
+        index = layer * (max(cfg.depth_sets) + 1) + weights
+        qkv, out, gate_up, down = (kernel(params, name).at(index) for name in ("qkv", "out", "gate_up", "down"))
         y = linear(rms_norm(x, params["norm1"][layer]), qkv, scaling)
         done.append([*before, (y[:, 1], y[:, 2])])
-        x = x + linear(_attend_few(y[:, 0], done[-1]), out, scaling, inner=2)
+        x = x + linear(_attend_few(y[:, 0], done[-1]).reshape(x.shape), out, scaling)
         y = linear(rms_norm(x, params["norm2"][layer]), gate_up, scaling)
         x = x + linear(jax.nn.silu(y[:, 0]) * y[:, 1], down, scaling)
     return linear(x, kernel(params, "heads").at(codebook), scaling, wide=True), done

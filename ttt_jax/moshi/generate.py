@@ -34,25 +34,13 @@ def streaming_params(params: Params, cfg: MoshiConfig) -> Params:
     own, since XLA's CPU products copy a matrix out of its stack first; on other devices few large arrays are quickest
     (docs/performance.md). `forward` takes `params` itself.
     """
-    stacked = {
-        "input": 1,
-        "heads": 1,
-        "qkv": 2,
-        "out": 2,
-        "gate_up": 2,
-        "down": 2,
-    }  # leading axes in the depth transformer
     unstack = jax.default_backend() == "cpu"
-
-    def separate(leaf: jax.Array, axes: int) -> Any:
-        return tuple(separate(part, axes - 1) for part in leaf) if axes and unstack else leaf
 
     def convert(path: tuple, leaf: jax.Array) -> Any:
         names = [step.key for step in path]
-        axes = 1 if names[0] == "layers" else 0
-        if names[0] == "depth":
-            axes = stacked.get(names[-1].split("_lora_")[0], 0)
-        return separate(leaf if is_wide(names) else leaf.astype(cfg.dtype), axes)
+        leaf = leaf if is_wide(names) else leaf.astype(cfg.dtype)
+        stacked = names[0] == "layers" or (names[0] == "depth" and names[-1].split("_lora_")[0] in depth.STACKED)
+        return tuple(leaf) if stacked and unstack else leaf
 
     return jax.tree_util.tree_map_with_path(convert, params)
 

@@ -77,9 +77,9 @@ def init_params(cfg: MoshiConfig, key: jax.Array) -> Params:
     mask = jnp.ones((batch, frames), bool)
 
     def init_block(run: Run, key: jax.Array) -> Params:
-        run_state = jax.tree.map(lambda leaf: leaf[0], state.layers[run.name])
-        where = attention.positions(state.position, mask, run.context)
-        return Block(cfg, run.has_ttt).init(key, x, mask, run_state.ring, where, run_state.ttt)["params"]
+        ttt = jax.tree.map(lambda leaf: leaf[0], state.layers[run.name].ttt)
+        position = jnp.zeros((batch, frames), jnp.int32)
+        return Block(cfg, run.has_ttt).init(key, x, mask, position, lambda q, k, v: (v, None), ttt)["params"]
 
     params = {
         "text_emb": embedding(text, (cfg.text_card + 1, cfg.dim)),
@@ -89,14 +89,12 @@ def init_params(cfg: MoshiConfig, key: jax.Array) -> Params:
             for run in cfg.runs
         },
         "out_norm": jnp.ones((cfg.dim,)),
-        **init_kernel(head, "text_head", linear_kernel, cfg.lora, (cfg.text_card,), (cfg.dim,)),
+        **init_kernel(head, "text_head", linear_kernel, cfg.lora, (cfg.text_card,), cfg.dim),
         "depth": depth.init_params(cfg, codebooks),
     }
     if cfg.extra_heads:
         out, lead = (cfg.extra_heads_dim,), (cfg.extra_heads,)
-        params |= init_kernel(
-            jax.random.fold_in(head, 2), "extra_heads", linear_kernel, cfg.lora, out, (cfg.dim,), lead
-        )
+        params |= init_kernel(jax.random.fold_in(head, 2), "extra_heads", linear_kernel, cfg.lora, out, cfg.dim, lead)
     return jax.tree.map(lambda p: p.astype(jnp.promote_types(cfg.dtype, jnp.float32)), params)
 
 
@@ -184,18 +182,9 @@ def temporal(
     x = text.sum(2) + lookup(params["audio_emb"], tokens[..., 1:], cfg.dtype).sum(2)
     layers, measurements = {}, []
     for run in cfg.runs:
-        old = state.layers[run.name]
-        where = attention.positions(state.position, mask, run.context)
-        block = Block(cfg, run.has_ttt)
-
-        def body(x: jax.Array, layer, block: Block = block, where: attention.Positions = where):
-            params, (ring, ttt) = layer
-            return block.apply({"params": params}, x, mask, ring, where, ttt, measured)
-
-        x, ((k, v), ttt, measurement) = _over_layers(
-            body, x, params["layers"][run.name], old, run.stop - run.start, tokens.shape[1]
-        )
-        layers[run.name] = RunState(attention.write(old.ring, k, v, state.position, mask), ttt)
+        over = _over_one_frame if tokens.shape[1] == 1 else _over_frames
+        args = params["layers"][run.name], x, mask, state.layers[run.name], state.position, run, cfg, measured
+        x, layers[run.name], measurement = over(*args)
         if measurement is not None:
             measurements.append(measurement)
     position = state.position + mask.sum(1, dtype=jnp.int32)
@@ -203,22 +192,51 @@ def temporal(
     return rms_norm(x, params["out_norm"]), state._replace(position=position, layers=layers), measurement
 
 
-def _over_layers(body, x: jax.Array, params, states, length: int, frames: int):
-    """Runs `body` over stacked layers: a scan over many frames (compiles one layer), unrolled over one.
+def _over_frames(
+    params: Params,
+    x: jax.Array,
+    mask: jax.Array,
+    state: RunState,
+    start: jax.Array,
+    run: Run,
+    cfg: MoshiConfig,
+    measured: bool,
+) -> tuple[jax.Array, RunState, ttt_layer.Measurement | None]:
+    """A run of layers over a call of many frames: a scan, which compiles one layer."""
+    where = attention.positions(start, mask, run.context)
+    block = Block(cfg, run.has_ttt)
 
-    Scanned weights are copied out of their stack by library matrix products; at one frame that copy is all the time.
-    """
-    if frames > 1 and length > 1:
-        return jax.lax.scan(body, x, (params, states))
-    ys = []
-    for i in range(length):
+    def body(x: jax.Array, layer: tuple[Params, RunState]):
+        params, (ring, ttt) = layer
+        attend = lambda q, k, v: (attention.attend(q, k, v, ring, where), (k, v))  # noqa: E731
+        return block.apply({"params": params}, x, mask, where.query, attend, ttt, measured)
+
+    x, ((k, v), ttt, measurement) = jax.lax.scan(body, x, (params, state))
+    return x, RunState(attention.write(state.ring, k, v, start, mask), ttt), measurement
+
+
+def _over_one_frame(
+    params: Params,
+    x: jax.Array,
+    mask: jax.Array,
+    state: RunState,
+    start: jax.Array,
+    run: Run,
+    cfg: MoshiConfig,
+    measured: bool,
+) -> tuple[jax.Array, RunState, ttt_layer.Measurement | None]:
+    """A run of layers over a call of one frame, unrolled: library products copy weights out of a stack that is scanned, and at one
+    frame that copy would be all the time. States are updated where they lie."""
+    rings, states, measurements = state.ring, state.ttt, []
+    block = Block(cfg, run.has_ttt)
+    for i in range(run.stop - run.start):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], params, is_leaf=lambda leaf: isinstance(leaf, tuple))
-        x, (kv, ttt, measurement) = body(x, (layer, jax.tree.map(lambda leaf, i=i: leaf[i], states)))
-        # A TTT state goes back where it was, so that a step writes it in place.
-        states = states._replace(ttt=jax.tree.map(lambda leaf, new, i=i: leaf.at[i].set(new), states.ttt, ttt))
-        ys.append((kv, measurement))
-    (kv, measurement) = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
-    return x, (kv, states.ttt, measurement)
+        attend = partial(attention.attend_one, rings=rings, layer=i, position=start, mask=mask[:, 0])
+        ttt = jax.tree.map(lambda leaf, i=i: leaf[i], states)
+        x, (rings, ttt, measurement) = block.apply({"params": layer}, x, mask, start[:, None], attend, ttt, measured)
+        states = jax.tree.map(lambda leaf, new, i=i: leaf.at[i].set(new), states, ttt)
+        measurements.append(measurement)
+    return x, RunState(rings, states), jax.tree.map(lambda *leaves: jnp.stack(leaves), *measurements)
 
 
 def text_logits(params: Params, hidden: jax.Array, cfg: MoshiConfig) -> jax.Array:

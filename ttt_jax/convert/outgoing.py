@@ -1,0 +1,203 @@
+"""A checkpoint of ours to Kyutai's layout."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from ttt_jax import record, weights
+from ttt_jax.config import LoRAConfig, MoshiConfig
+from ttt_jax.convert import extras, names, settings
+from ttt_jax.convert.lora import merged
+from ttt_jax.convert.plan import Plan, carry_out, check_copies, log
+from ttt_jax.convert.source import CONFIG, MOSHI, UNKNOWN
+from ttt_jax.errors import InputError
+from ttt_jax.files import check_new
+from ttt_jax.tensorfile import NAMES, Piece, cast, of_array
+from ttt_jax.tensorwriter import Spec
+from ttt_jax.weights import Tensor
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+RUN = "checkpoints"  # what the folder of a training run has
+
+
+class Opened(NamedTuple):
+    """A checkpoint, open for reading."""
+
+    cfg: MoshiConfig
+    source: dict[str, Any]
+    """What is known of where it came from."""
+    copies: tuple[Path, ...]
+    part: Callable[[Tensor, int, int], Piece]
+    """Piece of a tensor: one of so many equal shares."""
+    dtype: Callable[[Tensor], str]
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    merge_lora: bool = False,
+    dtype: Dtype | None = None,
+    dry_run: bool = False,
+) -> Plan:
+    """Write a checkpoint as safetensors and config.json that Kyutai's tools load; what was or would be written.
+
+    Args:
+      checkpoint: a folder that `kyutai` made, or the folder of a training run.
+      out: the new folder.
+      merge_lora: whether adapters are added to the weights; else they are written as a LoRA file of Kyutai's.
+      dtype: type of weights and adapters; None: as they are.
+      dry_run: whether to check all and write nothing.
+
+    Raises `InputError` if the checkpoint is damaged or Kyutai's layout cannot express it; then nothing is written.
+    """
+    out = Path(out).expanduser()
+    check_new(out)
+    with contextlib.ExitStack() as stack:
+        found = _open(Path(checkpoint).expanduser(), stack)
+        cfg = found.cfg
+        if merge_lora and not cfg.lora.rank:
+            raise InputError(f"{checkpoint} has no adapters that could be merged: leave out --merge-lora.")
+        told = dataclasses.replace(cfg, lora=LoRAConfig()) if merge_lora else cfg
+        config = _config(told, found)
+        target = {name: short for short, name in NAMES.items()}[dtype] if dtype else found.dtype(weights.base(cfg)[0])
+        files = {MOSHI: _base_specs(found, merge_lora, target)}
+        others = [CONFIG, "README.md"]
+        if cfg.lora.rank and not merge_lora:
+            files[weights.LORA] = _lora_specs(found, target if dtype else None)
+        if cfg.ttt_layers:
+            files[extras.TTT] = [
+                Spec(extras.exported_name(t), "F32", t.shape, (found.part(t, 0, 1),)) for t in weights.ttt(cfg)
+            ]
+            others.append(extras.TTT_CONFIG)
+        plan = Plan(str(checkpoint), out, told, target, files, found.copies, tuple(others), ())
+        check_copies(plan)
+        for line in plan.lines():
+            log.info(line)
+
+        def finish(folder: Path, written: dict[str, dict[str, Any]]) -> None:
+            record.write_json(folder / CONFIG, config)
+            (folder / "README.md").write_text(_readme(plan, found), encoding="utf-8")
+            if cfg.ttt_layers:
+                extras.write_ttt_config(folder / extras.TTT_CONFIG, cfg)
+
+        if not dry_run:
+            carry_out(plan, finish, metadata={"format": "pt"})
+        return plan
+
+
+def _open(path: Path, stack: contextlib.ExitStack) -> Opened:
+    if (path / RUN).is_dir():
+        from ttt_jax import checkpoint  # loads jax
+
+        run = checkpoint.load_run(path)
+        return Opened(run.config, {}, (), _of_params(run.params), lambda tensor: "F32")
+    folder = stack.enter_context(weights.Folder(path))
+    source = folder.info["source"]
+
+    def part(tensor: Tensor, number: int, count: int) -> Piece:
+        return folder.files[tensor.file].piece(tensor.name, number, count)
+
+    return Opened(folder.cfg, source, tuple(path / name for name in source["travelling"]), part, folder.dtype)
+
+
+def _of_params(params: dict[str, Any]) -> Callable[[Tensor, int, int], Piece]:
+    """Pieces of float32 parameters."""
+
+    def part(tensor: Tensor, number: int, count: int) -> Piece:
+        def make() -> np.ndarray:
+            leaf = params
+            for key in tensor.path:
+                leaf = leaf[key]
+            layers = np.asarray(leaf, np.float32).reshape(-1, *tensor.shape)  # one, if the leaf is not stacked
+            return layers[tensor.index or 0].reshape(count, -1)[number]
+
+        return of_array(4 * math.prod(tensor.shape) // count, make)
+
+    return part
+
+
+def _parts(found: Opened, tensor: Tensor) -> list[Piece]:
+    count = len(names.modules(tensor))
+    return [found.part(tensor, i, count) for i in range(count)]
+
+
+def _base_specs(found: Opened, merge_lora: bool, target: str) -> list[Spec]:
+    cfg, specs = found.cfg, []
+    for tensor in weights.base(cfg):
+        named, dtype = names.weight(tensor), found.dtype(tensor)
+        pieces = _parts(found, tensor)
+        if merge_lora and tensor.inputs:
+            a, b = weights.adapter(tensor, cfg.lora.rank)
+            pieces = [
+                merged(w, dtype, down, up, found.dtype(a), cfg.lora.rank, cfg.lora.scaling)
+                for w, down, up in zip(
+                    pieces, _shares(found, a, len(pieces)), _shares(found, b, len(pieces)), strict=True
+                )
+            ]
+        specs += _specs(named, pieces, dtype, target)
+    return specs
+
+
+def _lora_specs(found: Opened, target: str | None) -> list[Spec]:
+    cfg, specs = found.cfg, []
+    for tensor, *pair in weights.adapters(cfg):
+        for adapter, named in zip(pair, names.adapter(tensor, cfg.lora.rank), strict=True):
+            dtype = found.dtype(adapter)
+            pieces = _shares(found, adapter, len(named.parts))
+            specs += _specs(named._replace(fused=()), pieces, dtype, target or dtype)
+    return specs
+
+
+def _shares(found: Opened, tensor: Tensor, count: int) -> list[Piece]:
+    return [found.part(tensor, i, count) for i in range(count)]
+
+
+def _specs(named: names.Names, pieces: list[Piece], dtype: str, target: str) -> list[Spec]:
+    """Tensors of theirs, as they release them, that hold `pieces`, one piece for each map."""
+    keys = names.released(named)
+    share = len(pieces) // len(keys) if keys else 0
+    return [
+        Spec(
+            key.name,
+            target,
+            key.shape,
+            tuple(cast(piece, dtype, target, key.name) for piece in pieces[i * share : (i + 1) * share]),
+        )
+        for i, key in enumerate(keys)
+    ]
+
+
+def _config(cfg: MoshiConfig, found: Opened) -> dict[str, Any]:
+    source = found.source
+    config = settings.export(cfg, source.get("config") or {}) | {"moshi_name": MOSHI}
+    config.pop("lora_name", None)
+    if cfg.lora.rank:
+        config["lora_name"] = weights.LORA
+    if source.get("mimi"):
+        config["mimi_name"] = source["mimi"]
+    if source.get("tokenizer"):
+        config["tokenizer_name"] = source["tokenizer"]
+    if source.get("lm_gen_config"):
+        config["lm_gen_config"] = source["lm_gen_config"]
+    return config
+
+
+def _readme(plan: Plan, found: Opened) -> str:
+    licence = found.source.get("licence", UNKNOWN)
+    front = f"---\nlicense: {licence}\n---\n\n" if licence != UNKNOWN else ""
+    origin = f" The weights come from {found.source['repository']}." if found.source.get("repository") else ""
+    ttt = (
+        f"`{extras.TTT}` and `{extras.TTT_CONFIG}` hold TTT layers (layers {', '.join(map(str, plan.cfg.ttt_layers))}), which"
+        " Kyutai's tools do not read.\n"
+        if plan.cfg.ttt_layers
+        else ""
+    )
+    return f"{front}Written by `python -m ttt_jax.convert export`, in the layout of PyPI `moshi`.{origin}\n{ttt}"

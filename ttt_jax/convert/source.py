@@ -1,0 +1,215 @@
+"""Where Kyutai's weights are found: a folder, a file, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ttt_jax import record
+from ttt_jax.errors import InputError
+from ttt_jax.weights import LORA
+
+CONFIG = "config.json"
+MOSHI = "model.safetensors"
+MIMI = "tokenizer-e351c8d8-checkpoint125.safetensors"
+TOKENIZER = "tokenizer_spm_32k_3.model"
+"""Names that Kyutai's loader takes where config.json gives none."""
+PICKLED = {".pt", ".pth", ".bin", ".ckpt", ".th"}
+LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "LICENCE.md", "LICENCE.txt")
+UNKNOWN = "unknown"
+
+
+class Source(NamedTuple):
+    """Kyutai's files, found; `fetch` brings one here by its name."""
+
+    name: str
+    """As the user gave it."""
+    config: dict[str, Any] | None
+    """config.json; None: there is none."""
+    where: str
+    """Names config.json in messages."""
+    fetch: Callable[[str], Path | None]
+    """Path of a file by its name there, or hf://OWNER/NAME/FILE or file://PATH; None if there is none."""
+    folder: Path | None
+    """Local folder; None: the hub."""
+    file: Path | None = None
+    """The weights if the user named them."""
+    repository: str | None = None
+    revision: str | None = None
+    """Commit that the hub gave."""
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        """config.json or nothing."""
+        return self.config or {}
+
+    def need(self, name: str, what: str) -> Path:
+        """Path of the file `name`. Raises `InputError` if there is none."""
+        path = self.fetch(name)
+        if path is None:
+            raise InputError(f"{self.name} has no {name}: put {what} there, or correct its name in {self.where}.")
+        return path
+
+    def weights(self) -> Path:
+        """The language model's weights. Raises `InputError` if they are not there or it is not clear which file they are."""
+        if self.file is not None:
+            return self.file
+        name = self.raw.get("moshi_name")
+        if name is not None or self.folder is None:
+            return self.need(name or MOSHI, "the weights")
+        if path := self.fetch(MOSHI):
+            return path
+        beside = {self.raw.get("mimi_name") or MIMI, self.raw.get("lora_name"), LORA, "ttt.safetensors"}
+        found = [path for path in sorted(self.folder.glob("*.safetensors")) if path.name not in beside]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise InputError(
+                f"{self.name} has no {MOSHI} but {', '.join(path.name for path in found)}: name the one to convert as SOURCE."
+            )
+        if pickled := [path.name for path in sorted(self.folder.iterdir()) if path.suffix in PICKLED]:
+            raise InputError(f"{self.name} holds {pickled[0]}, which is pickled: give weights as safetensors.")
+        raise InputError(f"{self.name} holds no {MOSHI}: give a folder with the weights as safetensors.")
+
+    def tokenizer(self) -> Path | None:
+        """The text tokenizer, if it is there."""
+        return self.fetch(self.raw.get("tokenizer_name") or TOKENIZER)
+
+    def mimi(self) -> str:
+        """Where the codec is: a file's name, for the hub with its repository."""
+        name = self.raw.get("mimi_name") or MIMI
+        return f"hf://{self.repository}/{name}" if self.repository and "://" not in name else name
+
+    def mimi_config(self) -> Path | None:
+        """The codec's own configuration, if config.json names one and it is there."""
+        name = self.raw.get("mimi_config_name")
+        return self.fetch(name) if name else None
+
+    def licence(self) -> tuple[str, list[Path]]:
+        """The weights' licence as README.md names it, or "unknown", and licence files."""
+        names = LICENCES if self.folder is not None else LICENCES[:1]
+        readme = self.fetch("README.md")
+        text = readme.read_text(encoding="utf-8", errors="replace") if readme else ""
+        front = re.match(r"---\r?\n(.*?\n)---", text, re.DOTALL)
+        named = re.search(r"^license:\s*['\"]?([\w.-]+)", front[1], re.MULTILINE) if front else None
+        return named[1] if named else UNKNOWN, [path for name in names if (path := self.fetch(name))]
+
+
+def find(name: str) -> Source:
+    """What `name` stands for: an existing folder or file, else OWNER/NAME or OWNER/NAME@REVISION on the hub.
+
+    Raises `InputError` if it is nothing of that.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _local(name, path, None)
+    if path.is_file():
+        if path.suffix in PICKLED:
+            raise InputError(f"{name} is pickled: give weights as safetensors.")
+        return _local(name, path.parent, path)
+    match = re.fullmatch(r"(?:hf://)?([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w./-]+))?", name)
+    if match is None or path.suffix == ".safetensors":
+        raise InputError(
+            f"{name} is no folder or file here and no hub id: give a folder, a safetensors file, or OWNER/NAME."
+        )
+    return _hub(name, match[1], match[2])
+
+
+def _local(name: str, folder: Path, file: Path | None) -> Source:
+    def fetch(wanted: str) -> Path | None:
+        if wanted.startswith("hf://"):
+            return _from_hub(wanted)
+        path = Path(wanted.removeprefix("file://")) if wanted.startswith("file://") else folder / wanted
+        return path if path.is_file() else None
+
+    path = fetch(CONFIG)
+    return Source(name, read_config(path) if path else None, str(folder / CONFIG), fetch, folder, file)
+
+
+def _hub(name: str, repository: str, revision: str | None) -> Source:
+    def fetch(wanted: str) -> Path | None:
+        if wanted.startswith("hf://"):
+            return _from_hub(wanted)
+        return download(repository, wanted, revision)
+
+    path = fetch(CONFIG)
+    if path is None and fetch(MOSHI) is None:
+        raise InputError(
+            f"{name} on the hub has neither {CONFIG} nor {MOSHI}: give a repository of Kyutai's PyTorch weights."
+        )
+    parts = path.parts if path else ()
+    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else revision
+    return Source(
+        name,
+        read_config(path) if path else None,
+        f"{CONFIG} of {name}",
+        fetch,
+        None,
+        repository=repository,
+        revision=commit,
+    )
+
+
+def _from_hub(name: str) -> Path | None:
+    owner, repository, file = (name.removeprefix("hf://").split("/", 2) + ["", ""])[:3]
+    return download(f"{owner}/{repository}", file, None)
+
+
+def download(repository: str, name: str, revision: str | None) -> Path | None:
+    """A file of a hub repository, by the hub's own client and cache; None if the repository has no such file.
+
+    Raises `InputError` if the repository is unknown or closed, or neither the hub can be reached nor the file is cached.
+    """
+    from huggingface_hub import hf_hub_download, utils
+
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision))
+    except utils.LocalEntryNotFoundError:
+        if _known_absent(repository, name, revision):
+            return None
+        raise InputError(
+            f"there is no folder {repository} here, {name} of {repository} on the hub is not in the hub's cache, and the hub"
+            " cannot be reached (no network, or offline mode): go online, or correct the path."
+        ) from None
+    except utils.EntryNotFoundError:
+        return None
+    except utils.GatedRepoError:
+        raise InputError(
+            f"{repository} on the hub is closed to you: accept its conditions there and log in by `hf auth login`."
+        ) from None
+    except utils.RevisionNotFoundError:
+        raise InputError(f"{repository} on the hub has no revision {revision}: name a branch, tag or commit.") from None
+    except utils.RepositoryNotFoundError:
+        raise InputError(
+            f"{repository} is neither a folder or file here nor a repository of the hub that you can read: correct the name,"
+            " or log in by `hf auth login`."
+        ) from None
+    except utils.HFValidationError:
+        raise InputError(f"{repository} is neither a folder or file here nor a hub id: give OWNER/NAME.") from None
+    except (utils.HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{name} of {repository} could not be had from the hub ({reason}): try again, or give a folder."
+        ) from None
+
+
+def _known_absent(repository: str, name: str, revision: str | None) -> bool:
+    """Whether the hub's cache holds the repository without this small file, which then counts as absent offline."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if name.endswith(".safetensors"):
+        return False
+    known = (try_to_load_from_cache(repository, other, revision=revision) for other in (CONFIG, MOSHI) if other != name)
+    return any(isinstance(path, str) for path in known)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Kyutai's config.json in `path`. Raises `InputError` if that is no object or names files by anything but strings."""
+    raw = record.read_json(path, "a config.json of Kyutai's")
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} holds no object: give the config.json that belongs to the weights.")
+    for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name"):
+        record.conform(str | None, raw.get(key), str(path), key)
+    return raw

@@ -1,0 +1,205 @@
+"""Safetensors files read and written tensor by tensor, in blocks, so that a large model never lies in memory.
+
+Reading is by plain reads, not by a memory map: pages of a map that were touched count as resident memory of the process.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from ttt_jax.errors import InputError
+
+BLOCK = 16 << 20  # bytes that are read, hashed and written together
+QUEUE = 4  # blocks between the reading and the writing thread
+LARGEST_HEADER = 100_000_000  # bytes; the bound of the format's own library
+
+DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+}
+"""Types of weights by their name in a file."""
+NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""Names for people."""
+SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8}
+SIZES |= {"U64": 8, "F64": 8} | {name: dtype.itemsize for name, dtype in DTYPES.items()}
+
+
+class Info(NamedTuple):
+    """Where a tensor lies in its file."""
+
+    dtype: str
+    """As files name it: "BF16", "F16", "F32", ..."""
+    shape: tuple[int, ...]
+    start: int
+    """First byte in the file."""
+    stop: int
+    """Byte after the last."""
+
+
+class Piece(NamedTuple):
+    """Bytes to be written: where they come from is known, they are not read yet."""
+
+    nbytes: int
+    blocks: Callable[[Ring, int], Iterator[memoryview]]
+    """Yields them in blocks that are multiples of the second argument (1: any size) and die when the next one is asked for."""
+
+
+class TensorFile:
+    """A safetensors file open for reading; its header is checked against its size when it is opened."""
+
+    def __init__(self, path: Path):
+        """Raises `InputError` if `path` is no whole safetensors file."""
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(f"{path} is not a file: give the path of a safetensors file.")
+        self._file = self.path.open("rb", buffering=0)
+        try:
+            self.tensors = _header(self.path, self._file)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read_into(self, start: int, view: memoryview) -> None:
+        """Fill `view` with the bytes from `start` on. Raises `InputError` if the file ends before."""
+        self._file.seek(start)
+        done = 0
+        while done < len(view):
+            count = self._file.readinto(view[done:])
+            if not count:
+                raise InputError(
+                    f"{self.path} ends at byte {start + done} while it is being read: leave it alone and run again."
+                )
+            done += count
+
+    def array(self, name: str) -> np.ndarray:
+        """The tensor `name`, of a type in `DTYPES`, in its shape."""
+        info = self.tensors[name]
+        array = np.empty(info.shape, DTYPES[info.dtype])
+        self.read_into(info.start, as_bytes(array))
+        return array
+
+    def piece(self, name: str, part: int = 0, parts: int = 1) -> Piece:
+        """One of `parts` equal consecutive shares of the bytes of the tensor `name`."""
+        info = self.tensors[name]
+        size = (info.stop - info.start) // parts
+        start = info.start + part * size
+
+        def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
+            step = max(1, BLOCK // unit) * unit
+            for at in range(0, size, step):
+                view = ring.next(min(step, size - at))
+                self.read_into(start + at, view)
+                yield view
+
+        return Piece(size, blocks)
+
+
+def as_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array, in place."""
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def of_array(nbytes: int, make: Callable[[], np.ndarray]) -> Piece:
+    """The bytes of the array that `make` returns when it is its turn to be written."""
+
+    def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
+        view = as_bytes(np.ascontiguousarray(make()))
+        step = max(1, BLOCK // unit) * unit
+        for at in range(0, len(view), step):
+            yield view[at : at + step]
+
+    return Piece(nbytes, blocks)
+
+
+def cast(piece: Piece, source: str, target: str, where: str) -> Piece:
+    """`piece` of type `source` as `target`, rounded to the nearest value.
+
+    Reading it raises `InputError` naming `where` if a number is beyond the range of `target`.
+    """
+    if source == target:
+        return piece
+    old, new = DTYPES[source], DTYPES[target]
+
+    def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
+        for view in piece.blocks(ring, max(1, unit // new.itemsize) * old.itemsize):
+            values = np.frombuffer(view, old)
+            with np.errstate(over="ignore"):
+                result = values.astype(new)
+            if (np.isinf(result) & np.isfinite(values)).any():
+                raise InputError(
+                    f"{where} holds a number beyond the range of {NAMES[target]}: write another type, such as float32."
+                )
+            yield as_bytes(result)
+
+    return Piece(piece.nbytes // old.itemsize * new.itemsize, blocks)
+
+
+class Ring:
+    """Buffers that are used in turn: more of them than blocks can be under way at once."""
+
+    def __init__(self) -> None:
+        self._buffers = [bytearray(0) for _ in range(QUEUE + 2)]
+        self._turn = 0
+
+    def next(self, size: int) -> memoryview:
+        """`size` bytes to be filled; they are overwritten `QUEUE` + 2 calls later."""
+        self._turn = (self._turn + 1) % len(self._buffers)
+        if len(self._buffers[self._turn]) < size:
+            self._buffers[self._turn] = bytearray(size)
+        return memoryview(self._buffers[self._turn])[:size]
+
+
+def _header(path: Path, file: io.FileIO) -> dict[str, Info]:
+    """Tensors by name. Raises `InputError` if what is there is not a header followed by the tensors it tells of."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or not 2 <= length <= LARGEST_HEADER:
+        raise InputError(f"{path} does not start with a safetensors header: give a whole safetensors file.")
+    if size < 8 + length:
+        raise InputError(
+            f"{path} is cut off: its header has {length} bytes, the file {size} in all; copy or download it again."
+        )
+    try:
+        entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        tensors = {
+            name: Info(e["dtype"], tuple(map(int, e["shape"])), *(8 + length + int(at) for at in e["data_offsets"]))
+            for name, e in entries.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{path} has a header that cannot be read: give a whole safetensors file.") from None
+    end = 8 + length
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
+        expected = math.prod(info.shape) * SIZES.get(info.dtype, 0)
+        sound = info.dtype in SIZES and min(info.shape, default=0) >= 0
+        if not sound or info.start != end or info.stop - info.start != expected:
+            raise InputError(
+                f"{path} says of {name} that it is {info.dtype} of shape {list(info.shape)} in bytes {info.start} to"
+                f" {info.stop}, which does not fit: write the file again by a safetensors library."
+            )
+        end = info.stop
+    if size != end:
+        raise InputError(
+            f"{path} has {size} bytes where its header tells of {end}: it is cut off or damaged; copy or download it again."
+        )
+    return tensors
