@@ -2,7 +2,7 @@
 
 Random bfloat16 weights in the shape of Moshi's 7B are made once with PyTorch `moshi`, written in Kyutai's layout and read by
 `ttt_jax.convert`. Both models score the same random codes, teacher-forced, in bfloat16 and in float32. For text and every
-codebook the table gives, against PyTorch in float32:
+codebook the table gives, against PyTorch in float32 (and last, between the two in bfloat16):
 
 - argmax: share of positions whose likeliest token is the same
 - KL: of the two distributions, in nats, mean over positions
@@ -62,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         kwargs, codes, traces = theirs(args, Path(folder) / "kyutai")
         traces |= ours(Path(folder), codes)
-    figures = {"what": about(args, kwargs), "against PyTorch float32": compare(traces, kwargs)}
+    figures = {"what": about(args, kwargs), "figures": compare(traces, kwargs)}
     show(figures)
     if args.out is not None:
         args.out.write_text(json.dumps(figures, indent=1) + "\n")
@@ -155,8 +155,8 @@ def ours(folder: Path, codes: np.ndarray) -> dict[str, Any]:
 
 
 def compare(traces: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """By stream and model: argmax, KL, apart, against PyTorch in float32."""
-    exact, figures = traces.pop("PyTorch float32"), {}
+    """By stream and model: argmax, KL, apart, against PyTorch in float32; and ours in bfloat16 against theirs."""
+    exact, figures = traces["PyTorch float32"], {}
     for k in range(1 + kwargs["dep_q"]):
         name = f"codebook {k}" if k else "text"
         begun = slice(kwargs["delays"][k], None)  # before that a codebook's logits are never used
@@ -165,7 +165,11 @@ def compare(traces: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, dict[st
             x = trace.audio_logits[:, begun, k - 1] if k else trace.text_logits
             return x.astype(np.float64)
 
-        figures[name] = {model: one(logits(exact), logits(trace)) for model, trace in traces.items()}
+        figures[name] = {
+            model: one(logits(exact), logits(trace)) for model, trace in traces.items() if trace is not exact
+        }
+        both = logits(traces["PyTorch bfloat16"]), logits(traces["ours bfloat16"])
+        figures[name]["one bfloat16 to the other"] = one(*both)
     return figures
 
 
@@ -194,7 +198,7 @@ def about(args: argparse.Namespace, kwargs: dict[str, Any]) -> dict[str, Any]:
 def show(figures: dict[str, Any]) -> None:
     """The table."""
     print(", ".join(f"{name} {value}" for name, value in figures["what"].items()))
-    table = figures["against PyTorch float32"]
+    table = figures["figures"]
     models = [*next(iter(table.values()))]
     print(f"\n{'':12}" + "".join(f"{model:>30}" for model in models))
     print(f"{'':12}" + f"{'argmax':>12}{'KL':>10}{'apart':>8}" * len(models))

@@ -9,6 +9,7 @@ compare with what `make_fixtures.py` stored of them. ``python -m pytest -m parit
 from __future__ import annotations
 
 import inspect
+import json
 from functools import cache
 from pathlib import Path
 
@@ -480,6 +481,27 @@ def test_export_gives_back_kyutais_files(pair, tmp_path, name, dtype):
         np.testing.assert_array_equal(one, other)
 
 
+def test_export_gives_back_adapters(adapted, tmp_path):
+    """Apart: their file to the bit, which the package loads. Merged: what the package itself merges, to rounding."""
+    folder, adapters, _ = adapted
+    convert.kyutai(folder, tmp_path / "checkpoint", lora=adapters / "lora.safetensors")
+    convert.export(tmp_path / "checkpoint", tmp_path / "apart")
+    assert bits(tmp_path / "apart" / "lora.safetensors") == bits(adapters / "lora.safetensors")
+    assert bits(tmp_path / "apart" / "model.safetensors") == bits(folder / "model.safetensors")
+    told = json.loads((tmp_path / "apart" / "config.json").read_text())
+    assert (told["lora"], told["lora_rank"], told["lora_scaling"]) == (True, RANK, SCALING)
+    back = torch_moshi.load_folder(tmp_path / "apart", lora_weights=tmp_path / "apart" / "lora.safetensors")
+    codes = codes_of(LORA)
+    expected = torch_moshi.grid(their_adapted(folder, adapters, False), codes)
+    for one, other in zip(torch_moshi.grid(back, codes), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+    convert.export(tmp_path / "checkpoint", tmp_path / "merged", merge_lora=True)
+    got = torch_moshi.load_folder(tmp_path / "merged").state_dict()
+    for name, value in their_adapted(folder, adapters, True).state_dict().items():
+        np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize("name", ["moshi", "shared"])
 def test_names_of_a_state_dict_are_read_too(pair, tmp_path, name):
     """`save_file(model.state_dict())`: attention maps codebook by codebook, as fine-tuning and quantisation write them."""
@@ -501,7 +523,10 @@ def test_added_ttt_layers_change_nothing_before_training(pair, tmp_path, layers)
     ttt_cfg, ttt_params = ours(folder, tmp_path, ttt=TTTConfig(layers=layers))
     assert ttt_cfg.ttt_layers
     codes = codes_of(kwargs)
-    for parts, run_, atol in ((FRAMES,), forward, 0), ((5, 1, 1), forward, 0), ((FRAMES,), model.forward, ATOL / 10):
+    ways = [((FRAMES,), forward, 0), ((5, 1, 1), forward, 0)]
+    if layers == "all":
+        ways.append(((FRAMES,), model.forward, ATOL / 10))
+    for parts, run_, atol in ways:
         one, other = (teach(*x, codes, parts, run_)[0] for x in ((cfg, params), (ttt_cfg, ttt_params)))
         for which in ("hidden", "text_logits", "audio_logits"):
             np.testing.assert_allclose(getattr(one, which), getattr(other, which), rtol=0, atol=atol)
@@ -593,6 +618,6 @@ def test_bfloat16_is_as_close_to_float32_as_pytorchs(pair, tmp_path, name):
         error, allowed = (
             np.abs(np.asarray(getattr(x, which), np.float64) - getattr(exact, which)).mean() for x in (got, half)
         )
-        assert error < 1.05 * allowed
+        assert error < allowed
         agree = (getattr(got, which).argmax(-1) == getattr(exact, which).argmax(-1)).mean()
         assert agree > 0.9

@@ -20,13 +20,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.drawing import quick_jit
-from tests.kyutai import FIXTURES
 from tests.test_flaws import Flaw, broken
 from ttt_jax import linear, norms, rotary, weights
 from ttt_jax.convert import incoming, lora, matching, outgoing, settings
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import attention, blocks, delays, depth, embed, generate, loss, model
 
+FIXTURES = Path(__file__).parent / "fixtures"
 ATOL = 1e-4
 GREEDY = generate.Sampling(temperature=0, text_temperature=0)
 MIXED = (5, 1, 5, 5, 1, 5, 1, 1)
@@ -293,7 +293,7 @@ def softmax_is_float32():
     q, k, v = half("q"), half("k"), half("v")
     ring = attention.init_ring(1, 64, 2, 8, q.dtype)
     where = attention.positions(jnp.zeros(1, jnp.int32), jnp.ones((1, 64), bool), 64)
-    got = attention.attend(q, k, v, ring, where)
+    got = quick_jit(attention.attend)(q, k, v, ring, where)
     q, k, v, theirs, got = (np.asarray(x, np.float64) for x in (q, k, v, half("attended"), got))
     scores = np.einsum("bthk,bshk->bhts", q, k) / np.sqrt(8)
     weights = np.where(np.tril(np.ones((64, 64), bool)), np.exp(scores - scores.max(-1, keepdims=True)), 0)
@@ -331,9 +331,9 @@ TRAPS = {
     ),
     # 2
     "eps of 1e-5": Flaw(taught_logits_are_pytorchs, (norms, *EVERYWHERE), {"RMS_EPS = 1e-8": "RMS_EPS = 1e-5"}),
-    "no gain": Flaw(taught_logits_are_pytorchs, (norms, *EVERYWHERE), {"scale.astype(wide) * rms": "rms"}),
+    "no gain": Flaw(taught_logits_are_pytorchs, (norms, *EVERYWHERE), {"scale.astype(wide)": "1"}),
     "gain of 1 + alpha": Flaw(
-        taught_logits_are_pytorchs, (norms, *EVERYWHERE), {"scale.astype(wide) * rms": "(1 + scale.astype(wide)) * rms"}
+        taught_logits_are_pytorchs, (norms, *EVERYWHERE), {"scale.astype(wide)": "(1 + scale.astype(wide))"}
     ),
     # 3
     "value before gate": Flaw(
@@ -538,7 +538,9 @@ TRAPS = {
     "softmax in bfloat16": Flaw(
         softmax_is_float32,
         (attention,),
-        {"return jnp.where(seen[:, None], s, NEGATIVE)": "return jnp.where(seen[:, None], s, NEGATIVE).astype(q.dtype)"},
+        {
+            "return jnp.where(seen[:, None], s, NEGATIVE)": "return jnp.where(seen[:, None], s, NEGATIVE).astype(q.dtype)"
+        },
     ),
     "residual in float32": Flaw(
         bfloat16_is_as_exact_as_pytorchs,
@@ -569,8 +571,23 @@ def test_library_is_sound(check):
     check()
 
 
+SLOW = {
+    "gain of 1 + alpha",
+    "last set for all later codebooks",
+    "schedule for tables",
+    "frames heard a call later",
+    "targets before a stream begins",
+    "-1 is the initial token",
+    "-2 is a token",
+    "window one frame longer",
+    "adapters merged without their factor",
+}
+"""Whose neighbours above are near enough for every run."""
+traps = [pytest.param(trap, marks=[pytest.mark.slow] * (name in SLOW), id=name) for name, trap in TRAPS.items()]
+
+
 @pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types")  # where a fault widens the residual
-@pytest.mark.parametrize("trap", TRAPS.values(), ids=TRAPS)
+@pytest.mark.parametrize("trap", traps)
 def test_broken_copy_is_caught(trap):
     with broken(trap), pytest.raises(AssertionError) as caught:
         trap.check()

@@ -176,16 +176,17 @@ def write_lora_folder(folder: Path, model: LMModel, kwargs: dict[str, Any], rank
     return folder
 
 
-def load_folder(folder: Path, dtype: torch.dtype = torch.float32, **kwargs) -> LMModel:
-    """The folder's model as Kyutai's own tools load it, every key demanded and none left over."""
+def load_folder(folder: Path, dtype: torch.dtype = torch.float32, lora_weights: Path | None = None) -> LMModel:
+    """The folder's model as Kyutai's own tools load it, every key demanded and none left over; adapters stay apart."""
     info = loaders.CheckpointInfo.from_hf_repo(
         "",
         moshi_weights=f"file://{folder / 'model.safetensors'}",
         mimi_weights=folder / "absent",
         tokenizer=folder / "absent",
         config_path=folder / "config.json",
+        lora_weights=lora_weights,
     )
-    return loaders.get_moshi_lm(info.moshi_weights, info.lm_config, dtype=dtype, **kwargs)
+    return info.get_moshi(dtype=dtype)
 
 
 # Teacher-forced
