@@ -8,12 +8,15 @@ from train.config import parse
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_the_python_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def test_the_python_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {}
-    exec(code, names)
+    for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        exec(code, names)
     assert names["outputs"].text_logits.shape == (1, 100, names["cfg"].text_card)
-    assert int(names["state"].position[0]) == 200  # two calls of 100 frames
+    assert int(names["state"].position[0]) == 201  # two calls of 100 frames and a step
+    assert names["mine"].shape == (1, 9)
+    assert (tmp_path / "conversation.safetensors").is_file()
     assert names["gain"].shape == (1, 1, 100, names["cfg"].num_heads)
 
 
