@@ -1,7 +1,7 @@
 """Times streaming generation, tokens on the host after each frame: ``python -m bench.stream``.
 
-Ours and the PyTorch package ``moshi`` (where it is installed; with its CUDA graphs on a GPU) run one after the other, each in
-a process of its own, on random weights of one shape, Kyutai's sampling, a full attention window. Beside them stands the time to read all
+Ours and the PyTorch package ``moshi`` (where it is installed; with its CUDA graphs on a GPU) run in turn, each in a process of
+its own, on random weights of one shape, Kyutai's sampling, a full attention window. Beside them stands the time to read all
 weights and rings once at the bandwidth that a copy reaches here.
 
     python -m bench.stream                                   # small: dim 512, 8 layers, depth 256 x 6, float32
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ SMALL = {
     "depth": {"dim": 256, "num_layers": 6, "num_heads": 4, "hidden": 704},
 }  # fmt: skip
 WARM_UP = 10
+REPLY = "figures: "
 
 
 def main() -> None:
@@ -39,47 +41,84 @@ def main() -> None:
     parser.add_argument(
         "--ttt", nargs="+", help='TTT layers, such as "none" "29,30,31"; default: none and the last three'
     )
-    parser.add_argument("--frames", type=int, default=100, help="timed")
+    parser.add_argument("--frames", type=int, default=100, help="timed in each round")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="in which the programs take turns (7b: one after the other)"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch on a CPU")
     parser.add_argument("--long", type=int, help="frames to stream for the first and the last hundred to be compared")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(child(**json.loads(args.child))))
+        child(**json.loads(args.child))
         return
     layers = args.ttt or ["none", "29,30,31" if args.shape == "7b" else "5-7"]
-    cells = [{"who": "ours", "rows": rows, "ttt": ttt} for rows in args.rows for ttt in layers]
+    programs = [("ours", ttt) for ttt in layers]
     if importlib.util.find_spec("moshi"):
-        cells += [{"who": "torch", "rows": rows, "ttt": "none"} for rows in args.rows]
+        programs.insert(0, ("torch", "none"))
     else:
         print("PyTorch moshi is not installed here: timed alone (docs/parity.md says how to install it)")
     results = []
-    for cell in sorted(cells, key=lambda cell: (cell["rows"], cell["who"] == "ours")):
-        asked = {**cell, "shape": args.shape, "frames": args.frames, "threads": args.threads}
-        if args.long and cell["who"] == "ours":
-            asked["long"] = args.long
-        got = {**cell, **in_child(asked)}
-        results.append(got)
-        print(line(got), flush=True)
     for rows in args.rows:
-        of = {cell["who"] + cell["ttt"]: cell["ms"][0] for cell in results if cell["rows"] == rows}
-        if "torchnone" in of:
-            for ttt in layers:
-                ratio = of["torchnone"] / of["ours" + ttt]
-                print(f"{rows} rows, TTT {ttt}: {ratio:.2f} times as fast as PyTorch without TTT")
+        cells = [
+            {"who": who, "ttt": ttt, "rows": rows, "shape": args.shape, "frames": args.frames} for who, ttt in programs
+        ]
+        for cell in cells:
+            cell |= {"threads": args.threads, "long": args.long if cell["who"] == "ours" else None}
+        together = [cells] if args.shape == "small" else [[cell] for cell in cells]  # two of the 7B would not fit a GPU
+        found = [got for some in together for got in take_turns(some, args.rounds)]
+        for got in found:
+            print(line(got), flush=True)
+        if found[0]["who"] == "torch":
+            for got in found[1:]:
+                ratio = found[0]["ms"][0] / got["ms"][0]
+                print(f"{rows} rows, TTT {got['ttt']}: {ratio:.2f} times as fast as PyTorch without TTT")
+        results += found
     if args.out:
         args.out.write_text(json.dumps(results, indent=1))
 
 
-def in_child(asked: dict[str, Any]) -> dict[str, Any]:
-    """What `child` returns, run in a process of its own, so that memory is counted and freed program by program."""
-    command = [sys.executable, "-m", "bench.stream", "--child", json.dumps(asked)]
-    env = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    if done.returncode:
-        sys.exit(f"{asked} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def take_turns(cells: list[dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
+    """Figures of programs that run in processes of their own and are timed in turn, so that all meet the same machine."""
+    env = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95" if len(cells) == 1 else "0.3"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "bench.stream", "--child", json.dumps(cell)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
+        )
+        for cell in cells
+    ]  # fmt: skip
+
+    def ask(process: subprocess.Popen, what: str) -> Any:
+        process.stdin.write(what + "\n")
+        process.stdin.flush()
+        while reply := process.stdout.readline():
+            if reply.startswith(REPLY):
+                return json.loads(reply.removeprefix(REPLY))
+        sys.exit("a program ended before it was timed; its message stands above")
+
+    found = [dict(cell) for cell in cells]
+    for process in started:
+        ask(process, "ready?")
+    times = [[ask(process, "time") for process in started] for _ in range(rounds)]
+    for i, process in enumerate(started):
+        found[i] |= ask(process, "about")
+        of_rounds = [one[i] for one in times]
+        found[i]["ms"] = spread([ms for one in of_rounds for ms in one["ms"]])
+        found[i]["queued_ms"] = float(np.median([one["queued_ms"] for one in of_rounds]))
+        process.stdin.close()
+        process.wait()
+    return found
+
+
+def child(who: str, **asked: Any) -> None:
+    """Answers `take_turns` for one program."""
+    program = ours(**asked) if who == "ours" else torch_moshi(**asked)
+    about = next(program)
+    for line in sys.stdin:
+        reply = next(program) if line.strip() == "time" else about
+        print(REPLY + json.dumps(reply), flush=True)
 
 
 def line(cell: dict[str, Any]) -> str:
@@ -97,13 +136,8 @@ def line(cell: dict[str, Any]) -> str:
     return text
 
 
-def child(who: str, **asked: Any) -> dict[str, Any]:
-    """Figures of one program."""
-    return ours(**asked) if who == "ours" else torch_moshi(**asked)
-
-
-def ours(shape: str, rows: int, ttt: str, frames: int, threads: int, long: int | None = None) -> dict[str, Any]:
-    """Our `stream_step` on random weights and a full window."""
+def ours(shape: str, rows: int, ttt: str, frames: int, threads: int, long: int | None) -> Iterator[dict[str, Any]]:
+    """Our `stream_step` on random weights and a full window: what it is, then the times of round after round."""
     import jax
     import jax.numpy as jnp
 
@@ -146,21 +180,21 @@ def ours(shape: str, rows: int, ttt: str, frames: int, threads: int, long: int |
         blocking(long - 200 - WARM_UP)
         times = blocking(100)
         got |= {"last": {"ms": float(np.median(times)), "gb": in_use()}}
-    times = blocking(frames)
-    began = time.perf_counter()
-    for i in range(frames):
-        own, state = step(params, codes[i % 64], mask, state)
-    jax.block_until_ready(state)
-    queued = (time.perf_counter() - began) * 1e3 / frames
     device = jax.devices()[0]
-    return got | {
-        "ms": spread(times),
-        "queued_ms": queued,
+    state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    yield got | {
         "compile_s": compile_s,
-        "floor_ms": (weights + sum(leaf.nbytes for leaf in jax.tree.leaves(state))) / copy_bandwidth() * 1e3,
+        "floor_ms": (weights + state_bytes) / copy_bandwidth() * 1e3,
         "peak_gb": peak(),
         "about": f"{device.device_kind}, jax {jax.__version__}",
     }
+    while True:
+        times = blocking(frames)
+        began = time.perf_counter()
+        for i in range(frames):
+            own, state = step(params, codes[i % 64], mask, state)
+        jax.block_until_ready(state)
+        yield {"ms": times, "queued_ms": (time.perf_counter() - began) * 1e3 / frames}
 
 
 def random_params(cfg: Any) -> Any:
@@ -214,8 +248,8 @@ def copy_bandwidth() -> float:
     return 2 * x.nbytes / float(np.median(times))
 
 
-def torch_moshi(shape: str, rows: int, ttt: str, frames: int, threads: int) -> dict[str, Any]:
-    """``LMGen.step`` of PyTorch moshi, its defaults, random weights, a full window."""
+def torch_moshi(shape: str, rows: int, ttt: str, frames: int, threads: int, long: None) -> Iterator[dict[str, Any]]:
+    """``LMGen.step`` of PyTorch moshi, its defaults, random weights, a full window: as `ours`."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -240,7 +274,6 @@ def torch_moshi(shape: str, rows: int, ttt: str, frames: int, threads: int) -> d
     model = LMModel(**kwargs, device=device, dtype=torch.float32 if size else torch.bfloat16).eval()
     gen = LMGen(model)
     codes = torch.randint(0, 2048, (64, rows, 8, 1), device=device)
-    times = []
     with torch.no_grad(), gen.streaming(rows):
         for i in range(WARM_UP):
             gen.step(codes[i])
@@ -248,23 +281,23 @@ def torch_moshi(shape: str, rows: int, ttt: str, frames: int, threads: int) -> d
         fill_window(model, kwargs["context"] + 5)
         for i in range(WARM_UP):
             gen.step(codes[i])
-        for i in range(frames):
+        name = torch.cuda.get_device_name() if cuda else f"{threads} threads"
+        yield {
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else peak(),
+            "about": f"{name}, torch {torch.__version__}",
+        }
+        while True:
+            times = []
+            for i in range(frames):
+                began = time.perf_counter()
+                gen.step(codes[i % 64]).cpu()
+                times.append((time.perf_counter() - began) * 1e3)
             began = time.perf_counter()
-            gen.step(codes[i % 64]).cpu()
-            times.append((time.perf_counter() - began) * 1e3)
-        began = time.perf_counter()
-        for i in range(frames):
-            gen.step(codes[i % 64])
-        if cuda:
-            torch.cuda.synchronize()
-        queued = (time.perf_counter() - began) * 1e3 / frames
-    name = torch.cuda.get_device_name() if cuda else f"{threads} threads"
-    return {
-        "ms": spread(times),
-        "queued_ms": queued,
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else peak(),
-        "about": f"{name}, torch {torch.__version__}",
-    }
+            for i in range(frames):
+                gen.step(codes[i % 64])
+            if cuda:
+                torch.cuda.synchronize()
+            yield {"ms": times, "queued_ms": (time.perf_counter() - began) * 1e3 / frames}
 
 
 def fill_window(model: Any, frames: int) -> None:

@@ -101,14 +101,16 @@ def _product(x: jax.Array, w: jax.Array, wide: bool) -> jax.Array:
         y = (w.astype(sums) * x.reshape(-1).astype(sums)).sum(-1)
         return y.astype(out_type).reshape(*lead, *out)
 
-    def matrix_first(x: jax.Array, w: jax.Array) -> jax.Array:
-        rows = x.reshape(-1, x.shape[-1])
-        y = jax.lax.dot_general(w, rows, (((w.ndim - 1,), (1,)), ((), ())), preferred_element_type=out_type)
+    def dot_in_parts(x: jax.Array, w: jax.Array) -> jax.Array:
+        size, parts = w.shape[-1], math.gcd(math.prod(out), 4)
+        rows = jnp.broadcast_to(x.reshape(1, -1, size), (parts, math.prod(lead), size))
+        matrices = w.reshape(parts, -1, size)
+        y = jax.lax.dot_general(matrices, rows, (((2,), (2,)), ((0,), (0,))), preferred_element_type=out_type)
         return jnp.moveaxis(y, -1, 0).reshape(*lead, *out)
 
     rows = math.prod(lead)
     if rows > FEW_ROWS:
         return dot(x, w)
     # XLA's GPU products of one row copy the matrix out of its stack first, a reduction reads it in place. Its CPU products
-    # transpose a right-hand matrix of more than two axes.
-    return jax.lax.platform_dependent(x, w, cuda=multiply_reduce if rows == 1 else dot, cpu=matrix_first, default=dot)
+    # transpose a right-hand matrix of more than two axes, and occupy one core unless they come in parts.
+    return jax.lax.platform_dependent(x, w, cuda=multiply_reduce if rows == 1 else dot, cpu=dot_in_parts, default=dot)
