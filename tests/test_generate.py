@@ -85,8 +85,27 @@ def test_a_rows_draws_depend_on_its_seed_alone(params):
 
 
 def test_wrong_number_of_seeds():
-    with pytest.raises(InputError, match="one seed for each of the 3 rows"):
-        model.init_state(CFG, 3, seeds=[1, 2])
+    for seeds in ([1, 2], [1, 2, -1], [1, 2, 2**32]):
+        with pytest.raises(InputError, match="for each of the 3 rows"):
+            model.init_state(CFG, 3, seeds=seeds)
+
+
+def test_values_that_cannot_be(params):
+    state, other = model.init_state(CFG, 1), jnp.asarray(codes(rows=1))
+    for sampling in (Sampling(temperature=-1.0), Sampling(top_k=-1), Sampling(text_temperature=float("nan"))):
+        with pytest.raises(InputError, match="cannot be"):
+            generate.stream_step(params, other[..., 0], jnp.ones(1, bool), state, CFG, sampling)
+    with pytest.raises(InputError, match='first_frame="Twice"'):
+        generate.generate(params, other, jnp.ones((1, CALLS), bool), state, CFG, HOT, first_frame="Twice")
+    with pytest.raises(InputError, match="name rows 0 to 0"):
+        model.fork_rows(state, [0, 1])
+
+
+def test_top_k_of_0_is_all(params):
+    every = HOT._replace(top_k=CFG.card, text_top_k=CFG.text_card)
+    expected, _ = run(params, codes(), sampling=every)
+    got, _ = run(params, codes(), sampling=every._replace(top_k=0, text_top_k=0))
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_draws_follow_the_softmax_over_the_likeliest():
@@ -178,6 +197,8 @@ def test_forks_share_the_past_and_nothing_else(params):
     both, _ = run(params, other[[1, 1, 0], :, 9:], fork)
     np.testing.assert_array_equal(both[0], both[1])  # the same draws
     equal(before, state)  # the fork was donated, not what it was made of
+    apart, _ = run(params, other[[1, 1, 0], :, 9:], model.fork_rows(state, [1, 1, 0], seeds=[5, 6, 7]))
+    assert (apart[0] != apart[1]).any()
     expected, _ = run(params, other[..., 9:], state)
     np.testing.assert_array_equal(both[0], expected[1])
     np.testing.assert_array_equal(both[2], expected[0])
@@ -214,7 +235,7 @@ def test_state_that_is_not_written_leaves_the_old_one(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match="could not be written .No space left on device."):
         saved.save_state(path, model.init_state(CFG, 2), CFG)
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]

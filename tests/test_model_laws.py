@@ -151,7 +151,8 @@ def carried_state(cfg, rng):
 
     layers = {name: of_run(run) for name, run in fresh(cfg).layers.items()}
     history = rng.integers(0, CARDS[None, :, None], fresh(cfg).history.shape, dtype=np.int32)
-    return model.State(history, rng.integers(0, 20, ROWS, dtype=np.int32), layers)
+    position, key = rng.integers(0, 20, ROWS, dtype=np.int32), rng.integers(0, 9, (ROWS, 2), dtype=np.uint32)
+    return model.State(history, position, key, layers)
 
 
 def poisoned_floats(state, row=1):
@@ -167,7 +168,7 @@ def poisoned_floats(state, row=1):
 def row_of(tree, row):
     """One row of outputs or of a state."""
     if isinstance(tree, model.State):
-        rest = jax.tree.map(lambda x: x[row], tree[:2])
+        rest = jax.tree.map(lambda x: x[row], tree[:3])
         return model.State(*rest, jax.tree.map(lambda x: x[:, row], tree.layers))
     return jax.tree.map(lambda x: x[row], tree)
 
@@ -236,14 +237,14 @@ def test_rows_are_independent(cfg, x64, seed):
 def test_nothing_of_a_poisoned_row_is_left_after_its_reset(cfg, x64, seed):
     params, frames, rng = setting(cfg, seed)
     mask, start, rows = random_mask(rng, (ROWS, FRAMES)), carried_state(cfg, rng), np.array([False, True])
-    poisoned = poisoned_floats(start)
+    poisoned, new = poisoned_floats(start), fresh(cfg)._replace(key=start.key)  # a reset row keeps its key
     reset = reset_rows(poisoned, rows, cfg=cfg)
     assert_same_bits(row_of(reset, 0), row_of(start, 0))
-    assert_same_bits(row_of(reset, 1), row_of(fresh(cfg), 1))
+    assert_same_bits(row_of(reset, 1), row_of(new, 1))
     ttt_of = lambda state: [run.ttt for run in state.layers.values()]  # noqa: E731
     assert_same_bits(ttt_of(reset_ttt_rows(poisoned, rows)), ttt_of(reset))
     (out, state), (expected, expected_state) = (
-        run_split(params, frames, mask, cfg, (FRAMES,), s) for s in (reset, fresh(cfg))
+        run_split(params, frames, mask, cfg, (FRAMES,), s) for s in (reset, new)
     )
     assert_same_bits(row_of(out, 1), row_of(expected, 1))
     assert_same_bits(row_of(state, 1), row_of(expected_state, 1))
@@ -279,10 +280,11 @@ def test_rows_of_a_batch_come_and_go_as_if_each_were_alone(cfg, x64, seed, sched
     starts = np.array([piece.start for piece in pieces(parts)])
     for row in range(ROWS):
         # Only the frames that are there, one by one, and no mask.
-        alone, outs = fresh(cfg, 1), []
+        new = fresh(cfg, 1)._replace(key=fresh(cfg).key[row : row + 1])
+        alone, outs = new, []
         for frame in range(FRAMES):
             if frame in starts[resets[row]]:
-                alone = fresh(cfg, 1)
+                alone = new
             if mask[row, frame]:
                 one = frames[row : row + 1, :, frame : frame + 1], np.ones((1, 1), bool)
                 expected, alone = forward(params, *one, alone, cfg=cfg)
@@ -309,7 +311,7 @@ def test_a_ttt_reset_clears_ttt_states_and_nothing_else(x64):
     params, _, rng = setting(SMALL, 4)
     moved = moved_state(params, rng)
     reset, fresh = model.reset_ttt_rows(moved, jnp.array([True, False])), model.init_state(SMALL, ROWS)
-    assert_same_bits(reset[:2], moved[:2])
+    assert_same_bits(reset[:3], moved[:3])
     for name, run in reset.layers.items():
         assert_same_bits(run.ring, moved.layers[name].ring)
         if run.ttt is not None:

@@ -1,19 +1,28 @@
 """The model against traces of PyTorch `moshi` on shared random weights (window 8, so 24 frames wrap the ring twice)."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from tests.kyutai import load_fixture
+from ttt_jax import weights
+from ttt_jax.convert import kyutai
 from ttt_jax.moshi import generate, model
 
 ATOL = 1e-4
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 @pytest.fixture(scope="module")
-def fixture():
-    return load_fixture()
+def fixture(tmp_path_factory):
+    """Configuration, parameters and traces of the small random model that PyTorch `moshi` ran."""
+    folder = tmp_path_factory.mktemp("moshi") / "ours"
+    kyutai(FIXTURES / "moshi.weights.safetensors", folder, config=FIXTURES / "moshi.config.json")
+    found = weights.load(folder)
+    return found.cfg, found.params, load_file(FIXTURES / "moshi.trace.safetensors")
 
 
 def _run(cfg, params, codes, splits):

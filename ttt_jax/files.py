@@ -27,6 +27,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def check_new(folder: Path) -> None:
     """Raise `InputError` unless a folder can be made at `folder`: nothing is there, or an empty folder."""
+    if folder.is_symlink():
+        raise InputError(f"{folder} is a link: give a new folder.")
     if folder.is_dir():
         if any(folder.iterdir()):
             raise InputError(f"{folder} is not empty: give a new folder, or remove what is there.")

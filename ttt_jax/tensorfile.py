@@ -142,16 +142,20 @@ def cast(piece: Piece, source: str, target: str, where: str) -> Piece:
 
     def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
         for view in piece.blocks(ring, max(1, unit // new.itemsize) * old.itemsize):
-            values = np.frombuffer(view, old)
-            with np.errstate(over="ignore"):
-                result = values.astype(new)
-            if (np.isinf(result) & np.isfinite(values)).any():
-                raise InputError(
-                    f"{where} holds a number beyond the range of {NAMES[target]}: write another type, such as float32."
-                )
-            yield as_bytes(result)
+            yield as_bytes(rounded(np.frombuffer(view, old), target, where))
 
     return Piece(piece.nbytes // old.itemsize * new.itemsize, blocks)
+
+
+def rounded(values: np.ndarray, target: str, where: str) -> np.ndarray:
+    """`values` as type `target`, to nearest. Raises `InputError` naming `where` if a number is beyond its range."""
+    with np.errstate(over="ignore"):
+        result = values.astype(DTYPES[target])
+    if (np.isinf(result) & np.isfinite(values)).any():
+        raise InputError(
+            f"{where} holds a number beyond the range of {NAMES[target]}: write another type, such as float32."
+        )
+    return result
 
 
 class Ring:

@@ -197,7 +197,7 @@ def _adapters(found: Source, cfg: MoshiConfig, file: TensorFile, notes: list[str
     """Rank, scaling and tensors of the adapters, strictly."""
     beside = file.path.parent / weights.CONFIG
     where, raw = found.where, found.raw
-    if beside.is_file() and str(beside) != found.where:
+    if beside.is_file() and file.path.parent != found.folder and str(beside) != found.where:
         own = record.read_json(beside, "the config.json of a LoRA file")
         if isinstance(own, dict) and settings.LORA & own.keys():
             where, raw = str(beside), own
@@ -232,7 +232,7 @@ def _merge(files: dict[str, list[Spec]], base: Matched, adapters: Matched, rank:
     pairs: Iterator[Found] = iter(adapters.found)
     for one, a, b in zip(linear, pairs, pairs, strict=True):
         parts = tuple(
-            merged(w, base.dtype, down, up, adapters.dtype, rank, scaling)
+            merged(w, base.dtype, down, up, adapters.dtype, rank, scaling, base.dtype, one.tensor.name)
             for w, down, up in zip(one.parts, a.parts, b.parts, strict=True)
         )
         specs = files[one.tensor.file]

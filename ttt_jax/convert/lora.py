@@ -6,15 +6,26 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ttt_jax.tensorfile import DTYPES, Piece, Ring, as_bytes
+from ttt_jax.tensorfile import DTYPES, Piece, Ring, as_bytes, rounded
 
 
-def merged(weight: Piece, dtype: str, a: Piece, b: Piece, adapter_dtype: str, rank: int, scaling: float) -> Piece:
-    """W + scaling * B A of one linear map, computed in float32 and rounded once, to the type of W.
+def merged(
+    weight: Piece,
+    dtype: str,
+    a: Piece,
+    b: Piece,
+    adapter_dtype: str,
+    rank: int,
+    scaling: float,
+    target: str,
+    where: str,
+) -> Piece:
+    """W + scaling * B A of one linear map, computed in float32 and rounded once.
 
     Args:
       weight: W [out, in] of type `dtype`.
       a, b: A [rank, in] and B [out, rank] of type `adapter_dtype`.
+      target: type of the result; where: what it is called in the message if a number is beyond its range.
     """
     kind = DTYPES[dtype]
 
@@ -34,6 +45,6 @@ def merged(weight: Piece, dtype: str, a: Piece, b: Piece, adapter_dtype: str, ra
             block = np.frombuffer(view, kind).reshape(-1, columns).astype(np.float32)
             block += up[row : row + len(block)] @ down
             row += len(block)
-            yield as_bytes(block.astype(kind))
+            yield as_bytes(rounded(block, target, where))
 
-    return Piece(weight.nbytes, blocks)
+    return Piece(weight.nbytes // kind.itemsize * DTYPES[target].itemsize, blocks)

@@ -124,24 +124,20 @@ def _of_params(params: dict[str, Any]) -> Callable[[Tensor, int, int], Piece]:
     return part
 
 
-def _parts(found: Opened, tensor: Tensor) -> list[Piece]:
-    count = len(names.modules(tensor))
-    return [found.part(tensor, i, count) for i in range(count)]
-
-
 def _base_specs(found: Opened, merge_lora: bool, target: str) -> list[Spec]:
     cfg, specs = found.cfg, []
     for tensor in weights.base(cfg):
         named, dtype = names.weight(tensor), found.dtype(tensor)
-        pieces = _parts(found, tensor)
+        pieces = _shares(found, tensor, len(names.modules(tensor)))
         if merge_lora and tensor.inputs:
             a, b = weights.adapter(tensor, cfg.lora.rank)
             pieces = [
-                merged(w, dtype, down, up, found.dtype(a), cfg.lora.rank, cfg.lora.scaling)
+                merged(w, dtype, down, up, found.dtype(a), cfg.lora.rank, cfg.lora.scaling, target, tensor.name)
                 for w, down, up in zip(
                     pieces, _shares(found, a, len(pieces)), _shares(found, b, len(pieces)), strict=True
                 )
             ]
+            dtype = target
         specs += _specs(named, pieces, dtype, target)
     return specs
 

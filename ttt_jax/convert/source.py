@@ -139,8 +139,9 @@ def _hub(name: str, repository: str, revision: str | None) -> Source:
         raise InputError(
             f"{name} on the hub has neither {CONFIG} nor {MOSHI}: give a repository of Kyutai's PyTorch weights."
         )
-    parts = path.parts if path else ()
-    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else revision
+    if path is not None and "snapshots" in path.parts:  # all further files from the same commit
+        parts = path.parts[::-1]
+        revision = parts[parts.index("snapshots") - 1]
     return Source(
         name,
         read_config(path) if path else None,
@@ -148,7 +149,7 @@ def _hub(name: str, repository: str, revision: str | None) -> Source:
         fetch,
         None,
         repository=repository,
-        revision=commit,
+        revision=revision,
     )
 
 
@@ -188,7 +189,7 @@ def download(repository: str, name: str, revision: str | None) -> Path | None:
         ) from None
     except utils.HFValidationError:
         raise InputError(f"{repository} is neither a folder or file here nor a hub id: give OWNER/NAME.") from None
-    except (utils.HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the client's transport has errors of its own, of other types in each version
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{name} of {repository} could not be had from the hub ({reason}): try again, or give a folder."
@@ -196,11 +197,14 @@ def download(repository: str, name: str, revision: str | None) -> Path | None:
 
 
 def _known_absent(repository: str, name: str, revision: str | None) -> bool:
-    """Whether the hub's cache holds the repository without this small file, which then counts as absent offline."""
-    from huggingface_hub import try_to_load_from_cache
+    """Whether the hub's cache holds the repository without this small file, which then counts as absent offline.
 
-    if name.endswith(".safetensors"):
-        return False
+    Weights and config.json only do so if the cache knows that the repository has none.
+    """
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+    if name.endswith(".safetensors") or name == CONFIG:
+        return try_to_load_from_cache(repository, name, revision=revision) is _CACHED_NO_EXIST
     known = (try_to_load_from_cache(repository, other, revision=revision) for other in (CONFIG, MOSHI) if other != name)
     return any(isinstance(path, str) for path in known)
 

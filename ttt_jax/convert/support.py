@@ -57,7 +57,7 @@ def unsupported(raw: Mapping[str, Any]) -> list[str]:
     found = {
         "8-bit weights": ("quantize", values.get("quantize"), bool),
         "cross-attention": ("cross_attention", values.get("cross_attention"), bool),
-        "conditioners": ("conditioners", sorted(raw.get("conditioners") or {}), bool),
+        "conditioners": ("conditioners", _names(raw.get("conditioners")), bool),
         "a fuser of conditions": ("fuser", fuser, bool),
         "no depth transformer": ("dep_q", values["dep_q"], lambda q: q == 0),
         "a second text stream in the same tokens": ("demux_second_stream", values.get("demux_second_stream"), bool),
@@ -132,3 +132,7 @@ def _is_given(value: Any) -> bool:
 
 def _is_false(value: Any) -> bool:
     return not value
+
+
+def _names(value: object) -> object:
+    return sorted(value) if isinstance(value, dict) else value

@@ -138,7 +138,7 @@ def _put(rings: jax.Array, new: jax.Array, layer: int, slot: jax.Array) -> jax.A
 
     def row_by_row(rings: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
         def put(row: int | jax.Array, rings: jax.Array) -> jax.Array:
-            at = (layer, row, 0, jnp.minimum(slot[row], slots - 1), 0)
+            at = tuple(jnp.int32(i) for i in (layer, row, 0, jnp.minimum(slot[row], slots - 1), 0))
             held = jax.lax.dynamic_slice(rings, at, (1, 1, new.shape[1], 1, new.shape[2]))
             coming = jax.lax.dynamic_slice_in_dim(new, row, 1)[None, :, :, None]
             return jax.lax.dynamic_update_slice(rings, jnp.where(slot[row] < slots, coming, held), at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.config import MoshiConfig
+from ttt_jax.errors import InputError
 from ttt_jax.moshi import depth
 from ttt_jax.moshi.delays import ABSENT
 from ttt_jax.moshi.model import PRNG, Params, State, temporal, text_logits
@@ -19,7 +21,7 @@ FREE = -2
 
 
 class Sampling(NamedTuple):
-    """Temperature and top-k for audio and text; temperature 0 takes the likeliest token. Defaults are Kyutai's."""
+    """Temperature and top-k for audio and text; temperature 0 takes the likeliest token, top-k 0 all. Defaults are Kyutai's."""
 
     temperature: float = 0.8
     top_k: int = 250
@@ -159,6 +161,8 @@ def generate(
     Returns:
       What each call gave, int32 [B, 1 + dep_q, calls], calls being T + 1 with "twice" and T with "once"; the state.
     """
+    if first_frame not in ("twice", "once"):
+        raise InputError(f'first_frame="{first_frame}" is no convention: give "twice" or "once".')
     if first_frame == "twice":
         other = jnp.concatenate([other[..., :1], other], -1)
         fresh = mask.any(1) & (state.position == 0)
@@ -180,8 +184,11 @@ def generate(
 
 def _gumbel(state: State, cfg: MoshiConfig, sampling: Sampling) -> tuple[jax.Array | None, jax.Array | None]:
     """Noise for one call, each row's from its own key and position: text [B, k], audio [B, Q, k]; None where greedy."""
-    text = min(sampling.text_top_k, cfg.text_card) if sampling.text_temperature else 0
-    audio = min(sampling.top_k, cfg.card) if sampling.temperature else 0
+    for name, value in sampling._asdict().items():
+        if not 0 <= value < math.inf:
+            raise InputError(f"sampling {name}={value} cannot be: give 0 or a positive number.")
+    text = min(sampling.text_top_k or cfg.text_card, cfg.text_card) if sampling.text_temperature else 0
+    audio = min(sampling.top_k or cfg.card, cfg.card) if sampling.temperature else 0
 
     def draw(key: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(key, impl=PRNG), position)

@@ -37,7 +37,11 @@ class RunState(NamedTuple):
 
 
 class State(NamedTuple):
-    """All of a running stream, row by row. Save it, load it, fork it, compare it: it is a value."""
+    """All of a running stream, row by row. Save it, load it, fork it, compare it: it is a value.
+
+    `forward` may go on from what `forward` returned, `generate.stream_step` from both. Not `forward` from what `stream_step`
+    returned: the newest frame then lacks the other voice's codes, which only the next step brings.
+    """
 
     history: jax.Array
     """Last max_delay + 1 frames, int32 [B, K, max_delay + 1]: what the delays still need."""
@@ -123,10 +127,10 @@ def init_state(cfg: MoshiConfig, batch: int, seeds: Sequence[int] | None = None)
 
 
 def _keys(seeds: Sequence[int], batch: int) -> jax.Array:
-    seeds = jnp.array(seeds, jnp.uint32)
-    if seeds.shape != (batch,):
-        raise InputError(f"seeds has the shape {seeds.shape}: give one seed for each of the {batch} rows.")
-    return jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed, impl=PRNG)))(seeds)
+    if len(seeds) != batch or not all(0 <= seed < 2**32 for seed in seeds):
+        raise InputError(f"seeds={list(seeds)} cannot be: give one of 0 to 2^32 - 1 for each of the {batch} rows.")
+    keys = jnp.array(seeds, jnp.uint32)
+    return jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed, impl=PRNG)))(keys)
 
 
 def reset_rows(state: State, rows: jax.Array, cfg: MoshiConfig, seeds: Sequence[int] | None = None) -> State:
@@ -140,14 +144,18 @@ def reset_rows(state: State, rows: jax.Array, cfg: MoshiConfig, seeds: Sequence[
     return State(*_select(rows, fresh[:3], state[:3], axis=0), layers)
 
 
-def fork_rows(state: State, rows: Sequence[int]) -> State:
+def fork_rows(state: State, rows: Sequence[int], seeds: Sequence[int] | None = None) -> State:
     """A state of its own whose row i goes on where row `rows[i]` of `state` stands; [0, 0, 0] makes three of the first.
 
-    Copies share their random key: `generate` draws the same for them until their keys are made to differ.
+    Copies share their random key, and so draw the same, unless `seeds` (one for every new row) gives new ones.
     """
+    held = state.position.shape[0]
+    if not all(0 <= row < held for row in rows):
+        raise InputError(f"rows {list(rows)} cannot be forked from a state of {held} rows: name rows 0 to {held - 1}.")
     index = jnp.array(rows, jnp.int32)
     layers = jax.tree.map(lambda leaf: leaf[:, index], state.layers)
-    return State(*(leaf[index] for leaf in state[:3]), layers)
+    forked = State(*(leaf[index] for leaf in state[:3]), layers)
+    return forked if seeds is None else forked._replace(key=_keys(seeds, len(rows)))
 
 
 def reset_ttt_rows(state: State, rows: jax.Array) -> State:
@@ -202,7 +210,7 @@ def _over_frames(
     cfg: MoshiConfig,
     measured: bool,
 ) -> tuple[jax.Array, RunState, ttt_layer.Measurement | None]:
-    """A run of layers over a call of many frames: a scan, which compiles one layer."""
+    """A run of layers over a call of many frames: a scan, which compiles one layer (a single layer goes without)."""
     where = attention.positions(start, mask, run.context)
     block = Block(cfg, run.has_ttt)
 
@@ -211,7 +219,11 @@ def _over_frames(
         attend = lambda q, k, v: (attention.attend(q, k, v, ring, where), (k, v))  # noqa: E731
         return block.apply({"params": params}, x, mask, where.query, attend, ttt, measured)
 
-    x, ((k, v), ttt, measurement) = jax.lax.scan(body, x, (params, state))
+    if run.stop - run.start == 1:
+        x, ys = body(x, jax.tree.map(lambda leaf: leaf[0], (params, state)))
+        (k, v), ttt, measurement = jax.tree.map(lambda leaf: leaf[None], ys)
+    else:
+        x, ((k, v), ttt, measurement) = jax.lax.scan(body, x, (params, state))
     return x, RunState(attention.write(state.ring, k, v, start, mask), ttt), measurement
 
 
@@ -263,7 +275,7 @@ def forward(
       params: of `init_params`.
       frames: undelayed tokens, int32 [B, K, T]: text, own codebooks, other voice's codebooks; -1 is absent.
       mask: bool [B, T]; a masked frame is skipped as if it were not there, and its outputs mean nothing.
-      state: of `init_state` or the call before.
+      state: of `init_state` or the call of `forward` before.
       cfg: the architecture; static.
       measured: whether to measure the TTT layers as well (`Outputs.ttt`); static, and free where not asked for.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ttt_jax import record
-from ttt_jax.config import MoshiConfig
+from ttt_jax.config import MoshiConfig, TTTConfig
 from ttt_jax.differences import differences
 from ttt_jax.errors import InputError
 from ttt_jax.files import write_atomically
@@ -20,9 +21,18 @@ from ttt_jax.moshi.model import State, init_state
 
 
 def save_state(path: str | Path, state: State, cfg: MoshiConfig) -> None:
-    """Write `state` to `path`, at once or not at all: safetensors, a tensor for each leaf, and the model's configuration."""
+    """Write `state` to `path`, at once or not at all: safetensors, a tensor for each leaf, and the model's configuration.
+
+    Raises `InputError` if it cannot be written; what was there before is left as it was.
+    """
     leaves = {name: np.asarray(leaf) for name, leaf in _named(state).items()}
-    write_atomically(Path(path), save(leaves, {"model": json.dumps(record.to_dict(cfg))}))
+    content = save(leaves, {"model": json.dumps(record.to_dict(_model(cfg)))})
+    try:
+        write_atomically(Path(path), content)
+    except OSError as error:
+        raise InputError(
+            f"{path} could not be written ({error.strerror}), {len(content):,} bytes are needed: mend that, or give another path."
+        ) from error
 
 
 def load_state(path: str | Path, cfg: MoshiConfig) -> State:
@@ -43,7 +53,7 @@ def load_state(path: str | Path, cfg: MoshiConfig) -> State:
         ) from None
     if "model" not in metadata:
         raise InputError(f"{path} does not say what model it is from: give a state that save_state wrote.")
-    wanted, model = record.to_dict(cfg), json.loads(metadata["model"])
+    wanted, model = record.to_dict(_model(cfg)), json.loads(metadata["model"])
     if differing := [key for key in wanted if model.get(key) != wanted[key]]:
         key = differing[0]
         raise InputError(
@@ -52,10 +62,19 @@ def load_state(path: str | Path, cfg: MoshiConfig) -> State:
         )
     rows = leaves["position"].shape[0] if "position" in leaves else 1
     fresh = jax.eval_shape(lambda: init_state(cfg, rows))
-    expected = {name: leaf.shape for name, leaf in _named(fresh).items()}
-    if told := list(differences(expected, {name: leaf.shape for name, leaf in leaves.items()})):
+    expected = {name: (*leaf.shape, str(leaf.dtype)) for name, leaf in _named(fresh).items()}
+    if told := list(differences(expected, {name: (*leaf.shape, str(leaf.dtype)) for name, leaf in leaves.items()})):
         raise InputError(f"{path} {'; '.join(told)}: give a state that save_state wrote.")
     return jax.tree.unflatten(jax.tree.structure(fresh), [jnp.asarray(leaves[name]) for name in expected])
+
+
+def _model(cfg: MoshiConfig) -> MoshiConfig:
+    """`cfg` with what has no effect on a running stream at its default, and layers named one way."""
+    layers = ",".join(map(str, cfg.ttt_layers)) or "none"
+    plain = TTTConfig()
+    return dataclasses.replace(
+        cfg, ttt=dataclasses.replace(cfg.ttt, layers=layers, remat_group=plain.remat_group, gate_init=plain.gate_init)
+    )
 
 
 def _named(state: State) -> dict[str, jax.Array]:
