@@ -176,17 +176,16 @@ def test_a_stream_goes_on_after_a_prompt(params):
 
 
 def test_a_saved_stream_goes_on_to_the_bit(params, tmp_path):
-    for cfg in (CFG, dataclasses.replace(CFG, dtype="bfloat16")):
-        other = codes()
-        expected, end = run(params, other, cfg=cfg)
-        _, state = run(params, other[..., :9], cfg=cfg)
-        saved.save_state(tmp_path / "state", state, cfg)
-        loaded = saved.load_state(tmp_path / "state", cfg)
-        equal(loaded, state)
-        assert [leaf.dtype for leaf in jax.tree.leaves(loaded)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
-        got, went = run(params, other[..., 9:], loaded, cfg=cfg)
-        np.testing.assert_array_equal(got, expected[..., 9:])
-        equal(went, end)
+    cfg, other = dataclasses.replace(CFG, dtype="bfloat16"), codes()
+    expected, end = run(params, other, cfg=cfg)
+    _, state = run(params, other[..., :9], cfg=cfg)
+    saved.save_state(tmp_path / "state", state, cfg)
+    loaded = saved.load_state(tmp_path / "state", cfg)
+    equal(loaded, state)
+    assert [leaf.dtype for leaf in jax.tree.leaves(loaded)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
+    got, went = run(params, other[..., 9:], loaded, cfg=cfg)
+    np.testing.assert_array_equal(got, expected[..., 9:])
+    equal(went, end)
 
 
 def test_forks_share_the_past_and_nothing_else(params):
@@ -259,6 +258,7 @@ def with_adapters(params, key):
     )
 
 
+@pytest.mark.slow
 def test_streamed_tokens_are_the_likeliest_that_forward_gives():
     """With shared weight sets, low-rank tables, adapters: each generated token is the teacher-forced argmax given those before."""
     cfg = rich()
@@ -276,6 +276,7 @@ def test_streamed_tokens_are_the_likeliest_that_forward_gives():
     np.testing.assert_array_equal(likeliest[scored], np.asarray(outputs.targets)[scored])
 
 
+@pytest.mark.slow
 def test_adapters_are_what_they_add_to_the_weights():
     cfg = rich()
     params = with_adapters(quick_jit(model.init_params, static_argnums=0)(cfg, jax.random.key(1)), jax.random.key(2))

@@ -573,6 +573,17 @@ def test_library_is_sound(check):
 
 SLOW = {
     "gain of 1 + alpha",
+    "no gain",
+    "value before gate in the depth transformer",
+    "schedule for heads",
+    "last codebooks are own",
+    "initial tokens in the first column only",
+    "output does not wait for the last codebook",
+    "streams begin with -1",
+    "codebook 1 reads the text before",
+    "temperature of text for audio",
+    "softmax in bfloat16",
+    "residual in float32",
     "last set for all later codebooks",
     "schedule for tables",
     "frames heard a call later",
@@ -582,7 +593,7 @@ SLOW = {
     "window one frame longer",
     "adapters merged without their factor",
 }
-"""Whose neighbours above are near enough for every run."""
+"""Whose neighbours are near enough for every run."""
 traps = [pytest.param(trap, marks=[pytest.mark.slow] * (name in SLOW), id=name) for name, trap in TRAPS.items()]
 
 
