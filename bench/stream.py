@@ -61,11 +61,8 @@ def main() -> None:
         print("PyTorch moshi is not installed here: timed alone (docs/parity.md says how to install it)")
     results = []
     for rows in args.rows:
-        cells = [
-            {"who": who, "ttt": ttt, "rows": rows, "shape": args.shape, "frames": args.frames} for who, ttt in programs
-        ]
-        for cell in cells:
-            cell |= {"threads": args.threads, "long": args.long if cell["who"] == "ours" else None}
+        of_all = {"rows": rows, "shape": args.shape, "frames": args.frames, "threads": args.threads, "long": args.long}
+        cells = [{"who": who, "ttt": ttt, **of_all} for who, ttt in programs]
         together = [cells] if args.shape == "small" else [[cell] for cell in cells]  # two of the 7B would not fit a GPU
         found = [got for some in together for got in take_turns(some, args.rounds)]
         for got in found:
@@ -112,9 +109,9 @@ def take_turns(cells: list[dict[str, Any]], rounds: int) -> list[dict[str, Any]]
     return found
 
 
-def child(who: str, **asked: Any) -> None:
+def child(who: str, ttt: str, threads: int, long: int | None, **asked: Any) -> None:
     """Answers `take_turns` for one program."""
-    program = ours(**asked) if who == "ours" else torch_moshi(**asked)
+    program = ours(ttt=ttt, long=long, **asked) if who == "ours" else torch_moshi(threads=threads, **asked)
     about = next(program)
     for line in sys.stdin:
         reply = next(program) if line.strip() == "time" else about
@@ -136,7 +133,7 @@ def line(cell: dict[str, Any]) -> str:
     return text
 
 
-def ours(shape: str, rows: int, ttt: str, frames: int, threads: int, long: int | None) -> Iterator[dict[str, Any]]:
+def ours(shape: str, rows: int, ttt: str, frames: int, long: int | None) -> Iterator[dict[str, Any]]:
     """Our `stream_step` on random weights and a full window: what it is, then the times of round after round."""
     import jax
     import jax.numpy as jnp
@@ -250,7 +247,7 @@ def copy_bandwidth() -> float:
     return 2 * x.nbytes / float(np.median(times))
 
 
-def torch_moshi(shape: str, rows: int, ttt: str, frames: int, threads: int, long: None) -> Iterator[dict[str, Any]]:
+def torch_moshi(shape: str, rows: int, frames: int, threads: int) -> Iterator[dict[str, Any]]:
     """``LMGen.step`` of PyTorch moshi, its defaults, random weights, a full window: as `ours`."""
     import torch
 

@@ -219,6 +219,30 @@ def test_an_adapter_file_by_option_with_its_own_scaling_and_tables(tmp_path):
     assert kyutai(source, tmp_path / "again", lora=tuned / "mine.safetensors").cfg.lora.scaling == 0.5
 
 
+def test_a_config_by_option_goes_before_the_one_in_the_source(tmp_path):
+    c = files.config()
+    told = {**c, "lora": True, "lora_rank": 2}
+    source = files.write(tmp_path / "source", told | {"lora_scaling": 3.0}, files.weights(c))
+    save_file(files.lora(c, 2), source / "lora.safetensors")
+    (tmp_path / "other.json").write_text(json.dumps(told | {"lora_scaling": 0.25, "lora_name": "lora.safetensors"}))
+    assert kyutai(source, tmp_path / "plain").cfg.lora.scaling == 3
+    assert kyutai(source, tmp_path / "told", config=tmp_path / "other.json").cfg.lora.scaling == 0.25
+
+
+def test_adapters_merged_on_the_way_out_are_rounded_once(tmp_path):
+    c = files.config()
+    w = {name: array.astype(ml_dtypes.bfloat16) for name, array in files.weights(c).items()}
+    source = files.write(tmp_path / "source", c, w)
+    a = files.lora(c, 2)
+    save_file(a, tmp_path / "lora.safetensors")
+    kyutai(source, tmp_path / "ours", lora=tmp_path / "lora.safetensors")
+    export(tmp_path / "ours", tmp_path / "back", merge_lora=True, dtype="float32")
+    got = load_file(tmp_path / "back" / "model.safetensors")["text_linear.weight"]
+    added = a["text_linear.lora_B.weight"] @ a["text_linear.lora_A.weight"]
+    wanted = w["text_linear.weight"].astype(np.float32) + 2 * added
+    np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_another_type_on_the_way_out(tmp_path):
     c = files.config()
     w = files.weights(c)

@@ -54,6 +54,7 @@ def refused(source, *said, out="ours", **options):
         ({"quantize": True}, "8-bit weights (quantize=True)"),
         ({"cross_attention": True}, "cross-attention (cross_attention=True)"),
         ({"conditioners": {"description": {"type": "lut"}}}, "conditioners (conditioners=['description'])"),
+        ({"conditioners": True}, "conditioners (conditioners=True)"),
         ({"fuser": {"sum": ["description"]}}, "a fuser of conditions (fuser={'sum': ['description']})"),
         ({"dep_q": 0}, "no depth transformer (dep_q=0)"),
         ({"demux_second_stream": True}, "a second text stream in the same tokens (demux_second_stream=True)"),
@@ -464,6 +465,11 @@ def test_the_hub_offline(source, tmp_path):
     assert about["mimi"] == "hf://some/one/tokenizer-e351c8d8-checkpoint125.safetensors"
     done = run(tmp_path, "kyutai", "no/such", "never", HF_HUB_OFFLINE="1")
     assert_one_sentence(done, "config.json of no/such on the hub is not in the hub's cache", "offline mode")
+    config = (snapshot / "config.json").read_bytes()
+    (snapshot / "config.json").unlink()  # which is not to know that the repository has none
+    done = run(tmp_path, "kyutai", "some/one", "never", HF_HUB_OFFLINE="1")
+    assert_one_sentence(done, "config.json of some/one on the hub is not in the hub's cache")
+    (snapshot / "config.json").write_bytes(config)
     (snapshot / "model.safetensors").unlink()
     done = run(tmp_path, "kyutai", "some/one", "never", HF_HUB_OFFLINE="1")
     assert_one_sentence(done, "model.safetensors of some/one on the hub is not in the hub's cache")
@@ -498,3 +504,32 @@ def test_what_the_hub_answers(source, monkeypatch, name, said):
     monkeypatch.chdir(source)
     with pytest.raises(InputError, match=said):
         kyutai("some/one@v1", source.parent / "ours")
+
+
+def test_the_hub_breaks_off(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    class TransportError(Exception):
+        """What HTTP clients raise: no kin of OSError."""
+
+    def broken(*_, **__):
+        raise TransportError("the read timed out")
+
+    monkeypatch.setattr(hub, "hf_hub_download", broken)
+    with pytest.raises(InputError, match=r"config.json of some/one could not be had from the hub .the read timed out."):
+        kyutai("some/one", tmp_path / "never")
+
+
+def test_out_is_a_link(source, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "ours").symlink_to(tmp_path / "elsewhere")
+    refused(source, "ours is a link: give a new folder.")
+
+
+def test_merged_adapters_beyond_the_range_of_the_weights(tmp_path):
+    c = files.config()
+    large = {name: np.full_like(array, 200) for name, array in files.lora(c, 2).items()}
+    w = {name: array.astype(np.float16) for name, array in files.weights(c).items()}
+    source = files.write(tmp_path / "source", c, w)
+    save_file({name: array.astype(np.float16) for name, array in large.items()}, tmp_path / "lora.safetensors")
+    refused(source, "beyond the range of float16", lora=tmp_path / "lora.safetensors", merge_lora=True)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from tests.drawing import quick_jit
 from tests.micro import MODEL
@@ -215,6 +217,26 @@ def test_damaged_state(tmp_path, damage, message):
     path = tmp_path / "state"
     saved.save_state(path, model.init_state(CFG, 1), CFG)
     damage(path)
+    with pytest.raises(InputError, match=message):
+        saved.load_state(path, CFG)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda leaves, about: about.clear(), "does not say what model it is from"),
+        (lambda leaves, about: about.update(model="{"), "does not say what model it is from"),
+        (lambda leaves, about: leaves.update(position=leaves["position"].astype(np.int64)), "has position of shape"),
+        (lambda leaves, about: leaves.pop("history"), "lacks history"),
+    ],
+)
+def test_state_with_something_else_in_it(tmp_path, change, message):
+    path = tmp_path / "state"
+    saved.save_state(path, model.init_state(CFG, 1), CFG)
+    with safe_open(path, "np") as file:
+        leaves, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    change(leaves, about)
+    save_file(leaves, path, about)
     with pytest.raises(InputError, match=message):
         saved.load_state(path, CFG)
 

@@ -197,7 +197,8 @@ def _adapters(found: Source, cfg: MoshiConfig, file: TensorFile, notes: list[str
     """Rank, scaling and tensors of the adapters, strictly."""
     beside = file.path.parent / weights.CONFIG
     where, raw = found.where, found.raw
-    if beside.is_file() and file.path.parent != found.folder and str(beside) != found.where:
+    own_folder = found.folder is not None and file.path.parent.resolve() == found.folder.resolve()
+    if beside.is_file() and not own_folder and str(beside) != found.where:
         own = record.read_json(beside, "the config.json of a LoRA file")
         if isinstance(own, dict) and settings.LORA & own.keys():
             where, raw = str(beside), own

@@ -54,8 +54,8 @@ def init_params(cfg: MoshiConfig, key: jax.Array) -> Params:
         "norm1": jnp.ones((layers, dim)),
         "norm2": jnp.ones((layers, dim)),
     }
-    for key, (name, (init, out, inner, lead)) in zip(keys, maps.items(), strict=True):
-        params |= init_kernel(key, name, init, cfg.lora, out, inner, lead)
+    for own, (name, (init, out, inner, lead)) in zip(keys, maps.items(), strict=True):
+        params |= init_kernel(own, name, init, cfg.lora, out, inner, lead)
     return params
 
 

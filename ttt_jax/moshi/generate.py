@@ -30,7 +30,7 @@ class Sampling(NamedTuple):
 
 
 def streaming_params(params: Params, cfg: MoshiConfig) -> Params:
-    """`params` as `stream_step` and `generate` read them quickest here; the results are the same to the bit.
+    """`params` as `stream_step` and `generate` read them quickest here; in float32 on a CPU the results are the same to the bit.
 
     Matrices are converted to the type they are used in, once instead of at every frame. On a CPU each layer's become arrays of their
     own, since XLA's CPU products copy a matrix out of its stack first; on other devices few large arrays are quickest

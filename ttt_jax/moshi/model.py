@@ -190,9 +190,8 @@ def temporal(
     x = text.sum(2) + lookup(params["audio_emb"], tokens[..., 1:], cfg.dtype).sum(2)
     layers, measurements = {}, []
     for run in cfg.runs:
-        over = _over_one_frame if tokens.shape[1] == 1 else _over_frames
         args = params["layers"][run.name], x, mask, state.layers[run.name], state.position, run, cfg, measured
-        x, layers[run.name], measurement = over(*args)
+        x, layers[run.name], measurement = _over_layers(*args)
         if measurement is not None:
             measurements.append(measurement)
     position = state.position + mask.sum(1, dtype=jnp.int32)
@@ -200,7 +199,7 @@ def temporal(
     return rms_norm(x, params["out_norm"]), state._replace(position=position, layers=layers), measurement
 
 
-def _over_frames(
+def _over_layers(
     params: Params,
     x: jax.Array,
     mask: jax.Array,
@@ -210,45 +209,39 @@ def _over_frames(
     cfg: MoshiConfig,
     measured: bool,
 ) -> tuple[jax.Array, RunState, ttt_layer.Measurement | None]:
-    """A run of layers over a call of many frames: a scan, which compiles one layer (a single layer goes without)."""
+    """A run of layers over a call whose rows have seen `start` frames: x, the run's new state, its measurement.
+
+    Many frames go through a scan, which compiles one layer (a single layer goes without). One frame goes through layer after layer,
+    unrolled, and states are updated where they lie: library products copy weights out of a stack that is scanned, and at one frame that
+    copy would be all the time.
+    """
+    block, length = Block(cfg, run.has_ttt), run.stop - run.start
+    if x.shape[1] == 1:
+        rings, ttts, measurements = state.ring, state.ttt, []
+        for i in range(length):
+            layer = jax.tree.map(lambda leaf, i=i: leaf[i], params, is_leaf=lambda leaf: isinstance(leaf, tuple))
+            attend = partial(attention.attend_one, rings=rings, layer=i, position=start, mask=mask[:, 0])
+            ttt = jax.tree.map(lambda leaf, i=i: leaf[i], ttts)
+            x, (rings, ttt, measurement) = block.apply(
+                {"params": layer}, x, mask, start[:, None], attend, ttt, measured
+            )
+            ttts = jax.tree.map(lambda leaf, new, i=i: leaf.at[i].set(new), ttts, ttt)
+            measurements.append(measurement)
+        return x, RunState(rings, ttts), jax.tree.map(lambda *leaves: jnp.stack(leaves), *measurements)
+
     where = attention.positions(start, mask, run.context)
-    block = Block(cfg, run.has_ttt)
 
     def body(x: jax.Array, layer: tuple[Params, RunState]):
         params, (ring, ttt) = layer
         attend = lambda q, k, v: (attention.attend(q, k, v, ring, where), (k, v))  # noqa: E731
         return block.apply({"params": params}, x, mask, where.query, attend, ttt, measured)
 
-    if run.stop - run.start == 1:
+    if length == 1:
         x, ys = body(x, jax.tree.map(lambda leaf: leaf[0], (params, state)))
         (k, v), ttt, measurement = jax.tree.map(lambda leaf: leaf[None], ys)
     else:
         x, ((k, v), ttt, measurement) = jax.lax.scan(body, x, (params, state))
     return x, RunState(attention.write(state.ring, k, v, start, mask), ttt), measurement
-
-
-def _over_one_frame(
-    params: Params,
-    x: jax.Array,
-    mask: jax.Array,
-    state: RunState,
-    start: jax.Array,
-    run: Run,
-    cfg: MoshiConfig,
-    measured: bool,
-) -> tuple[jax.Array, RunState, ttt_layer.Measurement | None]:
-    """A run of layers over a call of one frame, unrolled: library products copy weights out of a stack that is scanned, and at one
-    frame that copy would be all the time. States are updated where they lie."""
-    rings, states, measurements = state.ring, state.ttt, []
-    block = Block(cfg, run.has_ttt)
-    for i in range(run.stop - run.start):
-        layer = jax.tree.map(lambda leaf, i=i: leaf[i], params, is_leaf=lambda leaf: isinstance(leaf, tuple))
-        attend = partial(attention.attend_one, rings=rings, layer=i, position=start, mask=mask[:, 0])
-        ttt = jax.tree.map(lambda leaf, i=i: leaf[i], states)
-        x, (rings, ttt, measurement) = block.apply({"params": layer}, x, mask, start[:, None], attend, ttt, measured)
-        states = jax.tree.map(lambda leaf, new, i=i: leaf.at[i].set(new), states, ttt)
-        measurements.append(measurement)
-    return x, RunState(rings, states), jax.tree.map(lambda *leaves: jnp.stack(leaves), *measurements)
 
 
 def text_logits(params: Params, hidden: jax.Array, cfg: MoshiConfig) -> jax.Array:

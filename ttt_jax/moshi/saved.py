@@ -51,9 +51,11 @@ def load_state(path: str | Path, cfg: MoshiConfig) -> State:
         raise InputError(
             f"{path} is damaged or no safetensors file ({error}): give a state that save_state wrote."
         ) from None
-    if "model" not in metadata:
-        raise InputError(f"{path} does not say what model it is from: give a state that save_state wrote.")
-    wanted, model = record.to_dict(_model(cfg)), json.loads(metadata["model"])
+    wanted = record.to_dict(_model(cfg))
+    try:
+        model = dict(json.loads(metadata["model"]))
+    except (KeyError, ValueError, TypeError):
+        raise InputError(f"{path} does not say what model it is from: give a state that save_state wrote.") from None
     if differing := [key for key in wanted if model.get(key) != wanted[key]]:
         key = differing[0]
         raise InputError(
