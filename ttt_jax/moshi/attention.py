@@ -1,7 +1,8 @@
 """Sliding-window attention over a ring cache and the frames of the call. Plain functions on arrays.
 
-A call of many frames reads the ring as it was and the frames of the call, and writes afterwards (`attend`, `write`); a call of
-one frame writes first and reads the ring alone (`attend_one`), the same keys in fewer steps.
+A call of many frames reads the ring as it was and the frames of the call, and writes afterwards (`attend`, `write`; both in
+`attend_fused` where cuDNN's flash attention serves); a call of one frame writes first and reads the ring alone (`attend_one`), the
+same keys in fewer steps.
 
 Shapes: B rows, T frames of the call, S slots of the ring, H heads, K head width, L layers.
 """
@@ -72,6 +73,65 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring, where: Position
     total = sum(w.sum(-1, keepdims=True) for w in weights)
     parts = ((w / total).astype(q.dtype) for w in weights)
     return sum(jnp.einsum("BHTS,BHSK->BTHK", w, value) for w, value in zip(parts, values, strict=True))
+
+
+class Line(NamedTuple):
+    """A call in one line with what the ring holds: the held frames from the oldest, then the call's valid ones, then the rest."""
+
+    query: jax.Array
+    """Position of each frame, int32 [B, T], as in `Positions`."""
+    source: jax.Array
+    """What stands at each place of the line, int32 [B, S + T]: a slot of the ring, or S + a frame of the call."""
+    place: jax.Array
+    """Place of each frame of the call, int32 [B, T]."""
+    slot: jax.Array
+    """Place of what each slot of the ring holds after the call, int32 [B, S]."""
+
+
+def can_fuse(frames: int, context: int, width: int, dtype: jnp.dtype) -> bool:
+    """Whether `attend_fused` serves for a call of so many frames: cuDNN's types and head widths, on a GPU, and not mostly ring.
+
+    The line has as many queries as keys, so those of the ring are computed in vain; for a short call that costs more than forming
+    all scores.
+    """
+    fits = dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
+    return fits and 8 * frames >= context and jax.default_backend() == "gpu"
+
+
+def line_up(start: jax.Array, mask: jax.Array, context: int) -> Line:
+    """Where everything stands for `attend_fused`; arguments as for `positions`."""
+    rank = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
+    held, valid = jnp.minimum(start, context)[:, None], mask.sum(1, keepdims=True)
+    place = jnp.arange(context + mask.shape[1])[None]
+    order = jnp.argsort(~mask, axis=1, stable=True)  # valid frames first, in order
+    frame = jnp.take_along_axis(order, jnp.clip(place - held, 0, mask.shape[1] - 1), 1)
+    source = jnp.where(place < held, (start[:, None] - held + place) % context, context + frame)
+    last = start[:, None] + valid - 1
+    age = (last - jnp.arange(context)[None]) % context  # of what the slot holds; beyond the line where it holds nothing
+    slot = jnp.maximum(held + valid - 1 - age, 0)
+    return Line(start[:, None] + rank, *(x.astype(jnp.int32) for x in (source, held + rank, slot)))
+
+
+def attend_fused(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring, where: Line) -> tuple[jax.Array, Ring]:
+    """`attend` and `write` by cuDNN's flash attention with a sliding window: scores are not stored, what is out of reach is skipped.
+
+    Returns:
+      What is read [B, T, H, K] and the ring after the call.
+    """
+    context = ring.k.shape[2]
+
+    def take(x: jax.Array, index: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, index[:, :, None, None], 1)
+
+    def line(held: jax.Array, new: jax.Array) -> jax.Array:
+        return take(jnp.concatenate([held.swapaxes(1, 2), new], 1), where.source)
+
+    keys, values = line(ring.k, k), line(ring.v, v)
+    queries = take(q, jnp.maximum(where.source - context, 0))
+    read = jax.nn.dot_product_attention(
+        queries, keys, values, is_causal=True, local_window_size=(context - 1, 0), implementation="cudnn"
+    )
+    return take(read, where.place), Ring(*(take(x, where.slot).swapaxes(1, 2) for x in (keys, values)))
 
 
 def write(rings: Ring, k: jax.Array, v: jax.Array, start: jax.Array, mask: jax.Array) -> Ring:

@@ -229,19 +229,26 @@ def _over_layers(
             measurements.append(measurement)
         return x, RunState(rings, ttts), jax.tree.map(lambda *leaves: jnp.stack(leaves), *measurements)
 
-    where = attention.positions(start, mask, run.context)
+    fused = attention.can_fuse(x.shape[1], run.context, cfg.head_dim, x.dtype)
+    where = (attention.line_up if fused else attention.positions)(start, mask, run.context)
 
     def body(x: jax.Array, layer: tuple[Params, RunState]):
         params, (ring, ttt) = layer
-        attend = lambda q, k, v: (attention.attend(q, k, v, ring, where), (k, v))  # noqa: E731
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array):
+            if fused:
+                return attention.attend_fused(q, k, v, ring, where)
+            return attention.attend(q, k, v, ring, where), (k, v)
+
         return block.apply({"params": params}, x, mask, where.query, attend, ttt, measured)
 
     if length == 1:
         x, ys = body(x, jax.tree.map(lambda leaf: leaf[0], (params, state)))
-        (k, v), ttt, measurement = jax.tree.map(lambda leaf: leaf[None], ys)
+        kept, ttt, measurement = jax.tree.map(lambda leaf: leaf[None], ys)
     else:
-        x, ((k, v), ttt, measurement) = jax.lax.scan(body, x, (params, state))
-    return x, RunState(attention.write(state.ring, k, v, start, mask), ttt), measurement
+        x, (kept, ttt, measurement) = jax.lax.scan(body, x, (params, state))
+    ring = kept if fused else attention.write(state.ring, *kept, start, mask)
+    return x, RunState(ring, ttt), measurement
 
 
 def text_logits(params: Params, hidden: jax.Array, cfg: MoshiConfig) -> jax.Array:

@@ -1,0 +1,54 @@
+"""cuDNN's attention over a line of ring and call reads and keeps what the plain form does, by its XLA twin where there is no GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ttt_jax.moshi import attention
+
+SLOTS, HEADS, WIDTH, ROWS = 8, 2, 4, 3
+library = jax.nn.dot_product_attention
+
+
+@pytest.mark.parametrize("frames", [2, 5, 8, 20])
+@pytest.mark.parametrize("starts", [(0, 0, 0), (0, 3, 30), (8, 100, 7)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_fused_attention_equals_the_plain_form(monkeypatch, frames, starts, masked):
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation, **rest: library(*args, **rest))
+    rng = np.random.default_rng(frames)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    start = jnp.array(starts)
+    mask = jnp.asarray(rng.random((ROWS, frames)) < 0.6) if masked else jnp.ones((ROWS, frames), bool)
+    q, k, v = (draw(ROWS, frames, HEADS, WIDTH) for _ in range(3))
+    ring = attention.Ring(draw(ROWS, HEADS, SLOTS, WIDTH), draw(ROWS, HEADS, SLOTS, WIDTH))
+    where, line = attention.positions(start, mask, SLOTS), attention.line_up(start, mask, SLOTS)
+    np.testing.assert_array_equal(line.query, where.query)
+    read, kept = attention.attend_fused(q, k, v, ring, line)
+    expected = attention.attend(q, k, v, ring, where)
+    np.testing.assert_allclose(
+        np.where(mask[..., None, None], read, 0), np.where(mask[..., None, None], expected, 0), atol=1e-6
+    )
+    written = attention.write(jax.tree.map(lambda leaf: leaf[None], ring), k[None], v[None], start, mask)
+    for row, seen in enumerate(np.asarray(start + mask.sum(1))):
+        held = (seen - 1 - np.arange(min(seen, SLOTS))) % SLOTS
+        for new, old in zip(kept, written, strict=True):
+            np.testing.assert_array_equal(new[row][:, held], old[0, row][:, held])
+
+
+@pytest.mark.parametrize(
+    ("frames", "context", "width", "dtype", "fits"),
+    [
+        (1250, 3000, 128, "bfloat16", True),
+        (1250, 3000, 128, "float32", False),
+        (1250, 3000, 256, "bfloat16", False),
+        (100, 3000, 128, "bfloat16", False),
+    ],
+)
+def test_the_library_serves_long_calls_in_its_types_on_a_gpu(monkeypatch, frames, context, width, dtype, fits):
+    assert not attention.can_fuse(frames, context, width, jnp.dtype(dtype))  # tests run on a CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert attention.can_fuse(frames, context, width, jnp.dtype(dtype)) == fits
