@@ -227,7 +227,9 @@ def build_voice(voice: Voice, root: Path) -> tuple[list[dict], list[dict]]:
         rest = json.dumps(content, ensure_ascii=False)[1:]
         (folder / f"{name}.json").write_text(f'{{"alignments": [\n  {rows}\n],\n{rest}\n', encoding="utf-8")
         path = f"voices/{voice.folder}/{name}.ogg"
-        lines.append({"path": path, "duration": round(len(audio) / RATE, 4), "voice": voice.folder})
+        speaker = voice.folder.rsplit("_", 1)[-1]  # one woman speaks English and Spanish
+        duration = round(len(audio) / RATE, 4)
+        lines.append({"path": path, "duration": duration, "voice": voice.folder, "speaker": speaker})
     return lines[1:], lines[:1]
 
 

@@ -17,6 +17,8 @@ from typing import Any
 from ttt_jax.errors import InputError
 
 BAD_INPUT = 2
+PARTIAL = 3
+"""Exit code where some inputs of many were unusable: the rest is done, and every one left out has been named."""
 INTERRUPTED = 130
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

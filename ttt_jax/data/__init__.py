@@ -3,5 +3,6 @@
 ttt_jax.data.audio      sound files at any rate to float32 samples
 ttt_jax.data.manifest   moshi-finetune's manifests and word alignments
 ttt_jax.data.text       SentencePiece tokens and the text row
+ttt_jax.data.codes      files of codes, with what they were made of
 ttt_jax.data.frames     a manifest's entry to int32 [17, T], cached on disk
 """

@@ -1,19 +1,20 @@
 """Sound files to float32 samples at one rate: wav, flac, ogg (Opus, Vorbis) and mp3 through libsndfile and soxr.
 
-libsndfile reads a cut-off wav or ogg as if it simply were shorter. `read_audio` therefore compares what the container
+libsndfile reads a cut-off wav or ogg as if it simply were shorter. `read_blocks` therefore compares what the container
 promises (the data chunk of a wav, the end mark of an ogg, the frame counts of flac and mp3) with what is there.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from ttt_jax.errors import InputError
 
-_BLOCK = 1 << 20  # samples per channel decoded at a time; bounds the memory held at the file's own rate
+_BLOCK = 1 << 18  # samples per channel decoded at a time; bounds the memory of `read_blocks`
 _FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3")
 _UNKNOWN = 0xFFFFFFFF  # data size in the header of a wav that was written to a pipe
 _OGG_PAGE = 65307  # longest possible Ogg page in bytes
@@ -31,6 +32,16 @@ def read_audio(path: str | Path, sample_rate: int) -> np.ndarray:
     Raises:
         InputError: the file is missing, is not audio, is cut off or damaged, has no channel or more than two, holds no
             samples, or holds NaN or infinity.
+    """
+    return np.concatenate(list(read_blocks(path, sample_rate)), axis=1)
+
+
+def read_blocks(path: str | Path, sample_rate: int) -> Iterator[np.ndarray]:
+    """Yield the samples of `read_audio` block by block, float32 [channels, n] with n >= 0, in memory of constant size.
+
+    Raises:
+        InputError: as `read_audio`; for what only the end of a file shows, such as a cut, after the last block. So no
+            block may count before all have been read.
     """
     path = Path(path)
     _check_container(path)
@@ -50,8 +61,8 @@ def read_audio(path: str | Path, sample_rate: int) -> np.ndarray:
                 " right the other)."
             )
         resampler = soxr.ResampleStream(sound.samplerate, sample_rate, sound.channels, "float32", "HQ")
-        blocks, read = [], 0
-        while True:
+        read, last = 0, False
+        while not last:
             try:
                 block = sound.read(_BLOCK, dtype="float32", always_2d=True)
             except soundfile.LibsndfileError as error:
@@ -62,15 +73,14 @@ def read_audio(path: str | Path, sample_rate: int) -> np.ndarray:
                 )
             read += len(block)
             last = len(block) < _BLOCK
-            blocks.append(block if sound.samplerate == sample_rate else resampler.resample_chunk(block, last=last))
-            if last:
-                break
+            if sound.samplerate != sample_rate:
+                block = resampler.resample_chunk(block, last=last)
+            yield np.ascontiguousarray(block.T)
         slack = _MP3_FRAME if sound.format == "MP3" else 0
         if read < sound.frames - slack and sound.frames < 1 << 48:  # a streamed flac states no length
             raise _cut_off(path, f"its header promises {sound.frames} samples, {read} can be read")
     if read == 0:
         raise InputError(f"{path} holds no samples (length zero): give a recording or drop it from the manifest.")
-    return np.ascontiguousarray(np.concatenate(blocks).T)
 
 
 def _check_container(path: Path) -> None:

@@ -57,6 +57,7 @@ class Corpus(NamedTuple):
     train: list[np.ndarray]
     heldout: list[np.ndarray]
     heldout_names: list[str]
+    heldout_speakers: list[str | None]
 
     def describe(self) -> dict[str, Any]:
         """Names, digests and sizes, as a run stores them."""
@@ -88,6 +89,7 @@ def load(cfg: CorpusConfig, codec: Codec, tokenizer: Tokenizer) -> Corpus:
         [file for _, file in train],
         [file for _, file in heldout],
         [f"{entry.path.parent.name}/{entry.path.stem}" for entry, _ in heldout],
+        [entry.speaker for entry, _ in heldout],
     )
 
 

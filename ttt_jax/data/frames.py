@@ -4,10 +4,9 @@ Rows (for a codec of 8 codebooks): 0 the text, 1 to 8 the left channel (the mode
 other voice; for a mono file the codes of silence). -1 stands for what is not known: an entry without alignments has text
 -1 in every frame, which the model reads as a zero vector and no loss counts.
 
-An entry may also name codes made elsewhere: a safetensors file with one tensor ``codes``, int [K, T], and the metadata
-``frame_rate`` (e.g. "12.5") and ``codec`` (the codec's digest; its name would not do, as two fits may share it). K is 8
-for the model's voice alone, 16 for both voices, 17 for both with the text as row 0; otherwise the text comes from the
-alignments as for audio.
+An entry may also name a code file (`ttt_jax.data.codes`), from `python -m eval prepare` or made elsewhere: codes, int
+[K, T]. K is 8 for the model's voice alone, 16 for both voices, 17 for both with the text as row 0; otherwise the text
+comes from the alignments as for audio.
 
 The cache holds one safetensors file per entry, named by a SHA-256 over the contents of the audio and alignment files, the
 codec's and the tokenizer's digests. A cached file carries a checksum; one that does not match is made again.
@@ -24,6 +23,7 @@ import safetensors.numpy
 
 from ttt_jax.codec import Codec
 from ttt_jax.data.audio import read_audio
+from ttt_jax.data.codes import Codes, read_codes
 from ttt_jax.data.manifest import Entry, check_duration, read_alignments, read_manifest
 from ttt_jax.data.text import Tokenizer, text_stream
 from ttt_jax.errors import InputError
@@ -118,25 +118,21 @@ def _text(entry: Entry, num_frames: int, tokenizer: Tokenizer, codec: Codec) -> 
 
 def _external_frames(entry: Entry, codec: Codec, tokenizer: Tokenizer) -> np.ndarray:
     path, voice = entry.path, codec.num_codebooks
-    try:
-        with safetensors.safe_open(str(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-            codes = file.get_tensor("codes")
-    except (OSError, safetensors.SafetensorError) as error:
+    stored = read_codes(path)
+    _check_origin(path, stored, codec)
+    codes = stored.codes
+    if len(codes) not in (voice, 2 * voice, 1 + 2 * voice):
         raise InputError(
-            f"{path} cannot be read as codes ({error}): expected a safetensors file with a tensor 'codes', int [K, T]."
-        ) from error
-    _check_origin(path, metadata, codec)
-    if codes.ndim != 2 or len(codes) not in (voice, 2 * voice, 1 + 2 * voice) or codes.dtype.kind not in "iu":
-        raise InputError(
-            f"{path} holds codes of type {codes.dtype} and shape {list(codes.shape)}, expected integers [K, T] with K ="
-            f" {voice} (the model's voice), {2 * voice} (both voices) or {1 + 2 * voice} (text first): write them so."
+            f"{path} holds codes of shape {list(codes.shape)}, expected [K, T] with K = {voice} (the model's voice),"
+            f" {2 * voice} (both voices) or {1 + 2 * voice} (text first): write them so."
         )
-    num_frames = codes.shape[1]
-    if not num_frames:
-        raise _too_short(entry, 0.0, codec)
-    check_duration(entry, num_frames / codec.frame_rate)
+    check_duration(entry, stored.seconds)
     has_text = len(codes) == 1 + 2 * voice
+    if has_text and stored.tokenizer not in (None, tokenizer.digest):
+        raise InputError(
+            f"{path} states tokenizer {stored.tokenizer!r} in its metadata, but the tokenizer in use has the digest"
+            f" {tokenizer.digest}: prepare the codes with this tokenizer, or give data.tokenizer the one that made them."
+        )
     for row, values in enumerate(codes):
         is_text = has_text and row == 0
         cardinality = tokenizer.cardinality if is_text else codec.cardinality
@@ -146,27 +142,23 @@ def _external_frames(entry: Entry, codec: Codec, tokenizer: Tokenizer) -> np.nda
                 f" {cardinality - 1} ({'the tokenizer' if is_text else codec.name}): encode it again."
             )
     if has_text:
-        return codes.astype(np.int32)
+        return codes
+    num_frames = stored.num_frames
     other = codes[voice:] if len(codes) == 2 * voice else _silence(num_frames, codec)
     text = _text(entry, num_frames, tokenizer, codec)
     return np.concatenate([text[None], codes[:voice], other]).astype(np.int32)
 
 
-def _check_origin(path: Path, metadata: dict[str, str], codec: Codec) -> None:
+def _check_origin(path: Path, stored: Codes, codec: Codec) -> None:
     """Refuses codes of another frame rate or another codec."""
-    rate, origin = metadata.get("frame_rate"), metadata.get("codec")
-    try:
-        same_rate = rate is not None and float(rate) == codec.frame_rate
-    except ValueError:
-        same_rate = False
-    if not same_rate:
+    if stored.frame_rate != codec.frame_rate:
         raise InputError(
-            f"{path} states frame_rate {rate!r} in its metadata, but {codec.name} has {codec.frame_rate} frames a second:"
-            " encode the audio with this codec, or write the metadata if it is missing."
+            f"{path} states frame_rate '{stored.frame_rate:g}' in its metadata, but {codec.name} has"
+            f" {codec.frame_rate} frames a second: encode the audio with this codec."
         )
-    if origin != codec.digest:
+    if stored.codec != codec.digest:
         raise InputError(
-            f"{path} states codec {origin!r} in its metadata, but the codec in use, {codec.name}, has the digest"
+            f"{path} states codec {stored.codec!r} in its metadata, but the codec in use, {codec.name}, has the digest"
             f" {codec.digest}: encode the audio with this codec and state its `digest`, or give data.codec the file of the"
             " codec that made the codes."
         )

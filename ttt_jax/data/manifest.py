@@ -27,11 +27,13 @@ class Entry:
         path: the audio file.
         duration: seconds, as the manifest states them.
         alignment: the JSON of words beside the audio; None if there is none.
+        speaker: whose voice it is, if the manifest says so: streams of one speaker are no independent witnesses.
     """
 
     path: Path
     duration: float
     alignment: Path | None
+    speaker: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,14 @@ def _parse_entry(manifest: Path, number: int, line: str) -> Entry:
         raise InputError(f'{where} has "path": {name!r}: expected the name of an audio file.')
     if not _is_number(duration) or duration <= 0:
         raise InputError(f'{where} has "duration": {duration!r}: expected seconds greater than 0.')
+    speaker = record.get("speaker")
+    if speaker is not None and not isinstance(speaker, str):
+        raise InputError(f'{where} has "speaker": {speaker!r}: expected a name, or no such key.')
     audio = manifest.parent / name
     if not audio.is_file():
         raise InputError(f"{where} names {audio}, which is not there: paths are relative to the manifest's folder.")
     alignment = audio.with_suffix(".json")
-    return Entry(audio, float(duration), alignment if alignment.is_file() else None)
+    return Entry(audio, float(duration), alignment if alignment.is_file() else None, speaker)
 
 
 def _parse_word(path: Path, index: int, row: object, duration: float) -> Word:
