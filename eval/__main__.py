@@ -3,23 +3,175 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
 from ttt_jax.command import run
 
 
+def _prepare(parser: argparse.ArgumentParser) -> None:
+    """Flags of `prepare`."""
+    add = parser.add_argument
+    add(
+        "sources",
+        metavar="SOURCE",
+        nargs="+",
+        help="audio file, folder of audio, or manifest (.jsonl, as moshi-finetune)",
+    )
+    add("--out", metavar="FOLDER", required=True, help="where codes and manifest.jsonl go; may hold earlier ones")
+    add("--codec", default="kmeans", help='"kmeans" (the embedded one) or a codec file; unset: kmeans')
+    add("--tokenizer", metavar="FILE", help="SentencePiece model for alignments; unset: the embedded one")
+    add(
+        "--voice",
+        choices=("own", "other"),
+        default="own",
+        help="which voice speaks on the left or only channel: the model's own or the other; unset: own",
+    )
+    add("--join", action="store_true", help="one stream for each book, speaker (LibriSpeech-Long) or folder")
+    add(
+        "--layout",
+        choices=("auto", "folder", "manifest", "librilight", "librispeech-long"),
+        default="auto",
+        help="how sources are laid out; unset: seen from their files",
+    )
+    parser.epilog = (
+        "Interrupted? Run the same again: what is encoded stays. Exit code: 0 all is encoded; 2 nothing is, an input is to"
+        " be mended; 3 some recordings were unusable, were named and left out; 130 interrupted. See docs/data.md."
+    )
+
+
+def _stream(parser: argparse.ArgumentParser) -> None:
+    """Flags of `stream`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = """arms (same weights, files, attention and tokens; only the fast weights differ):
+  persist   memory kept from the first frame to the last
+  reset     memory cleared every --reset-every frames
+  frozen    fast weights held at their learned start, no updates
+  off       gates closed, TTT layers add nothing
+  permuted  every --reset-every frames the memory of another file (a control; not among the default arms)
+
+exit code: 0 done, 2 an input to mend, 3 done but some files were skipped"""
+    parser.add_argument(
+        "checkpoints",
+        metavar="CHECKPOINT",
+        nargs="+",
+        help="folder of a run, or of converted weights; several are compared",
+    )
+    parser.add_argument(
+        "--data",
+        help="manifest, or folder that `python -m eval prepare` made; unset: the run's own held-out files",
+    )
+    parser.add_argument("--arms", help="some of the arms below, joined by commas; unset: persist,reset,frozen,off")
+    parser.add_argument(
+        "--reset-every", type=int, metavar="N", help="frames between resets; unset: a training chunk of the run, or 250"
+    )
+    parser.add_argument(
+        "--frames", type=int, metavar="N", help="first frames of each file that are streamed; unset: all"
+    )
+    parser.add_argument(
+        "--chunk", type=int, metavar="N", help="most frames of a call, memory against time; it changes no number"
+    )
+    parser.add_argument("--batch", type=int, metavar="N", help="files side by side; unset: 8, or 1 in bfloat16")
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="frames that a position averages; unset: 250, or 125 for files below 2,000",
+    )
+    parser.add_argument(
+        "--weighting",
+        choices=["equal", "kyutai", "semantic", "acoustic"],
+        default="equal",
+        help="how the codebooks become one loss in tables and figures (kyutai: 100 on the first); all are stored",
+    )
+    parser.add_argument(
+        "--figure5",
+        action=argparse.BooleanOptionalAction,
+        help="measure the inner losses; unset: where there are TTT layers",
+    )
+    parser.add_argument(
+        "--out", help="folder for the results; unset: eval, or eval-DATA with --data, in the first checkpoint's folder"
+    )
+
+
+def _draw(parser: argparse.ArgumentParser) -> None:
+    """Flags of `draw`."""
+    parser.epilog = "results.json stays as it is: it records the evaluation."
+    parser.add_argument("folder", metavar="OUT", help="folder of the results, such as runs/NAME/eval")
+    parser.add_argument(
+        "--weighting", choices=["equal", "kyutai", "semantic", "acoustic"], help="of the codebooks; unset: as stored"
+    )
+    parser.add_argument("--window", type=int, metavar="N", help="frames that a position averages; unset: as stored")
+
+
+def _check_persistence(parser: argparse.ArgumentParser) -> None:
+    """Flags of `check-persistence`."""
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", nargs="?", help="a run or converted weights; unset: an untrained tiny"
+    )
+    parser.add_argument(
+        "--audio",
+        metavar="FILE",
+        help="audio, codes (.safetensors) or a manifest, whose first file is taken; unset: embedded speech, held out",
+    )
+    parser.add_argument(
+        "--frames", type=int, default=50, metavar="N", help="frames to stream (80 ms each); %(default)s"
+    )
+    parser.epilog = (
+        "Streams a recording frame by frame and prints, frame by frame, a digest of the fast weights, then a line for each"
+        " property: they change at every frame, build on the frame before, survive saving, are cleared by a reset of their"
+        " row alone, do not depend on other rows, leave the parameters alone, and are the same in calls of any length."
+        " The last line is PASS (exit code 0) or FAIL (1)."
+    )
+
+
+def _diagnose(parser: argparse.ArgumentParser) -> None:
+    """Flags of `diagnose`."""
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", nargs="?", help="folder of a run or of converted weights")
+    add(
+        "--data",
+        metavar="FILE",
+        help="audio, codes (.safetensors) or a manifest, whose first file is taken; unset: the run's held-out files, or the"
+        " embedded ones",
+    )
+    add("--every", type=int, default=100, metavar="N", help="frames from one record to the next; %(default)s")
+    add("--frames", type=int, metavar="N", help="first frames that are streamed; unset: all")
+    add("--chunk", type=int, metavar="N", help="most frames of a call between records, 1: a live stream; unset: 128")
+    add("--compare", metavar="OTHER", help="a second checkpoint, on the same audio: both side by side")
+    add("--out", metavar="FOLDER", help="where the results go; unset: CHECKPOINT/diagnose")
+    add("--draw", metavar="FOLDER", help="only draw the figures again from the records in FOLDER")
+    parser.epilog = (
+        "A record of a frame and TTT layer says how large attention's output and the TTT layer's are and how they stand to"
+        " each other, how far the gate is open, what has changed since the record before, how far the fast weights have"
+        " moved and what they know of the frame. Printed, stored as records.jsonl and drawn as diagnose.png and"
+        " diagnose.pdf. Between records nothing is measured, so they cost next to nothing."
+    )
+
+
+TASKS = {
+    "prepare": ("eval.prepare", _prepare, "audio to cached codes"),
+    "stream": ("eval.evaluate", _stream, "speech frame by frame, memory kept, reset, frozen and off"),
+    "draw": ("eval.draw", _draw, "the table and the figures of stored results again"),
+    "check-persistence": (
+        "eval.persistence_check",
+        _check_persistence,
+        "whether the fast weights persist: PASS or FAIL",
+    ),
+    "diagnose": ("eval.diagnose", _diagnose, "what TTT layers do beside attention, record by record"),
+}
+"""By name: the module whose `main(options)` returns the exit code, its flags, and what it is for."""
+
+
 def main(args: Sequence[str]) -> int:
     """Run the command line `args`; the exit code: 0 done, 2 an input to mend."""
     parser = argparse.ArgumentParser(prog="python -m eval", description="Evaluate what `python -m train` made.")
     tasks = parser.add_subparsers(dest="task", required=True)
-    stream = tasks.add_parser("stream", help="held-out files frame by frame, memory kept, reset, frozen and off")
-    stream.add_argument("run_dir", metavar="RUN", help="folder of a run")
-    stream.add_argument("--out", help="folder for the results; unset: RUN/eval")
+    for name, (_, add, purpose) in TASKS.items():
+        add(tasks.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + "."))
     options = parser.parse_args(args)
-    from eval import heldout
-
-    return heldout.of_run(options.run_dir, options.out)
+    return importlib.import_module(TASKS[options.task][0]).main(options)
 
 
 if __name__ == "__main__":

@@ -1,46 +1,150 @@
 """Arms of an experiment on memory: the same weights and files, the TTT layers' state treated differently.
 
-An arm that switches something off is an edit of the parameters, so every arm runs the same compiled program; attention
-rings, delayed tokens and positions are carried alike in all.
+All arms go through one program side by side. What they share is computed once: an arm is a `vmap` over the few parameters that it
+sets and over the state from the first TTT layer on; layers before it, delayed tokens and positions have no arm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from ttt_jax.moshi.model import Params
+from ttt_jax.config import MoshiConfig, Run
+from ttt_jax.errors import InputError
+from ttt_jax.moshi import model
 
 
 class Arm(NamedTuple):
     """One setting."""
 
     meaning: str
-    edit: Callable[[Params], Params]
-    resets: bool
-    """Whether the TTT states start anew at every chunk."""
-
-
-def _edit_ttt(name: str, value: float) -> Callable[[Params], Params]:
-    def edit(params: Params) -> Params:
-        layers = {
-            run: {**block, "ttt": {**block["ttt"], name: jnp.full_like(block["ttt"][name], value)}}
-            if "ttt" in block
-            else block
-            for run, block in params["layers"].items()
-        }
-        return {**params, "layers": layers}
-
-    return edit
+    sets: tuple[tuple[str, float], ...] = ()
+    """Parameters of the TTT layers, with the value they take throughout."""
+    at_period: Literal["keeps", "clears", "takes another's"] = "keeps"
+    """What happens to the TTT state where a period begins."""
 
 
 ARMS: dict[str, Arm] = {
-    "persist": Arm("memory kept from the first frame to the last", lambda params: params, False),
-    "reset": Arm("memory cleared at the start of every chunk", lambda params: params, True),
+    "persist": Arm("memory kept from the first frame to the last"),
+    "reset": Arm("memory cleared at the start of every period", at_period="clears"),
     # sigmoid(-inf) is exactly 0: the inner rate vanishes and the fast weights stay at W0.
-    "frozen": Arm("fast weights held at their learned start, no updates", _edit_ttt("rate_bias", -jnp.inf), False),
-    "off": Arm("gates closed, TTT layers add nothing", _edit_ttt("gate", 0.0), False),
+    "frozen": Arm("fast weights held at their learned start, no updates", (("rate_bias", -jnp.inf),)),
+    "off": Arm("gates closed, TTT layers add nothing", (("gate", 0.0),)),
+    "permuted": Arm("at the start of every period the memory of another file", at_period="takes another's"),
 }
 """By name, in the order of reports."""
+
+DEFAULT = ("persist", "reset", "frozen", "off")
+WITHOUT_TTT = ("off",)
+"""What is left to run of a model that has no TTT layers."""
+
+
+def check(names: Sequence[str], cfg: MoshiConfig, name: str) -> None:
+    """Raise `InputError` unless the arms `names` can be run with the model of checkpoint `name`."""
+    unknown = [arm for arm in names if arm not in ARMS]
+    if unknown or not names:
+        raise InputError(f"the arm {(unknown or [''])[0]!r} does not exist: give some of {', '.join(ARMS)}.")
+    if len(set(names)) < len(names):
+        raise InputError(f"the arms {', '.join(names)} name one twice: give each once.")
+    if not cfg.ttt_layers and tuple(names) != WITHOUT_TTT:
+        raise InputError(
+            f"{name} has no TTT layers, so the arms {', '.join(names)} would all be the same: give --arms off, or leave --arms out."
+        )
+    if "permuted" in names and "persist" not in names:
+        raise InputError("the arm permuted takes the memories of the arm persist: add persist to --arms.")
+
+
+def resets(names: Sequence[str]) -> bool:
+    """Whether any of the arms does something where a period begins."""
+    return any(ARMS[name].at_period != "keeps" for name in names)
+
+
+def set_params(params: model.Params, names: Sequence[str]) -> model.Params:
+    """`params` in which the leaves that any arm may set have a leading axis of arms (with several arms)."""
+    settable = {name for arm in ARMS.values() for name, _ in arm.sets}
+
+    def one(path: tuple, leaf: jax.Array) -> jax.Array:
+        name = path[-1].key
+        if not _is_ttt(path) or name not in settable:
+            return leaf
+        values = [dict(ARMS[arm].sets).get(name) for arm in names]
+        stacked = [leaf if value is None else jnp.full_like(leaf, value) for value in values]
+        return jnp.stack(stacked) if len(names) > 1 else stacked[0]
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def init_state(cfg: MoshiConfig, batch: int, names: Sequence[str]) -> model.State:
+    """A fresh state; with several arms its leaves from the first TTT layer on have a leading axis of arms."""
+    state = model.init_state(cfg, batch)
+    if len(names) == 1:
+        return state
+    spread = lambda leaf: jnp.array(jnp.broadcast_to(leaf, (len(names), *leaf.shape)))  # noqa: E731
+    own = _runs_by_arm(cfg)
+    layers = {
+        run.name: jax.tree.map(spread, state.layers[run.name]) if run in own else state.layers[run.name]
+        for run in cfg.runs
+    }
+    return state._replace(layers=layers)
+
+
+def over_arms(step: Callable[[model.Params, model.State], Any], cfg: MoshiConfig, names: Sequence[str]) -> Callable:
+    """`step(params, state) -> (outputs, state)` under every arm: outputs with a leading axis of arms, and the state.
+
+    Args:
+      step: a call of `model.forward`; names: of the arms whose parameters and states will be handed over.
+    """
+    if len(names) == 1:
+
+        def alone(params: model.Params, state: model.State) -> Any:
+            outputs, state = step(params, state)
+            return jax.tree.map(lambda leaf: leaf[None], outputs), state
+
+        return alone
+    settable = {name for arm in ARMS.values() for name, _ in arm.sets}
+    own = _runs_by_arm(cfg)
+    of_state = model.State(None, None, None, {run.name: 0 if run in own else None for run in cfg.runs})
+
+    def side_by_side(params: model.Params, state: model.State) -> Any:
+        of_params = jax.tree_util.tree_map_with_path(
+            lambda path, _: 0 if _is_ttt(path) and path[-1].key in settable else None, params
+        )
+        return jax.vmap(step, in_axes=(of_params, of_state), out_axes=(0, of_state))(params, state)
+
+    return side_by_side
+
+
+def begin_period(state: model.State, begins: jax.Array, names: Sequence[str]) -> model.State:
+    """The state with the TTT states that every arm has where a period begins (bool []); all else is carried alike."""
+    if not resets(names):
+        return state
+
+    def of_arm(i: int, leaf: jax.Array) -> jax.Array:
+        match ARMS[names[i]].at_period:
+            case "keeps":
+                return leaf[i]
+            case "clears":
+                return jnp.zeros_like(leaf[i])
+            case "takes another's":
+                return jnp.roll(leaf[names.index("persist")], 1, axis=1)  # [L, B, ...]
+
+    def of_leaf(leaf: jax.Array) -> jax.Array:
+        stacked = leaf if len(names) > 1 else leaf[None]
+        changed = jnp.stack([of_arm(i, stacked) for i in range(len(names))])
+        return jnp.where(begins, changed if len(names) > 1 else changed[0], leaf)
+
+    layers = {name: run._replace(ttt=jax.tree.map(of_leaf, run.ttt)) for name, run in state.layers.items()}
+    return state._replace(layers=layers)
+
+
+def _is_ttt(path: tuple) -> bool:
+    return len(path) > 1 and path[-2].key == "ttt"
+
+
+def _runs_by_arm(cfg: MoshiConfig) -> list[Run]:
+    """Runs whose state depends on the arm: from the first with TTT layers on."""
+    first = next((i for i, run in enumerate(cfg.runs) if run.has_ttt), len(cfg.runs))
+    return list(cfg.runs[first:])

@@ -1,8 +1,9 @@
-"""Held-out files through the model, one frame at a time, in one jitted scan: what a live stream would see."""
+"""Files through the model under every arm: all frames scored once, in calls of any length, the state carried along."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,73 +11,206 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.arms import ARMS
+from eval import arms as arms_
+from eval.scores import Against, ArmScores, FileScores, Inner
 from ttt_jax.config import MoshiConfig
 from ttt_jax.moshi import model
-from ttt_jax.moshi.loss import token_losses
+
+SEGMENT = 4096
+"""Frames that one dispatch scans at least, so that short calls do not wait for the host."""
 
 
-class Scores(NamedTuple):
-    """What a stream of T frames in B rows (files) gave; NaN where a token was not scored."""
+class Scored(NamedTuple):
+    """Scores of a call, leading axis arms, A; streams S = 1 + Q: text, then the own codebooks."""
 
-    nats: np.ndarray
-    """Cross-entropy of each token, float32 [B, 1 + Q, T]: text, then the own codebooks, on the delayed grid."""
-    displacement: np.ndarray
-    """Norm of each TTT layer's displacement relative to its base, float32 [B, layers, T]."""
-    tokens: np.ndarray
-    """The tokens scored, int32 [B, 1 + Q, T]."""
-
-
-def score_frame(
-    params: model.Params, frame: jax.Array, mask: jax.Array, reset: jax.Array, state: model.State, cfg: MoshiConfig
-) -> tuple[model.State, tuple[jax.Array, ...]]:
-    """One frame of a stream.
-
-    Args:
-      frame: int32 [B, K]; mask: bool [B], rows whose file goes on; reset: bool [], clear the TTT states first.
-
-    Returns:
-      The state and (nats [B, 1 + Q], whether scored [B, 1 + Q], tokens [B, 1 + Q], displacement norms [B, layers]).
-    """
-    state = model.reset_ttt_rows(state, jnp.broadcast_to(reset, mask.shape))
-    outputs, state = model.forward(params, frame[..., None], mask[:, None], state, cfg)
-    nats = token_losses(outputs)[..., 0]
-    return state, (
-        nats,
-        outputs.target_mask[..., 0],
-        outputs.targets[..., 0],
-        model.displacement_ratios(params, state, cfg),
-    )
+    nats: jax.Array  # [A, B, S, T]
+    entropy: jax.Array
+    rank: jax.Array
+    against_off: Against | None
+    inner: Inner | None  # [A, L, B, T]
 
 
-@partial(jax.jit, static_argnames="cfg", donate_argnames="state")
-def _scan(
-    params: model.Params, frames: jax.Array, mask: jax.Array, resets: jax.Array, state: model.State, cfg: MoshiConfig
-):
-    def body(state: model.State, x):
-        return score_frame(params, *x, state, cfg)
-
-    return jax.lax.scan(body, state, (frames, mask, resets))
-
-
-def stream(params: model.Params, files: Sequence[np.ndarray], arm: str, chunk: int, cfg: MoshiConfig) -> Scores:
-    """Streams every file from a fresh state under one arm of `ARMS`.
+def score(outputs: model.Outputs, off: int | None) -> Scored:
+    """Scores predictions of several arms, leading axis A, against the targets that they share; what is masked means nothing.
 
     Args:
-      params: parameters; files: int32 [K, T_i] each; chunk: frames between resets in arms that reset.
+      outputs: of `model.forward`, leaves with a leading axis of arms; off: which of the arms is `off`, for the comparison with it.
+    """
+
+    def of_streams(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:  # [A, B, T, ..., V], [A, B, T, ...]
+        logp = jax.nn.log_softmax(logits)
+        index = jnp.clip(targets, 0, logits.shape[-1] - 1)[..., None]
+        found = jnp.take_along_axis(logp, index, -1)
+        p = jnp.exp(logp)
+        parts = [-found[..., 0], -(p * logp).sum(-1), (logp > found).sum(-1).astype(jnp.float32)]
+        if off is not None:
+            best = logp.argmax(-1)
+            parts += [(p * (logp - logp[off])).sum(-1), (best != best[off]).astype(jnp.float32)]
+        return tuple(parts)
+
+    text = of_streams(outputs.text_logits, outputs.targets[:, :, 0])
+    audio = of_streams(outputs.audio_logits, jnp.moveaxis(outputs.targets[:, :, 1:], 2, 3))
+    both = [jnp.concatenate([t[:, :, None], jnp.moveaxis(a, 3, 2)], 2) for t, a in zip(text, audio, strict=True)]
+    inner = None
+    if outputs.ttt is not None:
+        measured = (*outputs.ttt.inner, outputs.ttt.rate)
+        inner = Inner(*(y.mean(-1) for y in measured))
+    return Scored(*both[:3], Against(*both[3:]) if off is not None else None, inner)
+
+
+@partial(jax.jit, static_argnames=("cfg", "arms", "measured"), donate_argnames="state")
+def scan_calls(
+    params: model.Params,
+    frames: jax.Array,
+    mask: jax.Array,
+    begins: jax.Array,
+    state: model.State,
+    cfg: MoshiConfig,
+    arms: tuple[str, ...],
+    measured: bool,
+) -> tuple[model.State, tuple[Scored, jax.Array, jax.Array]]:
+    """N calls of T frames, one after the other.
+
+    Args:
+      params, state: of `arms.set_params`, `arms.init_state`; frames: int32 [N, B, K, T]; mask: bool [N, B, T].
+      begins: bool [N], calls at whose start a period begins; arms: names; measured: whether to measure inner losses.
 
     Returns:
-      `Scores` of all files, padded with NaN to the longest.
+      The state and by call: scores, targets int32 [B, S, T], whether scored bool [B, S, T].
     """
-    length = max(file.shape[1] for file in files)
-    padded = np.stack([np.pad(file, ((0, 0), (0, length - file.shape[1]))) for file in files])
-    mask = np.arange(length) < np.array([[file.shape[1]] for file in files])
-    resets = ARMS[arm].resets & (np.arange(length) % chunk == 0)
-    state = model.init_state(cfg, len(files))
-    frames = jnp.asarray(padded.transpose(2, 0, 1))
-    _, (nats, scored, tokens, moved) = _scan(
-        ARMS[arm].edit(params), frames, jnp.asarray(mask.T), jnp.asarray(resets), state, cfg=cfg
-    )
-    nats = np.where(scored, nats, np.nan).transpose(1, 2, 0)
-    moved = np.where(mask.T[..., None], moved, np.nan).transpose(1, 2, 0)
-    return Scores(nats, moved, np.asarray(tokens).transpose(1, 2, 0))
+    off = arms.index("off") if "off" in arms and len(arms) > 1 else None
+
+    def body(state: model.State, call: tuple[jax.Array, ...]):
+        frames, mask, begins = call
+        state = arms_.begin_period(state, begins, arms)
+
+        def forward(params: model.Params, state: model.State):
+            return model.forward(params, frames, mask, state, cfg, measured)
+
+        outputs, state = arms_.over_arms(forward, cfg, arms)(params, state)
+        return state, (score(outputs, off), outputs.targets[0], outputs.target_mask[0])
+
+    return jax.lax.scan(body, state, (frames, mask, begins))
+
+
+class Plan(NamedTuple):
+    """How streams are cut into calls of equal shape."""
+
+    starts: np.ndarray
+    """First frame of each call, int [N]."""
+    lengths: np.ndarray
+    """Its frames, int [N], at most `frames`: where a period ends the call before may be shorter, filled up with masked frames."""
+    frames: int
+    begins: np.ndarray
+    """Whether a period begins with it, bool [N]; the first is none, there is nothing to clear yet."""
+
+
+def plan(length: int, chunk: int, period: int | None) -> Plan:
+    """Cuts a stream of `length` frames into calls of at most `chunk` frames that do not reach over the end of a period of `period`."""
+    whole = min(length, period or length)
+    frames = math.ceil(whole / math.ceil(whole / chunk))
+    starts = np.array([at + i for at in range(0, length, whole) for i in range(0, min(whole, length - at), frames)])
+    ends = np.minimum(np.append(starts[1:], length), (starts // whole + 1) * whole)
+    return Plan(starts, ends - starts, frames, (starts % whole == 0) & (starts > 0))
+
+
+def stream(
+    params: model.Params,
+    files: Sequence[np.ndarray],
+    cfg: MoshiConfig,
+    arms: Sequence[str],
+    *,
+    chunk: int,
+    period: int,
+    measured: bool = False,
+    on_frames: Callable[[int], None] = lambda frames: None,
+) -> list[FileScores]:
+    """Streams a batch of files side by side, each from a fresh state, under every arm; ends are masked, nothing crosses files.
+
+    Args:
+      params: of the model; files: int32 [K, T_i] each; arms: names in `ARMS`, that `arms.check` let pass.
+      chunk: most frames of a call; it does not change the numbers beyond rounding. period: frames after which `reset` clears and
+        `permuted` exchanges memories.
+      measured: whether to measure inner losses; on_frames: told how many frames of all files have been scored since it was last.
+
+    Returns:
+      Scores of every file; `unigram` is left None.
+    """
+    arms, lengths = tuple(arms), np.array([file.shape[1] for file in files])
+    calls = plan(int(lengths.max()), chunk, period if arms_.resets(arms) else None)
+    per_scan = max(1, min(SEGMENT // calls.frames, len(calls.starts)))
+    edited, state = arms_.set_params(params, arms), arms_.init_state(cfg, len(files), arms)
+    gathered = _Gathered(lengths, calls)
+    waiting: tuple[int, tuple] | None = None
+    for first in range(0, len(calls.starts), per_scan):
+        block = _block(files, calls, first, per_scan)
+        state, out = scan_calls(edited, *block, state, cfg=cfg, arms=arms, measured=measured)
+        if waiting is not None:
+            on_frames(gathered.add(*waiting))  # the scan before, while this one computes
+        waiting = first, out
+    on_frames(gathered.add(*waiting))
+    return [gathered.file(row, arms) for row in range(len(files))]
+
+
+def _block(files: Sequence[np.ndarray], calls: Plan, first: int, count: int) -> tuple[jax.Array, ...]:
+    """Frames [N, B, K, T], masks [N, B, T] and beginnings [N] of `count` calls from `first` on; calls beyond the last are masked."""
+    frames = np.full((count, len(files), files[0].shape[0], calls.frames), -1, np.int32)
+    mask = np.zeros((count, len(files), calls.frames), bool)
+    begins = np.zeros(count, bool)
+    for i, call in enumerate(range(first, min(first + count, len(calls.starts)))):
+        begins[i] = calls.begins[call]
+        for row, file in enumerate(files):
+            part = file[:, calls.starts[call] : calls.starts[call] + calls.lengths[call]]
+            frames[i, row, :, : part.shape[1]] = part
+            mask[i, row, : part.shape[1]] = True
+    return jnp.asarray(frames), jnp.asarray(mask), jnp.asarray(begins)
+
+
+class _Gathered:
+    """Scores of all calls, put in their place in time."""
+
+    def __init__(self, lengths: np.ndarray, calls: Plan):
+        self._lengths, self._calls = lengths, calls
+        self._length = int(lengths.max())
+        self._arrays: list[np.ndarray] = []
+        self._tree: jax.tree_util.PyTreeDef | None = None
+
+    def add(self, first: int, out: tuple) -> int:
+        """Takes the scores of calls from `first` on; how many frames of files they covered."""
+        leaves, self._tree = jax.tree.flatten(jax.device_get(out))
+        if not self._arrays:
+            self._arrays = [np.zeros((*leaf.shape[1:-1], self._length), leaf.dtype) for leaf in leaves]
+        for i, call in enumerate(range(first, min(first + len(leaves[0]), len(self._calls.starts)))):
+            start, length = self._calls.starts[call], self._calls.lengths[call]
+            for array, leaf in zip(self._arrays, leaves, strict=True):
+                array[..., start : start + length] = leaf[i][..., :length]
+        begun, ended = self._calls.starts[first], start + length
+        return int(np.clip(self._lengths - begun, 0, ended - begun).sum())
+
+    def file(self, row: int, arms: tuple[str, ...]) -> FileScores:
+        """The scores of one file, its own frames only."""
+        scored, targets, present = jax.tree.unflatten(self._tree, self._arrays)
+        length = self._lengths[row]
+        present = present[row, :, :length]
+
+        def of_streams(values: np.ndarray, arm: int) -> np.ndarray:
+            return np.where(present, values[arm, row, :, :length], np.float32(np.nan))
+
+        def of_arm(i: int) -> ArmScores:
+            against = inner = None
+            if scored.against_off is not None and arms[i] != "off":
+                against = Against(*(of_streams(values, i) for values in scored.against_off))
+            if scored.inner is not None:
+                inner = Inner(*(values[i, :, row, :length] for values in scored.inner))
+            return ArmScores(*(of_streams(values, i) for values in scored[:3]), against, inner)
+
+        tokens = np.where(present, targets[row, :, :length], -1)
+        return FileScores(tokens, {arm: of_arm(i) for i, arm in enumerate(arms)}, None)
+
+
+def batches(lengths: Sequence[int], rows: int, least: int = 1) -> Iterator[list[int]]:
+    """Files in batches of at most `rows` (but never fewer than `least`), like lengths together; sizes differ by one at most."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    count = min(math.ceil(len(order) / rows), len(order) // least)
+    for part in np.array_split(np.array(order), count):
+        yield part.tolist()

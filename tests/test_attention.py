@@ -11,8 +11,8 @@ SLOTS, HEADS, WIDTH, ROWS = 8, 2, 4, 3
 library = jax.nn.dot_product_attention
 
 
-@pytest.mark.parametrize("frames", [2, 5, 8, 20])
-@pytest.mark.parametrize("starts", [(0, 0, 0), (0, 3, 30), (8, 100, 7)])
+@pytest.mark.parametrize("frames", [5, 20])
+@pytest.mark.parametrize("starts", [(0, 3, 30), (8, 100, 7)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_fused_attention_equals_the_plain_form(monkeypatch, frames, starts, masked):
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation, **rest: library(*args, **rest))

@@ -104,8 +104,8 @@ def test_a_bad_recording_is_one_sentence_and_leaves_no_run_and_nothing_cached(tm
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["stream", "nowhere"], "nowhere is not the folder of a run"),
-        (["stream", "nowhere", "--out", "results"], "nowhere is not the folder of a run"),
+        (["stream", "nowhere"], "nowhere is no checkpoint"),
+        (["stream", "nowhere", "--out", "results"], "nowhere is no checkpoint"),
     ],
 )
 def test_evaluating_what_is_no_run_is_one_sentence_and_leaves_nothing(tmp_path, args, said):

@@ -18,7 +18,8 @@ import jax
 import numpy as np
 
 from eval import unigram
-from eval.heldout import evaluate
+from eval.evaluate import of_run
+from eval.models import Model
 from eval.statistics import file_mean
 from train import plots
 from train.config import TrainConfig
@@ -113,8 +114,8 @@ def _run(cfg: TrainConfig, corpus: Corpus, state: TrainState, windows: Windows, 
         log.info("interrupted after step %d; go on with: python -m train --resume %s", int(state.step), run_dir)
         return INTERRUPTED
     if corpus.heldout:
-        about = {"config": record.to_dict(cfg), "step": cfg.steps, **meta}
-        evaluate(state.params, cfg.model, corpus, cfg.data.chunk, about, run_dir, run_dir / "eval")
+        about = {"path": str(run_dir), "config": record.to_dict(cfg), "step": cfg.steps, **meta}
+        of_run(Model(run_dir.resolve().name, cfg.model, state.params, cfg, about), corpus, run_dir / "eval")
     else:
         log.info("no held-out files to evaluate: name some with --data.heldout")
     return 0

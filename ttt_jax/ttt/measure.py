@@ -54,21 +54,24 @@ def measure(
     k, at_base = halves(x.kq)[0], halves(x.at_base)[0]
     gram = jnp.einsum("BHCI,BHSI->BHCS", k, k) + 1
     upto = causal(gram)
+    # The frames once before and once after their own step, in one pass.
+    seen = jnp.concatenate([jnp.tril(upto, -1), upto])
     now = readable(base, displacement)
-    first = at_base + apply(k, now[0])
-    before = jnp.tril(upto, -1)
+    twice = lambda y: jnp.concatenate([y, y], -2)  # noqa: E731
+    taught = read(now, twice(at_base + apply(k, now[0])), jnp.where(seen, twice(gram), 0), descent, seen)
     untaught = at_base  # reads no state: what the base knows is known even where a state is spoilt
     for w, b in base[1:]:
         untaught = jnp.einsum("BHCI,HIO->BHCO", gelu(untaught), w) + b[:, None]
     # |displacement - sum of steps|^2, multiplied out so that no prefix of the sum is formed.
     moved = squared_norm(displacement)[..., None]
+    both = upto[:, :, None] & upto[:, None]  # of frame i: whether j and k are among its steps
     for affine, x_k, step in zip(displacement, *descent, strict=True):
-        moved -= 2 * jnp.cumsum((apply(x_k, affine) * step).sum(-1), -1)
+        cross = (apply(x_k, affine) * step).sum(-1)
         square = (jnp.einsum("BHCI,BHSI->BHCS", x_k, x_k) + 1) * jnp.einsum("BHCO,BHSO->BHCS", step, step)
-        moved += jnp.diagonal(jnp.cumsum(jnp.cumsum(square, -1), -2), axis1=-2, axis2=-1)
+        moved -= 2 * jnp.where(upto, cross[..., None, :], 0).sum(-1)
+        moved += jnp.where(both, square[..., None, :, :], 0).sum((-2, -1))
     return InnerMeasurement(
         loss(untaught),
-        loss(read(now, first, jnp.where(before, gram, 0), descent, before)),
-        loss(read(now, first, jnp.where(upto, gram, 0), descent, upto)),
+        *(loss(y) for y in halves(taught)),
         jnp.sqrt(jnp.maximum(moved, 0) / squared_norm(base)[:, None]),
     )

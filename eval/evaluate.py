@@ -1,0 +1,260 @@
+"""`python -m eval stream`: checkpoints x files x arms, scored frame by frame, stored, summed up, drawn."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from eval import arms as arms_
+from eval import draw, report, scores, unigram
+from eval import models as models_
+from eval import speech as speech_
+from eval.models import Model
+from eval.results import CheckpointInfo, FileInfo, Setting, summarise, write_results
+from eval.speech import Skipped, Speech
+from eval.stream import batches, stream
+from ttt_jax.command import PARTIAL, cost, keep_compiled, machine
+from ttt_jax.config import FRAME_RATE
+from ttt_jax.data import corpus as corpora
+from ttt_jax.errors import InputError
+
+PERIOD, WINDOW, ROWS = 250, 250, 8
+"""Where nothing else is asked for: frames between resets (of a run: its training chunk), frames that a position averages, files side by side."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """How to stream and what to measure."""
+
+    arms: tuple[str, ...] | None = None
+    """Names of arms; None: those that mean something for the checkpoint."""
+    reset_every: int | None = None
+    """Frames between resets; None: a training chunk of the first checkpoint."""
+    chunk: int | None = None
+    """Most frames of a call; None: what suits the device."""
+    batch: int | None = None
+    """Files side by side; None: what suits the model."""
+    window: int | None = None
+    """Frames that a position averages; None: 250, of short files 125."""
+    weighting: str = "equal"
+    """Headline weighting of the codebooks."""
+    inner: bool | None = None
+    """Whether to measure inner losses; None: where there are TTT layers."""
+
+    def __post_init__(self) -> None:
+        for name in ("reset_every", "chunk", "batch", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} {value} is out of range: give 1 or more.")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Evaluate as the command line asks; the exit code: 0, or 3 if files were skipped. Raises `InputError`."""
+    arms = tuple(options.arms.split(",")) if options.arms else None
+    asked = Asked(
+        arms, options.reset_every, options.chunk, options.batch, options.window, options.weighting, options.figure5
+    )
+    models = [models_.load(path) for path in options.checkpoints]
+    keep_compiled(models[0].cache_dir / "compiled")
+    if len({model.name for model in models}) < len(models):
+        raise InputError(
+            f"two checkpoints are called {models[0].name}: results are stored by the name of the folder, rename one."
+        )
+    for model in models:
+        _check(model, asked)
+    skipped: list[Skipped] = []
+    if options.data:
+        files, skipped = speech_.read(options.data, models, options.frames)
+        corpus = None
+    else:
+        corpus = _own_corpus(models)
+        files = [file._replace(frames=file.frames[:, : options.frames]) for file in speech_.of_corpus(corpus)]
+    for one in skipped:
+        print(f"skipped: {one.reason}", file=sys.stderr)
+    # Results on other speech have a folder of their own: those of the run's held-out files stay.
+    default = f"eval-{Path(options.data).resolve().stem}" if options.data else "eval"
+    folder = Path(options.out or Path(options.checkpoints[0]) / default)
+    _make(folder)  # what cannot be is told before the work
+    evaluate(models, files, skipped, corpus, asked, folder)
+    return PARTIAL if skipped else 0
+
+
+def of_run(model: Model, corpus: corpora.Corpus, folder: Path) -> None:
+    """Evaluate a run on its own held-out files, as `python -m train` does at its end."""
+    _make(folder)
+    evaluate([model], speech_.of_corpus(corpus), [], corpus, Asked(), folder)
+
+
+def evaluate(
+    models: Sequence[Model],
+    files: Sequence[Speech],
+    skipped: Sequence[Skipped],
+    corpus: corpora.Corpus | None,
+    asked: Asked,
+    folder: Path,
+) -> None:
+    """Stream `files` through `models` under the arms asked for, each from a fresh state; print the results and store them.
+
+    Args:
+      skipped: files that could not be used, for the record; corpus: whose training data the unigram baseline is fitted to, if any;
+        folder: of the results, which exists.
+    """
+    if asked.arms and "permuted" in asked.arms and len(files) < 2:
+        raise InputError(
+            "the arm permuted exchanges memories between files, but there is one file: give two or leave it out."
+        )
+    first, longest = models[0], max(file.frames.shape[1] for file in files)
+    period = asked.reset_every or (first.run.data.chunk if first.run else PERIOD)
+    chunk = asked.chunk or _calls(models)
+    tables = unigram.fit(corpus.train, first.cfg.target_streams.values()) if corpus else None
+    minutes = sum(file.frames.shape[1] for file in files) / FRAME_RATE / 60
+    names = ", ".join(model.name for model in models)
+    print(f"streaming {minutes:.1f} minutes of speech, {len(files)} files, through {names} ...", flush=True)
+    infos = [_info(i, file) for i, file in enumerate(files)]
+    checkpoints, run_arms = [], dict.fromkeys(arm for model in models for arm in _arms(model, asked))
+    new = Path(tempfile.mkdtemp(dir=folder, prefix=".frames."))
+    try:
+        for model in models:
+            own = new / model.name
+            own.mkdir(parents=True)
+            partners = _stream(model, files, infos, tables, asked, period, chunk, own)
+            about = model.about | ({"permuted_with": partners} if partners else {})
+            checkpoints.append(CheckpointInfo(model.name, model.cfg.context, model.cfg.ttt_layers, about))
+        (folder / "results.json").unlink(missing_ok=True)  # frames and results never stem from two evaluations
+        shutil.rmtree(folder / "frames", ignore_errors=True)
+        new.chmod(0o755)
+        new.rename(folder / "frames")
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    setting = Setting(
+        streams=tuple(first.cfg.target_streams),
+        arms={arm: entry.meaning for arm, entry in arms_.ARMS.items() if arm in run_arms},
+        reset_every=period,
+        chunk=chunk,
+        window=asked.window or (WINDOW if longest >= 8 * WINDOW else WINDOW // 2),
+        weighting=asked.weighting,
+        text=_text_policy(files),
+        unit="speaker",
+        about={"codec": first.codec or {"name": "not stated"}},
+    )
+    results = summarise(setting, checkpoints, infos, [one._asdict() for one in skipped], folder)
+    print(f"\n{report.table(results)}\n")
+    spent = cost()
+    write_results(folder, results, {"evaluated_with": machine(), "cost": spent})
+    for path in (folder / "results.json", folder / "frames", *draw.draw_all(folder)):
+        print(path)
+    print(f"took {spent['seconds']:.0f} s and at most {spent['peak_gigabytes']:.1f} GB of memory")
+
+
+def _stream(
+    model: Model,
+    files: Sequence[Speech],
+    infos: Sequence[FileInfo],
+    tables: list[np.ndarray] | None,
+    asked: Asked,
+    period: int,
+    chunk: int,
+    folder: Path,
+) -> dict[str, str]:
+    """Stream all files through a model and store their scores in `folder`; whose memory each had in the arm permuted."""
+    from tqdm import tqdm
+
+    own = _arms(model, asked)
+    measured = bool(model.cfg.ttt_layers) if asked.inner is None else asked.inner
+    permuted, partners = "permuted" in own, {}
+    total = sum(file.frames.shape[1] for file in files)
+    with tqdm(total=total, desc=model.name, unit="frame", unit_scale=True, leave=False, mininterval=0.5) as bar:
+        rows = asked.batch or (1 if model.cfg.dtype == "bfloat16" else ROWS)
+        for batch in batches([file.frames.shape[1] for file in files], rows, least=2 if permuted else 1):
+            some = [files[i] for i in batch]
+            found = stream(
+                model.params,
+                [file.frames for file in some],
+                model.cfg,
+                own,
+                chunk=chunk,
+                period=period,
+                measured=measured,
+                on_frames=bar.update,
+            )
+            for place, (i, got) in enumerate(zip(batch, found, strict=True)):
+                if tables is not None:
+                    got = got._replace(unigram=unigram.nats(tables, got.tokens).astype(np.float32))
+                scores.save(folder / infos[i].npz, got if files[i].has_text else scores.without_text(got))
+                if permuted:
+                    partners[files[i].name] = some[place - 1].name
+    return partners
+
+
+def _make(folder: Path) -> None:
+    """Make the folder of results. Raises `InputError` if its frames/ holds what no evaluation wrote: that would be replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    foreign = [path for path in (folder / "frames").rglob("*") if path.is_file() and path.suffix != ".npz"]
+    if foreign:
+        raise InputError(
+            f"{folder} holds {foreign[0].relative_to(folder)}, which is no result of an evaluation: give another --out."
+        )
+
+
+def _info(index: int, file: Speech) -> FileInfo:
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", file.name)
+    npz = f"{index:04d}-{safe[-80:]}.npz"
+    return FileInfo(file.name, file.group, file.frames.shape[1], npz, file.joints, file.digest)
+
+
+def _arms(model: Model, asked: Asked) -> tuple[str, ...]:
+    """In the order of reports."""
+    names = asked.arms or (arms_.DEFAULT if model.cfg.ttt_layers else arms_.WITHOUT_TTT)
+    return tuple(arm for arm in arms_.ARMS if arm in names)
+
+
+def _check(model: Model, asked: Asked) -> None:
+    """Raise `InputError` if a checkpoint cannot be evaluated as asked."""
+    if asked.arms is not None:
+        arms_.check(asked.arms, model.cfg, model.name)
+    if asked.inner and not model.cfg.ttt_layers:
+        raise InputError(
+            f"{model.name} has no TTT layers, so there are no inner losses for Figure 5: leave --figure5 out, or give a checkpoint with"
+            " TTT layers."
+        )
+
+
+def _calls(models: Sequence[Model]) -> int:
+    """Frames of a call that suit the device: on a GPU long ones read the weights seldom, on a CPU short ones stay in its caches."""
+    longest = max(max(model.cfg.contexts) for model in models)
+    return 250 if jax.default_backend() == "cpu" else max(1000, 4 * longest)
+
+
+def _own_corpus(models: Sequence[Model]) -> corpora.Corpus:
+    """The corpus of a single run, with its held-out files. Raises `InputError` if there is none or it has changed."""
+    model = models[0]
+    if len(models) > 1 or model.run is None:
+        raise InputError(
+            "there is no --data: give a manifest or a folder of python -m eval prepare (only a single run brings its own held-out files)."
+        )
+    corpus = corpora.load(model.run.data, *corpora.load_coders(model.run.data))
+    # The unigram model is fitted to the training data, the codes mean nothing with another codec.
+    for part, found in corpus.describe().items():
+        if part != "heldout" and found != model.about[part]:
+            raise InputError(
+                f"{part} is not what {model.name} was trained with ({found}, but its meta.json has {model.about[part]}): bring the old"
+                " one back."
+            )
+    if not corpus.heldout:
+        raise InputError(f"{model.name} was trained without held-out files: give some with --data.")
+    return corpus
+
+
+def _text_policy(files: Sequence[Speech]) -> str:
+    known = sum(file.has_text for file in files)
+    return f"known and scored in {known} of {len(files)} files, padding and not scored in the others"

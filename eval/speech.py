@@ -1,0 +1,172 @@
+"""Speech to evaluate on: a manifest of recordings or code files, or the folder that `python -m eval prepare` made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from eval.models import Model
+from ttt_jax.codec import Codec
+from ttt_jax.data import corpus as corpora
+from ttt_jax.data.codes import Codes, read_codes
+from ttt_jax.data.frames import load_frames
+from ttt_jax.data.manifest import Entry, read_manifest
+from ttt_jax.data.text import PAD, Tokenizer
+from ttt_jax.errors import InputError
+
+MANIFEST = "manifest.jsonl"
+"""Of a folder that `python -m eval prepare` made."""
+
+
+class Speech(NamedTuple):
+    """One stream of speech."""
+
+    name: str
+    group: str
+    """Its speaker, or its own name where that is not known: the unit of statistics, one speaker's streams are not independent."""
+    frames: np.ndarray
+    """Tokens, int32 [17, T]; a text that is not known is padding, or absent (-1)."""
+    has_text: bool
+    """Whether the text row is known, and so to be scored."""
+    joints: tuple[int, ...]
+    """Frames at which another recording begins."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tokens, hex."""
+        return hashlib.sha256(np.ascontiguousarray(self.frames, np.int32).tobytes()).hexdigest()
+
+
+class Skipped(NamedTuple):
+    """A file that could not be used."""
+
+    name: str
+    reason: str
+
+
+def of_corpus(corpus: corpora.Corpus) -> list[Speech]:
+    """The held-out files of a run's own corpus, as it would train on them."""
+    return [
+        Speech(name, speaker or name, frames, bool((frames[0] >= 0).any()), ())
+        for name, speaker, frames in zip(corpus.heldout_names, corpus.heldout_speakers, corpus.heldout, strict=True)
+    ]
+
+
+def read(data: str | Path, models: Sequence[Model], most: int | None = None) -> tuple[list[Speech], list[Skipped]]:
+    """The streams that `data` names, text padded where it is not known, and the files that could not be used.
+
+    Args:
+      data: a manifest, or a folder with one; models: all must be able to read the files; most: frames of a file that are taken.
+
+    Raises:
+      InputError: the manifest cannot be read, its codes are not those of the checkpoints' codec, or no file at all can be used.
+    """
+    manifest = Path(data).expanduser()
+    manifest = manifest / MANIFEST if manifest.is_dir() else manifest
+    found, skipped = [], []
+    coders = _Coders(models)
+    for entry in read_manifest(manifest):
+        name = _name(entry, manifest)
+        try:
+            frames, joints = _load(entry, coders)
+        except InputError as error:
+            skipped.append(Skipped(name, str(error)))
+            continue
+        has_text = bool((frames[0] >= 0).any())
+        if not has_text:
+            frames[0] = PAD
+        check_tokens(name, frames, models)
+        frames = frames[:, :most]
+        found.append(
+            Speech(name, entry.speaker or name, frames, has_text, tuple(j for j in joints if j < frames.shape[1]))
+        )
+    if not found:
+        raise InputError(f"none of the {len(skipped)} files of {manifest} can be used; the first: {skipped[0].reason}")
+    return found, skipped
+
+
+def check_tokens(name: str, frames: np.ndarray, models: Sequence[Model]) -> None:
+    """Raise `InputError` if a checkpoint has no such tokens, so that the codes must be another codec's."""
+    for model in models:
+        cfg = model.cfg
+        if frames.shape[0] != cfg.num_streams:
+            raise InputError(
+                f"{name} has {frames.shape[0]} token streams, but {model.name} reads {cfg.num_streams}: encode it with the codec that"
+                " the checkpoint was trained with."
+            )
+        for what, part, card in (("codes", frames[1:], cfg.card), ("text", frames[:1], cfg.text_card)):
+            if part.max() >= card:
+                raise InputError(
+                    f"{name} has {what} up to {part.max()}, but {model.name} knows 0 to {card - 1}: encode it with the codec and"
+                    " the tokenizer that the checkpoint was trained with."
+                )
+
+
+class _Coders:
+    """Codec and tokenizer of the checkpoints, loaded when the first file needs them."""
+
+    def __init__(self, models: Sequence[Model]):
+        self.models = models
+        self._loaded: tuple[Codec, Tokenizer, Path] | None = None
+
+    @property
+    def unknown(self) -> bool:
+        """Whether no checkpoint says which codec it needs: converted weights do not."""
+        return all(model.run is None for model in self.models)
+
+    def check(self, path: Path, digest: str | None, name: str | None) -> None:
+        """Raise `InputError` unless codes made by the codec with this digest are those of all checkpoints."""
+        for model in self.models:
+            if model.codec is not None and model.codec["digest"] != digest:
+                raise InputError(
+                    f"{path} was encoded with {name or 'a codec'} (digest {(digest or 'not stated')[:12]}), but {model.name} was trained with"
+                    f" {model.codec['name']} (digest {model.codec['digest'][:12]}): encode the speech with the checkpoint's codec."
+                )
+
+    def get(self, path: Path) -> tuple[Codec, Tokenizer, Path]:
+        """Codec, tokenizer and folder of cached frames."""
+        if self.unknown:
+            raise InputError(
+                f"{path} is audio, but converted weights do not say which codec they need: prepare code files first (docs/data.md)."
+            )
+        if self._loaded is None:
+            run = next(model.run for model in self.models if model.run is not None)
+            self._loaded = *corpora.load_coders(run.data), run.data.cache_dir / "frames"
+            self.check(path, self._loaded[0].digest, self._loaded[0].name)
+        return self._loaded
+
+
+def _load(entry: Entry, coders: _Coders) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Tokens [17, T] of an entry, text -1 where unknown, and its joints."""
+    joints: tuple[int, ...] = ()
+    if entry.path.suffix == ".safetensors":
+        found = read_codes(entry.path)
+        coders.check(entry.path, found.codec, found.codec_name)
+        joints = found.joints
+        if coders.unknown:
+            return _both_voices(entry.path, found, coders.models[0].cfg.dep_q), joints
+    return load_frames(entry, *coders.get(entry.path)), joints
+
+
+def _both_voices(path: Path, found: Codes, codebooks: int) -> np.ndarray:
+    """Tokens [17, T] of a code file for which there is no codec here to encode silence with."""
+    if len(found.codes) not in (2 * codebooks, 2 * codebooks + 1):
+        raise InputError(
+            f"{path} has {len(found.codes)} rows of codes, but converted weights need {2 * codebooks} (both voices) or"
+            f" {2 * codebooks + 1} (text first): write the other voice too (docs/data.md)."
+        )
+    text = [] if found.has_text else [np.full((1, found.num_frames), -1, np.int32)]
+    return np.concatenate([*text, found.codes])
+
+
+def _name(entry: Entry, manifest: Path) -> str:
+    """Of a file, short and its own within the manifest: its path below the manifest's folder, without suffix."""
+    path = entry.path.resolve()
+    folder = manifest.parent.resolve()
+    path = path.relative_to(folder) if path.is_relative_to(folder) else Path(path.parent.name, path.name)
+    parts = path.with_suffix("").parts
+    return "/".join(parts[1:] if len(parts) > 1 and parts[0] == "codes" else parts)

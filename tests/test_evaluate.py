@@ -1,0 +1,183 @@
+"""`python -m eval stream`: which files and arms, what is stored where, what is skipped or refused."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from eval import evaluate as module
+from eval.__main__ import main
+from eval.scores import load
+from tests import micro
+from tests.eval_models import DIGEST, tokens, write_run
+from ttt_jax.command import PARTIAL
+from ttt_jax.data.text import PAD
+from ttt_jax.errors import InputError
+
+LENGTHS = (60, 45, 52)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("checkpoints") / "memory")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A checkpoint without TTT layers."""
+    ttt = micro.MODEL.ttt.__class__(layers="none")
+    cfg = micro.config(model=micro.MODEL.__class__(**vars(micro.MODEL) | {"ttt": ttt}))
+    return write_run(tmp_path_factory.mktemp("checkpoints") / "plain", cfg)
+
+
+def write_data(folder, codes, digest=DIGEST, **extra):
+    """A manifest of code files: with a text row, except the last, which has none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i, array in enumerate(codes):
+        path = folder / f"{i}.safetensors"
+        save_file({"codes": array}, path, metadata={"frame_rate": "12.5", "codec": digest})
+        lines.append(json.dumps({"path": path.name, "duration": array.shape[1] / 12.5, **extra}))
+    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    codes = [tokens(length, i) for i, length in enumerate(LENGTHS)]
+    return write_data(tmp_path / "speech", [*codes[:2], codes[2][1:]])
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_checkpoints_times_files_times_arms(run, plain, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["stream", str(run), str(plain), "--data", str(data), "--out", str(out), "--window", "20"]) == 0
+    found = results(out)
+    assert [one["info"]["name"] for one in found["checkpoints"]] == ["memory", "plain"]
+    assert [one["arms"] for one in found["checkpoints"]] == [["persist", "reset", "frozen", "off"], ["off"]]
+    assert [file["name"] for file in found["files"]] == ["0", "1", "2"]
+    assert [file["frames"] for file in found["files"]] == list(LENGTHS)
+    assert found["setting"]["reset_every"] == micro.CONFIG.data.chunk
+    assert found["checkpoints"][0]["losses"]["persist"]["text"]["n"] == 2  # the third has none
+    assert found["checkpoints"][0]["losses"]["persist"]["equal"]["n"] == 3
+    scores = {name: load(out / "frames" / name / found["files"][2]["npz"]) for name in ("memory", "plain")}
+    assert scores["memory"].arms["persist"].inner is not None
+    assert scores["plain"].arms["off"].inner is None
+    for one in scores.values():
+        for own in one.arms.values():
+            assert np.isnan(own.nats[0]).all()
+            assert np.isfinite(own.nats[1]).all()
+    for name in ("memory.png", "figure5.pdf", "checkpoints.png"):
+        assert any(path.name.startswith(name.split(".")[0]) for path in out.iterdir()), name
+    shown = capsys.readouterr().out
+    assert "memory" in shown
+    assert "plain" in shown
+
+
+def test_a_text_that_is_not_known_is_padding(run, data):
+    from eval import models, speech
+
+    files, skipped = speech.read(data, [models.load(run)])
+    assert not skipped
+    assert [file.has_text for file in files] == [True, True, False]
+    assert (files[2].frames[0] == PAD).all()
+    np.testing.assert_array_equal(files[2].frames[1:], tokens(LENGTHS[2], 2)[1:])
+    np.testing.assert_array_equal(files[0].frames, tokens(LENGTHS[0], 0))
+
+
+def test_speakers_are_the_units(run, tmp_path):
+    from eval import models, speech
+
+    data = write_data(tmp_path / "s", [tokens(20, 0), tokens(20, 1)], speaker="one", group="a/b")
+    assert {file.group for file in speech.read(data, [models.load(run)])[0]} == {"one"}
+
+
+def test_a_bad_file_among_good_ones_is_skipped_counted_and_told(run, data, tmp_path, capsys):
+    (data / "1.safetensors").write_bytes(b"nothing")
+    out = tmp_path / "out"
+    assert main(["stream", str(run), "--data", str(data), "--out", str(out), "--arms", "persist"]) == PARTIAL
+    found = results(out)
+    assert [file["name"] for file in found["files"]] == ["0", "2"]
+    (one,) = found["skipped"]
+    assert one["name"] == "1"
+    assert "1.safetensors" in one["reason"]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert len(told) == 1
+
+
+def test_results_on_other_speech_do_not_replace_the_runs_own(run, data):
+    assert main(["stream", str(run), "--data", str(data), "--arms", "persist", "--frames", "16"]) == 0
+    assert not (run / "eval").exists()
+    found = results(run / "eval-speech")
+    assert [file["frames"] for file in found["files"]] == [16, 16, 16]
+
+
+def test_an_interrupted_evaluation_leaves_the_one_before(run, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    asked = ["stream", str(run), "--data", str(data), "--arms", "persist", "--frames", "16", "--out", str(out)]
+    assert main(asked) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "stream", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(asked)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def refused(said, *args):
+    with pytest.raises(InputError, match=said):
+        main(["stream", *map(str, args)])
+
+
+def test_what_cannot_be_is_one_sentence(run, plain, data, tmp_path):
+    out = tmp_path / "out"
+    refused("has no TTT layers, so there are no inner losses", plain, "--data", data, "--figure5", "--out", out)
+    refused("has no TTT layers, so the arms persist", plain, "--data", data, "--arms", "persist", "--out", out)
+    refused("'sideways' does not exist", run, "--data", data, "--arms", "sideways", "--out", out)
+    refused("--chunk 0 is out of range", run, "--data", data, "--chunk", "0", "--out", out)
+    refused("no checkpoint", tmp_path, "--data", data, "--out", out)
+    refused("does not exist", run, "--data", tmp_path / "nothing.jsonl", "--out", out)
+    refused("two checkpoints are called", run, run, "--data", data, "--out", out)
+    refused("there is no --data", run, plain, "--out", out)
+    alone = write_data(tmp_path / "alone", [tokens(20)])
+    refused("exchanges memories between files", run, "--data", alone, "--arms", "persist,permuted", "--out", out)
+    (data / "manifest.jsonl").write_text('{"path": "0.safetensors", "duration": 4.8}\n{"path"\n')
+    refused("manifest.jsonl line 2 is not JSON", run, "--data", data, "--out", out)
+    assert not out.exists() or not any(out.iterdir())
+
+
+def test_codes_of_another_codec_are_refused(run, tmp_path):
+    other = write_data(tmp_path / "other", [tokens(20)], digest="0" * 64)
+    refused("was encoded with a codec .digest 000000000000.*was trained with a codec", run, "--data", other)
+    large = write_data(tmp_path / "large", [tokens(20) + 40])
+    refused("expected -1 to 63", run, "--data", large)
+
+
+def test_frames_of_something_else_are_not_replaced(run, data, tmp_path):
+    out = tmp_path / "out"
+    (out / "frames").mkdir(parents=True)
+    (out / "frames" / "holiday.jpg").write_bytes(b"dear to someone")
+    refused("holiday.jpg, which is no result", run, "--data", data, "--out", out)
+    assert (out / "frames" / "holiday.jpg").exists()
+
+
+def test_converted_weights_take_code_files_only(tmp_path):
+    from eval import speech
+
+    weights = types.SimpleNamespace(name="moshi", cfg=micro.MODEL, run=None, codec=None)
+    data = write_data(tmp_path / "codes", [tokens(20), tokens(20)[1:], tokens(20)[1:9]], digest="1" * 64)
+    files, (skipped,) = speech.read(data, [weights])
+    assert [file.has_text for file in files] == [True, False]
+    assert "has 8 rows of codes" in skipped.reason
+    (data / "a.wav").write_bytes(b"RIFF")
+    (data / "manifest.jsonl").write_text('{"path": "a.wav", "duration": 4.8}\n')
+    with pytest.raises(InputError, match="converted weights do not say which codec"):
+        speech.read(data, [weights])
