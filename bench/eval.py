@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=["tiny", "small", "7b"], default="tiny")
     parser.add_argument("--frames", type=int, default=HOUR)
-    parser.add_argument("--chunk", type=int, default=None, help="frames of a call; unset: 10766 (7b), 1000")
+    parser.add_argument("--chunk", type=int, default=None, help="frames of a call; unset: 10766 (7b), 250")
     parser.add_argument("--period", type=int, default=1250, help="frames between resets, where arms stand side by side")
     parser.add_argument("--exact", type=int, default=200, help="frames of the one-frame-at-a-time scan")
     parser.add_argument("--repeats", type=int, default=3)
@@ -51,7 +51,7 @@ def main() -> None:
     params = random_params(cfg)
     rng = np.random.default_rng(0)
     codes = rng.integers(0, cfg.card, (cfg.num_streams, args.frames), np.int32)
-    chunk = args.chunk or (10_766 if args.shape == "7b" else 1000)
+    chunk = args.chunk or (10_766 if args.shape == "7b" else 250)
     flops, rate = flops_per_frame(cfg), product_rate(cfg)
     print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {args.shape}, {args.frames} frames; products of a frame {flops / 1e9:.2f} GFLOP,"

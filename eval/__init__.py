@@ -1,8 +1,10 @@
 """Evaluation: `python -m eval`. What a model predicts over long speech, and what its fast weights bring.
 
-- `arms.py`: settings of an experiment: memory kept, reset, frozen, off
-- `stream.py`: files through the model frame by frame, in one jitted scan
-- `statistics.py`: means with intervals; the file is the unit
-- `unigram.py`: the memory-less baseline
-- `report.py`: results.json, the terminal table, the picture
+prepare             audio to code files: `prepare.py`, `sources.py` (no jax)
+stream              checkpoints x files x arms: `evaluate.py` is the command; it loads `models.py` and `speech.py`, runs
+                    `stream.py` (the scan and the scores) under `arms.py`, stores `scores.py`
+draw                stored results to numbers, table and figures: `results.py`, `report.py`, `draw.py`, `statistics.py`,
+                    `unigram.py` (no jax)
+check-persistence   `persistence_check.py`
+diagnose            `diagnose.py`, `diagnose_report.py`
 """

@@ -60,7 +60,7 @@ exit code: 0 done, 2 an input to mend, 3 done but some files were skipped"""
     )
     parser.add_argument(
         "--data",
-        help="manifest, or folder that `python -m eval prepare` made; unset: the run's own held-out files",
+        help="manifest, folder that `python -m eval prepare` made, audio or codes; unset: the run's own held-out files",
     )
     parser.add_argument("--arms", help="some of the arms below, joined by commas; unset: persist,reset,frozen,off")
     parser.add_argument(

@@ -1,8 +1,9 @@
-"""Speech to evaluate on: a manifest of recordings or code files, or the folder that `python -m eval prepare` made."""
+"""Speech to evaluate on: recordings or code files, named by a manifest, by the folder that `python -m eval prepare` made, or one by one."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 
 from eval.models import Model
 from ttt_jax.codec import Codec
+from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
 from ttt_jax.data.codes import Codes, read_codes
 from ttt_jax.data.frames import load_frames
@@ -60,33 +62,73 @@ def read(data: str | Path, models: Sequence[Model], most: int | None = None) -> 
     """The streams that `data` names, text padded where it is not known, and the files that could not be used.
 
     Args:
-      data: a manifest, or a folder with one; models: all must be able to read the files; most: frames of a file that are taken.
+      data: a manifest, a folder with one, or a single recording or code file; models: all must be able to read the files;
+        most: frames of a file that are taken.
 
     Raises:
-      InputError: the manifest cannot be read, its codes are not those of the checkpoints' codec, or no file at all can be used.
+      InputError: the manifest cannot be read, or no file at all can be used.
     """
-    manifest = Path(data).expanduser()
-    manifest = manifest / MANIFEST if manifest.is_dir() else manifest
-    found, skipped = [], []
+    entries, root = _entries(Path(data).expanduser())
     coders = _Coders(models)
-    for entry in read_manifest(manifest):
-        name = _name(entry, manifest)
+    found, skipped = [], []
+    for entry in entries:
+        name = _name(entry.path, root)
         try:
-            frames, joints = _load(entry, coders)
+            found.append(_speech(entry, name, coders, most))
         except InputError as error:
+            if len(entries) == 1:
+                raise
             skipped.append(Skipped(name, str(error)))
-            continue
-        has_text = bool((frames[0] >= 0).any())
-        if not has_text:
-            frames[0] = PAD
-        check_tokens(name, frames, models)
-        frames = frames[:, :most]
-        found.append(
-            Speech(name, entry.speaker or name, frames, has_text, tuple(j for j in joints if j < frames.shape[1]))
-        )
     if not found:
-        raise InputError(f"none of the {len(skipped)} files of {manifest} can be used; the first: {skipped[0].reason}")
+        raise InputError(f"none of the {len(skipped)} files of {data} can be used; the first: {skipped[0].reason}")
     return found, skipped
+
+
+def first(data: str | Path, models: Sequence[Model], least: int) -> Speech:
+    """The first stream that `data` names, as `read` gives it; it must have `least` frames. Raises `InputError`."""
+    entries, root = _entries(Path(data).expanduser())
+    found = _speech(entries[0], _name(entries[0].path, root), _Coders(models), None)
+    frames = found.frames.shape[1]
+    if frames < least:
+        raise InputError(
+            f"{entries[0].path} lasts {frames} frames ({frames / FRAME_RATE:.1f} s), {least} are needed: give a longer recording or ask"
+            " for fewer."
+        )
+    return found
+
+
+def embedded() -> Path:
+    """The manifest of the embedded corpus's held-out files."""
+    return corpora.EMBEDDED / "heldout.jsonl"
+
+
+def heldout(model: Model) -> Path:
+    """The manifest of the held-out files of the run that made `model`; the embedded corpus's where there is none."""
+    return Path(model.run.data.heldout) if model.run is not None and model.run.data.heldout else embedded()
+
+
+def _entries(path: Path) -> tuple[list[Entry], Path]:
+    """The files that a path names, and the folder that their names are relative to."""
+    manifest = path / MANIFEST if path.is_dir() else path
+    if manifest.suffix == ".jsonl":
+        return read_manifest(manifest), manifest.parent
+    if not path.is_file():
+        raise InputError(
+            f"{path} does not exist: give a manifest (.jsonl), a prepared folder, audio or codes (.safetensors)."
+        )
+    alignment = path.with_suffix(".json")
+    # No manifest says how long it should be: of nan no length differs.
+    return [Entry(path, math.nan, alignment if alignment.is_file() else None)], path.parent.parent
+
+
+def _speech(entry: Entry, name: str, coders: _Coders, most: int | None) -> Speech:
+    frames, joints = _load(entry, coders)
+    has_text = bool((frames[0] >= 0).any())
+    if not has_text:
+        frames = np.concatenate([np.full_like(frames[:1], PAD), frames[1:]])
+    check_tokens(str(entry.path), frames, coders.models)
+    frames = frames[:, :most]
+    return Speech(name, entry.speaker or name, frames, has_text, tuple(j for j in joints if j < frames.shape[1]))
 
 
 def check_tokens(name: str, frames: np.ndarray, models: Sequence[Model]) -> None:
@@ -163,10 +205,9 @@ def _both_voices(path: Path, found: Codes, codebooks: int) -> np.ndarray:
     return np.concatenate([*text, found.codes])
 
 
-def _name(entry: Entry, manifest: Path) -> str:
+def _name(path: Path, root: Path) -> str:
     """Of a file, short and its own within the manifest: its path below the manifest's folder, without suffix."""
-    path = entry.path.resolve()
-    folder = manifest.parent.resolve()
-    path = path.relative_to(folder) if path.is_relative_to(folder) else Path(path.parent.name, path.name)
+    path, root = path.resolve(), root.resolve()
+    path = path.relative_to(root) if path.is_relative_to(root) else Path(path.parent.name, path.name)
     parts = path.with_suffix("").parts
     return "/".join(parts[1:] if len(parts) > 1 and parts[0] == "codes" else parts)

@@ -74,13 +74,13 @@ def test_masked_frames_measure_0_whatever_they_hold(x64):
     assert all((np.asarray(leaf)[~mask] == 0).all() and (np.asarray(leaf)[mask] != 0).all() for leaf in got[1:])
 
 
-def test_magnitudes_are_those_of_what_is_read_and_added(x64):
+def test_what_is_read_and_put_out_is_what_the_layer_adds(x64):
     cfg = config()
     params, x, _ = setting(cfg, 3)
     out, _, got = measured_call(params, x, np.ones((ROWS, FRAMES), bool), init_state(cfg, ROWS), cfg=cfg)
-    np.testing.assert_allclose(got.input_rms, np.sqrt((x**2).mean(-1)))
-    np.testing.assert_allclose(got.update_rms, np.sqrt(((out - x) ** 2).mean(-1)))
-    np.testing.assert_allclose(got.gate, np.abs(np.tanh(params["gate"])).mean())
+    np.testing.assert_array_equal(got.read, x)
+    np.testing.assert_allclose(x + np.tanh(params["gate"]) * got.output, out, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose((out - x) / np.tanh(params["gate"]), got.output, rtol=1e-6, atol=1e-6)
     assert got.rate.shape == (ROWS, FRAMES, HEADS)
     assert (got.rate > 0).all()
     assert (got.rate < cfg.inner_lr / cfg.head_dim).all()

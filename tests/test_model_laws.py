@@ -475,11 +475,17 @@ def test_measuring_changes_nothing_and_does_not_depend_on_the_split(cfg, x64):
     streamed, _ = run_split(params, frames, mask, cfg, (1,) * FRAMES, state, measured=True)
     assert_close(streamed.ttt, measured.ttt, TOL)
     assert all((leaf[~mask] == 0).all() and (leaf[mask] != 0).any() for leaf in jax.tree.leaves(streamed.ttt))
-    # Layers stand in the order of the stack, whatever run they belong to.
-    gates = np.concatenate([block["ttt"]["gate"] for block in params["layers"].values() if "ttt" in block])
-    gates = np.abs(np.tanh(gates)).mean(-1)
-    assert len(gates) == len(cfg.ttt_layers)
-    assert_close(streamed.ttt.gate[mask], np.broadcast_to(gates, (mask.sum(), len(gates))), TOL)
+    # Layers stand in the order of the stack, whatever run they belong to: each is made to put out its index.
+    for run in (run for run in cfg.runs if run.has_ttt):
+        ttt = params["layers"][run.name]["ttt"]
+        index = np.broadcast_to(np.arange(run.start, run.stop)[:, None], ttt["out_bias"].shape)
+        params["layers"][run.name]["ttt"] = {
+            **ttt,
+            "out_kernel": 0 * ttt["out_kernel"],
+            "out_bias": index.astype(float),
+        }
+    output = run_split(params, frames, mask, cfg, (8,) * 5, state, measured=True)[0].ttt.output
+    np.testing.assert_array_equal(output[mask], np.broadcast_to(np.array(cfg.ttt_layers)[:, None], output[mask].shape))
 
 
 def test_streaming_keeps_parameters_and_compiles_once():

@@ -4,6 +4,7 @@ One batch of two files, all arms side by side; the model has learned a rule that
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 
 from eval import arms, unigram
+from eval import stream as module
 from eval.scores import load, save, without_text
-from eval.stream import batches, plan, score, stream
+from eval.stream import _block, batches, plan, score, stream
 from tests.micro import CONFIG, MODEL
 from train import step
 from train.windows import Windows
@@ -147,10 +149,14 @@ def test_nothing_crosses_from_file_to_file_unless_asked(params, files, scores):
         assert apart < 1e-6 if arm != "permuted" else apart > 1e-4
 
 
-def test_progress_counts_every_frame_of_every_file_once(params, files):
+def test_a_long_stream_is_scanned_part_by_part_and_progress_counts_every_frame_once(params, files, scores, monkeypatch):
+    monkeypatch.setattr(module, "SEGMENT", 50)
     told = []
-    stream(params, files, MODEL, ("persist",), chunk=7, period=PERIOD, on_frames=told.append)
+    found = stream(params, files, MODEL, ("persist",), chunk=7, period=PERIOD, on_frames=told.append)
+    assert len(told) == 6  # 39 calls, 7 a scan
     assert sum(told) == sum(LENGTHS)
+    for got, own in zip(scores, found, strict=True):
+        assert largest(got.arms["persist"].nats, own.arms["persist"].nats) < 1e-5
 
 
 # Arms
@@ -165,18 +171,22 @@ def test_arms_differ_only_after_the_first_period(scores):
             assert np.nanmax(np.abs(nats - persist)[:, PERIOD:]) > 1e-4
 
 
-def test_permuted_is_the_other_files_memory(params, files, scores):
-    """By hand: the state of the one file after a period, put under the other."""
-    frames = np.stack([file[:, : 2 * PERIOD] for file in files])
-    mask = jnp.ones((2, PERIOD), bool)
-    _, state = model.forward(params, frames[..., :PERIOD], mask, model.init_state(MODEL, 2), MODEL)
-    layers = {
-        name: layer._replace(ttt=jax.tree.map(lambda x: x[:, ::-1], layer.ttt)) for name, layer in state.layers.items()
-    }
-    outputs, _ = model.forward(params, frames[..., PERIOD:], mask, state._replace(layers=layers), MODEL)
-    for row, got in enumerate(scores):
-        found = got.arms["permuted"].nats[:, PERIOD : 2 * PERIOD]
-        np.testing.assert_allclose(found, token_losses(outputs)[row], atol=1e-4)
+def test_permuted_is_what_persist_has_learned_on_the_other_file(params, files, scores):
+    """By hand: a stream of its own, which at every period takes the memory of the other row of the stream that persists."""
+    frames, mask = np.stack([file[:, : 3 * PERIOD] for file in files]), jnp.ones((2, PERIOD), bool)
+    kept = own = model.init_state(MODEL, 2)
+    for start in range(0, 3 * PERIOD, PERIOD):
+        layers = {
+            name: layer._replace(ttt=jax.tree.map(lambda x: x[:, ::-1], kept.layers[name].ttt))
+            for name, layer in own.layers.items()
+        }
+        call = frames[..., start : start + PERIOD]
+        outputs, own = model.forward(params, call, mask, own._replace(layers=layers), MODEL)
+        _, kept = model.forward(params, call, mask, kept, MODEL)
+        expected = np.where(outputs.target_mask, token_losses(outputs), np.nan)
+        for row, got in enumerate(scores):
+            found = got.arms["permuted"].nats[:, start : start + PERIOD]
+            np.testing.assert_allclose(found, expected[row], atol=1e-4)
 
 
 def test_frozen_fast_weights_stay_at_their_base(scores):
@@ -296,9 +306,17 @@ def test_a_plan_covers_every_frame_once_and_no_call_reaches_over_a_period(length
         assert begins == (period is not None and start > 0 and start % period == 0)
 
 
+def test_frames_past_the_end_of_a_file_are_masked(files):
+    """Nobody would see it in the file's own scores, but the memory that it leaves to others would have learned from them."""
+    calls = plan(max(LENGTHS), 7, PERIOD)
+    frames, mask, _ = _block(files, calls, 0, len(calls.starts))
+    np.testing.assert_array_equal(mask.sum((0, 2)), LENGTHS)
+    assert (np.moveaxis(frames, 2, 0)[:, ~mask] == -1).all()
+
+
 def test_batches_hold_every_file_once_and_leave_none_alone_where_two_are_needed():
-    for count in range(2, 9):
-        found = list(batches(list(range(count)), 3, least=2))
+    for count, rows in itertools.product(range(2, 9), (2, 3)):
+        found = list(batches(list(range(count)), rows, least=2))
         assert sorted(i for batch in found for i in batch) == list(range(count))
         assert min(map(len, found)) >= 2
     assert [len(batch) for batch in batches([5, 1, 9], 2)] == [2, 1]

@@ -29,12 +29,10 @@ class Measurement(NamedTuple):
     """Inner losses and displacement, [B, T, H]."""
     rate: jax.Array
     """Inner rate eta, [B, T, H]."""
-    input_rms: jax.Array
-    """Root mean square over channels of what the layer reads, [B, T]."""
-    update_rms: jax.Array
-    """Of what it adds, tanh(alpha) times its output, [B, T]."""
-    gate: jax.Array
-    """Mean magnitude of tanh(alpha) over channels, [B, T]: one number, repeated."""
+    read: jax.Array
+    """What the layer reads, the residual stream after attention, [B, T, dim]."""
+    output: jax.Array
+    """Its output before the gate, [B, T, dim]: it adds tanh(alpha) times this."""
 
 
 class TTTLayer(nn.Module):
@@ -98,14 +96,12 @@ class TTTLayer(nn.Module):
             POST_NORM_EPS,
         )
         gate = jnp.tanh(self.param("gate", nn.initializers.constant(cfg.ttt.gate_init), (cfg.dim,)).astype(wide))
-        update = gate * self._project("out", z.astype(x.dtype))
+        output = self._project("out", z.astype(x.dtype))
+        update = gate * output
         out = jnp.where(mask[..., None], x + update.astype(x.dtype), 0)
         if of_inner is None:
             return out, state, None
-        rms = lambda y: jnp.sqrt((y.astype(wide) ** 2).mean(-1))  # noqa: E731
-        rest = (eta, rms(x), rms(update), jnp.broadcast_to(jnp.abs(gate).mean(), mask.shape))
-        rest = (jnp.where(mask.reshape(*mask.shape, *(1,) * (y.ndim - 2)), y, 0) for y in rest)
-        return out, state, Measurement(of_inner, *rest)
+        return out, state, Measurement(of_inner, *(jnp.where(mask[..., None], y, 0) for y in (eta, x, output)))
 
     def _project(self, name: str, x: jax.Array) -> jax.Array:
         kernel = self.param(f"{name}_kernel", linear_kernel, (self.cfg.dim, self.cfg.dim))
