@@ -64,7 +64,7 @@ exit code: 0 done, 2 an input to mend, 3 done but some files were skipped"""
     )
     parser.add_argument("--arms", help="some of the arms below, joined by commas; unset: persist,reset,frozen,off")
     parser.add_argument(
-        "--reset-every", type=int, metavar="N", help="frames between resets; unset: a training chunk of the run, or 250"
+        "--reset-every", type=int, metavar="N", help="frames between resets; unset: a training chunk of the run, or 1250"
     )
     parser.add_argument(
         "--frames", type=int, metavar="N", help="first frames of each file that are streamed; unset: all"

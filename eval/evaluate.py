@@ -27,8 +27,9 @@ from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
 from ttt_jax.errors import InputError
 
-PERIOD, WINDOW, ROWS = 250, 250, 8
-"""Where nothing else is asked for: frames between resets (of a run: its training chunk), frames that a position averages, files side by side."""
+PERIOD, WINDOW, ROWS = 1250, 250, 8
+"""Where nothing else is asked for: frames between resets (of a run: its training chunk; here the 100 s of Kyutai's fine-tuning), frames
+that a position averages, files side by side."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,4 +258,7 @@ def _own_corpus(models: Sequence[Model]) -> corpora.Corpus:
 
 def _text_policy(files: Sequence[Speech]) -> str:
     known = sum(file.has_text for file in files)
-    return f"known and scored in {known} of {len(files)} files, padding and not scored in the others"
+    if known == len(files):
+        return "text known and scored"
+    missing = "text not known: padding, not scored"
+    return f"{missing} in {len(files) - known} of {len(files)} files" if known else missing

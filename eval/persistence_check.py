@@ -157,7 +157,7 @@ def check(params: Params, frames: np.ndarray, cfg: MoshiConfig, call: Call | Non
         keeps_parameters(before, digest_of(params)),
         equals_chunks(kept, chunks, cfg),
     ]
-    return Report(checks, kept, interpretation(changes.passed, builds.passed))
+    return Report(checks, kept, interpretation(changes.passed, builds.passed, [c.what for c in checks if not c.passed]))
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -359,8 +359,10 @@ def _relative(a: State, b: State, cfg: MoshiConfig) -> float:
 # What is printed
 
 
-def interpretation(changes: bool, builds: bool) -> str:
-    """What the first two checks mean, in one sentence."""
+def interpretation(changes: bool, builds: bool, failed: list[str]) -> str:
+    """What the first two checks mean, in one sentence; `failed` names all that did not pass."""
+    if changes and builds and failed:
+        return f"The fast weights move on from frame to frame, but cannot be relied on, since this does not hold: {'; '.join(failed)}."
     if changes and builds:
         return "The fast weights persist: every frame moves them on from where the frame before left them."
     if changes:

@@ -48,10 +48,10 @@ def _head(results: Results) -> list[str]:
         + f" ({minutes:.1f} minutes in all)",
         *([f"{len(results.skipped)} skipped"] if results.skipped else []),
         *(f"{what} {name}" for what, value in setting.about.items() if isinstance(name := _name(value), str)),
-        *([f"text: {setting.text}"] if setting.text else []),
     ]
     lines = [
-        ", ".join(parts),
+        ", ".join(parts) + ("," if setting.text else ""),
+        *([setting.text] if setting.text else []),
         f"[95 % interval over {results.unit}]; where codebooks are one number they are weighted {setting.weighting}:"
         f" {WEIGHTINGS[setting.weighting]}",
     ]
@@ -102,14 +102,14 @@ def _streams(results: Results, own: CheckpointResults) -> list[str]:
 
 
 def _positions(results: Results, own: CheckpointResults) -> list[str]:
-    """Losses of the main arm and two differences in windows that more than half of the units reach, and their slopes."""
+    """Losses of the main arm and two differences in windows that more than half of the units reach (of many windows some, evenly spaced), and their slopes."""
     losses, differences = own.by_position["losses"][own.main], own.by_position["against_persist"]
     count = shown(losses, results.units)
     rows = np.arange(count) if count <= POSITIONS else np.linspace(0, count - 1, THINNED).round().astype(int)
     preferred = [arm for arm in ("reset", "off", *own.arms) if arm in differences]
     arms = list(dict.fromkeys(preferred))[:2]
     seconds = results.setting.window / results.setting.frame_rate
-    title = "by position" + (f", {len(rows)} of {len(losses)}" if len(rows) < len(losses) else "")
+    title = "by position" + (f", {len(rows)}/{count}" if len(rows) < count else "")
     heads = "".join(f"{f'{arm} minus persist':<{WIDE}}" for arm in arms)
     lines = [f"{title:<21}{results.unit:>8}   {own.main:<24}{heads}"]
     for i in rows:
