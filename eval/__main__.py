@@ -49,7 +49,8 @@ def _stream(parser: argparse.ArgumentParser) -> None:
   reset     memory cleared every --reset-every frames
   frozen    fast weights held at their learned start, no updates
   off       gates closed, TTT layers add nothing
-  permuted  every --reset-every frames the memory of another file (a control; not among the default arms)
+  permuted  every --reset-every frames what persist has learned on another speaker's file, as long as that goes on
+            (a control; not among the default arms)
 
 exit code: 0 done, 2 an input to mend, 3 done but some files were skipped"""
     parser.add_argument(
@@ -64,7 +65,10 @@ exit code: 0 done, 2 an input to mend, 3 done but some files were skipped"""
     )
     parser.add_argument("--arms", help="some of the arms below, joined by commas; unset: persist,reset,frozen,off")
     parser.add_argument(
-        "--reset-every", type=int, metavar="N", help="frames between resets; unset: a training chunk of the run, or 1250"
+        "--reset-every",
+        type=int,
+        metavar="N",
+        help="frames between resets; unset: a training chunk of the run, or 1250",
     )
     parser.add_argument(
         "--frames", type=int, metavar="N", help="first frames of each file that are streamed; unset: all"
@@ -72,7 +76,9 @@ exit code: 0 done, 2 an input to mend, 3 done but some files were skipped"""
     parser.add_argument(
         "--chunk", type=int, metavar="N", help="most frames of a call, memory against time; it changes no number"
     )
-    parser.add_argument("--batch", type=int, metavar="N", help="files side by side; unset: 8, or 1 in bfloat16")
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="files side by side; unset: 8, or 1 in bfloat16 (permuted: at least 2)"
+    )
     parser.add_argument(
         "--window",
         type=int,
@@ -143,10 +149,10 @@ def _diagnose(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="FOLDER", help="where the results go; unset: CHECKPOINT/diagnose")
     add("--draw", metavar="FOLDER", help="only draw the figures again from the records in FOLDER")
     parser.epilog = (
-        "A record of a frame and TTT layer says how large attention's output and the TTT layer's are and how they stand to"
-        " each other, how far the gate is open, what has changed since the record before, how far the fast weights have"
-        " moved and what they know of the frame. Printed, stored as records.jsonl and drawn as diagnose.png and"
-        " diagnose.pdf. Between records nothing is measured, so they cost next to nothing."
+        "A record of a frame and TTT layer says how large the stream after attention, which the layer reads, and the layer's"
+        " output are and how they stand to each other, how far the gate is open, what has changed since the record before,"
+        " how far the fast weights have moved and what they know of the frame. Printed, stored as records.jsonl and drawn as"
+        " diagnose.png and diagnose.pdf. Between records nothing is measured, so they cost next to nothing."
     )
 
 

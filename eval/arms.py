@@ -33,7 +33,9 @@ ARMS: dict[str, Arm] = {
     # sigmoid(-inf) is exactly 0: the inner rate vanishes and the fast weights stay at W0.
     "frozen": Arm("fast weights held at their learned start, no updates", (("rate_bias", -jnp.inf),)),
     "off": Arm("gates closed, TTT layers add nothing", (("gate", 0.0),)),
-    "permuted": Arm("at the start of every period the memory of another file", at_period="takes another's"),
+    "permuted": Arm(
+        "at the start of every period what persist has learned on another file", at_period="takes another's"
+    ),
 }
 """By name, in the order of reports."""
 
@@ -117,8 +119,12 @@ def over_arms(step: Callable[[model.Params, model.State], Any], cfg: MoshiConfig
     return side_by_side
 
 
-def begin_period(state: model.State, begins: jax.Array, names: Sequence[str]) -> model.State:
-    """The state with the TTT states that every arm has where a period begins (bool []); all else is carried alike."""
+def begin_period(state: model.State, begins: jax.Array, partners: jax.Array, names: Sequence[str]) -> model.State:
+    """The state with the TTT states that every arm has where a period begins (bool []); all else is carried alike.
+
+    Args:
+      partners: int32 [B], the row whose memory each takes in `permuted`.
+    """
     if not resets(names):
         return state
 
@@ -129,7 +135,7 @@ def begin_period(state: model.State, begins: jax.Array, names: Sequence[str]) ->
             case "clears":
                 return jnp.zeros_like(leaf[i])
             case "takes another's":
-                return jnp.roll(leaf[names.index("persist")], 1, axis=1)  # [L, B, ...]
+                return leaf[names.index("persist")][:, partners]  # [L, B, ...]
 
     def of_leaf(leaf: jax.Array) -> jax.Array:
         stacked = leaf if len(names) > 1 else leaf[None]

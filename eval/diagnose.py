@@ -39,9 +39,9 @@ Record = dict[str, Any]
 
 
 class Vectors(NamedTuple):
-    """What the TTT layers read and put out at the record before, [L, dim] each."""
+    """What the TTT layers read (the stream after attention) and put out at a record, [L, dim] each."""
 
-    attention: jax.Array
+    stream: jax.Array
     ttt: jax.Array
 
 
@@ -169,30 +169,30 @@ def learned(params: Params, cfg: MoshiConfig) -> tuple[jax.Array, jax.Array]:
 def of_vectors(now: Vectors, gate: jax.Array) -> dict[str, jax.Array]:
     """Figures of one frame's vectors and the gate, [L, dim] each: by name, [L]; NaN where there is no direction."""
     gated = gate * now.ttt
-    combined = now.attention + gated
+    combined = now.stream + gated
     norm = partial(jnp.linalg.norm, axis=-1)
 
     def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
         return (a * b).sum(-1) / (norm(a) * norm(b))
 
-    vectors = {"attention": now.attention, "ttt": now.ttt, "combined": combined}
+    vectors = {"stream": now.stream, "ttt": now.ttt, "combined": combined}
     distribution = {}
     for name, x in vectors.items():
         near = 100 * (jnp.abs(x) < SMALL).mean(-1)
         distribution |= {f"{name}_mean": x.mean(-1), f"{name}_std": x.std(-1), f"{name}_near_zero_percent": near}
     return {
         **{f"{name}_norm": norm(x) for name, x in {**vectors, "gated": gated}.items()},
-        "ttt_to_attention": norm(now.ttt) / norm(now.attention),
-        "gated_to_attention": norm(gated) / norm(now.attention),
-        "gated_share_percent": 100 * norm(gated) / (norm(gated) + norm(now.attention)),
+        "ttt_to_stream": norm(now.ttt) / norm(now.stream),
+        "gated_to_stream": norm(gated) / norm(now.stream),
+        "gated_share_percent": 100 * norm(gated) / (norm(gated) + norm(now.stream)),
         "gate_mean": gate.mean(-1),
         "gate_mean_abs": jnp.abs(gate).mean(-1),
         "gate_std": gate.std(-1),
         "gate_min": gate.min(-1),
         "gate_max": gate.max(-1),
         "gate_open_percent": 100 * (jnp.abs(gate) > SMALL).mean(-1),
-        "cosine_attention_ttt": cosine(now.attention, now.ttt),
-        "cosine_attention_combined": cosine(now.attention, combined),
+        "cosine_stream_ttt": cosine(now.stream, now.ttt),
+        "cosine_stream_combined": cosine(now.stream, combined),
         "cosine_ttt_combined": cosine(now.ttt, combined),
         **distribution,
     }

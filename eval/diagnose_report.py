@@ -16,33 +16,33 @@ from ttt_jax.files import write_atomically
 RECORDS, FIGURE = "records.jsonl", "diagnose"
 
 FIGURES = {
-    "attention_norm": "norm of the stream after attention, which the TTT layer reads",
+    "stream_norm": "norm of the stream after attention, which the TTT layer reads",
     "ttt_norm": "norm of the TTT output before the gate",
     "gated_norm": "norm of the gated TTT output, tanh(alpha) * TTT, which is added",
-    "combined_norm": "norm of attention + gated TTT",
-    "ttt_to_attention": "TTT norm / attention norm",
-    "gated_to_attention": "gated norm / attention norm",
-    "gated_share_percent": "100 * gated norm / (gated norm + attention norm)",
+    "combined_norm": "norm of stream + gated TTT",
+    "ttt_to_stream": "TTT norm / stream norm",
+    "gated_to_stream": "gated norm / stream norm",
+    "gated_share_percent": "100 * gated norm / (gated norm + stream norm)",
     "gate_mean": "tanh(alpha), mean over channels",
     "gate_mean_abs": "its mean size",
     "gate_std": "its spread (standard deviation)",
     "gate_min": "its lowest",
     "gate_max": "its highest",
     "gate_open_percent": "channels whose |tanh(alpha)| exceeds 0.01",
-    "cosine_attention_ttt": "cosine of attention and TTT output",
-    "cosine_attention_combined": "cosine of attention and combined output",
-    "cosine_ttt_combined": "cosine of TTT and combined output",
-    "attention_mean": "attention output, mean over channels",
-    "attention_std": "its standard deviation",
-    "attention_near_zero_percent": "channels of it below 0.01 in size",
+    "cosine_stream_ttt": "cosine of stream and TTT output",
+    "cosine_stream_combined": "cosine of stream and combined",
+    "cosine_ttt_combined": "cosine of TTT output and combined",
+    "stream_mean": "stream after attention, mean over channels",
+    "stream_std": "its standard deviation",
+    "stream_near_zero_percent": "channels of it below 0.01 in size",
     "ttt_mean": "TTT output, mean over channels",
     "ttt_std": "its standard deviation",
     "ttt_near_zero_percent": "channels of it below 0.01 in size",
-    "combined_mean": "combined output, mean over channels",
+    "combined_mean": "combined, mean over channels",
     "combined_std": "its standard deviation",
     "combined_near_zero_percent": "channels of it below 0.01 in size",
-    "attention_change": "norm of the difference from the record before",
-    "attention_change_relative": "the same, over the norm now",
+    "stream_change": "norm of the difference from the record before",
+    "stream_change_relative": "the same, over the norm now",
     "ttt_change": "norm of the difference from the record before",
     "ttt_change_relative": "the same, over the norm now",
     "displacement": "norm of fast weights minus base, mean over heads",
@@ -69,17 +69,17 @@ def block(record: Record) -> str:
 
     lines = [
         f"layer {record['layer']}, frame {record['frame']} ({record['seconds']:.1f} s)",
-        f"  magnitude      attention {n('attention_norm')}, TTT {n('ttt_norm')}, gated TTT {n('gated_norm')},"
+        f"  magnitude      stream {n('stream_norm')}, TTT {n('ttt_norm')}, gated TTT {n('gated_norm')},"
         f" combined {n('combined_norm')}",
-        f"                 TTT / attention {n('ttt_to_attention')}, gated / attention {n('gated_to_attention')}",
+        f"                 TTT / stream {n('ttt_to_stream')}, gated / stream {n('gated_to_stream')}",
         f"  gate           mean {n('gate_mean', '+.4f')}, mean size {n('gate_mean_abs', '.4f')}, spread {n('gate_std', '.4f')},"
         f" range [{n('gate_min', '+.4f')}, {n('gate_max', '+.4f')}]",
         f"                 open channels {n('gate_open_percent', '.1f')} %, gated share {n('gated_share_percent', '.1f')} %",
-        f"  cosine         attention-TTT {n('cosine_attention_ttt', '+.4f')}, attention-combined"
-        f" {n('cosine_attention_combined', '+.4f')}, TTT-combined {n('cosine_ttt_combined', '+.4f')}",
+        f"  cosine         stream-TTT {n('cosine_stream_ttt', '+.4f')}, stream-combined"
+        f" {n('cosine_stream_combined', '+.4f')}, TTT-combined {n('cosine_ttt_combined', '+.4f')}",
     ]
     title = "  distribution   "
-    for name, label in (("attention", "attention"), ("ttt", "TTT"), ("combined", "combined")):
+    for name, label in (("stream", "stream"), ("ttt", "TTT"), ("combined", "combined")):
         lines.append(
             f"{title}{label + ':':<11}mean {n(f'{name}_mean', '+.4f')}, std {n(f'{name}_std', '.4f')}, near zero"
             f" {n(f'{name}_near_zero_percent', '.1f')} %"
@@ -88,7 +88,7 @@ def block(record: Record) -> str:
     return "\n".join(
         [
             *lines,
-            f"  change         attention {n('attention_change')} (relative {n('attention_change_relative', '.4f')}),"
+            f"  change         stream {n('stream_change')} (relative {n('stream_change_relative', '.4f')}),"
             f" TTT {n('ttt_change')} (relative {n('ttt_change_relative', '.4f')})",
             f"  fast weights   displacement {n('displacement')}, base {n('base')}, ratio {n('displacement_to_base', '.4f')}"
             f" (largest head {n('displacement_to_base_largest_head', '.4f')})",
@@ -101,7 +101,8 @@ def block(record: Record) -> str:
 def explanation() -> str:
     """How to read the records, in a few lines."""
     return (
-        "attention: the stream after attention, which the TTT layer reads. combined: the same with the gated TTT output added.\n"
+        "stream: the residual stream after attention (x + attention's update, not the update alone), which the TTT layer reads; it\n"
+        "grows with depth, and ratios and cosines are against it. combined: the stream with the gated TTT output added.\n"
         "gate: tanh(alpha) by channel, open above 0.01. gated share: of the norms of what is added and what it is added to.\n"
         "change: from the record before. inner loss: at the base minus before the frame is what memory brought."
     )
@@ -176,16 +177,16 @@ def read(folder: Path) -> list[Record]:
 # Figures
 
 PANELS = {
-    "attention_norm": "norm of attention output",
+    "stream_norm": "norm of stream after attention",
     "ttt_norm": "norm of TTT output, before the gate",
-    "combined_norm": "norm of combined output",
-    "ttt_to_attention": "TTT / attention",
-    "gated_to_attention": "gated TTT / attention",
+    "combined_norm": "norm of stream + gated TTT",
+    "ttt_to_stream": "TTT / stream",
+    "gated_to_stream": "gated TTT / stream",
     "gate_mean_abs": "mean |tanh(alpha)|",
-    "cosine_attention_ttt": "cosine attention, TTT",
-    "cosine_attention_combined": "cosine attention, combined",
+    "cosine_stream_ttt": "cosine stream, TTT",
+    "cosine_stream_combined": "cosine stream, combined",
     "cosine_ttt_combined": "cosine TTT, combined",
-    "attention_change_relative": "change of attention, relative",
+    "stream_change_relative": "change of stream, relative",
     "ttt_change_relative": "change of TTT, relative",
     "ttt_near_zero_percent": "TTT channels near zero, %",
     "displacement_to_base": "displacement / base",
@@ -244,8 +245,9 @@ def draw(records: Sequence[Record]) -> Any:
         axis.tick_params(labelsize=8)
         axis.ticklabel_format(axis="y", useOffset=False)
         axis.margins(y=0.12)
-        if not name.startswith("cosine") and axis.get_ylim()[0] > 0:
-            axis.set_ylim(bottom=0)  # sizes, not their wiggles
+        bottom, top = axis.get_ylim()
+        if not name.startswith("cosine") and bottom > 0:  # sizes, not their wiggles
+            axis.set_ylim(0, max(top, 1.05 * axis.dataLim.ymax))
     for axis in axes[-1]:
         axis.set_xlabel("seconds of speech", fontsize=9)
     columns = max(1, min(len(layers), 4, 160 // (8 + max(map(len, lines)))))  # a column a layer where they fit

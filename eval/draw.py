@@ -13,6 +13,7 @@ import numpy as np
 
 from eval import report
 from eval.results import (
+    RESETTING,
     CheckpointInfo,
     CheckpointResults,
     Results,
@@ -30,9 +31,10 @@ DASHES = {"reset": (4, 2), "permuted": (1, 1)}
 """Arms that may lie on persist: what is under them still shows."""
 INNER = {
     "loss_base": ("#6B6B6B", "l(W0)"),
-    "loss_before": ("#0072B2", "l(W before)"),
+    "loss_before": ("#000000", "l(W before)"),
     "loss_after": ("#CC79A7", "l(W after)"),
 }
+"""Not the colours of `WITH_MEMORY`: they share a legend."""
 CHECKPOINTS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 SMOOTHED = 10
@@ -43,6 +45,11 @@ POINTS = 1500
 
 TEETH = 30
 """Resets in a figure by frame up to which each is drawn; of more, the moving average goes over the frames between two."""
+
+JOINTS = 60
+"""Joints of recordings in a figure by frame up to which they are marked; more would be a block."""
+
+FIGURES, KINDS = ("memory", "figure5", "state", "checkpoints"), ("png", "pdf")
 
 WITH_MEMORY = ("persist", "reset", "permuted")
 """Arms whose gain is drawn: under the others the fast weights do nothing."""
@@ -95,13 +102,25 @@ def draw_all(folder: Path, results: Results | None = None) -> list[Path]:
     return paths
 
 
+def remove(folder: Path) -> None:
+    """Delete the figures that an earlier `draw_all` left in `folder`, which may be missing, and nothing else."""
+    for name in FIGURES:
+        for kind in KINDS:
+            for path in (folder / f"{name}.{kind}", *folder.glob(f"{name}-*.{kind}")):
+                if path.is_file():
+                    path.unlink()
+
+
 def _save(figure: Any, folder: Path, name: str) -> list[Path]:
     from matplotlib import pyplot as plt
+    from matplotlib.text import Text
 
     paths = []
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a $ in the name of a checkpoint is a $
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # where things lie is settled once, not for each kind
-    for kind in ("png", "pdf"):
+    for kind in KINDS:
         content = io.BytesIO()
         # Without a date the same results give the same file.
         figure.savefig(content, dpi=120, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
@@ -181,7 +200,8 @@ def _about(results: Results, what: str = "") -> str:
     """What one point is a mean of, and what the bands are."""
     first = results.checkpoints[0]
     losses = first.by_position["losses"][first.main]
-    last = losses[report.shown(losses, results.units) - 1].n
+    count = report.shown(losses, results.units)
+    last = losses[count - 1].n if count else results.units
     return f"windows of {results.setting.window} frames{what}; {_over(results, last)}"
 
 
@@ -214,8 +234,28 @@ def _panels(results: Results, info: CheckpointInfo | None, count: int, title: st
         axis.set_xlim(0, max(1, min(end, longest)))
         axis.grid(alpha=0.25)
     _time_below(axes[-1], results)
+    _mark_units(axes[0], results)
     _mark_windows(axes, [info.context] if info else sorted({own.info.context for own in results.checkpoints}))
     return figure, axes
+
+
+def _mark_units(axis: Any, results: Results) -> None:
+    """Short ticks where the number of units changes; the number in words where there is room."""
+    first = results.checkpoints[0]
+    values = first.by_position["losses"][first.main]
+    numbers = [value.n for value in values[: report.shown(values, results.units)]]
+    free = 0.0
+    for i in range(1, len(numbers)):
+        if numbers[i] == numbers[i - 1]:
+            continue
+        x = i * results.setting.window
+        axis.axvline(x, 0, 0.04, color="0.5", lw=0.8)
+        if x >= free:
+            place = {"xytext": (2, 1), "textcoords": "offset points"}
+            axis.annotate(
+                f"n={numbers[i]}", (x, 0), xycoords=("data", "axes fraction"), color="0.5", fontsize=7, **place
+            )
+            free = x + 0.05 * axis.get_xlim()[1]
 
 
 def _time_below(axis: Any, results: Results) -> None:
@@ -292,7 +332,8 @@ def _figure5(results: Results, own: CheckpointResults, folder: Path) -> Any:
     figure, axes = plt.subplots(2 * blocks, columns, figsize=size, squeeze=False, sharex=True, layout="constrained")
     last = int(curves[own.main, "gain"].n[0, -1])
     title = f"{own.info.name}: inner losses under {own.main}"
-    about = f"moving average over {SMOOTHED} frames; {_over(results, last)}"
+    within = any((arm, "gain") in curves and _smoothing(results, arm, frames)[1] for arm in RESETTING)
+    about = f"moving average over {SMOOTHED} frames{', not across resets' if within else ''}; {_over(results, last)}"
     figure.suptitle(f"{title}\n{about}", fontsize=10)
     for i in range(blocks * columns):
         pair = axes[2 * (i // columns) : 2 * (i // columns) + 2, i % columns]
@@ -308,8 +349,12 @@ def _figure5(results: Results, own: CheckpointResults, folder: Path) -> Any:
         axis.set_ylabel("gain" if i % 2 else "inner loss")
     for axis in axes[-1]:
         _time_below(axis, results)
+    joints = results.files[0].joints if len(results.files) == 1 else ()
+    joints = joints if len(joints) <= JOINTS else ()
     for axis in axes.flat:
         axis.grid(alpha=0.25)
+        for joint in joints:
+            axis.axvline(joint, color="#8C6D46", lw=0.7, alpha=0.4, label="another recording begins")
         if own.info.context < frames[-1]:
             axis.axvline(own.info.context, color="black", lw=0.9, ls=":", label="attention window")
     _legend(figure, axes[:2, 0], columns=4)
@@ -323,16 +368,21 @@ def _inner_panels(
         _band(pair[0], frames, curves[main, name], colour, label)
     for arm in WITH_MEMORY:
         if (arm, "gain") in curves:
-            size = _smoothing(results, arm, frames)
+            size, _ = _smoothing(results, arm, frames)
             note = f" (average over {size})" if size != SMOOTHED else ""
             _band(pair[1], frames, curves[arm, "gain"], COLOURS[arm], f"gain under {arm}{note}")
     pair[1].axhline(0, color="black", lw=0.8)
 
 
-def _smoothing(results: Results, arm: str, frames: np.ndarray) -> int:
-    """Frames of the moving average; more teeth of a saw than `TEETH` would be drawn as a block, so their mean is."""
+def _smoothing(results: Results, arm: str, frames: np.ndarray) -> tuple[int, int | None]:
+    """Frames of the moving average, and those of the periods that it stays within.
+
+    More teeth of a saw than `TEETH` would be drawn as a block, so their mean is.
+    """
     resets = results.setting.reset_every
-    return resets if arm == "reset" and frames[-1] > TEETH * resets else SMOOTHED
+    if arm not in RESETTING:
+        return SMOOTHED, None
+    return (resets, None) if frames[-1] > TEETH * resets else (SMOOTHED, resets)
 
 
 def _layer(found: Band, i: int) -> Band:
@@ -358,6 +408,6 @@ def _by_frame(results: Results, own: CheckpointResults, folder: Path) -> tuple[n
                 if name == "gain" or (arm == own.main and name in INNER):
                     drawn = np.full((len(values), len(frames)), np.nan)
                     there = frames < file.frames
-                    drawn[:, there] = smooth(values, _smoothing(results, arm, frames))[:, frames[there]]
+                    drawn[:, there] = smooth(values, *_smoothing(results, arm, frames))[:, frames[there]]
                     curves.setdefault((arm, name), []).append(drawn)
     return frames, {key: band(group_means(np.stack(files), groups)) for key, files in curves.items()}

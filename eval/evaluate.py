@@ -50,9 +50,11 @@ class Asked:
     """Headline weighting of the codebooks."""
     inner: bool | None = None
     """Whether to measure inner losses; None: where there are TTT layers."""
+    frames: int | None = None
+    """First frames of each file that are streamed; None: all."""
 
     def __post_init__(self) -> None:
-        for name in ("reset_every", "chunk", "batch", "window"):
+        for name in ("reset_every", "chunk", "batch", "window", "frames"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value} is out of range: give 1 or more.")
@@ -60,9 +62,15 @@ class Asked:
 
 def main(options: argparse.Namespace) -> int:
     """Evaluate as the command line asks; the exit code: 0, or 3 if files were skipped. Raises `InputError`."""
-    arms = tuple(options.arms.split(",")) if options.arms else None
     asked = Asked(
-        arms, options.reset_every, options.chunk, options.batch, options.window, options.weighting, options.figure5
+        None if options.arms is None else tuple(arm.strip() for arm in options.arms.split(",")),
+        options.reset_every,
+        options.chunk,
+        options.batch,
+        options.window,
+        options.weighting,
+        options.figure5,
+        options.frames,
     )
     models = [models_.load(path) for path in options.checkpoints]
     keep_compiled(models[0].cache_dir / "compiled")
@@ -74,19 +82,21 @@ def main(options: argparse.Namespace) -> int:
         _check(model, asked)
     skipped: list[Skipped] = []
     if options.data:
-        files, skipped = speech_.read(options.data, models, options.frames)
+        files, skipped = speech_.read(options.data, models, asked.frames)
         corpus = None
     else:
         corpus = _own_corpus(models)
-        files = [file._replace(frames=file.frames[:, : options.frames]) for file in speech_.of_corpus(corpus)]
+        files = [
+            file._replace(frames=file.frames[:, : asked.frames], text_known=file.text_known[: asked.frames])
+            for file in speech_.of_corpus(corpus)
+        ]
     for one in skipped:
         print(f"skipped: {one.reason}", file=sys.stderr)
     # Results on other speech have a folder of their own: those of the run's held-out files stay.
     default = f"eval-{Path(options.data).resolve().stem}" if options.data else "eval"
     folder = Path(options.out or Path(options.checkpoints[0]) / default)
     _make(folder)  # what cannot be is told before the work
-    evaluate(models, files, skipped, corpus, asked, folder)
-    return PARTIAL if skipped else 0
+    return PARTIAL if evaluate(models, files, skipped, corpus, asked, folder) else 0
 
 
 def of_run(model: Model, corpus: corpora.Corpus, folder: Path) -> None:
@@ -102,16 +112,20 @@ def evaluate(
     corpus: corpora.Corpus | None,
     asked: Asked,
     folder: Path,
-) -> None:
+) -> int:
     """Stream `files` through `models` under the arms asked for, each from a fresh state; print the results and store them.
 
     Args:
       skipped: files that could not be used, for the record; corpus: whose training data the unigram baseline is fitted to, if any;
         folder: of the results, which exists.
+
+    Returns:
+      How many files were skipped, those included whose predictions were no finite numbers.
     """
-    if asked.arms and "permuted" in asked.arms and len(files) < 2:
+    if asked.arms and "permuted" in asked.arms and len({file.group for file in files}) < 2:
         raise InputError(
-            "the arm permuted exchanges memories between files, but there is one file: give two or leave it out."
+            "the arm permuted exchanges memories between speakers (files, where speakers are not named), but there is one: give files"
+            " of two or leave it out."
         )
     first, longest = models[0], max(file.frames.shape[1] for file in files)
     period = asked.reset_every or (first.run.data.chunk if first.run else PERIOD)
@@ -122,15 +136,19 @@ def evaluate(
     print(f"streaming {minutes:.1f} minutes of speech, {len(files)} files, through {names} ...", flush=True)
     infos = [_info(i, file) for i, file in enumerate(files)]
     checkpoints, run_arms = [], dict.fromkeys(arm for model in models for arm in _arms(model, asked))
+    failed: dict[str, str] = {}
     new = Path(tempfile.mkdtemp(dir=folder, prefix=".frames."))
     try:
         for model in models:
             own = new / model.name
             own.mkdir(parents=True)
-            partners = _stream(model, files, infos, tables, asked, period, chunk, own)
+            partners = _stream(model, files, infos, tables, asked, period, chunk, own, failed)
             about = model.about | ({"permuted_with": partners} if partners else {})
             checkpoints.append(CheckpointInfo(model.name, model.cfg.context, model.cfg.ttt_layers, about))
-        (folder / "results.json").unlink(missing_ok=True)  # frames and results never stem from two evaluations
+        if len(failed) == len(files):
+            raise InputError(next(iter(failed.values())))
+        (folder / "results.json").unlink(missing_ok=True)  # frames, figures and results never stem from two evaluations
+        draw.remove(folder)
         shutil.rmtree(folder / "frames", ignore_errors=True)
         new.chmod(0o755)
         new.rename(folder / "frames")
@@ -145,9 +163,10 @@ def evaluate(
         window=asked.window or (WINDOW if longest >= 8 * WINDOW else WINDOW // 2),
         weighting=asked.weighting,
         text=_text_policy(files),
-        unit="speaker",
-        about={"codec": first.codec or {"name": "not stated"}},
+        about={"codec": files[0].codec},
     )
+    skipped = [*skipped, *(Skipped(name, reason) for name, reason in failed.items())]
+    infos = [info for info in infos if info.name not in failed]
     results = summarise(setting, checkpoints, infos, [one._asdict() for one in skipped], folder)
     print(f"\n{report.table(results)}\n")
     spent = cost()
@@ -155,6 +174,7 @@ def evaluate(
     for path in (folder / "results.json", folder / "frames", *draw.draw_all(folder)):
         print(path)
     print(f"took {spent['seconds']:.0f} s and at most {spent['peak_gigabytes']:.1f} GB of memory")
+    return len(skipped)
 
 
 def _stream(
@@ -166,18 +186,23 @@ def _stream(
     period: int,
     chunk: int,
     folder: Path,
+    failed: dict[str, str],
 ) -> dict[str, str]:
-    """Stream all files through a model and store their scores in `folder`; whose memory each had in the arm permuted."""
+    """Stream all files through a model and store their scores in `folder`; whose memory each had in the arm permuted.
+
+    Files whose predictions are no finite numbers get a sentence in `failed`.
+    """
     from tqdm import tqdm
 
     own = _arms(model, asked)
     measured = bool(model.cfg.ttt_layers) if asked.inner is None else asked.inner
-    permuted, partners = "permuted" in own, {}
+    permuted, partner_of = "permuted" in own, {}
     total = sum(file.frames.shape[1] for file in files)
     with tqdm(total=total, desc=model.name, unit="frame", unit_scale=True, leave=False, mininterval=0.5) as bar:
         rows = asked.batch or (1 if model.cfg.dtype == "bfloat16" else ROWS)
         for batch in batches([file.frames.shape[1] for file in files], rows, least=2 if permuted else 1):
             some = [files[i] for i in batch]
+            partners = _partners(some) if permuted else None
             found = stream(
                 model.params,
                 [file.frames for file in some],
@@ -186,20 +211,45 @@ def _stream(
                 chunk=chunk,
                 period=period,
                 measured=measured,
+                partners=partners,
                 on_frames=bar.update,
             )
             for place, (i, got) in enumerate(zip(batch, found, strict=True)):
                 if tables is not None:
                     got = got._replace(unigram=unigram.nats(tables, got.tokens).astype(np.float32))
-                scores.save(folder / infos[i].npz, got if files[i].has_text else scores.without_text(got))
-                if permuted:
-                    partners[files[i].name] = some[place - 1].name
-    return partners
+                if bad := scores.not_finite(got):
+                    failed[files[i].name] = (
+                        f"{model.name} under {bad[0]} gives no finite predictions of {files[i].name} from frame {bad[1]} on: its fast weights"
+                        " or its weights have diverged, so lower ttt.base_lr or bound them (ttt.horizon, ttt.max_displacement)."
+                    )
+                    tqdm.write(f"skipped: {failed[files[i].name]}", file=sys.stderr)
+                    continue
+                scores.save(folder / infos[i].npz, scores.without_text(got, ~files[i].text_known))
+                if partners is not None:
+                    partner_of[files[i].name] = some[partners[place]].name
+    return partner_of
+
+
+def _partners(files: Sequence[Speech]) -> list[int]:
+    """For each file of a batch the longest one of another speaker."""
+    found = []
+    for file in files:
+        others = [i for i, other in enumerate(files) if other.group != file.group]
+        if not others:
+            raise InputError(
+                f"the arm permuted finds no file of another speaker beside {file.name} among the {len(files)} that go side by side: raise"
+                " --batch."
+            )
+        found.append(max(others, key=lambda i: files[i].frames.shape[1]))
+    return found
 
 
 def _make(folder: Path) -> None:
     """Make the folder of results. Raises `InputError` if its frames/ holds what no evaluation wrote: that would be replaced."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be made ({error.strerror}): give another folder.") from None
     foreign = [path for path in (folder / "frames").rglob("*") if path.is_file() and path.suffix != ".npz"]
     if foreign:
         raise InputError(
@@ -257,8 +307,12 @@ def _own_corpus(models: Sequence[Model]) -> corpora.Corpus:
 
 
 def _text_policy(files: Sequence[Speech]) -> str:
-    known = sum(file.has_text for file in files)
-    if known == len(files):
+    known = [file.text_known.mean() for file in files]
+    if min(known) == 1:
         return "text known and scored"
-    missing = "text not known: padding, not scored"
-    return f"{missing} in {len(files) - known} of {len(files)} files" if known else missing
+    missing = "padding and not scored where it is not known"
+    return (
+        f"text known in {sum(share > 0 for share in known)} of {len(files)} files; {missing}"
+        if max(known) > 0
+        else "text not known: padding, not scored"
+    )

@@ -50,7 +50,7 @@ def main(options: argparse.Namespace) -> int:
     Raises:
         InputError: a source or the folder is unusable, or nothing could be made.
     """
-    recordings = sources.find(options.sources, options.layout)
+    recordings, problems = sources.find(options.sources, options.layout)
     codec, tokenizer = load_coders(CorpusConfig(codec=options.codec, tokenizer=options.tokenizer))
     folder = Path(options.out).expanduser()
     _open(folder, codec, options.join)
@@ -58,6 +58,8 @@ def main(options: argparse.Namespace) -> int:
     todo = sources.streams(recordings, options.join)
     made: dict[str, dict[str, Any]] = {}
     failed: dict[str, InputError] = {}
+    for problem in problems:
+        print(f"skipped: {problem}", file=sys.stderr)
     with Progress(recordings) as progress:
         try:
             for stream in todo:
@@ -76,8 +78,9 @@ def main(options: argparse.Namespace) -> int:
         if len(recordings) == 1:
             raise next(iter(failed.values()))
         raise InputError(f"none of {len(recordings)} recordings could be encoded, for the reasons above: mend them.")
-    _summarise([stream for stream in todo if stream.name in made], len(failed), made, progress, folder)
-    return PARTIAL if failed else 0
+    skipped = len(failed) + len(problems)
+    _summarise([stream for stream in todo if stream.name in made], skipped, made, progress, folder)
+    return PARTIAL if skipped else 0
 
 
 class Encoder:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.results import ALL, BEYOND, LAST, LATER, TREND, WEIGHTINGS, CheckpointResults, Results
+from eval.results import ALL, BEYOND, LAST, LATER, RESETTING, TREND, WEIGHTINGS, CheckpointResults, Results
 from eval.statistics import Estimate, interval
 
 POSITIONS, THINNED = 10, 8
@@ -43,7 +43,11 @@ def _head(results: Results) -> list[str]:
     minutes = sum(frames) / setting.frame_rate / 60
     parts = [
         ("1 file" if len(frames) == 1 else f"{len(frames)} files")
-        + ("" if results.unit == "files" else f" of {results.units} {results.unit}"),
+        + (
+            ""
+            if results.unit == "files"
+            else f" of {results.units} {results.unit if results.units > 1 else results.unit.removesuffix('s')}"
+        ),
         (f"{frames[0]} frames" if len(frames) == 1 else f"{min(frames)} to {max(frames)} frames")
         + f" ({minutes:.1f} minutes in all)",
         *([f"{len(results.skipped)} skipped"] if results.skipped else []),
@@ -105,16 +109,19 @@ def _positions(results: Results, own: CheckpointResults) -> list[str]:
     """Losses of the main arm and two differences in windows that more than half of the units reach (of many windows some, evenly spaced), and their slopes."""
     losses, differences = own.by_position["losses"][own.main], own.by_position["against_persist"]
     count = shown(losses, results.units)
+    if not count:
+        return []
     rows = np.arange(count) if count <= POSITIONS else np.linspace(0, count - 1, THINNED).round().astype(int)
     preferred = [arm for arm in ("reset", "off", *own.arms) if arm in differences]
     arms = list(dict.fromkeys(preferred))[:2]
     seconds = results.setting.window / results.setting.frame_rate
+    longest = max(file.frames for file in results.files) / results.setting.frame_rate
     title = "by position" + (f", {len(rows)}/{count}" if len(rows) < count else "")
     heads = "".join(f"{f'{arm} minus persist':<{WIDE}}" for arm in arms)
     lines = [f"{title:<21}{results.unit:>8}   {own.main:<24}{heads}"]
     for i in rows:
         cells = "".join(f"{interval(differences[arm][i], 4, signed=True):<{WIDE}}" for arm in arms)
-        where = span(i * seconds, (i + 1) * seconds)
+        where = span(i * seconds, min((i + 1) * seconds, longest))
         lines.append(f"{where:<21}{losses[i].n:>8}   {interval(losses[i], 3):<24}{cells}")
     slope = own.slopes["losses"][own.main]
     if slope.n:
@@ -127,7 +134,8 @@ def _differences(results: Results, own: CheckpointResults) -> list[str]:
     """What memory brings, by arm and part of the files."""
     if not own.against_persist:
         return []
-    parts, head = (ALL, LATER, BEYOND), results.setting.weighting
+    later = [LATER] if set(RESETTING) & set(own.arms) else []
+    parts, head = (ALL, *later, BEYOND), results.setting.weighting
     lines = [f"{'minus persist':<15}" + "".join(f"{part:<{WIDE}}" for part in parts) + "(above 0: memory helps)"]
     for arm, found in own.against_persist.items():
         lines.append(f"{arm:<15}" + "".join(f"{interval(found[part][head], 4, signed=True):<{WIDE}}" for part in parts))

@@ -33,6 +33,10 @@ WEIGHTINGS: dict[str, str] = {
 """How a frame's codebooks become one number, by name. The text is never part of it: it has a row of its own."""
 
 ALL, LATER, BEYOND = "all frames", "after the first reset", "beyond the attention window"
+RESETTING = ("reset", "permuted")
+"""Arms whose memory changes at a stroke every `Setting.reset_every` frames."""
+UNIT = "speaker"
+"""What files of one `FileInfo.group` share."""
 FIRST, LAST, TREND = "first frame", "last window", "slope"
 
 NOTES = {
@@ -41,13 +45,16 @@ NOTES = {
     "weightings": WEIGHTINGS,
     "losses": "nats per token by arm and row: a stream, or a weighting of the codebooks, which counts frames where all its"
     " codebooks are scored",
+    "losses_later": f"losses {LATER}, on the files that are longer",
     "entropy": "of the predictions, nats",
-    "accuracy": "share of tokens that were thought the likeliest",
+    "accuracy": "share of tokens that were thought the likeliest: no other was strictly likelier, so ties count as right",
     "against_unigram": "unigram minus the arm `main`, paired by file; `mean` is the headline weighting of the setting",
     "against_persist": "arm minus persist, paired by file: above 0 memory helps",
-    "against_off": "KL(arm || off) in nats and the share of changed likeliest tokens, mean over codebooks",
-    "by_position": "headline weighting in consecutive windows of the setting's length; kl and changed are means over codebooks;"
-    " displacement (norm over that of W0) and rate by TTT layer",
+    BEYOND: "frames from the number on that is the attention window: beyond what one layer sees. With L layers attention can"
+    " relay information over up to L windows, so these frames are not beyond all that the model sees without memory",
+    "against_off": "KL(arm || off) in nats and the share of changed likeliest tokens, by the headline weighting of the setting",
+    "by_position": "headline weighting, for kl and changed too, in consecutive windows of the setting's length; a window that a"
+    " file fills to less than half is left out for that file; displacement (norm over that of W0) and rate by TTT layer",
     "slopes": "change per 1,000 frames by least squares on the frames of each file; files shorter than two windows give none",
     "inner": "by arm and TTT layer, mean over heads: loss_base l(W0), loss_before l(W before the frame), loss_after l(W after"
     " it); gain = l(W0) - l(W before), what memory brought before seeing the frame; immediate = l(W before) - l(W after)",
@@ -77,8 +84,6 @@ class Setting:
     """Headline weighting of the codebooks, one of `WEIGHTINGS`."""
     text: str = ""
     """Where the text stream came from."""
-    unit: str = "group"
-    """What `FileInfo.group` names, such as speaker or book."""
     frame_rate: float = FRAME_RATE
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What else results.json should say: voice, codec, seed."""
@@ -111,7 +116,7 @@ class FileInfo:
     name: str
     """How reports call it; no two are alike."""
     group: str
-    """Speaker or book; its own name if it shares neither with another."""
+    """Speaker; its own name if it shares none with another."""
     frames: int
     npz: str
     """Name of its scores in the folder of each checkpoint."""
@@ -132,6 +137,8 @@ class CheckpointResults:
     """The arm that stands for it: persist, or off for a model without TTT layers."""
     losses: Tree
     """By arm (and "unigram") and row: streams, then weightings."""
+    losses_later: Tree
+    """The same after the first reset, by arm and row."""
     entropy: Tree
     """By arm and row."""
     accuracy: Tree
@@ -141,7 +148,7 @@ class CheckpointResults:
     against_persist: Tree
     """By arm, part of the file (`ALL`, `LATER`, `BEYOND`) and row."""
     against_off: Tree
-    """By arm: kl and changed."""
+    """By arm: kl and changed, by the headline weighting."""
     by_position: Tree
     """Lists over windows: losses, against_persist, kl and changed by arm; displacement and rate by arm and layer."""
     slopes: Tree
@@ -174,7 +181,7 @@ class Results:
     @property
     def unit(self) -> str:
         """What the units are, in the plural."""
-        return _unit(self.setting, self.files)
+        return _unit(self.files)
 
 
 def weights(weighting: str, codebooks: int) -> np.ndarray:
@@ -222,7 +229,7 @@ def measure(scores: FileScores, setting: Setting, checkpoint: CheckpointInfo) ->
       scores: of the file, S streams and T frames; setting and checkpoint: what they are scores of.
 
     Returns:
-      A tree whose leaves are float64 arrays, [] or [ceil(T / window)]; NaN was not measured.
+      A tree whose leaves are float64 arrays, [] or [windows]; NaN was not measured.
     """
     arms = {arm: scores.arms[arm] for arm in setting.arms if arm in scores.arms}
     head, size = setting.weighting, setting.window
@@ -239,7 +246,7 @@ def measure(scores: FileScores, setting: Setting, checkpoint: CheckpointInfo) ->
     parts = {ALL: 0, LATER: setting.reset_every, BEYOND: checkpoint.context}
     against_off = {arm: own.against_off for arm, own in arms.items() if own.against_off is not None}
     off = {
-        name: {arm: aggregate(getattr(own, name), "equal") for arm, own in against_off.items()}
+        name: {arm: aggregate(getattr(own, name), head) for arm, own in against_off.items()}
         for name in ("kl", "changed")
     }
     inner = {arm: own.inner for arm, own in arms.items() if own.inner is not None}
@@ -263,6 +270,10 @@ def measure(scores: FileScores, setting: Setting, checkpoint: CheckpointInfo) ->
     minus_persist = {arm: rows[head] for arm, rows in difference.items()}
     return {
         "losses": {arm: _means(rows) for arm, rows in (nats | unigram).items()},
+        "losses_later": {
+            arm: _means({row: values[setting.reset_every :] for row, values in rows.items()})
+            for arm, rows in nats.items()
+        },
         "entropy": {arm: _means(_rows(own.entropy, setting)) for arm, own in arms.items()},
         "accuracy": {arm: _means(_rows(_first(own.rank), setting)) for arm, own in arms.items()},
         "against_unigram": _means(better | ({"mean": better[head]} if better else {})),
@@ -343,7 +354,7 @@ def summarise(
 ) -> Results:
     """Estimates from the scores that `folder` holds.
 
-    The unit is the file. Where several files share a group (a speaker, a book) they are averaged within it first, and the
+    The unit is the file. Where several files share a group (a speaker) they are averaged within it first, and the
     unit is the group: `Estimate.n` counts groups then. The arrays of one file are held at a time; of each file only its means
     stay.
 
@@ -376,7 +387,7 @@ def _checkpoint(
         file.name: {arm: {row: float(value) for row, value in rows.items()} for arm, rows in own["losses"].items()}
         for file, own in zip(files, trees, strict=True)
     }
-    sentence = _verdict(setting, info, tree, _unit(setting, files))
+    sentence = _verdict(setting, info, tree, _unit(files))
     return CheckpointResults(info, arms, main_arm(arms), **tree, by_file=by_file, verdict=sentence)
 
 
@@ -410,8 +421,8 @@ def _estimates(leaves: list[np.ndarray | None], groups: Sequence[str]) -> Estima
     return estimates if any(array.ndim for array in arrays) else estimates[0]
 
 
-def _unit(setting: Setting, files: Sequence[FileInfo]) -> str:
-    return "files" if len({file.group for file in files}) == len(files) else f"{setting.unit}s"
+def _unit(files: Sequence[FileInfo]) -> str:
+    return "files" if len({file.group for file in files}) == len(files) else f"{UNIT}s"
 
 
 def _verdict(setting: Setting, info: CheckpointInfo, tree: Tree, unit: str) -> str:
@@ -430,7 +441,7 @@ def _verdict(setting: Setting, info: CheckpointInfo, tree: Tree, unit: str) -> s
             f"Keeping the memory across resets makes no clear difference here: {interval(value, 4, signed=True)} nats over"
             f" {value.n} {unit}."
         )
-    share = 100 * abs(value.mean) / tree["losses"]["reset"][setting.weighting].mean
+    share = 100 * abs(value.mean) / tree["losses_later"]["reset"][setting.weighting].mean
     change = "lowers" if value.mean > 0 else "raises"
     bounds = sorted((abs(value.low), abs(value.high)))
     return (

@@ -55,21 +55,35 @@ class Stream(NamedTuple):
     recordings: tuple[Recording, ...]
 
 
-def find(sources: Sequence[str | Path], layout: str = "auto") -> list[Recording]:
-    """Return the recordings of all sources in their order; one that is named twice comes once.
+class Found(NamedTuple):
+    """What sources hold."""
+
+    recordings: list[Recording]
+    """In the order of the sources; at least one."""
+    problems: list[str]
+    """A sentence for each part of a tree that holds nothing to use, the rest being sound."""
+
+
+def find(sources: Sequence[str | Path], layout: str = "auto") -> Found:
+    """Return the recordings of all sources in their order, and what is wrong beside them; what is named twice comes once.
 
     Args:
         sources: files and folders.
         layout: one of `LAYOUTS`, for all of them; "auto" looks at each.
 
     Raises:
-        InputError: a source is not there, is not of the layout, holds no audio, or has a mistake in its manifest or tree.
+        InputError: a source is not there, is not of the layout, holds no audio, or has a mistake in its manifest; or there
+            are problems and no recordings.
     """
     found: dict[Path, Recording] = {}
+    problems: dict[Path, str] = {}
     for source in sources:
-        for recording in _find(Path(source).expanduser(), layout):
+        for recording in _find(Path(source).expanduser(), layout, problems):
             found.setdefault(recording.path.resolve(), recording)
-    return list(found.values())
+    told = list(problems.values())
+    if not found and told:
+        raise InputError(told[0] if len(told) == 1 else f"none of {len(told)} books can be used, for one: {told[0]}")
+    return Found(list(found.values()), told)
 
 
 def streams(recordings: Sequence[Recording], join: bool) -> list[Stream]:
@@ -99,7 +113,8 @@ def _joined(key: str, members: list[Recording]) -> Stream:
     return Stream(_name(Path(group).parts, key), group, speakers.pop() if len(speakers) == 1 else None, tuple(members))
 
 
-def _find(source: Path, layout: str) -> list[Recording]:
+def _find(source: Path, layout: str, problems: dict[Path, str]) -> list[Recording]:
+    """The recordings of a source; to `problems` come sentences by the folder they are about."""
     if not source.exists():
         raise InputError(f"{source} does not exist: give an audio file, a folder of audio or a manifest (.jsonl).")
     if layout == "manifest" or (layout == "auto" and source.is_file() and source.suffix == ".jsonl"):
@@ -113,7 +128,7 @@ def _find(source: Path, layout: str) -> list[Recording]:
     if layout == "auto":
         layout = _layout(source)
     if layout == "librilight":
-        return _of_librilight(source)
+        return _of_librilight(source, problems)
     recordings = [_in_speech_long(p) if layout == "librispeech-long" else _in_folder(p) for p in _audio(source)]
     if not recordings:
         raise InputError(f"{source} holds no audio ({', '.join(_AUDIO)}): give a folder with recordings.")
@@ -156,12 +171,12 @@ def _of_manifest(manifest: Path) -> list[Recording]:
     ]
 
 
-def _of_librilight(root: Path) -> list[Recording]:
+def _of_librilight(root: Path, problems: dict[Path, str]) -> list[Recording]:
     recordings = []
     for folder, subfolders, files in _walk(root):
         chapters = [folder / name for name in files if name.lower().endswith(".flac")]
         if not chapters and not subfolders:
-            raise InputError(
+            problems[folder.resolve()] = (
                 f"{folder} is a book without chapters (it holds no flac): complete the download, remove the folder or"
                 " give --layout folder."
             )

@@ -32,10 +32,12 @@ class Speech(NamedTuple):
     """Its speaker, or its own name where that is not known: the unit of statistics, one speaker's streams are not independent."""
     frames: np.ndarray
     """Tokens, int32 [17, T]; a text that is not known is padding, or absent (-1)."""
-    has_text: bool
-    """Whether the text row is known, and so to be scored."""
+    text_known: np.ndarray
+    """Frames whose text is known, and so to be scored, bool [T]."""
     joints: tuple[int, ...]
     """Frames at which another recording begins."""
+    codec: dict[str, str | None]
+    """Name and digest of the codec that made the codes; the name is None where a code file does not state it."""
 
     @property
     def digest(self) -> str:
@@ -52,8 +54,9 @@ class Skipped(NamedTuple):
 
 def of_corpus(corpus: corpora.Corpus) -> list[Speech]:
     """The held-out files of a run's own corpus, as it would train on them."""
+    codec = {"name": corpus.codec.name, "digest": corpus.codec.digest}
     return [
-        Speech(name, speaker or name, frames, bool((frames[0] >= 0).any()), ())
+        Speech(name, speaker or name, frames, frames[0] >= 0, (), codec)
         for name, speaker, frames in zip(corpus.heldout_names, corpus.heldout_speakers, corpus.heldout, strict=True)
     ]
 
@@ -69,11 +72,13 @@ def read(data: str | Path, models: Sequence[Model], most: int | None = None) -> 
       InputError: the manifest cannot be read, or no file at all can be used.
     """
     entries, root = _entries(Path(data).expanduser())
+    names = _names([entry.path for entry in entries], root)
     coders = _Coders(models)
     found, skipped = [], []
-    for entry in entries:
-        name = _name(entry.path, root)
+    for entry, name in zip(entries, names, strict=True):
         try:
+            if name in [one.name for one in found]:
+                raise InputError(f"{data} names {entry.path} twice: it is taken once.")
             found.append(_speech(entry, name, coders, most))
         except InputError as error:
             if len(entries) == 1:
@@ -81,13 +86,18 @@ def read(data: str | Path, models: Sequence[Model], most: int | None = None) -> 
             skipped.append(Skipped(name, str(error)))
     if not found:
         raise InputError(f"none of the {len(skipped)} files of {data} can be used; the first: {skipped[0].reason}")
+    if len(codecs := {one.codec["digest"]: one for one in found}) > 1:
+        of = " and ".join(
+            f"{one.name} (codec {(digest or 'not stated')[:12]})" for digest, one in list(codecs.items())[:2]
+        )
+        raise InputError(f"{data} holds codes of {len(codecs)} codecs, such as {of}: evaluate those of one at a time.")
     return found, skipped
 
 
 def first(data: str | Path, models: Sequence[Model], least: int) -> Speech:
     """The first stream that `data` names, as `read` gives it; it must have `least` frames. Raises `InputError`."""
     entries, root = _entries(Path(data).expanduser())
-    found = _speech(entries[0], _name(entries[0].path, root), _Coders(models), None)
+    found = _speech(entries[0], _names([entries[0].path], root)[0], _Coders(models), None)
     frames = found.frames.shape[1]
     if frames < least:
         raise InputError(
@@ -109,6 +119,10 @@ def heldout(model: Model) -> Path:
 
 def _entries(path: Path) -> tuple[list[Entry], Path]:
     """The files that a path names, and the folder that their names are relative to."""
+    if path.is_dir() and not (path / MANIFEST).is_file():
+        raise InputError(
+            f"{path} has no {MANIFEST}: make codes of the recordings in it first (python -m eval prepare {path} --out FOLDER)."
+        )
     manifest = path / MANIFEST if path.is_dir() else path
     if manifest.suffix == ".jsonl":
         return read_manifest(manifest), manifest.parent
@@ -122,13 +136,12 @@ def _entries(path: Path) -> tuple[list[Entry], Path]:
 
 
 def _speech(entry: Entry, name: str, coders: _Coders, most: int | None) -> Speech:
-    frames, joints = _load(entry, coders)
-    has_text = bool((frames[0] >= 0).any())
-    if not has_text:
-        frames = np.concatenate([np.full_like(frames[:1], PAD), frames[1:]])
+    frames, joints, codec = _load(entry, coders)
+    known = frames[0] >= 0
+    frames = np.concatenate([np.where(known, frames[:1], PAD), frames[1:]])
     check_tokens(str(entry.path), frames, coders.models)
-    frames = frames[:, :most]
-    return Speech(name, entry.speaker or name, frames, has_text, tuple(j for j in joints if j < frames.shape[1]))
+    frames, known = frames[:, :most], known[:most]
+    return Speech(name, entry.speaker or name, frames, known, tuple(j for j in joints if j < frames.shape[1]), codec)
 
 
 def check_tokens(name: str, frames: np.ndarray, models: Sequence[Model]) -> None:
@@ -160,9 +173,17 @@ class _Coders:
         """Whether no checkpoint says which codec it needs: converted weights do not."""
         return all(model.run is None for model in self.models)
 
-    def check(self, path: Path, digest: str | None, name: str | None) -> None:
-        """Raise `InputError` unless codes made by the codec with this digest are those of all checkpoints."""
+    def check(self, path: Path, digest: str | None, name: str | None, cardinality: int | None) -> None:
+        """Raise `InputError` unless codes made by the codec with this digest are those of all checkpoints.
+
+        Converted weights do not say which codec they need; the number of its entries is all that can be compared.
+        """
         for model in self.models:
+            if cardinality is not None and cardinality != model.cfg.card:
+                raise InputError(
+                    f"{path} was encoded with {name or 'a codec'} of {cardinality} entries a codebook, but {model.name} has"
+                    f" {model.cfg.card}: encode the speech with the checkpoint's codec."
+                )
             if model.codec is not None and model.codec["digest"] != digest:
                 raise InputError(
                     f"{path} was encoded with {name or 'a codec'} (digest {(digest or 'not stated')[:12]}), but {model.name} was trained with"
@@ -178,20 +199,22 @@ class _Coders:
         if self._loaded is None:
             run = next(model.run for model in self.models if model.run is not None)
             self._loaded = *corpora.load_coders(run.data), run.data.cache_dir / "frames"
-            self.check(path, self._loaded[0].digest, self._loaded[0].name)
+            codec = self._loaded[0]
+            self.check(path, codec.digest, codec.name, codec.cardinality)
         return self._loaded
 
 
-def _load(entry: Entry, coders: _Coders) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Tokens [17, T] of an entry, text -1 where unknown, and its joints."""
-    joints: tuple[int, ...] = ()
-    if entry.path.suffix == ".safetensors":
-        found = read_codes(entry.path)
-        coders.check(entry.path, found.codec, found.codec_name)
-        joints = found.joints
-        if coders.unknown:
-            return _both_voices(entry.path, found, coders.models[0].cfg.dep_q), joints
-    return load_frames(entry, *coders.get(entry.path)), joints
+def _load(entry: Entry, coders: _Coders) -> tuple[np.ndarray, tuple[int, ...], dict[str, str | None]]:
+    """Tokens [17, T] of an entry, text -1 where unknown, its joints and its codec."""
+    if entry.path.suffix != ".safetensors":
+        codec, tokenizer, cache = coders.get(entry.path)
+        return load_frames(entry, codec, tokenizer, cache), (), {"name": codec.name, "digest": codec.digest}
+    found = read_codes(entry.path)
+    coders.check(entry.path, found.codec, found.codec_name, found.cardinality)
+    codec = {"name": found.codec_name, "digest": found.codec}
+    if coders.unknown:
+        return _both_voices(entry.path, found, coders.models[0].cfg.dep_q), found.joints, codec
+    return load_frames(entry, *coders.get(entry.path)), found.joints, codec
 
 
 def _both_voices(path: Path, found: Codes, codebooks: int) -> np.ndarray:
@@ -205,9 +228,16 @@ def _both_voices(path: Path, found: Codes, codebooks: int) -> np.ndarray:
     return np.concatenate([*text, found.codes])
 
 
-def _name(path: Path, root: Path) -> str:
-    """Of a file, short and its own within the manifest: its path below the manifest's folder, without suffix."""
-    path, root = path.resolve(), root.resolve()
-    path = path.relative_to(root) if path.is_relative_to(root) else Path(path.parent.name, path.name)
-    parts = path.with_suffix("").parts
-    return "/".join(parts[1:] if len(parts) > 1 and parts[0] == "codes" else parts)
+def _names(paths: Sequence[Path], root: Path) -> list[str]:
+    """Of files, short and each its own: the path below the manifest's folder without suffix, or all of it where two would be alike."""
+
+    def short(path: Path) -> str:
+        path, folder = path.resolve(), root.resolve()
+        path = path.relative_to(folder) if path.is_relative_to(folder) else Path(path.parent.name, path.name)
+        parts = path.with_suffix("").parts
+        return "/".join(parts[1:] if len(parts) > 1 and parts[0] == "codes" else parts)
+
+    named: dict[str, set[Path]] = {}
+    for path in paths:
+        named.setdefault(short(path), set()).add(path.resolve())
+    return [short(path) if len(named[short(path)]) == 1 else str(path) for path in paths]

@@ -75,23 +75,34 @@ def slope(values: np.ndarray) -> np.ndarray:
 
 
 def windows(values: np.ndarray, size: int) -> np.ndarray:
-    """Means over windows of `size` frames, [..., T] -> [..., ceil(T / size)]; NaN frames are left out, empty windows are NaN."""
-    count = -(-values.shape[-1] // size)
+    """Means over windows of `size` frames, [..., T] -> [..., windows]; NaN frames are left out, empty windows are NaN.
+
+    The frames of a last window that is less than half full count nowhere: so few are no measure of a window.
+    """
+    frames = values.shape[-1]
+    count = frames // size + (2 * (frames % size) >= size)
     padded = np.full((*values.shape[:-1], count * size), np.nan)
-    padded[..., : values.shape[-1]] = values
+    padded[..., :frames] = values[..., : count * size]
     return file_mean(padded.reshape(*values.shape[:-1], count, size))
 
 
-def smooth(values: np.ndarray, size: int) -> np.ndarray:
-    """Moving average over the `size` frames around each, [..., T] -> [..., T]; fewer at the ends, NaN frames are left out."""
+def smooth(values: np.ndarray, size: int, period: int | None = None) -> np.ndarray:
+    """Moving average over the `size` frames around each, [..., T] -> [..., T]; fewer at the ends, NaN frames are left out.
+
+    With `period`, no average goes over the start of a period: what jumps there is seen to jump.
+    """
     values = np.asarray(values, np.float64)
     frames = values.shape[-1]
     present = np.isfinite(values)
+    period = period or max(1, frames)
+    at = np.arange(frames)
+    first = at // period * period
+    start = at - (size - 1) // 2
+    low, high = np.maximum(start, first), np.minimum(start + size, np.minimum(first + period, frames))
 
     def sums(x: np.ndarray) -> np.ndarray:
         total = np.concatenate([np.zeros((*x.shape[:-1], 1)), np.cumsum(x, -1, dtype=np.float64)], -1)
-        start = np.arange(frames) - (size - 1) // 2
-        return total[..., np.clip(start + size, 0, frames)] - total[..., np.clip(start, 0, frames)]
+        return total[..., high] - total[..., low]
 
     count = sums(present)
     return np.where(count > 0, sums(np.where(present, values, 0)) / np.maximum(count, 1), np.nan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from eval.scores import Against, ArmScores, FileScores, Inner
 from ttt_jax.config import MoshiConfig
 from ttt_jax.moshi import model
 
-SEGMENT = 4096
+SEGMENT = 512
 """Frames that one dispatch scans at least, so that short calls do not wait for the host."""
 
 
@@ -64,6 +65,7 @@ def scan_calls(
     frames: jax.Array,
     mask: jax.Array,
     begins: jax.Array,
+    partners: jax.Array,
     state: model.State,
     cfg: MoshiConfig,
     arms: tuple[str, ...],
@@ -73,7 +75,7 @@ def scan_calls(
 
     Args:
       params, state: of `arms.set_params`, `arms.init_state`; frames: int32 [N, B, K, T]; mask: bool [N, B, T].
-      begins: bool [N], calls at whose start a period begins; arms: names; measured: whether to measure inner losses.
+      begins: bool [N], calls at whose start a period begins; partners: of `arms.begin_period`; arms: names; measured: whether to measure inner losses.
 
     Returns:
       The state and by call: scores, targets int32 [B, S, T], whether scored bool [B, S, T].
@@ -82,7 +84,7 @@ def scan_calls(
 
     def body(state: model.State, call: tuple[jax.Array, ...]):
         frames, mask, begins = call
-        state = arms_.begin_period(state, begins, arms)
+        state = arms_.begin_period(state, begins, partners, arms)
 
         def forward(params: model.Params, state: model.State):
             return model.forward(params, frames, mask, state, cfg, measured)
@@ -106,12 +108,21 @@ class Plan(NamedTuple):
 
 
 def plan(length: int, chunk: int, period: int | None) -> Plan:
-    """Cuts a stream of `length` frames into calls of at most `chunk` frames that do not reach over the end of a period of `period`."""
-    whole = min(length, period or length)
-    frames = math.ceil(whole / math.ceil(whole / chunk))
+    """Cuts a stream of `length` frames into calls of at most `chunk` frames that do not reach over the end of a period of `period`.
+
+    Calls of streams of all lengths have few shapes, so that few programs are compiled: what is left at the end is masked.
+    """
+    frames = math.ceil(period / math.ceil(period / chunk)) if period else chunk
+    frames = min(frames, _bucket(length))
+    whole = period or math.ceil(length / frames) * frames
     starts = np.array([at + i for at in range(0, length, whole) for i in range(0, min(whole, length - at), frames)])
     ends = np.minimum(np.append(starts[1:], length), (starts // whole + 1) * whole)
     return Plan(starts, ends - starts, frames, (starts % whole == 0) & (starts > 0))
+
+
+def _bucket(count: int) -> int:
+    """The least power of two that is not below `count`."""
+    return 1 << (count - 1).bit_length()
 
 
 def stream(
@@ -123,6 +134,7 @@ def stream(
     chunk: int,
     period: int,
     measured: bool = False,
+    partners: Sequence[int] | None = None,
     on_frames: Callable[[int], None] = lambda frames: None,
 ) -> list[FileScores]:
     """Streams a batch of files side by side, each from a fresh state, under every arm; ends are masked, nothing crosses files.
@@ -131,25 +143,45 @@ def stream(
       params: of the model; files: int32 [K, T_i] each; arms: names in `ARMS`, that `arms.check` let pass.
       chunk: most frames of a call; it does not change the numbers beyond rounding. period: frames after which `reset` clears and
         `permuted` exchanges memories.
-      measured: whether to measure inner losses; on_frames: told how many frames of all files have been scored since it was last.
+      measured: whether to measure inner losses; partners: for each file the one whose memory it takes in `permuted`, which counts
+        as long as that one goes on. on_frames: told how many frames of all files have been scored since it was last.
 
     Returns:
       Scores of every file; `unigram` is left None.
     """
     arms, lengths = tuple(arms), np.array([file.shape[1] for file in files])
     calls = plan(int(lengths.max()), chunk, period if arms_.resets(arms) else None)
-    per_scan = max(1, min(SEGMENT // calls.frames, len(calls.starts)))
+    per_scan = min(max(1, SEGMENT // calls.frames), _bucket(len(calls.starts)))
     edited, state = arms_.set_params(params, arms), arms_.init_state(cfg, len(files), arms)
+    others = jnp.asarray(range(len(files)) if partners is None else partners, jnp.int32)
     gathered = _Gathered(lengths, calls)
     waiting: tuple[int, tuple] | None = None
-    for first in range(0, len(calls.starts), per_scan):
-        block = _block(files, calls, first, per_scan)
-        state, out = scan_calls(edited, *block, state, cfg=cfg, arms=arms, measured=measured)
-        if waiting is not None:
-            on_frames(gathered.add(*waiting))  # the scan before, while this one computes
-        waiting = first, out
-    on_frames(gathered.add(*waiting))
-    return [gathered.file(row, arms) for row in range(len(files))]
+    try:
+        for first in range(0, len(calls.starts), per_scan):
+            block = _block(files, calls, first, per_scan)
+            state, out = scan_calls(edited, *block, others, state, cfg=cfg, arms=arms, measured=measured)
+            if waiting is not None:
+                on_frames(gathered.add(*waiting))  # the scan before, while this one computes
+            waiting = first, out
+        on_frames(gathered.add(*waiting))
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # of a state that has just been donated
+            jax.block_until_ready(state)  # an interpreter that ends while a program runs would crash
+        raise
+    found = [gathered.file(row, arms) for row in range(len(files))]
+    if "permuted" in arms:
+        ends = [(lengths[other] // period + 1) * period for other in partners]
+        found = [one._replace(arms=_until(one.arms, "permuted", end)) for one, end in zip(found, ends, strict=True)]
+    return found
+
+
+def _until(arms: dict[str, ArmScores], name: str, end: int) -> dict[str, ArmScores]:
+    """The scores with those of an arm left out from frame `end` on."""
+
+    def cut(values: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(values.shape[1]) < end, values, np.float32(np.nan))
+
+    return arms | {name: jax.tree.map(cut, arms[name])}
 
 
 def _block(files: Sequence[np.ndarray], calls: Plan, first: int, count: int) -> tuple[jax.Array, ...]:

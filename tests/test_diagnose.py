@@ -70,12 +70,12 @@ def by_hand():
             x, y = ttt.read[i, t], ttt.output[i, t]
             together = x + gate * y
             figures = {
-                "attention_norm": size(x),
+                "stream_norm": size(x),
                 "ttt_norm": size(y),
                 "gated_norm": size(gate * y),
                 "combined_norm": size(together),
-                "ttt_to_attention": size(y) / size(x),
-                "gated_to_attention": size(gate * y) / size(x),
+                "ttt_to_stream": size(y) / size(x),
+                "gated_to_stream": size(gate * y) / size(x),
                 "gated_share_percent": 100 * size(gate * y) / (size(gate * y) + size(x)),
                 "gate_mean": gate.sum() / CFG.dim,
                 "gate_mean_abs": abs(gate).sum() / CFG.dim,
@@ -83,11 +83,11 @@ def by_hand():
                 "gate_min": min(gate),
                 "gate_max": max(gate),
                 "gate_open_percent": 100 * sum(abs(g) > 0.01 for g in gate) / CFG.dim,
-                "cosine_attention_ttt": cosine(x, y),
-                "cosine_attention_combined": cosine(x, together),
+                "cosine_stream_ttt": cosine(x, y),
+                "cosine_stream_combined": cosine(x, together),
                 "cosine_ttt_combined": cosine(y, together),
-                "attention_change": size(x - ttt.read[i, t - EVERY]),
-                "attention_change_relative": size(x - ttt.read[i, t - EVERY]) / size(x),
+                "stream_change": size(x - ttt.read[i, t - EVERY]),
+                "stream_change_relative": size(x - ttt.read[i, t - EVERY]) / size(x),
                 "ttt_change": size(y - ttt.output[i, t - EVERY]),
                 "ttt_change_relative": size(y - ttt.output[i, t - EVERY]) / size(y),
                 "displacement": (ttt.inner.displacement[i, t] * base).mean(),
@@ -101,7 +101,7 @@ def by_hand():
                 "loss_after": ttt.inner.loss_after[i, t].mean(),
                 "inner_rate": ttt.rate[i, t].mean(),
             }
-            for name, v in (("attention", x), ("ttt", y), ("combined", together)):
+            for name, v in (("stream", x), ("ttt", y), ("combined", together)):
                 mean = v.sum() / len(v)
                 spread = np.sqrt(((v - mean) ** 2).sum() / len(v))
                 figures |= {f"{name}_mean": mean, f"{name}_std": spread, f"{name}_near_zero_percent": near(v)}
@@ -132,7 +132,7 @@ def test_every_figure_is_that_of_one_forward(records):
 
 def test_layers_and_frames_differ(records):
     """What is compared above would also agree if all records were one."""
-    for name in ("attention_norm", "ttt_norm", "cosine_attention_ttt", "loss_before", "displacement", "inner_rate"):
+    for name in ("stream_norm", "ttt_norm", "cosine_stream_ttt", "loss_before", "displacement", "inner_rate"):
         assert len({round(record[name], 5) for record in records}) == len(records)
 
 
@@ -161,18 +161,18 @@ def edited(**values):
 
 def test_a_layer_that_says_nothing_yet_has_no_direction():
     for record in walk(edited(out_kernel=0, out_bias=0), frames=10):
-        assert record["ttt_norm"] == record["ttt_to_attention"] == record["gated_share_percent"] == 0
-        assert record["cosine_attention_ttt"] is record["cosine_ttt_combined"] is record["ttt_change_relative"] is None
-        assert record["cosine_attention_combined"] == pytest.approx(1)
+        assert record["ttt_norm"] == record["ttt_to_stream"] == record["gated_share_percent"] == 0
+        assert record["cosine_stream_ttt"] is record["cosine_ttt_combined"] is record["ttt_change_relative"] is None
+        assert record["cosine_stream_combined"] == pytest.approx(1)
         assert record["ttt_near_zero_percent"] == 100
-        assert "attention-TTT -, attention-combined +1.0000, TTT-combined -" in report.block(record)
+        assert "stream-TTT -, stream-combined +1.0000, TTT-combined -" in report.block(record)
 
 
 def test_a_closed_gate_shows():
     for record in walk(edited(gate=0.005), frames=5):
         assert record["gate_open_percent"] == 0
         assert record["gate_mean"] == pytest.approx(np.tanh(0.005))
-        assert record["gated_to_attention"] == pytest.approx(record["ttt_to_attention"] * np.tanh(0.005), rel=1e-4)
+        assert record["gated_to_stream"] == pytest.approx(record["ttt_to_stream"] * np.tanh(0.005), rel=1e-4)
         assert record["ttt_norm"] > 0
 
 
@@ -211,8 +211,15 @@ def test_a_block_holds_every_headline_figure(records):
     text = report.block(records[3])
     assert text.startswith("layer 0, frame 10 (0.8 s)")
     assert text.isascii()
-    for name in ("ttt_norm", "gated_to_attention", "displacement", "loss_before", "inner_rate"):
+    for name in ("ttt_norm", "gated_to_stream", "displacement", "loss_before", "inner_rate"):
         assert format(records[3][name], ".4g") in text
+
+
+def test_what_attention_leaves_is_called_the_stream(records):
+    """The layer reads x + attention's update: it is not attention's output."""
+    said = [report.block(records[3]), report.comparison(made()), *report.FIGURES.values(), *report.PANELS.values()]
+    assert "attention" not in " ".join(said).replace("stream after attention", "")
+    assert "stream: the residual stream after attention (x + attention's update" in report.explanation()
 
 
 def test_the_comparison_is_of_means_and_their_difference():
@@ -220,7 +227,7 @@ def test_the_comparison_is_of_means_and_their_difference():
     some[0]["ttt_norm"] = None  # undefined in one record: the mean is over the others
     lines = report.comparison(some).splitlines()
     assert lines[0] == "means over records: A is a, B is b"
-    row = next(line for line in lines if line.startswith("attention_norm ")).split()
+    row = next(line for line in lines if line.startswith("stream_norm ")).split()
     assert row[1:] == ["10", "1010", "+1000"]
     row = next(line for line in lines if line.startswith("ttt_norm ")).split()
     assert row[1:] == ["15.01", "1010", "+995"]
@@ -231,7 +238,7 @@ def test_a_layer_of_one_checkpoint_alone_has_no_difference():
     some = made(("a",), (0, 2)) + made(("b",), (2,))
     text = report.comparison(some)
     assert "(a TTT layer in A only)" in text
-    row = next(line for line in text.splitlines() if line.startswith("attention_norm ")).split()
+    row = next(line for line in text.splitlines() if line.startswith("stream_norm ")).split()
     assert row[1:] == ["10", "-", "-"]
 
 
@@ -251,12 +258,20 @@ def test_figures_show_every_layer_and_checkpoint():
     assert len(axes) == len(report.PANELS)
     assert all(len(axis.lines) == 4 for axis in axes)
     np.testing.assert_allclose(
-        axes[0].lines[3].get_ydata(), [r["attention_norm"] for r in some if (r["checkpoint"], r["layer"]) == ("b", 2)]
+        axes[0].lines[3].get_ydata(), [r["stream_norm"] for r in some if (r["checkpoint"], r["layer"]) == ("b", 2)]
     )
     memory = [axis for axis in axes if axis.get_title() == report.PANELS["memory"]][0]
     assert np.isnan(memory.lines[0].get_ydata()[0])
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["a, layer 0", "b, layer 0", "a, layer 2", "b, layer 2"]
+
+
+def test_lines_keep_off_the_frame():
+    for axis in report.draw(made(("a",), (2,))).axes[: len(report.PANELS)]:
+        low, high = axis.get_ylim()
+        drawn = axis.lines[0].get_ydata()
+        assert min(drawn) - low > 0.03 * (high - low)
+        assert high - max(drawn) > 0.03 * (high - low)
 
 
 # The command

@@ -96,14 +96,12 @@ def test_losses_are_those_of_the_results_by_position(run, drawn):
         assert [line.get_label() for line in axis.get_lines() if line.get_label() in ARMS] == list(found[name])
         for arm, values in found[name].items():
             x, y = curve(axis, arm)
-            np.testing.assert_allclose(
-                x, [12.5, 37.5, 62.5, 87.5, 112.5]
-            )  # more than half of four files reach five windows
-            np.testing.assert_allclose(y, [value.mean for value in values[:5]])
+            np.testing.assert_allclose(x, [12.5, 37.5, 62.5, 87.5])  # more than half of four files reach four windows
+            np.testing.assert_allclose(y, [value.mean for value in values[:4]])
     for axis, values in ((differences, found["against_persist"]), (kl, found["kl"])):
-        limits = [(min(v.low for v in own[:5]), max(v.high for v in own[:5])) for own in values.values()]
+        limits = [(min(v.low for v in own[:4]), max(v.high for v in own[:4])) for own in values.values()]
         np.testing.assert_allclose(bands(axis), limits)
-    persist = found["losses"]["persist"][:5]
+    persist = found["losses"]["persist"][:4]
     np.testing.assert_allclose(bands(losses), [(min(v.low for v in persist), max(v.high for v in persist))])
     assert all(60 in line.get_xdata() for axis in (losses, kl) for line in axis.get_lines() if line.get_ls() == ":")
     assert "60 frames" in losses.get_title(loc="right")
@@ -116,7 +114,7 @@ def test_an_attention_window_beyond_the_figure_is_told_not_drawn(tmp_path, figur
     draw.draw_all(tmp_path)
     (axis,) = figures["memory"].axes
     assert axis.get_title(loc="right").endswith("3,000 frames (not reached)")
-    assert axis.get_xlim()[1] == 125
+    assert axis.get_xlim()[1] == 100
     assert not [line for line in axis.get_lines() if line.get_ls() == ":"]
 
 
@@ -140,9 +138,87 @@ def test_figure_5_shows_smoothed_means_over_files(run, drawn, i):
         np.testing.assert_allclose([y[100], y[10]], [at_100, at_10], rtol=1e-6)
     for arm in ("persist", "reset", "permuted"):
         own = [file.arms[arm].inner for file in files]
-        gains = [moving(inner.loss_base[i].astype(float) - inner.loss_before[i])[20] for inner in own]
-        assert curve(axes[1, i], f"gain under {arm}")[1][20] == pytest.approx(np.mean(gains), rel=1e-6)
+        gains = [inner.loss_base[i].astype(float) - inner.loss_before[i] for inner in own]
+        x, y = curve(axes[1, i], f"gain under {arm}")
+        if arm == "persist":
+            gains = [moving(values) for values in gains]
+        else:  # resets at 40 and 80: no average goes over them
+            gains = [
+                np.concatenate([moving(values[at : at + 40]) for at in range(0, len(values), 40)]) for values in gains
+            ]
+        for t in (20, 38, 39, 40, 41, 82):
+            assert y[t] == pytest.approx(
+                np.mean([values[t] for values in gains if len(values) > t]), rel=1e-6, abs=1e-9
+            )
+    assert "not across resets" in drawn["figure5"].get_suptitle()
     assert axes[0, i].get_title(loc="left") == f"TTT layer {LAYERS[i]}"
+
+
+def test_figure_5_tells_its_curves_apart(drawn):
+    losses, gains = np.array(drawn["figure5"].axes).reshape(2, 2)[:, 0]
+    named = {line.get_label(): line for axis in (losses, gains) for line in axis.get_lines()}
+    curves = [line for label, line in named.items() if label.startswith(("l(", "gain"))]
+    assert len({line.get_color() for line in curves}) == len(curves) == 6
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_figure_5_marks_the_joints_of_a_single_file(run, figures, count):
+    folder, _ = run
+    files = [dataclasses.replace(file, joints=(50, 70)) for file in FILES[:count]]
+    draw.draw_all(folder, summarise(SETTING, [CHECKPOINT], files, [], folder))
+    for axis in figures["figure5"].axes:
+        marks = [line.get_xdata()[0] for line in axis.get_lines() if "recording" in line.get_label()]
+        assert marks == ([50, 70] if count == 1 else [])
+
+
+def test_a_change_in_the_number_of_units_is_marked(drawn, tmp_path, figures):
+    assert [text.get_text() for text in drawn["memory"].axes[0].texts] == ["n=3"]
+    assert drawn["memory"].axes[0].texts[0].xy[0] == 25  # file d fills 5 frames of the second window
+    write(tmp_path, files=FILES[:1])
+    draw.draw_all(tmp_path, summarise(SETTING, [CHECKPOINT], FILES[:1], [], tmp_path))
+    assert not figures["memory"].axes[0].texts
+
+
+def test_names_are_not_read_as_mathematics(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+    from matplotlib.text import Text
+
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
+    infos = [dataclasses.replace(CHECKPOINT, name=name) for name in ("lr $1e-4$ x_", "$\\broken$")]
+    for info in infos:
+        write(tmp_path, info, FILES[:2], arms=("persist",))
+    paths = draw.draw_all(tmp_path, summarise(SETTING, infos, FILES[:2], [], tmp_path))
+    assert tmp_path / "memory-lr $1e-4$ x_.png" in paths
+    monkeypatch.undo()
+    texts = [text for figure in kept for text in figure.findobj(Text) if "$" in text.get_text()]
+    assert len(texts) == 9  # titles of six figures and one panel, two labels
+    assert not any(text.get_parse_math() for text in texts)
+    plt.close("all")
+
+
+def test_figures_of_an_earlier_evaluation_are_removed_and_nothing_else(tmp_path):
+    names = [
+        f"{name}.{kind}"
+        for name in ("memory", "memory-a b", "figure5-$x", "state", "checkpoints")
+        for kind in draw.KINDS
+    ]
+    others = [
+        "memory.txt",
+        "results.json",
+        "memories.png",
+        "my-state.png",
+        "figure50.png",
+        "memory.png.bak",
+        "other.pdf",
+    ]
+    for name in names + others:
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "state-folder.png").mkdir()
+    draw.remove(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "state-folder.png"])
+    draw.remove(tmp_path / "missing")
 
 
 def test_figure_5_averages_files_of_a_group_first(run, figures):
@@ -173,7 +249,7 @@ def test_state_shows_every_layer(run, drawn):
     found = read_results(folder).checkpoints[0].by_position
     for axis, name in zip(drawn["state"].axes, ("displacement", "rate"), strict=True):
         for layer in map(str, LAYERS):
-            means = [value.mean for value in found[name]["persist"][layer][:5]]
+            means = [value.mean for value in found[name]["persist"][layer][:4]]
             np.testing.assert_allclose(curve(axis, f"layer {layer}")[1], means)
 
 
@@ -187,9 +263,9 @@ def test_several_checkpoints_have_figures_of_their_own_and_one_together(tmp_path
     assert set(figures) == {"memory-tiny", "figure5-tiny", "state-tiny", "memory-base", "checkpoints"}
     losses, differences = figures["checkpoints"].axes
     for own in results.checkpoints:
-        means = [value.mean for value in own.by_position["losses"][own.main][:5]]
+        means = [value.mean for value in own.by_position["losses"][own.main][:4]]
         np.testing.assert_allclose(curve(losses, f"{own.info.name} ({own.main})")[1], means)
-    means = [value.mean for value in results.between["base"]["by_position"][:5]]
+    means = [value.mean for value in results.between["base"]["by_position"][:4]]
     np.testing.assert_allclose(curve(differences, "base (off)")[1], means)
     assert "30 frames and 60 frames" in losses.get_title(loc="right")
 
@@ -229,10 +305,10 @@ def test_the_command_draws_with_other_options_and_leaves_the_results(run, figure
     assert "0 to 4 s" in out
     assert str(folder / "memory.png") in out
     x, y = curve(figures["memory"].axes[0], "persist")
-    np.testing.assert_allclose(x, [25, 75, 125])
+    np.testing.assert_allclose(x, [25, 75])
     setting = dataclasses.replace(SETTING, weighting="semantic", window=50)
     expected = summarise(setting, [CHECKPOINT], FILES, [], folder).checkpoints[0].by_position["losses"]["persist"]
-    np.testing.assert_allclose(y, [value.mean for value in expected[:3]])
+    np.testing.assert_allclose(y, [value.mean for value in expected[:2]])
     assert (folder / "results.json").read_text() == stored
     assert command(folder) == 0
     assert "weighted equal" in capsys.readouterr().out

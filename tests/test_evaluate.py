@@ -1,8 +1,12 @@
 """`python -m eval stream`: which files and arms, what is stored where, what is skipped or refused."""
 
 import json
+import os
+import subprocess
+import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -84,7 +88,7 @@ def test_a_text_that_is_not_known_is_padding(run, data):
 
     files, skipped = speech.read(data, [models.load(run)])
     assert not skipped
-    assert [file.has_text for file in files] == [True, True, False]
+    assert [file.text_known.mean() for file in files] == [1, 1, 0]
     assert (files[2].frames[0] == PAD).all()
     np.testing.assert_array_equal(files[2].frames[1:], tokens(LENGTHS[2], 2)[1:])
     np.testing.assert_array_equal(files[0].frames, tokens(LENGTHS[0], 0))
@@ -142,13 +146,19 @@ def test_what_cannot_be_is_one_sentence(run, plain, data, tmp_path):
     refused("has no TTT layers, so there are no inner losses", plain, "--data", data, "--figure5", "--out", out)
     refused("has no TTT layers, so the arms persist", plain, "--data", data, "--arms", "persist", "--out", out)
     refused("'sideways' does not exist", run, "--data", data, "--arms", "sideways", "--out", out)
-    refused("--chunk 0 is out of range", run, "--data", data, "--chunk", "0", "--out", out)
+    for flag in ("--chunk", "--frames", "--reset-every", "--batch", "--window"):
+        refused(f"{flag} 0 is out of range", run, "--data", data, flag, "0", "--out", out)
+    refused("the arm '' does not exist", run, "--data", data, "--arms", "", "--out", out)
     refused("no checkpoint", tmp_path, "--data", data, "--out", out)
     refused("does not exist", run, "--data", tmp_path / "nothing.jsonl", "--out", out)
     refused("two checkpoints are called", run, run, "--data", data, "--out", out)
     refused("there is no --data", run, plain, "--out", out)
     alone = write_data(tmp_path / "alone", [tokens(20)])
-    refused("exchanges memories between files", run, "--data", alone, "--arms", "persist,permuted", "--out", out)
+    refused("exchanges memories between speakers", run, "--data", alone, "--arms", "persist,permuted", "--out", out)
+    (tmp_path / "raw").mkdir()
+    refused("make codes of the recordings in it first", run, "--data", tmp_path / "raw", "--out", out)
+    (tmp_path / "file").touch()
+    refused("--out .*file cannot be made", run, "--data", data, "--out", tmp_path / "file")
     (data / "manifest.jsonl").write_text('{"path": "0.safetensors", "duration": 4.8}\n{"path"\n')
     refused("manifest.jsonl line 2 is not JSON", run, "--data", data, "--out", out)
     assert not out.exists() or not any(out.iterdir())
@@ -159,6 +169,104 @@ def test_codes_of_another_codec_are_refused(run, tmp_path):
     refused("was encoded with a codec .digest 000000000000.*was trained with a codec", run, "--data", other)
     large = write_data(tmp_path / "large", [tokens(20) + 40])
     refused("expected -1 to 63", run, "--data", large)
+
+
+def test_codes_of_several_codecs_and_of_other_sizes_do_not_pass_with_converted_weights(tmp_path):
+    from eval import speech
+    from ttt_jax.data.codes import Codes, write_codes
+
+    weights = types.SimpleNamespace(name="moshi", cfg=micro.MODEL, run=None, codec=None)
+    data = write_data(tmp_path / "mixed", [tokens(20), tokens(20)], digest="1" * 64)
+    save_file({"codes": tokens(20)}, data / "1.safetensors", metadata={"frame_rate": "12.5", "codec": "2" * 64})
+    with pytest.raises(InputError, match="holds codes of 2 codecs, such as 0 .codec 1111.* and 1 .codec 2222"):
+        speech.read(data, [weights])
+    write_codes(data / "1.safetensors", Codes(tokens(20), 12.5, "1" * 64, "small", cardinality=32))
+    files, (skipped,) = speech.read(data, [weights])
+    assert "small of 32 entries a codebook, but moshi has 64" in skipped.reason
+    assert files[0].codec == {"name": None, "digest": "1" * 64}
+
+
+def test_every_file_has_a_name_of_its_own(run, tmp_path):
+    from eval import models, speech
+
+    lines = []
+    for folder in ("a", "b"):
+        data = write_data(tmp_path / folder / "audio", [tokens(20)])
+        lines.append(json.dumps({"path": str(data / "0.safetensors"), "duration": 1.6}))
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (other / "m.jsonl").write_text("\n".join([*lines, lines[0]]) + "\n")
+    files, (twice,) = speech.read(other / "m.jsonl", [models.load(run)])
+    assert len({file.name for file in files}) == len({file.group for file in files}) == 2
+    assert "twice" in twice.reason
+
+
+def test_a_model_that_leaves_the_numbers_is_no_result(run, data, tmp_path, monkeypatch, capsys):
+    from eval import stream as module_stream
+
+    whole = module_stream.stream
+
+    def spoilt(*args, **rest):
+        found = whole(*args, **rest)
+        first = found[0].arms["persist"]
+        first.nats[:, 10:] = np.nan
+        return found
+
+    monkeypatch.setattr(module, "stream", spoilt)
+    out = tmp_path / "out"
+    assert (
+        main(["stream", str(run), "--data", str(data), "--arms", "persist", "--frames", "16", "--out", str(out)])
+        == PARTIAL
+    )
+    found = results(out)
+    assert len(found["files"]) == 2
+    (one,) = found["skipped"]
+    assert "under persist gives no finite predictions" in one["reason"]
+    assert "from frame 10 on" in one["reason"]
+    assert len(list((out / "frames" / "memory").iterdir())) == 2
+    assert "skipped: memory under persist" in capsys.readouterr().err
+
+
+def test_figures_of_an_earlier_evaluation_do_not_stay(run, data, tmp_path):
+    out = tmp_path / "out"
+    asked = ["stream", str(run), "--data", str(data), "--arms", "persist", "--frames", "16", "--out", str(out)]
+    main(asked)
+    assert (out / "figure5.png").exists()
+    main([*asked, "--no-figure5"])
+    assert (out / "memory.png").exists()
+    assert not (out / "figure5.png").exists()
+
+
+def test_interrupting_ends_as_it_should(run, data, tmp_path):
+    """With a program on its way: an interpreter that ended under it would crash."""
+    code = """
+import os, signal, sys
+from eval import stream
+from eval.__main__ import main
+from ttt_jax.command import run
+
+block, calls = stream._block, []
+
+
+def interrupting(*args):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+    return block(*args)
+
+
+stream._block, stream.SEGMENT = interrupting, 1
+sys.exit(run(lambda: main(sys.argv[1:])))
+"""
+    asked = ["stream", str(run), "--data", str(data), "--arms", "persist", "--chunk", "8", "--out", str(tmp_path / "o")]
+    env = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(tmp_path),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    }
+    done = subprocess.run([sys.executable, "-c", code, *asked], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 130, done.stderr
+    assert not any((tmp_path / "o").iterdir())
 
 
 def test_frames_of_something_else_are_not_replaced(run, data, tmp_path):
@@ -175,7 +283,7 @@ def test_converted_weights_take_code_files_only(tmp_path):
     weights = types.SimpleNamespace(name="moshi", cfg=micro.MODEL, run=None, codec=None)
     data = write_data(tmp_path / "codes", [tokens(20), tokens(20)[1:], tokens(20)[1:9]], digest="1" * 64)
     files, (skipped,) = speech.read(data, [weights])
-    assert [file.has_text for file in files] == [True, False]
+    assert [file.text_known.mean() for file in files] == [1, 0]
     assert "has 8 rows of codes" in skipped.reason
     (data / "a.wav").write_bytes(b"RIFF")
     (data / "manifest.jsonl").write_text('{"path": "a.wav", "duration": 4.8}\n')

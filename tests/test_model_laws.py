@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval import stream as evaluation
-from eval.arms import ARMS
+from eval.arms import ARMS, set_params
 from tests.drawing import (
     assert_close,
     assert_same_bits,
@@ -429,7 +429,7 @@ def test_closed_gates_give_the_model_without_ttt_bit_for_bit(calls):
     cfg = dataclasses.replace(SMALL, dtype="float32", num_layers=3, layer_context=(), ttt=ttt)
     plain = dataclasses.replace(cfg, ttt=dataclasses.replace(cfg.ttt, layers="none"))
     params, frames, _ = setting(cfg, 10)
-    params = ARMS["off"].edit(params)
+    params = set_params(params, ("off",))
     stacks = [{name: leaf for name, leaf in block.items() if name != "ttt"} for block in params["layers"].values()]
     (run,) = plain.runs
     stack = lambda *x: jnp.concatenate(x)  # noqa: E731
@@ -453,7 +453,7 @@ def test_what_does_not_learn_knows_what_its_base_knows(how, cfg, x64):
         cfg = dataclasses.replace(cfg, ttt=dataclasses.replace(cfg.ttt, base_lr=0.0))
     params, frames, rng = setting(cfg, 13)
     mask = random_mask(rng, (ROWS, FRAMES))
-    edited = ARMS["frozen"].edit(params) if how == "frozen" else params
+    edited = set_params(params, ("frozen",)) if how == "frozen" else params
     out, state = run_split(edited, frames, mask, cfg, (8,) * 5, measured=True)
     inner = valid(out, mask).ttt.inner
     assert (inner.loss_base > 0).all()
@@ -506,9 +506,11 @@ def test_evaluation_keeps_parameters():
     cfg = dataclasses.replace(SHALLOW, dtype="float32", num_layers=1, ttt=dataclasses.replace(SHALLOW.ttt, layers="0"))
     params, frames, _ = setting(cfg, 15, frames=9)
     before = digest(params)
-    scores = {arm: evaluation.stream(params, [frames[0], frames[1, :, :5]], arm, 4, cfg) for arm in ARMS}
+    files = [frames[0], frames[1, :, :5]]
+    how = {"chunk": 4, "period": 4, "partners": (1, 0), "measured": True}
+    scores = evaluation.stream(params, files, cfg, tuple(ARMS), **how)[0]
     assert digest(params) == before
-    assert np.nanmax(scores["persist"].displacement) > 0
+    assert scores.arms["persist"].inner.displacement.max() > 0
 
 
 @pytest.mark.parametrize("frames", [1, 3, 21])

@@ -220,16 +220,16 @@ def test_a_folder_is_read_recursively_in_natural_order(tmp_path):
     for name in ("b/2.wav", "b/10.flac", "a/x.OGG", ".hidden/z.wav", "b/._9.wav", "1.mp3"):
         record(tmp_path / "in" / name, format="OGG" if name.endswith("OGG") else None)
     (tmp_path / "in" / "notes.txt").write_text("no audio")
-    found = [r.path.relative_to(tmp_path / "in").as_posix() for r in sources.find([tmp_path / "in"])]
+    found = [r.path.relative_to(tmp_path / "in").as_posix() for r in sources.find([tmp_path / "in"]).recordings]
     assert found == ["1.mp3", "a/x.OGG", "b/2.wav", "b/10.flac"]
-    groups = [(s.group, len(s.recordings)) for s in sources.streams(sources.find([tmp_path / "in"]), True)]
+    groups = [(s.group, len(s.recordings)) for s in sources.streams(sources.find([tmp_path / "in"]).recordings, True)]
     assert groups == [("in", 1), ("a", 1), ("b", 2)]
 
 
 def test_a_recording_named_twice_comes_once(tmp_path, monkeypatch):
     path = record(tmp_path / "in" / "a.wav")
     monkeypatch.chdir(tmp_path)
-    assert len(sources.find([path, "in", "in/../in/a.wav"])) == 1
+    assert len(sources.find([path, "in", "in/../in/a.wav"]).recordings) == 1
 
 
 def test_librilight_chapters_join_to_books_in_natural_order(tmp_path):
@@ -244,7 +244,7 @@ def test_librilight_chapters_join_to_books_in_natural_order(tmp_path):
     ]
     assert all(len(codes.codes) == 16 for codes in codes_of(out))
     for part in (tree / "9", tree / "9" / "b"):  # any folder of the tree gives the same groups
-        assert {s.group for s in sources.streams(sources.find([part]), True)} <= {"9/a", "9/b"}
+        assert {s.group for s in sources.streams(sources.find([part]).recordings, True)} <= {"9/a", "9/b"}
 
 
 @pytest.mark.parametrize("layout", ["auto", "folder"])
@@ -265,12 +265,12 @@ def test_librispeech_long_joins_by_speaker(tmp_path, transcripts):
     assert stems(out) == [["84-7-1", "84-121-2", "84-121-10"], ["90-1-1"]]
     assert [(e["group"], e["speaker"]) for e in lines_of(out)] == [("dev-clean/84", "84"), ("dev-clean/90", "90")]
     assert [len(codes.codes) for codes in codes_of(out)] == [16, 16]
-    assert [s.group for s in sources.streams(sources.find([tree], "folder"), True)] == ["7", "121", "1"]
+    assert [s.group for s in sources.streams(sources.find([tree], "folder").recordings, True)] == ["7", "121", "1"]
 
 
 def test_a_folder_with_notes_is_no_data_set(tmp_path):
     record(tmp_path / "talks" / "monday" / "a.flac").with_name("notes.txt").write_text("notes")
-    assert [recording.group for recording in sources.find([tmp_path / "talks"])] == ["monday"]
+    assert [recording.group for recording in sources.find([tmp_path / "talks"]).recordings] == ["monday"]
 
 
 def test_a_manifest_keeps_its_order_and_joins_by_folder(tmp_path):
@@ -283,7 +283,7 @@ def test_a_manifest_keeps_its_order_and_joins_by_folder(tmp_path):
     assert stems(tmp_path / "out") == [["2", "1"], ["1"]]
     # Another manifest of the same folders is another stream.
     shutil.copy(manifest, tmp_path / "n.jsonl")
-    keys = [{s.name for s in sources.streams(sources.find([tmp_path / f"{m}.jsonl"]), True)} for m in "mn"]
+    keys = [{s.name for s in sources.streams(sources.find([tmp_path / f"{m}.jsonl"]).recordings, True)} for m in "mn"]
     assert not keys[0] & keys[1]
 
 
@@ -486,7 +486,7 @@ def test_a_single_bad_file_ends_in_its_sentence(tmp_path, capsys, kind):
 def test_words_without_tokens_name_their_file(tmp_path):
     path = record(tmp_path / "a.wav", words=[["yes", [0.3, 0.5], "SPEAKER_MAIN"]])
     mute = types.SimpleNamespace(cardinality=9, digest="m", encode=lambda word: [])
-    (recording,) = sources.find([path])
+    (recording,) = sources.find([path]).recordings
     with (
         prepare.Progress([recording]) as progress,
         pytest.raises(InputError, match=r"a\.json: the text tokenizer has no"),
@@ -502,6 +502,23 @@ def test_a_stream_with_a_bad_recording_is_left_out_whole(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "skipped the stream 9/b: " in err
     assert "c_2.flac is not audio" in err
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_a_book_without_chapters_among_others_is_told_and_left_out(tmp_path, capsys, join):
+    tree = librilight(tmp_path / "small", "9/a/c_1", "9/z/c_1")
+    (tree / "9" / "empty").mkdir()
+    args = (tree, tree / "9", "--out", tmp_path / "out", *(["--join"] if join else []))
+    assert run(*args) == command.PARTIAL
+    shown = capsys.readouterr()
+    assert [entry["group"] for entry in lines_of(tmp_path / "out")] == ["9/a", "9/z"]
+    said = [line for line in re.split(r"[\r\n]", shown.err) if line.startswith("skipped")]
+    assert said == [
+        f"skipped: {tree / '9' / 'empty'} is a book without chapters (it holds no flac): complete the download, remove the"
+        " folder or give --layout folder."
+    ]
+    assert "2 code files of 2 recordings" in shown.out
+    assert "; 1 skipped" in shown.out
 
 
 def test_nothing_usable_at_all_is_an_error(tmp_path, capsys):
@@ -524,8 +541,13 @@ def manifest_of_garbage(folder):
 
 
 def book_without_chapters(folder):
-    (librilight(folder / "ll", "9/a/c_1") / "9" / "empty").mkdir()
-    return [folder / "ll"]
+    (folder / "ll" / "9" / "empty").mkdir(parents=True)
+    return [folder / "ll", folder / "ll" / "9", "--layout", "librilight"]
+
+
+def books_without_chapters(folder):
+    (folder / "ll" / "9" / "another").mkdir(parents=True)
+    return book_without_chapters(folder)
 
 
 def folder_without_audio(folder):
@@ -551,6 +573,7 @@ def foreign_manifest(folder):
         (lambda folder: [folder / "nowhere"], "nowhere does not exist: give an audio file, a folder"),
         (manifest_of_garbage, "m.jsonl line 2 is not JSON"),
         (book_without_chapters, "9/empty is a book without chapters (it holds no flac)"),
+        (books_without_chapters, "none of 2 books can be used, for one: "),
         (folder_without_audio, "docs holds no audio (.wav, .flac"),
         (
             lambda folder: [folder / "a.wav", "--layout", "librilight"],

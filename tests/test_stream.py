@@ -13,7 +13,7 @@ import pytest
 
 from eval import arms, unigram
 from eval import stream as module
-from eval.scores import load, save, without_text
+from eval.scores import load, not_finite, save, without_text
 from eval.stream import _block, batches, plan, score, stream
 from tests.micro import CONFIG, MODEL
 from train import step
@@ -50,7 +50,7 @@ def files():
     return [walk(length, 100 + i) for i, length in enumerate(LENGTHS)]
 
 
-run = functools.partial(stream, cfg=MODEL, arms=ALL, chunk=7, period=PERIOD, measured=True)
+run = functools.partial(stream, cfg=MODEL, arms=ALL, chunk=7, period=PERIOD, measured=True, partners=(1, 0))
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +189,16 @@ def test_permuted_is_what_persist_has_learned_on_the_other_file(params, files, s
             np.testing.assert_allclose(found, expected[row], atol=1e-4)
 
 
+def test_permuted_counts_as_long_as_the_other_file_goes_on(scores):
+    """After that its memory would not grow older: it is no control for one that does."""
+    last = (LENGTHS[1] // PERIOD + 1) * PERIOD
+    nats = scores[0].arms["permuted"].nats
+    assert np.isfinite(nats[0, :last]).all()
+    assert np.isnan(nats[:, last:]).all()
+    assert np.isnan(scores[0].arms["permuted"].inner.loss_before[:, last:]).all()
+    assert np.isfinite(scores[1].arms["permuted"].nats[0]).all()
+
+
 def test_frozen_fast_weights_stay_at_their_base(scores):
     for got in scores:
         inner = got.arms["frozen"].inner
@@ -267,8 +277,8 @@ def test_a_model_without_knowledge_scores_the_logarithm_of_the_cardinality(param
     blank["depth"]["heads"] = jnp.zeros_like(blank["depth"]["heads"])
     for got in run(blank, files):
         for arm in ALL:
-            expected = np.where(got.tokens >= 0, np.log(CARDS)[:, None], np.nan)
-            np.testing.assert_allclose(got.arms[arm].nats, expected, rtol=1e-5)
+            expected = np.where(got.tokens >= 0, np.log(CARDS)[:, None], np.nan)[:, : LENGTHS[1]]
+            np.testing.assert_allclose(got.arms[arm].nats[:, : LENGTHS[1]], expected, rtol=1e-5)
 
 
 def test_a_memory_that_is_reset_every_frame_knows_what_its_base_knows(params, files):
@@ -300,10 +310,16 @@ def test_a_plan_covers_every_frame_once_and_no_call_reaches_over_a_period(length
     covered = [start + i for start, n in zip(calls.starts, calls.lengths, strict=True) for i in range(n)]
     assert covered == list(range(length))
     assert calls.lengths.max() <= calls.frames <= chunk
+    assert calls.frames < 2 * length
     for start, n, begins in zip(calls.starts, calls.lengths, calls.begins, strict=True):
         if period:
             assert start // period == (start + n - 1) // period
         assert begins == (period is not None and start > 0 and start % period == 0)
+
+
+@pytest.mark.parametrize("period", [None, 250])
+def test_streams_of_many_lengths_need_few_programs(period):
+    assert len({plan(length, 1000, period).frames for length in range(1, 5000)}) <= 11
 
 
 def test_frames_past_the_end_of_a_file_are_masked(files):
@@ -322,14 +338,27 @@ def test_batches_hold_every_file_once_and_leave_none_alone_where_two_are_needed(
     assert [len(batch) for batch in batches([5, 1, 9], 2)] == [2, 1]
 
 
+def test_predictions_that_are_no_numbers_are_found(scores):
+    assert not_finite(scores[0]) is None
+    nats = scores[0].arms["frozen"].nats.copy()
+    nats[3, 20:] = np.nan
+    spoilt = scores[0].arms | {"frozen": scores[0].arms["frozen"]._replace(nats=nats)}
+    assert not_finite(scores[0]._replace(arms=spoilt)) == ("frozen", 20)
+
+
 def test_stored_scores_come_back(scores, tmp_path):
     own = scores[1]._replace(unigram=scores[1].arms["off"].nats)
-    for one in (own, without_text(own), scores[1]):
+    unknown = np.arange(LENGTHS[1]) >= 5
+    blank = without_text(own, unknown)
+    for one in (own, blank, scores[1]):
         save(tmp_path / "a.npz", one)
         back = load(tmp_path / "a.npz")
         jax.tree.map(np.testing.assert_array_equal, back, one)
-    assert np.isnan(without_text(own).arms["persist"].nats[0]).all()
-    assert (without_text(own).tokens[0] == -1).all()
+    for before, after in ((own.tokens, blank.tokens), (own.arms["persist"].nats, blank.arms["persist"].nats)):
+        np.testing.assert_array_equal(before[1:], after[1:])
+        np.testing.assert_array_equal(before[0, :5], after[0, :5])
+    assert np.isnan(blank.arms["persist"].nats[0, 5:]).all()
+    assert (blank.tokens[0, 5:] == -1).all()
 
 
 def test_unigram_nats_are_those_of_smoothed_counts():
