@@ -136,7 +136,7 @@ def test_layers_and_frames_differ(records):
         assert len({round(record[name], 5) for record in records}) == len(records)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 400])
+@pytest.mark.parametrize("chunk", [1, pytest.param(3, marks=pytest.mark.slow), 400])
 def test_records_do_not_depend_on_the_calls_between(records, chunk):
     for record, other in zip(records, walk(chunk=chunk), strict=True):
         assert not [name for name in record if not close(other[name], record[name])]

@@ -9,7 +9,7 @@ from bench import memory
 from ttt_jax.config import MoshiConfig, TTTConfig, model_preset
 from ttt_jax.moshi import model
 
-DEFAULT = {("linear", 1), ("mlp5", 16)}
+DEFAULT = {("linear", 1)}
 
 
 @pytest.fixture(scope="module")
