@@ -147,11 +147,7 @@ def evaluate(
             checkpoints.append(CheckpointInfo(model.name, model.cfg.context, model.cfg.ttt_layers, about))
         if len(failed) == len(files):
             raise InputError(next(iter(failed.values())))
-        (folder / "results.json").unlink(missing_ok=True)  # frames, figures and results never stem from two evaluations
-        draw.remove(folder)
-        shutil.rmtree(folder / "frames", ignore_errors=True)
-        new.chmod(0o755)
-        new.rename(folder / "frames")
+        _replace_frames(folder, new)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -255,6 +251,15 @@ def _make(folder: Path) -> None:
         raise InputError(
             f"{folder} holds {foreign[0].relative_to(folder)}, which is no result of an evaluation: give another --out."
         )
+
+
+def _replace_frames(folder: Path, new: Path) -> None:
+    """Put `new` in the place of frames/; results and figures go with the old ones, so that none stem from two evaluations."""
+    (folder / "results.json").unlink(missing_ok=True)
+    draw.remove(folder)
+    shutil.rmtree(folder / "frames", ignore_errors=True)
+    new.chmod(0o755)
+    new.rename(folder / "frames")
 
 
 def _info(index: int, file: Speech) -> FileInfo:

@@ -103,6 +103,7 @@ def test_values_that_cannot_be(params):
         model.fork_rows(state, [0, 1])
 
 
+@pytest.mark.slow
 def test_top_k_of_0_is_all(params):
     every = HOT._replace(top_k=CFG.card, text_top_k=CFG.text_card)
     expected, _ = run(params, codes(), sampling=every)

@@ -42,6 +42,7 @@ def test_fast_weights_stay_bounded_and_plastic_over_an_hour(speech, network, min
     assert found["last"] < 0.2 * found["base"]  # and it learns: nothing would be bounded more easily than what does not
 
 
+@pytest.mark.slow
 def test_without_decay_a_fast_linear_memory_inflates_and_grows_stiff_and_a_bound_holds_it(speech):
     ttt = TTTConfig(layers="0", hidden=(), mini_batch=1, horizon=None, base_lr=4.0)
     cfg = MoshiConfig(dim=speech.shape[-1], num_heads=8, num_layers=1, dtype="float32", ttt=ttt)

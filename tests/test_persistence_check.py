@@ -135,7 +135,7 @@ def test_a_step_that_misses_one_frame_is_told_which():
     assert changes.figure == "layer 1: no change at 1 of 16 frames, first at frame 6"
 
 
-@pytest.mark.parametrize("rate", ["no base rate", "no learned rate"])
+@pytest.mark.parametrize("rate", [pytest.param("no base rate", marks=pytest.mark.slow), "no learned rate"])
 def test_no_inner_rate_fails(rate):
     cfg, params = MODEL, eval_models.params()
     if rate == "no base rate":
@@ -172,6 +172,7 @@ def test_a_broken_reset_fails(monkeypatch, reset):
     assert failed(run()) == {"reset"}
 
 
+@pytest.mark.slow
 def test_every_layer_is_looked_at():
     cfg = dataclasses.replace(MODEL, ttt=TTTConfig(layers="all", mini_batch=1, hidden=()))
     params = eval_models.params(cfg)
