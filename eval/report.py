@@ -66,7 +66,7 @@ def _head(results: Results) -> list[str]:
 def _checkpoint(results: Results, own: CheckpointResults) -> list[str]:
     info, setting = own.info, results.setting
     layers = f"TTT layers {', '.join(map(str, info.ttt_layers))}" if info.ttt_layers else "no TTT layers"
-    resets = f", memory cleared every {setting.reset_every} frames in reset" if "reset" in own.arms else ""
+    resets = f", periods of {setting.reset_every} frames" if set(RESETTING) & set(own.arms) else ""
     parts = [
         _streams(results, own),
         _positions(results, own),
