@@ -7,7 +7,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from eval.sources import LAYOUTS
 from ttt_jax.command import run
+
+WEIGHTINGS = ("equal", "kyutai", "semantic", "acoustic")
+"""Names in `eval.results.WEIGHTINGS`, whose module takes a while to load."""
 
 
 def _prepare(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +35,7 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
     add("--join", action="store_true", help="one stream for each book, speaker (LibriSpeech-Long) or folder")
     add(
         "--layout",
-        choices=("auto", "folder", "manifest", "librilight", "librispeech-long"),
+        choices=LAYOUTS,
         default="auto",
         help="how sources are laid out; unset: seen from their files",
     )
@@ -87,7 +91,7 @@ exit code: 0 done, 2 an input to mend, 3 done but some files were skipped"""
     )
     parser.add_argument(
         "--weighting",
-        choices=["equal", "kyutai", "semantic", "acoustic"],
+        choices=WEIGHTINGS,
         default="equal",
         help="how the codebooks become one loss in tables and figures (kyutai: 100 on the first); all are stored",
     )
@@ -105,9 +109,7 @@ def _draw(parser: argparse.ArgumentParser) -> None:
     """Flags of `draw`."""
     parser.epilog = "results.json stays as it is: it records the evaluation."
     parser.add_argument("folder", metavar="OUT", help="folder of the results, such as runs/NAME/eval")
-    parser.add_argument(
-        "--weighting", choices=["equal", "kyutai", "semantic", "acoustic"], help="of the codebooks; unset: as stored"
-    )
+    parser.add_argument("--weighting", choices=WEIGHTINGS, help="of the codebooks; unset: as stored")
     parser.add_argument("--window", type=int, metavar="N", help="frames that a position averages; unset: as stored")
 
 

@@ -54,7 +54,7 @@ def main(options: argparse.Namespace) -> int:
     _check(options)
     keep_compiled(CorpusConfig().cache_dir / "compiled")
     checkpoints = load(options.checkpoint, options.compare)
-    folder = _folder(Path(options.out or Path(options.checkpoint) / "diagnose"))
+    folder = _folder(Path(options.out or Path(options.checkpoint) / "diagnose").expanduser())
     heard = speech.first(options.data or speech.heldout(checkpoints[0]), checkpoints, options.frames or options.every)
     frames = heard.frames[:, : options.frames]
     records: list[Record] = []

@@ -94,7 +94,7 @@ def main(options: argparse.Namespace) -> int:
         print(f"skipped: {one.reason}", file=sys.stderr)
     # Results on other speech have a folder of their own: those of the run's held-out files stay.
     default = f"eval-{Path(options.data).resolve().stem}" if options.data else "eval"
-    folder = Path(options.out or Path(options.checkpoints[0]) / default)
+    folder = Path(options.out or Path(options.checkpoints[0]) / default).expanduser()
     _make(folder)  # what cannot be is told before the work
     return PARTIAL if evaluate(models, files, skipped, corpus, asked, folder) else 0
 

@@ -36,7 +36,7 @@ from ttt_jax.data.frames import ABSENT
 from ttt_jax.data.manifest import MAIN_SPEAKER, Entry, Word, check_duration, read_alignments
 from ttt_jax.data.text import Tokenizer, text_stream
 from ttt_jax.errors import InputError
-from ttt_jax.files import write_atomically
+from ttt_jax.files import file_digest, write_atomically
 
 MANIFEST = "manifest.jsonl"
 SETTINGS = "prepare.json"
@@ -147,7 +147,7 @@ class Encoder:
             codec.cardinality,
             None if words is None else self.tokenizer.digest,
             self.voice,
-            (Source(str(path), _file_digest(path), seconds, num_frames, 0),),
+            (Source(str(path), file_digest(path), seconds, num_frames, 0),),
             input=identity,
         )
 
@@ -326,7 +326,7 @@ def _entry(stream: Stream, codes: Codes, folder: Path) -> dict[str, Any]:
         **({} if stream.speaker is None else {"speaker": stream.speaker}),
         "codec": codes.codec,
         "codec_name": codes.codec_name,
-        "sha256": _file_digest(path),
+        "sha256": file_digest(path),
         "joints": list(codes.joints),
         "sources": [source._asdict() for source in codes.sources],
     }
@@ -351,7 +351,7 @@ def write_manifest(folder: Path, made: dict[str, dict[str, Any]], failed: Iterab
         if path in fresh:
             lines[path] = fresh[path]
         elif path not in stale:
-            if (folder / path).is_file() and _file_digest(folder / path) == entry.get("sha256"):
+            if (folder / path).is_file() and file_digest(folder / path) == entry.get("sha256"):
                 lines[path] = entry
             else:
                 dropped.append(path)
@@ -492,11 +492,3 @@ def _stamp(path: Path) -> list[Any]:
 
 def _digest(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): bring it back or leave it out.") from None

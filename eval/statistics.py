@@ -43,12 +43,6 @@ def band(values: np.ndarray) -> Band:
     return Band(mean, mean - half, mean + half, n)
 
 
-def estimate(values: np.ndarray) -> Estimate:
-    """Mean and interval of one value per unit; NaN entries (nothing measured) are left out."""
-    mean, low, high, n = band(np.asarray(values, np.float64).reshape(-1))
-    return Estimate(float(mean), float(low), float(high), int(n))
-
-
 def group_means(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
     """Means within each group, [F, ...] -> [G, ...]: groups in the order of their first file; NaN entries are left out.
 

@@ -539,7 +539,7 @@ def test_notes_say_what_could_mislead():
 
 
 def test_an_estimate_is_students_interval_over_units():
-    value = statistics.estimate(np.array([1.0, 2.0, 3.0, np.nan]))
+    value = statistics.band(np.array([1.0, 2.0, 3.0, np.nan]))
     assert value.n == 3
     assert value.mean == pytest.approx(2.0)
     assert value.high - value.mean == pytest.approx(4.302653 / np.sqrt(3), rel=1e-6)  # t(0.975, 2) * 1 / sqrt(3)
@@ -547,10 +547,10 @@ def test_an_estimate_is_students_interval_over_units():
 
 
 def test_one_file_has_no_interval_and_none_no_mean():
-    value = statistics.estimate(np.array([1.0]))
-    assert (value.n, value.mean) == (1, 1.0)
+    value = statistics.band(np.array([1.0]))
+    assert (int(value.n), float(value.mean)) == (1, 1.0)
     assert np.isnan(value.low)
-    none = statistics.estimate(np.array([np.nan]))
+    none = statistics.band(np.array([np.nan]))
     assert none.n == 0
     assert np.isnan(none.mean)
 
@@ -597,3 +597,9 @@ def test_group_means_keep_the_order_of_groups():
 def test_no_jax_is_needed():
     code = "import sys, eval.results, eval.report, eval.draw; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_command_line_knows_the_weightings():
+    from eval import __main__
+
+    assert tuple(made.WEIGHTINGS) == __main__.WEIGHTINGS

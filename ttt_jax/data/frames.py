@@ -27,7 +27,7 @@ from ttt_jax.data.codes import Codes, read_codes
 from ttt_jax.data.manifest import Entry, check_duration, read_alignments, read_manifest
 from ttt_jax.data.text import Tokenizer, text_stream
 from ttt_jax.errors import InputError
-from ttt_jax.files import write_atomically
+from ttt_jax.files import file_digest, write_atomically
 
 ABSENT = -1
 """Token that is not known; equals `ttt_jax.moshi.delays.ABSENT`, whose module would load jax."""
@@ -172,17 +172,9 @@ def _too_short(entry: Entry, seconds: float, codec: Codec) -> InputError:
 
 
 def _cache_path(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: Path) -> Path:
-    alignment = _file_digest(entry.alignment) if entry.alignment else "none"
-    parts = (_VERSION, _file_digest(entry.path), alignment, codec.digest, tokenizer.digest)
+    alignment = file_digest(entry.alignment) if entry.alignment else "none"
+    parts = (_VERSION, file_digest(entry.path), alignment, codec.digest, tokenizer.digest)
     return cache_dir / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()}.safetensors"
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check the manifest that names it.") from error
 
 
 def _read_cached(path: Path, codec: Codec) -> tuple[np.ndarray, float] | None:
