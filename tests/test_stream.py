@@ -159,6 +159,20 @@ def test_a_long_stream_is_scanned_part_by_part_and_progress_counts_every_frame_o
         assert largest(got.arms["persist"].nats, own.arms["persist"].nats) < 1e-5
 
 
+def test_an_interrupt_waits_for_the_program_on_its_way(params, files, monkeypatch):
+    """An interpreter that ended under it would crash."""
+    monkeypatch.setattr(module, "SEGMENT", 50)
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
+
+    def interrupt(frames):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stream(params, files, MODEL, ("persist",), chunk=7, period=PERIOD, on_frames=interrupt)
+    assert len(waited) == 1
+
+
 # Arms
 
 
