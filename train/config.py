@@ -6,11 +6,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ttt_jax import record
 from ttt_jax.command import plain_input_errors
-from ttt_jax.config import MODEL_PRESETS, MoshiConfig, check
+from ttt_jax.config import MODEL_PRESETS, LoRAConfig, MoshiConfig, check
 from ttt_jax.config import preset as find_preset
 from ttt_jax.data.corpus import CorpusConfig
 from ttt_jax.errors import InputError
@@ -51,6 +51,39 @@ class DataConfig(CorpusConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainsConfig:
+    """What trains, in any combination; all else is frozen and kept in the type it is loaded in."""
+
+    base: bool = True
+    """Moshi's own weights, all of them."""
+    attention: str = "none"
+    """Layers whose attention trains although the base is frozen, named as in model.ttt.layers: "29,30,31", "25-30", "all"."""
+    ttt: bool = True
+    """TTT layers, W0 and gates included."""
+    lora: bool = True
+    """Low-rank adapters; model.lora gives their rank and the maps that have them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices by axis of the mesh (docs/devices.md); one axis may be -1: all devices that the others leave."""
+
+    data: int = -1
+    """Copies of the weights, each with rows of its own."""
+    fsdp: int = 1
+    """Devices that share a copy of the weights; each gathers a layer when it needs it, and has rows of its own."""
+    tensor: int = 1
+    """Devices that share each layer's heads and hidden units and work on the same rows."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        check(
+            all(size == -1 or size >= 1 for size in sizes) and sizes.count(-1) <= 1,
+            f"mesh={sizes} (data, fsdp, tensor) is no mesh: give sizes of 1 or more, at most one of them -1 for all other devices.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay, clipped by the global norm."""
 
@@ -72,10 +105,12 @@ class OptimConfig:
     """Decay of matrices and embeddings; biases, norms, gates, inner rates and W0 have none."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient; longer ones are scaled down to it."""
+    skips: int = 0
+    """Steps with a loss or gradient that is not finite that are left out and counted before the run stops."""
 
     def __post_init__(self) -> None:
         _check_positive("optim.", self, "lr", "clip_norm")
-        _check_not_negative("optim.", self, "ttt_lr", "gate_lr", "warmup_steps", "weight_decay")
+        _check_not_negative("optim.", self, "ttt_lr", "gate_lr", "warmup_steps", "weight_decay", "skips")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             check(0 <= value < 1, f"optim.{name}={value} is out of range: give a number from 0 to below 1.")
@@ -90,18 +125,25 @@ class LossConfig:
     """Weight of a token in the mean cross-entropy that is minimised; with all at 1 every token counts the same.
 
     Kyutai's fine-tuning (first codebook 100, other codebooks 1, text as much as all audio, text padding 0.5) is about
-    text=107, text_padding=0.5, first_codebook=100; it normalises text and audio apart, here all weights share one sum.
+    text=107, text_padding=0.5, codebooks=100 1; it normalises text and audio apart, here all weights share one sum.
     """
 
     text: float = 1.0
-    """Weight of a text token; an acoustic codebook's token weighs 1."""
+    """Weight of a text token."""
     text_padding: float = 1.0
     """Factor on the weight of text targets that are padding (PAD, EPAD); Kyutai uses 0.5."""
-    first_codebook: float = 1.0
-    """Weight of a first-codebook token; Kyutai uses 100."""
+    codebooks: tuple[float, ...] = (1.0,)
+    """Weights of tokens of the first codebook, the second and so on; the last number is for all that follow. Kyutai uses 100 1."""
+    block: int = 2048
+    """Frames on a device whose logits exist at once; memory against time, no effect on results."""
 
     def __post_init__(self) -> None:
-        _check_not_negative("loss.", self, "text", "text_padding", "first_codebook")
+        _check_not_negative("loss.", self, "text", "text_padding")
+        _check_positive("loss.", self, "block")
+        check(
+            bool(self.codebooks) and all(0 <= weight < math.inf for weight in self.codebooks),
+            f"loss.codebooks={self.codebooks} are no weights: give one number of 0 or more for all, or one for each.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +154,26 @@ class TrainConfig:
     """Moshi's language model; card and text_card follow the codec and the tokenizer."""
     data: DataConfig = DataConfig()
     """Speech to train on and how it is cut."""
+    trains: TrainsConfig = TrainsConfig()
+    """What trains, in any combination; all else is frozen and kept in the type it is loaded in."""
     optim: OptimConfig = OptimConfig()
     """AdamW with linear warm-up and cosine decay, clipped by the global norm."""
     loss: LossConfig = LossConfig()
     """Weight of a token in the mean cross-entropy that is minimised; with all at 1 every token counts the same."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices by axis of the mesh (docs/devices.md); one axis may be -1: all devices that the others leave."""
+    base: str | None = None
+    """Folder of converted weights to start from (python -m ttt_jax.convert); unset: weights at random."""
+    state: Literal["persist", "reset"] = "persist"
+    """What becomes of the TTT layers' fast weights at the end of a chunk: kept along the file, or cleared."""
+    bptt: int = 1
+    """Chunks that a step spans; gradients flow from one to the next through the fast weights, and end where the step begins."""
+    carry_attention: bool = True
+    """Whether attention sees the chunks before, by its ring of keys and values, or each chunk alone."""
+    accumulate: int = 1
+    """Parts that the rows of a batch are split into, computed one after another: less memory, the same step."""
+    remat: Literal["none", "dots", "layers"] = "none"
+    """What the backward pass of the temporal transformer computes again: nothing, all but the products, or all but the layers' inputs."""
     name: str = "tiny"
     """Name of the run; its folder is runs/NAME-DATE-TIME unless run_dir is given."""
     run_dir: str | None = None
@@ -126,13 +184,34 @@ class TrainConfig:
     """Seed of the initial weights and of the order of files."""
     log_every: int = 1
     """Steps between lines in metrics.jsonl."""
+    eval_every: int = 0
+    """Steps between validations on data.validation (unset: the held-out files); 0: none."""
     checkpoint_every: int = 50
-    """Steps between checkpoints; the last step always has one."""
+    """Steps between checkpoints; the last step always has one, and so has every validation."""
     keep: int = 2
-    """Latest checkpoints that are kept."""
+    """Latest checkpoints that are kept; the best by validation is kept beside them."""
+    sample_every: int = 0
+    """Steps between samples: speech that the model makes up, 10 s after 10 s of a validation file; 0: none."""
+    tensorboard: bool = False
+    """Whether to write metrics for TensorBoard, too (needs the package tensorboardX)."""
+    wandb: str | None = None
+    """Project of Weights & Biases to send metrics to (needs the package wandb)."""
 
     def __post_init__(self) -> None:
-        _check_positive("", self, "steps", "log_every", "checkpoint_every", "keep")
+        _check_positive("", self, "steps", "log_every", "checkpoint_every", "keep", "bptt", "accumulate")
+        _check_not_negative("", self, "eval_every", "sample_every")
+        check(
+            self.data.batch % self.accumulate == 0,
+            f"accumulate={self.accumulate} does not divide data.batch={self.data.batch}: choose a divisor.",
+        )
+        check(
+            self.state == "persist" or self.bptt == 1,
+            f"bptt={self.bptt} has no effect with state=reset, where nothing crosses the end of a chunk: leave one of them out.",
+        )
+        check(
+            self.trains != TrainsConfig(False, "none", False, False),
+            "trains names nothing that trains: give --trains.ttt, --trains.lora, --trains.attention or --trains.base.",
+        )
         check(
             self.model.dtype != "float64",
             "model.dtype=float64 is for tests of the model: train in float32 or bfloat16.",
@@ -152,10 +231,13 @@ PRESETS: dict[str, TrainConfig] = {
         checkpoint_every=1_000,
     ),
     "moshi-7b": TrainConfig(
-        model=MODEL_PRESETS["moshi-7b"],
-        data=DataConfig(chunk=1250, batch=16),
+        model=dataclasses.replace(MODEL_PRESETS["moshi-7b"], lora=LoRAConfig(rank=128)),
+        data=DataConfig(chunk=1250, batch=4, codec="files"),
+        trains=TrainsConfig(base=False),
         optim=OptimConfig(lr=2e-6, ttt_lr=1e-4, gate_lr=1e-3, warmup_steps=100),
-        loss=LossConfig(text=107.0, text_padding=0.5, first_codebook=100.0),
+        loss=LossConfig(text=107.0, text_padding=0.5, codebooks=(100.0, 1.0)),
+        accumulate=4,
+        remat="layers",
         name="moshi-7b",
         steps=2_000,
         log_every=1,
