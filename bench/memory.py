@@ -106,7 +106,7 @@ def speech() -> np.ndarray:
     """Tokens of the embedded corpus, int32 [K, PERIOD], one file after another."""
     cfg = corpus.CorpusConfig()
     loaded = corpus.load(cfg, *corpus.load_coders(cfg))
-    return np.concatenate(loaded.train + loaded.heldout, 1)[:, :PERIOD]
+    return np.concatenate([file.read() for file in (*loaded.recordings, *loaded.heldout)], 1)[:, :PERIOD]
 
 
 def activations(params: model.Params, cfg: MoshiConfig, frames: np.ndarray) -> jax.Array:

@@ -130,7 +130,9 @@ def evaluate(
     first, longest = models[0], max(file.frames.shape[1] for file in files)
     period = asked.reset_every or (first.run.data.chunk if first.run else PERIOD)
     chunk = asked.chunk or _calls(models)
-    tables = unigram.fit(corpus.train, first.cfg.target_streams.values()) if corpus else None
+    tables = (
+        unigram.fit((file.read() for file in corpus.recordings), first.cfg.target_streams.values()) if corpus else None
+    )
     minutes = sum(file.frames.shape[1] for file in files) / FRAME_RATE / 60
     names = ", ".join(model.name for model in models)
     print(f"streaming {minutes:.1f} minutes of speech, {len(files)} files, through {names} ...", flush=True)
@@ -298,10 +300,10 @@ def _own_corpus(models: Sequence[Model]) -> corpora.Corpus:
         raise InputError(
             "there is no --data: give a manifest or a folder of python -m eval prepare (only a single run brings its own held-out files)."
         )
-    corpus = corpora.load(model.run.data, *corpora.load_coders(model.run.data))
+    corpus = corpora.load(model.run.data, *corpora.load_coders(model.run.data, model.cfg.card, model.cfg.text_card))
     # The unigram model is fitted to the training data, the codes mean nothing with another codec.
     for part, found in corpus.describe().items():
-        if part != "heldout" and found != model.about[part]:
+        if part not in ("heldout", "validation") and found != model.about[part]:
             raise InputError(
                 f"{part} is not what {model.name} was trained with ({found}, but its meta.json has {model.about[part]}): bring the old"
                 " one back."

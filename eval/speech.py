@@ -55,10 +55,8 @@ class Skipped(NamedTuple):
 def of_corpus(corpus: corpora.Corpus) -> list[Speech]:
     """The held-out files of a run's own corpus, as it would train on them."""
     codec = {"name": corpus.codec.name, "digest": corpus.codec.digest}
-    return [
-        Speech(name, speaker or name, frames, frames[0] >= 0, (), codec)
-        for name, speaker, frames in zip(corpus.heldout_names, corpus.heldout_speakers, corpus.heldout, strict=True)
-    ]
+    files = ((recording, recording.read()) for recording in corpus.heldout)
+    return [Speech(file.name, file.speaker or file.name, frames, frames[0] >= 0, (), codec) for file, frames in files]
 
 
 def read(data: str | Path, models: Sequence[Model], most: int | None = None) -> tuple[list[Speech], list[Skipped]]:
@@ -197,8 +195,10 @@ class _Coders:
                 f"{path} is audio, but converted weights do not say which codec they need: prepare code files first (docs/data.md)."
             )
         if self._loaded is None:
-            run = next(model.run for model in self.models if model.run is not None)
-            self._loaded = *corpora.load_coders(run.data), run.data.cache_dir / "frames"
+            model = next(model for model in self.models if model.run is not None)
+            data, cfg = model.run.data, model.cfg
+            coders = corpora.stored_coders(data, model.about, cfg.card, cfg.text_card)
+            self._loaded = *coders, data.cache_dir / "frames"
             codec = self._loaded[0]
             self.check(path, codec.digest, codec.name, codec.cardinality)
         return self._loaded

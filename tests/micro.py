@@ -8,6 +8,8 @@ from safetensors.numpy import save_file
 
 from train.config import DataConfig, LossConfig, OptimConfig, TrainConfig
 from ttt_jax.config import DepthConfig, MoshiConfig, TTTConfig
+from ttt_jax.data.corpus import Source
+from ttt_jax.data.frames import Recording
 
 MODEL = MoshiConfig(
     dim=32,
@@ -28,7 +30,7 @@ CONFIG = TrainConfig(
     model=MODEL,
     data=DataConfig(chunk=32, batch=4),
     optim=OptimConfig(lr=1e-2, ttt_lr=1e-2, warmup_steps=2),
-    loss=LossConfig(text=3.0, text_padding=0.25, first_codebook=5.0),
+    loss=LossConfig(text=3.0, text_padding=0.25, codebooks=(5.0, 1.0)),
     name="micro",
     steps=40,
     log_every=1,
@@ -45,6 +47,14 @@ def files(lengths=(100, 61, 90, 45, 80), seed=0):
     """Random tokens, int32 [17, T] per length, most of them small numbers."""
     rng = np.random.default_rng(seed)
     return [np.minimum(rng.geometric(0.2, (17, n)) - 1, 63).astype(np.int32) for n in lengths]
+
+
+def source(arrays, weight=1.0, name="micro"):
+    """Token arrays as a source of training data; file i is called NAME/i."""
+    recordings = [
+        Recording(f"{name}/{i}", None, array.shape, None, lambda array=array: array) for i, array in enumerate(arrays)
+    ]
+    return Source(name, weight, tuple(recordings))
 
 
 def write_manifest(folder, name, arrays, digest):

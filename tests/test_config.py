@@ -4,9 +4,12 @@ import dataclasses
 
 import pytest
 
+from ttt_jax import record
 from ttt_jax.config import (
     MODEL_PRESETS,
     DepthConfig,
+    LoRAConfig,
+    MoshiConfig,
     TTTConfig,
     default_base_lr,
     model_preset,
@@ -86,6 +89,14 @@ def test_impossible_layers_are_refused(text, said):
         (lambda: dataclasses.replace(TINY, dtype="float16"), "model.dtype is 'float16', but must be 'float32' or"),
         (lambda: dataclasses.replace(TINY, layer_context=((1, 8), (1, 9))), "gives a layer two windows"),
         (lambda: DepthConfig(dim=0), "depth.dim=0"),
+        (lambda: LoRAConfig(rank=-1), "lora.rank=-1"),
+        (
+            lambda: LoRAConfig(maps=("ffn", "wings")),
+            "lora.maps is 'wings', but must be 'attention' or 'ffn' or 'depth' or 'heads'",
+        ),
+        (lambda: LoRAConfig(maps="ffn"), "lora.maps is 'ffn', but must be a list"),
+        (lambda: LoRAConfig(maps=("ffn", "ffn")), "lora.maps=('ffn', 'ffn') names a part of the model twice"),
+        (lambda: LoRAConfig(rank=2, maps=()), "lora.maps=() leaves no map for adapters of rank 2"),
         (lambda: DepthConfig(dim=10, num_heads=3), "depth.num_heads=3"),
         (lambda: dataclasses.replace(TINY, num_layers=0), "model.num_layers=0"),
         (lambda: dataclasses.replace(TINY, context=0), "model.context=0"),
@@ -108,6 +119,23 @@ def test_refused_settings_name_field_and_value(build, said):
         build()
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_adapters_of_a_part():
+    lora = LoRAConfig(rank=3, scaling=0.5, maps=["heads", "ffn"])
+    assert lora.of("ffn") == lora
+    assert [lora.of(part).rank for part in ("attention", "ffn", "depth", "heads")] == [0, 3, 0, 3]
+    assert not lora.is_everywhere
+    assert LoRAConfig(rank=1).is_everywhere
+    assert not LoRAConfig(rank=0).is_everywhere
+    assert LoRAConfig(rank=0, maps=()).of("ffn").rank == 0
+
+
+def test_adapters_stored_before_there_was_a_choice_are_on_every_map():
+    cfg = dataclasses.replace(TINY, lora=LoRAConfig(rank=3))
+    stored = record.to_dict(cfg)
+    del stored["lora"]["maps"]
+    assert record.from_dict(MoshiConfig, stored, "config.json") == cfg
 
 
 def test_unknown_preset_gets_a_suggestion():

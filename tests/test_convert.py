@@ -1,6 +1,10 @@
 """Kyutai's weights in and out: what arrives, in every layout, type and variant, and that it comes back bit for bit."""
 
+import dataclasses
+import functools
 import json
+import operator
+import re
 from pathlib import Path
 
 import jax
@@ -11,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests import kyutai_files as files
 from ttt_jax import weights
-from ttt_jax.config import TTTConfig
+from ttt_jax.config import LoRAConfig, TTTConfig
 from ttt_jax.convert import export, kyutai
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import model
@@ -341,6 +345,104 @@ def test_a_trained_run_goes_out(tmp_path):
     same(load_file(tmp_path / "out" / "ttt.safetensors"), load_file(tmp_path / "direct" / "ttt.safetensors"))
     export(tmp_path / "run", tmp_path / "small", dtype="bfloat16")
     assert load_file(tmp_path / "small" / "model.safetensors")["text_emb.weight"].dtype == ml_dtypes.bfloat16
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """Runs that were fine-tuned from a folder of bfloat16 weights with float32 adapters; those weights and adapters."""
+    from ttt_jax import checkpoint
+
+    c = files.config(**files.VARIANTS["all"], lora=True, lora_rank=3, lora_scaling=1.5, mimi_name="codec.safetensors")
+    w, a = files.weights(c, "BF16"), files.lora(c, 3)
+    source = files.write(tmp_path / "source", c, w, lora=a)
+    (source / "tokenizer_spm_32k_3.model").write_bytes(b"pieces")
+    (source / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    kyutai(source, tmp_path / "ours", ttt=TTTConfig(layers="1", hidden=()))
+    cfg, params, info = weights.load(tmp_path / "ours")
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+
+    def run(*maps, base="ours", trained=None):
+        """The folder of a run with adapters on `maps`, which holds the leaves `trained` (by path) otherwise than its base."""
+        told = dataclasses.replace(cfg, lora=LoRAConfig(3 if maps else 0, 1.5, maps))
+        tree = {}
+        for path in {tensor.path for tensor in weights.tensors(told)}:
+            branch = functools.reduce(lambda branch, key: branch.setdefault(key, {}), path[:-1], tree)
+            leaf = functools.reduce(operator.getitem, path, params)
+            branch[path[-1]] = (trained or {}).get(path, leaf)
+        meta = {"base": {"path": str(tmp_path / base), "digest": info["digest"]}}
+        monkeypatch.setattr(checkpoint, "load_run", lambda path: checkpoint.Run(told, tree, meta))
+        return folder
+
+    return run, w, a
+
+
+def test_a_fine_tuned_run_goes_out_with_the_bits_and_papers_of_its_base(tuned, tmp_path):
+    run, w, _ = tuned
+    assert export(run(), tmp_path / "out").notes == ()
+    same(load_file(tmp_path / "out" / "model.safetensors"), files.fuse(w))
+    export(tmp_path / "ours", tmp_path / "direct", merge_lora=True)
+    for name in ("config.json", "README.md", "tokenizer_spm_32k_3.model", "ttt.safetensors", "ttt_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes(), name
+    assert "license: cc-by-4.0" in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["mimi_name"] == "codec.safetensors"
+
+
+def test_a_run_without_its_base_is_refused(tuned, tmp_path):
+    run, *_ = tuned
+    c = files.config()
+    kyutai(files.write(tmp_path / "plain", c, files.weights(c)), tmp_path / "another")
+    for base in ("nowhere", "another"):
+        with pytest.raises(InputError, match=rf"{base}, the weights that .*run started from, is gone or another"):
+            export(run(base=base), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "modules"),
+    [
+        ("attention", r"transformer\..*self_attn"),
+        ("ffn", r"transformer\..*gating"),
+        ("depth", r"depformer|linears"),
+        ("heads", r"text_linear|extra_heads"),
+    ],
+)
+def test_adapters_on_some_maps_merge_and_leave_the_others_alone(tuned, tmp_path, part, modules):
+    run, w, a = tuned
+    with pytest.raises(InputError, match=rf"has adapters on {part} only, but Kyutai's .* give --merge-lora"):
+        export(run(part), tmp_path / "out")
+    export(run(part), tmp_path / "out", merge_lora=True)
+    mine = {name: array for name, array in a.items() if re.match(modules, name)}
+    wanted, plain = files.fuse(lora_sum(w, mine, 1.5)), files.fuse(w)
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    close(got, wanted)
+    others = [name for name in plain if not re.match(modules, name)]
+    same({name: got[name] for name in others}, {name: plain[name] for name in others})
+    assert "lora" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_adapters_on_all_maps_of_a_run_are_kyutais_file(tuned, tmp_path):
+    run, w, a = tuned
+    export(run("heads", "depth", "ffn", "attention"), tmp_path / "out")
+    same(load_file(tmp_path / "out" / "lora.safetensors"), a)
+    same(load_file(tmp_path / "out" / "model.safetensors"), files.fuse(w))
+
+
+def test_weights_trained_over_a_frozen_rest_take_its_type_unless_another_is_asked_for(tuned, tmp_path):
+    run, w, _ = tuned
+    path = next(
+        t.path
+        for t in weights.base(weights.load(tmp_path / "ours").cfg)
+        if t.name == "attention/out" and "01" in t.file
+    )
+    mine = np.random.default_rng(3).normal(size=(1, 16, 16)).astype(np.float32)
+    (note,) = export(run(trained={path: mine}), tmp_path / "out").notes
+    assert note == f"{'/'.join(path)} are rounded to bfloat16, the others' type; --dtype float32 keeps them"
+    key = "transformer.layers.1.self_attn.out_proj.weight"
+    same(load_file(tmp_path / "out" / "model.safetensors"), files.fuse(w) | {key: mine[0].astype(ml_dtypes.bfloat16)})
+    assert export(run(trained={path: mine}), tmp_path / "wide", dtype="float32").notes == ()
+    wide = {name: array.astype(np.float32) for name, array in files.fuse(w).items()}
+    same(load_file(tmp_path / "wide" / "model.safetensors"), wide | {key: mine[0]})
 
 
 def test_dry_run_checks_all_and_writes_nothing(tmp_path):

@@ -164,6 +164,26 @@ def test_what_cannot_be_is_one_sentence(run, plain, data, tmp_path):
     assert not out.exists() or not any(out.iterdir())
 
 
+def test_a_run_on_code_files_needs_neither_its_codec_nor_its_data(tmp_path):
+    from eval import speech
+
+    gone = micro.CONFIG.data.__class__(train="gone.jsonl", codec="files")
+    about = {"codec": {"name": "theirs", "digest": "1" * 64}, "tokenizer": {"digest": "2" * 64, "pieces": None}}
+    run = types.SimpleNamespace(data=gone)
+    trained = types.SimpleNamespace(name="trained", cfg=micro.MODEL, run=run, codec=about["codec"], about=about)
+    data = write_data(tmp_path / "codes", [tokens(20), tokens(20)[1:], tokens(20)[1:9]], digest="1" * 64)
+    files, (skipped,) = speech.read(data, [trained])
+    assert [file.text_known.mean() for file in files] == [1, 0]
+    np.testing.assert_array_equal(files[0].frames, tokens(20))
+    assert "holds 8 rows of codes" in skipped.reason
+    with pytest.raises(InputError, match="was encoded with .*but trained was trained with theirs"):
+        speech.read(write_data(tmp_path / "other", [tokens(20)], digest="3" * 64), [trained])
+    (data / "a.wav").write_bytes(b"RIFF")
+    (data / "manifest.jsonl").write_text('{"path": "a.wav", "duration": 4.8}\n')
+    with pytest.raises(InputError, match=r"a\.wav is audio, but data\.codec='files'"):
+        speech.read(data, [trained])
+
+
 def test_codes_of_another_codec_are_refused(run, tmp_path):
     other = write_data(tmp_path / "other", [tokens(20)], digest="0" * 64)
     refused("was encoded with a codec .digest 000000000000.*was trained with a codec", run, "--data", other)

@@ -10,8 +10,10 @@ import safetensors.numpy
 import soundfile
 
 from ttt_jax.codec import load_codec
-from ttt_jax.data.frames import ABSENT, encode_manifest, load_frames
+from ttt_jax.data import codes as codefiles
+from ttt_jax.data.frames import ABSENT, load_frames, open_manifest, open_recording
 from ttt_jax.data.manifest import read_manifest
+from ttt_jax.data.stated import StatedCodec, StatedTokenizer
 from ttt_jax.data.text import EPAD, PAD
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import delays
@@ -175,10 +177,11 @@ def test_manifest_is_encoded_in_its_order(codec, tmp_path, capsys):
         write_entry(tmp_path, babble(index), name=f"{index}.wav")
         lines.append(json.dumps({"path": f"{index}.wav", "duration": float(index)}))
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
-    pairs = encode_manifest(tmp_path / "m.jsonl", codec, TOKENIZER, tmp_path / "cache", progress=False)
-    assert [(entry.path.name, frames.shape) for entry, frames in pairs] == [("2.wav", (17, 25)), ("1.wav", (17, 13))]
+    found = open_manifest(tmp_path / "m.jsonl", codec, TOKENIZER, tmp_path / "cache", progress=False)
+    names = [f"{tmp_path.name}/2", f"{tmp_path.name}/1"]
+    assert [(one.name, one.shape) for one in found] == list(zip(names, [(17, 25), (17, 13)], strict=True))
     assert capsys.readouterr().err == ""
-    encode_manifest(tmp_path / "m.jsonl", codec, TOKENIZER, tmp_path / "cache")
+    open_manifest(tmp_path / "m.jsonl", codec, TOKENIZER, tmp_path / "cache")
     assert "encoding m.jsonl" in capsys.readouterr().err
 
 
@@ -244,3 +247,177 @@ def test_codes_file_that_is_not_one_or_does_not_match_its_duration_is_refused(co
     (tmp_path / "a.safetensors").write_bytes(b"no")
     with pytest.raises(InputError, match="cannot be read as codes"):
         frames_of(write_manifest(tmp_path, "a.safetensors", 1.6), codec, tmp_path)
+
+
+def opened(manifest, codec, cache, tokenizer=TOKENIZER):
+    (entry,) = read_manifest(manifest)
+    return open_recording(entry, codec, tokenizer, cache)
+
+
+def test_opened_audio_is_encoded_once_and_read_from_the_cache(codec, tmp_path):
+    manifest, counting, cache = write_entry(tmp_path, babble(1.0), words=[]), CountingCodec(codec), tmp_path / "cache"
+    recording = opened(manifest, counting, cache)
+    calls = counting.calls
+    assert (recording.shape, recording.num_frames, recording.digest) == ((17, 13), 13, None)
+    first = recording.read()
+    assert counting.calls == calls > 0
+    np.testing.assert_array_equal(first, frames_of(manifest, codec, cache))
+    for path in cache.iterdir():
+        path.unlink()
+    np.testing.assert_array_equal(recording.read(), first)
+    assert counting.calls > calls
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_audio_that_changed_while_its_cache_vanished_is_refused(codec, tmp_path):
+    recording = opened(write_entry(tmp_path, babble(1.0), words=[]), codec, tmp_path / "cache")
+    for path in (tmp_path / "cache").iterdir():
+        path.unlink()
+    write_entry(tmp_path, babble(1.0, seed=1), words=[])
+    with pytest.raises(InputError, match=r"a\.wav is no longer what it was"):
+        recording.read()
+
+
+def stated(codes, codec, /, **changes):
+    fields = {"codec": codec.digest, "codec_name": "it", "cardinality": 64} | changes
+    return codefiles.Codes(codes, 12.5, **fields)
+
+
+def write_stated(folder, codes, codec, /, duration=None, **changes):
+    """A code file as `prepare` writes it, with its manifest."""
+    codefiles.write_codes(folder / "a.safetensors", stated(codes, codec, **changes))
+    return write_manifest(folder, "a.safetensors", codes.shape[1] / 12.5 if duration is None else duration)
+
+
+def random_codes(rows=16, frames=20, seed=0):
+    return np.random.default_rng(seed).integers(-1, 64, (rows, frames), dtype=np.int32)
+
+
+def test_of_a_code_file_the_header_is_read_at_first(codec, tmp_path, monkeypatch):
+    manifest = write_stated(tmp_path, random_codes(), codec)
+    with monkeypatch.context() as patch:
+        patch.setattr("ttt_jax.data.frames.read_codes", None)
+        recording = opened(manifest, codec, tmp_path)
+    assert recording.shape == (17, 20)
+    assert recording.digest == codefiles.read_header(tmp_path / "a.safetensors").checksum
+    np.testing.assert_array_equal(recording.read()[1:], random_codes())
+
+
+def test_the_digest_of_a_code_file_follows_codes_and_words(codec, tmp_path):
+    def digest():
+        return opened(tmp_path / "m.jsonl", codec, tmp_path).digest
+
+    found = []
+    for seed in (0, 1):
+        write_stated(tmp_path, random_codes(seed=seed), codec)
+        found.append(digest())
+    for seed in (0, 1):
+        write_codes(tmp_path, random_codes(seed=seed), codec)  # no checksum: the file's own digest
+        found.append(digest())
+    for text in ("x", "xy"):
+        (tmp_path / "a.json").write_text(json.dumps({"alignments": [[text, [1.0, 1.1], "SPEAKER_MAIN"]]}))
+        found.append(digest())
+    assert len(set(found)) == 6
+
+
+def test_damage_in_a_code_file_is_noticed_when_it_is_read_and_named(codec, tmp_path):
+    recording = opened(write_stated(tmp_path, random_codes(), codec), codec, tmp_path)
+    path = tmp_path / "a.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"a\.safetensors is damaged"):
+        recording.read()
+    write_stated(tmp_path, random_codes(frames=21), codec)
+    with pytest.raises(InputError, match=r"a\.safetensors is no longer what it was"):
+        recording.read()
+    path.unlink()
+    with pytest.raises(InputError, match=r"a\.safetensors cannot be read"):
+        recording.read()
+
+
+@pytest.mark.parametrize(
+    ("codes", "changes", "message"),
+    [
+        (random_codes(9), {}, "shape [9, 20]"),
+        (random_codes(), {"codec": "0" * 64}, "states codec"),
+        (random_codes(), {"duration": 9.0}, "lasts 1.60 s"),
+        (random_codes(17), {"tokenizer": "0" * 64}, "states tokenizer"),
+    ],
+)
+def test_what_a_header_shows_is_refused_at_first(codec, tmp_path, codes, changes, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        opened(write_stated(tmp_path, codes, codec, **changes), codec, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "message"),
+    [
+        ((8, 0), np.int16, "less than one frame"),
+        ((8, 20), np.float32, "type F32"),
+        ((8,), np.int16, "expected integers"),
+    ],
+)
+def test_a_header_of_no_codes_is_refused(codec, tmp_path, shape, kind, message):
+    safetensors.numpy.save_file({"codes": np.zeros(shape, kind)}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=message):
+        opened(write_manifest(tmp_path, "a.safetensors", 1.6), codec, tmp_path)
+
+
+def test_wrong_words_beside_a_code_file_are_refused_at_first(codec, tmp_path):
+    manifest = write_stated(tmp_path, random_codes(), codec)
+    (tmp_path / "a.json").write_text(json.dumps({"alignments": [["x", [50.0, 51.0], "SPEAKER_MAIN"]]}))
+    with pytest.raises(InputError, match=r"a\.json, alignments\[0\]"):
+        opened(manifest, codec, tmp_path)
+
+
+STATED, TEXT = StatedCodec("it", "c" * 64, 12.5, 64), StatedTokenizer("t" * 64, 300)
+
+
+def read_stated(folder, codes, codec=STATED, tokenizer=TEXT, /, **changes):
+    return opened(write_stated(folder, codes, STATED, **changes), codec, folder, tokenizer).read()
+
+
+def test_without_codec_and_tokenizer_both_voices_are_taken_as_they_are(tmp_path):
+    np.testing.assert_array_equal(read_stated(tmp_path, random_codes(17)), random_codes(17))
+    frames = read_stated(tmp_path, random_codes(16))
+    np.testing.assert_array_equal(frames[1:], random_codes(16))
+    assert (frames[0] == -1).all()
+
+
+def test_tokens_are_bounded_where_somebody_says_by_what(tmp_path):
+    big = random_codes(17)
+    big[3, 4] = 5000
+    with pytest.raises(InputError, match="from .* to 5000 in row 3 of its codes, expected -1 to 63 .it"):
+        read_stated(tmp_path, big)
+    nobody = StatedCodec("it", STATED.digest, 12.5, None), StatedTokenizer(None, None)
+    assert read_stated(tmp_path, big, *nobody, cardinality=None, tokenizer="x").max() == 5000
+    big[3, 4] = -2
+    with pytest.raises(InputError, match="from -2 to .* expected -1 or more"):
+        read_stated(tmp_path, big, *nobody)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        (8, {}, "8 rows of codes.*write both voices, 16 rows"),
+        (16, {"codec": "d" * 64}, "states codec 'dddd.*other files of the data state 'cccc.*use files of one codec"),
+        (16, {"cardinality": 32}, "states cardinality 32 .*it has 64"),
+        (17, {"tokenizer": "u" * 64}, "states tokenizer 'uuuu.*other files of the data state 'tttt.*of one tokenizer"),
+    ],
+)
+def test_code_files_that_do_not_go_together_are_refused(tmp_path, rows, changes, message):
+    manifest = write_stated(tmp_path, random_codes(rows), STATED, **changes)
+    with pytest.raises(InputError, match=message):
+        opened(manifest, STATED, tmp_path, TEXT)
+
+
+def test_words_and_audio_are_refused_where_nothing_can_encode_them(tmp_path):
+    with pytest.raises(InputError, match=r"a\.wav is audio, but data\.codec='files'.*make codes"):
+        opened(write_entry(tmp_path, babble(1.0)), STATED, tmp_path, TEXT)
+    manifest = write_stated(tmp_path, random_codes(), STATED)
+    (tmp_path / "a.json").write_text(json.dumps({"alignments": [["x", [1.0, 1.1], "SPEAKER_MAIN"]]}))
+    with pytest.raises(InputError, match=r"a\.json has the words of a\.safetensors.*give data\.tokenizer"):
+        opened(manifest, STATED, tmp_path, TEXT)
+    for call in (STATED.encode, STATED.decode, TEXT.encode, TEXT.decode):
+        with pytest.raises(InputError, match=r"data\.(codec|tokenizer).*give"):
+            call(None)

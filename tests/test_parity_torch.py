@@ -23,7 +23,7 @@ pytest.importorskip("moshi", reason="parity with PyTorch needs the PyPI package 
 
 from moshi.models.lm import LMGen
 from moshi.utils.sampling import sample_token
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from scipy import stats
 
 from tests import torch_moshi
@@ -500,6 +500,15 @@ def test_export_gives_back_adapters(adapted, tmp_path):
     got = torch_moshi.load_folder(tmp_path / "merged").state_dict()
     for name, value in their_adapted(folder, adapters, True).state_dict().items():
         np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_kyutais_loader_refuses_adapters_on_some_maps(adapted, tmp_path):
+    """Which is why export does not write them."""
+    folder, adapters, _ = adapted
+    some = {name: x for name, x in load_file(adapters / "lora.safetensors").items() if "self_attn" in name}
+    save_file(some, tmp_path / "lora.safetensors")
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        their_adapted(folder, tmp_path, False)
 
 
 @pytest.mark.parametrize("name", ["moshi", "shared"])

@@ -27,7 +27,7 @@ from ttt_jax.data import audio
 from ttt_jax.data.audio import read_audio, read_blocks
 from ttt_jax.data.codes import Codes, Source, read_codes, write_codes
 from ttt_jax.data.corpus import EMBEDDED, CorpusConfig, load_coders
-from ttt_jax.data.frames import encode_manifest, load_frames
+from ttt_jax.data.frames import load_frames, open_manifest
 from ttt_jax.data.manifest import read_manifest
 from ttt_jax.data.text import EPAD, PAD
 from ttt_jax.errors import InputError
@@ -165,10 +165,10 @@ def test_embedded_corpus_gives_the_frames_that_training_reads(tmp_path):
     entries = [json.loads(line) for line in (EMBEDDED / "heldout.jsonl").read_text().splitlines()[:2]]
     manifest.write_text("".join(json.dumps(e | {"path": str(EMBEDDED / e["path"])}) + "\n" for e in entries))
     assert run(manifest, "--out", out) == 0
-    made = encode_manifest(out / "manifest.jsonl", CODEC, TOKENIZER, tmp_path / "cache", progress=False)
+    made = open_manifest(out / "manifest.jsonl", CODEC, TOKENIZER, tmp_path / "cache", progress=False)
     assert not (tmp_path / "cache").exists()
-    for (_, frames), entry in zip(made, read_manifest(manifest), strict=True):
-        np.testing.assert_array_equal(frames, load_frames(entry, CODEC, TOKENIZER, tmp_path / "cache"))
+    for one, entry in zip(made, read_manifest(manifest), strict=True):
+        np.testing.assert_array_equal(one.read(), load_frames(entry, CODEC, TOKENIZER, tmp_path / "cache"))
     assert [codes.tokenizer for codes in codes_of(out)] == [TOKENIZER.digest] * 2
     stored = safetensors.numpy.load_file(out / lines_of(out)[0]["path"])
     assert stored["codes"].dtype == np.int16
@@ -180,8 +180,8 @@ def test_without_alignments_there_is_no_text_row_and_training_masks_it(tmp_path)
     assert codes.codes.shape == (16, 13)
     assert codes.tokenizer is None
     assert not codes.has_text
-    ((_, frames),) = encode_manifest(tmp_path / "out" / "manifest.jsonl", CODEC, TOKENIZER, tmp_path, progress=False)
-    assert (frames[0] == -1).all()
+    (one,) = open_manifest(tmp_path / "out" / "manifest.jsonl", CODEC, TOKENIZER, tmp_path, progress=False)
+    assert (one.read()[0] == -1).all()
 
 
 def test_manifest_and_metadata_say_what_was_made_of_what(tmp_path):

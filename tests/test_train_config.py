@@ -34,6 +34,11 @@ def test_fields_override_the_preset():
     assert cfg.model.dim == PRESETS["small"].model.dim
 
 
+def test_maps_of_adapters_are_named_one_after_another():
+    lora = parse(["--model.lora.rank", "4", "--model.lora.maps", "attention", "ffn", "--steps", "7"]).config.model.lora
+    assert (lora.rank, lora.maps) == (4, ("attention", "ffn"))
+
+
 def test_fields_without_preset_override_tiny():
     assert parse(["--steps", "7"]).config == dataclasses.replace(PRESETS["tiny"], steps=7)
 

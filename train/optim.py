@@ -12,17 +12,18 @@ import optax
 from train.config import TrainConfig
 
 RULES = (
+    (r".*_lora_[ab]", "lora", True),
     (r".*/ttt/gate", "gate", False),
     # W0 is not decayed: the inner layer norm hides its scale from the outer loss, yet that scale sets how far an inner
     # step moves the network. Decay would shrink it and so raise the inner learning rate unasked.
     (r".*/ttt/(inner_[wb]\d+|rate_weight|rate_bias|(ln|post_norm)_(scale|bias)|norm|[a-z]+_bias)", "ttt", False),
     (r".*/ttt/[a-z]+_kernel", "ttt", True),
     (r"(.*/)?(norm\d|out_norm)", "base", False),
-    (r"(.*/)?(text_emb|audio_emb|text_head|heads|input|qkv|out|gate_up|down)", "base", True),
+    (r"(.*/)?((text|audio)_emb(_up)?|text_head|extra_heads|heads|input|qkv|out|gate_up|down)", "base", True),
 )
 """(pattern of a parameter's path, its group, whether it is decayed); the first that matches the whole path decides."""
 
-GROUPS = ("base", "ttt", "gate")
+GROUPS = ("base", "lora", "ttt", "gate")
 
 
 def groups(params: Any) -> Any:
@@ -38,7 +39,7 @@ def decayed(params: Any) -> Any:
 def schedules(cfg: TrainConfig) -> dict[str, Callable]:
     """Per group the learning rate at each step, counted from 0: linear warm-up, then cosine to its final fraction."""
     optim = cfg.optim
-    peaks = {"base": optim.lr, "ttt": optim.ttt_lr, "gate": optim.gate_lr}
+    peaks = {"base": optim.lr, "lora": optim.lr, "ttt": optim.ttt_lr, "gate": optim.gate_lr}
     warmup = min(optim.warmup_steps, cfg.steps // 2)
     return {
         group: optax.warmup_cosine_decay_schedule(

@@ -1,4 +1,8 @@
-"""One optimiser step: a pure function from state and batch to state and metrics."""
+"""One optimiser step: a pure function from state and batch to state and metrics.
+
+A step reads `bptt` chunks of every row. Between them the state flows with its gradient; it is cut in one place, where the
+step begins.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from train import optim
 from train.config import LossConfig, TrainConfig
+from train.trained import Tree, merge, split
 from train.windows import Batch
+from ttt_jax import sharding
 from ttt_jax.data.text import EPAD, PAD
 from ttt_jax.moshi import model
-from ttt_jax.moshi.loss import token_losses
+from ttt_jax.moshi.loss import score
 
 
 class TrainState(NamedTuple):
@@ -23,8 +30,10 @@ class TrainState(NamedTuple):
 
     step: jax.Array
     """Steps done, int32 []."""
-    params: Any
-    """Of `model.init_params`."""
+    skipped: jax.Array
+    """Steps of them that were left out because something was not finite, int32 []."""
+    trained: Tree
+    """The parameters that train, float32: the optimiser's masters."""
     opt_state: Any
     """Of the optimiser."""
     stream: model.State
@@ -32,7 +41,7 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What a step reports, scalars on the device; losses are of the weights that the step started from."""
+    """What a step reports, replicated; losses are of the weights that the step started from."""
 
     loss: jax.Array
     """The weighted mean cross-entropy that is minimised, nats."""
@@ -40,68 +49,212 @@ class Metrics(NamedTuple):
     """Mean cross-entropy of each predicted stream, unweighted, nats, [1 + Q]: text, own codebooks; NaN without targets."""
     half_variance: jax.Array
     """Half the variance of each stream's logits over its entries, mean over targets, [1 + Q]."""
+    rows: jax.Array
+    """Sum of each row's weighted losses by chunk, [K, B]: tells which file is not finite."""
     grad_norm: jax.Array
     """Global norm of the gradient before clipping."""
+    grad_norms: dict[str, jax.Array]
+    """The same by group of the optimiser."""
     rates: dict[str, jax.Array]
     """Learning rate by group."""
     ttt: dict[int, dict[str, jax.Array]]
     """Gates and norms by TTT layer (`model.ttt_summary`), after the step's frames, of the weights that read them."""
+    stop: jax.Array
+    """Whether a process was asked to stop, bool []."""
 
 
-# Random draws of many shapes take long to optimise and run once: on CPU this compiles in a fifth of the time.
-@partial(jax.jit, static_argnames="cfg", compiler_options={"xla_backend_optimization_level": 0})
-def init(cfg: TrainConfig) -> TrainState:
-    """The state before the first step."""
-    params = model.init_params(cfg.model, jax.random.key(cfg.seed))
-    stream = model.init_state(cfg.model, cfg.data.batch)
-    return TrainState(jnp.zeros((), jnp.int32), params, optim.make_optimizer(cfg).init(params), stream)
+class Sums(NamedTuple):
+    """Sums over frames of one chunk or many."""
+
+    loss: jax.Array
+    """Weighted cross-entropy []."""
+    weight: jax.Array
+    """Weights []."""
+    rows: jax.Array
+    """Weighted cross-entropy by row [B]."""
+    streams: jax.Array
+    """Cross-entropy by stream [1 + Q]."""
+    half_variance: jax.Array
+    """Half the variance of the logits by stream [1 + Q]."""
+    counts: jax.Array
+    """Targets by stream [1 + Q]."""
 
 
 def token_weights(targets: jax.Array, cfg: LossConfig) -> jax.Array:
     """Weight of every target in the loss, float32 [B, 1 + Q, T] for targets int32 [B, 1 + Q, T]."""
     padding = (targets[:, :1] == PAD) | (targets[:, :1] == EPAD)
     text = cfg.text * jnp.where(padding, cfg.text_padding, 1.0)
-    audio = jnp.ones(targets[:, 1:].shape).at[:, 0].set(cfg.first_codebook)
+    codebooks = targets.shape[1] - 1
+    weights = (cfg.codebooks + codebooks * cfg.codebooks[-1:])[:codebooks]
+    audio = jnp.broadcast_to(jnp.array(weights, jnp.float32)[:, None], targets[:, 1:].shape)
     return jnp.concatenate([text, audio], 1)
 
 
-def make_train_step(cfg: TrainConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step. It donates the state it is given."""
-    optimizer = optim.make_optimizer(cfg)
-    schedules = optim.schedules(cfg)
+def chunk_sums(
+    params: Tree, batch: Batch, stream: model.State, cfg: TrainConfig, block: int
+) -> tuple[Sums, model.State]:
+    """What one chunk costs, and the state after it.
 
-    def loss_fn(params: Any, batch: Batch, stream: model.State):
-        outputs, stream = model.forward(params, batch.frames, batch.mask, stream, cfg.model)
-        losses = token_losses(outputs)
-        weights = token_weights(outputs.targets, cfg.loss) * outputs.target_mask
-        loss = (losses * weights).sum() / jnp.maximum(weights.sum(), 1e-8)
-        counts = outputs.target_mask.sum((0, 2))
-        return loss, (losses.sum((0, 2)) / counts, _half_variance(outputs, counts), stream)
+    Args:
+      params: all of the model's; batch: one chunk, without the leading axis; stream: at its start; block: as in `score`.
+    """
+    stream = model.reset_rows(stream, batch.reset, cfg.model)
+    if cfg.state == "reset":
+        stream = model.reset_ttt_rows(stream, jnp.ones(batch.reset.shape, bool))
+    if not cfg.carry_attention:
+        stream = model.clear_rings(stream)
+    encoded, stream = model.encode(params, batch.frames, batch.mask, stream, cfg.model, remat=cfg.remat)
+    scores = score(params, encoded, cfg.model, block, cfg.remat)
+    weights = token_weights(encoded.targets, cfg.loss) * encoded.target_mask
+    rows = (scores.nats * weights).sum((1, 2))
+    by_stream = scores.nats.sum((0, 2)), scores.half_variance.sum((0, 2)), encoded.target_mask.sum((0, 2))
+    return Sums(rows.sum(), weights.sum(), rows, *by_stream), stream
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        stream = model.reset_rows(state.stream, batch.reset, cfg.model)
+
+def step_sums(
+    params: Tree, batch: Batch, stream: model.State, cfg: TrainConfig, block: int
+) -> tuple[Sums, model.State]:
+    """`chunk_sums` over all chunks of a step, added up but for `rows` [K, B]; gradients flow from chunk to chunk."""
+    if batch.reset.shape[0] == 1:
+        sums, stream = chunk_sums(params, jax.tree.map(lambda x: x[0], batch), stream, cfg, block)
+        return sums._replace(rows=sums.rows[None]), stream
+
+    def body(stream: model.State, chunk: Batch):
+        sums, stream = chunk_sums(params, chunk, stream, cfg, block)
+        return stream, sums
+
+    stream, sums = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), stream, batch)
+    return Sums(*(leaf if name == "rows" else leaf.sum(0) for name, leaf in sums._asdict().items())), stream
+
+
+def gradient(
+    trained: Tree, frozen: Tree, batch: Batch, stream: model.State, cfg: TrainConfig, block: int
+) -> tuple[Tree, Sums, model.State]:
+    """Gradient of the weighted mean loss in what trains, float32; the sums of the step, the state after it.
+
+    With `cfg.accumulate` = A rows i, i + A, i + 2A ... go through together, part after part: what is added up is divided once by the
+    weight of the whole batch, so the parts change nothing but the order of additions.
+    """
+
+    def loss(trained: Tree, batch: Batch, stream: model.State):
         # The one place where gradients through time are cut. A step's state is its input, so nothing could flow back here;
         # whoever chains steps under one gradient relies on it.
-        stream = jax.tree.map(jax.lax.stop_gradient, stream)
-        (loss, (streams, half_variance, stream)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, batch, stream
-        )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics = Metrics(
-            loss=loss,
-            streams=streams,
-            half_variance=half_variance,
-            grad_norm=optax.tree.norm(grads),
-            rates={group: schedule(state.step) for group, schedule in schedules.items()},
-            ttt=model.ttt_summary(state.params, stream, cfg.model),
-        )
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, stream), metrics
+        sums, stream = step_sums(merge(trained, frozen), batch, jax.lax.stop_gradient(stream), cfg, block)
+        return sums.loss, (sums, stream)
 
-    return jax.jit(train_step, donate_argnums=0)
+    differentiate = jax.grad(loss, has_aux=True)
+    parts = cfg.accumulate
+    if parts == 1:
+        grads, (sums, stream) = differentiate(trained, batch, stream)
+    else:
+
+        def part(carry: tuple[Tree, model.State], i: jax.Array):
+            total, stream = carry
+            own = Batch(*(_take(x, 1, parts, i) for x in batch))
+            grads, (sums, after) = differentiate(trained, own, _map_rows(lambda x, axis: _take(x, axis, parts, i), stream))
+            stream = _map_rows(lambda x, axis, new: _put(x, axis, parts, i, new), stream, after)
+            return (jax.tree.map(jnp.add, total, grads), stream), sums
+
+        zeros = jax.tree.map(jnp.zeros_like, trained)
+        (grads, stream), sums = jax.lax.scan(part, (zeros, stream), jnp.arange(parts))
+        rows = jnp.moveaxis(sums.rows, 0, 2).reshape(batch.reset.shape)
+        sums = Sums(*(leaf.sum(0) for leaf in sums._replace(rows=sums.loss)))._replace(rows=rows)
+    weight = jnp.maximum(sums.weight, 1e-8)
+    return jax.tree.map(lambda g: g / weight, grads), sums, stream
 
 
-def _half_variance(outputs: model.Outputs, counts: jax.Array) -> jax.Array:
-    text = outputs.text_logits.var(-1)[:, None]
-    audio = outputs.audio_logits.var(-1).swapaxes(1, 2)
-    variance = jnp.concatenate([text, audio], 1)
-    return 0.5 * jnp.where(outputs.target_mask, variance, 0).sum((0, 2)) / counts
+def make_train_step(cfg: TrainConfig, mesh: Mesh) -> Callable:
+    """The jitted step: (`TrainState`, frozen parameters, `Batch`, stop bool [B]) -> (`TrainState`, `Metrics`).
+
+    It donates the state it is given. Steps whose loss or gradient is not finite change nothing but the counters if
+    `cfg.optim.skips` allows any.
+    """
+    optimizer = optim.make_optimizer(cfg)
+    schedules = optim.schedules(cfg)
+    block = cfg.loss.block * mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def train_step(state: TrainState, frozen: Tree, batch: Batch, stop: jax.Array) -> tuple[TrainState, Metrics]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            grads, sums, stream = gradient(state.trained, frozen, batch, state.stream, cfg, block)
+            groups = optim.groups(grads)
+            norms = {name: _group_norm(grads, groups, name) for name in optim.GROUPS if name in jax.tree.leaves(groups)}
+            norm = optax.tree.norm(grads)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+            new = optax.apply_updates(state.trained, updates), opt_state, stream
+            skipped = state.skipped
+            if cfg.optim.skips:
+                finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+                new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, tuple(state[2:]))
+                skipped = skipped + ~finite
+            metrics = Metrics(
+                loss=sums.loss / jnp.maximum(sums.weight, 1e-8),
+                streams=sums.streams / sums.counts,
+                half_variance=sums.half_variance / sums.counts,
+                rows=sums.rows,
+                grad_norm=norm,
+                grad_norms=norms,
+                rates={group: schedules[group](state.step - state.skipped) for group in norms},
+                ttt=model.ttt_summary(merge(state.trained, frozen), stream, cfg.model),
+                stop=stop.any(),
+            )
+            return TrainState(state.step + 1, skipped, *new), metrics
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_like(cfg, mesh))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+
+
+def init_state(cfg: TrainConfig, mesh: Mesh, trained: Tree) -> TrainState:
+    """The state before the first step, on the mesh."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_like(cfg, mesh)._replace(trained=None))
+    rest = jax.jit(partial(_init_rest, cfg), out_shardings=shardings)(trained)
+    return rest._replace(trained=trained)
+
+
+def state_like(cfg: TrainConfig, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of a run's state. Raises `InputError` where the mesh does not fit the model."""
+    params = jax.eval_shape(lambda key: model.init_params(cfg.model, key), jax.random.key(0))
+    trained = split(params, cfg)[0]
+    shapes = jax.eval_shape(partial(_init_rest, cfg), trained)
+    of_params = sharding.params_shardings(mesh, trained)
+    whole = sharding.replicated(mesh)
+    shardings = TrainState(
+        step=whole,
+        skipped=whole,
+        trained=of_params,
+        opt_state=optax.tree.map_params(
+            optim.make_optimizer(cfg), lambda _, s: s, shapes.opt_state, of_params, transform_non_params=lambda _: whole
+        ),
+        stream=sharding.state_shardings(mesh, shapes.stream),
+    )
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes._replace(trained=trained), shardings
+    )
+
+
+def _init_rest(cfg: TrainConfig, trained: Tree) -> TrainState:
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, None, optim.make_optimizer(cfg).init(trained), model.init_state(cfg.model, cfg.data.batch))
+
+
+def _group_norm(grads: Tree, groups: Tree, name: str) -> jax.Array:
+    leaves = zip(jax.tree.leaves(grads), jax.tree.leaves(groups), strict=True)
+    return optax.tree.norm([leaf for leaf, group in leaves if group == name])
+
+
+def _map_rows(f: Callable, stream: model.State, *others: model.State) -> model.State:
+    """`f` of every leaf, the axis that counts its rows, and the leaves of `others`."""
+    first = [jax.tree.map(lambda x, *ys: f(x, 0, *ys), *parts) for parts in zip(*(s[:3] for s in (stream, *others)), strict=True)]
+    layers = jax.tree.map(lambda x, *ys: f(x, 1, *ys), stream.layers, *(s.layers for s in others))
+    return model.State(*first, layers)
+
+
+def _take(x: jax.Array, axis: int, parts: int, index: jax.Array) -> jax.Array:
+    """Rows index, index + parts, ... along `axis`: from each device's rows as many."""
+    x = x.reshape(*x.shape[:axis], -1, parts, *x.shape[axis + 1 :])
+    return jax.lax.dynamic_index_in_dim(x, index, axis + 1, keepdims=False)
+
+
+def _put(x: jax.Array, axis: int, parts: int, index: jax.Array, new: jax.Array) -> jax.Array:
+    """`x` with `new` where `_take` reads."""
+    split = x.reshape(*x.shape[:axis], -1, parts, *x.shape[axis + 1 :])
+    return jax.lax.dynamic_update_index_in_dim(split, new, index, axis + 1).reshape(x.shape)

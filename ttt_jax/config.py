@@ -11,7 +11,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from typing import Literal, TypeVar, get_type_hints
+from typing import Literal, TypeVar, get_args, get_type_hints
 
 from ttt_jax import record
 from ttt_jax.errors import InputError
@@ -19,6 +19,7 @@ from ttt_jax.errors import InputError
 Preset = TypeVar("Preset")
 
 Dtype = Literal["float32", "bfloat16", "float64"]
+Part = Literal["attention", "ffn", "depth", "heads"]
 FRAME_RATE = 12.5  # frames per second of Moshi and Mimi
 
 
@@ -155,17 +156,38 @@ class DepthConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on every linear map of the base: W x + scaling * B (A x)."""
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on linear maps of the base: W x + scaling * B (A x)."""
 
     rank: int = 0
     """Rank; 0: none."""
     scaling: float = 2.0
     """Factor of the adapters' output."""
+    maps: tuple[Part, ...] = get_args(Part)
+    """Linear maps that have them: the temporal layers' attention, their feed-forward (ffn), the depth transformer with its input,
+    heads and embeddings' matrices, and the heads on the temporal transformer."""
 
     def __post_init__(self) -> None:
         _conform(self, "lora.")
         check(self.rank >= 0, f"lora.rank={self.rank} is no rank: give 0 for none, or a positive one.")
         check(math.isfinite(self.scaling), f"lora.scaling={self.scaling} is not a number: give one, such as 2.")
+        check(
+            len(set(self.maps)) == len(self.maps),
+            f"lora.maps={self.maps} names a part of the model twice: name each once.",
+        )
+        check(
+            bool(self.maps) or not self.rank,
+            f"lora.maps={self.maps} leaves no map for adapters of rank {self.rank}: name some of {', '.join(get_args(Part))}, or set"
+            " lora.rank=0.",
+        )
+
+    def of(self, part: Part) -> LoRAConfig:
+        """The adapters of the maps of `part`: these, or none."""
+        return self if part in self.maps else dataclasses.replace(self, rank=0)
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether every linear map of the base has adapters."""
+        return self.rank > 0 and set(self.maps) == set(get_args(Part))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +226,8 @@ class MoshiConfig:
     """Outputs of each."""
     depth: DepthConfig = DepthConfig()
     """Depth transformer."""
+    apart: tuple[int, ...] = ()
+    """Layers that are not stacked with others though equal to them in kind; training sets it, since a stack trains as a whole or not."""
     lora: LoRAConfig = LoRAConfig()
     """Adapters kept apart from the weights."""
     ttt: TTTConfig = TTTConfig(layers="29,30,31")
@@ -261,6 +285,10 @@ class MoshiConfig:
                 f"model.layer_context=({layer}, {frames}) does not fit: name layers 0 to {self.num_layers - 1} and windows of 1 frame or more.",
             )
         check(
+            all(0 <= layer < self.num_layers for layer in self.apart),
+            f"model.apart={self.apart} names layers that are not there: name layers 0 to {self.num_layers - 1}.",
+        )
+        check(
             not self.ttt_layers or self.head_dim >= 4,  # refuses impossible layer names, too
             f"model.num_heads={self.num_heads} gives TTT layers heads of width {self.head_dim}: the inner LayerNorm needs 4 or more.",
         )
@@ -310,10 +338,12 @@ class MoshiConfig:
     @property
     def runs(self) -> tuple[Run, ...]:
         """Longest runs of equal layers; parameters and states are stacked by run."""
-        kinds = [(layer in self.ttt_layers, context) for layer, context in enumerate(self.contexts)]
+        kinds = [
+            (layer in self.ttt_layers, context, layer in self.apart) for layer, context in enumerate(self.contexts)
+        ]
         starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
         return tuple(
-            Run(start, stop, *kinds[start]) for start, stop in zip(starts, [*starts[1:], self.num_layers], strict=True)
+            Run(start, stop, *kinds[start][:2]) for start, stop in zip(starts, [*starts[1:], self.num_layers], strict=True)
         )
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ttt_jax import record
-from ttt_jax.config import MoshiConfig
+from ttt_jax.config import MoshiConfig, Part
 from ttt_jax.differences import differences
 from ttt_jax.errors import InputError
 from ttt_jax.tensorfile import DTYPES, TensorFile
@@ -109,8 +109,14 @@ def base(cfg: MoshiConfig) -> list[Tensor]:
 
 
 def adapters(cfg: MoshiConfig) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Every linear map with its two adapter tensors A and B; none if they are not kept apart."""
-    return [(t, *adapter(t, cfg.lora.rank)) for t in base(cfg) if t.inputs and cfg.lora.rank]
+    """The linear maps that have adapters, each with its two tensors A and B."""
+    return [(t, *adapter(t, cfg.lora.rank)) for t in base(cfg) if t.inputs and cfg.lora.of(owner(t)).rank]
+
+
+def owner(tensor: Tensor) -> Part:
+    """The part of the base that a linear map belongs to, as `LoRAConfig.maps` names it."""
+    name = tensor.path[2] if tensor.path[0] == "layers" else tensor.path[0]
+    return name if name in ("attention", "ffn", "depth") else "heads"
 
 
 def adapter(tensor: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -238,31 +244,54 @@ class Folder:
                     yield f"{name} has {key} as {info.dtype} instead of F32"
 
 
+Place = Callable[[tuple[str, ...], np.ndarray], Any]
+"""From a leaf's keys and its content to the array that stands in the parameters."""
+
+
 def load(folder: str | Path, verify: bool = False) -> Weights:
     """The weights in `folder`, stacked as the model takes them; beside them one leaf at a time lies in memory twice.
 
     Args and errors as for `Folder`.
     """
+    with Folder(folder, verify) as found:
+        return Weights(found.cfg, read(found, found.cfg), found.info)
+
+
+def read(folder: Folder, cfg: MoshiConfig, names: Collection[str] | None = None, place: Place | None = None) -> dict[str, Any]:
+    """The leaves of `cfg`'s parameters that are in `folder`; `cfg` may stack layers otherwise and have layers or adapters more.
+
+    Args:
+      names: the leaves wanted, as "layers/layers_00_28/norm1"; None: all.
+      place: puts a leaf where it belongs; None: on the first device.
+
+    Returns:
+      Nested as in the parameters; a leaf of which a layer is missing is left out.
+    """
     import jax.numpy as jnp
 
-    params: dict[str, Any] = {}
-    with Folder(folder, verify) as found:
-        leaves: dict[tuple[str, ...], list[Tensor]] = {}
-        for tensor in found.tensors:
+    place = place or (lambda _, array: jnp.asarray(array))
+    here = {(tensor.file, tensor.name): tensor for tensor in folder.tensors}
+    leaves: dict[tuple[str, ...], list[Tensor]] = {}
+    for tensor in tensors(cfg):
+        if names is None or "/".join(tensor.path) in names:
             leaves.setdefault(tensor.path, []).append(tensor)
-        for path, parts in leaves.items():
-            *parents, name = path
-            branch = params
-            for key in parents:
-                branch = branch.setdefault(key, {})
-            if parts[0].index is None:
-                branch[name] = jnp.asarray(found.array(parts[0]))
-                continue
-            stacked = np.empty((len(parts), *parts[0].shape), DTYPES[found.dtype(parts[0])])
-            for tensor in parts:
-                stacked[tensor.index] = found.array(tensor)
-            branch[name] = jnp.asarray(stacked.reshape(-1, *parts[0].part) if parts[0].lead else stacked)
-        return Weights(found.cfg, params, found.info)
+    params: dict[str, Any] = {}
+    for path, parts in leaves.items():
+        found = [here.get((tensor.file, tensor.name)) for tensor in parts]
+        if None in found or any(a.shape != b.shape for a, b in zip(parts, found, strict=True)):
+            continue
+        *parents, name = path
+        branch = params
+        for key in parents:
+            branch = branch.setdefault(key, {})
+        if parts[0].index is None:
+            branch[name] = place(path, folder.array(parts[0]))
+            continue
+        stacked = np.empty((len(parts), *parts[0].shape), DTYPES[folder.dtype(parts[0])])
+        for tensor in parts:
+            stacked[tensor.index] = folder.array(tensor)
+        branch[name] = place(path, stacked.reshape(-1, *parts[0].part) if parts[0].lead else stacked)
+    return params
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

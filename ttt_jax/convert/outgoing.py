@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +21,7 @@ from ttt_jax.convert.plan import Plan, carry_out, check_copies, log
 from ttt_jax.convert.source import CONFIG, MOSHI, UNKNOWN
 from ttt_jax.errors import InputError
 from ttt_jax.files import check_new
-from ttt_jax.tensorfile import NAMES, Piece, cast, of_array
+from ttt_jax.tensorfile import DTYPES, NAMES, Piece, cast, of_array
 from ttt_jax.tensorwriter import Spec
 from ttt_jax.weights import Tensor
 
@@ -34,9 +36,11 @@ class Opened(NamedTuple):
     source: dict[str, Any]
     """What is known of where it came from."""
     copies: tuple[Path, ...]
+    """Files that travel along."""
     part: Callable[[Tensor, int, int], Piece]
     """Piece of a tensor: one of so many equal shares."""
     dtype: Callable[[Tensor], str]
+    """Type of a tensor as files name it."""
 
 
 def export(
@@ -53,7 +57,8 @@ def export(
       checkpoint: a folder that `kyutai` made, or the folder of a training run.
       out: the new folder.
       merge_lora: whether adapters are added to the weights; else they are written as a LoRA file of Kyutai's.
-      dtype: type of weights and adapters; None: as they are.
+      dtype: type of weights and adapters; None: as they are, those of the base that were trained in float32 over a frozen rest rounded
+        to the type of that.
       dry_run: whether to check all and write nothing.
 
     Raises `InputError` if the checkpoint is damaged or Kyutai's layout cannot express it; then nothing is written.
@@ -65,9 +70,21 @@ def export(
         cfg = found.cfg
         if merge_lora and not cfg.lora.rank:
             raise InputError(f"{checkpoint} has no adapters that could be merged: leave out --merge-lora.")
+        if cfg.lora.rank and not merge_lora and not cfg.lora.is_everywhere:
+            raise InputError(
+                f"{checkpoint} has adapters on {', '.join(cfg.lora.maps)} only, but Kyutai's loader wants them on every linear map:"
+                " give --merge-lora."
+            )
         told = dataclasses.replace(cfg, lora=LoRAConfig()) if merge_lora else cfg
         config = _config(told, found)
-        target = {name: short for short, name in NAMES.items()}[dtype] if dtype else found.dtype(weights.base(cfg)[0])
+        base = weights.base(cfg)
+        # Kyutai's files have one type; the first tensor, an embedding, is trained only with all the others.
+        target = {name: short for short, name in NAMES.items()}[dtype] if dtype else found.dtype(base[0])
+        notes = []
+        if rounded := sorted({"/".join(t.path) for t in base if not dtype and found.dtype(t) != target}):
+            notes.append(
+                f"{', '.join(rounded)} are rounded to {NAMES[target]}, the others' type; --dtype float32 keeps them"
+            )
         files = {MOSHI: _base_specs(found, merge_lora, target)}
         others = [CONFIG, "README.md"]
         if cfg.lora.rank and not merge_lora:
@@ -77,7 +94,7 @@ def export(
                 Spec(extras.exported_name(t), "F32", t.shape, (found.part(t, 0, 1),)) for t in weights.ttt(cfg)
             ]
             others.append(extras.TTT_CONFIG)
-        plan = Plan(str(checkpoint), out, told, target, files, found.copies, tuple(others), ())
+        plan = Plan(str(checkpoint), out, told, target, files, found.copies, tuple(others), tuple(notes))
         check_copies(plan)
         for line in plan.lines():
             log.info(line)
@@ -98,39 +115,63 @@ def _open(path: Path, stack: contextlib.ExitStack) -> Opened:
         from ttt_jax import checkpoint  # loads jax
 
         run = checkpoint.load_run(path)
-        return Opened(run.config, {}, (), _of_params(run.params), lambda tensor: "F32")
+        base = run.meta.get("base")
+        origin = _base_origin(path, **base) if base else ({}, ())
+        return Opened(run.config, *origin, *_of_params(run.params))
     folder = stack.enter_context(weights.Folder(path))
-    source = folder.info["source"]
 
     def part(tensor: Tensor, number: int, count: int) -> Piece:
         return folder.files[tensor.file].piece(tensor.name, number, count)
 
-    return Opened(folder.cfg, source, tuple(path / name for name in source["travelling"]), part, folder.dtype)
+    return Opened(folder.cfg, *_origin(folder), part, folder.dtype)
 
 
-def _of_params(params: dict[str, Any]) -> Callable[[Tensor, int, int], Piece]:
-    """Pieces of float32 parameters."""
+def _origin(folder: weights.Folder) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """What a folder of weights says of where they come from, and the files that travel along."""
+    source = folder.info["source"]
+    return source, tuple(folder.path / name for name in source["travelling"])
+
+
+def _base_origin(run: Path, path: str, digest: str) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """`_origin` of the weights in `path` that a run started from, whose licence and files are the run's, too."""
+    if (Path(path) / weights.CONFIG).is_file():
+        with weights.Folder(path) as folder:
+            if folder.info["digest"] == digest:
+                return _origin(folder)
+    raise InputError(
+        f"{path}, the weights that {run} started from, is gone or another, and with it their licence: bring it back to that place."
+    )
+
+
+def _of_params(
+    params: dict[str, Any],
+) -> tuple[Callable[[Tensor, int, int], Piece], Callable[[Tensor], str]]:
+    """`Opened.part` and `Opened.dtype` of parameters in memory, each leaf of a type of its own."""
+
+    def leaf(tensor: Tensor) -> Any:
+        return functools.reduce(operator.getitem, tensor.path, params)
 
     def part(tensor: Tensor, number: int, count: int) -> Piece:
         def make() -> np.ndarray:
-            leaf = params
-            for key in tensor.path:
-                leaf = leaf[key]
-            layers = np.asarray(leaf, np.float32).reshape(-1, *tensor.shape)  # one, if the leaf is not stacked
+            layers = np.asarray(leaf(tensor)).reshape(-1, *tensor.shape)  # one, if the leaf is not stacked
             return layers[tensor.index or 0].reshape(count, -1)[number]
 
-        return of_array(4 * math.prod(tensor.shape) // count, make)
+        return of_array(leaf(tensor).dtype.itemsize * math.prod(tensor.shape) // count, make)
 
-    return part
+    def dtype(tensor: Tensor) -> str:
+        return next(name for name, kind in DTYPES.items() if kind == leaf(tensor).dtype)
+
+    return part, dtype
 
 
 def _base_specs(found: Opened, merge_lora: bool, target: str) -> list[Spec]:
     cfg, specs = found.cfg, []
+    adapters = {tensor: pair for tensor, *pair in weights.adapters(cfg)}
     for tensor in weights.base(cfg):
         named, dtype = names.weight(tensor), found.dtype(tensor)
         pieces = _shares(found, tensor, len(names.modules(tensor)))
-        if merge_lora and tensor.inputs:
-            a, b = weights.adapter(tensor, cfg.lora.rank)
+        if merge_lora and tensor in adapters:
+            a, b = adapters[tensor]
             pieces = [
                 merged(w, dtype, down, up, found.dtype(a), cfg.lora.rank, cfg.lora.scaling, target, tensor.name)
                 for w, down, up in zip(

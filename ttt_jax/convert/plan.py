@@ -48,7 +48,12 @@ class Plan(NamedTuple):
         cfg, depth = self.cfg, self.cfg.depth
         specs = [spec for some in self.files.values() for spec in some]
         numbers = sum(math.prod(spec.shape) for spec in specs)
-        lora = f"rank {cfg.lora.rank}, scaling {cfg.lora.scaling:g}, kept apart" if cfg.lora.rank else "none apart"
+        where = "all maps" if cfg.lora.is_everywhere else ", ".join(cfg.lora.maps)
+        lora = (
+            f"rank {cfg.lora.rank}, scaling {cfg.lora.scaling:g}, of {where}, kept apart"
+            if cfg.lora.rank
+            else "none apart"
+        )
         lines = [
             f"from          {self.source}",
             f"to            {self.out}",

@@ -21,8 +21,10 @@ Only ``frame_rate`` and ``codec`` need to be there; `python -m eval prepare` wri
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +68,11 @@ class Codes(NamedTuple):
     input: str | None = None
 
     @property
+    def rows(self) -> int:
+        """K."""
+        return self.codes.shape[0]
+
+    @property
     def num_frames(self) -> int:
         """T."""
         return self.codes.shape[1]
@@ -79,6 +86,27 @@ class Codes(NamedTuple):
     def has_text(self) -> bool:
         """Whether row 0 is the text: two voices of equally many rows and one more."""
         return len(self.codes) % 2 == 1
+
+
+class Header(NamedTuple):
+    """What a code file says of itself: its size, and the fields of `Codes` that decide whether it can be used."""
+
+    rows: int
+    """K."""
+    num_frames: int
+    """T, above 0."""
+    frame_rate: float
+    codec: str | None
+    codec_name: str | None
+    cardinality: int | None
+    tokenizer: str | None
+    checksum: str | None
+    """As stated; whether it is that of the codes shows only when they are read."""
+
+    @property
+    def seconds(self) -> float:
+        """Duration of the frames."""
+        return self.num_frames / self.frame_rate
 
 
 def write_codes(path: str | Path, codes: Codes) -> None:
@@ -108,32 +136,59 @@ def read_codes(path: str | Path) -> Codes:
     """Return what a code file holds.
 
     Raises:
-        InputError: no such file, not safetensors with integers ``codes`` [K, T], T > 0, no usable frame_rate, metadata
-            that make no sense, or a checksum that does not match. Whether rows and values suit a codec is left to the
-            caller.
+        InputError: as `read_header`, or a checksum that does not match. Whether rows and values suit a codec is left to
+            the caller.
     """
     path = Path(path)
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        codes = file.get_tensor("codes")
+    _check_shape(path, codes.shape, str(codes.dtype), codes.dtype.kind in "iu")
+    if "checksum" in metadata and metadata["checksum"] != _checksum(codes, metadata):
+        raise InputError(f"{path} is damaged (its checksum does not match its content): make it again.")
+    return Codes(codes.astype(np.int32), **_parse(path, codes.shape[1], metadata))
+
+
+def read_header(path: str | Path) -> Header:
+    """Return what a code file says of itself, without reading its codes.
+
+    Raises:
+        InputError: no such file, not safetensors with integers ``codes`` [K, T], T > 0, no usable frame_rate, or metadata
+            that make no sense.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        tensor = file.get_slice("codes")
+        shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
+    _check_shape(path, shape, kind, kind[0] in "IU")
+    fields = _parse(path, shape[1], metadata)
+    stated = {name: fields[name] for name in ("frame_rate", "codec", "codec_name", "cardinality", "tokenizer")}
+    return Header(rows=shape[0], num_frames=shape[1], checksum=metadata.get("checksum"), **stated)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(str(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-            codes = file.get_tensor("codes")
+            yield file
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(
             f"{path} cannot be read as codes ({error}): expected a safetensors file with a tensor 'codes', int [K, T]."
         ) from error
-    if codes.ndim != 2 or codes.dtype.kind not in "iu" or not len(codes):
+
+
+def _check_shape(path: Path, shape: tuple[int, ...], kind: str, is_integer: bool) -> None:
+    if len(shape) != 2 or not is_integer or not shape[0]:
         raise InputError(
-            f"{path} holds codes of type {codes.dtype} and shape {list(codes.shape)}, expected integers [K, T]: write"
-            " them so."
+            f"{path} holds codes of type {kind} and shape {list(shape)}, expected integers [K, T]: write them so."
         )
-    if not codes.shape[1]:
-        raise InputError(f"{path} holds no frames (shape {list(codes.shape)}), less than one frame: leave it out.")
-    if "checksum" in metadata and metadata["checksum"] != _checksum(codes, metadata):
-        raise InputError(f"{path} is damaged (its checksum does not match its content): make it again.")
-    return _parse(path, codes.astype(np.int32), metadata)
+    if not shape[1]:
+        raise InputError(f"{path} holds no frames (shape {list(shape)}), less than one frame: leave it out.")
 
 
-def _parse(path: Path, codes: np.ndarray, metadata: dict[str, str]) -> Codes:
+def _parse(path: Path, num_frames: int, metadata: dict[str, str]) -> dict[str, Any]:
+    """The fields of `Codes` that metadata give."""
     rate = metadata.get("frame_rate")
     try:
         frame_rate = float(rate if rate is not None else "nan")
@@ -152,21 +207,20 @@ def _parse(path: Path, codes: np.ndarray, metadata: dict[str, str]) -> Codes:
             f"{path} has metadata that cannot be read ({type(error).__name__}: {error}), expected a number under"
             " 'cardinality' and JSON lists under 'sources' and 'joints': write them so or leave them out."
         ) from None
-    bounds = (0, *joints, codes.shape[1])
+    bounds = (0, *joints, num_frames)
     if any(after <= before for before, after in zip(bounds, bounds[1:], strict=False)):
         raise InputError(
             f"{path} states joints {list(joints)} in its metadata, expected growing frames between 0 and its"
-            f" {codes.shape[1]} frames: write them so or leave them out."
+            f" {num_frames} frames: write them so or leave them out."
         )
     names = ("codec", "codec_name", "tokenizer", "voice", "input")
-    return Codes(
-        codes,
-        frame_rate,
-        cardinality=cardinality,
-        sources=sources,
-        joints=joints,
+    return {
+        "frame_rate": frame_rate,
+        "cardinality": cardinality,
+        "sources": sources,
+        "joints": joints,
         **{name: metadata.get(name) for name in names},
-    )
+    }
 
 
 def _source(fields: dict[str, Any]) -> Source:

@@ -8,13 +8,19 @@ An entry may also name a code file (`ttt_jax.data.codes`), from `python -m eval 
 [K, T]. K is 8 for the model's voice alone, 16 for both voices, 17 for both with the text as row 0; otherwise the text
 comes from the alignments as for audio.
 
+A `Recording` is an entry that was checked but whose frames are read when they are needed: of a code file only the header is
+read at first, audio is encoded into the cache. So hours of speech cost no memory.
+
 The cache holds one safetensors file per entry, named by a SHA-256 over the contents of the audio and alignment files, the
 codec's and the tokenizer's digests. A cached file carries a checksum; one that does not match is made again.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +29,9 @@ import safetensors.numpy
 
 from ttt_jax.codec import Codec
 from ttt_jax.data.audio import read_audio
-from ttt_jax.data.codes import Codes, read_codes
+from ttt_jax.data.codes import Codes, Header, read_codes, read_header
 from ttt_jax.data.manifest import Entry, check_duration, read_alignments, read_manifest
+from ttt_jax.data.stated import StatedCodec, StatedTokenizer
 from ttt_jax.data.text import Tokenizer, text_stream
 from ttt_jax.errors import InputError
 from ttt_jax.files import file_digest, write_atomically
@@ -32,6 +39,32 @@ from ttt_jax.files import file_digest, write_atomically
 ABSENT = -1
 """Token that is not known; equals `ttt_jax.moshi.delays.ABSENT`, whose module would load jax."""
 _VERSION = "ttt_jax.frames/1"  # to change whenever the same input would give other frames
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One recording of a manifest, its frames still to be read.
+
+    Attributes:
+        name: its folder and its name without suffix.
+        speaker: whose voice it is, where the manifest says so.
+        shape: of its frames, [1 + 2 * num_codebooks, T], T >= 1.
+        digest: of the code file and its alignments, hex; None for audio, which only its frames identify, as another version
+            of a decoder can give other samples.
+        read: the frames, int32 of that shape, newly read at each call. Raises `InputError` where the file is damaged, has
+            tokens out of range, or is no longer what it was.
+    """
+
+    name: str
+    speaker: str | None
+    shape: tuple[int, int]
+    digest: str | None
+    read: Callable[[], np.ndarray]
+
+    @property
+    def num_frames(self) -> int:
+        """T."""
+        return self.shape[1]
 
 
 def load_frames(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: str | Path) -> np.ndarray:
@@ -48,32 +81,46 @@ def load_frames(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: str
 
     Raises:
         InputError: A file is unusable, lasts less than a frame, does not last what the manifest says, or holds codes of
-            another rate or codec or outside its range; or the cache cannot be written.
+            another rate or codec or outside its range; it is audio and the codec is not here; or the cache cannot be
+            written.
     """
-    if entry.path.suffix == ".safetensors":
+    if _is_codes(entry):
         return _external_frames(entry, codec, tokenizer)
+    if isinstance(codec, StatedCodec):
+        raise not_codes(entry.path)
+    return _audio_frames(entry, codec, tokenizer, _cache_path(entry, codec, tokenizer, Path(cache_dir)))
+
+
+def open_recording(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: str | Path) -> Recording:
+    """Returns a recording whose frames can be read; all is checked but the tokens of a code file.
+
+    Audio that the cache does not have is encoded. Arguments and errors are those of `load_frames`.
+    """
+    name = f"{entry.path.parent.name}/{entry.path.stem}"
+    if _is_codes(entry):
+        header = read_header(entry.path)
+        _check_header(entry, header, codec, tokenizer)
+        digest = header.checksum or file_digest(entry.path)
+        if header.rows != 1 + 2 * codec.num_codebooks and entry.alignment is not None:
+            _text(entry, header.num_frames, tokenizer, codec)  # a mistake in the words is told now, not hours later
+            digest = hashlib.sha256(f"{digest} {file_digest(entry.alignment)}".encode()).hexdigest()
+        shape = (1 + 2 * codec.num_codebooks, header.num_frames)
+        return Recording(
+            name, entry.speaker, shape, digest, functools.partial(_reread_codes, entry, header, codec, tokenizer)
+        )
+    if isinstance(codec, StatedCodec):
+        raise not_codes(entry.path)
     cached = _cache_path(entry, codec, tokenizer, Path(cache_dir))
-    found = _read_cached(cached, codec)
-    if found is not None:
-        frames, seconds = found
-        check_duration(entry, seconds)
-        return frames
-    frames, seconds = _encode(entry, codec, tokenizer)
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"seconds": repr(seconds), "sha256": _checksum(frames, repr(seconds))}
-        write_atomically(cached, safetensors.numpy.save({"frames": frames}, metadata=metadata))
-    except OSError as error:
-        raise InputError(
-            f"cache_dir {cache_dir} cannot be written ({error.strerror}): give a folder that can."
-        ) from error
-    return frames
+    shape = _audio_frames(entry, codec, tokenizer, cached).shape
+    return Recording(
+        name, entry.speaker, shape, None, functools.partial(_reread_audio, entry, shape, codec, tokenizer, cached)
+    )
 
 
-def encode_manifest(
+def open_manifest(
     path: str | Path, codec: Codec, tokenizer: Tokenizer, cache_dir: str | Path, progress: bool = True
-) -> list[tuple[Entry, np.ndarray]]:
-    """Returns every entry of a manifest with its frames, in the manifest's order.
+) -> tuple[Recording, ...]:
+    """Returns every recording of a manifest, in its order.
 
     Args:
         path: The JSONL file.
@@ -88,7 +135,63 @@ def encode_manifest(
     from tqdm import tqdm
 
     bar = tqdm(read_manifest(path), desc=f"encoding {Path(path).name}", unit="file", leave=False, disable=not progress)
-    return [(entry, load_frames(entry, codec, tokenizer, cache_dir)) for entry in bar]
+    return tuple(open_recording(entry, codec, tokenizer, cache_dir) for entry in bar)
+
+
+def _is_codes(entry: Entry) -> bool:
+    return entry.path.suffix == ".safetensors"
+
+
+def not_codes(path: Path) -> InputError:
+    """What is said where there is audio to encode and nothing but the codes of other files to know the codec by."""
+    return InputError(
+        f"{path} is audio, but data.codec='files' reads code files only: make codes of it with the codec of the other files"
+        " (docs/data.md), or give data.codec the codec itself."
+    )
+
+
+def _audio_frames(entry: Entry, codec: Codec, tokenizer: Tokenizer, cached: Path) -> np.ndarray:
+    """Returns the frames of an audio entry, from the cache file `cached`, which is made if it is not there."""
+    found = _read_cached(cached, codec)
+    if found is not None:
+        frames, seconds = found
+        check_duration(entry, seconds)
+        return frames
+    frames, seconds = _encode(entry, codec, tokenizer)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"seconds": repr(seconds), "sha256": _checksum(frames, repr(seconds))}
+        write_atomically(cached, safetensors.numpy.save({"frames": frames}, metadata=metadata))
+    except OSError as error:
+        raise InputError(
+            f"cache_dir {cached.parent} cannot be written ({error.strerror}): give a folder that can."
+        ) from error
+    return frames
+
+
+def _reread_audio(entry: Entry, shape: tuple[int, int], codec: Codec, tokenizer: Tokenizer, cached: Path) -> np.ndarray:
+    found = _read_cached(cached, codec)
+    if found is not None:
+        return found[0]
+    # The cache is gone. What is made again must be what it was made of before.
+    if _cache_path(entry, codec, tokenizer, cached.parent) != cached:
+        raise _changed(entry)
+    frames = _audio_frames(entry, codec, tokenizer, cached)
+    if frames.shape != shape:
+        raise _changed(entry)
+    return frames
+
+
+def _reread_codes(entry: Entry, header: Header, codec: Codec, tokenizer: Tokenizer) -> np.ndarray:
+    if read_header(entry.path) != header:
+        raise _changed(entry)
+    return _external_frames(entry, codec, tokenizer)
+
+
+def _changed(entry: Entry) -> InputError:
+    return InputError(
+        f"{entry.path} is no longer what it was when it was opened: bring the old file back, or start a new run."
+    )
 
 
 def _encode(entry: Entry, codec: Codec, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
@@ -112,6 +215,11 @@ def _silence(num_frames: int, codec: Codec) -> np.ndarray:
 def _text(entry: Entry, num_frames: int, tokenizer: Tokenizer, codec: Codec) -> np.ndarray:
     if entry.alignment is None:
         return np.full(num_frames, ABSENT, np.int32)
+    if isinstance(tokenizer, StatedTokenizer):
+        raise InputError(
+            f"{entry.alignment} has the words of {entry.path.name}, but data.codec='files' brings no tokenizer for them: give"
+            " data.tokenizer, or remove the words."
+        )
     words = read_alignments(entry.alignment, entry.duration)
     return text_stream(words, num_frames, tokenizer, codec.frame_rate)
 
@@ -119,38 +227,59 @@ def _text(entry: Entry, num_frames: int, tokenizer: Tokenizer, codec: Codec) -> 
 def _external_frames(entry: Entry, codec: Codec, tokenizer: Tokenizer) -> np.ndarray:
     path, voice = entry.path, codec.num_codebooks
     stored = read_codes(path)
-    _check_origin(path, stored, codec)
+    _check_header(entry, stored, codec, tokenizer)
     codes = stored.codes
-    if len(codes) not in (voice, 2 * voice, 1 + 2 * voice):
-        raise InputError(
-            f"{path} holds codes of shape {list(codes.shape)}, expected [K, T] with K = {voice} (the model's voice),"
-            f" {2 * voice} (both voices) or {1 + 2 * voice} (text first): write them so."
-        )
-    check_duration(entry, stored.seconds)
-    has_text = len(codes) == 1 + 2 * voice
-    if has_text and stored.tokenizer not in (None, tokenizer.digest):
-        raise InputError(
-            f"{path} states tokenizer {stored.tokenizer!r} in its metadata, but the tokenizer in use has the digest"
-            f" {tokenizer.digest}: prepare the codes with this tokenizer, or give data.tokenizer the one that made them."
-        )
+    has_text = stored.rows == 1 + 2 * voice
     for row, values in enumerate(codes):
         is_text = has_text and row == 0
         cardinality = tokenizer.cardinality if is_text else codec.cardinality
-        if values.min() < ABSENT or values.max() >= cardinality:
+        if values.min() < ABSENT or (cardinality is not None and values.max() >= cardinality):
+            expected = "-1 or more" if cardinality is None else f"-1 to {cardinality - 1}"
             raise InputError(
-                f"{path} has values from {values.min()} to {values.max()} in row {row} of its codes, expected -1 to"
-                f" {cardinality - 1} ({'the tokenizer' if is_text else codec.name}): encode it again."
+                f"{path} has values from {values.min()} to {values.max()} in row {row} of its codes, expected"
+                f" {expected} ({'the tokenizer' if is_text else codec.name}): encode it again."
             )
     if has_text:
         return codes
     num_frames = stored.num_frames
-    other = codes[voice:] if len(codes) == 2 * voice else _silence(num_frames, codec)
+    other = codes[voice:] if stored.rows == 2 * voice else _silence(num_frames, codec)
     text = _text(entry, num_frames, tokenizer, codec)
     return np.concatenate([text[None], codes[:voice], other]).astype(np.int32)
 
 
-def _check_origin(path: Path, stored: Codes, codec: Codec) -> None:
+def _check_header(entry: Entry, stored: Codes | Header, codec: Codec, tokenizer: Tokenizer) -> None:
+    """Refuses all that a code file's header shows to be unusable."""
+    path, voice = entry.path, codec.num_codebooks
+    _check_origin(path, stored, codec)
+    if stored.rows not in (voice, 2 * voice, 1 + 2 * voice):
+        raise InputError(
+            f"{path} holds codes of shape {[stored.rows, stored.num_frames]}, expected [K, T] with K = {voice} (the model's"
+            f" voice), {2 * voice} (both voices) or {1 + 2 * voice} (text first): write them so."
+        )
+    if stored.rows == voice and isinstance(codec, StatedCodec):
+        raise InputError(
+            f"{path} holds {voice} rows of codes, the model's voice alone, and without its codec silence cannot be encoded"
+            f" for the other: write both voices, {2 * voice} rows."
+        )
+    check_duration(entry, stored.seconds)
+    if stored.rows != 1 + 2 * voice or stored.tokenizer in (None, tokenizer.digest):
+        return
+    if not isinstance(tokenizer, StatedTokenizer):
+        raise InputError(
+            f"{path} states tokenizer {stored.tokenizer!r} in its metadata, but the tokenizer in use has the digest"
+            f" {tokenizer.digest}: prepare the codes with this tokenizer, or give data.tokenizer the one that made them."
+        )
+    if tokenizer.digest is not None:
+        raise InputError(
+            f"{path} states tokenizer {stored.tokenizer!r} in its metadata, but other files of the data state"
+            f" {tokenizer.digest!r}: use files whose text is of one tokenizer."
+        )
+
+
+def _check_origin(path: Path, stored: Codes | Header, codec: Codec) -> None:
     """Refuses codes of another frame rate or another codec."""
+    if isinstance(codec, StatedCodec):
+        _check_same(path, stored, codec)
     if stored.frame_rate != codec.frame_rate:
         raise InputError(
             f"{path} states frame_rate '{stored.frame_rate:g}' in its metadata, but {codec.name} has"
@@ -161,6 +290,20 @@ def _check_origin(path: Path, stored: Codes, codec: Codec) -> None:
             f"{path} states codec {stored.codec!r} in its metadata, but the codec in use, {codec.name}, has the digest"
             f" {codec.digest}: encode the audio with this codec and state its `digest`, or give data.codec the file of the"
             " codec that made the codes."
+        )
+
+
+def _check_same(path: Path, stored: Codes | Header, codec: StatedCodec) -> None:
+    """Refuses codes that are not those of the codec that the other files state."""
+    if stored.codec != codec.digest:
+        raise InputError(
+            f"{path} states codec {stored.codec!r} in its metadata, but other files of the data state {codec.digest!r}"
+            f" ({codec.name}): use files of one codec."
+        )
+    if None not in (stored.cardinality, codec.cardinality) and stored.cardinality != codec.cardinality:
+        raise InputError(
+            f"{path} states cardinality {stored.cardinality} in its metadata, but {codec.name} has {codec.cardinality}"
+            " entries a codebook: make the file again, or leave it out."
         )
 
 

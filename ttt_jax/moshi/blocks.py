@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,13 @@ from ttt_jax.norms import rms_norm
 from ttt_jax.rotary import rotate
 from ttt_jax.ttt.inner import TTTState
 from ttt_jax.ttt.layer import Measurement, TTTLayer
+
+Remat = Literal["none", "dots", "layers"]
+REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "layers": jax.checkpoint_policies.nothing_saveable,
+}
+"""What the backward pass finds stored, by what it computes again: all but the products with weights, all but a layer's inputs."""
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """From queries, keys and values [B, T, H, K] to what is read, of the same shape, and what the caller wants back of the call."""
@@ -28,14 +35,14 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, position: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
         """x [B, T, dim] at positions [B, T] -> update [B, T, dim] and what else `attend` returns."""
-        cfg = self.cfg
+        cfg, lora = self.cfg, self.cfg.lora.of("attention")
         heads = (cfg.num_heads, cfg.head_dim)
-        qkv = linear(x, declare(self, "qkv", linear_kernel, cfg.lora, (3, *heads), cfg.dim), cfg.lora.scaling)
+        qkv = linear(x, declare(self, "qkv", linear_kernel, lora, (3, *heads), cfg.dim), lora.scaling)
         q, k, v = (qkv[:, :, i] for i in range(3))
         q, k = (rotate(y, position, cfg.max_period) for y in (q, k))
         read, kept = attend(q, k, v)
-        out = declare(self, "out", linear_kernel, cfg.lora, (cfg.dim,), cfg.dim)
-        return linear(read.reshape(x.shape), out, cfg.lora.scaling), kept
+        out = declare(self, "out", linear_kernel, lora, (cfg.dim,), cfg.dim)
+        return linear(read.reshape(x.shape), out, lora.scaling), kept
 
 
 class FeedForward(nn.Module):
@@ -46,7 +53,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., dim] -> [..., dim]."""
-        dim, hidden, lora = self.cfg.dim, self.cfg.hidden, self.cfg.lora
+        dim, hidden, lora = self.cfg.dim, self.cfg.hidden, self.cfg.lora.of("ffn")
         h = linear(x, declare(self, "gate_up", linear_kernel, lora, (2, hidden), dim), lora.scaling)
         gated = jax.nn.silu(h[..., 0, :]) * h[..., 1, :]
         return linear(gated, declare(self, "down", linear_kernel, lora, (dim,), hidden), lora.scaling)
@@ -57,6 +64,8 @@ class Block(nn.Module):
 
     cfg: MoshiConfig
     has_ttt: bool
+    remat: Remat = "none"
+    """What the backward pass computes again (`REMAT`)."""
 
     @nn.compact
     def __call__(
@@ -78,10 +87,16 @@ class Block(nn.Module):
           x and (what else `attend` returns, new TTT state, measurement), the last two None in layers without.
         """
         norm = lambda name: self.param(name, nn.initializers.ones, (self.cfg.dim,))  # noqa: E731
-        update, kept = Attention(self.cfg, name="attention")(rms_norm(x, norm("norm1")), position, attend)
+        attention, feed_forward = Attention, FeedForward
+        if self.remat != "none":
+            # Part by part and not the layer as a whole: the TTT layer stores what it needs for its own backward pass, and going
+            # through its scan once more for the sake of the other two would cost more than all else that is computed again.
+            attention = nn.remat(Attention, policy=REMAT[self.remat], static_argnums=(3,), prevent_cse=self.has_ttt)
+            feed_forward = nn.remat(FeedForward, policy=REMAT[self.remat], prevent_cse=self.has_ttt)
+        update, kept = attention(self.cfg, name="attention")(rms_norm(x, norm("norm1")), position, attend)
         x = x + update
         measurement = None
         if self.has_ttt:
             x, ttt, measurement = TTTLayer(self.cfg, name="ttt")(x, mask, ttt, measured)
-        x = x + FeedForward(self.cfg, name="ffn")(rms_norm(x, norm("norm2")))
+        x = x + feed_forward(self.cfg, name="ffn")(rms_norm(x, norm("norm2")))
         return x, (kept, ttt, measurement)

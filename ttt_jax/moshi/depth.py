@@ -55,7 +55,7 @@ def init_params(cfg: MoshiConfig, key: jax.Array) -> Params:
         "norm2": jnp.ones((layers, dim)),
     }
     for own, (name, (init, out, inner, lead)) in zip(keys, maps.items(), strict=True):
-        params |= init_kernel(own, name, init, cfg.lora, out, inner, lead)
+        params |= init_kernel(own, name, init, cfg.lora.of("depth"), out, inner, lead)
     return params
 
 

@@ -1,18 +1,67 @@
-"""Cross-entropy on the delayed grid."""
+"""Cross-entropy on the delayed grid, as a whole or a block of frames at a time."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.moshi.model import Outputs
+from ttt_jax.config import MoshiConfig
+from ttt_jax.moshi.model import Encoded, Outputs, Params, Remat, predict
+
+
+class Scores(NamedTuple):
+    """What the tokens of a call cost."""
+
+    nats: jax.Array
+    """Cross-entropy, [B, 1 + Q, T]: text, then the own codebooks; 0 where masked."""
+    half_variance: jax.Array
+    """Half the variance of a token's logits over its entries, [B, 1 + Q, T]; 0 where masked. Without gradient."""
 
 
 def token_losses(outputs: Outputs) -> jax.Array:
     """Cross-entropy in nats of every token that `forward` scored, [B, 1 + Q, T]: text, then the own codebooks; 0 where masked."""
-    audio = _cross_entropy(outputs.audio_logits, outputs.targets[:, 1:].swapaxes(1, 2)).swapaxes(1, 2)
-    text = _cross_entropy(outputs.text_logits, outputs.targets[:, 0])[:, None]
-    return jnp.where(outputs.target_mask, jnp.concatenate([text, audio], 1), 0)
+    return _nats(outputs.text_logits, outputs.audio_logits, outputs.targets, outputs.target_mask)
+
+
+def score(params: Params, encoded: Encoded, cfg: MoshiConfig, block: int, remat: Remat = "none") -> Scores:
+    """`token_losses` of what `encode` gave, without holding all logits: they are made and left a block of frames at a time.
+
+    Args:
+      block: most frames (rows times length) whose logits exist at once; the backward pass makes them again where there is more
+        than one block.
+      remat: as in `encode`; of a single block, too, the backward pass computes all again unless it is "none".
+    """
+    rows, length = encoded.hidden.shape[:2]
+    blocks = min(length, -(-rows * length // block))
+    size = -(-length // blocks)
+
+    def one(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> Scores:
+        text, audio = predict(params, hidden, targets, cfg)
+        variances = jax.lax.stop_gradient([text.var(-1)[:, None], audio.var(-1).swapaxes(1, 2)])
+        return Scores(_nats(text, audio, targets, mask), jnp.where(mask, 0.5 * jnp.concatenate(variances, 1), 0))
+
+    if blocks == 1:
+        one = one if remat == "none" else jax.checkpoint(one)
+        return one(encoded.hidden, encoded.targets, encoded.target_mask)
+
+    def cut(x: jax.Array, axis: int) -> jax.Array:
+        """The frames along `axis` as [blocks, ..., size, ...], filled up with zeros: masked frames."""
+        x = jnp.pad(x, [(0, blocks * size - length if i == axis else 0) for i in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :]), axis, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], blocks * size)[..., :length]
+
+    xs = cut(encoded.hidden, 1), cut(encoded.targets, 2), cut(encoded.target_mask, 2)
+    body = jax.checkpoint(lambda _, x: (None, one(*x)), prevent_cse=False)
+    return jax.tree.map(join, jax.lax.scan(body, None, xs)[1])
+
+
+def _nats(text: jax.Array, audio: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    codes = _cross_entropy(audio, targets[:, 1:].swapaxes(1, 2)).swapaxes(1, 2)
+    return jnp.where(mask, jnp.concatenate([_cross_entropy(text, targets[:, 0])[:, None], codes], 1), 0)
 
 
 def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -18,10 +18,11 @@ from ttt_jax.errors import InputError
 from ttt_jax.init import embedding, linear_kernel
 from ttt_jax.linear import init_kernel, kernel, linear
 from ttt_jax.moshi import attention, depth
-from ttt_jax.moshi.blocks import Block
+from ttt_jax.moshi.blocks import REMAT, Block, Remat
 from ttt_jax.moshi.delays import columns, init_history
 from ttt_jax.moshi.embed import lookup
 from ttt_jax.norms import rms_norm
+from ttt_jax.sharding import by_rows
 from ttt_jax.ttt import inner
 from ttt_jax.ttt import layer as ttt_layer
 
@@ -53,21 +54,30 @@ class State(NamedTuple):
     """By name of the run."""
 
 
+class Encoded(NamedTuple):
+    """What predictions on the delayed grid are made of and scored against; nothing is scored twice."""
+
+    hidden: jax.Array
+    """Output of the temporal transformer after its norm, [B, T, dim]."""
+    targets: jax.Array
+    """Tokens of the predicted column, int32 [B, 1 + Q, T]: text, own codebooks."""
+    target_mask: jax.Array
+    """bool [B, 1 + Q, T]: valid frame, stream begun, token present."""
+    ttt: ttt_layer.Measurement | None
+    """By TTT layer in the order of `MoshiConfig.ttt_layers`, leaves [L, B, T, ...]; None if not asked for."""
+
+
 class Outputs(NamedTuple):
-    """Predictions on the delayed grid, with what they are scored against; nothing is scored twice."""
+    """Predictions, with the fields of `Encoded`."""
 
     text_logits: jax.Array
     """float32 [B, T, text_card]."""
     audio_logits: jax.Array
     """float32 [B, T, Q, card]."""
     targets: jax.Array
-    """Tokens of the predicted column, int32 [B, 1 + Q, T]: text, own codebooks."""
     target_mask: jax.Array
-    """bool [B, 1 + Q, T]: valid frame, stream begun, token present."""
     hidden: jax.Array
-    """Output of the temporal transformer after its norm, [B, T, dim]."""
     ttt: ttt_layer.Measurement | None
-    """By TTT layer in the order of `MoshiConfig.ttt_layers`, leaves [L, B, T, ...]; None if not asked for."""
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -93,12 +103,12 @@ def init_params(cfg: MoshiConfig, key: jax.Array) -> Params:
             for run in cfg.runs
         },
         "out_norm": jnp.ones((cfg.dim,)),
-        **init_kernel(head, "text_head", linear_kernel, cfg.lora, (cfg.text_card,), cfg.dim),
+        **init_kernel(head, "text_head", linear_kernel, cfg.lora.of("heads"), (cfg.text_card,), cfg.dim),
         "depth": depth.init_params(cfg, codebooks),
     }
     if cfg.extra_heads:
-        out, lead = (cfg.extra_heads_dim,), (cfg.extra_heads,)
-        params |= init_kernel(jax.random.fold_in(head, 2), "extra_heads", linear_kernel, cfg.lora, out, cfg.dim, lead)
+        key, lora, out = jax.random.fold_in(head, 2), cfg.lora.of("heads"), (cfg.extra_heads_dim,)
+        params |= init_kernel(key, "extra_heads", linear_kernel, lora, out, cfg.dim, (cfg.extra_heads,))
     return jax.tree.map(lambda p: p.astype(jnp.promote_types(cfg.dtype, jnp.float32)), params)
 
 
@@ -158,6 +168,14 @@ def fork_rows(state: State, rows: Sequence[int], seeds: Sequence[int] | None = N
     return forked if seeds is None else forked._replace(key=_keys(seeds, len(rows)))
 
 
+def clear_rings(state: State) -> State:
+    """The state with empty attention rings and all else kept: fast weights, delayed tokens, random keys.
+
+    Positions start again, and what a ring holds is known by them; rotary positions are relative, so nothing else reads them.
+    """
+    return state._replace(position=jnp.zeros_like(state.position))
+
+
 def reset_ttt_rows(state: State, rows: jax.Array) -> State:
     """The state with the TTT states of `rows` (bool [B]) fresh and all else kept: rings, delayed tokens, positions."""
 
@@ -175,22 +193,29 @@ def _select(rows: jax.Array, new: Any, old: Any, axis: int) -> Any:
 
 
 def temporal(
-    params: Params, tokens: jax.Array, mask: jax.Array, state: State, cfg: MoshiConfig, measured: bool = False
+    params: Params,
+    tokens: jax.Array,
+    mask: jax.Array,
+    state: State,
+    cfg: MoshiConfig,
+    measured: bool = False,
+    remat: Remat = "none",
 ) -> tuple[jax.Array, State, ttt_layer.Measurement | None]:
     """The temporal transformer over columns of the delayed grid.
 
     Args:
-      tokens: int32 [B, T, K], the column that each position reads; mask: bool [B, T]; measured: as in `forward`.
+      tokens: int32 [B, T, K], the column that each position reads; mask: bool [B, T]; measured: as in `forward`;
+        remat: as in `encode`.
 
     Returns:
       Hidden vectors after the output norm [B, T, dim], the state with rings, TTT states and positions moved on, and
       `Outputs.ttt`.
     """
     text = lookup(params["text_emb"][None], tokens[..., :1], cfg.dtype)
-    x = text.sum(2) + lookup(params["audio_emb"], tokens[..., 1:], cfg.dtype).sum(2)
+    x = by_rows(text.sum(2) + lookup(params["audio_emb"], tokens[..., 1:], cfg.dtype).sum(2))
     layers, measurements = {}, []
     for run in cfg.runs:
-        args = params["layers"][run.name], x, mask, state.layers[run.name], state.position, run, cfg, measured
+        args = params["layers"][run.name], x, mask, state.layers[run.name], state.position, run, cfg, measured, remat
         x, layers[run.name], measurement = _over_layers(*args)
         if measurement is not None:
             measurements.append(measurement)
@@ -208,6 +233,7 @@ def _over_layers(
     run: Run,
     cfg: MoshiConfig,
     measured: bool,
+    remat: Remat,
 ) -> tuple[jax.Array, RunState, ttt_layer.Measurement | None]:
     """A run of layers over a call whose rows have seen `start` frames: x, the run's new state, its measurement.
 
@@ -215,7 +241,7 @@ def _over_layers(
     unrolled, and states are updated where they lie: library products copy weights out of a stack that is scanned, and at one frame that
     copy would be all the time.
     """
-    block, length = Block(cfg, run.has_ttt), run.stop - run.start
+    block, length = Block(cfg, run.has_ttt, remat if run.has_ttt else "none"), run.stop - run.start
     if x.shape[1] == 1:
         rings, ttts, measurements = state.ring, state.ttt, []
         for i in range(length):
@@ -240,8 +266,12 @@ def _over_layers(
                 return attention.attend_fused(q, k, v, ring, where)
             return attention.attend(q, k, v, ring, where), (k, v)
 
-        return block.apply({"params": params}, x, mask, where.query, attend, ttt, measured)
+        x, kept = block.apply({"params": params}, x, mask, where.query, attend, ttt, measured)
+        return by_rows(x), kept
 
+    if remat != "none" and not run.has_ttt:
+        # In a scan nothing could merge what is computed twice; outside of one that must be forbidden.
+        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=length == 1)
     if length == 1:
         x, ys = body(x, jax.tree.map(lambda leaf: leaf[0], (params, state)))
         kept, ttt, measurement = jax.tree.map(lambda leaf: leaf[None], ys)
@@ -260,6 +290,40 @@ def extra_logits(params: Params, hidden: jax.Array, cfg: MoshiConfig) -> jax.Arr
     """float32 (or wider) logits [..., extra_heads, extra_heads_dim] of hidden vectors [..., dim], such as `Outputs.hidden`."""
     heads = [kernel(params, "extra_heads").at(i) for i in range(cfg.extra_heads)]
     return jnp.stack([linear(hidden, head, cfg.lora.scaling, wide=True) for head in heads], -2)
+
+
+def encode(
+    params: Params,
+    frames: jax.Array,
+    mask: jax.Array,
+    state: State,
+    cfg: MoshiConfig,
+    measured: bool = False,
+    remat: Remat = "none",
+) -> tuple[Encoded, State]:
+    """`forward` up to the hidden vectors; `predict` does the rest, of any of their frames.
+
+    Args: those of `forward`, and
+      remat: what the backward pass computes again: nothing, all of a layer but its products with weights, all but its inputs.
+    """
+    grid, history = columns(state.history, frames, mask, cfg)
+    hidden, state, measurement = temporal(params, grid.inputs, mask, state, cfg, measured, remat)
+    targets = grid.targets[..., : 1 + cfg.dep_q].swapaxes(1, 2)
+    cards = jnp.array([*cfg.target_streams.values()], jnp.int32)[None, :, None]
+    present = (targets >= 0) & (targets < cards)  # masked frames have absent targets
+    return Encoded(hidden, targets, present, measurement), state._replace(history=history)
+
+
+def predict(params: Params, hidden: jax.Array, targets: jax.Array, cfg: MoshiConfig) -> tuple[jax.Array, jax.Array]:
+    """Teacher-forced logits, float32 or wider: text [B, T, text_card], codebooks [B, T, Q, card].
+
+    Args:
+      hidden: [B, T, dim]; targets: int32 [B, 1 + Q, T], both of `Encoded`.
+    """
+    rows, length = hidden.shape[:2]
+    own = targets.swapaxes(1, 2).reshape(rows * length, 1 + cfg.dep_q)
+    audio = depth.teach(params["depth"], hidden.reshape(rows * length, cfg.dim), own[:, 0], own[:, 1:], cfg)
+    return text_logits(params, hidden, cfg), audio.reshape(rows, length, cfg.dep_q, cfg.card)
 
 
 @partial(jax.jit, static_argnames=("cfg", "measured"))
@@ -282,23 +346,9 @@ def forward(
     Returns:
       Predictions with their targets, and the state after the call.
     """
-    grid, history = columns(state.history, frames, mask, cfg)
-    hidden, state, measurement = temporal(params, grid.inputs, mask, state, cfg, measured)
-    own = grid.targets[..., : 1 + cfg.dep_q]
-    rows, length = mask.shape
-    flat = own.reshape(rows * length, 1 + cfg.dep_q)
-    audio = depth.teach(params["depth"], hidden.reshape(rows * length, cfg.dim), flat[:, 0], flat[:, 1:], cfg)
-    targets = own.swapaxes(1, 2)
-    cards = jnp.array([*cfg.target_streams.values()], jnp.int32)[None, :, None]
-    outputs = Outputs(
-        text_logits(params, hidden, cfg),
-        audio.reshape(rows, length, cfg.dep_q, cfg.card),
-        targets,
-        (targets >= 0) & (targets < cards),  # masked frames have absent targets
-        hidden,
-        measurement,
-    )
-    return outputs, state._replace(history=history)
+    encoded, state = encode(params, frames, mask, state, cfg, measured)
+    logits = predict(params, encoded.hidden, encoded.targets, cfg)
+    return Outputs(*logits, encoded.targets, encoded.target_mask, encoded.hidden, encoded.ttt), state
 
 
 def displacement_ratios(params: Params, state: State, cfg: MoshiConfig) -> jax.Array:

@@ -13,6 +13,7 @@ from ttt_jax.init import fan_in_normal, fan_in_uniform, linear_kernel
 from ttt_jax.linear import Kernel, linear
 from ttt_jax.norms import rms_norm
 from ttt_jax.rotary import rotate
+from ttt_jax.sharding import by_rows
 from ttt_jax.ttt import inner, network
 from ttt_jax.ttt.measure import InnerMeasurement
 
@@ -86,7 +87,8 @@ class TTTLayer(nn.Module):
             )
             for layer, (i, o) in enumerate(network.widths(width, cfg.ttt.hidden))
         )
-        inputs = network.Inputs(q, k, target, eta)
+        # Heads apart over a mesh: the inner loop then needs nothing from another device.
+        inputs = network.Inputs(*(by_rows(y, None, "tensor") for y in (q, k, target, eta)))
         state, z, of_inner = inner.inner_scan(base, scale, bias, state, inputs, mask, cfg.ttt, measured)
 
         z = network.layer_norm(

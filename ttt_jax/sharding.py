@@ -1,0 +1,131 @@
+"""Where arrays lie on a mesh of devices: one table for parameters, one rule for states and batches.
+
+The axes are `data` (copies of the weights, each with rows of its own), `fsdp` (devices that share a copy and gather a layer when they
+need it, each with rows of its own) and `tensor` (devices that share heads and hidden units and work on the same rows). Fast weights
+are states: rows over `data` and `fsdp`, heads over `tensor`, so the inner loop of a TTT layer talks to no other device.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ttt_jax.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+"""Mesh axes that rows are spread over."""
+
+RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    (r".*(norm|norm1|norm2|out_norm|post_norm_scale|post_norm_bias|gate|out_bias)", ()),
+    (r".*/ttt/(q|k|v)_kernel", ("tensor", "fsdp")),
+    (r".*/ttt/out_kernel", ("fsdp", "tensor")),
+    (r".*/ttt/(q|k|v)_bias", ("tensor",)),
+    (r".*/ttt/(inner_w\d+)", ("tensor", None, None)),
+    (r".*/ttt/(inner_b\d+|ln_scale|ln_bias|rate_weight)", ("tensor", None)),
+    (r".*/ttt/rate_bias", ("tensor",)),
+    (r".*/qkv", (None, "tensor", None, "fsdp")),
+    (r".*/gate_up", (None, "tensor", "fsdp")),
+    (r".*/(out|down)", ("fsdp", "tensor")),
+    (r"(.*/)?(text_head|heads|input)", ("tensor", "fsdp")),
+    (r"(.*/)?(text_emb|audio_emb)", (None, "fsdp")),
+    (r"(.*/)?(extra_heads|text_emb_up|audio_emb_up)", (None, "fsdp")),
+)
+"""(pattern of a parameter's path, mesh axes of its last dimensions); the first that matches the whole path decides, dimensions
+before those named are stacks and stay whole. Adapters follow from their map: A has its input axis, B its output axes."""
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+    """The mesh of all devices (of all processes). One size may be -1: what the others leave. Raises `InputError`."""
+    count = len(jax.devices())
+    sizes = [data, fsdp, tensor]
+    given = int(np.prod([size for size in sizes if size != -1]))
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = count // given
+    if int(np.prod(sizes)) != count:
+        raise InputError(
+            f"mesh.data={data}, mesh.fsdp={fsdp} and mesh.tensor={tensor} do not make up the {count} devices that are there: choose"
+            f" sizes whose product is {count}, or -1 for one of them."
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def by_rows(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` [B, ...] with its rows spread over the mesh, and `axes` those of the dimensions that follow; as it is where there is no mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(ROWS, *axes))
+
+
+def spec(path: str, ndim: int) -> P:
+    """Mesh axes of the parameter at `path`. Raises `ValueError` for one that no rule covers."""
+    name, _, half = path.partition("_lora_")
+    for pattern, axes in RULES:
+        if re.fullmatch(pattern, name):
+            if half:
+                axes = (None, axes[-1]) if half == "a" else (*axes[:-1], None)
+            return P(*(None,) * (ndim - len(axes)), *axes) if axes else P()
+    raise ValueError(f"no rule says how the parameter {path} is spread: add it to ttt_jax.sharding.RULES.")
+
+
+def params_shardings(mesh: Mesh, params: Any) -> Any:
+    """The sharding of every leaf of a (part of a) parameter tree. Raises `InputError` where a dimension does not divide."""
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found = spec(name, len(leaf.shape))
+        for size, axes in zip(leaf.shape, found, strict=False):
+            over = [axis for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis and mesh.shape[axis] > 1]
+            parts = int(np.prod([mesh.shape[axis] for axis in over]))
+            if size % parts:
+                told = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in over)
+                raise InputError(
+                    f"{told} does not divide the {size} of {name} {tuple(leaf.shape)}: choose a divisor of {size}, or 1."
+                )
+        return NamedSharding(mesh, found)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """The shardings of a `ttt_jax.moshi.model.State`: rows over the mesh, heads of rings and fast weights over `tensor`."""
+
+    def layer(leaf: Any) -> NamedSharding:  # [L, B], or [L, B, H, ...]
+        return NamedSharding(mesh, P(None, ROWS, *(("tensor",) if len(leaf.shape) > 2 else ())))
+
+    layers = jax.tree.map(layer, state.layers)
+    rows = NamedSharding(mesh, P(ROWS))
+    return type(state)(*(rows for _ in state[:3]), layers)
+
+
+def rows_sharding(mesh: Mesh, lead: int = 0) -> NamedSharding:
+    """The sharding of an array whose axis `lead` counts rows. """
+    return NamedSharding(mesh, P(*(None,) * lead, ROWS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds."""
+    return NamedSharding(mesh, P())
+
+
+def local_rows(mesh: Mesh, batch: int) -> range:
+    """The rows of a batch that lie on devices of this process. Raises `InputError` where they do not divide or are no range."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch % parts:
+        raise InputError(
+            f"data.batch={batch} does not divide among mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']}: choose a"
+            f" multiple of {parts}."
+        )
+    found = sorted({index[0].indices(batch)[:2] for index in rows_sharding(mesh).addressable_devices_indices_map((batch,)).values()})
+    rows = [row for start, stop in found for row in range(start, stop)]
+    if rows != list(range(rows[0], rows[0] + len(rows))):
+        raise InputError(
+            f"the rows of this process, {rows}, are no range under mesh {dict(mesh.shape)}: let mesh.data be a multiple of the number of"
+            " processes."
+        )
+    return range(rows[0], rows[-1] + 1)
