@@ -113,7 +113,10 @@ def cell(name: str, cfg: TrainConfig, steps: int, trace: str | None) -> dict[str
     forward, backward = flops_per_frame(cfg)
     whole = forward + backward
     rate = product_rate(cfg.model)
-    sizes = {what: sum(leaf.size for leaf in jax.tree.leaves(tree)) for what, tree in (("trained", trained), ("frozen", frozen))}
+    sizes = {
+        what: sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for what, tree in (("trained", trained), ("frozen", frozen))
+    }
     print(
         f"{name:9s} {jax.devices()[0].device_kind} x {len(jax.devices())}, jax {jax.__version__}: {cfg.bptt} x {cfg.data.batch} x"
         f" {cfg.data.chunk} frames, b = {cfg.model.ttt.mini_batch}, remat {cfg.remat}: {1e3 * seconds[0]:.1f} ms"

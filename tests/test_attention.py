@@ -40,6 +40,39 @@ def test_fused_attention_equals_the_plain_form(monkeypatch, frames, starts, mask
             np.testing.assert_array_equal(new[row][:, held], old[0, row][:, held])
 
 
+@pytest.mark.parametrize(("frames", "masked"), [(20, False), (5, True), (20, True)])
+def test_fused_attention_has_the_gradients_of_the_plain_form(monkeypatch, frames, masked):
+    """Of queries, keys, values and the ring, through what is read and through what the ring keeps for the next call."""
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation, **rest: library(*args, **rest))
+    rng = np.random.default_rng(frames)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    start = jnp.array((0, 3, 30))
+    mask = jnp.asarray(rng.random((ROWS, frames)) < 0.6) if masked else jnp.ones((ROWS, frames), bool)
+    inputs = [draw(ROWS, frames, HEADS, WIDTH) for _ in range(3)]
+    ring = attention.Ring(draw(ROWS, HEADS, SLOTS, WIDTH), draw(ROWS, HEADS, SLOTS, WIDTH))
+    where, line = attention.positions(start, mask, SLOTS), attention.line_up(start, mask, SLOTS)
+    of_read, of_ring = draw(ROWS, frames, HEADS, WIDTH), draw(ROWS, HEADS, SLOTS, WIDTH)
+    held = jnp.arange(SLOTS)[None] < (start + mask.sum(1))[:, None]  # slots that hold anything after the call
+
+    def loss(fused, inputs, ring):
+        if fused:
+            read, kept = attention.attend_fused(*inputs, ring, line)
+        else:
+            read = attention.attend(*inputs, ring, where)
+            kept = attention.write(jax.tree.map(lambda x: x[None], ring), *(x[None] for x in inputs[1:]), start, mask)
+            kept = attention.Ring(*(x[0] for x in kept))
+        seen = jnp.where(mask[..., None, None], read, 0)
+        return (of_read * seen).sum() + sum((jnp.where(held[:, None, :, None], x, 0) * of_ring).sum() for x in kept)
+
+    found, expected = (jax.grad(lambda *args, f=f: loss(f, *args), argnums=(0, 1))(inputs, ring) for f in (True, False))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert float(jnp.abs(b).max()) > 0.1
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("frames", "context", "width", "dtype", "fits"),
     [

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests import kyutai_files
-from ttt_jax import checkpoint, integrity, record, weights
+from ttt_jax import checkpoint, integrity, record, weights, trees
 from ttt_jax.checkpoint import Checkpoints, load_run
 from ttt_jax.config import TTTConfig
 from ttt_jax.convert import kyutai
@@ -507,7 +507,7 @@ def fine_tuned(tmp_path):
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: x + 1 if "ttt" in jax.tree_util.keystr(path) else x, params
     )
-    names = [name for name in integrity.named(params) if "/ttt/" in name]
+    names = [name for name in trees.named(params) if "/ttt/" in name]
     meta = {
         "config": {"model": record.to_dict(cfg)},
         "base": {"path": str(tmp_path / "base"), "digest": info["digest"]},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 import signal
 
@@ -12,9 +13,9 @@ import pytest
 from eval.__main__ import main as eval_main
 from tests.micro import CONFIG, files, write_manifest
 from train import loop
-from train.config import DataConfig, TrainConfig
+from train.config import TrainConfig
 from train.windows import Windows
-from ttt_jax import record
+from ttt_jax import integrity, record
 from ttt_jax.checkpoint import load_run
 from ttt_jax.codec import load_codec
 from ttt_jax.errors import InputError
@@ -67,6 +68,9 @@ def with_meta(run_dir, copy, change):
     meta = json.loads(path.read_text())
     change(meta)
     path.write_text(json.dumps(meta))
+    seal = copy / "checkpoints" / "40" / "integrity" / "metadata"
+    content = json.loads(seal.read_text())["content"]
+    seal.write_text(json.dumps(integrity.seal({**content, "meta": integrity.crc(meta)})))
     return copy
 
 
@@ -192,7 +196,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(runs, tmp_path):
     for path in (damaged / "checkpoints" / "7" / "params").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(InputError, match="checkpoints/7 is damaged"):
+    with pytest.raises(InputError, match="holds no checkpoint that is not damaged"):
         load_run(damaged)
 
 
@@ -204,17 +208,40 @@ def test_no_run_and_no_checkpoint_are_refused(tmp_path):
         load_run(tmp_path)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(runs, tmp_path, monkeypatch):
-    init = loop.init
+def test_a_damaged_latest_checkpoint_is_named_and_the_one_before_goes_on_to_the_same_end(runs, tmp_path, caplog):
+    whole, copy = runs[0] / "whole", tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    largest = max((copy / "checkpoints" / "40" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with caplog.at_level(logging.WARNING, "train"):
+        assert loop.resume(copy) == 0
+    assert "checkpoints/40" in caplog.text
+    assert (copy / "damaged" / "40").is_dir()
+    assert metrics(copy) == metrics(whole)
 
-    def spoiled(cfg):
-        state = init(cfg)
-        return state._replace(params={**state.params, "out_norm": state.params["out_norm"] * np.nan})
 
-    monkeypatch.setattr(loop, "init", spoiled)
-    data = DataConfig(
-        **{**dataclasses.asdict(CONFIG.data), "train": str(runs[0] / "train.jsonl"), "cache": str(tmp_path)}
-    )
-    with pytest.raises(InputError, match="step 1: loss is nan"):
-        loop.start(dataclasses.replace(CONFIG, data=data, run_dir=str(tmp_path / "run")))
+def spoiled(make):
+    """`parameters.initial` with a weight of the TTT layer that is no number."""
+
+    def initial(*args):
+        found = make(*args)
+        ttt = found.trained["layers"]["layers_01_01"]["ttt"]
+        ttt["out_kernel"] = ttt["out_kernel"] * np.nan
+        return found
+
+    return initial
+
+
+def of_runs(runs, tmp_path, **changes):
+    names = {"train": str(runs[0] / "train.jsonl"), "cache": str(runs[0] / "cache")}
+    data = dataclasses.replace(CONFIG.data, **names)
+    return dataclasses.replace(CONFIG, data=data, run_dir=str(tmp_path / "run"), **changes)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_is_named(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.parameters, "initial", spoiled(loop.parameters.initial))
+    with pytest.raises(InputError, match="step 1: loss is nan and grad_norm is nan, the gradient of .*ttt.*, in .*train"):
+        loop.start(of_runs(runs, tmp_path))
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))

@@ -7,19 +7,23 @@ import sys
 from collections.abc import Sequence
 
 from train import config
+from ttt_jax import launch
 from ttt_jax.command import run
 
 
 def main(args: Sequence[str]) -> int:
-    """Run the command line `args`; the exit code: 0 done, 2 an input to mend, 130 interrupted."""
+    """Run the command line `args`; the exit code: 0 done, 2 an input to mend, 130 Ctrl-C, 143 SIGTERM."""
     log = logging.getLogger("train")
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.INFO)
     log.propagate = False
     command = config.parse(args)
+    launch.start(command.launch)
     from train import loop
 
-    return loop.start(command.config) if command.resume is None else loop.resume(command.resume)
+    if command.config is None:
+        return loop.resume(command.resume, command.mesh)
+    return loop.dry_run(command.config) if command.dry_run else loop.start(command.config)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,19 @@ from ttt_jax.config import MODEL_PRESETS, LoRAConfig, MoshiConfig, check
 from ttt_jax.config import preset as find_preset
 from ttt_jax.data.corpus import CorpusConfig
 from ttt_jax.errors import InputError
+from ttt_jax.launch import Launch
+from ttt_jax.launch import take as take_launch
 
 DESCRIPTION = """Train a Moshi with TTT layers on speech; the layers' state is carried along each file.
 
   python -m train                              the preset "tiny" on the embedded corpus
   python -m train PRESET --optim.lr 1e-3       a preset, fields overridden; presets: {presets}
+  python -m train PRESET --dry-run             what it would take: parameters, memory, operations; no weights needed
   python -m train --from RUN/config.json       a stored configuration again, in a new run folder; fields can follow
-  python -m train --resume RUN                 go on from the latest checkpoint in the run folder RUN
+  python -m train --resume RUN                 go on from the latest checkpoint in the run folder RUN; --mesh.* can follow
+
+In several processes (docs/devices.md), with any of these: --launch auto under SLURM, Open MPI, TPU pods or GKE, or --launch manual
+--coordinator HOST:PORT --processes N --process I.
 
 Defaults below are those of "{preset}"."""
 
@@ -248,22 +254,33 @@ PRESETS: dict[str, TrainConfig] = {
 
 
 class Command(NamedTuple):
-    """A command line, understood: start `config`, or go on with the run in `resume`."""
+    """A command line, understood: start `config` (or tell what it takes), or go on with the run in `resume`."""
 
     config: TrainConfig | None
     resume: Path | None
+    launch: Launch
+    dry_run: bool = False
+    mesh: MeshConfig | None = None
+    """Of a run that goes on; None: the one that it had."""
 
 
 def parse(args: Sequence[str]) -> Command:
     """The command that `args` ask for. Raises `InputError`; exits on --help (0) and on what tyro refuses (2)."""
-    words = list(args)
+    launch, words = take_launch(args)
+    dry_run = "--dry-run" in words
+    words = [word for word in words if word != "--dry-run"]
     if words and words[0].split("=")[0] == "--resume":
         path, rest = _take_path(words, "the folder of a run")
-        if rest:
+        check(
+            not dry_run,
+            "--dry-run is for a new run: --resume goes on with one that is there, so leave out one of them.",
+        )
+        others = [word for word in rest if word.startswith("--") and not word.startswith("--mesh.")]
+        if others or (rest and not rest[0].startswith("--")):
             raise InputError(
-                f"--resume goes on with the run's own configuration and takes no {rest[0]}: use --from to change it."
+                f"--resume goes on with the run's own configuration and takes no {(others or rest)[0]}: use --from to change it."
             )
-        return Command(None, path)
+        return Command(None, path, launch, mesh=_mesh(rest) if rest else None)
     if words and words[0].split("=")[0] == "--from":
         path, words = _take_path(words, "the config.json of a run")
         preset, default = str(path), load(path)
@@ -279,7 +296,7 @@ def parse(args: Sequence[str]) -> Command:
             word.split("=")[0] not in ("--from", "--resume"),
             f"{word.split('=')[0]} stands behind other arguments: put it first, right after `python -m train`.",
         )
-    return Command(_override(default, preset, words), None)
+    return Command(_override(default, preset, words), None, launch, dry_run)
 
 
 def load(path: Path) -> TrainConfig:
@@ -295,6 +312,17 @@ def _take_path(words: list[str], what: str) -> tuple[Path, list[str]]:
         check(bool(rest) and not rest[0].startswith("--"), f"{flag} has no path behind it: give {what}.")
         value, rest = rest[0], rest[1:]
     return Path(value).expanduser(), rest
+
+
+def _mesh(words: list[str]) -> MeshConfig:
+    import tyro
+
+    with plain_input_errors():
+        return tyro.cli(
+            MeshConfig,
+            prog="python -m train --resume RUN",
+            args=["--" + word[7:] if word.startswith("--mesh.") else word for word in words],
+        )
 
 
 def _override(default: TrainConfig, preset: str, words: list[str]) -> TrainConfig:

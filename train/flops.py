@@ -8,10 +8,24 @@ from typing import NamedTuple
 import jax
 
 from train.config import TrainConfig
-from train.trained import paths, trains
+from train.trained import trains
+from ttt_jax.config import MoshiConfig
 from ttt_jax.moshi import model
+from ttt_jax.trees import named
+from ttt_jax.ttt import network
 
-TABLES = ("text_emb", "audio_emb")
+BY_SET = ("input", "qkv", "out", "gate_up", "down")
+"""Maps of the depth transformer that codebooks can share."""
+MAPS = (
+    *BY_SET,
+    "text_head",
+    "heads",
+    "text_emb_up",
+    "audio_emb_up",
+    "rate_weight",
+    *(f"{name}_kernel" for name in ("q", "k", "v", "out")),
+)
+"""Parameters that a product of every frame reads, adapters apart. `extra_heads` has no targets in training."""
 
 
 class Flops(NamedTuple):
@@ -23,42 +37,60 @@ class Flops(NamedTuple):
 
 
 def flops_per_frame(cfg: TrainConfig) -> Flops:
-    """Products with weights, attention over what a frame of a chunk sees, and the inner loop.
+    """Products with weights, attention over what a frame sees, and the inner loop; not what goes entry by entry.
 
-    The backward pass goes down to the lowest layer with anything that trains: through it as many operations as forward, and as many
-    again for the weights that train.
+    For the gradient each product costs as much again for its input, down to the lowest stack of layers with anything that trains, and
+    as much again for its weights if they train.
     """
-    cfg_m = cfg.model
-    shapes = jax.eval_shape(lambda key: model.init_params(cfg_m, key), jax.random.key(0))
-    sizes = dict(zip(paths(shapes), (leaf.shape for leaf in jax.tree.leaves(shapes)), strict=True))
-    runs = {run.name: run for run in cfg_m.runs}
-    lowest = min((_level(path, runs) for path in sizes if trains(path, cfg)), default=math.inf)
+    shapes = jax.eval_shape(lambda key: model.init_params(cfg.model, key), jax.random.key(0))
+    starts = {run.name: run.start for run in cfg.model.runs}
+    trained = {path for path in named(shapes) if trains(path, cfg)}
+    lowest = min((_level(path, starts) for path in trained), default=math.inf)
+    depth_trains = any(path.startswith("depth/") for path in trained)
     forward = backward = 0.0
-    for path, shape in sizes.items():
-        name = path.split("/")[-1]
-        if len(shape) < 2 or name in TABLES or "norm" in name or name.startswith(("inner_", "ln_")) or name.endswith("_bias"):
+    for path, leaf in named(shapes).items():
+        name = path.split("/")[-1].partition("_lora_")[0]
+        if name not in MAPS:
             continue
-        operations = 2.0 * math.prod(shape)
-        if path.startswith("depth/") and cfg_m.depth.schedule and not name.startswith(("heads", "audio_emb_up")):
-            operations *= cfg_m.dep_q / (max(cfg_m.depth_sets) + 1)
+        operations, in_depth = 2.0 * math.prod(leaf.shape), path.startswith("depth/")
+        if in_depth and name in BY_SET:
+            operations *= cfg.model.dep_q / (max(cfg.model.depth_sets) + 1)
+        level = _level(path, starts)
+        below = (
+            level >= lowest
+            if level < math.inf
+            else lowest < math.inf or (in_depth and depth_trains) or path.endswith("_lora_b")
+        )
         forward += operations
-        run = runs.get(path.split("/")[1]) if path.startswith("layers/") else None
-        through = operations if run is None else operations * sum(layer >= lowest for layer in range(run.start, run.stop)) / shape[0]
-        backward += through + (operations if trains(path, cfg) else 0.0)
-    widths = [cfg_m.head_dim, *(m * cfg_m.head_dim for m in cfg_m.ttt.hidden), cfg_m.head_dim]
-    inner = 2.0 * cfg_m.num_heads * sum(i * o for i, o in zip(widths[:-1], widths[1:], strict=True))
-    for layer, context in enumerate(cfg_m.contexts):
-        # Scores and values; on average over a chunk that starts with an empty ring, or with a full one.
-        seen = context if cfg.carry_attention else min(context, (cfg.data.chunk + 1) / 2)
-        # The inner network runs for keys and queries, back for keys, and its steps are summed up.
-        own = 4.0 * cfg_m.dim * seen + (4 * inner if layer in cfg_m.ttt_layers else 0.0)
-        forward += own
-        backward += 2 * own if layer >= lowest else 0.0
+        backward += operations * (below + (path in trained))
+    for run in cfg.model.runs:
+        whole, recent = _seen(cfg, run.context)
+        inner = _inner(cfg.model, cfg.data.chunk) if run.has_ttt else 0.0
+        layers = run.stop - run.start
+        forward += layers * (4.0 * cfg.model.dim * whole + inner)
+        backward += layers * (4.0 * cfg.model.dim * (whole + recent) + 2 * inner) if run.start >= lowest else 0.0
     return Flops(forward, backward)
 
 
-def _level(path: str, runs: dict) -> float:
-    """The layer that a parameter stands in; below all for tables, above all for what follows the layers."""
+def _level(path: str, starts: dict[str, int]) -> float:
+    """The first layer of the stack that a parameter stands in; below all for tables, above all for what follows the layers."""
     if path.startswith("layers/"):
-        return runs[path.split("/")[1]].start
-    return -1 if path in TABLES else math.inf
+        return starts[path.split("/")[1]]
+    return -1 if path in ("text_emb", "audio_emb") else math.inf
+
+
+def _seen(cfg: TrainConfig, context: int) -> tuple[float, float]:
+    """Frames that a frame's attention sees on average, behind a full ring or none, and those of them that get a gradient: the step's."""
+    span = cfg.data.chunk * (cfg.bptt if cfg.carry_attention else 1)
+    growing = min(context, span)
+    recent = context + growing * (growing + 1 - 2 * context) / (2 * span)
+    return (context if cfg.carry_attention else recent), recent
+
+
+def _inner(cfg: MoshiConfig, chunk: int) -> float:
+    """The inner loop of a layer in its dual form: the network forward for keys and queries, back for keys, its steps summed up, and
+    what the frames of a mini-batch read of each other's steps."""
+    widths = network.widths(cfg.head_dim, cfg.ttt.hidden)
+    frames = min(cfg.ttt.mini_batch, chunk)
+    products = 4 * sum(i * o for i, o in widths) - math.prod(widths[0])  # nothing lies below the first map
+    return 2.0 * cfg.num_heads * (products + frames * sum(i + o for i, o in widths))

@@ -1,47 +1,74 @@
-"""The training loop: prepares a run or takes one up again, steps, writes metrics and checkpoints, and evaluates."""
+"""The training loop: prepares a run or takes one up again, steps, validates, writes metrics and checkpoints, and evaluates."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from eval import unigram
 from eval.evaluate import of_run
 from eval.models import Model
-from eval.statistics import file_mean
-from train import plots
-from train.config import TrainConfig
+from train import parameters, plan, plots
+from train.config import MeshConfig, TrainConfig
 from train.metrics import MetricsLog, read
-from train.step import Metrics, TrainState, init, make_train_step
+from train.parameters import Parameters
+from train.samples import Sampler
+from train.sinks import open_sinks
+from train.step import Metrics, TrainState, init_state, make_train_step, state_like
+from train.trained import fit, split
+from train.validate import Validation, on_mesh
 from train.windows import Windows
-from ttt_jax import record
+from ttt_jax import launch, record, sharding
 from ttt_jax.checkpoint import Checkpoints, open_run
 from ttt_jax.codec import Codec
 from ttt_jax.command import INTERRUPTED, keep_compiled, machine
+from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
 from ttt_jax.data.corpus import Corpus
 from ttt_jax.data.text import Tokenizer
 from ttt_jax.errors import InputError
+from ttt_jax.trees import Tree, merge, pick
 
 log = logging.getLogger("train")
+TERMINATED = 143
+"""Exit code after SIGTERM, as shells tell it."""
+
+
+class Run(NamedTuple):
+    """A run that is ready to go on."""
+
+    cfg: TrainConfig
+    mesh: Mesh
+    rows: range
+    """Rows of a batch that this process reads."""
+    corpus: Corpus
+    meta: dict[str, Any]
+    """What every checkpoint tells beside the configuration: versions, codec, data, base."""
+
+
+def dry_run(cfg: TrainConfig) -> int:
+    """Print what a run of `cfg` takes, without weights or data; the exit code."""
+    print("\n".join(plan.lines(plan.plan(fit(cfg)))))
+    return 0
 
 
 def start(cfg: TrainConfig) -> int:
     """Start a run of `cfg`; the exit code. Nothing is left behind if the input is bad. Raises `InputError`."""
     keep_compiled(cfg.data.cache_dir / "compiled")
-    run_dir = Path(cfg.run_dir or f"runs/{cfg.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}").expanduser()
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(launch.agreed(int(time.time()))))
+    run_dir = Path(cfg.run_dir or f"runs/{cfg.name}-{stamp}").expanduser()
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise InputError(
             f"run_dir {run_dir} is taken: give another --run-dir, or go on with the run in it by --resume {run_dir}."
@@ -49,40 +76,62 @@ def start(cfg: TrainConfig) -> int:
     writable = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
     if not os.access(writable, os.W_OK):
         raise InputError(f"run_dir {run_dir} cannot be made ({writable} is not writable): give another --run-dir.")
-    codec, tokenizer = corpora.load_coders(cfg.data)
-    cfg = dataclasses.replace(fit_model(cfg, codec, tokenizer), run_dir=str(run_dir), data=cfg.data.resolved())
+    codec, tokenizer = corpora.load_coders(cfg.data, cfg.model.card, cfg.model.text_card)
+    cfg = fit(fit_model(dataclasses.replace(cfg, run_dir=str(run_dir), data=cfg.data.resolved()), codec, tokenizer))
+    cfg = dataclasses.replace(cfg, base=cfg.base and str(Path(cfg.base).expanduser().absolute()))
+    mesh = _mesh(cfg)
     corpus = corpora.load(cfg.data, codec, tokenizer)
-    _announce(cfg, corpus)
-    state = init(cfg)
-    _announce_parameters(state.params)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    meta = {**machine(), **corpus.describe()}
-    record.write_json(run_dir / "config.json", record.to_dict(cfg))
-    record.write_json(run_dir / "meta.json", meta)
-    return _run(cfg, corpus, state, _windows(cfg, corpus), meta)
+    _check_data(cfg, corpus)
+    meta = {**machine(), **corpus.describe(), "base": parameters.base_of(cfg), "stored": parameters.stored(cfg)}
+    run = Run(cfg, mesh, sharding.local_rows(mesh, cfg.data.batch), corpus, meta)
+    _announce(run)
+    with _memory(cfg):
+        found = parameters.initial(cfg, mesh)
+        state = init_state(cfg, mesh, found.trained)
+    _announce_parameters(found)
+    meta["unigram"] = _unigram(cfg, corpus)
+    launch.agreed(0)  # all have looked at the folder
+    if launch.is_first():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        record.write_json(run_dir / "config.json", record.to_dict(cfg))
+        record.write_json(run_dir / "meta.json", meta)
+    launch.agreed(0)  # and it is there for all
+    return _run(run, state, found.frozen, None, Checkpoints(run_dir, keep=cfg.keep))
 
 
-def resume(run_dir: Path) -> int:
-    """Go on with the run in `run_dir` from its latest checkpoint; the exit code. Raises `InputError`."""
+def resume(run_dir: Path, mesh: MeshConfig | None = None) -> int:
+    """Go on with the run in `run_dir` from its latest whole checkpoint, on another mesh if asked to; the exit code. Raises `InputError`."""
     with open_run(run_dir) as checkpoints:
         meta = checkpoints.meta()
-        cfg = record.from_dict(TrainConfig, meta.pop("config"), f"the checkpoint in {run_dir}")
-        cfg = dataclasses.replace(cfg, run_dir=str(run_dir))
-        keep_compiled(cfg.data.cache_dir / "compiled")
-        corpus = corpora.load(cfg.data, *corpora.load_coders(cfg.data))
-        if {key: meta[key] for key in corpus.describe()} != corpus.describe():
-            raise InputError(
-                f"the data, codec or tokenizer differ from those that {run_dir} was trained on (see its meta.json): bring"
-                " the old ones back, or start a new run with --from."
-            )
-        state = init.eval_shape(cfg)
-        saved = checkpoints.restore(state.params, _rest(state))
-    state = TrainState(params=saved.params, **saved.state)
-    windows = _windows(cfg, corpus)
-    windows.set_state(saved.data)
-    _announce(cfg, corpus)
+    cfg = record.from_dict(TrainConfig, meta.pop("config"), f"the checkpoint in {run_dir}")
+    cfg = dataclasses.replace(cfg, run_dir=str(run_dir), mesh=mesh or cfg.mesh)
+    keep_compiled(cfg.data.cache_dir / "compiled")
+    devices = _mesh(cfg)
+    corpus = corpora.load(cfg.data, *corpora.load_coders(cfg.data, cfg.model.card, cfg.model.text_card))
+    described = corpus.describe()
+    if {key: meta.get(key) for key in described} != described:
+        raise InputError(
+            f"the data, codec or tokenizer differ from those that {run_dir} was trained on (see its meta.json): bring"
+            " the old ones back, or start a new run with --from."
+        )
+    if parameters.base_of(cfg) != meta["base"]:
+        raise InputError(
+            f"the weights in {cfg.base} are not those that {run_dir} started from (digest {meta['base']['digest'][:12]}): bring the old"
+            " ones back."
+        )
+    run = Run(cfg, devices, sharding.local_rows(devices, cfg.data.batch), corpus, {**meta, **machine()})
+    like = state_like(cfg, devices)
+    checkpoints = Checkpoints(run_dir, keep=cfg.keep)
+    try:
+        with _memory(cfg):
+            saved = checkpoints.restore(lambda _: (parameters.stored_like(cfg, devices), _rest(like)))
+            trained, frozen = split(merge(saved.params, parameters.frozen_base(cfg, devices)), cfg)
+    except BaseException:
+        checkpoints.close()
+        raise
+    _announce(run)
     log.info("resuming after step %d", saved.step)
-    return _run(cfg, corpus, state, windows, {**meta, **machine()})
+    return _run(run, TrainState(trained=trained, **saved.state), frozen, saved.data, checkpoints)
 
 
 def fit_model(cfg: TrainConfig, codec: Codec, tokenizer: Tokenizer) -> TrainConfig:
@@ -93,161 +142,267 @@ def fit_model(cfg: TrainConfig, codec: Codec, tokenizer: Tokenizer) -> TrainConf
             f"model.n_q={cfg.model.n_q} and model.dep_q={cfg.model.dep_q} do not fit the codec {codec.name}: give"
             f" {2 * codebooks} and {codebooks}, two voices of {codebooks} codebooks of which one is predicted."
         )
+    if cfg.base is not None and (cfg.model.card, cfg.model.text_card) != (codec.cardinality, tokenizer.cardinality):
+        raise InputError(
+            f"the weights in {cfg.base} know {cfg.model.card} codes and {cfg.model.text_card} text pieces, but the codec {codec.name} has"
+            f" {codec.cardinality} and the tokenizer {tokenizer.cardinality}: give data.codec and data.tokenizer those that the"
+            " weights were trained with."
+        )
     # The inner rate in force is stored: a default may change one day, this run's may not.
     ttt = dataclasses.replace(cfg.model.ttt, base_lr=cfg.model.inner_lr)
     model = dataclasses.replace(cfg.model, card=codec.cardinality, text_card=tokenizer.cardinality, ttt=ttt)
     return dataclasses.replace(cfg, model=model)
 
 
-def _run(cfg: TrainConfig, corpus: Corpus, state: TrainState, windows: Windows, meta: dict[str, Any]) -> int:
-    run_dir = Path(cfg.run_dir)
-    tables = unigram.fit(corpus.train, cfg.model.target_streams.values())
-    checkpoints = Checkpoints(run_dir, keep=cfg.keep)
-    try:
-        state, finished = _train(cfg, state, windows, checkpoints, {"config": record.to_dict(cfg), **meta})
-    finally:
-        checkpoints.close()
-    baseline = dict(zip(cfg.model.target_streams, _unigram_loss(tables, corpus.train), strict=True))
-    plots.loss_curve(read(run_dir / "metrics.jsonl"), baseline, run_dir / "loss.png")
-    log.info("checkpoints, metrics.jsonl and loss.png are in %s", run_dir)
-    if not finished:
+def _run(run: Run, state: TrainState, frozen: Tree, position: Any, checkpoints: Checkpoints) -> int:
+    cfg, run_dir = run.cfg, Path(run.cfg.run_dir)
+    windows = Windows(run.corpus.train, cfg.data.batch, cfg.data.chunk, cfg.seed, cfg.bptt, run.rows)
+    with contextlib.closing(checkpoints), contextlib.closing(windows), _memory(cfg):
+        if position is not None:
+            windows.set_state(position)
+        state, code = _train(run, state, frozen, windows, checkpoints)
+    if launch.is_first():
+        plots.draw_run(read(run_dir / "metrics.jsonl"), run.meta.get("unigram"), run_dir)
+        log.info("checkpoints, metrics.jsonl and loss.png are in %s", run_dir)
+    if code:
         log.info("interrupted after step %d; go on with: python -m train --resume %s", int(state.step), run_dir)
-        return INTERRUPTED
-    if corpus.heldout:
-        about = {"path": str(run_dir), "config": record.to_dict(cfg), "step": cfg.steps, **meta}
-        of_run(Model(run_dir.resolve().name, cfg.model, state.params, cfg, about), corpus, run_dir / "eval")
-    else:
+        return code
+    if cfg.eval_every and (best := checkpoints.best()) is not None:
+        log.info("the lowest validation loss was that of step %d (%s)", best, run_dir / "checkpoints" / str(best))
+    if not run.corpus.heldout:
         log.info("no held-out files to evaluate: name some with --data.heldout")
+    elif jax.process_count() > 1:
+        log.info("evaluate it in one process: python -m eval stream %s", run_dir)
+    else:
+        about = {"path": str(run_dir), "config": record.to_dict(cfg), "step": cfg.steps, **run.meta}
+        model = Model(run_dir.resolve().name, cfg.model, merge(state.trained, frozen), cfg, about)
+        of_run(model, run.corpus, run_dir / "eval")
     return 0
 
 
 def _train(
-    cfg: TrainConfig, state: TrainState, windows: Windows, checkpoints: Checkpoints, meta: dict[str, Any]
-) -> tuple[TrainState, bool]:
-    """Steps until the end or an interrupt; the state, and whether the end was reached."""
+    run: Run, state: TrainState, frozen: Tree, windows: Windows, checkpoints: Checkpoints
+) -> tuple[TrainState, int]:
+    """Steps until the end or an interrupt; the state, and the exit code: 0 at the end."""
     from tqdm import tqdm
 
+    cfg, mesh, run_dir = run.cfg, run.mesh, Path(run.cfg.run_dir)
     done = int(state.step)
     if done >= cfg.steps:
-        return state, True
-    train_step = _compile(cfg, state, windows)
+        return state, 0
+    train_step = _compile(run, state, frozen, windows)
+    validation = None
+    if cfg.eval_every:
+        with _compiling("validation"):
+            validation = Validation(cfg, mesh, run.corpus.validation, run.rows, state.trained, frozen)
+    sampler = None
+    if cfg.sample_every:
+        sampler = Sampler(cfg.model, run.corpus.validation, run.corpus.codec, run.corpus.tokenizer, run_dir, cfg.seed)
+    first = launch.is_first()
+    sinks = open_sinks(cfg.tensorboard, cfg.wandb, run_dir, record.to_dict(cfg), done) if first else []
     metrics_log = MetricsLog(
-        Path(cfg.run_dir) / "metrics.jsonl", list(cfg.model.target_streams), cfg.log_every, cfg.steps, done
+        run_dir / "metrics.jsonl" if first else None,
+        list(cfg.model.target_streams),
+        cfg.log_every,
+        cfg.steps,
+        done,
+        cfg.optim.skips,
+        sinks,
     )
-    pending: tuple[int, Metrics, int] | None = None
+    pending: tuple[int, Metrics, int, dict[tuple[int, int], str]] | None = None
+    told: bool = False
     bar = tqdm(
-        total=cfg.steps, initial=done, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15
+        total=cfg.steps,
+        initial=done,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+        disable=not first,
     )
 
     def settle() -> None:
         """Take in the metrics of the last step that was dispatched."""
-        nonlocal pending
+        nonlocal pending, told
         if pending is None:
             return
         line = metrics_log.add(*pending)
-        if pending[0] == 1:
-            with tqdm.external_write_mode():
+        told = bool(pending[1].stop)
+        with tqdm.external_write_mode():
+            if pending[0] == 1:
                 _announce_initial_loss(cfg, pending[1])
-        bar.set_postfix_str(f"{metrics_log.rate:,.0f} frames/s, loss {line['loss']:.3f}", refresh=False)
+            if "skipped_for" in line:
+                log.warning("skipped %s", line["skipped_for"])
+        rate, loss = metrics_log.rate, "skipped" if line["loss"] is None else f"{line['loss']:.3f}"
+        bar.set_postfix_str(f"{rate:,.0f} frames/s, {rate / FRAME_RATE:,.0f} x real time, loss {loss}", refresh=False)
         bar.update()
         pending = None
 
-    with contextlib.closing(metrics_log), bar, _interrupt_flag() as interrupted:
+    with contextlib.closing(metrics_log), bar, _interrupts() as asked:
         for step in range(done + 1, cfg.steps + 1):
-            batch = next(windows)
-            state, metrics = train_step(state, batch)
+            batch, files = next(windows)
+            stop = jax.make_array_from_process_local_data(
+                sharding.rows_sharding(mesh), np.full(len(run.rows), bool(asked)), (cfg.data.batch,)
+            )
+            state, metrics = train_step(state, frozen, on_mesh(batch, mesh, cfg.data.batch), stop)
             settle()  # the step before, while this one computes
-            pending = (step, metrics, int(batch.mask.sum()))
-            stop = bool(interrupted)
-            if step % cfg.checkpoint_every == 0 or step == cfg.steps or stop:
+            pending = (step, metrics, _frames(batch, run), _by_row(files, run.rows))
+            # Of several processes one may be asked and all must stop, after the same step: all learn of it from the step before.
+            ending = told if jax.process_count() > 1 else bool(asked)
+            last = step == cfg.steps or ending
+            score = None
+            if validation is not None and (step % cfg.eval_every == 0 or step == cfg.steps) and not ending:
+                settle()
+                values = _validated(validation, state, frozen, bar)
+                metrics_log.add_validation(step, values)
+                score = values["loss"]
+            if step % cfg.checkpoint_every == 0 or last or score is not None:
                 settle()  # refuses to save what is not finite
-                checkpoints.save(step, state.params, _rest(state), windows.get_state(), meta)
-            if stop and step < cfg.steps:
-                return state, False
-    return state, True
+                params = merge(state.trained, frozen)
+                stored = params if run.meta["stored"] is None else pick(params, set(run.meta["stored"]))
+                meta = {"config": record.to_dict(cfg), **run.meta}
+                checkpoints.save(step, stored, _rest(state), windows.get_state(), meta, score)
+            if sampler is not None and (step % cfg.sample_every == 0 or step == cfg.steps):
+                settle()
+                sampler(step, merge(state.trained, frozen))
+            if ending and step < cfg.steps:
+                return state, INTERRUPTED if signal.SIGINT in asked else TERMINATED
+    return state, 0
 
 
-def _compile(cfg: TrainConfig, state: TrainState, windows: Windows) -> Any:
+def _validated(validation: Validation, state: TrainState, frozen: Tree, bar: Any) -> dict[str, Any]:
+    bar.set_postfix_str("validating ...")
+    values = validation(state.trained, frozen)
+    if values["loss"] is None:
+        raise InputError(
+            f"the validation after step {int(state.step)} gives a loss that is not finite: lower optim.lr, optim.ttt_lr or"
+            " model.ttt.base_lr, and go on from the last checkpoint with --resume."
+        )
+    bar.set_postfix_str(f"validation {values['loss']:.3f}")
+    return values
+
+
+def _compile(run: Run, state: TrainState, frozen: Tree, windows: Windows) -> Callable:
     position = windows.get_state()
-    batch = next(windows)
+    batch = on_mesh(next(windows).batch, run.mesh, run.cfg.data.batch)
     windows.set_state(position)
-    log.info("compiling the training step (kept in %s for the next run) ...", jax.config.jax_compilation_cache_dir)
+    stop = jax.ShapeDtypeStruct((run.cfg.data.batch,), bool, sharding=sharding.rows_sharding(run.mesh))
+    with _compiling("training step"):
+        return make_train_step(run.cfg, run.mesh).lower(state, frozen, batch, stop).compile()
+
+
+@contextlib.contextmanager
+def _compiling(what: str) -> Iterator[None]:
+    log.info("compiling the %s (kept in %s for the next run) ...", what, jax.config.jax_compilation_cache_dir)
     begin = time.perf_counter()
-    compiled = make_train_step(cfg).lower(state, batch).compile()
+    yield
     log.info("compiled in %.0f s", time.perf_counter() - begin)
-    return compiled
+
+
+@contextlib.contextmanager
+def _memory(cfg: TrainConfig) -> Iterator[None]:
+    """Tells of too little memory in one sentence."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if (told := plan.too_large(error, cfg)) is not None:
+            raise told from error
+        raise
+
+
+def _mesh(cfg: TrainConfig) -> Mesh:
+    """The mesh of `cfg`. Raises `InputError` if it does not fit the devices, the rows or the model."""
+    mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+    sharding.local_rows(mesh, cfg.data.batch)
+    if (cfg.data.batch // cfg.accumulate) % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise InputError(
+            f"data.batch={cfg.data.batch} in accumulate={cfg.accumulate} parts does not divide among mesh.data={mesh.shape['data']} x"
+            f" mesh.fsdp={mesh.shape['fsdp']}: raise data.batch or lower accumulate."
+        )
+    state_like(cfg, mesh)
+    return mesh
+
+
+def _check_data(cfg: TrainConfig, corpus: Corpus) -> None:
+    for name in ("eval_every", "sample_every"):
+        if getattr(cfg, name) and not corpus.validation:
+            raise InputError(
+                f"{name}={getattr(cfg, name)} needs files, but there are none to validate on: name some with --data.validation."
+            )
+    if cfg.sample_every and jax.process_count() > 1:
+        raise InputError(f"sample_every={cfg.sample_every} works in one process only: leave it out.")
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
     """All of the state but the weights, which have a place of their own in a checkpoint."""
-    return {"step": state.step, "opt_state": state.opt_state, "stream": state.stream}
+    return {name: leaf for name, leaf in state._asdict().items() if name != "trained"}
 
 
-def _windows(cfg: TrainConfig, corpus: Corpus) -> Windows:
-    return Windows(corpus.train, cfg.data.batch, cfg.data.chunk, cfg.seed)
+def _frames(batch: Any, run: Run) -> int:
+    """Valid frames of a step; over several processes those of this one times their number, which costs no message."""
+    return int(batch.mask.sum()) * run.cfg.data.batch // len(run.rows)
+
+
+def _by_row(files: tuple[tuple[str, ...], ...], rows: range) -> dict[tuple[int, int], str]:
+    return {(chunk, row): name for chunk, names in enumerate(files) for row, name in zip(rows, names, strict=True)}
 
 
 @contextlib.contextmanager
-def _interrupt_flag() -> Iterator[list[bool]]:
-    """A list that is empty until Ctrl-C: a step is never torn apart. The second Ctrl-C interrupts at once."""
-    flag: list[bool] = []
+def _interrupts() -> Iterator[list[int]]:
+    """The signals that asked to stop so far (Ctrl-C, SIGTERM): a step is never torn apart. The second one interrupts at once."""
+    asked: list[int] = []
 
-    def on_signal(*_: object) -> None:
-        if flag:
+    def on_signal(number: int, *_: object) -> None:
+        if asked:
             raise KeyboardInterrupt
-        flag.append(True)
-        log.info("\nsaving a checkpoint after this step; Ctrl-C again stops at once")
+        asked.append(number)
+        log.info("\nsaving a checkpoint after this step; once more stops at once")
 
-    before = signal.signal(signal.SIGINT, on_signal)
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield flag
+        yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _announce(cfg: TrainConfig, corpus: Corpus) -> None:
-    devices = jax.devices()
-    log.info("device    %d x %s (%s)", len(devices), devices[0].device_kind, devices[0].platform)
-    log.info("run       %s: %d steps of %d rows x %d frames", cfg.run_dir, cfg.steps, cfg.data.batch, cfg.data.chunk)
-    minutes = [
-        sum(file.shape[1] for file in files) / corpus.codec.frame_rate / 60 for files in (corpus.train, corpus.heldout)
-    ]
+def _announce(run: Run) -> None:
+    cfg, corpus, devices = run.cfg, run.corpus, jax.devices()
+    sizes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1)
     log.info(
-        "speech    %d files, %.1f minutes; held out %d files, %.1f minutes",
-        len(corpus.train), minutes[0], len(corpus.heldout), minutes[1],
-    )  # fmt: skip
+        "device    %d x %s (%s)%s", len(devices), devices[0].device_kind, devices[0].platform, sizes and f": {sizes}"
+    )
+    chunks = f"{cfg.bptt} x {cfg.data.chunk}" if cfg.bptt > 1 else cfg.data.chunk
+    log.info("run       %s: %d steps of %d rows x %s frames", cfg.run_dir, cfg.steps, cfg.data.batch, chunks)
+    parts = {"": list(corpus.recordings), "; held out ": corpus.heldout}
+    if corpus.validation is not corpus.heldout:
+        parts["; validation "] = corpus.validation
+    told = [
+        f"{part}{len(files)} files, {sum(file.num_frames for file in files) / FRAME_RATE / 60:.1f} minutes"
+        for part, files in parts.items()
+    ]
+    log.info("speech    %s", "".join(told))
     log.info("codec     %s, %d x %d codes", corpus.codec.name, corpus.codec.num_codebooks, corpus.codec.cardinality)
     log.info("text      %d pieces", corpus.tokenizer.cardinality)
     layers = ", ".join(map(str, cfg.model.ttt_layers)) or "none"
+    kept = {"persist": "kept along each file", "reset": "cleared at every chunk"}[cfg.state]
     log.info(
-        "TTT       layers %s, mini-batch %d, inner rate %g",
+        "TTT       layers %s, mini-batch %d, inner rate %g, %s",
         layers,
         cfg.model.ttt.mini_batch,
         cfg.model.inner_lr,
+        kept,
     )
 
 
-def _announce_parameters(params: Any) -> None:
-    counts: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        ttt, layer, depth = "/ttt/" in name, name.startswith("layers/"), name.startswith("depth/")
-        part = (
-            "TTT layers"
-            if ttt
-            else "temporal layers"
-            if layer
-            else "depth transformer"
-            if depth
-            else "embeddings and text head"
-        )
-        counts[part] = counts.get(part, 0) + leaf.size
-    parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
-    log.info("weights   %s: %s", f"{sum(counts.values()):,}", parts)
+def _announce_parameters(found: Parameters) -> None:
+    trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in found)
+    log.info("weights   %s: %s train, %s are frozen", f"{trained + frozen:,}", f"{trained:,}", f"{frozen:,}")
 
 
 def _announce_initial_loss(cfg: TrainConfig, metrics: Metrics) -> None:
     """How far the untrained model is from what random logits give: ln(cardinality) + half their variance."""
+    if cfg.base is not None:
+        return
     log.info("before training, nats per token (expected of random logits: ln cardinality + half their variance)")
     rows = zip(cfg.model.target_streams.items(), metrics.streams, metrics.half_variance, strict=True)
     for (name, card), loss, half in rows:
@@ -256,5 +411,14 @@ def _announce_initial_loss(cfg: TrainConfig, metrics: Metrics) -> None:
             log.info("  %-12s %6.3f   expected %6.3f = ln %d + %.3f", name, float(loss), expected, card, float(half))
 
 
-def _unigram_loss(tables: list[np.ndarray], files: list[np.ndarray]) -> list[float]:
-    return file_mean(np.concatenate([unigram.nats(tables, file) for file in files], axis=-1)).tolist()
+def _unigram(cfg: TrainConfig, corpus: Corpus) -> dict[str, float]:
+    """Nats of each stream of the training data under its own unigram model: what memory and attention have to beat."""
+    names = list(cfg.model.target_streams)
+    tables = unigram.fit((file.read() for file in corpus.recordings), cfg.model.target_streams.values())
+    total, counts = np.zeros(len(names)), np.zeros(len(names))
+    for file in corpus.recordings:
+        nats = unigram.nats(tables, file.read())
+        total, counts = total + np.nansum(nats, -1), counts + np.isfinite(nats).sum(-1)
+    return {
+        name: loss / count for name, loss, count in zip(names, total.tolist(), counts.tolist(), strict=True) if count
+    }

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line of scalars for a step; and the check that they are numbers."""
+"""metrics.jsonl: a line of scalars for a step and for a validation; and the check that they are numbers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from train.sinks import Sink, flatten
 from train.step import Metrics
 from ttt_jax.errors import InputError
 from ttt_jax.files import write_atomically
@@ -28,59 +29,128 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Writes a run's metrics file; a resumed run continues it behind the step it resumes from."""
+    """Writes a run's metrics file, and to `sinks` what it writes; a resumed run continues it behind the step it resumes from.
 
-    def __init__(self, path: Path, streams: Sequence[str], every: int, last_step: int, done: int):
-        self._streams = streams
-        self._every = every
-        self._last_step = last_step
-        kept = [line for line in read(path) if line["step"] <= done]
-        write_atomically(path, "".join(map(_as_line, kept)).encode())  # a kill in between must not lose the lines
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._before = kept[-1]["seconds"] if kept else 0.0
+    Args:
+      path: of the file; None: this process checks and counts, another one writes.
+      streams: names of what `Metrics.streams` counts.
+      every: steps between lines; the first and the last step have one in any case.
+      skips: steps that may be left out for a value that is not finite.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        streams: Sequence[str],
+        every: int,
+        last_step: int,
+        done: int,
+        skips: int = 0,
+        sinks: Sequence[Sink] = (),
+    ):
+        self._streams, self._every, self._last_step, self._skips = streams, every, last_step, skips
+        self._sinks, self._file, self._before = sinks, None, 0.0
+        if path is not None:
+            kept = [line for line in read(path) if line["step"] <= done]
+            write_atomically(path, "".join(map(_as_line, kept)).encode())  # a kill in between must not lose the lines
+            self._file = path.open("a", encoding="utf-8", buffering=1)
+            self._before = kept[-1]["seconds"] if kept else 0.0
         self._start = self._mark = time.perf_counter()
         self._frames = 0
         self.rate = 0.0
         """Frames per second since the line before the last."""
 
-    def add(self, step: int, metrics: Metrics, frames: int) -> dict[str, Any]:
+    def add(self, step: int, metrics: Metrics, frames: int, files: Mapping[tuple[int, int], str]) -> dict[str, Any]:
         """The step's line, written if it is due; waits until the step is computed.
 
-        Raises `InputError` if the loss or the gradient is not finite.
+        Args:
+          frames: valid ones of the step; files: names by chunk and row, for the message.
+
+        Raises `InputError` if the loss or the gradient is not finite, more often than may be skipped.
         """
         values = jax.device_get(metrics)
         line = {
             "step": step,
-            "loss": float(values.loss),
+            "loss": finite(values.loss),
             "half_variance": _finite(dict(zip(self._streams, values.half_variance, strict=True))),
             "streams": _finite(dict(zip(self._streams, values.streams, strict=True))),
-            "grad_norm": float(values.grad_norm),
+            "grad_norm": finite(values.grad_norm),
+            "grad_norms": _finite(values.grad_norms),
             "lr": {group: float(rate) for group, rate in values.rates.items()},
+            "skipped": int(values.skipped),
             "ttt": {str(layer): _finite(summary) for layer, summary in values.ttt.items()},
         }
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(line[name]):
+        if line["loss"] is None or line["grad_norm"] is None:
+            told = _not_finite(step, values, files)
+            if not self._skips:
                 raise InputError(
-                    f"step {step}: {name} is {line[name]}, so the run stops with its last checkpoint as it was: lower"
-                    " optim.lr, optim.ttt_lr or model.ttt.base_lr, or raise optim.warmup_steps."
+                    f"{told}, so the run stops with its last checkpoint as it was: lower optim.lr, optim.ttt_lr or"
+                    " model.ttt.base_lr, raise optim.warmup_steps, or let such steps be skipped by --optim.skips."
                 )
+            if values.skipped > self._skips:
+                raise InputError(
+                    f"{told}, and optim.skips={self._skips} such steps were skipped before, so the run stops with its last checkpoint as"
+                    " it was: lower optim.lr, optim.ttt_lr or model.ttt.base_lr."
+                )
+            line["skipped_for"] = told
         self._frames += frames
         now = time.perf_counter()
-        if step % self._every == 0 or step in (1, self._last_step):
+        if step % self._every == 0 or step in (1, self._last_step) or "skipped_for" in line:
             self.rate = self._frames / max(now - self._mark, 1e-9)
             self._mark, self._frames = now, 0
-            seconds = round(self._before + now - self._start, 3)
-            self._file.write(_as_line({**line, "seconds": seconds, "frames_per_second": self.rate}))
+            self._write({**line, "seconds": self._seconds(), "frames_per_second": self.rate})
         return line
 
+    def add_validation(self, step: int, values: dict[str, Any]) -> None:
+        """Write what a validation after `step` found; the time it took does not count for the rate."""
+        self._write({"step": step, "validation": values, "seconds": self._seconds()})
+        self._mark = time.perf_counter()
+
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file and the sinks."""
+        if self._file is not None:
+            self._file.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def _seconds(self) -> float:
+        return round(self._before + time.perf_counter() - self._start, 3)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        self._file.write(_as_line(line))
+        for sink in self._sinks:
+            sink.write(line["step"], flatten(line))
+
+
+def _not_finite(step: int, values: Metrics, files: Mapping[tuple[int, int], str]) -> str:
+    """Which number, group and file; files of this process alone can be named."""
+    what = [
+        f"{name} is {getattr(values, name)}"
+        for name in ("loss", "grad_norm")
+        if not math.isfinite(getattr(values, name))
+    ]
+    groups = [name for name, norm in values.grad_norms.items() if not math.isfinite(norm)]
+    rows = {name for (chunk, row), name in files.items() if not math.isfinite(values.rows[chunk, row])}
+    return (
+        f"step {step}: {' and '.join(what)}"
+        + (f", the gradient of {', '.join(groups)}" if groups else "")
+        + (
+            f", in {', '.join(sorted(rows))}"
+            if rows
+            else f", with finite losses in {', '.join(sorted(set(files.values())))}"
+        )
+    )
+
+
+def finite(value: Any) -> float | None:
+    """A number, or None where it is not finite: the streams without targets, and what must not happen."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float | None]:
-    """The numbers for JSON, which has no NaN: None for means of a stream without targets (speech without transcript)."""
-    return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+    return {name: finite(value) for name, value in values.items()}
 
 
 def _as_line(line: dict[str, Any]) -> str:

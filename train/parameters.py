@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,12 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from train.config import TrainConfig
-from train.trained import Tree, merge, paths, pick, split, trains
+from train.trained import split, trains
 from ttt_jax import record, sharding, weights
 from ttt_jax.config import MoshiConfig
 from ttt_jax.differences import differences
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import model
+from ttt_jax.trees import Tree, merge, named, pick
 
 FREE = ("ttt", "lora", "apart", "dtype", "context", "layer_context")
 """Fields of the model that a run may set otherwise than the weights it starts from."""
@@ -36,7 +38,7 @@ def stored(cfg: TrainConfig) -> list[str] | None:
         return None
     with _open(cfg) as folder:
         here = {"/".join(tensor.path) for tensor in _found(folder, cfg)}
-    return [path for path in paths(_shapes(cfg.model)) if path not in here or trains(path, cfg)]
+    return [path for path in named(_shapes(cfg.model)) if path not in here or trains(path, cfg)]
 
 
 def initial(cfg: TrainConfig, mesh: Mesh) -> Parameters:
@@ -48,11 +50,11 @@ def initial(cfg: TrainConfig, mesh: Mesh) -> Parameters:
                 "trains.base is off and base is unset, so frozen weights would stay at random: give --base FOLDER (python -m"
                 " ttt_jax.convert makes it), or --trains.base."
             )
-        return Parameters(*split(_fresh(cfg, mesh, paths(shapes)), cfg))
+        return Parameters(*split(_fresh(cfg, mesh, named(shapes).keys()), cfg))
     with _open(cfg) as folder:
         _found(folder, cfg)
         read = weights.read(folder, cfg.model, place=partial(_place, cfg, mesh))
-    fresh = _fresh(cfg, mesh, sorted(set(paths(shapes)) - set(paths(read))))
+    fresh = _fresh(cfg, mesh, named(shapes).keys() - named(read).keys())
     return Parameters(*split(merge(read, fresh), cfg))
 
 
@@ -62,7 +64,7 @@ def frozen_base(cfg: TrainConfig, mesh: Mesh) -> Tree:
     if kept is None:
         return {}
     with _open(cfg) as folder:
-        return weights.read(folder, cfg.model, set(paths(_shapes(cfg.model))) - set(kept), partial(_place, cfg, mesh))
+        return weights.read(folder, cfg.model, named(_shapes(cfg.model)).keys() - set(kept), partial(_place, cfg, mesh))
 
 
 def stored_like(cfg: TrainConfig, mesh: Mesh) -> Tree:
@@ -88,25 +90,30 @@ def _open(cfg: TrainConfig) -> weights.Folder:
 def _found(folder: weights.Folder, cfg: TrainConfig) -> list[weights.Tensor]:
     """The tensors of `cfg.model` that the folder has. Raises `InputError` unless they are its base, and all that it has."""
     ours, theirs = (
-        {key: value for key, value in record.to_dict(model).items() if key not in FREE} for model in (cfg.model, folder.cfg)
+        {key: value for key, value in record.to_dict(model).items() if key not in FREE}
+        for model in (cfg.model, folder.cfg)
     )
     if ours != theirs:
-        wrong = "; ".join(f"model.{key} is {ours[key]}, there {theirs[key]}" for key in ours if ours[key] != theirs[key])
-        raise InputError(f"the weights in {cfg.base} are of another architecture ({wrong}): set these fields as they are there.")
+        wrong = "; ".join(
+            f"model.{key} is {ours[key]}, there {theirs[key]}" for key in ours if ours[key] != theirs[key]
+        )
+        raise InputError(
+            f"the weights in {cfg.base} are of another architecture ({wrong}): set these fields as they are there."
+        )
     wanted = {(t.file, t.name): t for t in weights.tensors(cfg.model)}
     for what, extra in (("adapters", weights.LORA), ("TTT layers", "ttt_")):
         here = {(t.file, t.name): t.shape for t in folder.tensors if t.file.startswith(extra)}
         asked = {key: t.shape for key, t in wanted.items() if key[0].startswith(extra)}
         if here and here != asked:
             raise InputError(
-                f"the {what} in {cfg.base} are not those of the run ({'; '.join(list(differences(named(asked), named(here)))[:2])}): set"
+                f"the {what} in {cfg.base} are not those of the run ({'; '.join(list(differences(_by_name(asked), _by_name(here)))[:2])}): set"
                 f" {'model.lora' if what == 'adapters' else 'model.ttt'} as there, or give weights without {what}."
             )
     here = {(t.file, t.name) for t in folder.tensors}
     return [tensor for key, tensor in wanted.items() if key in here]
 
 
-def named(shapes: dict[tuple[str, str], tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def _by_name(shapes: dict[tuple[str, str], tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """By one name what has a file's and a tensor's."""
     return {f"{file.removesuffix('.safetensors')}/{name}": shape for (file, name), shape in shapes.items()}
 
@@ -115,22 +122,21 @@ def _shapes(cfg: MoshiConfig) -> Tree:
     return jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0))
 
 
-def _fresh(cfg: TrainConfig, mesh: Mesh, names: list[str]) -> Tree:
+def _fresh(cfg: TrainConfig, mesh: Mesh, names: Collection[str]) -> Tree:
     """The leaves `names` as the model starts them; TTT layers that join a trained model say nothing at first."""
-    wanted = set(names)
 
     def draw(key: jax.Array) -> Tree:
-        return pick(model.init_params(cfg.model, key), wanted)
+        drawn = pick(model.init_params(cfg.model, key), names)
+        if cfg.base is None:
+            return drawn
+        silent = lambda path, leaf: 0 * leaf if path[-1].key in ("out_kernel", "out_bias") else leaf  # noqa: E731
+        return jax.tree_util.tree_map_with_path(silent, drawn)
 
     key = jax.random.key(cfg.seed)
     shardings = sharding.params_shardings(mesh, jax.eval_shape(draw, key))
     # Random draws of many shapes take long to optimise and run once: on CPU this compiles in a fifth of the time.
     options = {"xla_backend_optimization_level": 0}
-    fresh = jax.jit(draw, out_shardings=shardings, compiler_options=options)(key)
-    if cfg.base is None:
-        return fresh
-    silent = lambda path, leaf: 0 * leaf if path[-1].key in ("out_kernel", "out_bias") else leaf  # noqa: E731
-    return jax.tree_util.tree_map_with_path(silent, fresh)
+    return jax.jit(draw, out_shardings=shardings, compiler_options=options)(key)
 
 
 def _place(cfg: TrainConfig, mesh: Mesh, path: tuple[str, ...], array: np.ndarray) -> Any:

@@ -1,73 +1,408 @@
-"""The loss curve of a run as a picture."""
+"""metrics.jsonl as pictures: the figure of a run, and runs side by side. Imports no jax."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ttt_jax.config import FRAME_RATE
 from ttt_jax.files import write_atomically
 
-SMOOTHING = 10  # metric lines over which curves are averaged
+Line = dict[str, Any]
+
+SMOOTHED = 10
+"""Lines that curves are averaged over, or a hundredth of all lines where that is more."""
+POINTS = 1500
+"""Points that a smoothed curve is drawn at, at most."""
+NAMED = 8
+"""TTT layers up to which each has a name in the legend; the colours of more are told by a bar."""
+
+# Colours of Okabe and Ito, which people with any kind of colour vision tell apart.
+RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GROUPS = {"base": "#0072B2", "attention": "#56B4E9", "lora": "#009E73", "ttt": "#D55E00", "gate": "#E69F00"}
+TEXT, TOTAL, OTHER = "#D55E00", "#000000", "#6B6B6B"
+INNER = {
+    "loss_base": (OTHER, "l(W0)"),
+    "loss_before": ("#000000", "l(W before)"),
+    "loss_after": ("#CC79A7", "l(W after)"),
+}
+"""As in the figures of `eval.draw`."""
 
 
-def loss_curve(lines: Sequence[dict[str, Any]], baseline: dict[str, float], path: Path) -> None:
-    """Draw losses by stream and what the TTT layers did over the steps of a run, as PNG.
+class Run(NamedTuple):
+    """A run to be compared."""
+
+    name: str
+    lines: Sequence[Line]
+    """Of metrics.jsonl, in order; at least one of a training step."""
+    hours: float | None
+    """Hours of speech that a step reads, all rows together; None: not known."""
+
+
+def draw_run(
+    lines: Sequence[Line], baseline: dict[str, float] | None, folder: Path, out: Path | None = None
+) -> list[Path]:
+    """Draw a run: losses, TTT layers, optimiser and speed over its steps.
 
     Args:
-        lines: of metrics.jsonl, in order; at least one.
-        baseline: nats of the unigram model by stream, drawn dashed in the stream's colour.
-        path: written at once or not at all.
+        lines: of metrics.jsonl, in order, of training steps and validations.
+        baseline: nats of the unigram model by stream, drawn dashed in the stream's colour; None: not known.
+        folder: of the run, which gives the figure its name.
+        out: the PNG's path; None: loss.png in `folder`.
+
+    Returns:
+        The PNG and a PDF beside it, each written at once or not at all; nothing where there is no training step yet.
     """
+    training, validation = _split(lines)
+    if not training:
+        return []
+    plt = _pyplot()
+    layers = _names(training, "ttt")
+    measured = _names(validation, "validation", "ttt")
+    figure = plt.figure(figsize=(15, 11 if layers else 7.6), layout="constrained")
+    figure.suptitle(_summary(folder.resolve().name, training, validation), fontsize=11)
+    rows = list(figure.subfigures(3 if layers else 2, 1, height_ratios=(1.25, 1, 1) if layers else (1.25, 1)))
+    streams, minimised = rows[0].subplots(1, 2, width_ratios=(1.6, 1))
+    _draw_streams(streams, training, validation, baseline or {})
+    _draw_minimised(minimised, training, validation)
+    by_step = [streams, minimised]
+    if layers:
+        panels = list(rows[1].subplots(1, 4 if measured else 2))
+        _draw_layers(panels[0], training, layers, "gate_abs", "Gates: mean |tanh alpha|")
+        _draw_layers(panels[1], training, layers, "displacement_ratio", "Norm of displacement / norm of W0")
+        _tell_layers(panels[1], layers)
+        by_step += panels[:2]
+        if measured:
+            _draw_inner(panels[2], validation, measured)
+            _draw_inner_by_layer(panels[3], validation[-1], measured)
+            by_step.append(panels[2])
+    norms, rates, speed = rows[-1].subplots(1, 3)
+    _draw_norms(norms, training)
+    _draw_rates(rates, training)
+    _draw_speed(speed, training)
+    for axis in (*by_step, norms, rates, speed):
+        _steps_below(axis, training[-1]["step"])
+    for axis in figure.axes:
+        if axis.get_label() != "<colorbar>":
+            axis.grid(alpha=0.25)
+    return _save(figure, folder / "loss.png" if out is None else out)
+
+
+def draw_runs(runs: Sequence[Run], out: Path) -> list[Path]:
+    """Draw minimised and validation losses of runs over steps and over hours of speech, side by side; PNG and PDF as `draw_run`."""
+    plt = _pyplot()
+    parts = [(run, *_split(run.lines)) for run in runs]
+    validated = any(validation for _, _, validation in parts)
+    timed = any(run.hours is not None for run in runs)
+    rows, columns = 1 + validated, 1 + timed
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(6.5 * columns, 3.6 * rows + 0.8),
+        squeeze=False,
+        sharex="col",
+        sharey="row",
+        layout="constrained",
+    )
+    for i, (run, training, validation) in enumerate(parts):
+        style = {"color": RUNS[i % len(RUNS)], "ls": ("-", "--", ":")[i // len(RUNS) % 3]}
+        for column, scale in enumerate([1, run.hours][:columns]):
+            if scale is None:
+                continue
+            x, y = _thin(_series(training, "step") * scale, _smooth(_series(training, "loss"), _span(training)))
+            axes[0, column].plot(x, y, lw=1.6, label=run.name, marker=_marker(x), markersize=4, **style)
+            if validation:
+                x, y = _series(validation, "step") * scale, _series(validation, "validation", "loss")
+                axes[1, column].plot(x, y, lw=1.4, marker="o", markersize=3.5, **style)
+    axes[0, 0].set_title("Minimised loss (moving average)", fontsize=10, loc="left")
+    axes[-1, 0].set_xlabel("step")
+    if validated:
+        axes[1, 0].set_title("Loss on the validation files", fontsize=10, loc="left")
+    if timed:
+        axes[-1, 1].set_xlabel("hours of speech: steps x rows x frames")
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("nats per token")
+    names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=min(len(runs), 3), frameon=False, fontsize=9)
+    return _save(figure, out)
+
+
+def _draw_streams(axis: Any, training: Sequence[Line], validation: Sequence[Line], baseline: dict[str, float]) -> None:
+    span, steps, at = _span(training), _series(training, "step"), _series(validation, "step")
+    names = _names(training, "streams")
+    for name, colour in zip(names, _stream_colours(names), strict=True):
+        values = _series(training, "streams", name)
+        if not np.isfinite(values).any():
+            continue  # speech without transcripts
+        x, y = _thin(steps, _smooth(values, span))
+        axis.plot(x, y, color=colour, lw=1.3, label=name, marker=_marker(x), markersize=4)
+        axis.plot(at, _series(validation, "validation", "streams", name), "o:", color=colour, markersize=3.5, lw=0.7)
+        if np.isfinite(level := _number(baseline.get(name))):
+            axis.axhline(level, color=colour, ls="--", lw=0.8)
+    told = [f"mean of {span} lines" if len(training) > 1 else "one line"]
+    told += ["dots: validation"] * bool(validation) + ["dashed: unigram model of the training data"] * bool(baseline)
+    axis.set_title(f"Loss by stream ({'; '.join(told)})", fontsize=10, loc="left")
+    axis.set_ylabel("nats per token")
+    _legend_beside(axis)
+
+
+def _draw_minimised(axis: Any, training: Sequence[Line], validation: Sequence[Line]) -> None:
+    steps, values = _series(training, "step"), _series(training, "loss")
+    x, y = _thin(steps, _smooth(values, _span(training)))
+    axis.plot(steps, values, color=TOTAL, lw=0.6, alpha=0.3)
+    axis.plot(x, y, color=TOTAL, lw=1.6, marker=_marker(x), markersize=4)
+    axis.plot(
+        _series(validation, "step"),
+        _series(validation, "validation", "loss"),
+        "o-",
+        color=RUNS[0],
+        markersize=4,
+        lw=1.2,
+    )
+    told = "; blue: validation" if validation else ""
+    axis.set_title(f"Minimised loss (light: line by line{told})", fontsize=10, loc="left")
+
+
+def _draw_layers(axis: Any, training: Sequence[Line], layers: Sequence[str], name: str, title: str) -> None:
+    for layer, colour in zip(layers, _shades(len(layers)), strict=True):
+        x, y = _thin(_series(training, "step"), _smooth(_series(training, "ttt", layer, name), _span(training)))
+        axis.plot(x, y, color=colour, lw=1.2, label=f"layer {layer}", marker=_marker(x), markersize=4)
+    axis.set_title(title, fontsize=10, loc="left")
+
+
+def _tell_layers(axis: Any, layers: Sequence[str]) -> None:
+    """Which colour is which layer's, to the right of `axis`."""
+    if len(layers) <= NAMED:
+        return _legend_beside(axis)
+    from matplotlib import cm, colors
+
+    # One field for each layer, as layers need not follow each other.
+    scale = cm.ScalarMappable(colors.NoNorm(0, len(layers) - 1), colors.ListedColormap(_shades(len(layers))))
+    bar = axis.figure.colorbar(scale, ax=axis, label="layer", pad=0.02)
+    bar.set_ticks(shown := _some(len(layers)), labels=[layers[i] for i in shown])
+
+
+def _draw_inner(axis: Any, validation: Sequence[Line], layers: Sequence[str]) -> None:
+    steps = _series(validation, "step")
+    for name, (colour, label) in INNER.items():
+        values = [_series(validation, "validation", "ttt", layer, name) for layer in layers]
+        axis.plot(steps, np.mean(values, 0), "o-", color=colour, markersize=3.5, lw=1.2, label=label)
+    _log_above(axis)
+    over = f"mean of {len(layers)} layers" if len(layers) > 1 else f"layer {layers[0]}"
+    axis.set_title(f"Inner losses in validation ({over})", fontsize=10, loc="left")
+
+
+def _draw_inner_by_layer(axis: Any, line: Line, layers: Sequence[str]) -> None:
+    """The last validation's inner losses, one above the other for each layer."""
+    places = np.arange(len(layers))
+    found = {
+        name: np.array([_series([line], "validation", "ttt", layer, name)[0] for layer in layers]) for name in INNER
+    }
+    everything = np.stack(list(found.values()))
+    axis.vlines(places, everything.min(0), everything.max(0), color=OTHER, lw=0.8, alpha=0.6)
+    for name, (colour, label) in INNER.items():
+        axis.plot(places, found[name], "o", color=colour, markersize=4, label=label)
+    _log_above(axis)
+    axis.set_xticks(shown := _some(len(layers)), labels=[layers[i] for i in shown])
+    axis.set_xlim(-0.7, len(layers) - 0.3)
+    axis.set_xlabel("TTT layer")
+    axis.set_title(f"Inner losses by layer at step {line['step']:,}", fontsize=10, loc="left")
+    _legend_beside(axis)
+
+
+def _draw_norms(axis: Any, training: Sequence[Line]) -> None:
+    steps, total = _series(training, "step"), _series(training, "grad_norm")
+    axis.plot(steps, total, color=TOTAL, lw=0.6, alpha=0.3)
+    curves = [("all", TOTAL, total)]
+    curves += [
+        (name, GROUPS.get(name, OTHER), _series(training, "grad_norms", name))
+        for name in _names(training, "grad_norms")
+    ]
+    for name, colour, values in curves:
+        with np.errstate(divide="ignore"):
+            logs = np.log(values)
+        x, y = _thin(steps, np.exp(_smooth(logs, _span(training))))
+        axis.plot(x, y, color=colour, lw=1.3, label=name, marker=_marker(x), markersize=4)
+    _log_above(axis)
+    axis.set_title("Norm of the gradient before clipping, by group", fontsize=10, loc="left")
+    _legend_beside(axis)
+
+
+def _draw_rates(axis: Any, training: Sequence[Line]) -> None:
+    for i, name in enumerate(_names(training, "lr")):
+        x, y = _thin(_series(training, "step"), _series(training, "lr", name))
+        # Groups often share a rate: dashes let the one beneath show.
+        axis.plot(
+            x,
+            y,
+            color=GROUPS.get(name, OTHER),
+            lw=1.5,
+            ls=("-", (0, (5, 4)), (0, (2, 3)))[i % 3],
+            label=name,
+            marker=_marker(x),
+        )
+    _log_above(axis)
+    axis.set_title("Learning rate by group", fontsize=10, loc="left")
+    _legend_beside(axis)
+
+
+def _draw_speed(axis: Any, training: Sequence[Line]) -> None:
+    values = _series(training, "frames_per_second")
+    axis.plot(_series(training, "step"), values, color=RUNS[0], lw=1, marker=_marker(values), markersize=4)
+    axis.set_ylim(0, 1.1 * max(np.nanmax(values, initial=0), 1e-9))
+    axis.set_title(f"Frames per second (median {np.nanmedian(values):,.0f})", fontsize=10, loc="left")
+    axis.secondary_yaxis("right", functions=(lambda y: y / FRAME_RATE, lambda y: y * FRAME_RATE)).set_ylabel(
+        "times real time"
+    )
+
+
+def _summary(name: str, training: Sequence[Line], validation: Sequence[Line]) -> str:
+    last = training[-1]
+    minutes = last["seconds"] / 60
+    told = [f"step {last['step']:,}", f"{minutes / 60:.1f} hours" if minutes >= 100 else f"{minutes:.1f} minutes"]
+    told.append(f"loss {_smooth(_series(training, 'loss'), _span(training))[-1]:.3f}")
+    losses = _series(validation, "validation", "loss")
+    if np.isfinite(losses).any():
+        best = int(np.nanargmin(losses))
+        told.append(f"validation {losses[-1]:.3f} (best {losses[best]:.3f} at step {validation[best]['step']:,})")
+    if last.get("skipped"):
+        told.append(f"{last['skipped']} steps left out as not finite")
+    return f"{name}: {', '.join(told)}"
+
+
+def _split(lines: Sequence[Line]) -> tuple[list[Line], list[Line]]:
+    """Lines of training steps, lines of validations."""
+    return [line for line in lines if "validation" not in line], [line for line in lines if "validation" in line]
+
+
+def _series(lines: Sequence[Line], *keys: str) -> np.ndarray:
+    """The number under `keys` in every line, float [lines]; NaN where there is none."""
+    values = []
+    for line in lines:
+        value: Any = line
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        values.append(_number(value))
+    return np.array(values, float)
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else float(value)
+
+
+def _names(lines: Sequence[Line], *keys: str) -> list[str]:
+    """The names that stand under `keys` in the last line; all lines of a run have the same."""
+    value: Any = lines[-1] if lines else {}
+    for key in keys:
+        value = value.get(key, {})
+    return list(value)
+
+
+def _span(lines: Sequence[Line]) -> int:
+    return max(SMOOTHED, len(lines) // 100)
+
+
+def _smooth(values: np.ndarray, span: int) -> np.ndarray:
+    """Each value averaged with its neighbours, `span` together; what is not finite is left out, NaN where nothing is left.
+
+    Where the curve begins, and is steep, with as many before it as behind it; at the end with those that there are.
+    """
+    known, at = np.isfinite(values), np.arange(len(values))
+    reach = np.minimum(at, span // 2)
+
+    def sums(x: np.ndarray) -> np.ndarray:
+        total = np.concatenate([[0], np.cumsum(x)])
+        return total[np.minimum(at + reach + 1, len(x))] - total[at - reach]
+
+    counts = sums(known)
+    return np.where(counts > 0, sums(np.where(known, values, 0.0)) / np.maximum(counts, 1), np.nan)
+
+
+def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most `POINTS` points of a smooth curve, its ends among them."""
+    chosen = np.unique(np.linspace(0, len(x) - 1, min(len(x), POINTS)).round().astype(int))
+    return x[chosen], y[chosen]
+
+
+def _marker(x: np.ndarray) -> str | None:
+    """A line needs two points to show, and a few to be believed."""
+    return "o" if len(x) < 5 else None
+
+
+def _some(count: int) -> range:
+    """Places of the layers that are named where there is no room for all."""
+    return range(0, count, -(-count // NAMED))
+
+
+def _shades(count: int) -> list[Any]:
+    """Colours of an order, from dark to light, none too light for white paper."""
+    from matplotlib import colormaps
+
+    return list(colormaps["viridis"](np.linspace(0, 0.88, count)))
+
+
+def _stream_colours(names: Sequence[str]) -> list[Any]:
+    """The text stands out; codebooks go from dark to light."""
+    shades = iter(_shades(sum(name != "text" for name in names)))
+    return [TEXT if name == "text" else next(shades) for name in names]
+
+
+def _log_above(axis: Any) -> None:
+    """A logarithmic scale with plain numbers, more than the powers of ten where it spans less than two."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axis.get_lines()] or [np.empty(0)])
+    values = values[np.isfinite(values) & (values > 0)]
+    if not len(values):
+        return
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if values.max() < 100 * values.min() else (1,)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _steps_below(axis: Any, last: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_xlim(0, last * 1.02)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.set_xlabel("step")
+
+
+def _legend_beside(axis: Any) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    if labels:
+        axis.legend(handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+
+
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> list[Path]:
     from matplotlib import pyplot as plt
+    from matplotlib.text import Text
 
-    figure, (losses, memory) = plt.subplots(
-        2, 1, figsize=(8, 8), sharex=True, height_ratios=(2, 1), layout="constrained"
-    )
-    steps = np.array([line["step"] for line in lines])
-    for i, (name, level) in enumerate(baseline.items()):
-        colour = plt.get_cmap("tab10")(i)
-        losses.plot(steps, _smooth([line["streams"][name] for line in lines]), color=colour, label=name, linewidth=1.2)
-        losses.axhline(level, color=colour, linestyle="--", linewidth=0.7)
-    losses.plot(steps, _smooth([line["loss"] for line in lines]), color="black", label="minimised", linewidth=1.8)
-    losses.set_ylabel("nats per token")
-    losses.set_title(f"Training loss (mean of {SMOOTHING} lines; dashed: unigram model of the training data)")
-    losses.legend(ncols=2, fontsize=8, frameon=False)
-    for i, layer in enumerate(lines[-1]["ttt"]):
-        for key, style, what in (
-            ("gate_abs", "-", "mean |tanh alpha|"),
-            ("displacement_ratio", ":", "displacement / base norm"),
-        ):
-            values = _smooth([line["ttt"][layer][key] for line in lines])
-            memory.plot(steps, values, style, color=plt.get_cmap("tab10")(i), label=f"layer {layer}: {what}")
-    memory.set_xlabel("step")
-    memory.set_title("TTT layers")
-    if lines[-1]["ttt"]:
-        memory.legend(fontsize=8, frameon=False)
-    for axis in (losses, memory):
-        axis.grid(alpha=0.25)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a $ in the name of a run is a $
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # where things lie is settled once, not for each kind
+    paths = [path, path.with_suffix(".pdf")]
+    for kind, written in zip(("png", "pdf"), paths, strict=True):
+        content = io.BytesIO()
+        # Without a date the same metrics give the same file.
+        figure.savefig(content, dpi=110, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
+        write_atomically(written, content.getvalue())
     plt.close(figure)
-    write_atomically(path, picture.getvalue())
-
-
-def _smooth(values: Sequence[float | None]) -> np.ndarray:
-    """Each value averaged with up to `SMOOTHING` - 1 before it, missing ones left out."""
-    values = np.array(values, float)
-    return np.array(
-        [
-            np.nanmean(part) if np.isfinite(part).any() else np.nan
-            for part in map(values.__getitem__, _spans(len(values)))
-        ]
-    )
-
-
-def _spans(count: int) -> list[slice]:
-    return [slice(max(end - SMOOTHING, 0), end) for end in range(1, count + 1)]
+    return paths

@@ -17,12 +17,13 @@ from jax.sharding import Mesh
 
 from train import optim
 from train.config import LossConfig, TrainConfig
-from train.trained import Tree, merge, split
+from train.trained import split
 from train.windows import Batch
 from ttt_jax import sharding
 from ttt_jax.data.text import EPAD, PAD
 from ttt_jax.moshi import model
 from ttt_jax.moshi.loss import score
+from ttt_jax.trees import Tree, merge
 
 
 class TrainState(NamedTuple):
@@ -59,6 +60,8 @@ class Metrics(NamedTuple):
     """Learning rate by group."""
     ttt: dict[int, dict[str, jax.Array]]
     """Gates and norms by TTT layer (`model.ttt_summary`), after the step's frames, of the weights that read them."""
+    skipped: jax.Array
+    """Steps left out so far, this one included, int32 []."""
     stop: jax.Array
     """Whether a process was asked to stop, bool []."""
 
@@ -78,6 +81,10 @@ class Sums(NamedTuple):
     """Half the variance of the logits by stream [1 + Q]."""
     counts: jax.Array
     """Targets by stream [1 + Q]."""
+    inner: jax.Array | None = None
+    """Inner losses before any learning, before and after a frame's own step, heads averaged, by TTT layer [L, 3], where measured."""
+    frames: jax.Array | None = None
+    """Valid frames [], where measured."""
 
 
 def token_weights(targets: jax.Array, cfg: LossConfig) -> jax.Array:
@@ -91,24 +98,32 @@ def token_weights(targets: jax.Array, cfg: LossConfig) -> jax.Array:
 
 
 def chunk_sums(
-    params: Tree, batch: Batch, stream: model.State, cfg: TrainConfig, block: int
+    params: Tree, batch: Batch, stream: model.State, cfg: TrainConfig, block: int, measured: bool = False
 ) -> tuple[Sums, model.State]:
     """What one chunk costs, and the state after it.
 
     Args:
-      params: all of the model's; batch: one chunk, without the leading axis; stream: at its start; block: as in `score`.
+      params: all of the model's; batch: one chunk, without the leading axis; stream: at its start; block: as in `score`;
+        measured: whether to measure the TTT layers.
     """
     stream = model.reset_rows(stream, batch.reset, cfg.model)
     if cfg.state == "reset":
         stream = model.reset_ttt_rows(stream, jnp.ones(batch.reset.shape, bool))
     if not cfg.carry_attention:
         stream = model.clear_rings(stream)
-    encoded, stream = model.encode(params, batch.frames, batch.mask, stream, cfg.model, remat=cfg.remat)
+    encoded, stream = model.encode(params, batch.frames, batch.mask, stream, cfg.model, measured, cfg.remat)
     scores = score(params, encoded, cfg.model, block, cfg.remat)
     weights = token_weights(encoded.targets, cfg.loss) * encoded.target_mask
     rows = (scores.nats * weights).sum((1, 2))
     by_stream = scores.nats.sum((0, 2)), scores.half_variance.sum((0, 2)), encoded.target_mask.sum((0, 2))
-    return Sums(rows.sum(), weights.sum(), rows, *by_stream), stream
+    sums = Sums(rows.sum(), weights.sum(), rows, *by_stream)
+    if measured:
+        inner = encoded.ttt.inner if encoded.ttt else None
+        losses = (
+            [x.mean(-1).sum((1, 2)) for x in (inner.loss_base, inner.loss_before, inner.loss_after)] if inner else []
+        )
+        sums = sums._replace(inner=jnp.stack(losses, -1) if losses else None, frames=batch.mask.sum())
+    return sums, stream
 
 
 def step_sums(
@@ -124,7 +139,7 @@ def step_sums(
         return stream, sums
 
     stream, sums = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), stream, batch)
-    return Sums(*(leaf if name == "rows" else leaf.sum(0) for name, leaf in sums._asdict().items())), stream
+    return jax.tree.map(lambda leaf: leaf.sum(0), sums)._replace(rows=sums.rows), stream
 
 
 def gradient(
@@ -151,14 +166,16 @@ def gradient(
         def part(carry: tuple[Tree, model.State], i: jax.Array):
             total, stream = carry
             own = Batch(*(_take(x, 1, parts, i) for x in batch))
-            grads, (sums, after) = differentiate(trained, own, _map_rows(lambda x, axis: _take(x, axis, parts, i), stream))
+            grads, (sums, after) = differentiate(
+                trained, own, _map_rows(lambda x, axis: _take(x, axis, parts, i), stream)
+            )
             stream = _map_rows(lambda x, axis, new: _put(x, axis, parts, i, new), stream, after)
             return (jax.tree.map(jnp.add, total, grads), stream), sums
 
         zeros = jax.tree.map(jnp.zeros_like, trained)
         (grads, stream), sums = jax.lax.scan(part, (zeros, stream), jnp.arange(parts))
         rows = jnp.moveaxis(sums.rows, 0, 2).reshape(batch.reset.shape)
-        sums = Sums(*(leaf.sum(0) for leaf in sums._replace(rows=sums.loss)))._replace(rows=rows)
+        sums = jax.tree.map(lambda leaf: leaf.sum(0), sums)._replace(rows=rows)
     weight = jnp.maximum(sums.weight, 1e-8)
     return jax.tree.map(lambda g: g / weight, grads), sums, stream
 
@@ -184,7 +201,9 @@ def make_train_step(cfg: TrainConfig, mesh: Mesh) -> Callable:
             skipped = state.skipped
             if cfg.optim.skips:
                 finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
-                new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, tuple(state[2:]))
+                # A row that began a file must not go on with the state of the file before.
+                kept = *state[2:4], model.reset_rows(state.stream, batch.reset.any(0), cfg.model)
+                new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
                 skipped = skipped + ~finite
             metrics = Metrics(
                 loss=sums.loss / jnp.maximum(sums.weight, 1e-8),
@@ -195,6 +214,7 @@ def make_train_step(cfg: TrainConfig, mesh: Mesh) -> Callable:
                 grad_norms=norms,
                 rates={group: schedules[group](state.step - state.skipped) for group in norms},
                 ttt=model.ttt_summary(merge(state.trained, frozen), stream, cfg.model),
+                skipped=skipped,
                 stop=stop.any(),
             )
             return TrainState(state.step + 1, skipped, *new), metrics
@@ -227,13 +247,17 @@ def state_like(cfg: TrainConfig, mesh: Mesh) -> TrainState:
         stream=sharding.state_shardings(mesh, shapes.stream),
     )
     return jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes._replace(trained=trained), shardings
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        shapes._replace(trained=trained),
+        shardings,
     )
 
 
 def _init_rest(cfg: TrainConfig, trained: Tree) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, None, optim.make_optimizer(cfg).init(trained), model.init_state(cfg.model, cfg.data.batch))
+    return TrainState(
+        zero, zero, None, optim.make_optimizer(cfg).init(trained), model.init_state(cfg.model, cfg.data.batch)
+    )
 
 
 def _group_norm(grads: Tree, groups: Tree, name: str) -> jax.Array:
@@ -243,7 +267,10 @@ def _group_norm(grads: Tree, groups: Tree, name: str) -> jax.Array:
 
 def _map_rows(f: Callable, stream: model.State, *others: model.State) -> model.State:
     """`f` of every leaf, the axis that counts its rows, and the leaves of `others`."""
-    first = [jax.tree.map(lambda x, *ys: f(x, 0, *ys), *parts) for parts in zip(*(s[:3] for s in (stream, *others)), strict=True)]
+    first = [
+        jax.tree.map(lambda x, *ys: f(x, 0, *ys), *parts)
+        for parts in zip(*(s[:3] for s in (stream, *others)), strict=True)
+    ]
     layers = jax.tree.map(lambda x, *ys: f(x, 1, *ys), stream.layers, *(s.layers for s in others))
     return model.State(*first, layers)
 

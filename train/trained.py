@@ -7,16 +7,11 @@ The optimiser, gradients and masters exist for the first alone. A stack of layer
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
-from typing import Any
-
-import jax
 
 from train.config import TrainConfig
 from ttt_jax.config import parse_layers
 from ttt_jax.errors import InputError
-
-Tree = dict[str, Any]
+from ttt_jax.trees import Tree, named, pick
 
 
 def fit(cfg: TrainConfig) -> TrainConfig:
@@ -45,42 +40,9 @@ def trains(path: str, cfg: TrainConfig) -> bool:
 
 
 def split(params: Tree, cfg: TrainConfig) -> tuple[Tree, Tree]:
-    """(what trains, what is frozen) of `params`: nested as they are, without the leaves of the other."""
-    return pick(params, wanted := {path for path in paths(params) if trains(path, cfg)}), pick(
-        params, set(paths(params)) - wanted
-    )
-
-
-def merge(*parts: Tree) -> Tree:
-    """The tree that has the leaves of all `parts`, which share none."""
-    keys = dict.fromkeys(key for part in parts for key in part)
-
-    def one(key: str) -> Any:
-        found = [part[key] for part in parts if key in part]
-        return found[0] if len(found) == 1 else merge(*found)
-
-    return {key: one(key) for key in keys}
-
-
-def paths(params: Tree) -> list[str]:
-    """The path of every leaf, as "layers/layers_29_31/ttt/gate"."""
-    return [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
-    ]
-
-
-def pick(params: Tree, wanted: Collection[str], _prefix: str = "") -> Tree:
-    """The leaves of `params` whose paths are `wanted`, nested as they are, without empty branches."""
-    found = {}
-    for key, value in params.items():
-        path = _prefix + key
-        if isinstance(value, dict):
-            if inner := pick(value, wanted, path + "/"):
-                found[key] = inner
-        elif path in wanted:
-            found[key] = value
-    return found
+    """(what trains, what is frozen) of `params`; `ttt_jax.trees.merge` puts them together again."""
+    wanted = {path for path in named(params) if trains(path, cfg)}
+    return pick(params, wanted), pick(params, named(params).keys() - wanted)
 
 
 def _attention(cfg: TrainConfig) -> tuple[int, ...]:

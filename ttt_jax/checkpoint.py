@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax import integrity, record
+from ttt_jax import integrity, record, trees
 from ttt_jax.config import MoshiConfig
 from ttt_jax.differences import differences
 from ttt_jax.errors import InputError
@@ -317,7 +317,7 @@ def load_run(run_dir: str | Path) -> Run:
 
     def like(meta: dict[str, Any]) -> tuple[Any, None]:
         stored = meta.get("stored")
-        return (whole(meta) if stored is None else _part(whole(meta), stored)), None
+        return (whole(meta) if stored is None else trees.pick(whole(meta), set(stored))), None
 
     with open_run(run_dir) as checkpoints:
         saved = checkpoints.restore(like)
@@ -325,27 +325,6 @@ def load_run(run_dir: str | Path) -> Run:
     if saved.meta.get("stored") is not None:
         params = _completed(run_dir, saved, config, whole(saved.meta))
     return Run(config, params, {**saved.meta, "step": saved.step})
-
-
-def _part(params: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """The leaves of a nested dict whose paths ("layers/layers_0_1/ttt/gate") are in `names`, nested as before."""
-    return _nested({name: leaf for name, leaf in integrity.named(params).items() if name in set(names)})
-
-
-def _joined(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """One nested dict of the leaves of several."""
-    return _nested({name: leaf for some in parts for name, leaf in integrity.named(some).items()})
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        branch = tree
-        for key in parents:
-            branch = branch.setdefault(key, {})
-        branch[name] = leaf
-    return tree
 
 
 def _completed(run_dir: str | Path, saved: Saved, config: MoshiConfig, like: Any) -> dict[str, Any]:
@@ -357,15 +336,15 @@ def _completed(run_dir: str | Path, saved: Saved, config: MoshiConfig, like: Any
         raise InputError(
             f"{base['path']}, the weights that {run_dir} stands on, is gone: bring the folder back to that place."
         )
-    missing = integrity.named(like).keys() - integrity.named(saved.params).keys()
+    missing = trees.named(like).keys() - trees.named(saved.params).keys()
     with weights.Folder(base["path"]) as folder:
         if folder.info["digest"] != base["digest"]:
             raise InputError(
                 f"{base['path']} has the digest {folder.info['digest']}, but {run_dir} stands on weights with {base['digest']}:"
                 " bring those back to that place."
             )
-        params = _joined(weights.read(folder, config, missing), saved.params)
-    shapes = [{name: leaf.shape for name, leaf in integrity.named(tree).items()} for tree in (like, params)]
+        params = trees.merge(weights.read(folder, config, missing), saved.params)
+    shapes = [{name: leaf.shape for name, leaf in trees.named(tree).items()} for tree in (like, params)]
     if told := "; ".join(differences(*shapes)):
         raise InputError(
             f"{run_dir} with its base {base['path']} {told}: load it with the version of ttt_jax that its meta names."

@@ -343,7 +343,8 @@ class MoshiConfig:
         ]
         starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
         return tuple(
-            Run(start, stop, *kinds[start][:2]) for start, stop in zip(starts, [*starts[1:], self.num_layers], strict=True)
+            Run(start, stop, *kinds[start][:2])
+            for start, stop in zip(starts, [*starts[1:], self.num_layers], strict=True)
         )
 
 

@@ -17,17 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ttt_jax.trees import named
+
 Record = dict[str, Any]
 
 
 class Damaged(Exception):
     """What is stored is not what was saved; the message says in what."""
-
-
-def named(tree: Any) -> dict[str, Any]:
-    """The leaves of `tree` by their paths, as "layers/layers_0_1/ttt/gate"."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def listing(tree: Any) -> dict[str, tuple[str, tuple[int, ...]]]:

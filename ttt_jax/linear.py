@@ -86,7 +86,9 @@ def linear(x: jax.Array, kernel: Kernel, scaling: float = 1.0, wide: bool = Fals
     y = _product(x, kernel.w, wide)
     if kernel.lora_a is None:
         return y
-    return y + scaling * _product(_product(x, kernel.lora_a, False), kernel.lora_b, wide)
+    # Kept apart: XLA would join products that share an operand, and copy the matrices together for it.
+    narrow = _product(jax.lax.optimization_barrier(x), kernel.lora_a, False)
+    return y + scaling * _product(narrow, kernel.lora_b, wide)
 
 
 def _product(x: jax.Array, w: jax.Array, wide: bool) -> jax.Array:

@@ -104,7 +104,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def rows_sharding(mesh: Mesh, lead: int = 0) -> NamedSharding:
-    """The sharding of an array whose axis `lead` counts rows. """
+    """The sharding of an array whose axis `lead` counts rows."""
     return NamedSharding(mesh, P(*(None,) * lead, ROWS))
 
 
@@ -121,7 +121,12 @@ def local_rows(mesh: Mesh, batch: int) -> range:
             f"data.batch={batch} does not divide among mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']}: choose a"
             f" multiple of {parts}."
         )
-    found = sorted({index[0].indices(batch)[:2] for index in rows_sharding(mesh).addressable_devices_indices_map((batch,)).values()})
+    found = sorted(
+        {
+            index[0].indices(batch)[:2]
+            for index in rows_sharding(mesh).addressable_devices_indices_map((batch,)).values()
+        }
+    )
     rows = [row for start, stop in found for row in range(start, stop)]
     if rows != list(range(rows[0], rows[0] + len(rows))):
         raise InputError(

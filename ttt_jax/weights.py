@@ -257,7 +257,9 @@ def load(folder: str | Path, verify: bool = False) -> Weights:
         return Weights(found.cfg, read(found, found.cfg), found.info)
 
 
-def read(folder: Folder, cfg: MoshiConfig, names: Collection[str] | None = None, place: Place | None = None) -> dict[str, Any]:
+def read(
+    folder: Folder, cfg: MoshiConfig, names: Collection[str] | None = None, place: Place | None = None
+) -> dict[str, Any]:
     """The leaves of `cfg`'s parameters that are in `folder`; `cfg` may stack layers otherwise and have layers or adapters more.
 
     Args:

@@ -82,10 +82,16 @@ class Line(NamedTuple):
     """Position of each frame, int32 [B, T], as in `Positions`."""
     source: jax.Array
     """What stands at each place of the line, int32 [B, S + T]: a slot of the ring, or S + a frame of the call."""
+    frame: jax.Array
+    """Frame of the call that stands at each place, int32 [B, S + T]; T: none, but the ring, or a frame beyond the valid ones."""
     place: jax.Array
     """Place of each frame of the call, int32 [B, T]."""
     slot: jax.Array
     """Place of what each slot of the ring holds after the call, int32 [B, S]."""
+    to: jax.Array
+    """Place that each slot of the ring and each frame of the call has in the line, int32 [B, S + T]; S + T: none."""
+    keeper: jax.Array
+    """Slot that holds what stands at each place of the line after the call, int32 [B, S + T]; S: none."""
 
 
 def can_fuse(frames: int, context: int, width: int, dtype: jnp.dtype) -> bool:
@@ -102,14 +108,20 @@ def line_up(start: jax.Array, mask: jax.Array, context: int) -> Line:
     """Where everything stands for `attend_fused`; arguments as for `positions`."""
     rank = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
     held, valid = jnp.minimum(start, context)[:, None], mask.sum(1, keepdims=True)
-    place = jnp.arange(context + mask.shape[1])[None]
+    total = context + mask.shape[1]
+    place = jnp.arange(total)[None]
     order = jnp.argsort(~mask, axis=1, stable=True)  # valid frames first, in order
-    frame = jnp.take_along_axis(order, jnp.clip(place - held, 0, mask.shape[1] - 1), 1)
-    source = jnp.where(place < held, (start[:, None] - held + place) % context, context + frame)
+    filler = jnp.take_along_axis(order, jnp.clip(place - held, 0, mask.shape[1] - 1), 1)
+    source = jnp.where(place < held, (start[:, None] - held + place) % context, context + filler)
+    frame = jnp.where((place >= held) & (place < held + valid), filler, mask.shape[1])
     last = start[:, None] + valid - 1
     age = (last - jnp.arange(context)[None]) % context  # of what the slot holds; beyond the line where it holds nothing
     slot = jnp.maximum(held + valid - 1 - age, 0)
-    return Line(start[:, None] + rank, *(x.astype(jnp.int32) for x in (source, held + rank, slot)))
+    oldest = (jnp.arange(context)[None] - (start[:, None] - held)) % context
+    to = jnp.concatenate([jnp.where(oldest < held, oldest, total), jnp.where(mask, held + rank, total)], 1)
+    stays = (place < held + valid) & (place >= held + valid - context)
+    keeper = jnp.where(stays, (start[:, None] - held + place) % context, context)
+    return Line(start[:, None] + rank, *(x.astype(jnp.int32) for x in (source, frame, held + rank, slot, to, keeper)))
 
 
 def attend_fused(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring, where: Line) -> tuple[jax.Array, Ring]:
@@ -119,19 +131,44 @@ def attend_fused(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring, where: Li
       What is read [B, T, H, K] and the ring after the call.
     """
     context = ring.k.shape[2]
-
-    def take(x: jax.Array, index: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, index[:, :, None, None], 1)
+    frames = k.shape[1]
 
     def line(held: jax.Array, new: jax.Array) -> jax.Array:
-        return take(jnp.concatenate([held.swapaxes(1, 2), new], 1), where.source)
+        return _move(jnp.concatenate([held.swapaxes(1, 2), new], 1), where.source, where.to)
 
     keys, values = line(ring.k, k), line(ring.v, v)
-    queries = take(q, jnp.maximum(where.source - context, 0))
     read = jax.nn.dot_product_attention(
-        queries, keys, values, is_causal=True, local_window_size=(context - 1, 0), implementation="cudnn"
+        _move(q, jnp.minimum(where.frame, frames - 1), where.to[:, context:]),
+        keys,
+        values,
+        is_causal=True,
+        local_window_size=(context - 1, 0),
+        implementation="cudnn",
     )
-    return take(read, where.place), Ring(*(take(x, where.slot).swapaxes(1, 2) for x in (keys, values)))
+    kept = Ring(*(_move(x, where.slot, where.keeper).swapaxes(1, 2) for x in (keys, values)))
+    return _move(read, where.place, where.frame), kept
+
+
+@jax.custom_vjp
+def _move(x: jax.Array, source: jax.Array, to: jax.Array) -> jax.Array:
+    """x[b, source[b, n]], [B, N, H, K] of [B, M, H, K], where `to` int32 [B, M] says to which n each entry went; N: to none.
+
+    What an entry got copied to elsewhere, unasked (places beyond the valid frames), gets no gradient. So the gradient is a gather, too;
+    of a gather along an index JAX knows no better than to scatter, which takes longer than the attention itself.
+    """
+    return jnp.take_along_axis(x, source[:, :, None, None], 1)
+
+
+def _move_forward(x: jax.Array, source: jax.Array, to: jax.Array):
+    return _move(x, source, to), to
+
+
+def _move_backward(to: jax.Array, grad: jax.Array):
+    index = jnp.minimum(to, grad.shape[1] - 1)[:, :, None, None]
+    return jnp.where((to < grad.shape[1])[:, :, None, None], jnp.take_along_axis(grad, index, 1), 0), None, None
+
+
+_move.defvjp(_move_forward, _move_backward)
 
 
 def write(rings: Ring, k: jax.Array, v: jax.Array, start: jax.Array, mask: jax.Array) -> Ring:

@@ -1,0 +1,164 @@
+"""What `test_sharding.py` runs in a process of its own with four simulated devices; it writes what it found as JSON.
+
+    JAX_NUM_CPU_DEVICES=4 python -m tests.many_devices OUT [MESH ...]
+
+with meshes such as "2,1,2" (data, fsdp, tensor), "2,1,2/2" for a batch in two parts, or "1,2,2-" without the constraint on the inner
+loop's inputs, of which only the program is looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+
+import jax
+import numpy as np
+
+from tests import small_step
+from tests.drawing import QUICK
+from tests.small_step import LORA, batch
+from train import parameters, step
+from train.trained import split
+from ttt_jax import sharding
+from ttt_jax.trees import named
+from ttt_jax.ttt import layer
+
+STEPS = 3
+FRAMES = 20
+COLLECTIVES = re.compile(
+    r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)(-start)?\("
+)
+
+
+def computations(text: str) -> dict[str, list[str]]:
+    """The instructions of each computation of an HLO module, by its name."""
+    found, current = {}, None
+    for line in text.splitlines():
+        head = re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line)
+        if head:
+            current = found.setdefault(head[1], [])
+        elif current is not None and line.startswith(" "):
+            current.append(line.strip())
+    return found
+
+
+def called(line: str) -> list[str]:
+    """The computations that an instruction names."""
+    names = re.findall(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)", line)
+    for group in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
+        names += [name.strip().lstrip("%") for name in group.split(",")]
+    return names
+
+
+def loops(text: str) -> list[dict]:
+    """Of every loop its place in the library (op_name), whether it is reached from another loop, and the collectives inside."""
+    all_ = computations(text)
+
+    def reached(name: str, seen: set[str]) -> set[str]:
+        if name not in seen and name in all_:
+            seen.add(name)
+            for line in all_[name]:
+                for other in called(line):
+                    reached(other, seen)
+        return seen
+
+    found = []
+    for lines in all_.values():
+        for line in lines:
+            if not re.search(r"\bwhile\(", line):
+                continue
+            inside = [inner for name in set().union(*(reached(n, set()) for n in called(line))) for inner in all_[name]]
+            name = re.search(r'op_name="([^"]*)"', line)
+            names = [m[1] for inner in [line, *inside] if (m := re.search(r'op_name="([^"]*)"', inner))]
+            found.append(
+                {
+                    "name": name[1] if name else "",
+                    "ttt": any("/ttt/" in n for n in names),
+                    "backward": any("transpose(" in n for n in names),
+                    "products": sum(bool(re.search(r"\bdot\(|custom-call.*(dot|matmul)", inner)) for inner in inside),
+                    "collectives": sorted({m[1] for inner in inside if (m := COLLECTIVES.search(inner))}),
+                }
+            )
+    return found
+
+
+def put(tree, places):
+    return jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s), tree, places)
+
+
+def run(mesh: jax.sharding.Mesh, accumulate: int, steps: int = STEPS) -> dict:
+    """Some steps on `mesh`: what they told, the state they end in, where it lies, and the program."""
+    ttt = dataclasses.replace(small_step.MODEL.ttt, remat_group=2)  # a scan in a scan, and a rest
+    cfg = small_step.config(lora=LORA, accumulate=accumulate, ttt=ttt)
+    like = step.state_like(cfg, mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    trained = put(small_step.some_params(cfg)[0], places.trained)
+    state = step.init_state(cfg, mesh, trained)
+    rows, stop = sharding.rows_sharding(mesh, 1), jax.device_put(small_step.NO_STOP, sharding.rows_sharding(mesh))
+    batches = [batch(seed=i, frames=FRAMES, reset=[(0, 1)] if i == 1 else ()) for i in range(max(steps, 1))]
+    batches = [type(one)(*(jax.device_put(x, rows) for x in one)) for one in batches]
+    program = step.make_train_step(cfg, mesh).lower(state, {}, batches[0], stop).compile(compiler_options=QUICK)
+    told, moved = [], []
+    for one in batches[:steps]:
+        state, metrics = program(state, {}, one, stop)
+        told.append(
+            {
+                "loss": float(metrics.loss),
+                "streams": np.asarray(metrics.streams).tolist(),
+                "rows": np.asarray(metrics.rows).tolist(),
+                "grad_norm": float(metrics.grad_norm),
+                "grad_norms": {name: float(norm) for name, norm in metrics.grad_norms.items()},
+                "displacement": float(metrics.ttt[1]["displacement_norm"]),
+            }
+        )
+        leaves = zip(named(state).items(), jax.tree.leaves(like), strict=True)
+        moved += [name for (name, leaf), want in leaves if leaf.sharding != want.sharding]
+    adam = next(part for part in state.opt_state if hasattr(part, "mu"))
+    shards = lambda tree: {name: list(leaf.sharding.shard_shape(leaf.shape)) for name, leaf in named(tree).items()}  # noqa: E731
+    text = program.as_text()
+    return {
+        "told": told,
+        "moved": moved,
+        "shards": {"trained": shards(state.trained), "mu": shards(adam.mu), "nu": shards(adam.nu), "stream": shards(state.stream)},
+        "loops": loops(text),
+        "collectives": sorted({m[1] for m in COLLECTIVES.finditer(text)}),
+        "state": {
+            "trained": {name: np.asarray(leaf).tolist() for name, leaf in named(state.trained).items()},
+            "mu": {name: np.asarray(leaf).tolist() for name, leaf in named(adam.mu).items()},
+            "stream": {name: np.asarray(leaf).tolist() for name, leaf in named(state.stream).items()},
+        },
+    }  # fmt: skip
+
+
+def start(mesh: jax.sharding.Mesh, one: jax.sharding.Mesh) -> dict:
+    """Whether random parameters are those of one device, and where they lie."""
+    cfg = small_step.config(lora=LORA)
+    found, expected = (named(split(parameters.initial(cfg, m).trained, cfg)[0]) for m in (mesh, one))
+    table = named(step.state_like(cfg, mesh).trained)
+    return {
+        "differ": [name for name in found if not np.allclose(found[name], expected[name], atol=1e-6)],
+        "elsewhere": [name for name in found if found[name].sharding != table[name].sharding],
+        "names": len(found),
+    }
+
+
+def main(out: str, wanted: list[str]) -> None:
+    jax.config.update("jax_default_matmul_precision", "highest")
+    one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
+    results = {}
+    for name in wanted:
+        sizes = [int(size) for size in re.match(r"[\d,]+", name)[0].split(",")]
+        mesh = one if sizes == [1, 1, 1] else sharding.make_mesh(*sizes)
+        constraint = layer.by_rows
+        layer.by_rows = (lambda x, *axes: x) if name.endswith("-") else constraint
+        results[name] = run(mesh, 2 if name.endswith("/2") else 1, 0 if name.endswith("-") else STEPS)
+        layer.by_rows = constraint
+    results["start"] = start(sharding.make_mesh(1, 2, 2), one) if "1,2,2" in wanted else None
+    with open(out, "w") as file:
+        json.dump(results, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,84 @@
+"""``python -m train.plot RUN [RUN ...]``: draw a run, or several side by side, from their metrics.jsonl. Loads no jax."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from train import metrics, plots
+from ttt_jax import record
+from ttt_jax.command import run
+from ttt_jax.config import FRAME_RATE
+from ttt_jax.errors import InputError
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command line `args`; the exit code. Raises `InputError`: no such run, no metrics, no place to write to."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.plot",
+        description="Draw a run's losses, TTT layers, gradients, learning rates and speed; several runs: their losses side by side.",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, finished or not")
+    parser.add_argument(
+        "--out",
+        metavar="FILE.png",
+        help="where to draw, with a PDF beside it; unset: loss.png in the run's folder, of several runs runs.png here",
+    )
+    options = parser.parse_args(args)
+    out = _check_out(Path(options.out).expanduser()) if options.out is not None else None
+    folders = [Path(name).expanduser() for name in options.runs]
+    lines = [_read(folder) for folder in folders]
+    if len(folders) == 1:
+        paths = plots.draw_run(lines[0], _stored(folders[0] / "meta.json").get("unigram"), folders[0], out)
+    else:
+        runs = [
+            plots.Run(name, found, _hours(_stored(folder / "config.json")))
+            for name, found, folder in zip(_names(folders), lines, folders, strict=True)
+        ]
+        paths = plots.draw_runs(runs, out or Path("runs.png"))
+    for path in paths:
+        print(path)
+    return 0
+
+
+def _read(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise InputError(f"{folder} is not the folder of a run (it has no metrics.jsonl): give one, such as runs/NAME.")
+    lines = metrics.read(path)
+    if not any("loss" in line for line in lines):
+        raise InputError(f"{path} holds no step of training yet: wait for the first, or give another run.")
+    return lines
+
+
+def _check_out(out: Path) -> Path:
+    if out.suffix != ".png":
+        raise InputError(f"--out {out} does not end in .png: give a file that does, a PDF is written beside it.")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out} lies in no folder that there is: make {out.parent} first, or give another file.")
+    return out
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """What a run says of itself; nothing where metrics.jsonl came alone."""
+    return record.read_json(path, "a run's folder") if path.exists() else {}
+
+
+def _hours(config: dict[str, Any]) -> float | None:
+    """Hours of speech that a step reads, from a run's config.json."""
+    if not config:
+        return None
+    return config["data"]["batch"] * config["data"]["chunk"] * config.get("bptt", 1) / FRAME_RATE / 3600
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, or their paths where two share a name."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: main(sys.argv[1:])))
