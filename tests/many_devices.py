@@ -2,16 +2,19 @@
 
     JAX_NUM_CPU_DEVICES=4 python -m tests.many_devices OUT [MESH ...]
 
-with meshes such as "2,1,2" (data, fsdp, tensor), "2,1,2/2" for a batch in two parts, or "1,2,2-" without the constraint on the inner
-loop's inputs, of which only the program is looked at.
+with meshes such as "2,1,2" (data, fsdp, tensor), or "2,1,2/2" for a batch in two parts. Of those with a word behind only the program is
+looked at, with a fault in the library: "1,2,2-width" spreads the width of heads instead of heads, "1,2,2-rows" sums the gradients of
+rows in each step of the inner loop.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -23,7 +26,7 @@ from train import parameters, step
 from train.trained import split
 from ttt_jax import sharding
 from ttt_jax.trees import named
-from ttt_jax.ttt import layer
+from ttt_jax.ttt import inner, layer
 
 STEPS = 3
 FRAMES = 20
@@ -82,6 +85,15 @@ def loops(text: str) -> list[dict]:
                 }
             )
     return found
+
+
+FAULTS = {
+    "": contextlib.nullcontext(),
+    "width": mock.patch.object(
+        layer, "by_rows", lambda y, *_: sharding.by_rows(y, *[None, None, "tensor"][: y.ndim - 1])
+    ),
+    "rows": mock.patch.object(inner, "per_row", lambda tree, rows: tree, create=True),
+}
 
 
 def put(tree, places):
@@ -151,10 +163,9 @@ def main(out: str, wanted: list[str]) -> None:
     for name in wanted:
         sizes = [int(size) for size in re.match(r"[\d,]+", name)[0].split(",")]
         mesh = one if sizes == [1, 1, 1] else sharding.make_mesh(*sizes)
-        constraint = layer.by_rows
-        layer.by_rows = (lambda x, *axes: x) if name.endswith("-") else constraint
-        results[name] = run(mesh, 2 if name.endswith("/2") else 1, 0 if name.endswith("-") else STEPS)
-        layer.by_rows = constraint
+        _, _, fault = name.partition("-")
+        with FAULTS[fault]:
+            results[name] = run(mesh, 2 if name.endswith("/2") else 1, 0 if fault else STEPS)
     results["start"] = start(sharding.make_mesh(1, 2, 2), one) if "1,2,2" in wanted else None
     with open(out, "w") as file:
         json.dump(results, file)

@@ -105,4 +105,3 @@ def start(cfg: TrainConfig, trained=None) -> step.TrainState:
 def own(tree):
     """`tree` in buffers of its own, since a step donates what it is given."""
     return jax.tree.map(lambda leaf: jax.numpy.array(leaf, copy=True), tree)
-

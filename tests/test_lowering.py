@@ -10,6 +10,7 @@ from tests.micro import CONFIG, MODEL
 from train import step
 from train.windows import Batch
 from ttt_jax.moshi import generate, model
+from ttt_jax.sharding import make_mesh
 
 ROWS, FRAMES = 2, 24
 
@@ -54,9 +55,9 @@ def test_forward_over_a_chunk(dtype, measured):
 @dtypes
 def test_training_step(dtype):
     cfg = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dtype=dtype))
-    rows, frames = cfg.data.batch, cfg.data.chunk
-    batch = Batch(tokens(rows, MODEL.num_streams, frames), flags(rows, frames), flags(rows))
-    text = lowered(step.make_train_step(cfg), step.init.eval_shape(cfg), batch)
+    mesh, rows, frames = make_mesh(1, 1, 1), cfg.data.batch, cfg.data.chunk
+    batch = Batch(tokens(1, rows, MODEL.num_streams, frames), flags(1, rows, frames), flags(1, rows))
+    text = lowered(step.make_train_step(cfg, mesh), step.state_like(cfg, mesh), {}, batch, flags(rows))
     assert "stablehlo.dot_general" in text
     assert "stablehlo.while" in text  # over the mini-batches, forth and back
     assert ("bf16" in text) == (dtype == "bfloat16")

@@ -1,5 +1,6 @@
 """Metrics for TensorBoard and Weights & Biases: their names, resumed runs, and that no failure of theirs ends a run."""
 
+import importlib.machinery
 import logging
 import math
 import sys
@@ -42,8 +43,10 @@ def test_nothing_is_imported_that_is_not_asked_for(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("package", "asked"), [("tensorboardX", (True, None)), ("wandb", (False, "mine"))])
 def test_a_missing_package_is_named_with_the_extra(tmp_path, monkeypatch, package, asked):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=rf"the package {package}\S* is not installed: .*\[log\]"):
-        open_sinks(*asked, tmp_path, {}, 0)
+    for ask in (lambda: sinks.check(*asked), lambda: open_sinks(*asked, tmp_path, {}, 0)):
+        with pytest.raises(InputError, match=rf"the package {package} is not installed: .*\[log\]"):
+            ask()
+    assert not list(tmp_path.iterdir())
 
 
 class Failing:
@@ -131,6 +134,7 @@ class FakeRun:
 def fake_wandb(monkeypatch):
     """A module in the place of wandb, with the arguments and runs of its `init`."""
     module = types.ModuleType("wandb")
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     module.calls, module.runs, module.begin = [], [], 0
 
     class Error(Exception):

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 BLOCK = 10_000
 TRAINS = TrainsConfig(base=False, attention="0,1", ttt=True, lora=True)
 TTT_RUN = "layers_01_01"
+"""Of the layer with TTT."""
 
 
 def arm(**changes):
@@ -30,7 +31,6 @@ def arm(**changes):
 PERSIST = arm()
 RESET = arm(state="reset")
 TWO = arm(bptt=2)
-RUN = "layers_01_01"
 
 
 @partial(quick_jit, static_argnames=("cfg", "block"))
@@ -196,6 +196,7 @@ def test_a_row_that_begins_a_file_and_its_neighbours_are_as_if_each_ran_alone():
     assert (np.abs(sums.rows[1, others] - last.rows[0, others]) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_the_cut_holds_where_steps_are_chained_under_one_gradient():
     trained, frozen, stream = start(PERSIST)
     first, second = batch(seed=5), batch(seed=6)
@@ -249,7 +250,10 @@ TTT_ALONE = arm(carry_attention=False)
 )
 def test_what_of_a_chunk_the_next_one_sees(cfg, by_ttt, by_any):
     plain = second_chunk(cfg, WHOLE)
-    for found, seen in ((second_chunk(cfg, WHOLE, poison=True), by_ttt), (second_chunk(cfg, other_past(WHOLE)), by_any)):
+    for found, seen in (
+        (second_chunk(cfg, WHOLE, poison=True), by_ttt),
+        (second_chunk(cfg, other_past(WHOLE)), by_any),
+    ):
         if seen:
             assert (np.abs(found[0] - plain[0]) > 1e-3).all()
         else:
@@ -261,8 +265,9 @@ def test_what_of_a_chunk_the_next_one_sees(cfg, by_ttt, by_any):
 
 
 def test_a_reset_chunk_is_one_of_a_fresh_ttt_state():
-    assert_close(second_chunk(APART, WHOLE)[1].count, WHOLE.mask.sum((0, 2)), 0)
-    assert_close(second_chunk(PERSIST, WHOLE)[1].count, 2 * WHOLE.mask.sum((0, 2)), 0)
+    frames = WHOLE.mask.sum(2)
+    np.testing.assert_array_equal(second_chunk(APART, WHOLE)[1].count, frames)
+    np.testing.assert_array_equal(second_chunk(PERSIST, WHOLE)[1].count, 2 * frames)
 
 
 # Less memory, the same numbers
@@ -277,7 +282,8 @@ def test_computing_again_changes_no_gradient(remat):
     assert_close(gradient(trained, frozen, one, stream, cfg=cfg), expected, 1e-10)
 
 
-@pytest.mark.parametrize("remat", ["layers"])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["dots", "layers"])
 def test_computing_again_changes_no_gradient_of_stacked_layers_over_several_chunks(remat):
     of = lambda remat: float64(config(lora=LORA, num_layers=4, bptt=2, remat=remat))  # noqa: E731
     trained, frozen, stream = start(of("none"))
@@ -291,10 +297,10 @@ def test_parts_of_a_batch_have_its_gradient_and_carry_every_row():
     one = batch(seed=11, reset=[(0, 2)])
     assert len(set(one.mask[0].sum(1))) == ROWS
     expected = gradient(trained, frozen, one, stream, cfg=PERSIST)
-    for parts in (2, 4):
-        assert_close(gradient(trained, frozen, one, stream, cfg=arm(accumulate=parts)), expected, 1e-11)
+    assert_close(gradient(trained, frozen, one, stream, cfg=arm(accumulate=4)), expected, 1e-11)
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_have_its_gradient_over_several_chunks():
     trained, frozen, stream = carried(TWO)
     one = batch(2, seed=12, reset=[(1, 2)])
@@ -303,7 +309,7 @@ def test_parts_of_a_batch_have_its_gradient_over_several_chunks():
     assert_close(got, expected, 1e-11)
 
 
-@pytest.mark.parametrize("block", [ROWS * FRAMES, ROWS * FRAMES // 3, 20, 1], ids="blocks of {}".format)
+@pytest.mark.parametrize("block", [ROWS * FRAMES // 3, 20, 1], ids="blocks of {}".format)
 def test_scores_of_blocks_are_the_token_losses_and_have_their_gradient(block):
     cfg = dataclasses.replace(PERSIST.model)
     trained, frozen, stream = start(PERSIST)

@@ -12,10 +12,10 @@ import pytest
 from eval import unigram
 from tests import micro, small_step
 from tests.drawing import assert_same_bits, quick_jit
-from tests.small_step import FRAMES, LORA, NO_STOP, ROWS, batch, config, own, some_params, start
+from tests.small_step import LORA, NO_STOP, ROWS, batch, config, own, some_params, start
 from train import optim, parameters, step
 from train.config import LossConfig, OptimConfig
-from train.windows import Batch, Windows
+from train.windows import Windows
 from ttt_jax.moshi import model
 from ttt_jax.moshi.loss import token_losses
 from ttt_jax.trees import named
@@ -269,7 +269,9 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted_and_tells_where(skipp
     state, metrics = skipping(state, batch(seed=30, reset=[(0, 2)]))
     clean, expected = skipping(start(CONFIG), batch(seed=30))
     assert (int(state.step), int(state.skipped), int(clean.skipped)) == (2, 1, 0)
-    assert bits((state.trained, state.opt_state, metrics.rates)) == bits((clean.trained, clean.opt_state, expected.rates))
+    assert bits((state.trained, state.opt_state, metrics.rates)) == bits(
+        (clean.trained, clean.opt_state, expected.rates)
+    )
 
 
 def test_a_row_that_begins_a_file_in_a_step_left_out_begins_it_fresh(skipping):
@@ -298,7 +300,12 @@ def test_without_skips_it_shows_in_state_and_metrics(train_step):
 def test_the_group_whose_gradient_is_not_finite_is_named():
     grads = jax.tree.map(np.ones_like, some_params(CONFIG)[0])
     ttt = f"layers/{TTT_RUN}/ttt/"
-    expected = {"text_head": "base", "depth/out": "base", f"layers/{TTT_RUN}/ffn/down_lora_b": "lora", ttt + "gate": "gate"}
+    expected = {
+        "text_head": "base",
+        "depth/out": "base",
+        f"layers/{TTT_RUN}/ffn/down_lora_b": "lora",
+        ttt + "gate": "gate",
+    }
     for path, group in {**expected, ttt + "inner_w0": "ttt", ttt + "q_bias": "ttt"}.items():
         flags = iter([np.float32(np.nan if other == path else 1) for other in named(grads)])
         broken = jax.tree.map(lambda g: g * next(flags), grads)  # noqa: B023
@@ -318,7 +325,9 @@ def micro_step():
 
 
 def micro_batches(count):
-    windows = Windows([micro.source(micro.files())], micro.CONFIG.data.batch, micro.CONFIG.data.chunk, micro.CONFIG.seed)
+    windows = Windows(
+        [micro.source(micro.files())], micro.CONFIG.data.batch, micro.CONFIG.data.chunk, micro.CONFIG.seed
+    )
     found = [next(windows).batch for _ in range(count)]
     windows.close()
     return found

@@ -28,6 +28,7 @@ COMBINATIONS = [
     for base, attention, ttt, lora in itertools.product((False, True), ("none", "0", "1,2", "all"), (False, True), (False, True))
     if base or ttt or lora or attention != "none"
 ]  # fmt: skip
+NO_BASE = TrainsConfig(base=False)
 NAMED = {"none": (), "0": (0,), "1,2": (1, 2), "all": (0, 1, 2)}
 
 
@@ -136,7 +137,7 @@ def converted(where, changes=(), ranks=0, **kwargs):
     return where / "ours"
 
 
-def starting(folder, trains=TrainsConfig(base=False), **changes):
+def starting(folder, trains=NO_BASE, **changes):
     """A run that starts from `folder`; `changes` of its model."""
     with weights.Folder(folder) as found:
         cfg = found.cfg

@@ -20,12 +20,11 @@ from jax.sharding import Mesh
 from eval import unigram
 from eval.evaluate import of_run
 from eval.models import Model
-from train import parameters, plan, plots
+from train import parameters, plan, plots, sinks
 from train.config import MeshConfig, TrainConfig
 from train.metrics import MetricsLog, read
 from train.parameters import Parameters
 from train.samples import Sampler
-from train.sinks import open_sinks
 from train.step import Metrics, TrainState, init_state, make_train_step, state_like
 from train.trained import fit, split
 from train.validate import Validation, on_mesh
@@ -76,6 +75,7 @@ def start(cfg: TrainConfig) -> int:
     writable = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
     if not os.access(writable, os.W_OK):
         raise InputError(f"run_dir {run_dir} cannot be made ({writable} is not writable): give another --run-dir.")
+    sinks.check(cfg.tensorboard, cfg.wandb)
     codec, tokenizer = corpora.load_coders(cfg.data, cfg.model.card, cfg.model.text_card)
     cfg = fit(fit_model(dataclasses.replace(cfg, run_dir=str(run_dir), data=cfg.data.resolved()), codec, tokenizer))
     cfg = dataclasses.replace(cfg, base=cfg.base and str(Path(cfg.base).expanduser().absolute()))
@@ -106,6 +106,7 @@ def resume(run_dir: Path, mesh: MeshConfig | None = None) -> int:
     cfg = record.from_dict(TrainConfig, meta.pop("config"), f"the checkpoint in {run_dir}")
     cfg = dataclasses.replace(cfg, run_dir=str(run_dir), mesh=mesh or cfg.mesh)
     keep_compiled(cfg.data.cache_dir / "compiled")
+    sinks.check(cfg.tensorboard, cfg.wandb)
     devices = _mesh(cfg)
     corpus = corpora.load(cfg.data, *corpora.load_coders(cfg.data, cfg.model.card, cfg.model.text_card))
     described = corpus.describe()
@@ -199,7 +200,7 @@ def _train(
     if cfg.sample_every:
         sampler = Sampler(cfg.model, run.corpus.validation, run.corpus.codec, run.corpus.tokenizer, run_dir, cfg.seed)
     first = launch.is_first()
-    sinks = open_sinks(cfg.tensorboard, cfg.wandb, run_dir, record.to_dict(cfg), done) if first else []
+    others = sinks.open_sinks(cfg.tensorboard, cfg.wandb, run_dir, record.to_dict(cfg), done) if first else []
     metrics_log = MetricsLog(
         run_dir / "metrics.jsonl" if first else None,
         list(cfg.model.target_streams),
@@ -207,7 +208,7 @@ def _train(
         cfg.steps,
         done,
         cfg.optim.skips,
-        sinks,
+        others,
     )
     pending: tuple[int, Metrics, int, dict[tuple[int, int], str]] | None = None
     told: bool = False
@@ -312,12 +313,7 @@ def _memory(cfg: TrainConfig) -> Iterator[None]:
 def _mesh(cfg: TrainConfig) -> Mesh:
     """The mesh of `cfg`. Raises `InputError` if it does not fit the devices, the rows or the model."""
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
-    sharding.local_rows(mesh, cfg.data.batch)
-    if (cfg.data.batch // cfg.accumulate) % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise InputError(
-            f"data.batch={cfg.data.batch} in accumulate={cfg.accumulate} parts does not divide among mesh.data={mesh.shape['data']} x"
-            f" mesh.fsdp={mesh.shape['fsdp']}: raise data.batch or lower accumulate."
-        )
+    sharding.check_rows(mesh, cfg.data.batch, cfg.accumulate)
     state_like(cfg, mesh)
     return mesh
 

@@ -7,14 +7,14 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import jax
+from typing import TYPE_CHECKING, Any
 
 from train.sinks import Sink, flatten
-from train.step import Metrics
 from ttt_jax.errors import InputError
 from ttt_jax.files import write_atomically
+
+if TYPE_CHECKING:  # `python -m train.plot` reads metrics without jax
+    from train.step import Metrics
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -68,6 +68,8 @@ class MetricsLog:
 
         Raises `InputError` if the loss or the gradient is not finite, more often than may be skipped.
         """
+        import jax
+
         values = jax.device_get(metrics)
         line = {
             "step": step,

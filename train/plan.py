@@ -164,22 +164,11 @@ def _gigabytes(size: str) -> str:
 
 
 def _mesh(cfg: TrainConfig, devices: int | None) -> AbstractMesh:
-    sizes = [cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor]
-    given = math.prod(size for size in sizes if size != -1)
-    devices = devices or (len(jax.devices()) if -1 in sizes else given)
-    sizes = [devices // given if size == -1 else size for size in sizes]
-    if math.prod(sizes) != devices:
-        raise InputError(
-            f"mesh.data={cfg.mesh.data}, mesh.fsdp={cfg.mesh.fsdp} and mesh.tensor={cfg.mesh.tensor} do not make up {devices} devices:"
-            " choose sizes whose product they are, or -1 for one of them."
-        )
-    rows = cfg.data.batch // cfg.accumulate
-    if rows % (sizes[0] * sizes[1]):
-        raise InputError(
-            f"data.batch={cfg.data.batch} in accumulate={cfg.accumulate} parts does not divide among mesh.data={sizes[0]} x"
-            f" mesh.fsdp={sizes[1]}: raise data.batch or lower accumulate."
-        )
-    return AbstractMesh(tuple(sizes), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    asked = (cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+    devices = devices or (len(jax.devices()) if -1 in asked else math.prod(asked))
+    mesh = AbstractMesh(sharding.sizes(*asked, devices), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    sharding.check_rows(mesh, cfg.data.batch, cfg.accumulate)
+    return mesh
 
 
 def _types(frozen: Tree, cfg: TrainConfig) -> Tree:

@@ -392,9 +392,8 @@ def _pyplot() -> Any:
 
 def _save(figure: Any, path: Path) -> list[Path]:
     from matplotlib import pyplot as plt
-    from matplotlib.text import Text
 
-    for text in figure.findobj(Text):
+    for text in (*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())):
         text.set_parse_math(False)  # a $ in the name of a run is a $
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # where things lie is settled once, not for each kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import secrets
@@ -40,6 +41,18 @@ def flatten(line: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def check(tensorboard: bool, wandb: str | None) -> None:
+    """Raise `InputError` where a package is missing that `open_sinks` would need with these arguments."""
+    for package, flag, asked in (
+        ("tensorboardX", "--tensorboard", tensorboard),
+        ("wandb", "--wandb", wandb is not None),
+    ):
+        if asked and importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"the package {package} is not installed: install what {flag} needs by pip install -e '.[log]', or leave {flag} out."
+            )
+
+
 def open_sinks(tensorboard: bool, wandb: str | None, run_dir: Path, config: dict[str, Any], done: int) -> list[Sink]:
     """The sinks that are asked for; one that fails later is told of and left, the run goes on.
 
@@ -53,21 +66,13 @@ def open_sinks(tensorboard: bool, wandb: str | None, run_dir: Path, config: dict
     Raises:
         InputError: a package is missing, or W&B cannot be reached or refuses.
     """
+    check(tensorboard, wandb)
     sinks: list[Sink] = []
     if tensorboard:
-        sinks.append(_Guarded("TensorBoard", _imported("--tensorboard", lambda: _TensorBoard(run_dir, done))))
+        sinks.append(_Guarded("TensorBoard", _TensorBoard(run_dir, done)))
     if wandb is not None:
-        sinks.append(_Guarded("Weights & Biases", _imported("--wandb", lambda: _WandB(wandb, run_dir, config))))
+        sinks.append(_Guarded("Weights & Biases", _WandB(wandb, run_dir, config)))
     return sinks
-
-
-def _imported(flag: str, make: Callable[[], Sink]) -> Sink:
-    try:
-        return make()
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"the package {error.name} is not installed: install what {flag} needs by pip install -e '.[log]', or leave {flag} out."
-        ) from None
 
 
 class _Guarded:

@@ -7,12 +7,12 @@ are states: rows over `data` and `fsdp`, heads over `tensor`, so the inner loop 
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ttt_jax.errors import InputError
@@ -40,19 +40,32 @@ RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
 before those named are stacks and stay whole. Adapters follow from their map: A has its input axis, B its output axes."""
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """The mesh of all devices (of all processes). One size may be -1: what the others leave. Raises `InputError`."""
-    count = len(jax.devices())
-    sizes = [data, fsdp, tensor]
-    given = int(np.prod([size for size in sizes if size != -1]))
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = count // given
-    if int(np.prod(sizes)) != count:
+def sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
+    """Sizes of the mesh axes over so many devices; one may be given as -1: what the others leave. Raises `InputError`."""
+    given = math.prod(size for size in (data, fsdp, tensor) if size != -1)
+    found = tuple(devices // given if size == -1 else size for size in (data, fsdp, tensor))
+    if math.prod(found) != devices:
         raise InputError(
-            f"mesh.data={data}, mesh.fsdp={fsdp} and mesh.tensor={tensor} do not make up the {count} devices that are there: choose"
-            f" sizes whose product is {count}, or -1 for one of them."
+            f"mesh.data={data}, mesh.fsdp={fsdp} and mesh.tensor={tensor} do not make up the {devices} devices that are there: choose"
+            f" sizes whose product is {devices}, or -1 for one of them."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return found
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+    """The mesh of all devices of all processes, of `sizes`. Raises `InputError`."""
+    return jax.make_mesh(sizes(data, fsdp, tensor, len(jax.devices())), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def check_rows(mesh: Mesh | AbstractMesh, batch: int, accumulate: int) -> None:
+    """Raise `InputError` unless every device gets as many rows of each of `accumulate` parts of a batch."""
+    data, fsdp = (mesh.shape[axis] for axis in ROWS)
+    if batch // accumulate % (data * fsdp):
+        parts = f" in accumulate={accumulate} parts" if accumulate > 1 else ""
+        raise InputError(
+            f"data.batch={batch}{parts} does not divide among mesh.data={data} x mesh.fsdp={fsdp}: choose a multiple of"
+            f" {data * fsdp * accumulate}{', or lower accumulate' if accumulate > 1 else ''}."
+        )
 
 
 def by_rows(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -67,8 +80,11 @@ def spec(path: str, ndim: int) -> P:
     name, _, half = path.partition("_lora_")
     for pattern, axes in RULES:
         if re.fullmatch(pattern, name):
-            if half:
-                axes = (None, axes[-1]) if half == "a" else (*axes[:-1], None)
+            if half == "a":
+                axes = (None, axes[-1])
+            elif half == "b":  # its inner axis is the rank, which may divide by nothing: the output axis takes both
+                shared = ("tensor", "fsdp") if axes[-1] == "fsdp" else "tensor"
+                axes = (*(shared if axis == "tensor" else axis for axis in axes[:-1]), None)
             return P(*(None,) * (ndim - len(axes)), *axes) if axes else P()
     raise ValueError(f"no rule says how the parameter {path} is spread: add it to ttt_jax.sharding.RULES.")
 
@@ -81,7 +97,7 @@ def params_shardings(mesh: Mesh, params: Any) -> Any:
         found = spec(name, len(leaf.shape))
         for size, axes in zip(leaf.shape, found, strict=False):
             over = [axis for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis and mesh.shape[axis] > 1]
-            parts = int(np.prod([mesh.shape[axis] for axis in over]))
+            parts = math.prod(mesh.shape[axis] for axis in over)
             if size % parts:
                 told = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in over)
                 raise InputError(
@@ -114,13 +130,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def local_rows(mesh: Mesh, batch: int) -> range:
-    """The rows of a batch that lie on devices of this process. Raises `InputError` where they do not divide or are no range."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch % parts:
-        raise InputError(
-            f"data.batch={batch} does not divide among mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']}: choose a"
-            f" multiple of {parts}."
-        )
+    """The rows of a batch that lie on devices of this process; `check_rows` has passed. Raises `InputError` where they are no range."""
     found = sorted(
         {
             index[0].indices(batch)[:2]
