@@ -36,6 +36,8 @@ CELLS = {
     "ttt": TrainsConfig(base=False, lora=False),
     "all": TrainsConfig(),
 }
+NOMINAL = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12, "NVIDIA A100-SXM4-80GB": 311.9e12}
+"""Dense bfloat16 operations a second, from the makers' data sheets."""
 
 
 def main() -> None:
@@ -112,7 +114,8 @@ def cell(name: str, cfg: TrainConfig, steps: int, trace: str | None) -> dict[str
     frames = cfg.bptt * cfg.data.batch * cfg.data.chunk
     forward, backward = flops_per_frame(cfg)
     whole = forward + backward
-    rate = product_rate(cfg.model)
+    rate = product_rate(cfg.model) * len(jax.devices())
+    peak_rate = NOMINAL.get(jax.devices()[0].device_kind, float("nan")) * len(jax.devices())
     sizes = {
         what: sum(leaf.size for leaf in jax.tree.leaves(tree))
         for what, tree in (("trained", trained), ("frozen", frozen))
@@ -121,7 +124,8 @@ def cell(name: str, cfg: TrainConfig, steps: int, trace: str | None) -> dict[str
         f"{name:9s} {jax.devices()[0].device_kind} x {len(jax.devices())}, jax {jax.__version__}: {cfg.bptt} x {cfg.data.batch} x"
         f" {cfg.data.chunk} frames, b = {cfg.model.ttt.mini_batch}, remat {cfg.remat}: {1e3 * seconds[0]:.1f} ms"
         f" ({1e3 * min(times[2:]):.1f}-{1e3 * max(times[2:]):.1f}), {frames / seconds[0]:,.0f} frames/s;"
-        f" {whole * frames / 1e12:.1f} TFLOP a step, {whole * frames / seconds[0] / rate:.0%} of the {rate / 1e12:.0f} TFLOP/s of a large product;"
+        f" {whole * frames / 1e12:.1f} TFLOP a step, MFU {whole * frames / seconds[0] / peak_rate:.1%} of nominal, {whole * frames / seconds[0] / rate:.1%} of the {rate / 1e12:.0f}"
+        f" TFLOP/s that a large product reaches;"
         f" compiled in {compiled:.0f} s; peak {peak():.1f} GB (temporary {memory.temp_size_in_bytes / 1e9:.1f});"
         f" {sizes['trained'] / 1e6:.1f} M parameters train, {sizes['frozen'] / 1e6:.1f} M do not; loss {loss:.3f}",
         flush=True,
@@ -137,6 +141,7 @@ def cell(name: str, cfg: TrainConfig, steps: int, trace: str | None) -> dict[str
         "flops_per_frame": whole,
         "forward_flops_per_frame": forward,
         "rate": rate,
+        "nominal_rate": peak_rate,
         "compile_seconds": compiled,
         "peak_gb": peak(),
         "loss": loss,

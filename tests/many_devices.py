@@ -56,7 +56,7 @@ def called(line: str) -> list[str]:
 
 
 def loops(text: str) -> list[dict]:
-    """Of every loop its place in the library (op_name), whether it is reached from another loop, and the collectives inside."""
+    """Of every loop its place in the library (op_name), whether a TTT layer has it, and the products and collectives inside."""
     all_ = computations(text)
 
     def reached(name: str, seen: set[str]) -> set[str]:
@@ -78,7 +78,7 @@ def loops(text: str) -> list[dict]:
             found.append(
                 {
                     "name": name[1] if name else "",
-                    "ttt": any("/ttt/" in n for n in names),
+                    "ttt": name is not None and "/ttt/" in name[1],
                     "backward": any("transpose(" in n for n in names),
                     "products": sum(bool(re.search(r"\bdot\(|custom-call.*(dot|matmul)", inner)) for inner in inside),
                     "collectives": sorted({m[1] for inner in inside if (m := COLLECTIVES.search(inner))}),
@@ -103,7 +103,7 @@ def put(tree, places):
 def run(mesh: jax.sharding.Mesh, accumulate: int, steps: int = STEPS) -> dict:
     """Some steps on `mesh`: what they told, the state they end in, where it lies, and the program."""
     ttt = dataclasses.replace(small_step.MODEL.ttt, remat_group=2)  # a scan in a scan, and a rest
-    cfg = small_step.config(lora=LORA, accumulate=accumulate, ttt=ttt)
+    cfg = small_step.config(lora=LORA, accumulate=accumulate, ttt=ttt, num_heads=4)
     like = step.state_like(cfg, mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
     trained = put(small_step.some_params(cfg)[0], places.trained)
@@ -146,7 +146,7 @@ def run(mesh: jax.sharding.Mesh, accumulate: int, steps: int = STEPS) -> dict:
 
 def start(mesh: jax.sharding.Mesh, one: jax.sharding.Mesh) -> dict:
     """Whether random parameters are those of one device, and where they lie."""
-    cfg = small_step.config(lora=LORA)
+    cfg = small_step.config(lora=LORA, num_heads=4)
     found, expected = (named(split(parameters.initial(cfg, m).trained, cfg)[0]) for m in (mesh, one))
     table = named(step.state_like(cfg, mesh).trained)
     return {

@@ -47,7 +47,9 @@ NO_STOP = np.zeros(ROWS, bool)
 
 def config(**changes) -> TrainConfig:
     """`CONFIG` with fields replaced, its layers stacked as what trains needs; `ttt` and `lora` are the model's."""
-    of_model = {name: changes.pop(name) for name in ("ttt", "lora", "num_layers", "dtype") if name in changes}
+    of_model = {
+        name: changes.pop(name) for name in ("ttt", "lora", "num_layers", "num_heads", "dtype") if name in changes
+    }
     return fit(dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, **of_model), **changes))
 
 

@@ -87,13 +87,14 @@ def test_a_mesh_ends_in_the_state_of_one_device(found):
 
 
 def expected_shards(data, fsdp, tensor):
-    """Of every parameter the numbers that a device holds: written out for `small_step.MODEL`, apart from the library's table."""
-    d, e, h, k = 16, 8, 2, 8  # width, depth's width, heads, head width
+    """Of every parameter the numbers that a device holds: written out for the model of `many_devices`, apart from the library's table."""
+    d, e, h, k = 16, 8, 4, 4  # width, depth's width, heads, head width
+    both = fsdp * tensor
     found = {
         "text_emb": (21, d // fsdp), "audio_emb": (3, 13, d // fsdp), "text_head": (20 // tensor, d // fsdp), "out_norm": (d,),
         "depth/text_emb": (21, e // fsdp), "depth/audio_emb": (1, 13, e // fsdp), "depth/norm1": (1, e), "depth/norm2": (1, e),
         "depth/input": (2, e // tensor, d // fsdp), "depth/heads": (2, 12 // tensor, e // fsdp),
-        "depth/qkv": (2, 3, h // tensor, 4, e // fsdp), "depth/out": (2, e // fsdp, e // tensor),
+        "depth/qkv": (2, 3, 2 // tensor, 4, e // fsdp), "depth/out": (2, e // fsdp, e // tensor),
         "depth/gate_up": (2, 2, 12 // tensor, e // fsdp), "depth/down": (2, e // fsdp, 12 // tensor),
     }  # fmt: skip
     for run in ("layers_00_00", "layers_01_01"):
@@ -104,6 +105,9 @@ def expected_shards(data, fsdp, tensor):
         found |= {f"layers/{run}/{name}": (1, *out, inner) for name, (out, inner) in maps.items()}
         found |= {f"layers/{run}/{name}_lora_a": (1, 2, inner) for name, (_, inner) in maps.items()}
         found |= {f"layers/{run}/{name}_lora_b": (1, *out, 2) for name, (out, _) in maps.items()}
+        # Their last axis is the rank, so an output axis takes what spreads the map's input axis.
+        found |= {f"layers/{run}/attention/qkv_lora_b": (1, 3, h // both, k, 2)}
+        found |= {f"layers/{run}/ffn/gate_up_lora_b": (1, 2, 24 // both, 2)}
         found |= {f"layers/{run}/norm1": (1, d), f"layers/{run}/norm2": (1, d)}
     ttt = {name: (d,) for name in ("norm", "post_norm_scale", "post_norm_bias", "gate", "out_bias")}
     ttt |= {f"{name}_kernel": (d // tensor, d // fsdp) for name in "qkv"} | {
@@ -129,7 +133,7 @@ def test_arrays_lie_where_the_table_says_and_stay_there(found, mesh):
             assert shape[0] == rows, name
         else:
             assert shape[1] == rows, name
-            assert name.endswith("/count") or shape[2] == 2 // tensor, name
+            assert name.endswith("/count") or shape[2] == 4 // tensor, name
     assert many["moved"] == []
 
 
@@ -212,7 +216,7 @@ def test_every_parameter_has_a_place_and_a_group(cfg):
     for path, shape in shapes.items():
         found = sharding.spec(path, shape.ndim)
         assert len(found) in (0, shape.ndim), path
-        assert {axis for axis in found if axis} <= {"fsdp", "tensor"}
+        assert {axis for axis in found if axis} <= {"fsdp", "tensor", ("tensor", "fsdp")}
         # Whatever is large is spread, and by heads or hidden units where there are any.
         large = shape.size >= cfg.dim * cfg.depth.dim and "_lora_" not in path
         assert not large or any(found) or "inner_" in path, path
@@ -232,11 +236,9 @@ def test_a_parameter_that_no_rule_covers_is_an_error():
 # Sizes that do not fit
 
 
-class Sizes:
-    """A mesh of any sizes, as far as refusals look at it."""
-
-    def __init__(self, data, fsdp, tensor):
-        self.shape = dict(zip(sharding.AXES, (data, fsdp, tensor), strict=True))
+def imagined(*sizes):
+    """A mesh of any sizes, without devices."""
+    return jax.sharding.AbstractMesh(sizes, sharding.AXES)
 
 
 def refused(call, *parts):
@@ -257,17 +259,16 @@ def refused(call, *parts):
 )
 def test_a_mesh_that_does_not_divide_the_model_is_one_sentence(sizes, parts):
     cfg = small_step.config(lora=LORA)
-    refused(lambda: step.state_like(cfg, Sizes(*sizes)), *parts)
+    refused(lambda: step.state_like(cfg, imagined(*sizes)), *parts)
 
 
 @pytest.mark.parametrize("sizes", [(4, 1, 1), (2, 2, 1), (1, 4, 1)])
 def test_a_batch_that_does_not_divide_is_one_sentence(sizes):
-    refused(
-        lambda: sharding.local_rows(Sizes(*sizes), 6),
-        "data.batch=6",
-        f"mesh.data={sizes[0]} x mesh.fsdp={sizes[1]}",
-        "4",
-    )
+    mesh, named_axes = imagined(*sizes), f"mesh.data={sizes[0]} x mesh.fsdp={sizes[1]}"
+    refused(lambda: sharding.check_rows(mesh, 6, 1), "data.batch=6", named_axes, "multiple of 4")
+    refused(lambda: sharding.check_rows(mesh, 4, 2), "data.batch=4", "accumulate=2", named_axes, "multiple of 8")
+    sharding.check_rows(mesh, 8, 2)
+    sharding.check_rows(imagined(1, 1, 4), 3, 3)  # tensor spreads no rows
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 2, 1), (1, 1, 2), (-1, 1, 3)])

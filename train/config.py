@@ -230,11 +230,11 @@ PRESETS: dict[str, TrainConfig] = {
     "small": TrainConfig(
         model=MODEL_PRESETS["small"],
         data=DataConfig(chunk=256, batch=16),
-        optim=OptimConfig(lr=3e-4, ttt_lr=3e-4, gate_lr=3e-3, warmup_steps=500),
+        optim=OptimConfig(lr=3e-4, ttt_lr=3e-4, gate_lr=3e-3, warmup_steps=15),
         name="small",
-        steps=20_000,
-        log_every=20,
-        checkpoint_every=1_000,
+        steps=120,
+        eval_every=10,
+        checkpoint_every=40,
     ),
     "moshi-7b": TrainConfig(
         model=dataclasses.replace(MODEL_PRESETS["moshi-7b"], lora=LoRAConfig(rank=128)),
