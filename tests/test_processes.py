@@ -67,7 +67,9 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(alone):
     run = folder / "stopped"
     processes = pair("--from", asked, "--run-dir", run, "--steps", 4000, "--checkpoint-every", 4000, "--eval-every", 0)
     log = run / "metrics.jsonl"
-    while all(process.poll() is None for process in processes) and not (log.exists() and log.read_text().count("\n") > 3):
+    while all(process.poll() is None for process in processes) and not (
+        log.exists() and log.read_text().count("\n") > 3
+    ):
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)
     done = [commands.finish(process) for process in processes]

@@ -242,6 +242,8 @@ def of_runs(runs, tmp_path, **changes):
 
 def test_a_loss_that_is_no_number_stops_the_run_and_is_named(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.parameters, "initial", spoiled(loop.parameters.initial))
-    with pytest.raises(InputError, match="step 1: loss is nan and grad_norm is nan, the gradient of .*ttt.*, in .*train"):
+    with pytest.raises(
+        InputError, match="step 1: loss is nan and grad_norm is nan, the gradient of .*ttt.*, in .*train"
+    ):
         loop.start(of_runs(runs, tmp_path))
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))

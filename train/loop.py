@@ -239,6 +239,8 @@ def _train(
         pending = None
 
     with contextlib.closing(metrics_log), bar, _interrupts() as asked:
+        if validation is not None and run.meta.get("owes_validation"):
+            metrics_log.add_validation(done, _validated(validation, state, frozen, bar))
         for step in range(done + 1, cfg.steps + 1):
             batch, files = next(windows)
             stop = jax.make_array_from_process_local_data(
@@ -251,7 +253,8 @@ def _train(
             ending = told if jax.process_count() > 1 else bool(asked)
             last = step == cfg.steps or ending
             score = None
-            if validation is not None and (step % cfg.eval_every == 0 or step == cfg.steps) and not ending:
+            due = validation is not None and (step % cfg.eval_every == 0 or step == cfg.steps)
+            if due and not ending:  # who is asked to stop saves at once, and validates when the run goes on
                 settle()
                 values = _validated(validation, state, frozen, bar)
                 metrics_log.add_validation(step, values)
@@ -260,7 +263,7 @@ def _train(
                 settle()  # refuses to save what is not finite
                 params = merge(state.trained, frozen)
                 stored = params if run.meta["stored"] is None else pick(params, set(run.meta["stored"]))
-                meta = {"config": record.to_dict(cfg), **run.meta}
+                meta = {"config": record.to_dict(cfg), **run.meta, "owes_validation": due and ending}
                 checkpoints.save(step, stored, _rest(state), windows.get_state(), meta, score)
             if sampler is not None and (step % cfg.sample_every == 0 or step == cfg.steps):
                 settle()

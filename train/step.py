@@ -200,7 +200,8 @@ def make_train_step(cfg: TrainConfig, mesh: Mesh) -> Callable:
             new = optax.apply_updates(state.trained, updates), opt_state, stream
             skipped = state.skipped
             if cfg.optim.skips:
-                finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+                # A state that is not finite would have all later steps of its row skipped.
+                finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm) & _all_finite(stream)
                 # A row that began a file must not go on with the state of the file before.
                 kept = *state[2:4], model.reset_rows(state.stream, batch.reset.any(0), cfg.model)
                 new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
@@ -258,6 +259,10 @@ def _init_rest(cfg: TrainConfig, trained: Tree) -> TrainState:
     return TrainState(
         zero, zero, None, optim.make_optimizer(cfg).init(trained), model.init_state(cfg.model, cfg.data.batch)
     )
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def _group_norm(grads: Tree, groups: Tree, name: str) -> jax.Array:

@@ -140,7 +140,9 @@ class Checkpoints:
         """Step of the latest checkpoint on disk. Raises `InputError` if there is none."""
         steps = self.steps()
         if not steps:
-            raise InputError(f"{self._folder} holds no checkpoint: the run ended before its first, so start it anew.")
+            raise InputError(
+                f"{self._folder} holds no checkpoint: the run ended before its first, so remove the folder and start it anew."
+            )
         return steps[-1]
 
     def best(self) -> int | None:

@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -73,6 +74,14 @@ def by_rows(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, P(ROWS, *axes))
+
+
+def per_row(tree: Any, rows: int) -> Any:
+    """Leaves [H, ...] as [B, H, ...], a copy for each of `rows`, where rows are spread over devices; as they are where they are not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or all(mesh.shape[axis] == 1 for axis in ROWS):
+        return tree
+    return jax.tree.map(lambda x: by_rows(jnp.broadcast_to(x, (rows, *x.shape)), "tensor"), tree)
 
 
 def spec(path: str, ndim: int) -> P:

@@ -36,6 +36,7 @@ def score(params: Params, encoded: Encoded, cfg: MoshiConfig, block: int, remat:
     rows, length = encoded.hidden.shape[:2]
     blocks = min(length, -(-rows * length // block))
     size = -(-length // blocks)
+    blocks = -(-length // size)
 
     def one(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> Scores:
         text, audio = predict(params, hidden, targets, cfg)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.config import TTTConfig
+from ttt_jax.sharding import per_row
 from ttt_jax.ttt.measure import InnerMeasurement, measure
 from ttt_jax.ttt.network import (
     Affine,
@@ -148,32 +149,36 @@ def inner_scan(
     filled = jnp.moveaxis(place.frame < mask.shape[1], 1, 0)[:, :, None]
     xs, closes = xs._replace(eta=jnp.where(filled, xs.eta, 0)), place.closes.T
 
+    # Over a mesh the scan reads a copy for each row: the gradients of a row then stay with it, and are summed over rows, and so over
+    # devices, once after the scan instead of in each of its steps.
+    of_rows, row_scale, row_bias = per_row((base, scale, bias), mask.shape[0])
+
     def advance(displacement: Network, open_sum: Network, x: Frames):
         """The steps of the frames of one mini-batch, and what is put out for them."""
-        now = readable(base, displacement)
+        now = readable(of_rows, displacement)
         k_first, q_first = halves(x.at_base + apply(x.kq, now[0]))
-        descent, q = descend(now, k_first, scale, bias, x), halves(x.kq)[1]
+        descent, q = descend(now, k_first, row_scale, row_bias, x), halves(x.kq)[1]
         if open_sum:
             now, q_first = jax.tree.map(jnp.subtract, now, open_sum), q_first - apply(q, open_sum[0])
-        z = q + layer_norm(read(now, q_first, x.overlap, descent, causal(x.overlap)), scale, bias)
+        z = q + layer_norm(read(now, q_first, x.overlap, descent, causal(x.overlap)), row_scale, row_bias)
         return descent, (z, measure(base, scale, bias, displacement, open_sum, descent, x) if measured else None)
 
     def body(displacement: Network, x: tuple[Frames, jax.Array]):
         frames, closes = x
         descent, out = advance(displacement, (), frames)
         displacement = jax.tree.map(jnp.add, displacement, total(descent, -closes.astype(scale.dtype)))
-        return retain(displacement, base, closes, cfg), out
+        return retain(displacement, of_rows, closes, cfg), out
 
     displacement, open_sum, outs = state.displacement, state.open_sum, []
     if open_sum:
-        descent, out = advance(displacement, open_sum, prepare(base, jax.tree.map(lambda x: x[0], xs)))
+        descent, out = advance(displacement, open_sum, prepare(of_rows, jax.tree.map(lambda x: x[0], xs)))
         open_sum = jax.tree.map(jnp.add, open_sum, total(descent, jnp.ones(mask.shape[0], scale.dtype)))
         displacement = _where(closes[0], jax.tree.map(jnp.subtract, displacement, open_sum), displacement)
         displacement = retain(displacement, base, closes[0], cfg)
         outs.append(jax.tree.map(lambda y: y[None], out))
     if len(outs) < batches:
         rest = jax.tree.map(lambda x: x[len(outs) :], (xs, closes))
-        ahead = lambda x: (prepare(base, x[0]), x[1])  # noqa: E731
+        ahead = lambda x: (prepare(of_rows, x[0]), x[1])  # noqa: E731
         displacement, out = _grouped_scan(body, ahead, displacement, rest, batches - len(outs), cfg.remat_group)
         outs.append(out)
     valid = mask.sum(1, dtype=jnp.int32)
@@ -181,8 +186,8 @@ def inner_scan(
         reached = state.count % cfg.mini_batch + valid  # frames since the first mini-batch began
         index, newly_open = reached // cfg.mini_batch, jax.tree.map(jnp.zeros_like, open_sum)
         if batches > 1:
-            last = prepare(base, jax.tree.map(lambda x: _pick(x, jnp.minimum(index, batches - 1)), xs))
-            now = readable(base, displacement)
+            last = prepare(of_rows, jax.tree.map(lambda x: _pick(x, jnp.minimum(index, batches - 1)), xs))
+            now = readable(of_rows, displacement)
             first = halves(last.at_base + apply(last.kq, now[0]))[0]
             is_open = (reached % cfg.mini_batch > 0).astype(first.dtype)
             newly_open = total(descend(now, first, scale, bias, last), is_open)

@@ -98,7 +98,7 @@ def apply(x: jax.Array, affine: Affine) -> jax.Array:
 def prepare(base: Network, x: Inputs) -> Frames:
     """Adds what frames [..., B, H, C, D] need of the base weights alone: for all mini-batches at once, ahead of their scan."""
     kq = jnp.concatenate([x.k, x.q], -2)
-    at_base = jnp.einsum("...HCI,HIO->...HCO", kq, base[0].w) + base[0].b[:, None]
+    at_base = jnp.einsum("...HCI,...HIO->...HCO", kq, base[0].w) + base[0].b[..., None, :]
     overlap = jnp.einsum("...CI,...SI->...CS", x.q, x.k) + 1
     return Frames(kq, x.t, x.eta, at_base, jnp.where(causal(overlap), overlap, 0))
 
