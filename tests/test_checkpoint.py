@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests import kyutai_files
-from ttt_jax import checkpoint, integrity, record, weights, trees
+from ttt_jax import checkpoint, integrity, record, trees, weights
 from ttt_jax.checkpoint import Checkpoints, load_run
 from ttt_jax.config import TTTConfig
 from ttt_jax.convert import kyutai

@@ -31,6 +31,10 @@ def saved(run):
     return [path.name for path in (run / "checkpoints").glob("*") if path.name.isdecimal()]
 
 
+def half_written(run):
+    return list((run / "checkpoints").glob("*tmp*"))
+
+
 def test_a_run_killed_at_random_ends_like_one_never_killed(whole):
     folder, asked, expected = whole
     rng, run = random.Random(0), folder / "victim"
@@ -41,10 +45,10 @@ def test_a_run_killed_at_random_ends_like_one_never_killed(whole):
             steps = run / "metrics.jsonl"
             before = steps.stat().st_size if steps.exists() else 0
             # The file is first cut to the steps that a checkpoint holds; wait until new steps are done.
-            wait_for(lambda: steps.exists() and steps.stat().st_size != before, process)  # noqa: B023
+            wait_for(lambda steps=steps, before=before: steps.exists() and steps.stat().st_size != before, process)
             if kills % 2:  # while a checkpoint is being written
-                wait_for(lambda: list((run / "checkpoints").glob("*tmp*")), process)
-                saving += bool(list((run / "checkpoints").glob("*tmp*")))
+                wait_for(lambda run=run: half_written(run), process)
+                saving += bool(half_written(run))
             else:
                 time.sleep(rng.random() * 0.5)
             process.kill()
@@ -67,7 +71,13 @@ def test_a_run_killed_at_random_ends_like_one_never_killed(whole):
     assert len(left) <= 3
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],  # test_resume presses Ctrl-C, too
+)
 def test_a_signal_saves_and_the_exit_code_says_so(whole, number, code):
     folder, asked, expected = whole
     run = folder / f"stopped{code}"

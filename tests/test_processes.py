@@ -10,6 +10,7 @@ from tests import commands
 from train.config import MeshConfig
 
 STEPS = 6
+pytestmark = pytest.mark.slow  # each process compiles for itself
 
 
 def pair(*words):
