@@ -1,10 +1,10 @@
 """Times whole training steps, optimiser included: ``python -m bench.train``.
 
-Random codes through random weights; each cell is a combination of what trains and how. Beside the figures stands the time that
+Random codes through random weights; a cell is what trains, one to a process, so that the peak of memory is its own. Beside the figures stands the time that
 the products alone would take at the rate that a large matrix product reaches here. Compilation is timed apart.
 
     python -m bench.train                                           # tiny, on a CPU
-    python -m bench.train --shape 7b --cells lora+ttt lora ttt      # the 7B in bfloat16 on a GPU of 80 GB
+    python -m bench.train --shape 7b --cell lora+ttt      # the 7B in bfloat16 on a GPU of 80 GB
     python -m bench.train --shape 7b --set remat=dots data.batch=2  # fields of the training configuration
 """
 
@@ -41,22 +41,19 @@ NOMINAL = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12, "NVIDIA A
 
 
 def main() -> None:
-    """Prints a line per cell, and writes them all as JSON if asked to."""
+    """Prints a line, and writes the figures as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=["tiny", "small", "7b"], default="tiny")
-    parser.add_argument("--cells", nargs="+", default=["lora+ttt"], choices=list(CELLS))
+    parser.add_argument("--cell", default="lora+ttt", choices=list(CELLS), help="what trains")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="of the training configuration")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--trace", help="folder for a profile of three more steps of the last cell")
+    parser.add_argument("--trace", help="folder for a profile of three more steps")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
-    found = {}
-    for name in args.cells:
-        cfg = configuration(args.shape, name, args.set)
-        found[name] = cell(name, cfg, args.steps, args.trace if name == args.cells[-1] else None)
+    found = cell(args.cell, configuration(args.shape, args.cell, args.set), args.steps, args.trace)
     if args.out:
         about = {"device": jax.devices()[0].device_kind, "devices": len(jax.devices()), "jax": jax.__version__}
-        args.out.write_text(json.dumps({**about, "cells": found}, indent=1))
+        args.out.write_text(json.dumps({**about, args.cell: found}, indent=1))
 
 
 def configuration(shape: str, name: str, changes: list[str]) -> TrainConfig:
@@ -99,7 +96,7 @@ def cell(name: str, cfg: TrainConfig, steps: int, trace: str | None) -> dict[str
         np.zeros(shape[:2], bool),
     )
     batch = Batch(*(jax.device_put(x, sharding.rows_sharding(mesh, 1)) for x in batch))
-    stop = jax.device_put(np.zeros(cfg.data.batch, bool), sharding.rows_sharding(mesh))
+    stop = jax.device_put(np.zeros(mesh.size, np.int32), sharding.devices_sharding(mesh))
     began = time.perf_counter()
     step = make_train_step(cfg, mesh).lower(state, frozen, batch, stop).compile()
     compiled = time.perf_counter() - began

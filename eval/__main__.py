@@ -61,7 +61,7 @@ exit code: 0 done, 2 an input to mend, 3 done but some files were skipped"""
         "checkpoints",
         metavar="CHECKPOINT",
         nargs="+",
-        help="folder of a run, or of converted weights; several are compared",
+        help="folder of a run, of one of its checkpoints (RUN/checkpoints/STEP), or of converted weights; several are compared",
     )
     parser.add_argument(
         "--data",

@@ -26,6 +26,7 @@ from ttt_jax.command import keep_compiled
 from ttt_jax.config import FRAME_RATE, MoshiConfig
 from ttt_jax.data.corpus import CorpusConfig
 from ttt_jax.errors import InputError
+from ttt_jax.files import run_and_step
 from ttt_jax.moshi import model
 from ttt_jax.moshi.model import Params, State
 
@@ -54,7 +55,8 @@ def main(options: argparse.Namespace) -> int:
     _check(options)
     keep_compiled(CorpusConfig().cache_dir / "compiled")
     checkpoints = load(options.checkpoint, options.compare)
-    folder = _folder(Path(options.out or Path(options.checkpoint) / "diagnose").expanduser())
+    first, step = run_and_step(Path(options.checkpoint)) or (Path(options.checkpoint), None)
+    folder = _folder(Path(options.out or first / ("diagnose" if step is None else f"diagnose-{step}")).expanduser())
     heard = speech.first(options.data or speech.heldout(checkpoints[0]), checkpoints, options.frames or options.every)
     frames = heard.frames[:, : options.frames]
     records: list[Record] = []

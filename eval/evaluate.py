@@ -26,6 +26,7 @@ from ttt_jax.command import PARTIAL, cost, keep_compiled, machine
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
 from ttt_jax.errors import InputError
+from ttt_jax.files import run_and_step
 
 PERIOD, WINDOW, ROWS = 1250, 250, 8
 """Where nothing else is asked for: frames between resets (of a run: its training chunk; here the 100 s of Kyutai's fine-tuning), frames
@@ -94,7 +95,8 @@ def main(options: argparse.Namespace) -> int:
         print(f"skipped: {one.reason}", file=sys.stderr)
     # Results on other speech have a folder of their own: those of the run's held-out files stay.
     default = f"eval-{Path(options.data).resolve().stem}" if options.data else "eval"
-    folder = Path(options.out or Path(options.checkpoints[0]) / default).expanduser()
+    first, step = run_and_step(Path(options.checkpoints[0])) or (Path(options.checkpoints[0]), None)
+    folder = Path(options.out or first / (default if step is None else f"{default}-{step}")).expanduser()
     _make(folder)  # what cannot be is told before the work
     return PARTIAL if evaluate(models, files, skipped, corpus, asked, folder) else 0
 
@@ -130,9 +132,7 @@ def evaluate(
     first, longest = models[0], max(file.frames.shape[1] for file in files)
     period = asked.reset_every or (first.run.data.chunk if first.run else PERIOD)
     chunk = asked.chunk or _calls(models)
-    tables = (
-        unigram.fit((file.read() for file in corpus.recordings), first.cfg.target_streams.values()) if corpus else None
-    )
+    tables = unigram.fit(unigram.some(corpus.recordings), first.cfg.target_streams.values()) if corpus else None
     minutes = sum(file.frames.shape[1] for file in files) / FRAME_RATE / 60
     names = ", ".join(model.name for model in models)
     print(f"streaming {minutes:.1f} minutes of speech, {len(files)} files, through {names} ...", flush=True)

@@ -10,6 +10,7 @@ from ttt_jax import checkpoint, record, weights
 from ttt_jax.config import MoshiConfig
 from ttt_jax.data.corpus import CorpusConfig
 from ttt_jax.errors import InputError
+from ttt_jax.files import run_and_step
 from ttt_jax.moshi.model import Params
 
 
@@ -37,14 +38,15 @@ class Model(NamedTuple):
 
 
 def load(path: str | Path) -> Model:
-    """The model in `path`: the latest checkpoint of a run, or weights that `python -m ttt_jax.convert` made.
+    """The model in `path`: the latest checkpoint of a run, one of its checkpoints, or weights that `python -m ttt_jax.convert` made.
 
     Raises:
       InputError: `path` is neither, or cannot be read.
     """
     path = Path(path).expanduser()
     name = path.resolve().name
-    if (path / checkpoint.FOLDER).is_dir():
+    if (found := run_and_step(path.resolve())) is not None:
+        name = found[0].name if found[1] is None else f"{found[0].name}-{found[1]}"
         run = checkpoint.load_run(path)
         cfg = record.from_dict(TrainConfig, run.meta["config"], f"the checkpoint in {path}")
         return Model(name, cfg.model, run.params, cfg, {"path": str(path), **run.meta})

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
+
+FRAMES = 500_000
+"""Frames that a baseline is fitted to, 11 hours: more would change nothing that shows."""
+
+
+def some(recordings: Iterable[Any], frames: int = FRAMES) -> Iterator[np.ndarray]:
+    """Tokens of the first of `recordings`, whole ones until there are so many frames."""
+    for recording in recordings:
+        if frames <= 0:
+            return
+        frames -= recording.num_frames
+        yield recording.read()
 
 
 def fit(files: Iterable[np.ndarray], cardinalities: Iterable[int]) -> list[np.ndarray]:

@@ -108,7 +108,10 @@ def run(mesh: jax.sharding.Mesh, accumulate: int, steps: int = STEPS) -> dict:
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
     trained = put(small_step.some_params(cfg)[0], places.trained)
     state = step.init_state(cfg, mesh, trained)
-    rows, stop = sharding.rows_sharding(mesh, 1), jax.device_put(small_step.NO_STOP, sharding.rows_sharding(mesh))
+    rows, stop = (
+        sharding.rows_sharding(mesh, 1),
+        jax.device_put(np.zeros(mesh.size, np.int32), sharding.devices_sharding(mesh)),
+    )
     batches = [batch(seed=i, frames=FRAMES, reset=[(0, 1)] if i == 1 else ()) for i in range(max(steps, 1))]
     batches = [type(one)(*(jax.device_put(x, rows) for x in one)) for one in batches]
     program = step.make_train_step(cfg, mesh).lower(state, {}, batches[0], stop).compile(compiler_options=QUICK)

@@ -42,7 +42,7 @@ CONFIG = TrainConfig(
 ROWS, FRAMES = CONFIG.data.batch, CONFIG.data.chunk
 LORA = LoRAConfig(rank=2, maps=("attention", "ffn"))
 ALL = TrainsConfig(base=True, ttt=True, lora=True)
-NO_STOP = np.zeros(ROWS, bool)
+NO_STOP = np.zeros(1, np.int32)
 
 
 def config(**changes) -> TrainConfig:

@@ -514,7 +514,7 @@ def fine_tuned(tmp_path):
         "stored": names,
     }
     checkpoints = Checkpoints(tmp_path / "run", keep=1)
-    checkpoints.save(7, checkpoint._part(params, names), {"x": jnp.zeros(1)}, {}, meta)
+    checkpoints.save(7, trees.pick(params, names), {"x": jnp.zeros(1)}, {}, meta)
     checkpoints.close()
     return tmp_path, params
 

@@ -1,9 +1,11 @@
 """How a process is told of the others, and what the command line makes of it."""
 
+import dataclasses
+
 import pytest
 
-from train.config import MeshConfig, parse
-from ttt_jax import launch
+from train.config import PRESETS, Changes, MeshConfig, parse
+from ttt_jax import launch, record
 from ttt_jax.errors import InputError
 from ttt_jax.launch import Launch
 
@@ -38,14 +40,19 @@ def test_what_is_not_complete_is_refused(words, said):
         launch.take(words)
 
 
-def test_a_resumed_run_may_get_another_mesh_and_nothing_else():
-    command = parse(["--resume", "runs/x", "--mesh.fsdp", "2", *MANUAL])
-    assert (str(command.resume), command.mesh) == ("runs/x", MeshConfig(-1, 2, 1))
+def test_a_resumed_run_may_be_computed_otherwise_and_nothing_else(tmp_path):
+    stored = dataclasses.replace(PRESETS["tiny"], mesh=MeshConfig(2, 1, 2))
+    record.write_json(tmp_path / "config.json", record.to_dict(stored))
+    command = parse(["--resume", str(tmp_path), "--mesh.fsdp", "2", "--remat", "dots", *MANUAL])
+    assert command.resume == tmp_path
+    assert command.changes == Changes(MeshConfig(2, 2, 2), 1, "dots")
     assert command.launch.process == 3
-    assert parse(["--resume", "runs/x"]).mesh is None
+    assert parse(["--resume", "runs/x"]).changes is None
     for words in (["--optim.lr", "1"], ["more"], ["--mesh.fsdp", "2", "--steps", "3"]):
         with pytest.raises(InputError, match="takes no"):
-            parse(["--resume", "runs/x", *words])
+            parse(["--resume", str(tmp_path), *words])
+    with pytest.raises(InputError, match="accumulate=3 does not divide"):
+        parse(["--resume", str(tmp_path), "--accumulate", "3"])
 
 
 def test_a_dry_run_is_of_a_configuration():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -18,17 +19,25 @@ def metrics(**changes):
         loss=np.float32(3.5),
         streams=np.array([1.5, 2.5], np.float32),
         half_variance=np.array([0.25, 0.5], np.float32),
+        rows=np.array([[3.5, 3.5]], np.float32),
         grad_norm=np.float32(0.5),
+        grad_norms={"base": np.float32(0.4), "ttt": np.float32(0.3)},
         rates={"base": np.float32(0.125)},
         ttt={1: {"gate": np.float32(0.25)}},
+        skipped=np.int32(0),
+        finite=np.bool_(True),
+        stop=np.int32(0),
     )
     return values._replace(**changes)
 
 
-def write(path, steps, done=0, **changes):
-    log = MetricsLog(path, STREAMS, 1, 100, done)
+FILES = {(0, 0): "first", (0, 1): "second"}
+
+
+def write(path, steps, done=0, skips=0, **changes):
+    log = MetricsLog(path, STREAMS, 1, 100, done, skips)
     for step in steps:
-        log.add(step, metrics(**changes), 10)
+        log.add(step, metrics(**changes), 10, FILES)
     log.close()
 
 
@@ -55,8 +64,38 @@ def test_a_stream_without_targets_is_null_in_losses_and_variances(tmp_path):
 def test_a_loss_or_gradient_that_is_no_number_is_refused_and_not_written(tmp_path, name, value):
     path = tmp_path / "metrics.jsonl"
     with pytest.raises(InputError, match=f"step 1: {name} is {value}"):
-        write(path, [1], **{name: np.float32(value)})
+        write(path, [1], finite=np.bool_(False), **{name: np.float32(value)})
     assert not path.read_text()
+
+
+def test_group_and_file_of_what_is_not_finite_are_named(tmp_path):
+    changes = {"rows": np.array([[3.5, np.nan]]), "grad_norms": {"base": np.float32(1), "ttt": np.float32(np.nan)}}
+    with pytest.raises(InputError, match="the gradient of ttt, in second, so the run stops"):
+        write(tmp_path / "m", [1], finite=np.bool_(False), loss=np.float32(np.nan), **changes)
+    with pytest.raises(InputError, match=r"state that the step leaves is not finite.*first, second\)"):
+        write(tmp_path / "m", [1], finite=np.bool_(False))
+
+
+def test_steps_are_skipped_as_often_as_is_allowed(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    bad = {"finite": np.bool_(False), "loss": np.float32(np.nan)}
+    write(path, [1], skips=2, skipped=np.int32(2), **bad)
+    (line,) = strictly(path)
+    assert (line["loss"], line["skipped"]) == (None, 2)
+    assert "step 1: loss is nan" in line["skipped_for"]
+    with pytest.raises(InputError, match="optim.skips=2 such steps were skipped before"):
+        write(path, [1], skips=2, skipped=np.int32(3), **bad)
+
+
+def test_a_validation_is_a_line_of_its_own_and_pauses_do_not_count_for_the_rate(tmp_path):
+    log = MetricsLog(tmp_path / "m", STREAMS, 1, 100, 0)
+    with log.paused():
+        time.sleep(0.3)
+    log.add(1, metrics(), 1000, FILES)
+    log.add_validation(1, {"loss": 2.0})
+    log.close()
+    assert log.rate > 1000 / 0.25
+    assert strictly(tmp_path / "m")[1]["validation"] == {"loss": 2.0}
 
 
 def test_a_resumed_log_keeps_the_lines_up_to_its_step(tmp_path):

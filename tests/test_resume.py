@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from eval import models
 from eval.__main__ import main as eval_main
 from tests.micro import CONFIG, files, write_manifest
 from train import loop
@@ -206,6 +207,24 @@ def test_no_run_and_no_checkpoint_are_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(InputError, match="holds no checkpoint"):
         load_run(tmp_path)
+
+
+def test_a_checkpoint_can_be_read_by_its_folder(runs):
+    whole = runs[0] / "whole"
+    early, late = (load_run(whole / "checkpoints" / str(step)) for step in (20, 40))
+    assert (early.meta["step"], late.meta["step"]) == (20, 40)
+    same = [jax.tree.map(lambda a, b: bool((a == b).all()), late.params, of.params) for of in (load_run(whole), early)]
+    assert [jax.tree.all(tree) for tree in same] == [True, False]
+    assert models.load(whole / "checkpoints" / "20").name == "whole-20"
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again_in_its_folder(runs, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("config.json", "meta.json", "metrics.jsonl"):
+        shutil.copy(runs[0] / "whole" / name, folder)
+    assert loop.start(of_runs(runs, tmp_path)) == 0
+    assert metrics(folder) == metrics(runs[0] / "whole")
 
 
 def test_a_damaged_latest_checkpoint_is_named_and_the_one_before_goes_on_to_the_same_end(runs, tmp_path, caplog):

@@ -22,7 +22,7 @@ def main(args: Sequence[str]) -> int:
     from train import loop
 
     if command.config is None:
-        return loop.resume(command.resume, command.mesh)
+        return loop.resume(command.resume, command.changes)
     return loop.dry_run(command.config) if command.dry_run else loop.start(command.config)
 
 

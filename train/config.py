@@ -23,7 +23,8 @@ DESCRIPTION = """Train a Moshi with TTT layers on speech; the layers' state is c
   python -m train PRESET --optim.lr 1e-3       a preset, fields overridden; presets: {presets}
   python -m train PRESET --dry-run             what it would take: parameters, memory, operations; no weights needed
   python -m train --from RUN/config.json       a stored configuration again, in a new run folder; fields can follow
-  python -m train --resume RUN                 go on from the latest checkpoint in the run folder RUN; --mesh.* can follow
+  python -m train --resume RUN                 go on from the latest checkpoint in the run folder RUN; --mesh.*, --remat
+                                               and --accumulate can follow
 
 In several processes (docs/devices.md), with any of these: --launch auto under SLURM, Open MPI, TPU pods or GKE, or --launch manual
 --coordinator HOST:PORT --processes N --process I.
@@ -48,7 +49,7 @@ class DataConfig(CorpusConfig):
     """Speech to train on and how it is cut."""
 
     chunk: int = 64
-    """Frames of a file that one training step sees; gradients end at its start, the state goes on."""
+    """Frames of a file that go through the model at once; what becomes of the state between chunks: state, bptt, carry_attention."""
     batch: int = 16
     """Rows of a batch; each follows one file after another, chunk by chunk."""
 
@@ -63,7 +64,7 @@ class TrainsConfig:
     base: bool = True
     """Moshi's own weights, all of them."""
     attention: str = "none"
-    """Layers whose attention trains although the base is frozen, named as in model.ttt.layers: "29,30,31", "25-30", "all"."""
+    """Layers whose attention trains though the rest of the base is frozen (--trains.no-base), named as in model.ttt.layers: "29,30,31", "25-30", "all"."""
     ttt: bool = True
     """TTT layers, W0 and gates included."""
     lora: bool = True
@@ -173,13 +174,14 @@ class TrainConfig:
     state: Literal["persist", "reset"] = "persist"
     """What becomes of the TTT layers' fast weights at the end of a chunk: kept along the file, or cleared."""
     bptt: int = 1
-    """Chunks that a step spans; gradients flow from one to the next through the fast weights, and end where the step begins."""
+    """Chunks that a step spans; gradients flow from one to the next through all of the state that is kept, and end where the step begins."""
     carry_attention: bool = True
     """Whether attention sees the chunks before, by its ring of keys and values, or each chunk alone."""
     accumulate: int = 1
     """Parts that the rows of a batch are split into, computed one after another: less memory, the same step."""
     remat: Literal["none", "dots", "layers"] = "none"
-    """What the backward pass of the temporal transformer computes again: nothing, all but the products, or all but the layers' inputs."""
+    """What the backward pass computes again: nothing; all but the temporal transformer's products; all but its layers' inputs. The
+    depth transformer and the heads are computed again with either."""
     name: str = "tiny"
     """Name of the run; its folder is runs/NAME-DATE-TIME unless run_dir is given."""
     run_dir: str | None = None
@@ -253,6 +255,18 @@ PRESETS: dict[str, TrainConfig] = {
 """Named runs: `tiny` takes minutes on a laptop CPU, `small` a GPU, `moshi-7b` has the shape of Kyutai's model."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """What a run that goes on may change: how it is computed, not what."""
+
+    mesh: MeshConfig
+    """Devices by axis of the mesh."""
+    accumulate: int
+    """Parts that the rows of a batch are split into."""
+    remat: Literal["none", "dots", "layers"]
+    """What the backward pass computes again."""
+
+
 class Command(NamedTuple):
     """A command line, understood: start `config` (or tell what it takes), or go on with the run in `resume`."""
 
@@ -260,8 +274,8 @@ class Command(NamedTuple):
     resume: Path | None
     launch: Launch
     dry_run: bool = False
-    mesh: MeshConfig | None = None
-    """Of a run that goes on; None: the one that it had."""
+    changes: Changes | None = None
+    """To a run that goes on; None: none."""
 
 
 def parse(args: Sequence[str]) -> Command:
@@ -275,12 +289,13 @@ def parse(args: Sequence[str]) -> Command:
             not dry_run,
             "--dry-run is for a new run: --resume goes on with one that is there, so leave out one of them.",
         )
-        others = [word for word in rest if word.startswith("--") and not word.startswith("--mesh.")]
-        if others or (rest and not rest[0].startswith("--")):
+        allowed = ("--mesh.", "--accumulate", "--remat", "--help", "-h")
+        others = [word for word in rest if word.startswith("--") and not word.startswith(allowed)]
+        if others or (rest and not rest[0].startswith("-")):
             raise InputError(
-                f"--resume goes on with the run's own configuration and takes no {(others or rest)[0]}: use --from to change it."
+                f"--resume goes on with the run's own configuration and takes no {(others or rest)[0]}: use --from to change it in a new run."
             )
-        return Command(None, path, launch, mesh=_mesh(rest) if rest else None)
+        return Command(None, path, launch, changes=_changes(path, rest) if rest else None)
     if words and words[0].split("=")[0] == "--from":
         path, words = _take_path(words, "the config.json of a run")
         preset, default = str(path), load(path)
@@ -314,15 +329,19 @@ def _take_path(words: list[str], what: str) -> tuple[Path, list[str]]:
     return Path(value).expanduser(), rest
 
 
-def _mesh(words: list[str]) -> MeshConfig:
+def _changes(run: Path, words: list[str]) -> Changes:
     import tyro
 
+    stored = load(run / "config.json")
     with plain_input_errors():
-        return tyro.cli(
-            MeshConfig,
+        changes = tyro.cli(
+            Changes,
             prog="python -m train --resume RUN",
-            args=["--" + word[7:] if word.startswith("--mesh.") else word for word in words],
+            default=Changes(stored.mesh, stored.accumulate, stored.remat),
+            args=words,
         )
+    dataclasses.replace(stored, **vars(changes))  # refuses what does not fit
+    return changes
 
 
 def _override(default: TrainConfig, preset: str, words: list[str]) -> TrainConfig:

@@ -21,7 +21,7 @@ from eval import unigram
 from eval.evaluate import of_run
 from eval.models import Model
 from train import parameters, plan, plots, sinks
-from train.config import MeshConfig, TrainConfig
+from train.config import Changes, TrainConfig
 from train.metrics import MetricsLog, read
 from train.parameters import Parameters
 from train.samples import Sampler
@@ -30,9 +30,9 @@ from train.trained import fit, split
 from train.validate import Validation, on_mesh
 from train.windows import Windows
 from ttt_jax import launch, record, sharding
-from ttt_jax.checkpoint import Checkpoints, open_run
+from ttt_jax.checkpoint import FOLDER, Checkpoints, open_run
 from ttt_jax.codec import Codec
-from ttt_jax.command import INTERRUPTED, keep_compiled, machine
+from ttt_jax.command import keep_compiled, machine
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
 from ttt_jax.data.corpus import Corpus
@@ -41,8 +41,6 @@ from ttt_jax.errors import InputError
 from ttt_jax.trees import Tree, merge, pick
 
 log = logging.getLogger("train")
-TERMINATED = 143
-"""Exit code after SIGTERM, as shells tell it."""
 
 
 class Run(NamedTuple):
@@ -68,7 +66,7 @@ def start(cfg: TrainConfig) -> int:
     keep_compiled(cfg.data.cache_dir / "compiled")
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(launch.agreed(int(time.time()))))
     run_dir = Path(cfg.run_dir or f"runs/{cfg.name}-{stamp}").expanduser()
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    if not _is_free(run_dir):
         raise InputError(
             f"run_dir {run_dir} is taken: give another --run-dir, or go on with the run in it by --resume {run_dir}."
         )
@@ -89,7 +87,7 @@ def start(cfg: TrainConfig) -> int:
         found = parameters.initial(cfg, mesh)
         state = init_state(cfg, mesh, found.trained)
     _announce_parameters(found)
-    meta["unigram"] = _unigram(cfg, corpus)
+    meta["unigram"] = _unigram(cfg, corpus) if launch.is_first() else None
     launch.agreed(0)  # all have looked at the folder
     if launch.is_first():
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -99,16 +97,28 @@ def start(cfg: TrainConfig) -> int:
     return _run(run, state, found.frozen, None, Checkpoints(run_dir, keep=cfg.keep))
 
 
-def resume(run_dir: Path, mesh: MeshConfig | None = None) -> int:
-    """Go on with the run in `run_dir` from its latest whole checkpoint, on another mesh if asked to; the exit code. Raises `InputError`."""
+def _is_free(run_dir: Path) -> bool:
+    """Whether a run may begin in `run_dir`: nothing is there, or a run that ended before its first checkpoint."""
+    if not run_dir.exists():
+        return True
+    if not run_dir.is_dir():
+        return False
+    inside = {path.name for path in run_dir.iterdir()}
+    begun = {"config.json", "meta.json"} <= inside and (run_dir / FOLDER).is_dir()
+    return not inside or (begun and not any(path.name.isdecimal() for path in (run_dir / FOLDER).iterdir()))
+
+
+def resume(run_dir: Path, changes: Changes | None = None) -> int:
+    """Go on with the run in `run_dir` from its latest whole checkpoint, with `changes` if asked to; the exit code. Raises `InputError`."""
     with open_run(run_dir) as checkpoints:
         meta = checkpoints.meta()
     cfg = record.from_dict(TrainConfig, meta.pop("config"), f"the checkpoint in {run_dir}")
-    cfg = dataclasses.replace(cfg, run_dir=str(run_dir), mesh=mesh or cfg.mesh)
+    cfg = dataclasses.replace(cfg, run_dir=str(run_dir), **(vars(changes) if changes else {}))
     keep_compiled(cfg.data.cache_dir / "compiled")
     sinks.check(cfg.tensorboard, cfg.wandb)
     devices = _mesh(cfg)
     corpus = corpora.load(cfg.data, *corpora.load_coders(cfg.data, cfg.model.card, cfg.model.text_card))
+    _check_data(cfg, corpus)
     described = corpus.describe()
     if {key: meta.get(key) for key in described} != described:
         raise InputError(
@@ -157,17 +167,20 @@ def fit_model(cfg: TrainConfig, codec: Codec, tokenizer: Tokenizer) -> TrainConf
 
 def _run(run: Run, state: TrainState, frozen: Tree, position: Any, checkpoints: Checkpoints) -> int:
     cfg, run_dir = run.cfg, Path(run.cfg.run_dir)
-    windows = Windows(run.corpus.train, cfg.data.batch, cfg.data.chunk, cfg.seed, cfg.bptt, run.rows)
-    with contextlib.closing(checkpoints), contextlib.closing(windows), _memory(cfg):
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(_memory(cfg))
+        opened.enter_context(contextlib.closing(checkpoints))
+        windows = Windows(run.corpus.train, cfg.data.batch, cfg.data.chunk, cfg.seed, cfg.bptt, run.rows)
+        opened.enter_context(contextlib.closing(windows))
         if position is not None:
             windows.set_state(position)
         state, code = _train(run, state, frozen, windows, checkpoints)
-    if launch.is_first():
-        plots.draw_run(read(run_dir / "metrics.jsonl"), run.meta.get("unigram"), run_dir)
-        log.info("checkpoints, metrics.jsonl and loss.png are in %s", run_dir)
     if code:
         log.info("interrupted after step %d; go on with: python -m train --resume %s", int(state.step), run_dir)
         return code
+    if launch.is_first():
+        plots.draw_run(read(run_dir / "metrics.jsonl"), run.meta.get("unigram"), run_dir)
+        log.info("checkpoints, metrics.jsonl and loss.png are in %s", run_dir)
     if cfg.eval_every and (best := checkpoints.best()) is not None:
         log.info("the lowest validation loss was that of step %d (%s)", best, run_dir / "checkpoints" / str(best))
     if not run.corpus.heldout:
@@ -211,7 +224,7 @@ def _train(
         others,
     )
     pending: tuple[int, Metrics, int, dict[tuple[int, int], str]] | None = None
-    told: bool = False
+    told = 0
     bar = tqdm(
         total=cfg.steps,
         initial=done,
@@ -227,7 +240,7 @@ def _train(
         if pending is None:
             return
         line = metrics_log.add(*pending)
-        told = bool(pending[1].stop)
+        told = int(pending[1].stop)
         with tqdm.external_write_mode():
             if pending[0] == 1:
                 _announce_initial_loss(cfg, pending[1])
@@ -239,37 +252,33 @@ def _train(
         pending = None
 
     with contextlib.closing(metrics_log), bar, _interrupts() as asked:
-        if validation is not None and run.meta.get("owes_validation"):
-            metrics_log.add_validation(done, _validated(validation, state, frozen, bar))
         for step in range(done + 1, cfg.steps + 1):
             batch, files = next(windows)
-            stop = jax.make_array_from_process_local_data(
-                sharding.rows_sharding(mesh), np.full(len(run.rows), bool(asked)), (cfg.data.batch,)
-            )
-            state, metrics = train_step(state, frozen, on_mesh(batch, mesh, cfg.data.batch), stop)
+            state, metrics = train_step(state, frozen, on_mesh(batch, mesh, cfg.data.batch), _stop(mesh, asked))
             settle()  # the step before, while this one computes
             pending = (step, metrics, _frames(batch, run), _by_row(files, run.rows))
             # Of several processes one may be asked and all must stop, after the same step: all learn of it from the step before.
-            ending = told if jax.process_count() > 1 else bool(asked)
-            last = step == cfg.steps or ending
+            ending = told if jax.process_count() > 1 else max(asked, default=0)
             score = None
-            due = validation is not None and (step % cfg.eval_every == 0 or step == cfg.steps)
-            if due and not ending:  # who is asked to stop saves at once, and validates when the run goes on
+            if validation is not None and (step % cfg.eval_every == 0 or step == cfg.steps):
                 settle()
-                values = _validated(validation, state, frozen, bar)
+                with metrics_log.paused():
+                    values = _validated(validation, state, frozen, bar)
                 metrics_log.add_validation(step, values)
                 score = values["loss"]
-            if step % cfg.checkpoint_every == 0 or last or score is not None:
+            if step % cfg.checkpoint_every == 0 or step == cfg.steps or ending or score is not None:
                 settle()  # refuses to save what is not finite
                 params = merge(state.trained, frozen)
                 stored = params if run.meta["stored"] is None else pick(params, set(run.meta["stored"]))
-                meta = {"config": record.to_dict(cfg), **run.meta, "owes_validation": due and ending}
-                checkpoints.save(step, stored, _rest(state), windows.get_state(), meta, score)
-            if sampler is not None and (step % cfg.sample_every == 0 or step == cfg.steps):
+                meta = {"config": record.to_dict(cfg), **run.meta}
+                with metrics_log.paused():
+                    checkpoints.save(step, stored, _rest(state), windows.get_state(), meta, score)
+            if sampler is not None and (step % cfg.sample_every == 0 or step == cfg.steps) and not ending:
                 settle()
-                sampler(step, merge(state.trained, frozen))
-            if ending and step < cfg.steps:
-                return state, INTERRUPTED if signal.SIGINT in asked else TERMINATED
+                with metrics_log.paused():
+                    sampler(step, merge(state.trained, frozen))
+            if ending:
+                return state, 128 + ending
     return state, 0
 
 
@@ -278,8 +287,8 @@ def _validated(validation: Validation, state: TrainState, frozen: Tree, bar: Any
     values = validation(state.trained, frozen)
     if values["loss"] is None:
         raise InputError(
-            f"the validation after step {int(state.step)} gives a loss that is not finite: lower optim.lr, optim.ttt_lr or"
-            " model.ttt.base_lr, and go on from the last checkpoint with --resume."
+            f"the validation after step {int(state.step)} gives a loss that is not finite: start anew (--from) with a lower"
+            " optim.lr, optim.ttt_lr or model.ttt.base_lr."
         )
     bar.set_postfix_str(f"validation {values['loss']:.3f}")
     return values
@@ -289,7 +298,7 @@ def _compile(run: Run, state: TrainState, frozen: Tree, windows: Windows) -> Cal
     position = windows.get_state()
     batch = on_mesh(next(windows).batch, run.mesh, run.cfg.data.batch)
     windows.set_state(position)
-    stop = jax.ShapeDtypeStruct((run.cfg.data.batch,), bool, sharding=sharding.rows_sharding(run.mesh))
+    stop = _stop(run.mesh, [])
     with _compiling("training step"):
         return make_train_step(run.cfg, run.mesh).lower(state, frozen, batch, stop).compile()
 
@@ -345,6 +354,12 @@ def _by_row(files: tuple[tuple[str, ...], ...], rows: range) -> dict[tuple[int, 
     return {(chunk, row): name for chunk, names in enumerate(files) for row, name in zip(rows, names, strict=True)}
 
 
+def _stop(mesh: Mesh, asked: list[int]) -> jax.Array:
+    """For every device the signal that its process got, int32 [devices]; 0: none."""
+    local = np.full(len(mesh.local_devices), max(asked, default=0), np.int32)
+    return jax.make_array_from_process_local_data(sharding.devices_sharding(mesh), local, (mesh.size,))
+
+
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list[int]]:
     """The signals that asked to stop so far (Ctrl-C, SIGTERM): a step is never torn apart. The second one interrupts at once."""
@@ -352,9 +367,9 @@ def _interrupts() -> Iterator[list[int]]:
 
     def on_signal(number: int, *_: object) -> None:
         if asked:
-            raise KeyboardInterrupt
+            raise SystemExit(128 + number)
         asked.append(number)
-        log.info("\nsaving a checkpoint after this step; once more stops at once")
+        log.info("\nsaving a checkpoint after this step; a second signal stops at once")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -413,10 +428,10 @@ def _announce_initial_loss(cfg: TrainConfig, metrics: Metrics) -> None:
 def _unigram(cfg: TrainConfig, corpus: Corpus) -> dict[str, float]:
     """Nats of each stream of the training data under its own unigram model: what memory and attention have to beat."""
     names = list(cfg.model.target_streams)
-    tables = unigram.fit((file.read() for file in corpus.recordings), cfg.model.target_streams.values())
+    tables = unigram.fit(unigram.some(corpus.recordings), cfg.model.target_streams.values())
     total, counts = np.zeros(len(names)), np.zeros(len(names))
-    for file in corpus.recordings:
-        nats = unigram.nats(tables, file.read())
+    for file in unigram.some(corpus.recordings):
+        nats = unigram.nats(tables, file)
         total, counts = total + np.nansum(nats, -1), counts + np.isfinite(nats).sum(-1)
     return {
         name: loss / count for name, loss, count in zip(names, total.tolist(), counts.tolist(), strict=True) if count

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ class MetricsLog:
         self._start = self._mark = time.perf_counter()
         self._frames = 0
         self.rate = 0.0
-        """Frames per second since the line before the last."""
+        """Frames per second between the last two lines, pauses left out."""
 
     def add(self, step: int, metrics: Metrics, frames: int, files: Mapping[tuple[int, int], str]) -> dict[str, Any]:
         """The step's line, written if it is due; waits until the step is computed.
@@ -82,17 +83,17 @@ class MetricsLog:
             "skipped": int(values.skipped),
             "ttt": {str(layer): _finite(summary) for layer, summary in values.ttt.items()},
         }
-        if line["loss"] is None or line["grad_norm"] is None:
+        if not values.finite:
             told = _not_finite(step, values, files)
             if not self._skips:
                 raise InputError(
-                    f"{told}, so the run stops with its last checkpoint as it was: lower optim.lr, optim.ttt_lr or"
-                    " model.ttt.base_lr, raise optim.warmup_steps, or let such steps be skipped by --optim.skips."
+                    f"{told}, so the run stops with its last checkpoint as it was: start anew (--from) with a lower"
+                    " optim.lr, optim.ttt_lr or model.ttt.base_lr, a higher optim.warmup_steps, or let such steps be skipped by --optim.skips."
                 )
             if values.skipped > self._skips:
                 raise InputError(
                     f"{told}, and optim.skips={self._skips} such steps were skipped before, so the run stops with its last checkpoint as"
-                    " it was: lower optim.lr, optim.ttt_lr or model.ttt.base_lr."
+                    " it was: start anew (--from) with a lower optim.lr, optim.ttt_lr or model.ttt.base_lr."
                 )
             line["skipped_for"] = told
         self._frames += frames
@@ -104,9 +105,15 @@ class MetricsLog:
         return line
 
     def add_validation(self, step: int, values: dict[str, Any]) -> None:
-        """Write what a validation after `step` found; the time it took does not count for the rate."""
+        """Write what a validation after `step` found."""
         self._write({"step": step, "validation": values, "seconds": self._seconds()})
-        self._mark = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile is no training: it does not count for the rate."""
+        begin = time.perf_counter()
+        yield
+        self._mark += time.perf_counter() - begin
 
     def close(self) -> None:
         """Close the file and the sinks."""
@@ -127,21 +134,24 @@ class MetricsLog:
 
 
 def _not_finite(step: int, values: Metrics, files: Mapping[tuple[int, int], str]) -> str:
-    """Which number, group and file; files of this process alone can be named."""
+    """Which number, group and file."""
     what = [
         f"{name} is {getattr(values, name)}"
         for name in ("loss", "grad_norm")
         if not math.isfinite(getattr(values, name))
     ]
     groups = [name for name, norm in values.grad_norms.items() if not math.isfinite(norm)]
-    rows = {name for (chunk, row), name in files.items() if not math.isfinite(values.rows[chunk, row])}
+    at = [
+        (k, row) for k, losses in enumerate(values.rows) for row, loss in enumerate(losses) if not math.isfinite(loss)
+    ]
+    rows = sorted({files.get(place, f"row {place[1]} (another process names its file)") for place in at})
     return (
-        f"step {step}: {' and '.join(what)}"
+        f"step {step}: {' and '.join(what) or 'the state that the step leaves is not finite'}"
         + (f", the gradient of {', '.join(groups)}" if groups else "")
         + (
-            f", in {', '.join(sorted(rows))}"
+            f", in {', '.join(rows)}"
             if rows
-            else f", with finite losses in {', '.join(sorted(set(files.values())))}"
+            else f", the losses of all rows are finite ({', '.join(sorted(set(files.values())))})"
         )
     )
 

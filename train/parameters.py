@@ -33,12 +33,16 @@ class Parameters(NamedTuple):
 
 
 def stored(cfg: TrainConfig) -> list[str] | None:
-    """Paths of the leaves that a checkpoint holds: all (None) but those that lie in `cfg.base` and are frozen."""
+    """Paths of the leaves that a checkpoint holds: all (None) but those of Moshi itself that lie in `cfg.base` and are frozen.
+
+    The digest by which a checkpoint names its base leaves out TTT layers and adapters: a checkpoint has its own.
+    """
     if cfg.base is None:
         return None
     with _open(cfg) as folder:
         here = {"/".join(tensor.path) for tensor in _found(folder, cfg)}
-    return [path for path in named(_shapes(cfg.model)) if path not in here or trains(path, cfg)]
+    own = lambda path: "/ttt/" in path or "_lora_" in path or trains(path, cfg)  # noqa: E731
+    return [path for path in named(_shapes(cfg.model)) if path not in here or own(path)]
 
 
 def initial(cfg: TrainConfig, mesh: Mesh) -> Parameters:

@@ -62,8 +62,10 @@ class Metrics(NamedTuple):
     """Gates and norms by TTT layer (`model.ttt_summary`), after the step's frames, of the weights that read them."""
     skipped: jax.Array
     """Steps left out so far, this one included, int32 []."""
+    finite: jax.Array
+    """Whether loss, gradient and the state that the step leaves are, bool []."""
     stop: jax.Array
-    """Whether a process was asked to stop, bool []."""
+    """The largest number of a signal that asked a process to stop, int32 []; 0: none did."""
 
 
 class Sums(NamedTuple):
@@ -181,9 +183,9 @@ def gradient(
 
 
 def make_train_step(cfg: TrainConfig, mesh: Mesh) -> Callable:
-    """The jitted step: (`TrainState`, frozen parameters, `Batch`, stop bool [B]) -> (`TrainState`, `Metrics`).
+    """The jitted step: (`TrainState`, frozen parameters, `Batch`, stop int32 [devices]) -> (`TrainState`, `Metrics`).
 
-    It donates the state it is given. Steps whose loss or gradient is not finite change nothing but the counters if
+    `stop` has each device's process's signal, so that all processes hear of it. It donates the state it is given. Steps whose loss or gradient is not finite change nothing but the counters if
     `cfg.optim.skips` allows any.
     """
     optimizer = optim.make_optimizer(cfg)
@@ -199,9 +201,9 @@ def make_train_step(cfg: TrainConfig, mesh: Mesh) -> Callable:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
             new = optax.apply_updates(state.trained, updates), opt_state, stream
             skipped = state.skipped
+            # A state that is not finite would spoil all later steps of its row.
+            finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm) & _all_finite(stream)
             if cfg.optim.skips:
-                # A state that is not finite would have all later steps of its row skipped.
-                finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm) & _all_finite(stream)
                 # A row that began a file must not go on with the state of the file before.
                 kept = *state[2:4], model.reset_rows(state.stream, batch.reset.any(0), cfg.model)
                 new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
@@ -216,7 +218,8 @@ def make_train_step(cfg: TrainConfig, mesh: Mesh) -> Callable:
                 rates={group: schedules[group](state.step - state.skipped) for group in norms},
                 ttt=model.ttt_summary(merge(state.trained, frozen), stream, cfg.model),
                 skipped=skipped,
-                stop=stop.any(),
+                finite=finite,
+                stop=stop.max(),
             )
             return TrainState(state.step + 1, skipped, *new), metrics
 

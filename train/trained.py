@@ -17,7 +17,8 @@ from ttt_jax.trees import Tree, named, pick
 def fit(cfg: TrainConfig) -> TrainConfig:
     """`cfg` with layers stacked apart as `cfg.trains` needs. Raises `InputError` if it names nothing that there is."""
     trains, model = cfg.trains, cfg.model
-    layers = () if trains.base else _attention(cfg)
+    named_layers = _attention(cfg)
+    layers = () if trains.base else named_layers
     if not (trains.base or layers or (trains.ttt and model.ttt_layers) or (trains.lora and model.lora.rank)):
         raise InputError(
             f"nothing trains: trains={trains}, but model.ttt.layers={model.ttt.layers!r} and model.lora.rank={model.lora.rank}: give TTT"

@@ -13,6 +13,7 @@ A checkpoint takes its name when it is complete, and loses it before it is remov
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -29,9 +30,12 @@ from ttt_jax import integrity, record, trees
 from ttt_jax.config import MoshiConfig
 from ttt_jax.differences import differences
 from ttt_jax.errors import InputError
+from ttt_jax.files import CHECKPOINTS, run_and_step
 from ttt_jax.integrity import Damaged
 
-FOLDER = "checkpoints"
+FOLDER = CHECKPOINTS
+_MACHINE = (errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors that say nothing of the files."""
 DAMAGED = "damaged"
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -156,14 +160,21 @@ class Checkpoints:
         """
         return self._first_whole(lambda step: self._told(step).meta)
 
-    def restore(self, like: Like) -> Saved:
-        """The latest checkpoint that is whole, in the structure, shapes, types and places that `like` gives.
+    def restore(self, like: Like, step: int | None = None) -> Saved:
+        """The checkpoint of `step`, or the latest that is whole, in the structure, shapes, types and places that `like` gives.
 
         Later ones that are damaged are named in the log and, if the folder is open for writing, moved to RUN/damaged.
 
         Raises `InputError` if there is no checkpoint, none is whole, or the latest whole one differs from `like`.
         """
-        return self._first_whole(lambda step: self._restore(step, like))
+        if step is None:
+            return self._first_whole(lambda step: self._restore(step, like))
+        try:
+            return self._restore(step, like)
+        except Damaged as problem:
+            raise InputError(
+                f"{self._folder / str(step)} is damaged ({problem}): give another checkpoint."
+            ) from problem
 
     def close(self) -> None:
         """Wait until everything saved is on disk. Raises `InputError` if that fails."""
@@ -303,12 +314,16 @@ def open_run(run_dir: str | Path) -> Iterator[Checkpoints]:
         checkpoints.close()
 
 
-def load_run(run_dir: str | Path) -> Run:
-    """The latest weights of a run with their configuration; what a fine-tuning run left as it was comes from its base.
+def load_run(path: str | Path) -> Run:
+    """The latest weights of a run, or those of a checkpoint (RUN/checkpoints/STEP), with their configuration.
+
+    What a fine-tuning run left as it was comes from its base.
 
     Raises `InputError` if there is no run, no checkpoint in it that is whole, or its base is gone or another.
     """
     from ttt_jax.moshi import model
+
+    run_dir, step = run_and_step(Path(path)) or (path, None)
 
     def config_of(meta: dict[str, Any]) -> MoshiConfig:
         return record.from_dict(MoshiConfig, meta["config"]["model"], f"the checkpoint in {run_dir}")
@@ -322,7 +337,7 @@ def load_run(run_dir: str | Path) -> Run:
         return (whole(meta) if stored is None else trees.pick(whole(meta), set(stored))), None
 
     with open_run(run_dir) as checkpoints:
-        saved = checkpoints.restore(like)
+        saved = checkpoints.restore(like, step)
     config, params = config_of(saved.meta), saved.params
     if saved.meta.get("stored") is not None:
         params = _completed(run_dir, saved, config, whole(saved.meta))
@@ -384,6 +399,10 @@ def _arrays(folder: Path, like: Any) -> Any:
         return ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(like))
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
         raise  # of the machine, not of the files
+    except OSError as error:
+        if error.errno in _MACHINE:
+            raise
+        raise Damaged(f"{folder.name} cannot be read: {_short(error)}") from error
     except Exception as error:  # flipped bits can make Orbax and TensorStore raise anything
         raise Damaged(f"{folder.name} cannot be read: {_short(error)}") from error
 

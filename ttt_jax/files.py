@@ -35,6 +35,19 @@ def file_digest(path: Path) -> str:
         raise InputError(f"{path} cannot be read ({error.strerror}): bring it back or leave it out.") from None
 
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that holds its checkpoints, by step."""
+
+
+def run_and_step(path: Path) -> tuple[Path, int | None] | None:
+    """A run's folder, and the step if `path` is that of one of its checkpoints (RUN/checkpoints/STEP); None if it is neither."""
+    if (path / CHECKPOINTS).is_dir():
+        return path, None
+    if path.parent.name == CHECKPOINTS and path.name.isdecimal() and path.is_dir():
+        return path.parent.parent, int(path.name)
+    return None
+
+
 def check_new(folder: Path) -> None:
     """Raise `InputError` unless a folder can be made at `folder`: nothing is there, or an empty folder."""
     if folder.is_symlink():

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -54,8 +55,11 @@ def sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, in
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """The mesh of all devices of all processes, of `sizes`. Raises `InputError`."""
-    return jax.make_mesh(sizes(data, fsdp, tensor, len(jax.devices())), AXES, axis_types=(AxisType.Auto,) * 3)
+    """The mesh of all devices of all processes, of `sizes`, process after process. Raises `InputError`."""
+    # In this order, and not in one that follows the wiring, the rows of a process are a range whatever the sizes.
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    shape = sizes(data, fsdp, tensor, len(devices))
+    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def check_rows(mesh: Mesh | AbstractMesh, batch: int, accumulate: int) -> None:
@@ -131,6 +135,11 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 def rows_sharding(mesh: Mesh, lead: int = 0) -> NamedSharding:
     """The sharding of an array whose axis `lead` counts rows."""
     return NamedSharding(mesh, P(*(None,) * lead, ROWS))
+
+
+def devices_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array with an entry for each device."""
+    return NamedSharding(mesh, P(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

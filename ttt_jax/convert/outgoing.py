@@ -20,13 +20,12 @@ from ttt_jax.convert.lora import merged
 from ttt_jax.convert.plan import Plan, carry_out, check_copies, log
 from ttt_jax.convert.source import CONFIG, MOSHI, UNKNOWN
 from ttt_jax.errors import InputError
-from ttt_jax.files import check_new
+from ttt_jax.files import check_new, run_and_step
 from ttt_jax.tensorfile import DTYPES, NAMES, Piece, cast, of_array
 from ttt_jax.tensorwriter import Spec
 from ttt_jax.weights import Tensor
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-RUN = "checkpoints"  # what the folder of a training run has
 
 
 class Opened(NamedTuple):
@@ -111,7 +110,7 @@ def export(
 
 
 def _open(path: Path, stack: contextlib.ExitStack) -> Opened:
-    if (path / RUN).is_dir():
+    if run_and_step(path) is not None:
         from ttt_jax import checkpoint  # loads jax
 
         run = checkpoint.load_run(path)

@@ -37,9 +37,9 @@ class CorpusConfig:
     """Training files: a manifest (JSONL with path and duration) or a prepared folder, or several with weights:
     a.jsonl:3,b.jsonl:1 takes three files of a for one of b; unset: the embedded corpus."""
     heldout: str | None = None
-    """Manifest of the files that are evaluated at the end; unset: the embedded corpus's if `train` is unset, else none."""
+    """Manifest or prepared folder of the files that are evaluated at the end; unset: the embedded corpus's if `train` is unset, else none."""
     validation: str | None = None
-    """Manifest of the files that are scored during training; unset: the held-out files."""
+    """Manifest or prepared folder of the files that are scored during training; unset: the held-out files."""
     codec: str = "kmeans"
     """Codec that turns audio into codes: "kmeans" (embedded), the path of a codec file, or "files": no audio, code files only,
     and whatever codec they state."""
