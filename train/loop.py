@@ -29,7 +29,7 @@ from train.step import Metrics, TrainState, init_state, make_train_step, state_l
 from train.trained import fit, split
 from train.validate import Validation, on_mesh
 from train.windows import Windows
-from ttt_jax import launch, record, sharding
+from ttt_jax import integrity, launch, record, sharding
 from ttt_jax.checkpoint import FOLDER, Checkpoints, open_run
 from ttt_jax.codec import Codec
 from ttt_jax.command import keep_compiled, machine
@@ -209,6 +209,8 @@ def _train(
     if cfg.eval_every:
         with _compiling("validation"):
             validation = Validation(cfg, mesh, run.corpus.validation, run.rows, state.trained, frozen)
+    with _compiling("checksums of checkpoints"):
+        integrity.sums(_stored(run, state, frozen))
     sampler = None
     if cfg.sample_every:
         sampler = Sampler(cfg.model, run.corpus.validation, run.corpus.codec, run.corpus.tokenizer, run_dir, cfg.seed)
@@ -268,11 +270,10 @@ def _train(
                 score = values["loss"]
             if step % cfg.checkpoint_every == 0 or step == cfg.steps or ending or score is not None:
                 settle()  # refuses to save what is not finite
-                params = merge(state.trained, frozen)
-                stored = params if run.meta["stored"] is None else pick(params, set(run.meta["stored"]))
                 meta = {"config": record.to_dict(cfg), **run.meta}
                 with metrics_log.paused():
-                    checkpoints.save(step, stored, _rest(state), windows.get_state(), meta, score)
+                    arrays = _stored(run, state, frozen)
+                    checkpoints.save(step, **arrays, data=windows.get_state(), meta=meta, validation=score)
             if sampler is not None and (step % cfg.sample_every == 0 or step == cfg.steps) and not ending:
                 settle()
                 with metrics_log.paused():
@@ -338,6 +339,13 @@ def _check_data(cfg: TrainConfig, corpus: Corpus) -> None:
             )
     if cfg.sample_every and jax.process_count() > 1:
         raise InputError(f"sample_every={cfg.sample_every} works in one process only: leave it out.")
+
+
+def _stored(run: Run, state: TrainState, frozen: Tree) -> dict[str, Any]:
+    """The arrays of a checkpoint."""
+    params = merge(state.trained, frozen)
+    stored = params if run.meta["stored"] is None else pick(params, set(run.meta["stored"]))
+    return {"params": stored, "state": _rest(state)}
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
