@@ -359,7 +359,7 @@ TRAPS = {
         converted_weights_give_pytorchs_logits,
         (weights,),
         {
-            "stacked[tensor.index] = found.array(tensor)": "a = found.array(tensor)\n"
+            "stacked[tensor.index] = folder.array(tensor)": "a = folder.array(tensor)\n"
             "                if name == 'qkv' and tensor.lead:\n"
             "                    a = a.reshape(3, a.shape[0], *a.shape[2:]).swapaxes(0, 1)\n"
             "                stacked[tensor.index] = a"
@@ -386,8 +386,8 @@ TRAPS = {
         (model, generate),
         {
             'return rms_norm(x, params["out_norm"]), state': "return x, state",
-            "        text_logits(params, hidden, cfg),": (
-                '        text_logits(params, rms_norm(hidden, params["out_norm"]), cfg),'
+            "    return text_logits(params, hidden, cfg), audio": (
+                '    return text_logits(params, rms_norm(hidden, params["out_norm"]), cfg), audio'
             ),
         },
     ),
@@ -496,8 +496,8 @@ TRAPS = {
         all_logits_and_gradients_are_finite,
         (model, generate),
         {
-            "        audio.reshape(rows, length, cfg.dep_q, cfg.card),": "        jnp.where((flat[:, 1:] < cfg.card)[..., None], audio, jnp.nan)"
-            ".reshape(rows, length, cfg.dep_q, cfg.card),"
+            "audio.reshape(rows, length, cfg.dep_q, cfg.card)": "jnp.where((own[:, 1:] < cfg.card)[..., None], audio, jnp.nan)"
+            ".reshape(rows, length, cfg.dep_q, cfg.card)"
         },
     ),
     # 15

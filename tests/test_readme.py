@@ -21,7 +21,7 @@ def test_the_python_examples_run(tmp_path, monkeypatch):
 
 
 def test_the_command_lines_are_understood():
-    lines = re.findall(r"^python -m train(.*?)(?:#.*)?$", README, flags=re.MULTILINE)
+    lines = re.findall(r"^python -m train( .*?)?(?:#.*)?$", README, flags=re.MULTILINE)
     plain = [line.split() for line in lines if not any(word in line for word in ("--help", "--from", "--resume"))]
     assert len(plain) >= 2
     for words in plain:

@@ -3,6 +3,7 @@
 One batch of two files, all arms side by side; the model has learned a rule that only the order of frames shows.
 """
 
+import contextlib
 import functools
 import itertools
 
@@ -15,8 +16,9 @@ from eval import arms, unigram
 from eval import stream as module
 from eval.scores import load, not_finite, save, without_text
 from eval.stream import _block, batches, plan, score, stream
+from tests import micro, small_step
 from tests.micro import CONFIG, MODEL
-from train import step
+from train import parameters, step
 from train.windows import Windows
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import model
@@ -38,11 +40,14 @@ def walk(length, seed):
 @pytest.fixture(scope="module")
 def params():
     """Of a model that has learned `walk` for some steps."""
-    state, train = step.init(CONFIG), step.make_train_step(CONFIG)
-    windows = Windows([walk(400, i) for i in range(8)], CONFIG.data.batch, CONFIG.data.chunk, 0)
-    for _ in range(CONFIG.steps):
-        state, _ = train(state, next(windows))
-    return state.params
+    mesh = small_step.one_device()
+    train = step.make_train_step(CONFIG, mesh)
+    state = step.init_state(CONFIG, mesh, parameters.initial(CONFIG, mesh).trained)
+    source = micro.source([walk(400, i) for i in range(8)])
+    with contextlib.closing(Windows([source], CONFIG.data.batch, CONFIG.data.chunk, 0)) as windows:
+        for _ in range(CONFIG.steps):
+            state, _ = train(state, {}, next(windows).batch, small_step.NO_STOP)
+    return state.trained
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from ttt_jax.command import PACKAGES, run
 
 PYTHON = (3, 11)
 """Oldest Python: `tomllib`, which reads the other bounds, came with it."""
-OPTIONAL = ("test", "cuda")
+OPTIONAL = ("log", "test", "cuda")
 """Extras that the commands can do without."""
 OPERATORS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt}
 
