@@ -1,4 +1,4 @@
-"""Settings that every test shares: CPU, full precision, compiled programs kept between runs, 6 examples a property."""
+"""Settings that every test shares: CPU, full precision, compiled programs kept between runs, 4 examples a property."""
 
 import os
 
@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, settings
 
 # A property's example takes as long as its first compilation; fixtures here hold settings, which examples may share.
 _allowed = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-settings.register_profile("default", max_examples=6, deadline=None, derandomize=True, suppress_health_check=_allowed)
-settings.register_profile("thorough", max_examples=60, deadline=None, suppress_health_check=_allowed)
+settings.register_profile("default", max_examples=4, deadline=None, derandomize=True, suppress_health_check=_allowed)
+settings.register_profile("thorough", max_examples=40, deadline=None, suppress_health_check=_allowed)
 settings.load_profile("default")
 
 

@@ -360,9 +360,9 @@ TRAPS = {
         (weights,),
         {
             "stacked[tensor.index] = folder.array(tensor)": "a = folder.array(tensor)\n"
-            "                if name == 'qkv' and tensor.lead:\n"
-            "                    a = a.reshape(3, a.shape[0], *a.shape[2:]).swapaxes(0, 1)\n"
-            "                stacked[tensor.index] = a"
+            "            if name == 'qkv' and tensor.lead:\n"
+            "                a = a.reshape(3, a.shape[0], *a.shape[2:]).swapaxes(0, 1)\n"
+            "            stacked[tensor.index] = a"
         },
     ),
     "schedule for heads": Flaw(

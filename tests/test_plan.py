@@ -66,6 +66,7 @@ def test_memory_of_the_7b_is_what_an_h100_took(remat, temporary, peak):
     assert sum(found.values()) / 1e9 == pytest.approx(peak, rel=0.05)
 
 
+@pytest.mark.slow
 def test_less_is_taken_where_less_is_asked_for():
     def take(part, **changes):
         return plan.plan(build(trains=LORA, **changes)).memory[part]

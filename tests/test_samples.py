@@ -148,6 +148,7 @@ def mixed():
     return params | {"text_emb": params["text_emb"].astype(jnp.bfloat16)}
 
 
+@pytest.mark.slow
 def test_parameters_may_be_of_several_types_and_spread_over_a_mesh(tmp_path):
     whole = sampler(tmp_path / "whole")(1, mixed())
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"}
