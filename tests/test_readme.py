@@ -3,9 +3,12 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from train.config import parse
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_python_examples_run(tmp_path, monkeypatch):
@@ -25,6 +28,16 @@ def test_the_command_lines_are_understood():
     plain = [line.split() for line in lines if not any(word in line for word in ("--help", "--from", "--resume"))]
     assert len(plain) >= 2
     for words in plain:
+        assert parse(words).config is not None
+
+
+@pytest.mark.parametrize("page", ["training", "devices", "data", "checkpoints"])
+def test_the_training_commands_of_the_documents_are_understood(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"-m train (moshi-7b [^`\"#\n]*|small [^`\"#\n]*)", text)
+    assert commands or page in ("data", "checkpoints")
+    for command in commands:
+        words = [word for word in command.split() if word != "..."]
         assert parse(words).config is not None
 
 

@@ -272,7 +272,7 @@ def test_without_a_base_all_is_stored_and_random(folder):
     expected = quick_jit(model.init_params, static_argnames="cfg")(cfg=cfg.model, key=jax.random.key(cfg.seed))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), trained, expected)
     random = small_step.config(trains=TrainsConfig(base=False))
-    refused("trains.base is off and base is unset", parameters.initial, random, one_device())
+    refused("trains.base is off and base is unset", parameters.check_base, random)
 
 
 def test_ttt_layers_and_adapters_of_the_folder_are_taken_and_new_ones_are_drawn(tmp_path):

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 from eval import unigram
 from eval.evaluate import of_run
 from eval.models import Model
-from train import parameters, plan, plots, sinks
+from train import announce, parameters, plan, plots, sinks
+from train.announce import Run
 from train.config import Changes, TrainConfig
 from train.metrics import MetricsLog, read
-from train.parameters import Parameters
 from train.samples import Sampler
 from train.step import Metrics, TrainState, init_state, make_train_step, state_like
 from train.trained import fit, split
@@ -41,18 +41,6 @@ from ttt_jax.errors import InputError
 from ttt_jax.trees import Tree, merge, pick
 
 log = logging.getLogger("train")
-
-
-class Run(NamedTuple):
-    """A run that is ready to go on."""
-
-    cfg: TrainConfig
-    mesh: Mesh
-    rows: range
-    """Rows of a batch that this process reads."""
-    corpus: Corpus
-    meta: dict[str, Any]
-    """What every checkpoint tells beside the configuration: versions, codec, data, base."""
 
 
 def dry_run(cfg: TrainConfig) -> int:
@@ -74,6 +62,7 @@ def start(cfg: TrainConfig) -> int:
     if not os.access(writable, os.W_OK):
         raise InputError(f"run_dir {run_dir} cannot be made ({writable} is not writable): give another --run-dir.")
     sinks.check(cfg.tensorboard, cfg.wandb)
+    parameters.check_base(cfg)
     codec, tokenizer = corpora.load_coders(cfg.data, cfg.model.card, cfg.model.text_card)
     cfg = fit(fit_model(dataclasses.replace(cfg, run_dir=str(run_dir), data=cfg.data.resolved()), codec, tokenizer))
     cfg = dataclasses.replace(cfg, base=cfg.base and str(Path(cfg.base).expanduser().absolute()))
@@ -82,11 +71,11 @@ def start(cfg: TrainConfig) -> int:
     _check_data(cfg, corpus)
     meta = {**machine(), **corpus.describe(), "base": parameters.base_of(cfg), "stored": parameters.stored(cfg)}
     run = Run(cfg, mesh, sharding.local_rows(mesh, cfg.data.batch), corpus, meta)
-    _announce(run)
+    announce.run(run)
     with _memory(cfg):
         found = parameters.initial(cfg, mesh)
         state = init_state(cfg, mesh, found.trained)
-    _announce_parameters(found)
+    announce.weights(found)
     meta["unigram"] = _unigram(cfg, corpus) if launch.is_first() else None
     launch.agreed(0)  # all have looked at the folder
     if launch.is_first():
@@ -140,7 +129,7 @@ def resume(run_dir: Path, changes: Changes | None = None) -> int:
     except BaseException:
         checkpoints.close()
         raise
-    _announce(run)
+    announce.run(run)
     log.info("resuming after step %d", saved.step)
     return _run(run, TrainState(trained=trained, **saved.state), frozen, saved.data, checkpoints)
 
@@ -245,7 +234,7 @@ def _train(
         told = int(pending[1].stop)
         with tqdm.external_write_mode():
             if pending[0] == 1:
-                _announce_initial_loss(cfg, pending[1])
+                announce.initial_loss(cfg, pending[1])
             if "skipped_for" in line:
                 log.warning("skipped %s", line["skipped_for"])
         rate, loss = metrics_log.rate, "skipped" if line["loss"] is None else f"{line['loss']:.3f}"
@@ -385,52 +374,6 @@ def _interrupts() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _announce(run: Run) -> None:
-    cfg, corpus, devices = run.cfg, run.corpus, jax.devices()
-    sizes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1)
-    log.info(
-        "device    %d x %s (%s)%s", len(devices), devices[0].device_kind, devices[0].platform, sizes and f": {sizes}"
-    )
-    chunks = f"{cfg.bptt} x {cfg.data.chunk}" if cfg.bptt > 1 else cfg.data.chunk
-    log.info("run       %s: %d steps of %d rows x %s frames", cfg.run_dir, cfg.steps, cfg.data.batch, chunks)
-    parts = {"": list(corpus.recordings), "; held out ": corpus.heldout}
-    if corpus.validation is not corpus.heldout:
-        parts["; validation "] = corpus.validation
-    told = [
-        f"{part}{len(files)} files, {sum(file.num_frames for file in files) / FRAME_RATE / 60:.1f} minutes"
-        for part, files in parts.items()
-    ]
-    log.info("speech    %s", "".join(told))
-    log.info("codec     %s, %d x %d codes", corpus.codec.name, corpus.codec.num_codebooks, corpus.codec.cardinality)
-    log.info("text      %d pieces", corpus.tokenizer.cardinality)
-    layers = ", ".join(map(str, cfg.model.ttt_layers)) or "none"
-    kept = {"persist": "kept along each file", "reset": "cleared at every chunk"}[cfg.state]
-    log.info(
-        "TTT       layers %s, mini-batch %d, inner rate %g, %s",
-        layers,
-        cfg.model.ttt.mini_batch,
-        cfg.model.inner_lr,
-        kept,
-    )
-
-
-def _announce_parameters(found: Parameters) -> None:
-    trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in found)
-    log.info("weights   %s: %s train, %s are frozen", f"{trained + frozen:,}", f"{trained:,}", f"{frozen:,}")
-
-
-def _announce_initial_loss(cfg: TrainConfig, metrics: Metrics) -> None:
-    """How far the untrained model is from what random logits give: ln(cardinality) + half their variance."""
-    if cfg.base is not None:
-        return
-    log.info("before training, nats per token (expected of random logits: ln cardinality + half their variance)")
-    rows = zip(cfg.model.target_streams.items(), metrics.streams, metrics.half_variance, strict=True)
-    for (name, card), loss, half in rows:
-        if np.isfinite(loss):  # speech without transcripts has no text to score
-            expected = np.log(card) + float(half)
-            log.info("  %-12s %6.3f   expected %6.3f = ln %d + %.3f", name, float(loss), expected, card, float(half))
 
 
 def _unigram(cfg: TrainConfig, corpus: Corpus) -> dict[str, float]:

@@ -32,6 +32,15 @@ class Parameters(NamedTuple):
     """In the types of their files."""
 
 
+def check_base(cfg: TrainConfig) -> None:
+    """Raise `InputError` if frozen weights would come from nowhere."""
+    if cfg.base is None and not cfg.trains.base:
+        raise InputError(
+            "trains.base is off and base is unset, so frozen weights would stay at random: give --base FOLDER (python -m"
+            " ttt_jax.convert makes it), or --trains.base."
+        )
+
+
 def stored(cfg: TrainConfig) -> list[str] | None:
     """Paths of the leaves that a checkpoint holds: all (None) but those of Moshi itself that lie in `cfg.base` and are frozen.
 
@@ -49,11 +58,6 @@ def initial(cfg: TrainConfig, mesh: Mesh) -> Parameters:
     """The parameters before the first step. Raises `InputError`: no such weights, or they do not fit the model."""
     shapes = _shapes(cfg.model)
     if cfg.base is None:
-        if not cfg.trains.base:
-            raise InputError(
-                "trains.base is off and base is unset, so frozen weights would stay at random: give --base FOLDER (python -m"
-                " ttt_jax.convert makes it), or --trains.base."
-            )
         return Parameters(*split(_fresh(cfg, mesh, named(shapes).keys()), cfg))
     with _open(cfg) as folder:
         _found(folder, cfg)
