@@ -13,13 +13,13 @@ STEPS = 6
 pytestmark = pytest.mark.slow  # each process compiles for itself
 
 
-def pair(*words):
+def pair(*words, devices=2):
     """The command in two processes that find each other."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     told = ("--launch", "manual", "--coordinator", f"localhost:{port}", "--processes", 2, "--process")
-    return [commands.start(*words, *told, i, devices=2) for i in range(2)]
+    return [commands.start(*words, *told, i, devices=devices) for i in range(2)]
 
 
 def close(found, expected):
@@ -64,9 +64,12 @@ def test_what_two_processes_saved_one_goes_on_with(alone, together):
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(alone):
+    """Also where both work on the same rows, of which each could have told otherwise."""
     folder, asked, _ = alone
     run = folder / "stopped"
-    processes = pair("--from", asked, "--run-dir", run, "--steps", 4000, "--checkpoint-every", 4000, "--eval-every", 0)
+    words = ("--steps", 4000, "--checkpoint-every", 4000, "--eval-every", 0)
+    mesh = ("--mesh.data", 1, "--mesh.fsdp", 1, "--mesh.tensor", 2)
+    processes = pair("--from", asked, "--run-dir", run, *words, *mesh, devices=1)
     log = run / "metrics.jsonl"
     while all(process.poll() is None for process in processes) and not (
         log.exists() and log.read_text().count("\n") > 3

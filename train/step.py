@@ -185,8 +185,8 @@ def gradient(
 def make_train_step(cfg: TrainConfig, mesh: Mesh) -> Callable:
     """The jitted step: (`TrainState`, frozen parameters, `Batch`, stop int32 [devices]) -> (`TrainState`, `Metrics`).
 
-    `stop` has each device's process's signal, so that all processes hear of it. It donates the state it is given. Steps whose loss or gradient is not finite change nothing but the counters if
-    `cfg.optim.skips` allows any.
+    `stop` has for every device the signal that its process got, so that all hear of it. The state that is given is donated. If
+    `cfg.optim.skips` allows any, a step whose loss, gradient or new state is not finite changes nothing but the counters.
     """
     optimizer = optim.make_optimizer(cfg)
     schedules = optim.schedules(cfg)

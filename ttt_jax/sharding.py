@@ -24,7 +24,7 @@ ROWS = ("data", "fsdp")
 """Mesh axes that rows are spread over."""
 
 RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    (r".*(norm|norm1|norm2|out_norm|post_norm_scale|post_norm_bias|gate|out_bias)", ()),
+    (r".*(norm\d?|post_norm_(scale|bias)|gate|out_bias)", ()),
     (r".*/ttt/(q|k|v)_kernel", ("tensor", "fsdp")),
     (r".*/ttt/out_kernel", ("fsdp", "tensor")),
     (r".*/ttt/(q|k|v)_bias", ("tensor",)),
@@ -39,7 +39,7 @@ RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (r"(.*/)?(extra_heads|text_emb_up|audio_emb_up)", (None, "fsdp")),
 )
 """(pattern of a parameter's path, mesh axes of its last dimensions); the first that matches the whole path decides, dimensions
-before those named are stacks and stay whole. Adapters follow from their map: A has its input axis, B its output axes."""
+before those named are stacks and stay whole. Adapters follow from their map (`spec`)."""
 
 
 def sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
@@ -148,17 +148,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def local_rows(mesh: Mesh, batch: int) -> range:
-    """The rows of a batch that lie on devices of this process; `check_rows` has passed. Raises `InputError` where they are no range."""
-    found = sorted(
-        {
-            index[0].indices(batch)[:2]
-            for index in rows_sharding(mesh).addressable_devices_indices_map((batch,)).values()
-        }
-    )
-    rows = [row for start, stop in found for row in range(start, stop)]
-    if rows != list(range(rows[0], rows[0] + len(rows))):
-        raise InputError(
-            f"the rows of this process, {rows}, are no range under mesh {dict(mesh.shape)}: let mesh.data be a multiple of the number of"
-            " processes."
-        )
-    return range(rows[0], rows[-1] + 1)
+    """The rows of a batch that lie on devices of this process, a range since `make_mesh` goes process by process."""
+    held = rows_sharding(mesh).addressable_devices_indices_map((batch,)).values()
+    starts, stops, _ = zip(*(rows.indices(batch) for (rows,) in held), strict=True)
+    return range(min(starts), max(stops))
