@@ -358,6 +358,13 @@ def test_training_lowers_every_loss_towards_the_unigram(micro_step):
     assert (end - baseline < 0.5 * (first - baseline)).all(), (first, end, baseline)
 
 
+def test_a_baseline_reads_whole_files_until_it_has_frames_enough():
+    recordings = micro.source(micro.files((30, 20, 40, 10))).recordings
+    for frames, count in ((1, 1), (30, 1), (31, 2), (51, 3), (1000, 4)):
+        read = list(unigram.some(iter(recordings), frames))
+        assert [file.shape[1] for file in read] == [30, 20, 40, 10][:count]
+
+
 def test_unigram_counts_with_one_added_and_leaves_absent_tokens_out():
     tables = unigram.fit([np.array([[0, 0, 1, -1], [2, 2, 2, 2]])], [2, 3])
     np.testing.assert_allclose(np.exp(tables[0]), [3 / 5, 2 / 5])
