@@ -205,18 +205,16 @@ def _activations(cfg: TrainConfig, mesh: AbstractMesh, trained: Tree, frozen: Tr
 
     stored = kept(cfg.remat)
     layer = 0 if cfg.remat == "none" else (kept("none") - stored) // net.num_layers
-    if (
-        cfg.bptt > 1
-    ):  # every chunk starts with a stream of its own, and what is kept inside is computed again, one chunk at a time
+    if cfg.bptt > 1:
+        # Every chunk starts with a stream of its own; what is kept inside is computed again, one chunk at a time.
         stored += cfg.bptt * sum(_bytes_of(leaf, cfg, mesh) for leaf in jax.tree.leaves(stream))
     return stored, max(layer, _head(cfg, mesh, rows))
 
 
 def _head(cfg: TrainConfig, mesh: AbstractMesh, rows: int) -> int:
     """Bytes that the loss of a block takes: all products of the depth transformer and the heads, and the gradient of the logits."""
-    net = dataclasses.replace(
-        cfg.model, lora=LoRAConfig()
-    )  # an adapter's product is added to its map's where that is made
+    # An adapter's product is added to its map's where that is made.
+    net = dataclasses.replace(cfg.model, lora=LoRAConfig())
     blocks = min(cfg.data.chunk, -(-rows * cfg.data.chunk // cfg.loss.block))
     frames = rows * -(-cfg.data.chunk // blocks)
     params = jax.eval_shape(lambda key: model.init_params(net, key), jax.random.key(0))
