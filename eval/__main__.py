@@ -10,6 +10,12 @@ from collections.abc import Sequence
 from eval.sources import LAYOUTS
 from ttt_jax.command import run
 
+TASK_NAMES = {
+    "recall": "facts told early are asked for later",
+    "speaker": "a speaker's few tokens are learned once",
+    "control": "nothing to remember",
+}
+"""Names in `eval.tasks.TASKS`."""
 WEIGHTINGS = ("equal", "kyutai", "semantic", "acoustic")
 """Names in `eval.results.WEIGHTINGS`, whose module takes a while to load."""
 
@@ -42,6 +48,38 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Interrupted? Run the same again: what is encoded stays. Exit code: 0 all is encoded; 2 nothing is, an input is to"
         " be mended; 3 some recordings were unusable, were named and left out; 130 interrupted. See docs/data.md."
+    )
+
+
+def _tasks(parser: argparse.ArgumentParser) -> None:
+    """Flags of `tasks`."""
+    add = parser.add_argument
+    add("task", choices=tuple(TASK_NAMES), help="; ".join(f"{name}: {what}" for name, what in TASK_NAMES.items()))
+    add(
+        "--out",
+        metavar="FOLDER",
+        required=True,
+        help="where the code files, manifest.jsonl and task.json go; new or empty",
+    )
+    add("--files", type=int, default=64, metavar="N", help="%(default)s")
+    add("--frames", type=int, default=512, metavar="N", help="length of a file; %(default)s")
+    add(
+        "--rounds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="times that each of the 16 keys is asked for, spread over the file (recall, control); %(default)s",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="give files to train on and files to test on different ones; %(default)s",
+    )
+    parser.epilog = (
+        "Train on the folder with --data.train FOLDER --data.codec files --data.from-start --loss.text 0: what there is to know"
+        " stands at the start of each file, and its text is padding. See docs/results/memory.md."
     )
 
 
@@ -158,10 +196,56 @@ def _diagnose(parser: argparse.ArgumentParser) -> None:
     )
 
 
-TASKS = {
+def _persistence(parser: argparse.ArgumentParser) -> None:
+    """Flags of `persistence`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = """a condition is [NAME=]CHECKPOINT[,CHECKPOINT...][@ARM]: several checkpoints are the seeds of one setting; ARM is one of
+  persist   memory kept from the first frame to the last (unset: this)
+  reset     memory cleared at the start of every chunk
+  frozen    fast weights held at their learned start, no updates
+  off       gates closed, TTT layers add nothing (unset, without TTT layers: this)
+The first condition is under test, each other is compared with it. A single one without @ARM stands for all four.
+
+exit code: 0 done, 1 broken (persist and reset differ in the first chunk), 2 an input to mend, 3 done but some files were
+skipped"""
+    add = parser.add_argument
+    add("conditions", metavar="CONDITION", nargs="*", help="what is compared, see below")
+    add(
+        "--data",
+        help="manifest, folder that `python -m eval prepare` made, audio or codes; unset: the runs' own held-out files",
+    )
+    add(
+        "--reset-every",
+        type=int,
+        metavar="N",
+        help="frames of a chunk, between resets; unset: a training chunk of the first run, or 1250",
+    )
+    add("--frames", type=int, metavar="N", help="first frames of each file that are streamed; unset: all")
+    add("--batch", type=int, metavar="N", help="files side by side; unset: 8, or 1 in bfloat16")
+    add("--weighting", choices=WEIGHTINGS, default="equal", help="how the codebooks become one loss; %(default)s")
+    add("--margin", type=float, metavar="M", help="nats within which conditions are equivalent; unset: 0.02")
+    add("--threshold", type=float, metavar="P", help="effect worth having, percent of the loss; unset: 10")
+    add(
+        "--out",
+        help="folder for the results; unset: persistence, or persistence-DATA, in the first checkpoint's folder",
+    )
+    add(
+        "--again",
+        metavar="FOLDER",
+        help="only do the statistics on the results in FOLDER again; takes --margin, --threshold",
+    )
+
+
+COMMANDS = {
     "prepare": ("eval.prepare", _prepare, "audio to cached codes"),
+    "tasks": ("eval.tasks", _tasks, "data sets in which what memory is worth is known"),
     "stream": ("eval.evaluate", _stream, "speech frame by frame, memory kept, reset, frozen and off"),
     "draw": ("eval.draw", _draw, "the table and the figures of stored results again"),
+    "persistence": (
+        "eval.persistence",
+        _persistence,
+        "does memory help? conditions compared by file, with statistics and a verdict",
+    ),
     "check-persistence": (
         "eval.persistence_check",
         _check_persistence,
@@ -175,11 +259,11 @@ TASKS = {
 def main(args: Sequence[str]) -> int:
     """Run the command line `args`; the exit code: 0 done, 2 an input to mend."""
     parser = argparse.ArgumentParser(prog="python -m eval", description="Evaluate what `python -m train` made.")
-    tasks = parser.add_subparsers(dest="task", required=True)
-    for name, (_, add, purpose) in TASKS.items():
-        add(tasks.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + "."))
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (_, add, purpose) in COMMANDS.items():
+        add(commands.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + "."))
     options = parser.parse_args(args)
-    return importlib.import_module(TASKS[options.task][0]).main(options)
+    return importlib.import_module(COMMANDS[options.command][0]).main(options)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,11 @@ def main(options: argparse.Namespace) -> int:
         files, skipped = speech_.read(options.data, models, asked.frames)
         corpus = None
     else:
-        corpus = _own_corpus(models)
+        if len(models) > 1:
+            raise InputError(
+                "there is no --data: give a manifest or a folder of python -m eval prepare (only a single run brings its own held-out files)."
+            )
+        corpus = own_corpus(models)
         files = [
             file._replace(frames=file.frames[:, : asked.frames], text_known=file.text_known[: asked.frames])
             for file in speech_.of_corpus(corpus)
@@ -131,7 +135,7 @@ def evaluate(
         )
     first, longest = models[0], max(file.frames.shape[1] for file in files)
     period = asked.reset_every or (first.run.data.chunk if first.run else PERIOD)
-    chunk = asked.chunk or _calls(models)
+    chunk = asked.chunk or calls(models)
     tables = unigram.fit(unigram.some(corpus.recordings), first.cfg.target_streams.values()) if corpus else None
     minutes = sum(file.frames.shape[1] for file in files) / FRAME_RATE / 60
     names = ", ".join(model.name for model in models)
@@ -197,8 +201,9 @@ def _stream(
     permuted, partner_of = "permuted" in own, {}
     total = sum(file.frames.shape[1] for file in files)
     with tqdm(total=total, desc=model.name, unit="frame", unit_scale=True, leave=False, mininterval=0.5) as bar:
-        rows = asked.batch or (1 if model.cfg.dtype == "bfloat16" else ROWS)
-        for batch in batches([file.frames.shape[1] for file in files], rows, least=2 if permuted else 1):
+        for batch in batches(
+            [file.frames.shape[1] for file in files], asked.batch or rows(model), least=2 if permuted else 1
+        ):
             some = [files[i] for i in batch]
             partners = _partners(some) if permuted else None
             found = stream(
@@ -215,17 +220,23 @@ def _stream(
             for place, (i, got) in enumerate(zip(batch, found, strict=True)):
                 if tables is not None:
                     got = got._replace(unigram=unigram.nats(tables, got.tokens).astype(np.float32))
-                if bad := scores.not_finite(got):
-                    failed[files[i].name] = (
-                        f"{model.name} under {bad[0]} gives no finite predictions of {files[i].name} from frame {bad[1]} on: its fast weights"
-                        " or its weights have diverged, so lower ttt.base_lr or bound them (ttt.horizon, ttt.max_displacement)."
-                    )
-                    tqdm.write(f"skipped: {failed[files[i].name]}", file=sys.stderr)
+                if reason := diverged(model, files[i], got):
+                    failed[files[i].name] = reason
+                    tqdm.write(f"skipped: {reason}", file=sys.stderr)
                     continue
                 scores.save(folder / infos[i].npz, scores.without_text(got, ~files[i].text_known))
                 if partners is not None:
                     partner_of[files[i].name] = some[partners[place]].name
     return partner_of
+
+
+def diverged(model: Model, file: Speech, found: scores.FileScores) -> str | None:
+    """A sentence if the predictions of a file are not all finite numbers; None if they are."""
+    bad = scores.not_finite(found)
+    return bad and (
+        f"{model.name} under {bad[0]} gives no finite predictions of {file.name} from frame {bad[1]} on: its fast weights"
+        " or its weights have diverged, so lower ttt.base_lr or bound them (ttt.horizon, ttt.max_displacement)."
+    )
 
 
 def _partners(files: Sequence[Speech]) -> list[int]:
@@ -287,27 +298,38 @@ def _check(model: Model, asked: Asked) -> None:
         )
 
 
-def _calls(models: Sequence[Model]) -> int:
+def rows(model: Model) -> int:
+    """Files side by side that suit a model."""
+    return 1 if model.cfg.dtype == "bfloat16" else ROWS
+
+
+def calls(models: Sequence[Model]) -> int:
     """Frames of a call that suit the device: on a GPU long ones read the weights seldom, on a CPU short ones stay in its caches."""
     longest = max(max(model.cfg.contexts) for model in models)
     return 250 if jax.default_backend() == "cpu" else max(1000, 4 * longest)
 
 
-def _own_corpus(models: Sequence[Model]) -> corpora.Corpus:
-    """The corpus of a single run, with its held-out files. Raises `InputError` if there is none or it has changed."""
+def own_corpus(models: Sequence[Model]) -> corpora.Corpus:
+    """The corpus of a single run, or of runs that share one, with its held-out files. Raises `InputError` if there is none or it has changed."""
     model = models[0]
-    if len(models) > 1 or model.run is None:
+    data = {
+        one.run and (one.run.data.train, one.run.data.heldout, one.run.data.codec, one.run.data.tokenizer)
+        for one in models
+    }
+    if None in data or len(data) > 1:
         raise InputError(
-            "there is no --data: give a manifest or a folder of python -m eval prepare (only a single run brings its own held-out files)."
+            "there is no --data: give a manifest or a folder of python -m eval prepare (only runs of the same data bring their own held-out"
+            " files)."
         )
     corpus = corpora.load(model.run.data, *corpora.load_coders(model.run.data, model.cfg.card, model.cfg.text_card))
     # The unigram model is fitted to the training data, the codes mean nothing with another codec.
     for part, found in corpus.describe().items():
-        if part not in ("heldout", "validation") and found != model.about[part]:
-            raise InputError(
-                f"{part} is not what {model.name} was trained with ({found}, but its meta.json has {model.about[part]}): bring the old"
-                " one back."
-            )
+        for one in models:
+            if part not in ("heldout", "validation") and found != one.about[part]:
+                raise InputError(
+                    f"{part} is not what {one.name} was trained with ({found}, but its meta.json has {one.about[part]}): bring the old"
+                    " one back."
+                )
     if not corpus.heldout:
         raise InputError(f"{model.name} was trained without held-out files: give some with --data.")
     return corpus

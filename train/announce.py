@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from train.config import TrainConfig
 from train.parameters import Parameters
+from train.run import Run
 from train.step import Metrics
 from ttt_jax.config import FRAME_RATE
-from ttt_jax.data.corpus import Corpus
 
 log = logging.getLogger("train")
-
-
-class Run(NamedTuple):
-    """A run that is ready to go on."""
-
-    cfg: TrainConfig
-    mesh: Mesh
-    rows: range
-    """Rows of a batch that this process reads."""
-    corpus: Corpus
-    meta: dict[str, Any]
-    """What every checkpoint tells beside the configuration: versions, codec, data, base."""
 
 
 def run(run: Run) -> None:

@@ -52,6 +52,9 @@ class DataConfig(CorpusConfig):
     """Frames of a file that go through the model at once; what becomes of the state between chunks: state, bptt, carry_attention."""
     batch: int = 16
     """Rows of a batch; each follows one file after another, chunk by chunk."""
+    from_start: bool = False
+    """Whether rows begin each file with its first frame; else with a random one of the first chunk, so that chunks end elsewhere in
+    every pass."""
 
     def __post_init__(self) -> None:
         _check_positive("data.", self, "chunk", "batch")

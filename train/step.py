@@ -188,49 +188,62 @@ def make_train_step(cfg: TrainConfig, mesh: Mesh) -> Callable:
     `stop` has for every device the signal that its process got, so that all hear of it. The state that is given is donated. If
     `cfg.optim.skips` allows any, a step whose loss, gradient or new state is not finite changes nothing but the counters.
     """
-    optimizer = optim.make_optimizer(cfg)
-    schedules = optim.schedules(cfg)
-    block = cfg.loss.block * mesh.shape["data"] * mesh.shape["fsdp"]
+    one = _train_step(cfg, cfg.loss.block * mesh.shape["data"] * mesh.shape["fsdp"])
 
-    def train_step(state: TrainState, frozen: Tree, batch: Batch, stop: jax.Array) -> tuple[TrainState, Metrics]:
+    def train_step(*args: Any) -> tuple[TrainState, Metrics]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            grads, sums, stream = gradient(state.trained, frozen, batch, state.stream, cfg, block)
-            groups = optim.groups(grads)
-            norms = {name: _group_norm(grads, groups, name) for name in optim.GROUPS if name in jax.tree.leaves(groups)}
-            norm = optax.tree.norm(grads)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-            new = optax.apply_updates(state.trained, updates), opt_state, stream
-            skipped = state.skipped
-            # A state that is not finite would spoil all later steps of its row.
-            finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm) & _all_finite(stream)
-            if cfg.optim.skips:
-                # A row that began a file must not go on with the state of the file before.
-                kept = *state[2:4], model.reset_rows(state.stream, batch.reset.any(0), cfg.model)
-                new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
-                skipped = skipped + ~finite
-            metrics = Metrics(
-                loss=sums.loss / jnp.maximum(sums.weight, 1e-8),
-                streams=sums.streams / sums.counts,
-                half_variance=sums.half_variance / sums.counts,
-                rows=sums.rows,
-                grad_norm=norm,
-                grad_norms=norms,
-                rates={group: schedules[group](state.step - state.skipped) for group in norms},
-                ttt=model.ttt_summary(merge(state.trained, frozen), stream, cfg.model),
-                skipped=skipped,
-                finite=finite,
-                stop=stop.max(),
-            )
-            return TrainState(state.step + 1, skipped, *new), metrics
+            return one(*args)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state_like(cfg, mesh))
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
 
 
+def make_steps_together(cfg: TrainConfig, runs: int) -> Callable:
+    """`make_train_step` of many runs side by side on one device: all leaves but `stop` have a leading axis of `runs`."""
+    return jax.jit(jax.vmap(_train_step(cfg, cfg.loss.block * runs), in_axes=(0, 0, 0, None)), donate_argnums=0)
+
+
+def _train_step(cfg: TrainConfig, block: int) -> Callable:
+    optimizer = optim.make_optimizer(cfg)
+    schedules = optim.schedules(cfg)
+
+    def train_step(state: TrainState, frozen: Tree, batch: Batch, stop: jax.Array) -> tuple[TrainState, Metrics]:
+        grads, sums, stream = gradient(state.trained, frozen, batch, state.stream, cfg, block)
+        groups = optim.groups(grads)
+        norms = {name: _group_norm(grads, groups, name) for name in optim.GROUPS if name in jax.tree.leaves(groups)}
+        norm = optax.tree.norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+        new = optax.apply_updates(state.trained, updates), opt_state, stream
+        skipped = state.skipped
+        # A state that is not finite would spoil all later steps of its row.
+        finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm) & _all_finite(stream)
+        if cfg.optim.skips:
+            # A row that began a file must not go on with the state of the file before.
+            kept = *state[2:4], model.reset_rows(state.stream, batch.reset.any(0), cfg.model)
+            new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
+            skipped = skipped + ~finite
+        metrics = Metrics(
+            loss=sums.loss / jnp.maximum(sums.weight, 1e-8),
+            streams=sums.streams / sums.counts,
+            half_variance=sums.half_variance / sums.counts,
+            rows=sums.rows,
+            grad_norm=norm,
+            grad_norms=norms,
+            rates={group: schedules[group](state.step - state.skipped) for group in norms},
+            ttt=model.ttt_summary(merge(state.trained, frozen), stream, cfg.model),
+            skipped=skipped,
+            finite=finite,
+            stop=stop.max(),
+        )
+        return TrainState(state.step + 1, skipped, *new), metrics
+
+    return train_step
+
+
 def init_state(cfg: TrainConfig, mesh: Mesh, trained: Tree) -> TrainState:
     """The state before the first step, on the mesh."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state_like(cfg, mesh)._replace(trained=None))
-    rest = jax.jit(partial(_init_rest, cfg), out_shardings=shardings)(trained)
+    rest = jax.jit(partial(fresh_state, cfg), out_shardings=shardings)(trained)
     return rest._replace(trained=trained)
 
 
@@ -238,7 +251,7 @@ def state_like(cfg: TrainConfig, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of a run's state. Raises `InputError` where the mesh does not fit the model."""
     params = jax.eval_shape(lambda key: model.init_params(cfg.model, key), jax.random.key(0))
     trained = split(params, cfg)[0]
-    shapes = jax.eval_shape(partial(_init_rest, cfg), trained)
+    shapes = jax.eval_shape(partial(fresh_state, cfg), trained)
     of_params = sharding.params_shardings(mesh, trained)
     whole = sharding.replicated(mesh)
     shardings = TrainState(
@@ -257,7 +270,8 @@ def state_like(cfg: TrainConfig, mesh: Mesh) -> TrainState:
     )
 
 
-def _init_rest(cfg: TrainConfig, trained: Tree) -> TrainState:
+def fresh_state(cfg: TrainConfig, trained: Tree) -> TrainState:
+    """The state before the first step but for what trains: None."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         zero, zero, None, optim.make_optimizer(cfg).init(trained), model.init_state(cfg.model, cfg.data.batch)

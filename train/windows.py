@@ -45,8 +45,8 @@ class Windows:
     """Endless iterator of `Window`; they are read ahead of time by a thread, which `close` ends.
 
     A row that takes a file starts at a random offset of less than one chunk, so that chunk boundaries, where gradients
-    are cut, fall elsewhere in every pass; the frames before it are left out of that pass. A chunk never holds frames of
-    two files. A file is read once by each row that follows it.
+    are cut, fall elsewhere in every pass; the frames before it are left out of that pass. With `from_start` it is 0. A
+    chunk never holds frames of two files. A file is read once by each row that follows it.
 
     Args:
         sources: of recordings, at least one in each.
@@ -55,6 +55,7 @@ class Windows:
         seed: of the order of files and the offsets.
         chunks: K, chunks of a window.
         rows: those of this process; None: all.
+        from_start: whether every file is read from its first frame on.
 
     Raises:
         InputError: a source is empty; from `next`: a file cannot be read.
@@ -68,13 +69,14 @@ class Windows:
         seed: int,
         chunks: int = 1,
         rows: range | None = None,
+        from_start: bool = False,
     ):
         empty = [source.name for source in sources if not source.recordings]
         if empty or not sources:
             raise InputError(f"the training data {', '.join(empty)} names no files: give one line per file.")
         from grain.experimental import ThreadPrefetchDatasetIterator
 
-        found = _endless(sources, chunk, seed)
+        found = _endless(sources, 1 if from_start else chunk, seed)
         # Grain's iterator complains when it goes together with the program, so it is let go before.
         self._ahead = [ThreadPrefetchDatasetIterator(_Follower(found, batch, chunk, chunks, rows), _AHEAD)]
         self._end = weakref.finalize(self, _close, self._ahead)
@@ -222,8 +224,8 @@ class _Follower:
         return tokens
 
 
-def _endless(sources: Sequence[Source], chunk: int, seed: int) -> Callable[[int], _File]:
-    """The list that rows take files from."""
+def _endless(sources: Sequence[Source], offsets: int, seed: int) -> Callable[[int], _File]:
+    """The list that rows take files from; each is read from one of its first `offsets` frames on."""
     import grain
 
     def shuffled(number: int, source: Source) -> Any:
@@ -238,8 +240,7 @@ def _endless(sources: Sequence[Source], chunk: int, seed: int) -> Callable[[int]
     def find(place: int) -> _File:
         source, index = mixed[place]
         recording = sources[source].recordings[index]
-        # Under one chunk, and inside the file.
-        offset = int(np.random.default_rng((seed, 0, place)).integers(min(chunk, recording.num_frames)))
+        offset = int(np.random.default_rng((seed, 0, place)).integers(min(offsets, recording.num_frames)))
         return _File(source, index, offset, recording)
 
     return find

@@ -61,7 +61,12 @@ class TTTLayer(nn.Module):
         x = jnp.where(mask[..., None], x, 0)
         h = rms_norm(x, self.param("norm", nn.initializers.ones, (cfg.dim,))) if cfg.ttt.pre_norm else x
 
-        q, k, v = (self._project(name, h).reshape(*x.shape[:2], heads, width).astype(wide) for name in ("q", "k", "v"))
+        # Queries start as keys do: what a frame has stored then answers to frames like it from the first step on. With starts of
+        # their own, learning to ask for what was stored takes far longer, if it comes at all (docs/results/memory.md).
+        k, q, v = (
+            self._project(name, h, like).reshape(*x.shape[:2], heads, width).astype(wide)
+            for name, like in (("k", None), ("q", "k"), ("v", None))
+        )
         q, k = (y * jax.lax.rsqrt((y * y).sum(-1, keepdims=True) + UNIT_EPS) for y in (q, k))
         if cfg.ttt.rope:
             # Counted from the state, so that a mini-batch which several calls bring is numbered as one.
@@ -105,12 +110,17 @@ class TTTLayer(nn.Module):
             return out, state, None
         return out, state, Measurement(of_inner, *(jnp.where(mask[..., None], y, 0) for y in (eta, x, output)))
 
-    def _project(self, name: str, x: jax.Array) -> jax.Array:
-        kernel = self.param(f"{name}_kernel", linear_kernel, (self.cfg.dim, self.cfg.dim))
+    def _project(self, name: str, x: jax.Array, like: str | None = None) -> jax.Array:
+        """x through the affine map `name`, which starts as the map `like`, made before, or at random."""
+
+        def init(part: str, random: nn.initializers.Initializer) -> nn.initializers.Initializer:
+            return random if like is None else lambda *_: self.get_variable("params", f"{like}_{part}")
+
+        kernel = self.param(f"{name}_kernel", init("kernel", linear_kernel), (self.cfg.dim, self.cfg.dim))
         # With biases of 0 a frame of zeros would have k = v = f(k) = 0, where the norms' slopes are bounded by their epsilons
         # alone and a few such mini-batches overflow the gradient. PyTorch's default, as in the original, keeps away from there.
         bias = nn.initializers.zeros if name == "out" else fan_in_uniform()
-        return linear(x, Kernel(kernel)) + self.param(f"{name}_bias", bias, (self.cfg.dim,)).astype(x.dtype)
+        return linear(x, Kernel(kernel)) + self.param(f"{name}_bias", init("bias", bias), (self.cfg.dim,)).astype(x.dtype)
 
 
 def init_state(cfg: MoshiConfig, batch: int) -> inner.TTTState:

@@ -1,0 +1,397 @@
+"""`python -m eval persistence`: does memory help? Conditions on the same files, loss by chunk, statistics and a verdict in words."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from eval import persistence_draw as draw
+from eval import persistence_report as report
+from eval.persistence_results import (
+    MARGIN,
+    THRESHOLD,
+    Bounds,
+    Condition,
+    Experiment,
+    File,
+    Setting,
+    analyse,
+    read,
+    write,
+)
+from eval.results import weights
+from ttt_jax.command import PARTIAL, cost, keep_compiled, machine
+from ttt_jax.errors import InputError
+from ttt_jax.files import run_and_step
+
+if TYPE_CHECKING:  # --again needs neither jax nor models
+    from eval.models import Model
+    from eval.scores import FileScores
+    from eval.speech import Speech
+
+ARMS, WITHOUT_TTT = ("persist", "reset", "frozen", "off"), "off"
+"""Those of `eval.arms` that can be compared, in their order, and the one of a model without TTT layers."""
+
+BROKEN = 1
+"""Exit code of a run whose first chunk says that something is wrong."""
+
+DIGITS = 9
+"""Decimals of losses: what is stored is what is analysed, so that --again gives the same numbers."""
+
+
+class Asked(NamedTuple):
+    """A condition as the command line gives it."""
+
+    name: str | None
+    paths: tuple[str, ...]
+    """Its checkpoints."""
+    arm: str | None
+
+
+def main(options: argparse.Namespace) -> int:
+    """Compare what `options` ask for, or do the statistics of an earlier comparison again.
+
+    Returns:
+      The exit code: 0; 1 of a broken run; 3 if files were skipped.
+
+    Raises:
+      InputError: something asked for cannot be.
+    """
+    if options.again is not None:
+        if options.conditions:
+            raise InputError(
+                f"--again {options.again} takes no conditions (given: {options.conditions[0]}): leave them out."
+            )
+        folder = Path(options.again).expanduser()
+        experiment, about = read(folder)
+        chosen = {name: value for name in ("margin", "threshold") if (value := getattr(options, name)) is not None}
+        setting = dataclasses.replace(experiment.setting, **chosen)
+        return tell(dataclasses.replace(experiment, setting=setting), about, folder)
+    if not options.conditions:
+        raise InputError("there is no condition: give a checkpoint, or --again and the folder of earlier results.")
+    for name in ("reset_every", "frames", "batch"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value} is out of range: give 1 or more.")
+    asked = [parse(text) for text in options.conditions]
+    experiment, folder = _experiment(asked, options)
+    spent = cost()
+    return tell(experiment, {"evaluated_with": machine(), "cost": spent}, folder)
+
+
+def tell(experiment: Experiment, about: dict, folder: Path) -> int:
+    """Analyse an experiment, print what it comes to and write everything to `folder`; the exit code."""
+    analysis = analyse(experiment)
+    print(f"\n{report.table(experiment, analysis)}\n")
+    for name in (report.FILE, *draw.FILES, "results.json"):
+        (folder / name).unlink(missing_ok=True)  # none are to stem from two experiments
+    written = [
+        write(folder, experiment, analysis, about),
+        *draw.draw_all(experiment, analysis, folder),
+        report.write(folder, experiment, analysis, about),
+    ]
+    for path in written:
+        print(path)
+    if "cost" in about:
+        print(f"took {about['cost']['seconds']:.0f} s and at most {about['cost']['peak_gigabytes']:.1f} GB of memory")
+    if analysis.first_chunk.broken:
+        return BROKEN
+    return PARTIAL if experiment.skipped else 0
+
+
+def parse(text: str) -> Asked:
+    """A condition, [NAME=]CHECKPOINT[,CHECKPOINT...][@ARM]. Raises `InputError` if it is none."""
+    name, equals, rest = text.partition("=")
+    if not equals or "/" in name:  # the = of a path
+        name, rest = "", text
+    paths, at, arm = rest.rpartition("@")
+    if not at or "/" in arm:
+        paths, arm = rest, ""
+    elif arm not in ARMS:
+        raise InputError(f"{text}: the arm {arm!r} cannot be compared: give @ and one of {', '.join(ARMS)}.")
+    found = tuple(str(Path(path)) for path in paths.split(",") if path)
+    if not found:
+        raise InputError(f"{text!r} names no checkpoint: give [NAME=]CHECKPOINT[,CHECKPOINT...][@ARM].")
+    return Asked(name or None, found, arm or None)
+
+
+def conditions(asked: Sequence[Asked], models: dict[str, Model]) -> list[Condition]:
+    """The conditions that are asked for; `models` by path, each of another name.
+
+    Raises `InputError` if they cannot be compared.
+    """
+    spread = []
+    for one in asked:
+        plain = [models[path].name for path in one.paths if not models[path].cfg.ttt_layers]
+        if plain and one.arm not in (None, WITHOUT_TTT):
+            raise InputError(f"{plain[0]} has no TTT layers, so there is no arm {one.arm}: give @off or no arm.")
+        if plain and len(asked) == 1:
+            raise InputError(f"{plain[0]} has no TTT layers, so there is nothing to compare: give another condition.")
+        arms = ARMS if len(asked) == 1 and one.arm is None else [one.arm or (WITHOUT_TTT if plain else "persist")]
+        spread += [one._replace(arm=arm) for arm in arms]
+    if len(spread) < 2:
+        raise InputError(f"{asked[0].paths[0]}@{asked[0].arm} is a single condition: give another to compare it with.")
+    if len(spread) > len(asked):
+        spread = [one._replace(name=one.name and f"{one.name} {one.arm}") for one in spread]
+    for one in spread[1:]:
+        if len(one.paths) != len(spread[0].paths):
+            raise InputError(
+                f"the conditions have {len(spread[0].paths)} and {len(one.paths)} checkpoints, but seeds are compared in pairs: give as"
+                " many in each."
+            )
+    shared = len({one.paths for one in spread}) == 1
+
+    def named(one: Asked) -> str:
+        if one.name or shared:
+            return one.name or one.arm
+        first, *more = (models[path].name for path in one.paths)
+        return f"{first}{f'+{len(more)}' if more else ''}@{one.arm}"
+
+    found = [Condition(named(one), one.arm, tuple(models[path].name for path in one.paths)) for one in spread]
+    names = [one.name for one in found]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise InputError(f"two conditions are called {twice}: give them names (NAME=CHECKPOINT), or leave one out.")
+    for one in found:
+        if len(set(one.checkpoints)) < len(one.checkpoints):
+            raise InputError(f"{one.name} names one checkpoint twice: seeds are different runs, leave it out.")
+    return found
+
+
+def _experiment(asked: Sequence[Asked], options: argparse.Namespace) -> tuple[Experiment, Path]:
+    """Everything streamed, and the folder of the results."""
+    from eval import evaluate
+    from eval import speech as speech_
+
+    paths = list(dict.fromkeys(path for one in asked for path in one.paths))
+    models = _described(paths)
+    keep_compiled(models[paths[0]].cache_dir / "compiled")
+    compared = conditions(asked, models)
+    several = list(models.values())
+    skipped: list[speech_.Skipped] = []
+    if options.data:
+        files, skipped = speech_.read(options.data, several, options.frames)
+    else:
+        files = [
+            file._replace(
+                frames=file.frames[:, : options.frames],
+                text_known=file.text_known[: options.frames],
+                joints=tuple(joint for joint in file.joints if options.frames is None or joint < options.frames),
+            )
+            for file in speech_.of_corpus(evaluate.own_corpus(several))
+        ]
+    for one in skipped:
+        print(f"skipped: {one.reason}", file=sys.stderr)
+    setting = _setting(several, files, options)
+    folder = _folder(Path(paths[0]), options)
+    print(
+        f"streaming {len(files)} files through {len(models)} checkpoint{'s' * (len(models) > 1)} under"
+        f" {len(compared)} conditions ...",
+        flush=True,
+    )
+    found, weight, failed = _stream(compared, models, files, setting, options.batch)
+    kept = [i for i, file in enumerate(files) if file.name not in failed]
+    if not kept:
+        raise InputError(next(iter(failed.values())))
+    bounds = task_bounds(options.data, files, setting.reach)
+    experiment = Experiment(
+        setting,
+        compared,
+        [File(files[i].name, files[i].group, files[i].frames.shape[1], files[i].digest) for i in kept],
+        weight[kept],
+        {one.name: np.stack([found[name, one.arm] for name in one.checkpoints])[:, kept] for one in compared},
+        None if bounds is None else _bounds(bounds, setting, weight.shape[1], kept),
+        [_about(model) for model in several],
+        [
+            *(one._asdict() for one in skipped),
+            *({"name": name, "reason": reason} for name, reason in failed.items()),
+        ],
+    )
+    # Files that were left out may have been the longest.
+    count = len(experiment.pieces)
+    cut = lambda values: values[..., :count]  # noqa: E731
+    bounds = experiment.bounds
+    return dataclasses.replace(
+        experiment,
+        weight=cut(experiment.weight),
+        losses={name: cut(values) for name, values in experiment.losses.items()},
+        bounds=bounds and Bounds(*(cut(getattr(bounds, name)) for name in ("ideal", "memoryless", "weight"))),
+    ), folder
+
+
+def _described(paths: Sequence[str]) -> dict[str, Model]:
+    """The checkpoints by path, each of a name of its own; of several the weights are let go until they are needed."""
+    from eval import models as models_
+
+    found: dict[str, Model] = {}
+    for path in paths:
+        model = models_.load(path)
+        found[path] = model if len(paths) == 1 else model._replace(params=None)
+    names = [model.name for model in found.values()]
+    return {path: model if names.count(model.name) == 1 else model._replace(name=path) for path, model in found.items()}
+
+
+def _setting(models: Sequence[Model], files: Sequence[Speech], options: argparse.Namespace) -> Setting:
+    """What was asked for, completed by what the first run was trained with and by what models are."""
+    from eval.evaluate import PERIOD
+
+    run = models[0].run
+    chunk = options.reset_every or (run.data.chunk if run else PERIOD)
+    if all(file.frames.shape[1] <= chunk for file in files):
+        raise InputError(
+            f"no file is longer than a chunk of {chunk} frames, so nothing is left to compare: give longer files or a smaller --reset-every."
+        )
+    return Setting(
+        chunk,
+        options.weighting,
+        max(max(model.cfg.contexts) for model in models),
+        max(reach(model) for model in models),
+        MARGIN if options.margin is None else options.margin,
+        THRESHOLD if options.threshold is None else options.threshold,
+        "bfloat16" if any(model.cfg.dtype == "bfloat16" for model in models) else "float32",
+        {"data": options.data, "codec": files[0].codec},
+    )
+
+
+def reach(model: Model) -> int:
+    """Frames that attention can look back at most: each layer hands on what its window shows, and codebooks come with their delay."""
+    return sum(context - 1 for context in model.cfg.contexts) + 1 + model.cfg.max_delay
+
+
+def _folder(first: Path, options: argparse.Namespace) -> Path:
+    """Of the results, made. Raises `InputError` if it cannot be, or holds results of another command."""
+    default = "persistence" + (f"-{Path(options.data).resolve().stem}" if options.data else "")
+    run, step = run_and_step(first.expanduser()) or (first, None)
+    folder = Path(options.out or run / (default if step is None else f"{default}-{step}")).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be made ({error.strerror}): give another folder.") from None
+    if (folder / "results.json").exists():
+        try:
+            read(folder)
+        except InputError:
+            raise InputError(
+                f"{folder} holds a results.json that is not this command's: give another --out, or remove it."
+            ) from None
+    return folder
+
+
+def _stream(
+    compared: Sequence[Condition],
+    models: dict[str, Model],
+    files: Sequence[Speech],
+    setting: Setting,
+    batch: int | None,
+) -> tuple[dict[tuple[str, str], np.ndarray], np.ndarray, dict[str, str]]:
+    """All files through every checkpoint, one checkpoint in memory at a time.
+
+    Returns:
+      Nats per token by checkpoint and arm, [F, K]; the tokens' weight [F, K]; reasons by file whose predictions were no finite numbers.
+    """
+    from tqdm import tqdm
+
+    from eval import evaluate
+    from eval import models as models_
+    from eval.stream import batches, stream
+
+    lengths = [file.frames.shape[1] for file in files]
+    pieces = setting.pieces(max(lengths))
+    found: dict[tuple[str, str], np.ndarray] = {}
+    weight, failed = np.full((len(files), len(pieces)), np.nan), {}
+    several = list(models.values())
+    for path, model in models.items():
+        arms = [arm for arm in ARMS if any(model.name in one.checkpoints and one.arm == arm for one in compared)]
+        params = models_.load(path).params if model.params is None else model.params
+        for arm in arms:
+            found[model.name, arm] = np.full(weight.shape, np.nan)
+        with tqdm(total=sum(lengths), desc=model.name, unit="frame", unit_scale=True, leave=False) as bar:
+            for some in batches(lengths, batch or evaluate.rows(model)):
+                scored = stream(
+                    params,
+                    [files[i].frames for i in some],
+                    model.cfg,
+                    arms,
+                    chunk=evaluate.calls(several),
+                    period=setting.chunk,
+                    on_frames=bar.update,
+                )
+                for i, one in zip(some, scored, strict=True):
+                    if reason := evaluate.diverged(model, files[i], one):
+                        if files[i].name not in failed:
+                            tqdm.write(f"skipped: {reason}", file=sys.stderr)
+                        failed.setdefault(files[i].name, reason)
+                        continue
+                    of_arm, own = by_piece(one, setting.weighting, pieces)
+                    if np.isnan(weight[i]).all():
+                        weight[i] = own
+                    elif not np.array_equal(weight[i], own):
+                        raise InputError(
+                            f"{model.name} predicts other tokens of {files[i].name} than {several[0].name}: compare checkpoints of the same"
+                            " codebooks and delays."
+                        )
+                    for arm, loss in of_arm.items():
+                        found[model.name, arm][i] = loss
+        del params
+    return found, weight, failed
+
+
+def by_piece(scores: FileScores, weighting: str, pieces: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Frames of a file to pieces, which `pieces` [K] gives the first frames of.
+
+    Returns:
+      By arm: nats per token of the own codebooks, weighted, [K], NaN where nothing is scored; and the scored tokens' weight [K].
+    """
+    there = scores.tokens[1:] >= 0
+    each = weights(weighting, len(there))[:, None] * there
+    weight = _sums(each, pieces)
+
+    def loss(nats: np.ndarray) -> np.ndarray:
+        sums = _sums(each * np.where(there, nats[1:].astype(np.float64), 0), pieces)
+        return np.where(weight > 0, np.round(sums / np.where(weight > 0, weight, 1), DIGITS), np.nan)
+
+    return {arm: loss(own.nats) for arm, own in scores.arms.items()}, weight
+
+
+def _sums(values: np.ndarray, pieces: np.ndarray) -> np.ndarray:
+    """Sums over rows and over the frames of each piece, [Q, T] -> [K]; pieces beyond the last frame have 0."""
+    frames = np.searchsorted(pieces, np.arange(values.shape[1]), side="right") - 1
+    return np.bincount(frames, values.sum(0), minlength=len(pieces))
+
+
+def task_bounds(
+    data: str | None, files: Sequence[Speech], frames: int
+) -> tuple[list[np.ndarray], list[np.ndarray]] | None:
+    """What could be reached at best on a controlled task; None where `data` is no such task.
+
+    Returns:
+      For every file, float [T]: nats of each frame's token of the first own codebook that the best possible model pays with memory of
+      everything before, and with memory of `frames` frames; NaN where nothing is scored.
+    """
+    if data is None or not (Path(data) / "task.json").is_file():
+        return None
+    from eval import tasks
+
+    return tasks.bounds_for(Path(data), files, frames)
+
+
+def _bounds(found: tuple[list[np.ndarray], list[np.ndarray]], setting: Setting, count: int, kept: list[int]) -> Bounds:
+    """Bounds by frame to bounds by piece, [F, K]."""
+    longest = max(len(row) for row in found[0])
+    pieces = setting.pieces(longest)[:count]
+    rows = [[np.asarray(side[i], np.float64)[None] for i in kept] for side in found]
+    weight = np.stack([_sums(np.isfinite(row), pieces) for row in rows[0]])
+    ideal, memoryless = (np.stack([_sums(np.where(np.isfinite(row), row, 0), pieces) for row in side]) for side in rows)
+    mean = lambda sums: np.where(weight > 0, np.round(sums / np.maximum(weight, 1), DIGITS), np.nan)  # noqa: E731
+    return Bounds(mean(ideal), mean(memoryless), weight)
+
+
+def _about(model: Model) -> dict:
+    """What results.json says of a checkpoint."""
+    own = {"name": model.name, "attention": list(model.cfg.contexts), "ttt_layers": list(model.cfg.ttt_layers)}
+    return own | ({"seed": model.run.seed} if model.run else {}) | model.about

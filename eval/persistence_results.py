@@ -1,0 +1,607 @@
+"""What `python -m eval persistence` found: losses by file and chunk, the statistics on them, verdicts in words, and results.json.
+
+All of it follows from the losses that results.json stores; nothing here imports jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eval import paired
+from eval.paired import ALPHA, Interval, Paired, Slope
+from eval.results import UNIT, WEIGHTINGS, plain
+from eval.statistics import Estimate, band, group_means
+from ttt_jax import record
+from ttt_jax.errors import InputError
+from ttt_jax.files import write_atomically
+
+COMMAND, FORMAT = "python -m eval persistence", 1
+"""What marks results.json as this command's, and its version."""
+
+MARGIN, THRESHOLD = 0.02, 10.0
+"""Margin of equivalence in nats, and the effect worth having in percent of the loss, where no others are asked for."""
+
+LATER, WINDOW, BEYOND = "after the first chunk", "beyond one layer's window", "beyond the attention window"
+REGIONS = (LATER, WINDOW, BEYOND)
+"""Parts of a file that conditions are compared in; the first is the primary one."""
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+"""Nats by which persist and reset may differ in a file's first chunk, by the model's type. There is nothing to reset yet, so both compute
+the same and only rounding is left: float32 gives 1e-6 in a chunk's mean, bfloat16, with 8 bits, at most 0.003 (docs/evaluation.md)."""
+
+BETTER, BELOW, WORSE, EQUIVALENT, UNDECIDED = (
+    "better",
+    "better, below the threshold",
+    "worse",
+    "equivalent",
+    "undecided",
+)
+
+NOTES = {
+    "losses": "by condition, checkpoint (seed), file and piece: nats per scored token of the own codebooks, weighted; null: nothing is"
+    " scored there. Files are cut into pieces where a chunk begins and where attention ends; `pieces` are their first frames."
+    " `weight`, by file and piece, is the weight of the scored tokens: the loss over several pieces is the mean weighted by it",
+    "chunks": "means over units by chunk; a chunk that a file fills to less than half is left out for that file, here and in the trend"
+    " (not from the parts of files, which are means over tokens)",
+    "unit": "a file, or the mean over the files of one speaker where the manifest names speakers; frames are never units",
+    "difference": "loss of the other condition minus loss of the first, which is under test, by the same file: above 0 the first is"
+    " better. Of several checkpoints (seeds) the file's differences are averaged first: p-values speak of new files for these seeds;"
+    " `seeds` has each seed alone, `over_seeds` the mean with the seed as unit",
+    "regions": f"{LATER}: frames from the second chunk on; {WINDOW}: also beyond the longest attention window of a layer; {BEYOND}:"
+    " also beyond all that attention could hand on from layer to layer (the sum of context - 1 over layers, and the longest delay of"
+    " a codebook), so that nothing but memory can know it",
+    "paired": "n units, mean and sd of the differences in nats, 95 % BCa bootstrap interval (low, high), two-sided p of paired t,"
+    " Wilcoxon's signed ranks and sign-flip permutation, share of units above 0, reference: mean loss of the other condition,"
+    " relative = mean / reference, dz: Cohen's d_z with Hedges' exact correction",
+    "equivalence": "two one-sided paired t tests against the margin (p: the larger), 90 % interval",
+    "power": "units for 80 % power, two-sided at 0.05: for_effect: to find this d_z; for_equivalence: to establish equivalence if there"
+    " is truly no difference; of_threshold: power that n units had for an effect of the threshold. null: more than a million, or"
+    " not known",
+    "holm": "p of the paired t adjusted for the comparisons with the first condition in one region; holm_equivalence: the same for"
+    " the equivalence tests; of a seed: adjusted for the seeds of its comparison",
+    "trend": "slope of the difference over chunks after the first, nats per chunk: least squares by file, chunks weighted by their"
+    " tokens, then a mean over units with a 95 % interval (Student's t) and its p; above 0 the benefit grows",
+    "closed": "share of the gap between the best possible loss without and with memory from beyond attention that a condition closes,"
+    " (memoryless - loss) / (memoryless - ideal), sums over units, 95 % BCa interval",
+}
+"""What the numbers in results.json are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What was asked for and what the models are."""
+
+    chunk: int
+    """Frames of a chunk, after which the arm reset clears memory."""
+    weighting: str
+    """Of the codebooks, one of `WEIGHTINGS`."""
+    window: int
+    """Frames of the longest attention window."""
+    reach: int
+    """Frames that attention of all layers together can look back at most."""
+    margin: float = MARGIN
+    """Of equivalence, nats."""
+    threshold: float = THRESHOLD
+    """Effect worth having, percent of the loss."""
+    dtype: str = "float32"
+    """Of the models; bfloat16 if one is."""
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What else results.json should say: data, codec."""
+
+    def __post_init__(self) -> None:
+        if not self.margin > 0 or not math.isfinite(self.margin):
+            raise InputError(f"--margin {self.margin} is out of range: give nats above 0.")
+        if not self.threshold >= 0 or not math.isfinite(self.threshold):
+            raise InputError(f"--threshold {self.threshold} is out of range: give 0 or more percent.")
+
+    @property
+    def starts(self) -> dict[str, int]:
+        """First frame of each region."""
+        return {LATER: self.chunk, WINDOW: max(self.chunk, self.window), BEYOND: max(self.chunk, self.reach)}
+
+    def pieces(self, frames: int) -> np.ndarray:
+        """First frames of the pieces that files of at most `frames` frames are cut into, int [K]."""
+        edges = {*range(0, frames, self.chunk), *self.starts.values()}
+        return np.array(sorted(edge for edge in edges if edge < frames))
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """One of the things that are compared."""
+
+    name: str
+    arm: str
+    checkpoints: tuple[str, ...]
+    """Names of its checkpoints, the seeds of one setting."""
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file that was streamed."""
+
+    name: str
+    group: str
+    """Speaker; its own name if it shares none with another."""
+    frames: int
+    digest: str = ""
+    """Of what was streamed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Of a controlled task: the best that can be done, nats by file and piece, [F, K]; NaN where nothing is scored."""
+
+    ideal: np.ndarray
+    """With memory of everything before."""
+    memoryless: np.ndarray
+    """With what attention reaches."""
+    weight: np.ndarray
+    """Scored tokens, 0 where there are none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What streaming gave: F files in K pieces under every condition, of S checkpoints each."""
+
+    setting: Setting
+    conditions: list[Condition]
+    """The first is under test."""
+    files: list[File]
+    weight: np.ndarray
+    """Weight of the scored tokens, float64 [F, K]; the same under all conditions."""
+    losses: dict[str, np.ndarray]
+    """Nats per token by condition, float64 [S, F, K]; NaN where nothing is scored."""
+    bounds: Bounds | None = None
+    checkpoints: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Name, path, step and whatever results.json should say of each."""
+    skipped: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    """Name and reason of files that were not streamed, or whose predictions were no finite numbers."""
+
+    @property
+    def groups(self) -> list[str]:
+        """Of every file."""
+        return [file.group for file in self.files]
+
+    @property
+    def unit(self) -> str:
+        """What the units are, in the plural."""
+        return "files" if len(set(self.groups)) == len(self.files) else f"{UNIT}s"
+
+    @property
+    def pieces(self) -> np.ndarray:
+        """First frames of the pieces, int [K]."""
+        return self.setting.pieces(max(file.frames for file in self.files))
+
+    def loss(self, name: str, start: int = 0, end: int | None = None) -> np.ndarray:
+        """Nats per token of a condition over frames [start, end), edges of pieces: [S, F]; NaN where nothing is scored."""
+        return pooled(self.losses[name], self.weight, self.within(start, end))
+
+    def by_chunk(self, name: str) -> np.ndarray:
+        """Nats per token of a condition by chunk, [S, F, C]; NaN where nothing is scored or a file fills less than half of it."""
+        return np.stack([np.where(self.filled(*one), self.loss(name, *one), np.nan) for one in self.chunks], -1)
+
+    def filled(self, start: int, end: int | None) -> np.ndarray:
+        """Which files fill at least half of a chunk, bool [F]: the few tokens of a file's end are no measure of one."""
+        if end is None:
+            return np.ones(len(self.files), bool)
+        return np.array([2 * (min(file.frames, end) - start) >= end - start for file in self.files])
+
+    @property
+    def chunks(self) -> list[tuple[int, int]]:
+        """First frame and end of every chunk."""
+        size = self.setting.chunk
+        return [(at, at + size) for at in range(0, int(self.pieces[-1]) + 1, size)]
+
+    def within(self, start: int, end: int | None) -> np.ndarray:
+        """Which pieces lie in frames [start, end), bool [K]."""
+        return (self.pieces >= start) & (self.pieces < (math.inf if end is None else end))
+
+
+class FirstChunk(NamedTuple):
+    """Persist against reset in the first chunk, where nothing has been reset yet."""
+
+    pairs: int
+    """Checkpoints that were run under both, times files; 0: nothing could be checked."""
+    largest: float
+    """Largest absolute difference, nats; NaN where nothing was checked."""
+    where: str
+    """Checkpoint and file of it."""
+    tolerance: float
+
+    @property
+    def broken(self) -> str | None:
+        """Why no result counts; None where none is known."""
+        if not self.pairs or self.largest <= self.tolerance:
+            return None
+        return (
+            f"BROKEN: persist and reset differ by {self.largest:.2g} nats in the first chunk ({self.where}), where nothing has been reset"
+            f" yet and only rounding ({self.tolerance:g}) is allowed. No result of this run counts: mend the evaluation first."
+        )
+
+
+class Verdict(NamedTuple):
+    """What a comparison comes to."""
+
+    kind: str
+    """One of `BETTER`, `BELOW`, `WORSE`, `EQUIVALENT`, `UNDECIDED`."""
+    text: str
+    """The same in a sentence or two."""
+    units: float | None = None
+    """Undecided: units that would decide; inf where no number would."""
+
+
+class OneSeed(NamedTuple):
+    """A comparison in one region, for one checkpoint of each condition."""
+
+    paired: Paired
+    holm: float
+
+
+class Compared(NamedTuple):
+    """A comparison in one region."""
+
+    paired: Paired
+    """Differences averaged over seeds."""
+    holm: float
+    """p of the paired t, adjusted."""
+    holm_equivalence: float
+    verdict: Verdict | None
+    """None in a broken run."""
+    seeds: list[OneSeed]
+    """Empty of a single checkpoint."""
+    over_seeds: Slope | None
+    """Mean of the seeds' means, the seed as unit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Another condition against the first."""
+
+    name: str
+    regions: dict[str, Compared]
+    trend: Slope
+    """Of the difference over chunks after the first, nats per chunk."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """Of a condition, means over units; seeds are averaged first."""
+
+    regions: dict[str, Estimate]
+    chunks: list[Estimate]
+    seeds: list[float]
+    """Each checkpoint's after the first chunk."""
+    closed: dict[str, Interval]
+    """Share of the gap that it closes, by region; empty without bounds."""
+    closed_by_chunk: list[Interval]
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """All that is said about an experiment; `NOTES` says what the numbers are."""
+
+    units: int
+    first_chunk: FirstChunk
+    losses: dict[str, Losses]
+    """By condition."""
+    bounds: dict[str, list[Estimate]]
+    """Of a controlled task: ideal and memoryless by chunk; empty without."""
+    comparisons: list[Comparison]
+
+
+def pooled(values: np.ndarray, weight: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """Means over the pieces `used` (bool [K]) weighted by tokens, [..., F, K] and [F, K] -> [..., F]; NaN where nothing is scored."""
+    weight = np.where(used, weight, 0.0)
+    total = weight.sum(-1)
+    sums = (weight * np.where(weight > 0, values, 0.0)).sum(-1)
+    return np.where(total > 0, sums / np.where(total > 0, total, 1), np.nan)
+
+
+def differences(experiment: Experiment, name: str, start: int) -> np.ndarray:
+    """Loss of condition `name` minus that of the first from frame `start` on, [S, F]; NaN of files that end before."""
+    return experiment.loss(name, start) - experiment.loss(experiment.conditions[0].name, start)
+
+
+def of_units(values: np.ndarray, groups: list[str]) -> np.ndarray:
+    """One number for each unit that has one, [F] -> [U]."""
+    means = group_means(values, groups)
+    return means[np.isfinite(means)]
+
+
+def analyse(experiment: Experiment) -> Analysis:
+    """The statistics of an experiment; of a broken one without verdicts."""
+    first, *others = experiment.conditions
+    checked = _first_chunk(experiment)
+    found = {region: _compare(experiment, region, checked.broken is None) for region in REGIONS}
+    return Analysis(
+        len(set(experiment.groups)),
+        checked,
+        {one.name: _losses(experiment, one.name) for one in experiment.conditions},
+        _bounds(experiment),
+        [
+            Comparison(other.name, {region: found[region][i] for region in REGIONS}, _trend(experiment, other.name))
+            for i, other in enumerate(others)
+        ],
+    )
+
+
+def _first_chunk(experiment: Experiment) -> FirstChunk:
+    """Persist against reset of the same checkpoint, in every file, while nothing has been reset."""
+    by_arm: dict[str, dict[str, np.ndarray]] = {"persist": {}, "reset": {}}
+    for one in experiment.conditions:
+        if one.arm in by_arm:
+            by_arm[one.arm] |= zip(one.checkpoints, experiment.loss(one.name, 0, experiment.setting.chunk), strict=True)
+    scored = pooled(experiment.weight, experiment.weight, experiment.within(0, experiment.setting.chunk)) > 0
+    both = [name for name in by_arm["persist"] if name in by_arm["reset"]]
+    tolerance = TOLERANCE[experiment.setting.dtype]
+    if not both or not scored.any():
+        return FirstChunk(0, math.nan, "", tolerance)
+    apart = np.abs(np.stack([(by_arm["persist"][name] - by_arm["reset"][name])[scored] for name in both]))
+    apart = np.where(np.isnan(apart), np.inf, apart)
+    at = np.unravel_index(apart.argmax(), apart.shape)
+    file = [file for file, there in zip(experiment.files, scored, strict=True) if there][at[1]]
+    return FirstChunk(apart.size, float(apart[at]), f"{both[at[0]]}, {file.name}", tolerance)
+
+
+def _compare(experiment: Experiment, region: str, sound: bool) -> list[Compared]:
+    """Every other condition against the first in one region: a family."""
+    setting, groups = experiment.setting, experiment.groups
+    start, (first, *others) = setting.starts[region], experiment.conditions
+
+    def of(d: np.ndarray, loss: np.ndarray) -> Paired:
+        reference = of_units(loss, groups)
+        mean = float(reference.mean()) if len(reference) else math.nan
+        return paired.compare(of_units(d, groups), mean, setting.margin, setting.threshold / 100)
+
+    found = []
+    for other in others:
+        d, loss = differences(experiment, other.name, start), experiment.loss(other.name, start)
+        several = [of(*seed) for seed in zip(d, loss, strict=True)] if len(d) > 1 else []
+        found.append((of(d.mean(0), loss.mean(0)), several))
+    adjusted = paired.holm([whole.p.t for whole, _ in found])
+    equivalent = paired.holm([whole.equivalence.p for whole, _ in found])
+    compared = []
+    for other, (whole, several), p, same in zip(others, found, adjusted, equivalent, strict=True):
+        seeds = [OneSeed(*one) for one in zip(several, paired.holm([one.p.t for one in several]), strict=True)]
+        over = paired.mean_slope(np.array([one.mean for one in several])) if several else None
+        said = None
+        if sound:
+            said = verdict(whole, p, same, setting, len(others), (first.name, other.name), experiment.unit)
+            said = advise(said, first, other, experiment.unit) if region == LATER else said
+        compared.append(Compared(whole, float(p), float(same), said, seeds, over))
+    return compared
+
+
+def _trend(experiment: Experiment, name: str) -> Slope:
+    chunks = experiment.chunks[1:]
+    if not chunks:
+        return paired.mean_slope(np.zeros(0))
+    first = experiment.conditions[0].name
+    d = (experiment.by_chunk(name) - experiment.by_chunk(first)).mean(0)[:, 1:]
+    weight = np.stack([np.where(experiment.within(*chunk), experiment.weight, 0).sum(-1) for chunk in chunks], -1)
+    return paired.mean_slope(of_units(paired.slopes(d, weight), experiment.groups))
+
+
+def _losses(experiment: Experiment, name: str) -> Losses:
+    starts = experiment.setting.starts
+    spans = [(start, None) for start in starts.values()]
+    closed = [_closed(experiment, name, span) for span in [*spans, *experiment.chunks]] if experiment.bounds else []
+    return Losses(
+        {region: _estimate(experiment.loss(name, start).mean(0), experiment) for region, start in starts.items()},
+        [_estimate(values, experiment) for values in experiment.by_chunk(name).mean(0).T],
+        [
+            float(of_units(seed, experiment.groups).mean()) if np.isfinite(seed).any() else math.nan
+            for seed in experiment.loss(name, starts[LATER])
+        ],
+        dict(zip(REGIONS, closed, strict=False)),
+        closed[len(REGIONS) :],
+    )
+
+
+def _closed(experiment: Experiment, name: str, span: tuple[int, int | None]) -> Interval:
+    """Share of the gap between the bounds that a condition closes over frames [start, end)."""
+    bounds, used = experiment.bounds, experiment.within(*span)
+    ideal, memoryless = (pooled(values, bounds.weight, used) for values in (bounds.ideal, bounds.memoryless))
+    loss = np.where(experiment.filled(*span), experiment.loss(name, *span).mean(0), np.nan)
+    memoryless, ideal = (np.where(np.isfinite(loss), values, np.nan) for values in (memoryless, ideal))
+    closed, gap = (of_units(values, experiment.groups) for values in (memoryless - loss, memoryless - ideal))
+    return paired.share(closed, gap) if len(closed) == len(gap) else Interval(math.nan, math.nan, math.nan)
+
+
+def _bounds(experiment: Experiment) -> dict[str, list[Estimate]]:
+    bounds = experiment.bounds
+    return (
+        {
+            name: [
+                _estimate(
+                    np.where(
+                        experiment.filled(*chunk),
+                        pooled(getattr(bounds, name), bounds.weight, experiment.within(*chunk)),
+                        np.nan,
+                    ),
+                    experiment,
+                )
+                for chunk in experiment.chunks
+            ]
+            for name in ("ideal", "memoryless")
+        }
+        if bounds
+        else {}
+    )
+
+
+def _estimate(values: np.ndarray, experiment: Experiment) -> Estimate:
+    """Mean over units of one number a file, [F]."""
+    found = band(group_means(values, experiment.groups))
+    return Estimate(*(field.item() for field in found))
+
+
+# Verdicts
+
+ADVICE = {
+    BETTER: "Use the persistent state: its complexity is justified.",
+    BELOW: "The persistent state helps, but less than its complexity was to be worth.",
+    EQUIVALENT: "Reset per chunk: it is simpler.",
+    WORSE: "Reset per chunk: persistence hurts.",
+}
+"""What to do where persist is compared with reset: the decision tree of this project (docs/evaluation.md)."""
+
+
+def verdict(
+    found: Paired,
+    p: float,
+    p_equivalent: float,
+    setting: Setting,
+    family: int,
+    names: tuple[str, str],
+    unit: str,
+) -> Verdict:
+    """What a comparison comes to, in words.
+
+    Args:
+      found: the comparison; p, p_equivalent: of the paired t and of the equivalence test, adjusted for a family of so many; names: of
+        the condition under test and of the other; unit: what units are, in the plural.
+    """
+    one, other = names
+    if found.n == 0:
+        return Verdict(UNDECIDED, f"{one} against {other}: undecided, no file is so long.", math.inf)
+    size = f"{abs(found.mean):.4f} nats ({100 * abs(found.relative):.2f} %)"
+    if found.n == 1:
+        return Verdict(
+            UNDECIDED,
+            f"{one} against {other}: undecided, one {unit.removesuffix('s')} cannot be tested ({found.mean:+.4f} nats).",
+            math.inf,
+        )
+    same = p_equivalent < ALPHA
+    if p < ALPHA:
+        within = f" By less than the margin of {setting.margin:g} nats, though: equivalent for practical purposes."
+        little = within if same else ""
+        if found.mean < 0:
+            return Verdict(WORSE, f"{one} is worse than {other}: by {size}, {p_words(p)}.{little}")
+        if 100 * found.relative >= setting.threshold:
+            asked = f"at least the {setting.threshold:g} % asked for"
+            return Verdict(BETTER, f"{one} is better than {other}: by {size}, {p_words(p)}, {asked}.{little}")
+        asked = f"less than the {setting.threshold:g} % asked for"
+        return Verdict(BELOW, f"{one} is clearly better than {other}, by {size}, {p_words(p)}, but {asked}.{little}")
+    if same:
+        within = f"the difference of {found.mean:+.4f} nats lies within {setting.margin:g} either way"
+        return Verdict(EQUIVALENT, f"{one} and {other} are equivalent: {within}, {p_words(p_equivalent)}.")
+    found_by, equal_by = (
+        # A way that these units have tried in vain is none.
+        units if math.isfinite(units) and units > found.n else math.inf
+        for units in (
+            paired.needed(found.dz, ALPHA / family),
+            paired.needed_equivalence(found.sd, setting.margin, ALPHA / family),
+        )
+    )
+    if abs(found.mean) >= setting.margin and math.isfinite(found_by):
+        equal_by = math.inf  # nothing speaks for equivalence
+    ways = [
+        (found_by, "find a difference of this size"),
+        (equal_by, f"establish equivalence within {setting.margin:g} nats, if there is none"),
+    ]
+    ways = sorted(way for way in ways if math.isfinite(way[0]))
+    start = f"{one} against {other}: undecided, {found.mean:+.4f} nats ({100 * found.relative:+.2f} %), {p_words(p)}, over {found.n} {unit}"
+    if not ways:
+        return Verdict(UNDECIDED, f"{start}; no number of {unit} can be given that would decide.", math.inf)
+    least, way = ways[0]
+    more = "".join(f" ({units:,.0f} would {other_way})" for units, other_way in ways[1:])
+    return Verdict(UNDECIDED, f"{start}; about {least:,.0f} {unit} would {way}{more}.", least)
+
+
+def advise(said: Verdict, first: Condition, other: Condition, unit: str) -> Verdict:
+    """The verdict with what to do, where persist is compared with reset."""
+    if (first.arm, other.arm) != ("persist", "reset"):
+        return said
+    if said.kind != UNDECIDED:
+        return said._replace(text=f"{said.text} {ADVICE[said.kind]}")
+    enough = said.units is not None and math.isfinite(said.units)
+    return said._replace(text=f"{said.text} Keep looking{f' with {said.units:.0f} {unit}' if enough else ''}.")
+
+
+def p_words(p: float) -> str:
+    """A p-value for people."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.0995 else f"p = {p:.2f}"
+
+
+# results.json
+
+
+def write(folder: Path, experiment: Experiment, analysis: Analysis, about: dict[str, Any]) -> Path:
+    """Write results.json to `folder`, at once or not at all; its path.
+
+    Args:
+      experiment, analysis: what was found and what it comes to; about: what else to say at the top (versions, cost).
+    """
+    bounds = experiment.bounds
+    content = {
+        **about,
+        "command": COMMAND,
+        "format": FORMAT,
+        "notes": NOTES | {"weighting": WEIGHTINGS[experiment.setting.weighting]},
+        "broken": analysis.first_chunk.broken,
+        "verdicts": {
+            one.name: {region: one.regions[region].verdict for region in REGIONS} for one in analysis.comparisons
+        },
+        "setting": experiment.setting,
+        "regions": experiment.setting.starts,
+        "counts": {"files": len(experiment.files), "units": analysis.units, "unit": experiment.unit},
+        "conditions": experiment.conditions,
+        "analysis": analysis,
+        "checkpoints": experiment.checkpoints,
+        "files": experiment.files,
+        "skipped": experiment.skipped,
+        "pieces": experiment.pieces,
+        "weight": experiment.weight,
+        "losses": experiment.losses,
+        "bounds": bounds,
+    }
+    path = folder / "results.json"
+    text = json.dumps(plain(_named(content)), ensure_ascii=False, allow_nan=False, indent=1)
+    write_atomically(path, (text + "\n").encode())
+    return path
+
+
+def _named(value: Any) -> Any:
+    """`value` with the fields of named tuples and dataclasses by name."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return _named(value._asdict())
+    if dataclasses.is_dataclass(value):
+        return _named({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    if isinstance(value, dict):
+        return {name: _named(item) for name, item in value.items()}
+    return [_named(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read(folder: Path) -> tuple[Experiment, dict[str, Any]]:
+    """The experiment that `write` wrote to `folder`, and its `about`.
+
+    Raises:
+      InputError: there is no results.json, or not one of this command and version.
+    """
+    path = folder / "results.json"
+    stored = record.read_json(path, f"results.json in a folder that {COMMAND} wrote")
+    found = (stored.get("command"), stored.get("format")) if isinstance(stored, dict) else None
+    if found != (COMMAND, FORMAT):
+        raise InputError(f"{path} is of {found}, but format {FORMAT} of {COMMAND} is read: run {COMMAND} again.")
+    try:
+        array = lambda values: np.array(values, np.float64)  # noqa: E731
+        experiment = Experiment(
+            Setting(**stored["setting"]),
+            [Condition(**one | {"checkpoints": tuple(one["checkpoints"])}) for one in stored["conditions"]],
+            [File(**file) for file in stored["files"]],
+            array(stored["weight"]),
+            {name: array(values) for name, values in stored["losses"].items()},
+            Bounds(**{name: array(values) for name, values in stored["bounds"].items()}) if stored["bounds"] else None,
+            stored["checkpoints"],
+            stored["skipped"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not as it was written ({error!r}): run {COMMAND} again.") from None
+    return experiment, {name: stored[name] for name in ("evaluated_with", "cost") if name in stored}

@@ -1,0 +1,205 @@
+"""Does memory help? Trains and compares all that docs/results/memory.md reports.
+
+    python -m experiments.memory tasks FOLDER     # recall, speaker, control: the MLP at b = 16, trained in four ways
+    python -m experiments.memory inner FOLDER     # recall: linear and MLP, b = 1 and 16
+    python -m experiments.memory place FOLDER     # recall: the TTT layer in the first, the middle and the last layer
+    python -m experiments.memory speech FOLDER    # the embedded speech
+
+Data sets go to FOLDER/data, runs to FOLDER/runs, comparisons to FOLDER/results; what is there already is not done again. Runs that
+differ in task and seed alone train side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.__main__ import main as evaluate
+from eval.tasks import Settings, make
+from train import together
+from train.config import PRESETS, DataConfig, LossConfig, TrainConfig
+from ttt_jax.command import run
+from ttt_jax.data import corpus
+from ttt_jax.sizes import TTT, parameter_counts
+
+TINY = PRESETS["tiny"]
+CHUNK = 128
+"""Frames of a chunk. The attention of all three layers together reaches back 46 of them."""
+STEPS = 500
+TASK = dataclasses.replace(
+    TINY,
+    model=dataclasses.replace(TINY.model, context=16),
+    data=DataConfig(chunk=CHUNK, batch=32, codec=corpus.FILES, from_start=True),
+    loss=LossConfig(text=0.0),
+    optim=dataclasses.replace(TINY.optim, warmup_steps=100),
+    steps=STEPS,
+    checkpoint_every=STEPS,
+)
+"""The preset `tiny` with a short window, on files that begin with what there is to know."""
+NAMES = ("recall", "speaker", "control")
+SHORT = Settings("", files=8192, frames=CHUNK, rounds=1, seed=1)
+LONG = Settings("", files=2048, frames=4 * CHUNK, rounds=4, seed=2)
+"""What is trained on: half of the frames each."""
+HELDOUT = Settings("", files=64, frames=17 * CHUNK, rounds=1, seed=1000)
+"""What is tested on: the last question comes 16 chunks after what answers it."""
+
+Change = Callable[[TrainConfig], TrainConfig]
+
+
+def none(cfg: TrainConfig) -> TrainConfig:
+    """No TTT layer; as many parameters in a wider feed-forward."""
+    model = cfg.model
+    spare = parameter_counts(model)[TTT] / (3 * model.dim * model.num_layers)  # gate, up and down
+    ttt = dataclasses.replace(model.ttt, layers="none")
+    return dataclasses.replace(cfg, model=dataclasses.replace(model, ttt=ttt, hidden=model.hidden + round(spare)))
+
+
+def reset(cfg: TrainConfig) -> TrainConfig:
+    """Fast weights cleared at every chunk of training."""
+    return dataclasses.replace(cfg, state="reset")
+
+
+def persist(cfg: TrainConfig) -> TrainConfig:
+    """Fast weights kept along each file, gradients cut between chunks."""
+    return cfg
+
+
+def bptt(cfg: TrainConfig) -> TrainConfig:
+    """Gradients through four chunks; a quarter of the rows, so that a step has as many frames."""
+    return dataclasses.replace(cfg, bptt=4, data=dataclasses.replace(cfg.data, batch=cfg.data.batch // 4))
+
+
+def ttt(**fields: Any) -> Change:
+    """Other TTT layers; where the inner rate is left out it follows from the rest."""
+
+    def change(cfg: TrainConfig) -> TrainConfig:
+        layers = dataclasses.replace(cfg.model.ttt, **fields)
+        return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, ttt=layers))
+
+    return change
+
+
+WAYS: dict[str, Change] = {"persist": persist, "reset": reset, "bptt": bptt, "none": none}
+"""How a model is trained."""
+INNER: dict[str, Change] = {
+    "mlp-16": persist,
+    "linear-16": ttt(hidden=()),
+    "linear-1": ttt(hidden=(), mini_batch=1),
+    "mlp-1": ttt(mini_batch=1),
+}
+PLACES: dict[str, Change] = {"first": ttt(layers="0"), "middle": ttt(layers="1"), "last": ttt(layers="2")}
+
+
+class Experiment:
+    """A folder, and the runs in it."""
+
+    def __init__(self, folder: Path, seeds: Sequence[int], steps: int | None):
+        self._folder, self._seeds, self._steps = folder, seeds, steps
+
+    def tasks(self) -> None:
+        """Four ways to train, on three tasks."""
+        for way, change in WAYS.items():
+            self._train(way, change(TASK), NAMES)
+        for name in NAMES:
+            self._compare(f"tasks-{name}", self._conditions(name), self._heldout(name))
+
+    def inner(self) -> None:
+        """Inner networks and mini-batches, on recall."""
+        self._variants("inner", INNER)
+
+    def place(self) -> None:
+        """Where the TTT layer sits, on recall."""
+        self._variants("place", PLACES)
+
+    def speech(self) -> None:
+        """Four ways to train, on the embedded speech."""
+        for way, change in WAYS.items():
+            self._train(way, change(TINY), ("speech",))
+        self._compare("speech", self._conditions("speech"), None)
+
+    def _variants(self, part: str, variants: dict[str, Change]) -> None:
+        for variant, change in variants.items():
+            self._train(variant, change(TASK), ("recall",))
+        for variant in variants:
+            runs = self._runs(variant, "recall")
+            self._compare(
+                f"{part}-{variant}", [f"persist={runs}@persist", f"reset={runs}@reset"], self._heldout("recall")
+            )
+
+    def _conditions(self, name: str) -> list[str]:
+        """What is compared: the first with each other one."""
+        kept, cleared = self._runs("persist", name), self._runs("reset", name)
+        return [
+            f"persist={kept}@persist",
+            f"reset={kept}@reset",
+            f"trained-reset={cleared}@reset",
+            f"none={self._runs('none', name)}@off",
+            f"bptt={self._runs('bptt', name)}@persist",
+        ]
+
+    def _runs(self, way: str, name: str) -> str:
+        return ",".join(str(self._run(way, name, seed)) for seed in self._seeds)
+
+    def _run(self, way: str, name: str, seed: int) -> Path:
+        return self._folder / "runs" / f"{way}-{name}-{seed}"
+
+    def _train(self, way: str, cfg: TrainConfig, names: Sequence[str]) -> None:
+        """All seeds on all data sets side by side, unless they are there."""
+        if self._steps:
+            cfg = dataclasses.replace(cfg, steps=self._steps, checkpoint_every=self._steps)
+        places = {self._run(way, name, seed): (name, seed) for name in names for seed in self._seeds}
+        if all((place / "checkpoints" / str(cfg.steps)).is_dir() for place in places):
+            return
+        cfgs = []
+        for place, (name, seed) in places.items():
+            shutil.rmtree(place, ignore_errors=True)
+            data = cfg.data if name == "speech" else dataclasses.replace(cfg.data, train=self._trained_on(name))
+            cfgs.append(dataclasses.replace(cfg, name=place.name, run_dir=str(place), seed=seed, data=data))
+        if together.start(cfgs):
+            raise KeyboardInterrupt
+
+    def _trained_on(self, name: str) -> str:
+        # A file of the long ones has as many frames as four of the short ones.
+        return f"{self._data('short', name, SHORT)}:4,{self._data('long', name, LONG)}:1"
+
+    def _heldout(self, name: str) -> Path:
+        return self._data("heldout", name, HELDOUT)
+
+    def _data(self, what: str, name: str, settings: Settings) -> Path:
+        folder = self._folder / "data" / f"{name}-{what}"
+        if not folder.exists():
+            make(dataclasses.replace(settings, task=name), folder)
+        return folder
+
+    def _compare(self, name: str, conditions: Sequence[str], data: Path | None) -> None:
+        out = self._folder / "results" / name
+        if (out / "results.json").is_file():
+            return
+        on = ["--data", str(data), "--batch", "64"] if data is not None else []
+        evaluate(["persistence", *conditions, *on, "--out", str(out)])
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command line `args`; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.memory", description=__doc__.split("\n")[0])
+    parser.add_argument("part", choices=("tasks", "inner", "place", "speech"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", default="10,11,12", help="joined by commas; %(default)s")
+    parser.add_argument("--steps", type=int, help="of training; unset: those of the report")
+    options = parser.parse_args(args)
+    log = logging.getLogger("train")
+    log.addHandler(logging.StreamHandler(sys.stdout))
+    log.setLevel(logging.INFO)
+    experiment = Experiment(options.folder, [int(seed) for seed in options.seeds.split(",")], options.steps)
+    getattr(experiment, options.part)()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: main(sys.argv[1:])))

@@ -1,0 +1,184 @@
+"""Runs that differ in seed and data alone, trained side by side in one program: `jax.vmap` over all that a step takes.
+
+A small model leaves most of a device idle; ten of them take hardly longer than one. Every run gets the folder that `python -m train`
+would have given it, and what it learns is the same to rounding, so each can be evaluated, or gone on with, by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train import plots
+from train.config import TrainConfig
+from train.metrics import MetricsLog, read
+from train.run import Run, arrays, compiling, interrupts, make_folder, memory, prepare
+from train.step import TrainState, fresh_state, make_steps_together
+from train.trained import split
+from train.windows import Batch, Windows
+from ttt_jax import record
+from ttt_jax.checkpoint import Checkpoints
+from ttt_jax.command import keep_compiled
+from ttt_jax.errors import InputError
+from ttt_jax.moshi import model
+from ttt_jax.trees import Tree
+
+log = logging.getLogger("train")
+
+
+def start(cfgs: Sequence[TrainConfig]) -> int:
+    """Train all of `cfgs`, each in the run folder that it names; the exit code, as of `train.loop.start`.
+
+    Nothing is evaluated at the end. Raises `InputError`: two differ in more than name, folder, seed and files, or ask for what one
+    program cannot do for many.
+    """
+    _check(cfgs)
+    keep_compiled(cfgs[0].data.cache_dir / "compiled")
+    runs = [prepare(cfg, Path(cfg.run_dir).expanduser()) for cfg in cfgs]
+    _check([run.cfg for run in runs])  # by now with the cardinalities of their codecs
+    cfg = runs[0].cfg
+    log.info("%d runs side by side: %s", len(runs), ", ".join(run.cfg.run_dir for run in runs))
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(memory(cfg))
+        with compiling("first weights"):
+            # Random draws of many shapes take long to optimise and run once, as in `train.parameters`.
+            init = jax.jit(partial(_init, cfg), compiler_options={"xla_backend_optimization_level": 0})
+            state, frozen = init(jnp.array([run.cfg.seed for run in runs], jnp.uint32))
+        windows = [opened.enter_context(contextlib.closing(_windows(run))) for run in runs]
+        for run in runs:
+            make_folder(run)
+        checkpoints = [
+            opened.enter_context(contextlib.closing(Checkpoints(Path(run.cfg.run_dir), keep=cfg.keep))) for run in runs
+        ]
+        return _train(runs, state, frozen, windows, checkpoints)
+
+
+def _check(cfgs: Sequence[TrainConfig]) -> None:
+    first = cfgs[0]
+    for cfg in cfgs[1:]:
+        if (field := _difference(_shared(cfg), _shared(first))) is not None:
+            raise InputError(
+                f"{cfg.run_dir} and {first.run_dir} differ in {field}: runs that train together may differ in seeds and files only."
+            )
+    folders = [cfg.run_dir for cfg in cfgs]
+    if None in folders or len(set(folders)) < len(folders):
+        raise InputError(
+            f"the run_dirs {folders} of runs that train together are not all given and different: give each its own."
+        )
+    asked = [name for name in ("base", "eval_every", "sample_every", "tensorboard", "wandb") if getattr(first, name)]
+    if asked:
+        raise InputError(
+            f"{asked[0]}={getattr(first, asked[0])} is for a run by itself: leave it out where runs train together."
+        )
+    if jax.process_count() > 1:
+        raise InputError(
+            f"runs train together in one process, but there are {jax.process_count()}: start it without --launch."
+        )
+
+
+def _shared(cfg: TrainConfig) -> TrainConfig:
+    """What runs that train together have in common."""
+    data = dataclasses.replace(cfg.data, train=None, heldout=None, validation=None)
+    return dataclasses.replace(cfg, name="", run_dir=None, seed=0, data=data)
+
+
+def _difference(a: TrainConfig, b: TrainConfig) -> str | None:
+    """The first field in which two configurations differ."""
+    return next((f.name for f in dataclasses.fields(a) if getattr(a, f.name) != getattr(b, f.name)), None)
+
+
+def _init(cfg: TrainConfig, seeds: jax.Array) -> tuple[TrainState, Tree]:
+    """States and frozen parameters of runs of these seeds, leading axis runs."""
+
+    def one(seed: jax.Array) -> tuple[TrainState, Tree]:
+        trained, frozen = split(model.init_params(cfg.model, jax.random.key(seed)), cfg)
+        return fresh_state(cfg, trained)._replace(trained=trained), frozen
+
+    return jax.vmap(one)(seeds)
+
+
+def _train(
+    runs: Sequence[Run],
+    states: TrainState,
+    frozen: Tree,
+    windows: Sequence[Windows],
+    checkpoints: Sequence[Checkpoints],
+) -> int:
+    """Steps until the end or an interrupt; the exit code."""
+    from tqdm import tqdm
+
+    cfg = runs[0].cfg
+    no_stop = np.zeros(1, np.int32)
+    positions = [one.get_state() for one in windows]
+    with compiling(f"training step of {len(runs)} runs"):
+        batch = _stack([next(one).batch for one in windows])
+        step_together = make_steps_together(cfg, len(runs)).lower(states, frozen, batch, no_stop).compile()
+    for one, position in zip(windows, positions, strict=True):
+        one.set_state(position)
+    pending: tuple[Any, ...] | None = None
+    with contextlib.ExitStack() as opened:
+        logs = [opened.enter_context(contextlib.closing(_metrics_log(run))) for run in runs]
+        bar = opened.enter_context(tqdm(total=cfg.steps, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15))
+        asked = opened.enter_context(interrupts())
+
+        def settle() -> None:
+            """Take in the metrics of the last step that was dispatched."""
+            nonlocal pending
+            if pending is None:
+                return
+            step, metrics, taken = pending
+            metrics, losses = jax.device_get(metrics), []
+            for i, (own, window) in enumerate(zip(logs, taken, strict=True)):
+                names = {(k, row): name for k, names in enumerate(window.files) for row, name in enumerate(names)}
+                losses.append(own.add(step, _of(metrics, i), int(window.batch.mask.sum()), names)["loss"])
+            bar.set_postfix_str("loss " + " ".join(f"{loss:.2f}" for loss in losses if loss is not None), refresh=False)
+            bar.update()
+            pending = None
+
+        for step in range(1, cfg.steps + 1):
+            taken = [next(one) for one in windows]
+            states, metrics = step_together(states, frozen, _stack([one.batch for one in taken]), no_stop)
+            settle()  # the step before, while this one computes
+            pending = step, metrics, taken
+            if step % cfg.checkpoint_every == 0 or step == cfg.steps or asked:
+                settle()  # refuses to save what is not finite
+                for i, (run, window, own) in enumerate(zip(runs, windows, checkpoints, strict=True)):
+                    meta = {"config": record.to_dict(run.cfg), **run.meta}
+                    own.save(step, **arrays(run, _of(states, i), _of(frozen, i)), data=window.get_state(), meta=meta)
+            if asked:
+                log.info("interrupted after step %d; each run goes on by itself: python -m train --resume RUN", step)
+                return 128 + asked[0]
+    for run in runs:
+        folder = Path(run.cfg.run_dir)
+        plots.draw_run(read(folder / "metrics.jsonl"), run.meta["unigram"], folder)
+    return 0
+
+
+def _windows(run: Run) -> Windows:
+    data = run.cfg.data
+    return Windows(run.corpus.train, data.batch, data.chunk, run.cfg.seed, run.cfg.bptt, None, data.from_start)
+
+
+def _metrics_log(run: Run) -> MetricsLog:
+    cfg = run.cfg
+    path = Path(cfg.run_dir) / "metrics.jsonl"
+    return MetricsLog(path, list(cfg.model.target_streams), cfg.log_every, cfg.steps, 0, cfg.optim.skips)
+
+
+def _stack(batches: Sequence[Batch]) -> Batch:
+    return Batch(*(np.stack(parts) for parts in zip(*batches, strict=True)))
+
+
+def _of(tree: Any, i: int) -> Any:
+    """Those of run `i`."""
+    return jax.tree.map(lambda leaf: leaf[i], tree)
