@@ -93,12 +93,12 @@ def draw_all(folder: Path, results: Results | None = None) -> list[Path]:
     paths = []
     for own in results.checkpoints:
         end = f"-{own.info.name}" if several else ""
-        paths += _save(_losses(results, own), folder, f"memory{end}")
+        paths += save(_losses(results, own), folder, f"memory{end}")
         if own.main in own.inner and own.info.ttt_layers:
-            paths += _save(_figure5(results, own, folder), folder, f"figure5{end}")
-            paths += _save(_state(results, own), folder, f"state{end}")
+            paths += save(_figure5(results, own, folder), folder, f"figure5{end}")
+            paths += save(_state(results, own), folder, f"state{end}")
     if several:
-        paths += _save(_checkpoints(results), folder, "checkpoints")
+        paths += save(_checkpoints(results), folder, "checkpoints")
     return paths
 
 
@@ -111,13 +111,14 @@ def remove(folder: Path) -> None:
                     path.unlink()
 
 
-def _save(figure: Any, folder: Path, name: str) -> list[Path]:
+def save(figure: Any, folder: Path, name: str) -> list[Path]:
+    """Write a figure to `folder` in all of `KINDS`, and close it; the paths."""
     from matplotlib import pyplot as plt
     from matplotlib.text import Text
 
     paths = []
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a $ in the name of a checkpoint is a $
+        text.set_parse_math(False)  # a $ in a name is a $
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # where things lie is settled once, not for each kind
     for kind in KINDS:

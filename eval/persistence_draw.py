@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eval.draw import CHECKPOINTS, COLOURS, DASHES, KINDS
-from eval.persistence_results import LATER, Analysis, Experiment, differences, of_units
+from eval.draw import CHECKPOINTS, COLOURS, DASHES, KINDS, save
+from eval.persistence_results import BOUND_NAMES, LATER, Analysis, Experiment, differences, of_units
 from eval.statistics import Estimate, band, group_means
 from ttt_jax.config import FRAME_RATE
-from ttt_jax.files import write_atomically
 
 LOSSES, DIFFERENCES = "loss_by_chunk", "differences"
 FILES = tuple(f"{name}.{kind}" for name in (LOSSES, DIFFERENCES) for kind in KINDS)
 """All that is drawn."""
-
-BOUNDS = {"ideal": "best with all memory", "memoryless": "best with attention's reach alone"}
 
 
 def draw_all(experiment: Experiment, analysis: Analysis, folder: Path) -> list[Path]:
@@ -27,8 +23,8 @@ def draw_all(experiment: Experiment, analysis: Analysis, folder: Path) -> list[P
 
     matplotlib.use("Agg")
     return [
-        *_save(losses(experiment, analysis), folder, LOSSES),
-        *_save(paired_differences(experiment, analysis), folder, DIFFERENCES),
+        *save(losses(experiment, analysis), folder, LOSSES),
+        *save(paired_differences(experiment, analysis), folder, DIFFERENCES),
     ]
 
 
@@ -52,7 +48,7 @@ def losses(experiment: Experiment, analysis: Analysis) -> Any:
             _curve(lower, middles, _estimates(d, experiment)[:shown], _style(experiment, i), one.name, banded=True)
     for (name, found), dashes in zip(analysis.bounds.items(), ((6, 2), (2, 2)), strict=False):
         means = [value.mean for value in found[:shown]]
-        upper.plot(middles, means, color="0.35", lw=1.2, dashes=dashes, label=BOUNDS[name])
+        upper.plot(middles, means, color="0.35", lw=1.2, dashes=dashes, label=BOUND_NAMES[name])
     lower.axhline(0, color="black", lw=0.8)
     _mark(upper, lower, experiment)
     over = f"band: 95 % over {analysis.units} {experiment.unit}" if analysis.units > 1 else "one unit, so no band"
@@ -169,22 +165,3 @@ def _mark(upper: Any, lower: Any, experiment: Experiment) -> None:
                 axis.axvline(frame, color="black", lw=0.9, ls=style)
         words.append(f"{name} {frame:,}" + ("" if frame < longest else " (not reached)"))
     upper.set_title(f"attention, frames: {' (dotted), '.join(words)} (dash-dotted)", fontsize=8, loc="right")
-
-
-def _save(figure: Any, folder: Path, name: str) -> list[Path]:
-    from matplotlib import pyplot as plt
-    from matplotlib.text import Text
-
-    paths = []
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a $ in the name of a condition is a $
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # where things lie is settled once, not for each kind
-    for kind in KINDS:
-        content = io.BytesIO()
-        # Without a date the same results give the same file.
-        figure.savefig(content, dpi=120, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
-        paths.append(folder / f"{name}.{kind}")
-        write_atomically(paths[-1], content.getvalue())
-    plt.close(figure)
-    return paths

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from eval.paired import ALPHA, Interval, Power, Slope
-from eval.persistence_results import BEYOND, LATER, REGIONS, WINDOW, Analysis, Comparison, Experiment, p_words
+from eval.persistence_results import (
+    BEYOND,
+    BOUND_NAMES,
+    LATER,
+    REGIONS,
+    WINDOW,
+    Analysis,
+    Comparison,
+    Experiment,
+    p_words,
+)
 from eval.results import WEIGHTINGS
 from eval.statistics import interval
 from ttt_jax.config import FRAME_RATE
@@ -24,7 +34,7 @@ def table(experiment: Experiment, analysis: Analysis) -> str:
     blocks = [
         [_head(experiment, analysis), *(f"{region}: {words}" for region, words in _regions(experiment).items())],
         _aligned(*_conditions(experiment, analysis)),
-        *([_gap(experiment, analysis)] if experiment.bounds else []),
+        *([_gap(experiment, analysis)] if _has_gap(analysis) else []),
     ]
     for region in _told(experiment):
         if any(one.regions[region].paired.n for one in analysis.comparisons):
@@ -62,7 +72,7 @@ def markdown(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) 
         _pipes(*_conditions(experiment, analysis)),
         "![Loss by chunk](loss_by_chunk.png)",
     ]
-    if experiment.bounds:
+    if _has_gap(analysis):
         title, table_ = _gap(experiment, analysis, plain=False)
         sections += [
             "## Share of the gap",
@@ -150,8 +160,10 @@ def _conditions(experiment: Experiment, analysis: Analysis) -> tuple[Row, list[R
     for one in experiment.conditions:
         found, seeds = analysis.losses[one.name], len(one.checkpoints)
         label = one.checkpoints[0] if seeds == 1 else f"{one.checkpoints[0]} and {seeds - 1} more"
-        rows.append([one.name, one.arm, label, *(interval(found.regions[region], 4) for region in REGIONS)])
-    return ["condition", "arm", "checkpoint", *(f"loss {region}" for region in REGIONS)], rows
+        rows.append([one.name, one.arm, label, *(interval(found.regions[region], 4) for region in _told(experiment))])
+    for name, found in analysis.bounds_by_region.items():
+        rows.append([BOUND_NAMES[name], "", "", *(interval(found[region], 4) for region in _told(experiment))])
+    return ["condition", "arm", "checkpoint", *(f"loss {region}" for region in _told(experiment))], rows
 
 
 def _compared(experiment: Experiment, analysis: Analysis, region: str) -> tuple[Row, list[Row]]:
@@ -239,16 +251,23 @@ def _seeds(experiment: Experiment, analysis: Analysis) -> tuple[Row, list[Row]]:
     return ["condition", "seed", "nats [95 %]", "range", "% of loss", "p: t", "Holm"], rows
 
 
+def _has_gap(analysis: Analysis) -> bool:
+    """Whether memory is worth anything at best, as far as that is known."""
+    return any(math.isfinite(one.mean) for losses in analysis.losses.values() for one in losses.closed.values())
+
+
 def _gap(experiment: Experiment, analysis: Analysis, plain: bool = True) -> list[str]:
     """What controlled tasks allow and how much of it was taken."""
-    heads = ["condition", *REGIONS]
-    rows = [
-        [
-            one.name,
-            *(_percent(analysis.losses[one.name].closed[region]) for region in REGIONS),
-        ]
-        for one in experiment.conditions
-    ]
+    told = _told(experiment)
+    several = any(len(one.checkpoints) > 1 for one in experiment.conditions)
+    heads = ["condition", *told, *(["each seed, there"] if several else [])]
+    rows = []
+    for one in experiment.conditions:
+        losses = analysis.losses[one.name]
+        row = [one.name, *(_percent(losses.closed[region]) for region in told)]
+        if several:
+            row.append(", ".join(_number(100 * seed.mean, "+.1f") for seed in losses.closed_by_seed))
+        rows.append(row)
     title = "share of the gap closed between the best loss without memory beyond attention and the best with all, % [95 % BCa]"
     return [title, *(_aligned(heads, rows) if plain else [_pipes(heads, rows)])]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +72,10 @@ NOTES = {
     " (memoryless - loss) / (memoryless - ideal), sums over units, 95 % BCa interval",
 }
 """What the numbers in results.json are."""
+
+
+BOUND_NAMES = {"ideal": "best with all memory", "memoryless": "best with attention's reach alone"}
+"""Of the fields of `Bounds` that are losses, as tables and figures call them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +285,8 @@ class Losses:
     closed: dict[str, Interval]
     """Share of the gap that it closes, by region; empty without bounds."""
     closed_by_chunk: list[Interval]
+    closed_by_seed: list[Interval]
+    """Each checkpoint's, beyond the attention window."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,6 +299,8 @@ class Analysis:
     """By condition."""
     bounds: dict[str, list[Estimate]]
     """Of a controlled task: ideal and memoryless by chunk; empty without."""
+    bounds_by_region: dict[str, dict[str, Estimate]]
+    """The same by region."""
     comparisons: list[Comparison]
 
 
@@ -319,11 +328,16 @@ def analyse(experiment: Experiment) -> Analysis:
     first, *others = experiment.conditions
     checked = _first_chunk(experiment)
     found = {region: _compare(experiment, region, checked.broken is None) for region in REGIONS}
+    starts, bounds = experiment.setting.starts, BOUND_NAMES if experiment.bounds else ()
     return Analysis(
         len(set(experiment.groups)),
         checked,
         {one.name: _losses(experiment, one.name) for one in experiment.conditions},
-        _bounds(experiment),
+        {name: [_bound(experiment, name, chunk) for chunk in experiment.chunks] for name in bounds},
+        {
+            name: {region: _bound(experiment, name, (start, None)) for region, start in starts.items()}
+            for name in bounds
+        },
         [
             Comparison(other.name, {region: found[region][i] for region in REGIONS}, _trend(experiment, other.name))
             for i, other in enumerate(others)
@@ -401,39 +415,30 @@ def _losses(experiment: Experiment, name: str) -> Losses:
         ],
         dict(zip(REGIONS, closed, strict=False)),
         closed[len(REGIONS) :],
+        [
+            _closed(experiment, name, (starts[BEYOND], None), [seed])
+            for seed in range(len(experiment.losses[name]) if experiment.bounds else 0)
+        ],
     )
 
 
-def _closed(experiment: Experiment, name: str, span: tuple[int, int | None]) -> Interval:
-    """Share of the gap between the bounds that a condition closes over frames [start, end)."""
+def _closed(
+    experiment: Experiment, name: str, span: tuple[int, int | None], seeds: Sequence[int] | slice = slice(None)
+) -> Interval:
+    """Share of the gap between the bounds that a condition closes over frames [start, end), its losses averaged over `seeds`."""
     bounds, used = experiment.bounds, experiment.within(*span)
     ideal, memoryless = (pooled(values, bounds.weight, used) for values in (bounds.ideal, bounds.memoryless))
-    loss = np.where(experiment.filled(*span), experiment.loss(name, *span).mean(0), np.nan)
+    loss = np.where(experiment.filled(*span), experiment.loss(name, *span)[seeds].mean(0), np.nan)
     memoryless, ideal = (np.where(np.isfinite(loss), values, np.nan) for values in (memoryless, ideal))
     closed, gap = (of_units(values, experiment.groups) for values in (memoryless - loss, memoryless - ideal))
     return paired.share(closed, gap) if len(closed) == len(gap) else Interval(math.nan, math.nan, math.nan)
 
 
-def _bounds(experiment: Experiment) -> dict[str, list[Estimate]]:
+def _bound(experiment: Experiment, name: str, span: tuple[int, int | None]) -> Estimate:
+    """The best loss, `ideal` or `memoryless`, over frames [start, end)."""
     bounds = experiment.bounds
-    return (
-        {
-            name: [
-                _estimate(
-                    np.where(
-                        experiment.filled(*chunk),
-                        pooled(getattr(bounds, name), bounds.weight, experiment.within(*chunk)),
-                        np.nan,
-                    ),
-                    experiment,
-                )
-                for chunk in experiment.chunks
-            ]
-            for name in ("ideal", "memoryless")
-        }
-        if bounds
-        else {}
-    )
+    means = pooled(getattr(bounds, name), bounds.weight, experiment.within(*span))
+    return _estimate(np.where(experiment.filled(*span), means, np.nan), experiment)
 
 
 def _estimate(values: np.ndarray, experiment: Experiment) -> Estimate:

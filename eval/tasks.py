@@ -167,9 +167,8 @@ def _best(task: str, stream: np.ndarray, reach: int) -> np.ndarray:
         for t in answers:
             seen = stream[OWN, max(0, t - reach) : t]
             known = np.unique(seen[seen != ABSENT])
-            unheard = (CARDINALITY - len(known)) / max(
-                1, VOICE - len(known)
-            )  # tokens for each that is still to be heard
+            # Tokens for each of the voice that is still to be heard.
+            unheard = (CARDINALITY - len(known)) / max(1, VOICE - len(known))
             nats[t] = math.log(VOICE) + (0.0 if stream[OWN, t] in known else math.log(unheard))
         return nats
     if task == "control":
@@ -179,11 +178,9 @@ def _best(task: str, stream: np.ndarray, reach: int) -> np.ndarray:
         return nats
     for t in answers:
         key = stream[OTHER, t - 1]
-        before = np.flatnonzero(
-            stream[OTHER, : t - 1] == key
-        )  # told, and asked for: the value stands beside it, or behind it
-        seen = np.where(stream[OTHER + 1, np.maximum(before - 1, 0)] == QUESTION, before + 1, before)
-        nats[t] = 0.0 if (seen >= t - reach).any() else math.log(SYMBOLS)
+        # Told, or asked for before: the value stands in that column, or in the next.
+        known = np.flatnonzero(stream[OTHER, : t - 1] == key)
+        nats[t] = 0.0 if (known >= t - reach).any() else math.log(SYMBOLS)
     return nats
 
 
@@ -193,8 +190,9 @@ def bounds_for(data: Path, files: Sequence[Speech], reach: int) -> tuple[list[np
     Raises `InputError`: the folder's task.json is not what `python -m eval tasks` writes.
     """
     path = data / SETTINGS
-    task = record.read_json(path, "the task.json of python -m eval tasks").get("task")
-    if task not in TASKS:
+    stated = record.read_json(path, "the task.json of python -m eval tasks")
+    task = stated.get("task") if isinstance(stated, dict) else None
+    if task not in list(TASKS):  # which may be anything
         raise InputError(
             f"{path} names the task {task!r}, expected one of {', '.join(TASKS)}: make the data set again."
         )

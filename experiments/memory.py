@@ -31,7 +31,7 @@ from ttt_jax.sizes import TTT, parameter_counts
 TINY = PRESETS["tiny"]
 CHUNK = 128
 """Frames of a chunk. The attention of all three layers together reaches back 46 of them."""
-STEPS = 500
+STEPS = 2000
 TASK = dataclasses.replace(
     TINY,
     model=dataclasses.replace(TINY.model, context=16),
@@ -43,10 +43,10 @@ TASK = dataclasses.replace(
 )
 """The preset `tiny` with a short window, on files that begin with what there is to know."""
 NAMES = ("recall", "speaker", "control")
-SHORT = Settings("", files=8192, frames=CHUNK, rounds=1, seed=1)
-LONG = Settings("", files=2048, frames=4 * CHUNK, rounds=4, seed=2)
+SHORT = Settings("", files=24576, frames=CHUNK, rounds=1, seed=1)
+LONG = Settings("", files=6144, frames=4 * CHUNK, rounds=4, seed=2)
 """What is trained on: half of the frames each."""
-HELDOUT = Settings("", files=64, frames=17 * CHUNK, rounds=1, seed=1000)
+HELDOUT = Settings("", files=128, frames=17 * CHUNK, rounds=1, seed=1000)
 """What is tested on: the last question comes 16 chunks after what answers it."""
 
 Change = Callable[[TrainConfig], TrainConfig]
@@ -134,13 +134,15 @@ class Experiment:
 
     def _conditions(self, name: str) -> list[str]:
         """What is compared: the first with each other one."""
-        kept, cleared = self._runs("persist", name), self._runs("reset", name)
+        kept, cleared, through = (self._runs(way, name) for way in ("persist", "reset", "bptt"))
         return [
             f"persist={kept}@persist",
             f"reset={kept}@reset",
-            f"trained-reset={cleared}@reset",
             f"none={self._runs('none', name)}@off",
-            f"bptt={self._runs('bptt', name)}@persist",
+            f"trained-reset={cleared}@reset",
+            f"trained-reset-kept={cleared}@persist",
+            f"bptt={through}@persist",
+            f"bptt-reset={through}@reset",
         ]
 
     def _runs(self, way: str, name: str) -> str:
@@ -196,6 +198,7 @@ def main(args: Sequence[str]) -> int:
     log = logging.getLogger("train")
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.INFO)
+    log.propagate = False
     experiment = Experiment(options.folder, [int(seed) for seed in options.seeds.split(",")], options.steps)
     getattr(experiment, options.part)()
     return 0

@@ -279,6 +279,9 @@ def test_ttt_layers_are_added_without_effect_and_travel_in_files_of_their_own(tm
     assert not tree["out_bias"].any()
     assert (tree["gate"] == 0.25).all()
     assert tree["q_kernel"].any()
+    for part in ("kernel", "bias"):  # as in fresh weights
+        np.testing.assert_array_equal(tree[f"q_{part}"], tree[f"k_{part}"])
+        assert (tree[f"q_{part}"] != tree[f"v_{part}"]).all()
     kyutai(source, tmp_path / "plain")
     assert json.loads((tmp_path / "plain" / "config.json").read_text())["digest"] == info["digest"]
 

@@ -29,7 +29,7 @@ def figures(monkeypatch):
         kept[name] = figure
         return [folder / f"{name}.png"]
 
-    monkeypatch.setattr(draw, "_save", keep)
+    monkeypatch.setattr(draw, "save", keep)
     yield kept
     from matplotlib import pyplot as plt
 
@@ -84,7 +84,7 @@ def test_figures_are_files_for_the_screen_and_for_paper(run):
         assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"%PDF")
     results = read_results(folder)
     before = [path.read_bytes() for path in paths[-2:]]
-    again = draw._save(draw._state(results, results.checkpoints[0]), folder, "state")
+    again = draw.save(draw._state(results, results.checkpoints[0]), folder, "state")
     assert [path.read_bytes() for path in again] == before  # no date, nothing random
 
 

@@ -245,6 +245,27 @@ def test_the_share_of_the_gap_that_is_closed():
     )
 
 
+def test_the_share_of_the_gap_is_told_for_each_seed():
+    experiment = made({"off": 0.05}, noise=0.001, seeds=2)
+    second = experiment.losses["persist"][1]
+    bounds = Bounds(second - 0.03, second + 0.07, experiment.weight)
+    worse = experiment.losses | {"persist": np.stack([second + 0.02, second])}
+    experiment = dataclasses.replace(experiment, bounds=bounds, losses=worse)
+    analysis = analyse(experiment)
+    assert [one.mean for one in analysis.losses["persist"].closed_by_seed] == pytest.approx([0.5, 0.7])
+    assert analysis.losses["persist"].closed[BEYOND].mean == pytest.approx(0.6)
+    assert "+50.0, +70.0" in persistence_report.table(experiment, analysis)
+
+
+def test_where_there_is_nothing_to_remember_no_share_is_told():
+    experiment = made({"off": 0.05}, noise=0.001)
+    persist = experiment.losses["persist"][0]
+    experiment = dataclasses.replace(experiment, bounds=Bounds(persist, persist, experiment.weight))
+    told = persistence_report.table(experiment, analyse(experiment))
+    assert "share of the gap" not in told
+    assert "best with all memory" in told
+
+
 # The first chunk
 
 
@@ -527,7 +548,7 @@ def test_figures_show_the_numbers():
     for name, found in analysis.losses.items():
         np.testing.assert_allclose(lines[name].get_ydata(), [value.mean for value in found.chunks])
     np.testing.assert_allclose(lines["persist"].get_xdata()[[0, -1]], [50, 830])
-    for name, label in persistence_draw.BOUNDS.items():
+    for name, label in results.BOUND_NAMES.items():
         np.testing.assert_allclose(lines[label].get_ydata(), [value.mean for value in analysis.bounds[name]])
     (off,) = [line for line in lower.get_lines() if line.get_label() == "off"]
     d = (experiment.by_chunk("off") - experiment.by_chunk("persist")).mean(0)

@@ -57,6 +57,14 @@ def test_resume_names_the_run():
     assert str(command.resume) == "runs/x"
 
 
+def test_seeds_are_taken_from_anywhere_on_the_line():
+    for words in (["tiny", "--seeds", "3,1", "--steps", "7"], ["tiny", "--steps", "7", "--seeds=3,1"]):
+        command = parse(words)
+        assert command.seeds == (3, 1)
+        assert command.config == dataclasses.replace(PRESETS["tiny"], steps=7)
+    assert parse(["tiny"]).seeds == ()
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -71,6 +79,13 @@ def test_resume_names_the_run():
         (["--resume", "x", "--steps", "3"], "takes no --steps"),
         (["--steps", "3", "--resume", "x"], "put it first"),
         (["--from", "nowhere.json"], "nowhere.json is not a file"),
+        (["--seed", "-1"], "seed=-1"),
+        (["--seed", str(2**32)], "seed=4294967296"),
+        (["--seeds"], "--seeds '' are no seeds"),
+        (["--seeds", "0,1,0"], "--seeds '0,1,0'"),
+        (["--seeds=1,x"], "--seeds '1,x'"),
+        (["--seeds", "0,1", "--dry-run"], "leave --seeds out"),
+        (["--resume", "x", "--seeds", "0,1"], "--seeds names"),
     ],
 )
 def test_a_mistake_is_one_sentence(args, said):

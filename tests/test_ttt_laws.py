@@ -1,5 +1,8 @@
 """The laws of the TTT layer, over inner networks and mini-batch sizes, against a written-out reference in float64."""
 
+import itertools
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests import reference_ttt
+from tests import reference_ttt, small_step
 from tests.drawing import (
     assert_close,
     assert_same_bits,
@@ -40,6 +43,8 @@ from tests.small_ttt import (
     split_grid,
     value_and_grads,
 )
+from ttt_jax.config import TTTConfig
+from ttt_jax.moshi import model
 from ttt_jax.ttt.layer import init_state
 
 # The reference itself
@@ -276,6 +281,24 @@ def test_parameters_keep_their_bits(x64):
         _, state = call(params, x[:, frame : frame + 1], np.ones((ROWS, 1), bool), state, cfg=cfg)
     assert digest(state) != digest(init_state(cfg, ROWS))
     assert digest(params) == before
+
+
+def test_queries_start_as_keys_do_and_all_else_apart():
+    cfg = small_step.config(ttt=TTTConfig(layers="all", mini_batch=4)).model
+    init = quick_jit(partial(model.init_params, cfg))
+    layers = [
+        jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), part["ttt"])
+        for seed in (0, 1)
+        for part in init(jax.random.key(seed))["layers"].values()
+        for i in range(len(part["ttt"]["q_kernel"]))
+    ]
+    assert len(layers) == 2 * cfg.num_layers
+    for part in ("kernel", "bias"):
+        for layer in layers:
+            np.testing.assert_array_equal(layer[f"q_{part}"], layer[f"k_{part}"])
+            assert (layer[f"q_{part}"] != layer[f"v_{part}"]).all()
+        for one, other in itertools.combinations(layers, 2):  # of layers and of seeds
+            assert all((one[f"{name}_{part}"] != other[f"{name}_{part}"]).all() for name in "kv")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.micro import source
+from train.config import DataConfig
 from train.windows import Windows, validation_batches
 from ttt_jax.errors import InputError
 
@@ -109,6 +111,45 @@ def test_offsets_vary_between_passes():
     chunks = rows_in_order(take(windows(batch=1), 100))[0]
     starts = {int(tokens[0]) for reset, tokens in chunks if reset and tokens[0] < 1000}
     assert len(starts) > 2
+
+
+def test_from_start_every_file_is_read_from_its_first_frame_to_its_last():
+    for row in rows_in_order(take(windows(seed=3, from_start=True), 60)):
+        read = [[int(token) for token in tokens] for _, tokens in row]
+        starts = [i for i, (reset, _) in enumerate(row) if reset]
+        for start, end in itertools.pairwise(starts):
+            tokens = sum(read[start:end], [])
+            assert tokens == list(FILES[tokens[0] // 1000][0])
+        assert len(starts) > 2 * len(FILES)
+
+
+def test_from_start_the_order_is_that_of_a_row_by_the_seed_and_every_pass_has_one_of_its_own():
+    one, same, other = (
+        order(rows_in_order(take(windows(batch=1, seed=seed, from_start=True), 70))[0]) for seed in (1, 1, 2)
+    )
+    passes = [one[i : i + len(FILES)] for i in range(0, 3 * len(FILES), len(FILES))]
+    assert one == same != other
+    assert all(sorted(files) == list(range(len(FILES))) for files in passes)
+    assert len({tuple(files) for files in passes}) > 1
+
+
+def test_unless_asked_for_files_are_not_read_from_the_start():
+    assert not DataConfig().from_start
+    firsts = [int(tokens[0]) % 1000 for reset, tokens in rows_in_order(take(windows(batch=1), 60))[0] if reset]
+    assert any(firsts)
+    same(take(windows(), 5), take(windows(from_start=False), 5))
+
+
+@pytest.mark.parametrize("before", [0, 7])
+def test_a_position_restores_exactly_from_the_start_of_files_too(before):
+    with contextlib.closing(windows(chunks=2, from_start=True)) as stopped:
+        for _ in range(before):
+            next(stopped)
+        position = json.loads(json.dumps(stopped.get_state()))
+        expected = [next(stopped) for _ in range(20)]
+    resumed = windows(chunks=2, from_start=True)
+    resumed.set_state(position)
+    same(expected, take(resumed, 20))
 
 
 def test_seed_decides_the_order():

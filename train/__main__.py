@@ -23,6 +23,10 @@ def main(args: Sequence[str]) -> int:
 
     if command.config is None:
         return loop.resume(command.resume, command.changes)
+    if command.seeds:
+        from train import together
+
+        return together.start(together.over_seeds(command.config, command.seeds))
     return loop.dry_run(command.config) if command.dry_run else loop.start(command.config)
 
 

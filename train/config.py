@@ -22,6 +22,8 @@ DESCRIPTION = """Train a Moshi with TTT layers on speech; the layers' state is c
   python -m train                              the preset "tiny" on the embedded corpus
   python -m train PRESET --optim.lr 1e-3       a preset, fields overridden; presets: {presets}
   python -m train PRESET --dry-run             what it would take: parameters, memory, operations; no weights needed
+  python -m train PRESET --seeds 0,1,2         runs of several seeds side by side in one program, in folders that end in the
+                                               seed; python -m eval persistence compares them
   python -m train --from RUN/config.json       a stored configuration again, in a new run folder; fields can follow
   python -m train --resume RUN                 go on from the latest checkpoint in the run folder RUN; --mesh.*, --remat
                                                and --accumulate can follow
@@ -227,7 +229,7 @@ class TrainConfig:
             self.model.dtype != "float64",
             "model.dtype=float64 is for tests of the model: train in float32 or bfloat16.",
         )
-        _check_not_negative("", self, "seed")
+        check(0 <= self.seed < 2**32, f"seed={self.seed} is out of range: give a whole number from 0 to {2**32 - 1}.")
 
 
 PRESETS: dict[str, TrainConfig] = {
@@ -279,6 +281,8 @@ class Command(NamedTuple):
     dry_run: bool = False
     changes: Changes | None = None
     """To a run that goes on; None: none."""
+    seeds: tuple[int, ...] = ()
+    """Of runs that train together, each `config` but for its seed; none: a run by itself."""
 
 
 def parse(args: Sequence[str]) -> Command:
@@ -286,12 +290,14 @@ def parse(args: Sequence[str]) -> Command:
     launch, words = take_launch(args)
     dry_run = "--dry-run" in words
     words = [word for word in words if word != "--dry-run"]
+    seeds, words = _take_seeds(words)
     if words and words[0].split("=")[0] == "--resume":
         path, rest = _take_path(words, "the folder of a run")
         check(
             not dry_run,
             "--dry-run is for a new run: --resume goes on with one that is there, so leave out one of them.",
         )
+        check(not seeds, f"--resume goes on with one run, but --seeds names {seeds}: go on with each by itself.")
         allowed = ("--mesh.", "--accumulate", "--remat", "--help", "-h")
         others = [word for word in rest if word.startswith("--") and not word.startswith(allowed)]
         if others or (rest and not rest[0].startswith("-")):
@@ -314,13 +320,31 @@ def parse(args: Sequence[str]) -> Command:
             word.split("=")[0] not in ("--from", "--resume"),
             f"{word.split('=')[0]} stands behind other arguments: put it first, right after `python -m train`.",
         )
-    return Command(_override(default, preset, words), None, launch, dry_run)
+    check(not (seeds and dry_run), "--dry-run tells what one run takes: leave --seeds out.")
+    return Command(_override(default, preset, words), None, launch, dry_run, seeds=seeds)
 
 
 def load(path: Path) -> TrainConfig:
     """The configuration stored in `path`, without its run folder, so that running it starts a new one."""
     values = record.read_json(path, "the config.json of a run")
     return dataclasses.replace(record.from_dict(TrainConfig, values, str(path)), run_dir=None)
+
+
+def _take_seeds(words: list[str]) -> tuple[tuple[int, ...], list[str]]:
+    """The seeds of --seeds, and the words without it."""
+    at = next((i for i, word in enumerate(words) if word.split("=")[0] == "--seeds"), None)
+    if at is None:
+        return (), words
+    _, equals, value = words[at].partition("=")
+    rest = words[:at] + words[at + 1 :]
+    if not equals:
+        value = rest.pop(at) if at < len(rest) else ""
+    seeds = value.split(",")
+    check(
+        all(seed.isdecimal() for seed in seeds) and len(set(seeds)) == len(seeds),
+        f"--seeds {value!r} are no seeds: give different whole numbers from 0 on, joined by commas, such as 0,1,2.",
+    )
+    return tuple(map(int, seeds)), rest
 
 
 def _take_path(words: list[str], what: str) -> tuple[Path, list[str]]:

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,8 +46,8 @@ class Run(NamedTuple):
     """What every checkpoint tells beside the configuration: versions, codec, data, base."""
 
 
-def prepare(cfg: TrainConfig, run_dir: Path) -> Run:
-    """A new run of `cfg` in `run_dir`, of which nothing is written yet. Raises `InputError`."""
+def prepare(cfg: TrainConfig, run_dir: Path, load: Callable[..., Corpus] = corpora.load) -> Run:
+    """A new run of `cfg` in `run_dir`, of which nothing is written yet; `load` opens its files. Raises `InputError`."""
     if not _is_free(run_dir):
         raise InputError(
             f"run_dir {run_dir} is taken: give another --run-dir, or go on with the run in it by --resume {run_dir}."
@@ -61,7 +61,7 @@ def prepare(cfg: TrainConfig, run_dir: Path) -> Run:
     cfg = fit(fit_model(dataclasses.replace(cfg, run_dir=str(run_dir), data=cfg.data.resolved()), codec, tokenizer))
     cfg = dataclasses.replace(cfg, base=cfg.base and str(Path(cfg.base).expanduser().absolute()))
     mesh = find_mesh(cfg)
-    corpus = corpora.load(cfg.data, codec, tokenizer)
+    corpus = load(cfg.data, codec, tokenizer)
     check_data(cfg, corpus)
     meta = {**machine(), **corpus.describe(), "base": parameters.base_of(cfg), "stored": parameters.stored(cfg)}
     return Run(cfg, mesh, sharding.local_rows(mesh, cfg.data.batch), corpus, meta)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from train import plots
-from train.config import TrainConfig
+from train.config import DataConfig, TrainConfig
 from train.metrics import MetricsLog, read
 from train.run import Run, arrays, compiling, interrupts, make_folder, memory, prepare
 from train.step import TrainState, fresh_state, make_steps_together
@@ -29,6 +31,9 @@ from train.windows import Batch, Windows
 from ttt_jax import record
 from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.command import keep_compiled
+from ttt_jax.data import corpus as corpora
+from ttt_jax.data.corpus import Corpus
+from ttt_jax.data.frames import Recording
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import model
 from ttt_jax.trees import Tree
@@ -44,7 +49,7 @@ def start(cfgs: Sequence[TrainConfig]) -> int:
     """
     _check(cfgs)
     keep_compiled(cfgs[0].data.cache_dir / "compiled")
-    runs = [prepare(cfg, Path(cfg.run_dir).expanduser()) for cfg in cfgs]
+    runs = [prepare(cfg, Path(cfg.run_dir).expanduser(), _load) for cfg in cfgs]
     _check([run.cfg for run in runs])  # by now with the cardinalities of their codecs
     cfg = runs[0].cfg
     log.info("%d runs side by side: %s", len(runs), ", ".join(run.cfg.run_dir for run in runs))
@@ -63,12 +68,18 @@ def start(cfgs: Sequence[TrainConfig]) -> int:
         return _train(runs, state, frozen, windows, checkpoints)
 
 
+def over_seeds(cfg: TrainConfig, seeds: Sequence[int]) -> list[TrainConfig]:
+    """`cfg` with each of `seeds`, in folders that end in the seed."""
+    folder = cfg.run_dir or f"runs/{cfg.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return [dataclasses.replace(cfg, seed=seed, run_dir=f"{folder}-{seed}") for seed in seeds]
+
+
 def _check(cfgs: Sequence[TrainConfig]) -> None:
     first = cfgs[0]
     for cfg in cfgs[1:]:
         if (field := _difference(_shared(cfg), _shared(first))) is not None:
             raise InputError(
-                f"{cfg.run_dir} and {first.run_dir} differ in {field}: runs that train together may differ in seeds and files only."
+                f"{cfg.run_dir} and {first.run_dir} differ in {field}: give runs that train together the same but for seed and files."
             )
     folders = [cfg.run_dir for cfg in cfgs]
     if None in folders or len(set(folders)) < len(folders):
@@ -78,7 +89,7 @@ def _check(cfgs: Sequence[TrainConfig]) -> None:
     asked = [name for name in ("base", "eval_every", "sample_every", "tensorboard", "wandb") if getattr(first, name)]
     if asked:
         raise InputError(
-            f"{asked[0]}={getattr(first, asked[0])} is for a run by itself: leave it out where runs train together."
+            f"{asked[0]}={getattr(first, asked[0])} is for a run by itself: runs that train together do without, so leave it out or give 0."
         )
     if jax.process_count() > 1:
         raise InputError(
@@ -162,6 +173,21 @@ def _train(
         folder = Path(run.cfg.run_dir)
         plots.draw_run(read(folder / "metrics.jsonl"), run.meta["unigram"], folder)
     return 0
+
+
+@functools.lru_cache(maxsize=8)
+def _load(data: DataConfig, codec: Any, tokenizer: Any) -> Corpus:
+    """`ttt_jax.data.corpus.load`, once for all runs on the same files, which stay in memory: what takes many small models a step further
+    takes no longer than reading their files.
+    """
+    corpus = corpora.load(data, codec, tokenizer)
+
+    def kept(recording: Recording) -> Recording:
+        return dataclasses.replace(recording, read=functools.cache(recording.read))
+
+    return corpus._replace(
+        train=tuple(source._replace(recordings=tuple(map(kept, source.recordings))) for source in corpus.train)
+    )
 
 
 def _windows(run: Run) -> Windows:

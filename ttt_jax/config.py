@@ -397,7 +397,7 @@ MODEL_PRESETS: dict[str, MoshiConfig] = {
         card=64,
         text_card=512,
         depth=DepthConfig(dim=64, num_layers=2, num_heads=4, hidden=176),
-        ttt=TTTConfig(layers="middle", gate_init=0.5),
+        ttt=TTTConfig(layers="0", gate_init=0.5),
     ),
     "small": MoshiConfig(
         dim=768,

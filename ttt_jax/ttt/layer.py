@@ -120,7 +120,9 @@ class TTTLayer(nn.Module):
         # With biases of 0 a frame of zeros would have k = v = f(k) = 0, where the norms' slopes are bounded by their epsilons
         # alone and a few such mini-batches overflow the gradient. PyTorch's default, as in the original, keeps away from there.
         bias = nn.initializers.zeros if name == "out" else fan_in_uniform()
-        return linear(x, Kernel(kernel)) + self.param(f"{name}_bias", init("bias", bias), (self.cfg.dim,)).astype(x.dtype)
+        return linear(x, Kernel(kernel)) + self.param(f"{name}_bias", init("bias", bias), (self.cfg.dim,)).astype(
+            x.dtype
+        )
 
 
 def init_state(cfg: MoshiConfig, batch: int) -> inner.TTTState:
