@@ -35,7 +35,7 @@ def losses(experiment: Experiment, analysis: Analysis) -> Any:
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
     setting, first = experiment.setting, experiment.conditions[0]
     counted = [value.n for value in analysis.losses[first.name].chunks]
-    shown = sum(n > analysis.units / 2 for n in counted)
+    shown = max((i + 1 for i, n in enumerate(counted) if n > analysis.units / 2), default=0)
     longest = max(file.frames for file in experiment.files)
     ends = np.minimum(np.arange(1, shown + 1) * setting.chunk, longest)
     middles = (np.arange(shown) * setting.chunk + ends) / 2

@@ -561,6 +561,11 @@ def test_figures_show_the_numbers():
     assert len(dots) == 2 * (3 + 1)
     np.testing.assert_allclose(dots[3], np.sort(d.mean(0)))
     np.testing.assert_allclose(np.sort(dots[0]), np.sort(d[0]))
+    rare = experiment.weight.copy()
+    rare[1:, 0] = 0  # of most files nothing is scored in the first chunk, as in data that ask late
+    sparse = dataclasses.replace(experiment, weight=rare, bounds=None)
+    upper = persistence_draw.losses(sparse, analyse(sparse)).axes[0]
+    assert upper.get_lines()[0].get_xdata()[-1] == 830
     for files in (1, 2):
         few = made({"reset": 0.05}, files=files)
         persistence_draw.losses(few, analyse(few)).canvas.draw()

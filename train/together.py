@@ -13,7 +13,6 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +55,7 @@ def start(cfgs: Sequence[TrainConfig]) -> int:
     with contextlib.ExitStack() as opened:
         opened.enter_context(memory(cfg))
         with compiling("first weights"):
-            # Random draws of many shapes take long to optimise and run once, as in `train.parameters`.
-            init = jax.jit(partial(_init, cfg), compiler_options={"xla_backend_optimization_level": 0})
-            state, frozen = init(jnp.array([run.cfg.seed for run in runs], jnp.uint32))
+            state, frozen = fresh(cfg, [run.cfg.seed for run in runs])
         windows = [opened.enter_context(contextlib.closing(_windows(run))) for run in runs]
         for run in runs:
             make_folder(run)
@@ -72,6 +69,18 @@ def over_seeds(cfg: TrainConfig, seeds: Sequence[int]) -> list[TrainConfig]:
     """`cfg` with each of `seeds`, in folders that end in the seed."""
     folder = cfg.run_dir or f"runs/{cfg.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return [dataclasses.replace(cfg, seed=seed, run_dir=f"{folder}-{seed}") for seed in seeds]
+
+
+def fresh(cfg: TrainConfig, seeds: Sequence[int]) -> tuple[TrainState, Tree]:
+    """States and frozen parameters of runs of these seeds before their first step, leading axis runs."""
+
+    def one(seed: jax.Array) -> tuple[TrainState, Tree]:
+        trained, frozen = split(model.init_params(cfg.model, jax.random.key(seed)), cfg)
+        return fresh_state(cfg, trained)._replace(trained=trained), frozen
+
+    # Random draws of many shapes take long to optimise and run once, as in `train.parameters`.
+    draw = jax.jit(jax.vmap(one), compiler_options={"xla_backend_optimization_level": 0})
+    return draw(jnp.array(seeds, jnp.uint32))
 
 
 def _check(cfgs: Sequence[TrainConfig]) -> None:
@@ -106,16 +115,6 @@ def _shared(cfg: TrainConfig) -> TrainConfig:
 def _difference(a: TrainConfig, b: TrainConfig) -> str | None:
     """The first field in which two configurations differ."""
     return next((f.name for f in dataclasses.fields(a) if getattr(a, f.name) != getattr(b, f.name)), None)
-
-
-def _init(cfg: TrainConfig, seeds: jax.Array) -> tuple[TrainState, Tree]:
-    """States and frozen parameters of runs of these seeds, leading axis runs."""
-
-    def one(seed: jax.Array) -> tuple[TrainState, Tree]:
-        trained, frozen = split(model.init_params(cfg.model, jax.random.key(seed)), cfg)
-        return fresh_state(cfg, trained)._replace(trained=trained), frozen
-
-    return jax.vmap(one)(seeds)
 
 
 def _train(
