@@ -142,7 +142,6 @@ class Experiment:
             f"trained-reset={cleared}@reset",
             f"trained-reset-kept={cleared}@persist",
             f"bptt={through}@persist",
-            f"bptt-reset={through}@reset",
         ]
 
     def _runs(self, way: str, name: str) -> str:

@@ -186,7 +186,6 @@ def test_conditions_are_those_that_persistence_understands_with_all_seeds_each(t
         ("trained-reset", "reset", "reset-recall-1"),
         ("trained-reset-kept", "persist", "reset-recall-1"),
         ("bptt", "persist", "bptt-recall-1"),
-        ("bptt-reset", "reset", "bptt-recall-1"),
     ]
     assert all(len(one.paths) == 2 for one in found)
     assert {Path(path).parent for one in found for path in one.paths} == {tmp_path / "runs"}
