@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -68,6 +69,13 @@ def main(options: argparse.Namespace) -> int:
             raise InputError(
                 f"--again {options.again} takes no conditions (given: {options.conditions[0]}): leave them out."
             )
+        streaming = ("data", "reset_every", "frames", "batch", "out")
+        given = [name for name in streaming if getattr(options, name) is not None]
+        if given or options.weighting != "equal":
+            flag = (given or ["weighting"])[0].replace("_", "-")
+            raise InputError(
+                f"--again {options.again} streams nothing, so --{flag} has no effect: leave it out, or stream anew without --again."
+            )
         folder = Path(options.again).expanduser()
         experiment, about = read(folder)
         chosen = {name: value for name in ("margin", "threshold") if (value := getattr(options, name)) is not None}
@@ -80,26 +88,28 @@ def main(options: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value} is out of range: give 1 or more.")
     asked = [parse(text) for text in options.conditions]
+    began = time.perf_counter()
     experiment, folder = _experiment(asked, options)
-    spent = cost()
-    return tell(experiment, {"evaluated_with": machine(), "cost": spent}, folder)
+    spent = cost() | {"seconds": round(time.perf_counter() - began, 1)}
+    code = tell(experiment, {"evaluated_with": machine(), "cost": spent}, folder)
+    print(f"took {spent['seconds']:.0f} s and at most {spent['peak_gigabytes']:.1f} GB of memory")
+    return code
 
 
 def tell(experiment: Experiment, about: dict, folder: Path) -> int:
     """Analyse an experiment, print what it comes to and write everything to `folder`; the exit code."""
     analysis = analyse(experiment)
     print(f"\n{report.table(experiment, analysis)}\n")
-    for name in (report.FILE, *draw.FILES, "results.json"):
+    results = write(folder, experiment, analysis, about)  # which keeps what --again starts from, whatever fails here
+    for name in (report.FILE, *draw.FILES):
         (folder / name).unlink(missing_ok=True)  # none are to stem from two experiments
     written = [
-        write(folder, experiment, analysis, about),
+        results,
         *draw.draw_all(experiment, analysis, folder),
         report.write(folder, experiment, analysis, about),
     ]
     for path in written:
         print(path)
-    if "cost" in about:
-        print(f"took {about['cost']['seconds']:.0f} s and at most {about['cost']['peak_gigabytes']:.1f} GB of memory")
     if analysis.first_chunk.broken:
         return BROKEN
     return PARTIAL if experiment.skipped else 0
@@ -198,7 +208,8 @@ def _experiment(asked: Sequence[Asked], options: argparse.Namespace) -> tuple[Ex
     kept = [i for i, file in enumerate(files) if file.name not in failed]
     if not kept:
         raise InputError(next(iter(failed.values())))
-    bounds = task_bounds(options.data, files, setting.reach)
+    # The first codebook, which tasks are about, has no delay.
+    bounds = task_bounds(options.data, files, setting.reach - max(model.cfg.max_delay for model in several))
     experiment = Experiment(
         setting,
         compared,

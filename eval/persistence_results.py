@@ -239,6 +239,8 @@ class Verdict(NamedTuple):
     """The same in a sentence or two."""
     units: float | None = None
     """Undecided: units that would decide; inf where no number would."""
+    equivalent: bool = False
+    """Whether the difference lies within the margin, be it clear or not."""
 
 
 class OneSeed(NamedTuple):
@@ -386,7 +388,8 @@ def _compare(experiment: Experiment, region: str, sound: bool) -> list[Compared]
         over = paired.mean_slope(np.array([one.mean for one in several])) if several else None
         said = None
         if sound:
-            said = verdict(whole, p, same, setting, len(others), (first.name, other.name), experiment.unit)
+            means = [one.paired.mean for one in seeds]
+            said = verdict(whole, p, same, setting, len(others), (first.name, other.name), experiment.unit, means)
             said = advise(said, first, other, experiment.unit) if region == LATER else said
         compared.append(Compared(whole, float(p), float(same), said, seeds, over))
     return compared
@@ -466,16 +469,24 @@ def verdict(
     family: int,
     names: tuple[str, str],
     unit: str,
+    seeds: Sequence[float] = (),
 ) -> Verdict:
     """What a comparison comes to, in words.
 
+    Tests over files say nothing of other seeds: where several were trained, all must point the same way.
+
     Args:
       found: the comparison; p, p_equivalent: of the paired t and of the equivalence test, adjusted for a family of so many; names: of
-        the condition under test and of the other; unit: what units are, in the plural.
+        the condition under test and of the other; unit: what units are, in the plural; seeds: mean difference of each, if there are
+        several.
     """
     one, other = names
     if found.n == 0:
-        return Verdict(UNDECIDED, f"{one} against {other}: undecided, no file is so long.", math.inf)
+        return Verdict(
+            UNDECIDED,
+            f"{one} against {other}: undecided, no file is so long, or has anything to score there.",
+            math.inf,
+        )
     size = f"{abs(found.mean):.4f} nats ({100 * abs(found.relative):.2f} %)"
     if found.n == 1:
         return Verdict(
@@ -483,20 +494,32 @@ def verdict(
             f"{one} against {other}: undecided, one {unit.removesuffix('s')} cannot be tested ({found.mean:+.4f} nats).",
             math.inf,
         )
-    same = p_equivalent < ALPHA
-    if p < ALPHA:
+    same = p_equivalent < ALPHA and all(abs(mean) < setting.margin for mean in seeds)
+    if p < ALPHA and all(mean * found.mean > 0 for mean in seeds):
         within = f" By less than the margin of {setting.margin:g} nats, though: equivalent for practical purposes."
         little = within if same else ""
         if found.mean < 0:
-            return Verdict(WORSE, f"{one} is worse than {other}: by {size}, {p_words(p)}.{little}")
+            return Verdict(WORSE, f"{one} is worse than {other}: by {size}, {p_words(p)}.{little}", equivalent=same)
         if 100 * found.relative >= setting.threshold:
             asked = f"at least the {setting.threshold:g} % asked for"
-            return Verdict(BETTER, f"{one} is better than {other}: by {size}, {p_words(p)}, {asked}.{little}")
+            return Verdict(
+                BETTER, f"{one} is better than {other}: by {size}, {p_words(p)}, {asked}.{little}", equivalent=same
+            )
         asked = f"less than the {setting.threshold:g} % asked for"
-        return Verdict(BELOW, f"{one} is clearly better than {other}, by {size}, {p_words(p)}, but {asked}.{little}")
+        return Verdict(
+            BELOW,
+            f"{one} is clearly better than {other}, by {size}, {p_words(p)}, but {asked}.{little}",
+            equivalent=same,
+        )
     if same:
         within = f"the difference of {found.mean:+.4f} nats lies within {setting.margin:g} either way"
-        return Verdict(EQUIVALENT, f"{one} and {other} are equivalent: {within}, {p_words(p_equivalent)}.")
+        return Verdict(
+            EQUIVALENT, f"{one} and {other} are equivalent: {within}, {p_words(p_equivalent)}.", equivalent=True
+        )
+    if seeds and min(p, p_equivalent) < ALPHA:
+        each = ", ".join(f"{mean:+.4f}" for mean in seeds)
+        text = f"{one} against {other}: undecided, the seeds disagree ({each} nats): train more of them."
+        return Verdict(UNDECIDED, text, math.inf)
     found_by, equal_by = (
         # A way that these units have tried in vain is none.
         units if math.isfinite(units) and units > found.n else math.inf
@@ -525,7 +548,7 @@ def advise(said: Verdict, first: Condition, other: Condition, unit: str) -> Verd
     if (first.arm, other.arm) != ("persist", "reset"):
         return said
     if said.kind != UNDECIDED:
-        return said._replace(text=f"{said.text} {ADVICE[said.kind]}")
+        return said._replace(text=f"{said.text} {ADVICE[EQUIVALENT if said.equivalent else said.kind]}")
     enough = said.units is not None and math.isfinite(said.units)
     return said._replace(text=f"{said.text} Keep looking{f' with {said.units:.0f} {unit}' if enough else ''}.")
 

@@ -5,7 +5,7 @@
     python -m experiments.memory place FOLDER     # recall: the TTT layer in the first, the middle and the last layer
     python -m experiments.memory speech FOLDER    # the embedded speech
 
-Data sets go to FOLDER/data, runs to FOLDER/runs, comparisons to FOLDER/results; what is there already is not done again. Runs that
+Data sets go to FOLDER/data, runs to FOLDER/runs, comparisons to FOLDER/results; runs that have ended are not trained again. Those that
 differ in task and seed alone train side by side.
 """
 
@@ -25,6 +25,7 @@ from eval.tasks import Settings, make
 from train import together
 from train.config import PRESETS, DataConfig, LossConfig, TrainConfig
 from ttt_jax.command import run
+from ttt_jax.config import check
 from ttt_jax.data import corpus
 from ttt_jax.sizes import TTT, parameter_counts
 
@@ -101,6 +102,9 @@ class Experiment:
 
     def __init__(self, folder: Path, seeds: Sequence[int], steps: int | None):
         self._folder, self._seeds, self._steps = folder, seeds, steps
+        self._load = together.loader()
+        self.code = 0
+        """The worst exit code of a comparison."""
 
     def tasks(self) -> None:
         """Four ways to train, on three tasks."""
@@ -155,14 +159,14 @@ class Experiment:
         if self._steps:
             cfg = dataclasses.replace(cfg, steps=self._steps, checkpoint_every=self._steps)
         places = {self._run(way, name, seed): (name, seed) for name in names for seed in self._seeds}
-        if all((place / "checkpoints" / str(cfg.steps)).is_dir() for place in places):
-            return
         cfgs = []
         for place, (name, seed) in places.items():
-            shutil.rmtree(place, ignore_errors=True)
+            if (place / "checkpoints" / str(cfg.steps)).is_dir():
+                continue
+            shutil.rmtree(place, ignore_errors=True)  # what an interrupted run has left
             data = cfg.data if name == "speech" else dataclasses.replace(cfg.data, train=self._trained_on(name))
             cfgs.append(dataclasses.replace(cfg, name=place.name, run_dir=str(place), seed=seed, data=data))
-        if together.start(cfgs):
+        if cfgs and together.start(cfgs, self._load):
             raise KeyboardInterrupt
 
     def _trained_on(self, name: str) -> str:
@@ -180,10 +184,8 @@ class Experiment:
 
     def _compare(self, name: str, conditions: Sequence[str], data: Path | None) -> None:
         out = self._folder / "results" / name
-        if (out / "results.json").is_file():
-            return
         on = ["--data", str(data), "--batch", "64"] if data is not None else []
-        evaluate(["persistence", *conditions, *on, "--out", str(out)])
+        self.code = max(self.code, evaluate(["persistence", *conditions, *on, "--out", str(out)]))
 
 
 def main(args: Sequence[str]) -> int:
@@ -198,9 +200,14 @@ def main(args: Sequence[str]) -> int:
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.INFO)
     log.propagate = False
-    experiment = Experiment(options.folder, [int(seed) for seed in options.seeds.split(",")], options.steps)
+    seeds = options.seeds.split(",")
+    check(
+        all(map(str.isdecimal, seeds)), f"--seeds {options.seeds!r} are no seeds: give whole numbers joined by commas."
+    )
+    check(options.steps is None or options.steps > 0, f"--steps {options.steps} is out of range: give 1 or more.")
+    experiment = Experiment(options.folder, [int(seed) for seed in seeds], options.steps)
     getattr(experiment, options.part)()
-    return 0
+    return experiment.code
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from tests.small_tasks import CONFIG, LONG, SHORT, quickly
 from train import plots, together
 from ttt_jax.checkpoint import load_run
 from ttt_jax.data import corpus as corpora
+from ttt_jax.errors import InputError
 from ttt_jax.sizes import TTT, parameter_counts
 
 KINDS = ("persist", "none")
@@ -98,15 +99,17 @@ def test_the_comparison_tells_how_near_the_best_losses_it_comes(done):
     assert stored["analysis"]["losses"]["persist"]["closed"]
 
 
-def test_what_is_done_is_not_done_again(done):
+def test_runs_that_have_ended_are_not_trained_again(done):
     _, _, before, after = done
-    assert before == after
-    assert any(name.startswith("results/") for name in before)
+    runs = [name for name in before if not name.startswith("results/")]
+    assert any(name.startswith("runs/") for name in runs)
+    assert [before[name] for name in runs] == [after[name] for name in runs]
+    assert before.keys() == after.keys()
 
 
-def test_a_run_that_is_not_whole_is_begun_anew_with_those_beside_it(tmp_path, monkeypatch):
+def test_a_run_that_is_not_whole_is_begun_anew_and_those_beside_it_are_left(tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(together, "start", lambda cfgs: started.append([cfg.name for cfg in cfgs]) or 0)
+    monkeypatch.setattr(together, "start", lambda cfgs, load: started.append([cfg.name for cfg in cfgs]) or 0)
     monkeypatch.setattr(memory.Experiment, "_trained_on", lambda _, name: name)
     experiment = memory.Experiment(tmp_path, [1, 2], 4)
     names = [f"way-recall-{seed}" for seed in (1, 2)]
@@ -116,14 +119,25 @@ def test_a_run_that_is_not_whole_is_begun_anew_with_those_beside_it(tmp_path, mo
     assert started == []
     (tmp_path / "runs" / names[1] / "checkpoints" / "4").rename(tmp_path / "runs" / names[1] / "checkpoints" / "3")
     experiment._train("way", memory.TASK, ("recall",))
-    assert started == [names]
-    assert not list((tmp_path / "runs").iterdir())  # a folder that is taken would be refused
+    assert started == [names[1:]]
+    # A folder that is taken would be refused.
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == names[:1]
 
 
 def test_an_interrupt_in_training_ends_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(together, "start", lambda _: 130)
+    monkeypatch.setattr(together, "start", lambda *_: 130)
     with pytest.raises(KeyboardInterrupt):
         memory.Experiment(tmp_path, [1], 4)._train("way", memory.TINY, ("speech",))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--seeds", "a"], "--seeds 'a'"), (["--seeds", ""], "--seeds ''"), (["--steps", "0"], "--steps 0")],
+)
+def test_a_mistake_is_one_sentence(tmp_path, words, said):
+    with pytest.raises(InputError, match=said):
+        memory.main(["tasks", str(tmp_path), *words])
+    assert not list(tmp_path.iterdir())
 
 
 # What the report compares

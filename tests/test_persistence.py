@@ -196,7 +196,7 @@ def test_files_that_end_before_a_region_are_no_part_of_it():
     beyond = made({"reset": 0.05}, reach=5000)
     found = only(beyond, BEYOND)
     assert found.paired.n == 0
-    assert "no file is so long" in found.verdict.text
+    assert "no file is so long, or has anything to score there" in found.verdict.text
     assert "no file is so long" not in persistence_report.table(beyond, analyse(beyond))
 
 
@@ -243,6 +243,39 @@ def test_the_share_of_the_gap_that_is_closed():
     assert [value.mean for value in analysis.bounds["ideal"]] == pytest.approx(
         [value.mean - 0.03 for value in analysis.losses["persist"].chunks]
     )
+
+
+def test_seeds_that_disagree_leave_it_undecided_however_many_files_agree():
+    experiment = made({"off": 0.0}, seeds=3, noise=0.001)
+    persist = experiment.losses["persist"]
+
+    def apart(*steps):
+        moved = persist + np.array(steps)[:, None, None] + experiment.losses["off"] - persist
+        found = only(dataclasses.replace(experiment, losses=experiment.losses | {"off": moved}))
+        return found.holm, found.verdict.kind, found.verdict.text
+
+    p, kind, text = apart(0.9, -0.1, -0.1)
+    assert p < 0.001
+    assert kind == UNDECIDED
+    assert "the seeds disagree (+0.89" in text
+    assert "train more of them" in text
+    assert apart(0.9, 0.1, 0.1)[1] == BETTER
+    assert apart(-0.9, -0.1, -0.1)[1] == WORSE
+    # All within the margin: equivalent, whatever their signs.
+    assert apart(0.01, -0.003, -0.002)[1] == EQUIVALENT
+    # Equivalent on average, not seed by seed.
+    p, kind, text = apart(0.05, -0.05, 0.0)
+    assert kind == UNDECIDED
+    assert "the seeds disagree" in text
+
+
+def test_what_lies_within_the_margin_is_not_worth_its_complexity():
+    experiment = made({"reset": 0.001}, noise=0.0001)
+    experiment = dataclasses.replace(experiment, setting=dataclasses.replace(experiment.setting, threshold=0.0))
+    found = only(experiment).verdict
+    assert found.kind == BETTER
+    assert "equivalent for practical purposes" in found.text
+    assert found.text.endswith("Reset per chunk: it is simpler.")
 
 
 def test_the_share_of_the_gap_is_told_for_each_seed():
@@ -336,10 +369,10 @@ SPREAD = np.array([-1.5, -1, -0.5, 0, 0, 0.5, 1, 1.5]) * 0.01
         (0.4 + SPREAD, BETTER, "is better than reset: by 0.4000 nats (13.33 %), p < 0.001", "Use the persistent state"),
         (0.3 + SPREAD, BETTER, "at least the 10 %", "Use the persistent state"),
         (0.29 + SPREAD, BELOW, "clearly better than reset, by 0.2900 nats (9.67 %)", "less than its complexity"),
-        (0.013 + SPREAD, BELOW, "equivalent for practical purposes", "less than its complexity"),
+        (0.013 + SPREAD, BELOW, "equivalent for practical purposes", "it is simpler"),
         (-0.29 + SPREAD, WORSE, "worse than reset: by 0.2900 nats (9.67 %)", "persistence hurts"),
         (-0.4 + SPREAD, WORSE, "worse than reset", "persistence hurts"),
-        (-0.013 + SPREAD, WORSE, "equivalent for practical purposes", "persistence hurts"),
+        (-0.013 + SPREAD, WORSE, "equivalent for practical purposes", "it is simpler"),
         (0.001 + SPREAD, EQUIVALENT, "are equivalent: the difference of +0.0010 nats", "it is simpler"),
         (0.015 + 3 * SPREAD, UNDECIDED, "files would establish equivalence within 0.02", "Keep looking with"),
         (0.05 + 8 * SPREAD, UNDECIDED, "files would find a difference of this size", "Keep looking with"),
@@ -714,7 +747,7 @@ def test_a_controlled_task_brings_its_bounds(runs, streamed, tmp_path, monkeypat
         assert main(asked(runs, tmp_path / "out")) == 0
     finally:
         (data / "task.json").unlink()
-    assert asked_for == [(data, ["0", "1"], 16)]
+    assert asked_for == [(data, ["0", "1"], 15)]  # the first codebook, which tasks ask for, has no delay
     stored = json.loads((tmp_path / "out" / "results.json").read_text())
     assert stored["bounds"]["ideal"][0] == [1, 1, 1, 1]
     assert stored["bounds"]["memoryless"][1] == [3, 3, 3, None]

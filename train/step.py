@@ -200,7 +200,9 @@ def make_train_step(cfg: TrainConfig, mesh: Mesh) -> Callable:
 
 def make_steps_together(cfg: TrainConfig, runs: int) -> Callable:
     """`make_train_step` of many runs side by side on one device: all leaves but `stop` have a leading axis of `runs`."""
-    return jax.jit(jax.vmap(_train_step(cfg, cfg.loss.block * runs), in_axes=(0, 0, 0, None)), donate_argnums=0)
+    return jax.jit(
+        jax.vmap(_train_step(cfg, max(1, cfg.loss.block // runs)), in_axes=(0, 0, 0, None)), donate_argnums=0
+    )
 
 
 def _train_step(cfg: TrainConfig, block: int) -> Callable:

@@ -12,7 +12,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,16 @@ from ttt_jax.trees import Tree
 log = logging.getLogger("train")
 
 
-def start(cfgs: Sequence[TrainConfig]) -> int:
+def start(cfgs: Sequence[TrainConfig], load: Callable[..., Corpus] | None = None) -> int:
     """Train all of `cfgs`, each in the run folder that it names; the exit code, as of `train.loop.start`.
 
-    Nothing is evaluated at the end. Raises `InputError`: two differ in more than name, folder, seed and files, or ask for what one
+    Nothing is evaluated at the end. `load` opens the files: a `loader` that other calls have used, or a new one. Raises `InputError`: two differ in more than name, folder, seed and files, or ask for what one
     program cannot do for many.
     """
     _check(cfgs)
+    load = load or loader()
     keep_compiled(cfgs[0].data.cache_dir / "compiled")
-    runs = [prepare(cfg, Path(cfg.run_dir).expanduser(), _load) for cfg in cfgs]
+    runs = [prepare(cfg, Path(cfg.run_dir).expanduser(), load) for cfg in cfgs]
     _check([run.cfg for run in runs])  # by now with the cardinalities of their codecs
     cfg = runs[0].cfg
     log.info("%d runs side by side: %s", len(runs), ", ".join(run.cfg.run_dir for run in runs))
@@ -150,7 +151,10 @@ def _train(
             metrics, losses = jax.device_get(metrics), []
             for i, (own, window) in enumerate(zip(logs, taken, strict=True)):
                 names = {(k, row): name for k, names in enumerate(window.files) for row, name in enumerate(names)}
-                losses.append(own.add(step, _of(metrics, i), int(window.batch.mask.sum()), names)["loss"])
+                try:
+                    losses.append(own.add(step, _of(metrics, i), int(window.batch.mask.sum()), names)["loss"])
+                except InputError as error:
+                    raise InputError(f"{runs[i].cfg.run_dir}: {error}") from None
             bar.set_postfix_str("loss " + " ".join(f"{loss:.2f}" for loss in losses if loss is not None), refresh=False)
             bar.update()
             pending = None
@@ -174,19 +178,23 @@ def _train(
     return 0
 
 
-@functools.lru_cache(maxsize=8)
-def _load(data: DataConfig, codec: Any, tokenizer: Any) -> Corpus:
-    """`ttt_jax.data.corpus.load`, once for all runs on the same files, which stay in memory: what takes many small models a step further
-    takes no longer than reading their files.
+def loader() -> Callable[[DataConfig, Any, Any], Corpus]:
+    """`ttt_jax.data.corpus.load` that opens equal data once and keeps its files in memory: a step of many small models takes no longer
+    than reading their files would.
     """
-    corpus = corpora.load(data, codec, tokenizer)
+    opened: dict[DataConfig, Corpus] = {}
 
     def kept(recording: Recording) -> Recording:
         return dataclasses.replace(recording, read=functools.cache(recording.read))
 
-    return corpus._replace(
-        train=tuple(source._replace(recordings=tuple(map(kept, source.recordings))) for source in corpus.train)
-    )
+    def load(data: DataConfig, codec: Any, tokenizer: Any) -> Corpus:
+        if data not in opened:
+            corpus = corpora.load(data, codec, tokenizer)
+            train = (one._replace(recordings=tuple(map(kept, one.recordings))) for one in corpus.train)
+            opened[data] = corpus._replace(train=tuple(train))
+        return opened[data]
+
+    return load
 
 
 def _windows(run: Run) -> Windows:
