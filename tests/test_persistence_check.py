@@ -261,7 +261,7 @@ def test_the_command_fails(folder, capsys, monkeypatch):
 def test_without_a_checkpoint_an_untrained_tiny_is_checked(monkeypatch):
     monkeypatch.setattr(model, "init_params", lambda cfg, key: cfg.dim)
     tiny = check.fresh_tiny()
-    assert (tiny.name, tiny.params, tiny.cfg.ttt_layers) == ("tiny, freshly initialised", 128, (1,))
+    assert (tiny.name, tiny.params, tiny.cfg.ttt_layers) == ("tiny, freshly initialised", 128, (0,))
 
 
 def test_mistakes_are_told(folder, tmp_path):
