@@ -35,13 +35,14 @@ def half_written(run):
     return list((run / "checkpoints").glob("*tmp*"))
 
 
-def test_a_run_killed_at_random_ends_like_one_never_killed(whole):
+@pytest.mark.parametrize("times", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_ends_like_one_never_killed(whole, times):
     folder, asked, expected = whole
-    rng, run = random.Random(0), folder / "victim"
+    rng, run = random.Random(0), folder / f"victim of {times}"
     words, kills, saving = ["--from", asked, "--run-dir", run], 0, 0
     for _ in range(12):
         process = commands.start(*words)
-        if kills < 4:
+        if kills < times:
             steps = run / "metrics.jsonl"
             before = steps.stat().st_size if steps.exists() else 0
             # The file is first cut to the steps that a checkpoint holds; wait until new steps are done.
@@ -61,9 +62,9 @@ def test_a_run_killed_at_random_ends_like_one_never_killed(whole):
         if saved(run):
             words = ["--resume", run]
         else:  # killed before its first checkpoint: it starts anew, in a new folder
-            run = folder / f"victim{kills}"
+            run = folder / f"victim of {times}, {kills}"
             words = ["--from", asked, "--run-dir", run]
-    assert kills == 4
+    assert kills == times
     assert saving, "no kill met a save"
     assert commands.lines(run) == expected
     left = {path.name for path in (run / "checkpoints").iterdir()}
