@@ -79,7 +79,7 @@ def _tasks(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = (
         "Train on the folder with --data.train FOLDER --data.codec files --data.from-start --loss.text 0: what there is to know"
-        " stands at the start of each file, and its text is padding. See docs/results/memory.md."
+        " stands at the start of each file, and its text is padding. See docs/evaluation.md."
     )
 
 

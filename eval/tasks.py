@@ -20,7 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -203,19 +203,18 @@ def bounds_for(data: Path, files: Sequence[Speech], reach: int) -> tuple[list[np
 def main(options: argparse.Namespace) -> int:
     """Make the data set that the command line asks for; the exit code. Raises `InputError`; leaves nothing half-made behind."""
     settings = Settings(options.task, options.files, options.frames, options.rounds, options.seed)
-    make(settings, Path(options.out).expanduser())
-    stored = json.loads((Path(options.out).expanduser() / SETTINGS).read_text(encoding="utf-8"))
+    best = make(settings, Path(options.out).expanduser())["best"]
     print(f"{settings.task}: {' '.join(TASKS[settings.task].__doc__.split())}")
     print(f"{settings.files} files of {settings.frames} frames in {options.out}")
     print(
-        f"best possible loss, nats per answer: {stored['best']['with_memory']:.4f} with all memory,"
-        f" {stored['best']['memoryless']:.4f} from the last {GAP} frames alone"
+        f"best possible loss, nats per answer: {best['with_memory']:.4f} with all memory,"
+        f" {best['memoryless']:.4f} from the last {GAP} frames alone"
     )
     return 0
 
 
-def make(settings: Settings, folder: Path) -> None:
-    """Write the data set into `folder`, which must be new or empty: all of it or nothing. Raises `InputError`."""
+def make(settings: Settings, folder: Path) -> dict[str, Any]:
+    """Write the data set into `folder`, which must be new or empty: all of it or nothing; what its task.json says. Raises `InputError`."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--out {folder} is taken: give a folder that is new or empty.")
     try:
@@ -224,15 +223,16 @@ def make(settings: Settings, folder: Path) -> None:
     except OSError as error:
         raise InputError(f"--out {folder} cannot be made ({error.strerror}): give another folder.") from None
     try:
-        _write(settings, new)
+        stated = _write(settings, new)
         new.chmod(0o755)
         new.replace(folder)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+    return stated
 
 
-def _write(settings: Settings, folder: Path) -> None:
+def _write(settings: Settings, folder: Path) -> dict[str, Any]:
     lines, sums, answers = [], np.zeros(2), 0
     for i in range(settings.files):
         # Of a generator of its own each, so that a larger data set begins with the files of a smaller one.
@@ -258,3 +258,4 @@ def _write(settings: Settings, folder: Path) -> None:
     }
     record.write_json(folder / SETTINGS, stated)
     write_atomically(folder / MANIFEST, "".join(f"{line}\n" for line in lines).encode())
+    return stated

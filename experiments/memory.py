@@ -24,6 +24,7 @@ from eval.__main__ import main as evaluate
 from eval.tasks import Settings, make
 from train import together
 from train.config import PRESETS, DataConfig, LossConfig, TrainConfig
+from ttt_jax import record
 from ttt_jax.command import run
 from ttt_jax.config import check
 from ttt_jax.data import corpus
@@ -163,7 +164,7 @@ class Experiment:
         for place, (name, seed) in places.items():
             if (place / "checkpoints" / str(cfg.steps)).is_dir():
                 continue
-            shutil.rmtree(place, ignore_errors=True)  # what an interrupted run has left
+            _remove_rest(place, cfg.steps)
             data = cfg.data if name == "speech" else dataclasses.replace(cfg.data, train=self._trained_on(name))
             cfgs.append(dataclasses.replace(cfg, name=place.name, run_dir=str(place), seed=seed, data=data))
         if cfgs and together.start(cfgs, self._load):
@@ -186,6 +187,15 @@ class Experiment:
         out = self._folder / "results" / name
         on = ["--data", str(data), "--batch", "64"] if data is not None else []
         self.code = max(self.code, evaluate(["persistence", *conditions, *on, "--out", str(out)]))
+
+
+def _remove_rest(place: Path, steps: int) -> None:
+    """Remove what an interrupted run of `steps` has left. Raises `InputError` if it is a run of another length."""
+    config = place / "config.json"
+    if config.is_file():
+        had = record.read_json(config, "the config.json of a run").get("steps")
+        check(had == steps, f"{place} holds a run of {had} steps, not {steps}: give another folder, or --steps {had}.")
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def main(args: Sequence[str]) -> int:

@@ -124,6 +124,16 @@ def test_a_run_that_is_not_whole_is_begun_anew_and_those_beside_it_are_left(tmp_
     assert [path.name for path in (tmp_path / "runs").iterdir()] == names[:1]
 
 
+def test_runs_of_another_length_are_never_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(together, "start", lambda *_: pytest.fail("nothing may start"))
+    place = tmp_path / "runs" / "way-speech-1"
+    (place / "checkpoints" / "9").mkdir(parents=True)
+    (place / "config.json").write_text('{"steps": 9}')
+    with pytest.raises(InputError, match="holds a run of 9 steps, not 4"):
+        memory.Experiment(tmp_path, [1], 4)._train("way", memory.TINY, ("speech",))
+    assert (place / "checkpoints" / "9").is_dir()
+
+
 def test_an_interrupt_in_training_ends_the_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(together, "start", lambda *_: 130)
     with pytest.raises(KeyboardInterrupt):

@@ -758,6 +758,38 @@ def test_a_controlled_task_brings_its_bounds(runs, streamed, tmp_path, monkeypat
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["--data", "x"], "data"),
+        (["--reset-every", "9"], "reset-every"),
+        (["--weighting", "kyutai"], "weighting"),
+        (["--out", "x"], "out"),
+    ],
+)
+def test_again_refuses_what_only_streaming_could_obey(tmp_path, words, flag):
+    experiment = made({"reset": 0.05})
+    results.write(tmp_path, experiment, analyse(experiment), {})
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(InputError, match=f"--{flag} has no effect"):
+        main(["persistence", "--again", str(tmp_path), *words])
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_what_again_starts_from_outlives_a_full_disk(tmp_path, monkeypatch):
+    experiment = made({"reset": 0.05})
+    results.write(tmp_path, experiment, analyse(experiment), {})
+    before = (tmp_path / "results.json").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results, "write_atomically", full)
+    with pytest.raises(OSError, match="No space"):
+        main(["persistence", "--again", str(tmp_path)])
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
 def test_what_cannot_be_is_one_sentence(runs, tmp_path):
     def refused(said, *args):
         with pytest.raises(InputError, match=said):

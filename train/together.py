@@ -1,7 +1,7 @@
 """Runs that differ in seed and data alone, trained side by side in one program: `jax.vmap` over all that a step takes.
 
-A small model leaves most of a device idle; ten of them take hardly longer than one. Every run gets the folder that `python -m train`
-would have given it, and what it learns is the same to rounding, so each can be evaluated, or gone on with, by itself.
+The program is compiled once for all of them, and small models share a device (`bench/together.py` times it). Every run gets the folder
+that `python -m train` would have given it, and what it learns is the same to rounding, so each can be evaluated, or gone on with, by itself.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ttt_jax import record
 from ttt_jax.checkpoint import Checkpoints
 from ttt_jax.command import keep_compiled
 from ttt_jax.data import corpus as corpora
-from ttt_jax.data.corpus import Corpus
+from ttt_jax.data.corpus import Corpus, CorpusConfig
 from ttt_jax.data.frames import Recording
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import model
@@ -43,8 +43,8 @@ log = logging.getLogger("train")
 def start(cfgs: Sequence[TrainConfig], load: Callable[..., Corpus] | None = None) -> int:
     """Train all of `cfgs`, each in the run folder that it names; the exit code, as of `train.loop.start`.
 
-    Nothing is evaluated at the end. `load` opens the files: a `loader` that other calls have used, or a new one. Raises `InputError`: two differ in more than name, folder, seed and files, or ask for what one
-    program cannot do for many.
+    Nothing is evaluated at the end. `load` opens the files: a `loader` that other calls have used, or a new one. Raises `InputError`:
+    two differ in more than name, folder, seed and files, or ask for what one program cannot do for many.
     """
     _check(cfgs)
     load = load or loader()
@@ -179,20 +179,19 @@ def _train(
 
 
 def loader() -> Callable[[DataConfig, Any, Any], Corpus]:
-    """`ttt_jax.data.corpus.load` that opens equal data once and keeps its files in memory: a step of many small models takes no longer
-    than reading their files would.
-    """
-    opened: dict[DataConfig, Corpus] = {}
+    """`ttt_jax.data.corpus.load` that opens equal data once and keeps its files in memory: a step of many small models would wait for them."""
+    opened: dict[tuple[Any, ...], Corpus] = {}
 
     def kept(recording: Recording) -> Recording:
         return dataclasses.replace(recording, read=functools.cache(recording.read))
 
     def load(data: DataConfig, codec: Any, tokenizer: Any) -> Corpus:
-        if data not in opened:
+        key = tuple(getattr(data, field.name) for field in dataclasses.fields(CorpusConfig))  # however it is cut
+        if key not in opened:
             corpus = corpora.load(data, codec, tokenizer)
             train = (one._replace(recordings=tuple(map(kept, one.recordings))) for one in corpus.train)
-            opened[data] = corpus._replace(train=tuple(train))
-        return opened[data]
+            opened[key] = corpus._replace(train=tuple(train))
+        return opened[key]
 
     return load
 
