@@ -64,11 +64,11 @@ def _tasks(parser: argparse.ArgumentParser) -> None:
     add("--files", type=int, default=64, metavar="N", help="%(default)s")
     add("--frames", type=int, default=512, metavar="N", help="length of a file; %(default)s")
     add(
-        "--rounds",
+        "--every",
         type=int,
-        default=1,
+        default=16,
         metavar="N",
-        help="times that each of the 16 keys is asked for, spread over the file (recall, control); %(default)s",
+        help="behind the start, frames for each question (recall, control) or each token (speaker); %(default)s",
     )
     add(
         "--seed",

@@ -58,8 +58,8 @@ _BOUNDED = 256
 """Files, the first ones, whose best possible losses are averaged for task.json."""
 VOICE = 8
 """Tokens that a speaker uses, of `CARDINALITY`."""
-PAUSE = 16
-"""Frames in which a speaker says one token, once the start is over."""
+LEAST_EVERY = 3
+"""Frames that a question, its answer and one beside them take."""
 
 
 class Best(NamedTuple):
@@ -81,14 +81,15 @@ class Settings:
     """Streams."""
     frames: int
     """Length of each."""
-    rounds: int
-    """Times that every key is asked for (recall, control)."""
+    every: int
+    """Frames behind the gap for each question (recall, control) or each token (speaker)."""
     seed: int
     """Of all that is drawn."""
 
     def __post_init__(self) -> None:
-        least = TOLD + GAP + 3 * SYMBOLS * self.rounds
-        for name, value, low in (("files", self.files, 1), ("rounds", self.rounds, 1), ("frames", self.frames, least)):
+        least = {"files": 1, "every": LEAST_EVERY, "frames": TOLD + GAP + self.every}
+        for name, low in least.items():
+            value = getattr(self, name)
             if value < low:
                 raise InputError(f"--{name} {value} is too few: give {low} or more.")
         if self.seed < 0:
@@ -103,43 +104,44 @@ def _silent(rng: np.random.Generator, frames: int) -> np.ndarray:
     return stream
 
 
-def _spread(rng: np.random.Generator, count: int, frames: int) -> np.ndarray:
-    """Columns spread over the stream behind `TOLD` and `GAP`: one in each of `count` equal parts, with room for an answer behind it."""
-    edges = np.linspace(TOLD + GAP, frames, count + 1).astype(int)
+def _spread(rng: np.random.Generator, frames: int, every: int) -> np.ndarray:
+    """Columns spread over the stream behind `TOLD` and `GAP`: one in each of equal parts of at least `every` frames, with room for an
+    answer behind it."""
+    edges = np.linspace(TOLD + GAP, frames, (frames - TOLD - GAP) // every + 1).astype(int)
     return rng.integers(edges[:-1], edges[1:] - 1)
 
 
-def _ask(rng: np.random.Generator, stream: np.ndarray, rounds: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tells a value for every key, then asks for each `rounds` times: columns of the questions, their keys, the values."""
+def _ask(rng: np.random.Generator, stream: np.ndarray, every: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tells a value for every key, then asks for all keys in turn, again and again: columns of the questions, their keys, the values."""
     told = rng.permutation(np.arange(1, TOLD))[:SYMBOLS]
     values = rng.integers(SYMBOLS, size=SYMBOLS)
     stream[OTHER, told], stream[OTHER + 1, told - 1] = np.arange(SYMBOLS), values
-    asked = _spread(rng, SYMBOLS * rounds, stream.shape[1])
-    keys = np.concatenate([rng.permutation(SYMBOLS) for _ in range(rounds)])
+    asked = _spread(rng, stream.shape[1], every)
+    keys = np.concatenate([rng.permutation(SYMBOLS) for _ in range(0, len(asked), SYMBOLS)])[: len(asked)]
     stream[OTHER, asked], stream[OTHER + 1, asked - 1] = keys, QUESTION
     return asked, keys, values
 
 
-def recall(rng: np.random.Generator, frames: int, rounds: int) -> np.ndarray:
+def recall(rng: np.random.Generator, frames: int, every: int) -> np.ndarray:
     """The other voice tells a value for each of 16 keys and asks for them later on; the own voice answers."""
     stream = _silent(rng, frames)
-    asked, keys, values = _ask(rng, stream, rounds)
+    asked, keys, values = _ask(rng, stream, every)
     stream[OWN, asked + 1] = values[keys]
     return stream
 
 
-def control(rng: np.random.Generator, frames: int, rounds: int) -> np.ndarray:
+def control(rng: np.random.Generator, frames: int, every: int) -> np.ndarray:
     """`recall` without anything to remember: every second answer, by chance, is the key itself, the others are drawn anew."""
     stream = _silent(rng, frames)
-    asked, keys, _ = _ask(rng, stream, rounds)
+    asked, keys, _ = _ask(rng, stream, every)
     stream[OWN, asked + 1] = np.where(rng.random(len(keys)) < 0.5, keys, rng.integers(SYMBOLS, size=len(keys)))
     return stream
 
 
-def speaker(rng: np.random.Generator, frames: int, rounds: int) -> np.ndarray:
+def speaker(rng: np.random.Generator, frames: int, every: int) -> np.ndarray:
     """The own voice has 8 of 64 tokens, all alike likely: it speaks through the start, then now and then."""
     stream = _silent(rng, frames)
-    heard = np.concatenate([np.arange(TOLD), _spread(rng, (frames - TOLD - GAP) // PAUSE, frames)])
+    heard = np.concatenate([np.arange(TOLD), _spread(rng, frames, every)])
     stream[OWN, heard] = rng.choice(rng.permutation(CARDINALITY)[:VOICE], len(heard))
     return stream
 
@@ -149,7 +151,7 @@ TASKS: dict[str, Callable[[np.random.Generator, int, int], np.ndarray]] = {
     "speaker": speaker,
     "control": control,
 }
-"""By name: (generator, frames, rounds) -> tokens int32 [17, T]; their docstrings are shown to users."""
+"""By name: (generator, frames, every) -> tokens int32 [17, T]; their docstrings are shown to users."""
 
 
 def best(task: str, stream: np.ndarray, reach: int) -> Best:
@@ -202,7 +204,7 @@ def bounds_for(data: Path, files: Sequence[Speech], reach: int) -> tuple[list[np
 
 def main(options: argparse.Namespace) -> int:
     """Make the data set that the command line asks for; the exit code. Raises `InputError`; leaves nothing half-made behind."""
-    settings = Settings(options.task, options.files, options.frames, options.rounds, options.seed)
+    settings = Settings(options.task, options.files, options.frames, options.every, options.seed)
     best = make(settings, Path(options.out).expanduser())["best"]
     print(f"{settings.task}: {' '.join(TASKS[settings.task].__doc__.split())}")
     print(f"{settings.files} files of {settings.frames} frames in {options.out}")
@@ -237,7 +239,7 @@ def _write(settings: Settings, folder: Path) -> dict[str, Any]:
     for i in range(settings.files):
         # Of a generator of its own each, so that a larger data set begins with the files of a smaller one.
         rng = np.random.default_rng((settings.seed, i))
-        stream = TASKS[settings.task](rng, settings.frames, settings.rounds)
+        stream = TASKS[settings.task](rng, settings.frames, settings.every)
         name = f"codes/{i:05d}.safetensors"
         codes = Codes(stream, FRAME_RATE, CODEC, codec_name=f"task {settings.task}", cardinality=CARDINALITY)
         write_codes(folder / name, codes)

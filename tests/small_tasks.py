@@ -26,8 +26,8 @@ CONFIG = TrainConfig(
     steps=6,
     checkpoint_every=2,
 )
-SHORT = Settings("", files=4, frames=128, rounds=1, seed=1)
-LONG = Settings("", files=3, frames=200, rounds=1, seed=2)
+SHORT = Settings("", files=4, frames=128, every=3, seed=1)
+LONG = Settings("", files=3, frames=200, every=7, seed=2)
 
 
 def write_data(folder: Path, task: str) -> str:

@@ -34,7 +34,7 @@ def done(tmp_path_factory):
         "TASK": CONFIG,
         "SHORT": SHORT,
         "LONG": dataclasses.replace(LONG, frames=288),
-        "HELDOUT": dataclasses.replace(memory.HELDOUT, files=3, frames=192),
+        "HELDOUT": dataclasses.replace(memory.HELDOUT, files=3, frames=192, every=7),
         "NAMES": ("recall",),
         "WAYS": {name: memory.WAYS[name] for name in KINDS},
     }
@@ -187,18 +187,35 @@ def test_each_variant_differs_from_the_first_in_what_it_is_called_by():
     model = memory.TASK.model
     inner = {name: change(memory.TASK).model for name, change in memory.INNER.items()}
     assert {name: (one.ttt.hidden, one.ttt.mini_batch) for name, one in inner.items()} == {
-        "mlp-16": ((4,), 16),
+        "persist": ((4,), 16),
         "linear-16": ((), 16),
         "linear-1": ((), 1),
         "mlp-1": ((4,), 1),
     }
-    assert inner["mlp-1"].inner_lr >= inner["mlp-16"].inner_lr  # which follows from the rest
+    assert inner["mlp-1"].inner_lr >= inner["persist"].inner_lr  # which follows from the rest
     places = {name: change(memory.TASK).model.ttt_layers for name, change in memory.PLACES.items()}
     assert {name: list(layers) for name, layers in places.items()} == {
-        "first": [0],
+        "persist": [0],
         "middle": [model.num_layers // 2],
         "last": [model.num_layers - 1],
     }
+
+
+def test_variants_are_compared_with_the_runs_of_the_report(tmp_path, monkeypatch):
+    trained, compared = [], []
+    monkeypatch.setattr(memory.Experiment, "_train", lambda _, way, cfg, names: trained.append((way, cfg, names)))
+    monkeypatch.setattr(memory.Experiment, "_heldout", lambda _, name: name)
+    monkeypatch.setattr(memory.Experiment, "_compare", lambda _, *found: compared.append(found))
+    experiment = memory.Experiment(tmp_path, [1, 2], None)
+    experiment.inner()
+    assert trained == [(name, change(memory.TASK), ("recall",)) for name, change in memory.INNER.items()]
+    (name, conditions, data) = compared[0]
+    assert (name, data) == ("inner", "recall")
+    found = [persistence.parse(text) for text in conditions]
+    assert [(one.name, one.arm, Path(one.paths[1]).name) for one in found] == [
+        (name, "persist", f"{name}-recall-2") for name in ("persist", "linear-16", "linear-1", "mlp-1")
+    ]
+    assert memory.INNER["persist"](memory.TASK) == memory.PLACES["persist"](memory.TASK) == memory.persist(memory.TASK)
 
 
 def test_conditions_are_those_that_persistence_understands_with_all_seeds_each(tmp_path):

@@ -19,9 +19,9 @@ from eval.tasks import (
     CARDINALITY,
     CODEC,
     GAP,
+    LEAST_EVERY,
     OTHER,
     OWN,
-    PAUSE,
     QUESTION,
     SYMBOLS,
     TASKS,
@@ -45,7 +45,9 @@ from ttt_jax.moshi import delays
 MOSHI = MoshiConfig(card=CARDINALITY, text_card=512)  # with Moshi's own delays
 columns = jax.jit(partial(delays.columns, cfg=MOSHI))
 FRAMES = 512
-SETTINGS = Settings("recall", files=6, frames=FRAMES, rounds=2, seed=3)
+EVERY = 13
+"""Frames a question: two rounds of questions and a part of a third in `FRAMES`."""
+SETTINGS = Settings("recall", files=6, frames=FRAMES, every=EVERY, seed=3)
 of_every_task = pytest.mark.parametrize("task", TASKS)
 
 
@@ -53,9 +55,14 @@ def settings(**changes):
     return dataclasses.replace(SETTINGS, **changes)
 
 
-def streams(task, count, frames=FRAMES, rounds=2, seed=0):
+def streams(task, count, frames=FRAMES, every=EVERY, seed=0):
     """Streams of a task, without files."""
-    return [TASKS[task](np.random.default_rng((seed, i)), frames, rounds) for i in range(count)]
+    return [TASKS[task](np.random.default_rng((seed, i)), frames, every) for i in range(count)]
+
+
+def parts(frames, every):
+    """How many questions or tokens a file holds behind the gap."""
+    return (frames - TOLD - GAP) // every
 
 
 def content(folder):
@@ -155,29 +162,45 @@ def test_data_sets_of_several_tasks_can_be_trained_on_together(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["recall", "control"])
-@pytest.mark.parametrize("rounds", [1, 3])
-def test_each_key_is_told_once_at_the_start_and_asked_for_in_every_round_behind_the_gap(task, rounds):
-    for stream in streams(task, 12, rounds=rounds):
+@pytest.mark.parametrize("every", [3, 11, 27, 60])
+def test_each_key_is_told_once_at_the_start_and_all_are_asked_for_in_turn_behind_the_gap(task, every):
+    for stream in streams(task, 12, every=every):
         told, asked = lessons(stream), questions(stream)
+        count = parts(FRAMES, every)
         # That much and nothing else: whatever else the other voice says is neither key nor question.
         assert sorted(key for _, key, _ in told) == list(range(SYMBOLS))
-        assert (stream[OTHER] < SYMBOLS).sum() == SYMBOLS * (1 + rounds)
-        assert (stream[OTHER + 1] == QUESTION).sum() == SYMBOLS * rounds
+        assert (stream[OTHER] < SYMBOLS).sum() == SYMBOLS + count
+        assert (stream[OTHER + 1] == QUESTION).sum() == count
         assert max(t for t, _, _ in told) <= TOLD
         assert min(t for t, _ in asked) > TOLD + GAP
-        for i in range(rounds):
-            assert sorted(key for _, key in asked[SYMBOLS * i : SYMBOLS * (i + 1)]) == list(range(SYMBOLS))
+        assert len(asked) == count
+        for start in range(0, count, SYMBOLS):
+            turn = {key for _, key in asked[start : start + SYMBOLS]}
+            assert len(turn) == min(SYMBOLS, count - start)  # none twice before all were asked for
         # The token right behind a question is its answer.
         _, targets = grid(stream)
         np.testing.assert_array_equal(answers(stream), [t for t, _ in asked])
         assert all(0 <= targets[t, OWN] < SYMBOLS for t, _ in asked)
 
 
-def test_questions_are_spread_over_the_whole_file():
-    for stream in streams("recall", 12, frames=17 * 128, rounds=1):
-        part = (17 * 128 - TOLD - GAP) / SYMBOLS
-        at = (answers(stream) - 1 - TOLD - GAP) // part
-        np.testing.assert_array_equal(at, np.arange(SYMBOLS))
+@of_every_task
+@pytest.mark.parametrize(("frames", "every"), [(17 * 128, 131), (17 * 128, 48), (FRAMES, EVERY)])
+def test_what_is_asked_or_said_is_spread_over_the_whole_file(task, frames, every):
+    count = parts(frames, every)
+    for stream in streams(task, 12, frames=frames, every=every):
+        at = answers(stream) if task == "speaker" else answers(stream) - 1
+        later, width = at[at >= TOLD] - TOLD - GAP, (frames - TOLD - GAP) / count
+        assert len(later) == count
+        assert (later >= np.floor(np.arange(count) * width)).all()
+        assert (later < np.floor(np.arange(1, count + 1) * width)).all()
+
+
+def test_the_report_asks_once_for_each_key_and_in_each_later_chunk():
+    held = memory.HELDOUT
+    for stream in streams("recall", 12, held.frames, held.every):
+        assert sorted(key for _, key in questions(stream)) == list(range(SYMBOLS))
+    found = [answers(stream) // memory.CHUNK for stream in streams("speaker", 12, held.frames, held.every)]
+    assert {int(chunk) for chunks in found for chunk in chunks} == set(range(17))
 
 
 def test_every_answer_of_recall_is_the_value_that_was_told():
@@ -197,7 +220,7 @@ def near(found, expected, count):
 
 def test_values_of_recall_are_all_alike_likely_whatever_the_key_and_the_other_values():
     counts, alike = np.zeros((SYMBOLS, SYMBOLS)), []
-    for stream in streams("recall", 500, frames=128, rounds=1):
+    for stream in streams("recall", 500, frames=128, every=3):
         told = lessons(stream)
         for _, key, value in told:
             counts[key, value] += 1
@@ -221,7 +244,7 @@ def test_answers_of_control_have_to_do_with_their_key_alone():
                 before += [given[key] == answer] if key in given else []
                 given[key] = answer
     count = len(key_hits)
-    assert count == 150 * 2 * SYMBOLS
+    assert count == 150 * parts(FRAMES, EVERY)
     assert near(told_hits, 1 / SYMBOLS, count)
     assert near(key_hits, 0.5 + 0.5 / SYMBOLS, count)  # 0.53
     assert near(before, 1 / (SYMBOLS - 1), len(before))  # nor with what was answered before
@@ -235,12 +258,10 @@ def test_a_speaker_has_eight_tokens_all_alike_likely():
         counts.update(used[-1])
         _, frequencies = np.unique(spoken, return_counts=True)
         ranks.append(((frequencies - len(spoken) / VOICE) ** 2).sum() / (len(spoken) / VOICE))
-        # Through the start, not in the gap, then once in each `PAUSE` frames.
+        # Through the start, not in the gap, then now and then.
         at = answers(stream)
         np.testing.assert_array_equal(at[:TOLD], np.arange(TOLD))
-        later = at[TOLD:]
-        assert later.min() >= TOLD + GAP
-        np.testing.assert_array_equal((later - TOLD - GAP) // PAUSE, np.arange((FRAMES - TOLD - GAP) // PAUSE))
+        assert at[TOLD:].min() >= TOLD + GAP
         assert (stream[OTHER : OTHER + 2] >= 32).all()
     assert max(map(len, used)) == VOICE
     assert len(set(used)) > 190
@@ -359,7 +380,7 @@ def test_best_losses_of_recall_are_those_of_bayes_rule(reach, monkeypatch):
     for name, value in {"SYMBOLS": 3, "TOLD": 8, "GAP": 10}.items():
         monkeypatch.setattr(tasks, name, value)
     kinds = set()
-    for stream in streams("recall", 8, frames=60, rounds=3):
+    for stream in streams("recall", 8, frames=60, every=4):
         found, shown = best("recall", stream, reach), grid(stream)
         for t in answers(stream):
             expected = by_enumeration(*shown, t, 3, reach)
@@ -405,8 +426,8 @@ def test_memory_is_never_worth_less_than_nothing(task, reach):
 
 
 def test_recall_is_worth_ln_16_where_all_that_is_known_is_out_of_reach():
-    for frames in (128, 17 * 128):
-        for stream in streams("recall", 8, frames=frames, rounds=1):
+    for frames, every in ((128, 3), (17 * 128, 131)):
+        for stream in streams("recall", 8, frames=frames, every=every):
             found = best("recall", stream, GAP)
             at = answers(stream)
             np.testing.assert_array_equal(found.memoryless[at], math.log(16))
@@ -414,14 +435,14 @@ def test_recall_is_worth_ln_16_where_all_that_is_known_is_out_of_reach():
 
 
 def test_a_reach_ends_at_its_last_column():
-    stream = streams("recall", 1, rounds=1)[0]
+    stream = streams("recall", 1, every=27)[0]
     told = {key: t - 1 for t, key, _ in lessons(stream)}  # the column that is read before frame t
     for t, key in questions(stream):
         distance = t - told[key]
         assert best("recall", stream, distance).memoryless[t] == 0
         assert best("recall", stream, distance - 1).memoryless[t] == math.log(16)
-    stream = streams("recall", 1, rounds=2)[0]
-    first, again = [t for t, key in questions(stream) if key == 5]
+    stream = streams("recall", 1)[0]
+    first, again = [t for t, key in questions(stream) if key == 5][:2]
     assert best("recall", stream, again - first + 1).memoryless[again] == 0
     # The first answer is still in sight, but no longer what it answered.
     assert best("recall", stream, again - first).memoryless[again] == math.log(16)
@@ -444,7 +465,7 @@ def test_a_speakers_best_losses_are_their_expectations():
     second = -1 / 8 * math.log(1 / 8) - 7 / 8 * math.log(7 / 8 / 63)
     assert abs(nats[:, 1].mean() - second) < 4 * nats[:, 1].std() / 20
     # Once all eight were heard it is ln 8.
-    late = [best("speaker", stream, GAP).with_memory[-PAUSE:] for stream in streams("speaker", 50)]
+    late = [best("speaker", stream, GAP).with_memory[-16:] for stream in streams("speaker", 50)]
     assert np.nanmedian(late) == pytest.approx(math.log(8))
 
 
@@ -509,7 +530,7 @@ def test_the_command_prints_the_best_losses_that_it_stores(task, tmp_path, capsy
         "files": 3,
     }
     rest = {name: value for name, value in stored.items() if name != "best"}
-    assert rest == {"task": task, "files": 3, "frames": 200, "rounds": 1, "seed": 5}
+    assert rest == {"task": task, "files": 3, "frames": 200, "every": 16, "seed": 5}
     assert f"{expected[0]:.4f} with all memory, {expected[1]:.4f} from the last {GAP} frames" in shown
     assert "3 files of 200 frames" in shown
 
@@ -528,10 +549,10 @@ def test_a_folder_that_is_empty_is_taken_as_new(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--frames", "127"), "--frames 127 is too few: give 128 or more"),
-        (("--frames", "200", "--rounds", "3"), "--frames 200 is too few: give 224 or more"),
+        (("--frames", "95"), "--frames 95 is too few: give 96 or more"),
+        (("--frames", "200", "--every", "121"), "--frames 200 is too few: give 201 or more"),
         (("--files", "0"), "--files 0 is too few: give 1 or more"),
-        (("--rounds", "0"), "--rounds 0 is too few: give 1 or more"),
+        (("--every", "2"), "--every 2 is too few: give 3 or more"),
         (("--seed", "-1"), "--seed -1 is negative: give 0 or more"),
     ],
 )
@@ -544,11 +565,11 @@ def test_settings_that_cannot_be_are_refused_in_one_sentence_and_nothing_is_made
 
 @of_every_task
 def test_the_fewest_frames_that_are_taken_are_enough(task):
-    for rounds in (1, 5):
-        least = TOLD + GAP + 3 * SYMBOLS * rounds
-        for stream in streams(task, 5, frames=Settings(task, 1, least, rounds, 0).frames, rounds=rounds):
-            assert len(answers(stream)) > 0
-            assert task == "speaker" or len(questions(stream)) == SYMBOLS * rounds == len(answers(stream))
+    for every in (LEAST_EVERY, 50):
+        least = TOLD + GAP + every
+        for stream in streams(task, 5, frames=Settings(task, 1, least, every, 0).frames, every=every):
+            assert (answers(stream) >= TOLD + GAP).sum() == 1
+            assert task == "speaker" or len(questions(stream)) == 1
 
 
 def test_a_folder_that_is_taken_is_refused_and_left_as_it_is(tmp_path):
