@@ -41,15 +41,19 @@ def losses(experiment: Experiment, analysis: Analysis) -> Any:
     middles = (np.arange(shown) * setting.chunk + ends) / 2
     for i, one in enumerate(experiment.conditions):
         found = analysis.losses[one.name].chunks[:shown]
+        # Each thinner than the one before, so that curves on top of each other all show.
+        width = 1.4 + 0.6 * (len(experiment.conditions) - 1 - i)
         # Files differ more than conditions do: one band shows that, the differences below have their own.
-        _curve(upper, middles, found, _style(experiment, i), one.name, banded=not i)
+        _curve(upper, middles, found, _style(experiment, i), width, one.name, banded=not i)
         if i:
             d = (experiment.by_chunk(one.name) - experiment.by_chunk(first.name)).mean(0)
-            _curve(lower, middles, _estimates(d, experiment)[:shown], _style(experiment, i), one.name, banded=True)
+            found = _estimates(d, experiment)[:shown]
+            _curve(lower, middles, found, _style(experiment, i), 1.4, one.name, banded=True)
     for (name, found), dashes in zip(analysis.bounds.items(), ((6, 2), (2, 2)), strict=False):
         means = [value.mean for value in found[:shown]]
         upper.plot(middles, means, color="0.35", lw=1.2, dashes=dashes, label=BOUND_NAMES[name])
     lower.axhline(0, color="black", lw=0.8)
+    beyond = _end_scale(upper, lower, experiment, analysis)
     _mark(upper, lower, experiment)
     over = f"band: 95 % over {analysis.units} {experiment.unit}" if analysis.units > 1 else "one unit, so no band"
     fewer = f" ({counted[shown - 1]} at the end)" if shown and counted[shown - 1] < analysis.units else ""
@@ -57,7 +61,9 @@ def losses(experiment: Experiment, analysis: Analysis) -> Any:
         f"Loss by chunk of {setting.chunk} frames, codebooks weighted {setting.weighting}; {over}{fewer}", fontsize=10
     )
     upper.set_title(f"Loss of the codebooks (band: {first.name})", fontsize=10, loc="left")
-    lower.set_title(f"Minus {first.name}, paired by file: above 0 {first.name} is better", fontsize=10, loc="left")
+    lower.set_title(
+        f"Minus {first.name}, paired by file: above 0 {first.name} is better{beyond}", fontsize=10, loc="left"
+    )
     for axis in (upper, lower):
         axis.set_ylabel("nats per token")
         axis.grid(alpha=0.25)
@@ -145,11 +151,37 @@ def _estimates(values: np.ndarray, experiment: Experiment) -> list[Estimate]:
     return [Estimate(*numbers) for numbers in zip(*(field.tolist() for field in found), strict=True)]
 
 
-def _curve(axis: Any, x: np.ndarray, found: list[Estimate], style: tuple[str, tuple], label: str, banded: bool) -> None:
+def _end_scale(upper: Any, lower: Any, experiment: Experiment, analysis: Analysis) -> str:
+    """Where the worth of memory is known, curves far off would flatten all others: both scales end before them; their losses in words."""
+    if not analysis.bounds:
+        return ""
+    best, least = (analysis.bounds_by_region[name][LATER].mean for name in ("memoryless", "ideal"))
+    top, first = best + (best - least), analysis.losses[experiment.conditions[0].name].regions[LATER].mean
+    losses = {one.name: analysis.losses[one.name].regions[LATER].mean for one in experiment.conditions}
+    off = [f"{name} {loss:.2f}" for name, loss in losses.items() if loss > top]
+    if not off or not best > least or not top > first:
+        return ""
+    for axis, end in ((upper, top), (lower, top - first)):
+        lowest = min(
+            np.nanmin(line.get_ydata(), initial=end) for line in axis.get_lines() if line.get_label()[0] != "_"
+        )
+        axis.set_ylim(lowest - 0.05 * (end - lowest), end)
+    return f"; off the scale: loss of {', '.join(off)}"
+
+
+def _curve(
+    axis: Any,
+    x: np.ndarray,
+    found: list[Estimate],
+    style: tuple[str, tuple],
+    width: float,
+    label: str,
+    banded: bool,
+) -> None:
     colour, dashes = style
     mean, low, high, n = np.array(found, np.float64).reshape(-1, 4).T
     marker = "o" if len(x) <= 40 else None
-    axis.plot(x, mean, color=colour, dashes=dashes, lw=1.4, marker=marker, markersize=3, label=label)
+    axis.plot(x, mean, color=colour, dashes=dashes, lw=width, marker=marker, markersize=1.6 + width, label=label)
     if banded:
         firm = n > 2  # over two units an interval is so wide that it would flatten every curve
         axis.fill_between(x, low, high, where=firm, color=colour, alpha=0.15, lw=0)

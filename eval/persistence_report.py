@@ -17,10 +17,10 @@ from eval.persistence_results import (
     Analysis,
     Comparison,
     Experiment,
-    p_words,
 )
 from eval.results import WEIGHTINGS
 from eval.statistics import interval
+from eval.verdict import p_words
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.files import write_atomically
 
@@ -190,11 +190,11 @@ def _compared(experiment: Experiment, analysis: Analysis, region: str) -> tuple[
                 one.name,
                 str(found.n),
                 _with_bounds(Interval(found.mean, found.low, found.high)),
-                _number(100 * found.relative, "+.2f"),
-                _number(found.dz, "+.2f"),
+                _number(100 * found.relative, "+z.2f"),
+                _number(found.dz, "+z.2f"),
                 _number(100 * found.above, ".0f", " %"),
                 *(_p(p) for p in (found.p.t, compared.holm, found.p.wilcoxon, found.p.sign_flip, same.p)),
-                "-" if math.isnan(same.low) else f"[{same.low:+.4f}, {same.high:+.4f}]",
+                "-" if math.isnan(same.low) else f"[{same.low:+z.4f}, {same.high:+z.4f}]",
             ]
         )
     return heads, rows
@@ -239,14 +239,14 @@ def _seeds(experiment: Experiment, analysis: Analysis) -> tuple[Row, list[Row]]:
         found = one.regions[LATER]
         for checkpoint, seed in zip(condition.checkpoints, found.seeds, strict=False):
             bounds = _with_bounds(Interval(seed.paired.mean, seed.paired.low, seed.paired.high))
-            relative = _number(100 * seed.paired.relative, "+.2f")
+            relative = _number(100 * seed.paired.relative, "+z.2f")
             rows.append([one.name, checkpoint, bounds, "", relative, _p(seed.paired.p.t), _p(seed.holm)])
         if found.seeds and found.paired.n:
             means = [seed.paired.mean for seed in found.seeds]
             over = found.over_seeds
             label = f"over {len(means)} seeds, {sum(mean > 0 for mean in means)} above 0"
             bounds = _with_bounds(Interval(over.mean, over.low, over.high))
-            reached = f"{min(means):+.4f} to {max(means):+.4f}"
+            reached = f"{min(means):+z.4f} to {max(means):+z.4f}"
             rows.append([one.name, label, bounds, reached, "", _p(over.p), ""])
     return ["condition", "seed", "nats [95 %]", "range", "% of loss", "p: t", "Holm"], rows
 
@@ -266,7 +266,7 @@ def _gap(experiment: Experiment, analysis: Analysis, plain: bool = True) -> list
         losses = analysis.losses[one.name]
         row = [one.name, *(_percent(losses.closed[region]) for region in told)]
         if several:
-            row.append(", ".join(_number(100 * seed.mean, "+.1f") for seed in losses.closed_by_seed))
+            row.append(", ".join(_number(100 * seed.mean, "+z.1f") for seed in losses.closed_by_seed))
         rows.append(row)
     title = "share of the gap closed between the best loss without memory beyond attention and the best with all, % [95 % BCa]"
     return [title, *(_aligned(heads, rows) if plain else [_pipes(heads, rows)])]
@@ -300,7 +300,20 @@ def _sentences(experiment: Experiment, analysis: Analysis) -> list[str]:
         for one in analysis.comparisons
         if one.regions[BEYOND].paired.n and BEYOND in _told(experiment)
     ]
-    return said + beyond
+    return said + beyond + _worth(experiment, analysis)
+
+
+def _worth(experiment: Experiment, analysis: Analysis) -> list[str]:
+    """What memory could bring at best and how much of it every condition takes, in a sentence."""
+    if not _has_gap(analysis):
+        return []
+    best = [analysis.bounds_by_region[name][BEYOND].mean for name in ("memoryless", "ideal")]
+    takes = ", ".join(
+        f"{one.name} {_percent(analysis.losses[one.name].closed[BEYOND])}" for one in experiment.conditions
+    )
+    return [
+        f"Memory from beyond attention is worth {best[0] - best[1]:.4f} nats at best; of that each takes, in %: {takes}."
+    ]
 
 
 def _setting(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) -> list[str]:
@@ -363,8 +376,8 @@ def _count(units: float) -> str:
 def _with_bounds(value: Interval, digits: int = 4) -> str:
     if math.isnan(value.mean):
         return "-"
-    bounds = "" if math.isnan(value.low) else f" [{value.low:+.{digits}f}, {value.high:+.{digits}f}]"
-    return f"{value.mean:+.{digits}f}{bounds}"
+    bounds = "" if math.isnan(value.low) else f" [{value.low:+z.{digits}f}, {value.high:+z.{digits}f}]"
+    return f"{value.mean:+z.{digits}f}{bounds}"
 
 
 def _percent(value: Interval) -> str:

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval import paired
-from eval.paired import ALPHA, Interval, Paired, Slope
+from eval.paired import Interval, Paired, Slope
 from eval.results import UNIT, WEIGHTINGS, plain
 from eval.statistics import Estimate, band, group_means
+from eval.verdict import Rule, Verdict, advise, verdict
 from ttt_jax import record
 from ttt_jax.errors import InputError
 from ttt_jax.files import write_atomically
@@ -35,14 +36,6 @@ REGIONS = (LATER, WINDOW, BEYOND)
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 """Nats by which persist and reset may differ in a file's first chunk, by the model's type. There is nothing to reset yet, so both compute
 the same and only rounding is left: float32 gives 1e-6 in a chunk's mean, bfloat16, with 8 bits, at most 0.003 (docs/evaluation.md)."""
-
-BETTER, BELOW, WORSE, EQUIVALENT, UNDECIDED = (
-    "better",
-    "better, below the threshold",
-    "worse",
-    "equivalent",
-    "undecided",
-)
 
 NOTES = {
     "losses": "by condition, checkpoint (seed), file and piece: nats per scored token of the own codebooks, weighted; null: nothing is"
@@ -230,19 +223,6 @@ class FirstChunk(NamedTuple):
         )
 
 
-class Verdict(NamedTuple):
-    """What a comparison comes to."""
-
-    kind: str
-    """One of `BETTER`, `BELOW`, `WORSE`, `EQUIVALENT`, `UNDECIDED`."""
-    text: str
-    """The same in a sentence or two."""
-    units: float | None = None
-    """Undecided: units that would decide; inf where no number would."""
-    equivalent: bool = False
-    """Whether the difference lies within the margin, be it clear or not."""
-
-
 class OneSeed(NamedTuple):
     """A comparison in one region, for one checkpoint of each condition."""
 
@@ -369,6 +349,7 @@ def _compare(experiment: Experiment, region: str, sound: bool) -> list[Compared]
     """Every other condition against the first in one region: a family."""
     setting, groups = experiment.setting, experiment.groups
     start, (first, *others) = setting.starts[region], experiment.conditions
+    rule = Rule(setting.margin, setting.threshold, len(others), experiment.unit)
 
     def of(d: np.ndarray, loss: np.ndarray) -> Paired:
         reference = of_units(loss, groups)
@@ -389,8 +370,9 @@ def _compare(experiment: Experiment, region: str, sound: bool) -> list[Compared]
         said = None
         if sound:
             means = [one.paired.mean for one in seeds]
-            said = verdict(whole, p, same, setting, len(others), (first.name, other.name), experiment.unit, means)
-            said = advise(said, first, other, experiment.unit) if region == LATER else said
+            said = verdict(whole, p, same, rule, (first.name, other.name), means)
+            if region == LATER and (first.arm, other.arm) == ("persist", "reset"):
+                said = advise(said, experiment.unit)
         compared.append(Compared(whole, float(p), float(same), said, seeds, over))
     return compared
 
@@ -448,114 +430,6 @@ def _estimate(values: np.ndarray, experiment: Experiment) -> Estimate:
     """Mean over units of one number a file, [F]."""
     found = band(group_means(values, experiment.groups))
     return Estimate(*(field.item() for field in found))
-
-
-# Verdicts
-
-ADVICE = {
-    BETTER: "Use the persistent state: its complexity is justified.",
-    BELOW: "The persistent state helps, but less than its complexity was to be worth.",
-    EQUIVALENT: "Reset per chunk: it is simpler.",
-    WORSE: "Reset per chunk: persistence hurts.",
-}
-"""What to do where persist is compared with reset: the decision tree of this project (docs/evaluation.md)."""
-
-
-def verdict(
-    found: Paired,
-    p: float,
-    p_equivalent: float,
-    setting: Setting,
-    family: int,
-    names: tuple[str, str],
-    unit: str,
-    seeds: Sequence[float] = (),
-) -> Verdict:
-    """What a comparison comes to, in words.
-
-    Tests over files say nothing of other seeds: where several were trained, all must point the same way.
-
-    Args:
-      found: the comparison; p, p_equivalent: of the paired t and of the equivalence test, adjusted for a family of so many; names: of
-        the condition under test and of the other; unit: what units are, in the plural; seeds: mean difference of each, if there are
-        several.
-    """
-    one, other = names
-    if found.n == 0:
-        return Verdict(
-            UNDECIDED,
-            f"{one} against {other}: undecided, no file is so long, or has anything to score there.",
-            math.inf,
-        )
-    size = f"{abs(found.mean):.4f} nats ({100 * abs(found.relative):.2f} %)"
-    if found.n == 1:
-        return Verdict(
-            UNDECIDED,
-            f"{one} against {other}: undecided, one {unit.removesuffix('s')} cannot be tested ({found.mean:+.4f} nats).",
-            math.inf,
-        )
-    same = p_equivalent < ALPHA and all(abs(mean) < setting.margin for mean in seeds)
-    if p < ALPHA and all(mean * found.mean > 0 for mean in seeds):
-        within = f" By less than the margin of {setting.margin:g} nats, though: equivalent for practical purposes."
-        little = within if same else ""
-        if found.mean < 0:
-            return Verdict(WORSE, f"{one} is worse than {other}: by {size}, {p_words(p)}.{little}", equivalent=same)
-        if 100 * found.relative >= setting.threshold:
-            asked = f"at least the {setting.threshold:g} % asked for"
-            return Verdict(
-                BETTER, f"{one} is better than {other}: by {size}, {p_words(p)}, {asked}.{little}", equivalent=same
-            )
-        asked = f"less than the {setting.threshold:g} % asked for"
-        return Verdict(
-            BELOW,
-            f"{one} is clearly better than {other}, by {size}, {p_words(p)}, but {asked}.{little}",
-            equivalent=same,
-        )
-    if same:
-        within = f"the difference of {found.mean:+.4f} nats lies within {setting.margin:g} either way"
-        return Verdict(
-            EQUIVALENT, f"{one} and {other} are equivalent: {within}, {p_words(p_equivalent)}.", equivalent=True
-        )
-    if seeds and min(p, p_equivalent) < ALPHA:
-        each = ", ".join(f"{mean:+.4f}" for mean in seeds)
-        text = f"{one} against {other}: undecided, the seeds disagree ({each} nats): train more of them."
-        return Verdict(UNDECIDED, text, math.inf)
-    found_by, equal_by = (
-        # A way that these units have tried in vain is none.
-        units if math.isfinite(units) and units > found.n else math.inf
-        for units in (
-            paired.needed(found.dz, ALPHA / family),
-            paired.needed_equivalence(found.sd, setting.margin, ALPHA / family),
-        )
-    )
-    if abs(found.mean) >= setting.margin and math.isfinite(found_by):
-        equal_by = math.inf  # nothing speaks for equivalence
-    ways = [
-        (found_by, "find a difference of this size"),
-        (equal_by, f"establish equivalence within {setting.margin:g} nats, if there is none"),
-    ]
-    ways = sorted(way for way in ways if math.isfinite(way[0]))
-    start = f"{one} against {other}: undecided, {found.mean:+.4f} nats ({100 * found.relative:+.2f} %), {p_words(p)}, over {found.n} {unit}"
-    if not ways:
-        return Verdict(UNDECIDED, f"{start}; no number of {unit} can be given that would decide.", math.inf)
-    least, way = ways[0]
-    more = "".join(f" ({units:,.0f} would {other_way})" for units, other_way in ways[1:])
-    return Verdict(UNDECIDED, f"{start}; about {least:,.0f} {unit} would {way}{more}.", least)
-
-
-def advise(said: Verdict, first: Condition, other: Condition, unit: str) -> Verdict:
-    """The verdict with what to do, where persist is compared with reset."""
-    if (first.arm, other.arm) != ("persist", "reset"):
-        return said
-    if said.kind != UNDECIDED:
-        return said._replace(text=f"{said.text} {ADVICE[EQUIVALENT if said.equivalent else said.kind]}")
-    enough = said.units is not None and math.isfinite(said.units)
-    return said._replace(text=f"{said.text} Keep looking{f' with {said.units:.0f} {unit}' if enough else ''}.")
-
-
-def p_words(p: float) -> str:
-    """A p-value for people."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.0995 else f"p = {p:.2f}"
 
 
 # results.json

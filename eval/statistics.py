@@ -113,6 +113,6 @@ def interval(value: Estimate, digits: int, signed: bool = False) -> str:
     """`value` for people: mean [low, high]; the mean alone of one unit; "-" where nothing was measured."""
     if value.n == 0:
         return "-"
-    form = f"{'+' if signed else ''}.{digits}f"
+    form = f"{'+' if signed else ''}z.{digits}f"  # no "-0.00"
     bounds = f" [{value.low:{form}}, {value.high:{form}}]" if value.n > 1 else ""
     return f"{value.mean:{form}}{bounds}"

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +17,9 @@ from eval import paired, persistence, persistence_draw, persistence_report
 from eval import persistence_results as results
 from eval.__main__ import main
 from eval.persistence_results import (
-    BELOW,
-    BETTER,
     BEYOND,
-    EQUIVALENT,
     LATER,
-    UNDECIDED,
     WINDOW,
-    WORSE,
     Bounds,
     Condition,
     Experiment,
@@ -32,6 +28,7 @@ from eval.persistence_results import (
     analyse,
 )
 from eval.scores import ArmScores, FileScores
+from eval.verdict import ADVICE, BELOW, BETTER, EQUIVALENT, FIRM, UNDECIDED, WORSE, Rule, advise, p_words, verdict
 from ttt_jax.command import PARTIAL
 from ttt_jax.errors import InputError
 
@@ -239,7 +236,9 @@ def test_the_share_of_the_gap_that_is_closed():
     assert off.low < off.mean < off.high
     assert [value.mean for value in analysis.losses["persist"].closed_by_chunk] == pytest.approx([0.7] * 9)
     assert "share of the gap" in persistence_report.table(experiment, analysis)
-    assert "| from 800 | +70.0 [" in persistence_report.markdown(experiment, analysis, {})
+    told = persistence_report.markdown(experiment, analysis, {})
+    assert "| from 800 | +70.0 [" in told
+    assert "is worth 0.1000 nats at best; of that each takes, in %: persist +70.0 [" in told.partition("## Setting")[0]
     assert [value.mean for value in analysis.bounds["ideal"]] == pytest.approx(
         [value.mean - 0.03 for value in analysis.losses["persist"].chunks]
     )
@@ -296,6 +295,7 @@ def test_where_there_is_nothing_to_remember_no_share_is_told():
     experiment = dataclasses.replace(experiment, bounds=Bounds(persist, persist, experiment.weight))
     told = persistence_report.table(experiment, analyse(experiment))
     assert "share of the gap" not in told
+    assert "at best" not in told
     assert "best with all memory" in told
 
 
@@ -348,16 +348,11 @@ def test_only_reset_has_to_equal_persist_in_the_first_chunk():
 # Verdicts
 
 
-PERSIST, RESET, OFF = (Condition(arm, arm, ("run",)) for arm in ("persist", "reset", "off"))
-
-
-def judged(d, reference=3.0, threshold=10.0, margin=0.02, family=1, pair=(PERSIST, RESET)):
+def judged(d, reference=3.0, threshold=10.0, margin=0.02, family=1):
     """The verdict on differences in a family of equal ones."""
-    setting = Setting(CHUNK, "equal", 150, 430, margin, threshold)
     found = paired.compare(np.array(d, float), reference, margin, threshold / 100)
     p, same = (min(1.0, family * p) for p in (found.p.t, found.equivalence.p))
-    said = results.verdict(found, p, same, setting, family, tuple(one.name for one in pair), "files")
-    return results.advise(said, *pair, "files")
+    return verdict(found, p, same, Rule(margin, threshold, family, "files"), ("persist", "reset"))
 
 
 SPREAD = np.array([-1.5, -1, -0.5, 0, 0, 0.5, 1, 1.5]) * 0.01
@@ -391,11 +386,9 @@ def test_every_verdict(d, kind, said, todo):
     found = judged(d)
     assert found.kind == kind
     assert said in found.text
-    assert todo in found.text
+    assert todo not in found.text
+    assert todo in advise(found, "files").text
     assert ("equivalent for practical" in found.text) == (abs(abs(np.mean(d) if len(d) else 1) - 0.013) < 1e-9)
-    other = judged(d, pair=(PERSIST, OFF))
-    assert other.kind == kind
-    assert todo not in other.text  # the decision tree is about persist and reset
 
 
 def test_threshold_margin_and_family_count():
@@ -409,6 +402,30 @@ def test_threshold_margin_and_family_count():
     many = judged(0.05 + 8 * SPREAD, family=3)
     assert many.units == paired.needed(paired.hedges(0.05 + 8 * SPREAD), 0.05 / 3) > few.units
     assert f"{few.units:.0f} files" in few.text
+
+
+@pytest.mark.parametrize("n", [2, 3, FIRM - 1, FIRM])
+def test_of_few_units_the_number_that_would_decide_is_called_a_guess(n):
+    said = judged(0.05 + np.resize([-0.1, 0.1, 0.02], n)).text
+    assert "files would" in said
+    assert (f"a guess from {n}." in said) == (n < FIRM)
+
+
+def test_what_to_do_is_said_of_persist_against_reset_alone():
+    for one in analyse(made({"reset": 0.4, "frozen": 0.4, "off": 0.4})).comparisons:
+        advised = any(advice in one.regions[LATER].verdict.text for advice in ADVICE.values())
+        assert advised == (one.name == "reset")
+
+
+def test_numbers_that_round_to_nothing_have_no_minus():
+    experiment = made({"reset": -1e-7, "off": -1e-7}, noise=1e-8, seeds=2)
+    analysis = analyse(experiment)
+    for said in (
+        persistence_report.table(experiment, analysis),
+        persistence_report.markdown(experiment, analysis, {}),
+    ):
+        assert "+0.0000" in said
+        assert not re.search(r"-0\.?0*(?![.\d])", said)
 
 
 def test_verdicts_are_by_adjusted_p():
@@ -427,7 +444,7 @@ def test_verdicts_are_by_adjusted_p():
     family = [among, *others]
     expected = paired.holm([one.paired.equivalence.p for one in family])
     assert [one.holm_equivalence for one in family] == pytest.approx(list(expected))
-    shown, raw = map(results.p_words, (others[0].holm_equivalence, others[0].paired.equivalence.p))
+    shown, raw = map(p_words, (others[0].holm_equivalence, others[0].paired.equivalence.p))
     assert shown != raw
     assert shown in others[0].verdict.text
     assert (alone.verdict.kind, among.verdict.kind) == (BELOW, EQUIVALENT)
@@ -441,8 +458,8 @@ def test_verdicts_are_by_adjusted_p():
 def test_a_planted_effect_is_found(effect, noise, kind):
     experiment = made({"reset": effect}, noise=noise, seed=3)
     found, beyond = only(experiment), only(experiment, BEYOND)
-    assert results.ADVICE.get(kind, "Keep looking with") in found.verdict.text
-    assert not any(advice in beyond.verdict.text for advice in [*results.ADVICE.values(), "Keep looking"])
+    assert ADVICE.get(kind, "Keep looking with") in found.verdict.text
+    assert not any(advice in beyond.verdict.text for advice in [*ADVICE.values(), "Keep looking"])
     assert found.verdict.kind == kind
     assert found.paired.mean == pytest.approx(effect, abs=3 * noise / math.sqrt(12))
     if kind != UNDECIDED:
@@ -594,6 +611,13 @@ def test_figures_show_the_numbers():
     assert len(dots) == 2 * (3 + 1)
     np.testing.assert_allclose(dots[3], np.sort(d.mean(0)))
     np.testing.assert_allclose(np.sort(dots[0]), np.sort(d[0]))
+    assert upper.get_ylim()[1] < 6  # all curves are in sight
+    far = dataclasses.replace(experiment, losses=experiment.losses | {"off": experiment.losses["off"] + 20})
+    upper, lower = persistence_draw.losses(far, found := analyse(far)).axes[:2]
+    worth = 0.5 + 0.1 + 0.5
+    assert upper.get_ylim()[1] == pytest.approx(found.bounds_by_region["memoryless"][LATER].mean + worth, abs=0.02)
+    assert lower.get_ylim()[1] == pytest.approx(0.6 + worth, abs=0.03)
+    assert "off the scale: loss of off 2" in lower.get_title("left")
     rare = experiment.weight.copy()
     rare[1:, 0] = 0  # of most files nothing is scored in the first chunk, as in data that ask late
     sparse = dataclasses.replace(experiment, weight=rare, bounds=None)
