@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -210,3 +211,47 @@ def test_a_run_that_cannot_start_keeps_all_from_being_made(tmp_path):
     (tmp_path / "b" / "checkpoints" / "1").mkdir(parents=True)
     refused("run_dir .*b is taken", a, b)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "recall"]
+
+
+@pytest.mark.parametrize("broken", [{1: 3}, {0: 2, 1: 4}])
+def test_a_run_whose_loss_is_not_finite_is_named_and_the_others_come_to_their_end(broken, runs, tmp_path, monkeypatch):
+    folder, *_ = runs
+    whole = quickly(together.make_steps_together)
+
+    def breaking(cfg, count):
+        """The step, after which runs have had losses that are no numbers, from a step on."""
+
+        def compiled(*given):
+            taken, step = [], whole(cfg, count).lower(*given).compile()
+
+            def run(*arrays):
+                taken.append(1)
+                states, metrics = step(*arrays)
+                loss, finite = np.array(metrics.loss), np.array(metrics.finite)
+                for i, first in broken.items():
+                    if len(taken) >= first:
+                        loss[i], finite[i] = np.nan, False
+                return states, metrics._replace(loss=loss, finite=finite)
+
+            return run
+
+        return SimpleNamespace(lower=lambda *given: SimpleNamespace(compile=lambda: compiled(*given)))
+
+    monkeypatch.setattr(together, "make_steps_together", breaking)
+    monkeypatch.setattr(plots, "draw_run", lambda lines, unigram, folder: drawn.append(folder.name))
+    drawn = []
+    train = {name: one(folder, name, *of).data.train for name, of in MEMBERS.items()}
+    cfgs = [one(tmp_path, name, seed=seed, train=train[name]) for name, (_, seed) in MEMBERS.items()]
+    with pytest.raises(InputError) as raised:
+        together.start(cfgs)
+    for i, cfg in enumerate(cfgs):
+        kept = sorted(int(path.name) for path in (tmp_path / cfg.name / "checkpoints").iterdir())
+        if i in broken:
+            assert f"{cfg.run_dir}: step {broken[i]}: loss is nan" in str(raised.value)
+            assert kept == [step for step in (2, 4, 6) if step < broken[i]]
+        else:
+            assert cfg.run_dir not in str(raised.value)
+            assert kept[-1] == 6
+            assert lines(tmp_path / cfg.name)[-1]["step"] == 6
+    assert drawn == [cfg.name for i, cfg in enumerate(cfgs) if i not in broken]
+    assert ("of 2 runs 1 stopped, the others are whole" in str(raised.value)) == (len(broken) == 1)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -44,7 +45,8 @@ def start(cfgs: Sequence[TrainConfig], load: Callable[..., Corpus] | None = None
     """Train all of `cfgs`, each in the run folder that it names; the exit code, as of `train.loop.start`.
 
     Nothing is evaluated at the end. `load` opens the files: a `loader` that other calls have used, or a new one. Raises `InputError`:
-    two differ in more than name, folder, seed and files, or ask for what one program cannot do for many.
+    two differ in more than name, folder, seed and files, or ask for what one program cannot do for many; or, once the others have
+    come to their end, that some had losses that are not finite.
     """
     _check(cfgs)
     load = load or loader()
@@ -125,7 +127,7 @@ def _train(
     windows: Sequence[Windows],
     checkpoints: Sequence[Checkpoints],
 ) -> int:
-    """Steps until the end or an interrupt; the exit code."""
+    """Steps until the end or an interrupt; the exit code. A run whose numbers are not finite is no longer looked at, the others go on."""
     from tqdm import tqdm
 
     cfg = runs[0].cfg
@@ -137,6 +139,7 @@ def _train(
     for one, position in zip(windows, positions, strict=True):
         one.set_state(position)
     pending: tuple[Any, ...] | None = None
+    failed: dict[int, str] = {}
     with contextlib.ExitStack() as opened:
         logs = [opened.enter_context(contextlib.closing(_metrics_log(run))) for run in runs]
         bar = opened.enter_context(tqdm(total=cfg.steps, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15))
@@ -148,14 +151,20 @@ def _train(
             if pending is None:
                 return
             step, metrics, taken = pending
-            metrics, losses = jax.device_get(metrics), []
+            metrics, losses = jax.device_get(metrics), [math.nan] * len(runs)
             for i, (own, window) in enumerate(zip(logs, taken, strict=True)):
+                if i in failed:
+                    continue
                 names = {(k, row): name for k, names in enumerate(window.files) for row, name in enumerate(names)}
                 try:
-                    losses.append(own.add(step, _of(metrics, i), int(window.batch.mask.sum()), names)["loss"])
+                    loss = own.add(step, _of(metrics, i), int(window.batch.mask.sum()), names)["loss"]
+                    losses[i] = math.nan if loss is None else loss
                 except InputError as error:
-                    raise InputError(f"{runs[i].cfg.run_dir}: {error}") from None
-            bar.set_postfix_str("loss " + " ".join(f"{loss:.2f}" for loss in losses if loss is not None), refresh=False)
+                    failed[i] = f"{runs[i].cfg.run_dir}: {error}"
+                    log.warning("%s", failed[i])
+                    if len(failed) == len(runs):
+                        raise InputError(" ".join(failed.values())) from None
+            bar.set_postfix_str("loss " + " ".join(f"{loss:.2f}" for loss in losses), refresh=False)
             bar.update()
             pending = None
 
@@ -165,16 +174,23 @@ def _train(
             settle()  # the step before, while this one computes
             pending = step, metrics, taken
             if step % cfg.checkpoint_every == 0 or step == cfg.steps or asked:
-                settle()  # refuses to save what is not finite
+                settle()  # finds what is not finite and must not be saved
                 for i, (run, window, own) in enumerate(zip(runs, windows, checkpoints, strict=True)):
+                    if i in failed:
+                        continue
                     meta = {"config": record.to_dict(run.cfg), **run.meta}
                     own.save(step, **arrays(run, _of(states, i), _of(frozen, i)), data=window.get_state(), meta=meta)
             if asked:
                 log.info("interrupted after step %d; each run goes on by itself: python -m train --resume RUN", step)
                 return 128 + asked[0]
-    for run in runs:
-        folder = Path(run.cfg.run_dir)
-        plots.draw_run(read(folder / "metrics.jsonl"), run.meta["unigram"], folder)
+    for i, run in enumerate(runs):
+        if i not in failed:
+            folder = Path(run.cfg.run_dir)
+            plots.draw_run(read(folder / "metrics.jsonl"), run.meta["unigram"], folder)
+    if failed:
+        raise InputError(
+            f"of {len(runs)} runs {len(failed)} stopped, the others are whole: {' '.join(failed.values())}"
+        )
     return 0
 
 
