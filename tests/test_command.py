@@ -1,10 +1,13 @@
 """Every command ends in one sentence and an exit code when the user, not the program, can mend things."""
 
 import errno
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
-from ttt_jax import command
+from ttt_jax import __version__, command
 from ttt_jax.errors import InputError
 
 
@@ -48,3 +51,26 @@ def test_cost_grows_with_memory_and_time():
     after = command.cost()
     assert after["peak_gigabytes"] >= min(before["peak_gigabytes"] + 0.05, 0.3)
     assert after["seconds"] >= before["seconds"]
+
+
+def test_the_version_of_a_checkout_has_its_commit_and_says_if_files_were_changed(tmp_path, monkeypatch):
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True, text=True
+        ).stdout
+
+    (tmp_path / "ttt_jax").mkdir()
+    file = Path(shutil.copy(command.__file__, tmp_path / "ttt_jax"))
+    monkeypatch.setattr(command, "__file__", str(file))
+    assert command.version() == __version__  # no checkout
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    git("tag", "-a", "v9", "-m", "a tag is no commit")
+    commit = git("rev-parse", "--short", "HEAD").strip()
+    assert command.version() == f"{__version__}+g{commit}"
+    file.write_text("changed")
+    assert command.version() == f"{__version__}+g{commit}.dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))  # without git
+    assert command.version() == __version__

@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ttt_jax import __version__
 from ttt_jax.errors import InputError
 
 BAD_INPUT = 2
@@ -36,8 +38,22 @@ def machine() -> dict[str, Any]:
     """Versions and device that numbers depend on, as results store them."""
     import jax
 
-    versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in PACKAGES}
+    versions = {"ttt_jax": version(), "python": sys.version.split()[0]}
+    versions |= {name: metadata.version(name) for name in PACKAGES}
     return {"versions": versions, "device": jax.devices()[0].device_kind}
+
+
+def version() -> str:
+    """The package's version; in a checkout with its commit, and whether files were changed since: 0.1.0+g4e77721.dirty."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # installed, perhaps inside another repository
+        return __version__
+    asked = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty=.dirty"]
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return __version__
+    return f"{__version__}+g{found.stdout.strip()}" if found.returncode == 0 else __version__
 
 
 def keep_compiled(folder: Path) -> None:

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-import ttt_jax
-from ttt_jax.command import PACKAGES, run
+from ttt_jax.command import PACKAGES, run, version
 
 PYTHON = (3, 11)
 """Oldest Python: `tomllib`, which reads the other bounds, came with it."""
@@ -115,7 +114,7 @@ def fits(version: str, bounds: str) -> bool:
 def _show_versions() -> None:
     print("Versions")
     _line("python", f"{sys.version.split()[0]} at {sys.executable}")
-    _line("ttt_jax", ttt_jax.__version__)
+    _line("ttt_jax", version())
     for name in PACKAGES:
         _line(name, installed(name) or "not installed")
 
