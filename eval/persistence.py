@@ -14,18 +14,8 @@ import numpy as np
 
 from eval import persistence_draw as draw
 from eval import persistence_report as report
-from eval.persistence_results import (
-    MARGIN,
-    THRESHOLD,
-    Bounds,
-    Condition,
-    Experiment,
-    File,
-    Setting,
-    analyse,
-    read,
-    write,
-)
+from eval.persistence_data import MARGIN, THRESHOLD, Bounds, Condition, Experiment, File, Setting
+from eval.persistence_results import analyse, read, write
 from eval.results import weights
 from ttt_jax.command import PARTIAL, cost, keep_compiled, machine
 from ttt_jax.errors import InputError

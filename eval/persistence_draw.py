@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from eval.draw import CHECKPOINTS, COLOURS, DASHES, KINDS, save
-from eval.persistence_results import BOUND_NAMES, LATER, Analysis, Experiment, differences, of_units
+from eval.persistence_data import BOUND_NAMES, LATER, Experiment, differences
+from eval.persistence_results import Analysis, of_units
 from eval.statistics import Estimate, band, group_means
 from ttt_jax.config import FRAME_RATE
 

@@ -8,16 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.paired import ALPHA, Interval, Power, Slope
-from eval.persistence_results import (
-    BEYOND,
-    BOUND_NAMES,
-    LATER,
-    REGIONS,
-    WINDOW,
-    Analysis,
-    Comparison,
-    Experiment,
-)
+from eval.persistence_data import BEYOND, BOUND_NAMES, LATER, REGIONS, WINDOW, Experiment
+from eval.persistence_results import Analysis, Comparison
 from eval.results import WEIGHTINGS
 from eval.statistics import interval
 from eval.verdict import p_words

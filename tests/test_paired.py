@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from eval import paired
-from eval.persistence_results import pooled
+from eval.persistence_data import pooled
 
 D = np.array([0.031, -0.012, 0.044, 0.052, 0.007, 0.019, 0.038, -0.004, 0.027, 0.061])
 

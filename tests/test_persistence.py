@@ -16,17 +16,20 @@ from scipy import stats
 from eval import paired, persistence, persistence_draw, persistence_report
 from eval import persistence_results as results
 from eval.__main__ import main
-from eval.persistence_results import (
+from eval.persistence_data import (
     BEYOND,
+    BOUND_NAMES,
     LATER,
+    REGIONS,
     WINDOW,
     Bounds,
     Condition,
     Experiment,
     File,
     Setting,
-    analyse,
+    differences,
 )
+from eval.persistence_results import analyse
 from eval.scores import ArmScores, FileScores
 from eval.verdict import ADVICE, BELOW, BETTER, EQUIVALENT, FIRM, UNDECIDED, WORSE, Rule, advise, p_words, verdict
 from ttt_jax.command import PARTIAL
@@ -182,7 +185,7 @@ def test_speakers_are_the_units():
     groups = [f"speaker{i // 3}" for i in range(12)]
     experiment = made({"reset": 0.05}, groups=groups, noise=0.03)
     found = only(experiment).paired
-    d = results.differences(experiment, "reset", 100)[0]
+    d = differences(experiment, "reset", 100)[0]
     assert found.n == 4
     assert found.p.t == pytest.approx(stats.ttest_1samp(d.reshape(4, 3).mean(1), 0).pvalue)
     assert "speakers" in persistence_report.table(experiment, analyse(experiment))
@@ -200,7 +203,7 @@ def test_files_that_end_before_a_region_are_no_part_of_it():
 def test_seeds_are_averaged_by_file_and_told_one_by_one():
     experiment = made({"reset": 0.03}, seeds=4, noise=0.04)
     found = only(experiment)
-    d = results.differences(experiment, "reset", 100)
+    d = differences(experiment, "reset", 100)
     assert d.shape == (4, 12)
     assert found.paired.mean == pytest.approx(d.mean())
     assert found.paired.p.t == pytest.approx(stats.ttest_1samp(d.mean(0), 0).pvalue)
@@ -229,7 +232,7 @@ def test_the_share_of_the_gap_that_is_closed():
     bounds = Bounds(persist - 0.03, persist + 0.07, experiment.weight)
     experiment = dataclasses.replace(experiment, bounds=bounds)
     analysis = analyse(experiment)
-    for region in results.REGIONS:
+    for region in REGIONS:
         assert analysis.losses["persist"].closed[region].mean == pytest.approx(0.7)
         assert analysis.losses["off"].closed[region].mean == pytest.approx(0.2, abs=0.02)
     off = analysis.losses["off"].closed[LATER]
@@ -598,7 +601,7 @@ def test_figures_show_the_numbers():
     for name, found in analysis.losses.items():
         np.testing.assert_allclose(lines[name].get_ydata(), [value.mean for value in found.chunks])
     np.testing.assert_allclose(lines["persist"].get_xdata()[[0, -1]], [50, 830])
-    for name, label in results.BOUND_NAMES.items():
+    for name, label in BOUND_NAMES.items():
         np.testing.assert_allclose(lines[label].get_ydata(), [value.mean for value in analysis.bounds[name]])
     (off,) = [line for line in lower.get_lines() if line.get_label() == "off"]
     d = (experiment.by_chunk("off") - experiment.by_chunk("persist")).mean(0)
@@ -607,7 +610,7 @@ def test_figures_show_the_numbers():
     assert marks == [150, 430]
     (axis,) = persistence_draw.paired_differences(experiment, analysis).axes
     dots = [own.get_offsets()[:, 0] for own in axis.collections if len(own.get_offsets()) == 12]
-    d = results.differences(experiment, "reset", 100)
+    d = differences(experiment, "reset", 100)
     assert len(dots) == 2 * (3 + 1)
     np.testing.assert_allclose(dots[3], np.sort(d.mean(0)))
     np.testing.assert_allclose(np.sort(dots[0]), np.sort(d[0]))
