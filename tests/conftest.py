@@ -5,7 +5,12 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Nearly all of the time is compiling; programs that run a few times need no optimising. XLA_FLAGS= pytest: as users compile.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+    flags = (
+        "xla_backend_optimization_level=0",
+        "xla_llvm_disable_expensive_passes=true",
+        "xla_cpu_use_fusion_emitters=false",
+    )
+    os.environ.setdefault("XLA_FLAGS", " ".join(f"--{flag}" for flag in flags))
 
 import jax
 import pytest

@@ -1,9 +1,9 @@
-"""What `test_sharding.py` runs in a process of its own with four simulated devices; it writes what it found as JSON.
+"""What `test_sharding.py` runs in a process of its own with simulated devices; it writes what it found as JSON.
 
-    JAX_NUM_CPU_DEVICES=4 python -m tests.many_devices OUT [MESH ...]
+    JAX_NUM_CPU_DEVICES=8 python -m tests.many_devices OUT [MESH ...]
 
-with meshes such as "2,1,2" (data, fsdp, tensor), or "2,1,2/2" for a batch in two parts. Of those with a word behind only the program is
-looked at, with a fault in the library: "1,2,2-width" spreads the width of heads instead of heads, "1,2,2-rows" sums the gradients of
+with meshes such as "2,2,2" (data, fsdp, tensor), or "2,1,2/2" for a batch in two parts. Of those with a word behind only the program is
+looked at, with a fault in the library: "2,2,2-width" spreads the width of heads instead of heads, "1,2,2-rows" sums the gradients of
 rows in each step of the inner loop.
 """
 
@@ -169,7 +169,7 @@ def main(out: str, wanted: list[str]) -> None:
         _, _, fault = name.partition("-")
         with FAULTS[fault]:
             results[name] = run(mesh, 2 if name.endswith("/2") else 1, 0 if fault else STEPS)
-    results["start"] = start(sharding.make_mesh(1, 2, 2), one) if "1,2,2" in wanted else None
+    results["start"] = start(sharding.make_mesh(2, 2, 2), one) if "2,2,2" in wanted else None
     with open(out, "w") as file:
         json.dump(results, file)
 

@@ -2,11 +2,9 @@
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 from eval.tasks import Settings, make
 from tests import micro
-from tests.drawing import QUICK
 from train.config import DataConfig, LossConfig, OptimConfig, TrainConfig
 from ttt_jax.config import DepthConfig, TTTConfig
 
@@ -35,15 +33,3 @@ def write_data(folder: Path, task: str) -> str:
     for name, settings in (("short", SHORT), ("long", LONG)):
         make(dataclasses.replace(settings, task=task), folder / name)
     return f"{folder / 'short'}:2,{folder / 'long'}:1"
-
-
-def quickly(make_step):
-    """`make_train_step` or `make_steps_together` with programs that compile in a third of the time."""
-
-    def made(*args):
-        step = make_step(*args)
-        return SimpleNamespace(
-            lower=lambda *given: SimpleNamespace(compile=lambda: step.lower(*given).compile(compiler_options=QUICK))
-        )
-
-    return made

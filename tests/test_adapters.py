@@ -1,12 +1,13 @@
 """Adapters on chosen maps: where they are, and that they do what they add to the weights."""
 
 import dataclasses
+from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.drawing import quick_jit
 from ttt_jax import weights
 from ttt_jax.config import DepthConfig, LoRAConfig, MoshiConfig, TTTConfig
 from ttt_jax.moshi import model
@@ -71,9 +72,10 @@ def test_adapters_are_what_they_add_to_the_weights(maps):
                 out[name] = out[name] + cfg.lora.scaling * (flat @ a).reshape(out[name].shape)
         return out
 
-    frames = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, 5, 6)), jnp.int32)
-    mask = jnp.ones((2, 6), bool)
+    frames = np.random.default_rng(0).integers(0, 16, (2, 5, 6), dtype=np.int32)
+    mask = np.ones((2, 6), bool)
 
+    @partial(quick_jit, static_argnames="cfg")
     def outputs(params, cfg):
         got, _ = model.forward(params, frames, mask, model.init_state(cfg, 2), cfg)
         return {
@@ -82,7 +84,8 @@ def test_adapters_are_what_they_add_to_the_weights(maps):
             "heads": model.extra_logits(params, got.hidden, cfg),
         }
 
-    apart, merged, without = outputs(params, cfg), outputs(merge(params), CFG), outputs(base(params), CFG)
+    calls = (params, cfg), (merge(params), CFG), (base(params), CFG)
+    apart, merged, without = (jax.tree.map(np.asarray, outputs(*call)) for call in calls)
     for name in apart:
         np.testing.assert_allclose(apart[name], merged[name], atol=2e-5)
         assert np.abs(apart[name] - without[name]).max() > 0.1

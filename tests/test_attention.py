@@ -5,10 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.drawing import quick_jit
 from ttt_jax.moshi import attention
 
 SLOTS, HEADS, WIDTH, ROWS = 8, 2, 4, 3
 library = jax.nn.dot_product_attention
+
+
+@quick_jit
+def both_forms(q, k, v, ring, start, mask):
+    """Where the frames lie, what is read and what the ring keeps: of the fused form, of the plain one."""
+    where, line = attention.positions(start, mask, SLOTS), attention.line_up(start, mask, SLOTS)
+    written = attention.write(jax.tree.map(lambda leaf: leaf[None], ring), k[None], v[None], start, mask)
+    fused, plain = attention.attend_fused(q, k, v, ring, line), attention.attend(q, k, v, ring, where)
+    return (where, line), fused, (plain, written)
 
 
 @pytest.mark.parametrize(
@@ -20,24 +30,21 @@ def test_fused_attention_equals_the_plain_form(monkeypatch, frames, starts, mask
     rng = np.random.default_rng(frames)
 
     def draw(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+        return rng.normal(size=shape).astype(np.float32)
 
-    start = jnp.array(starts)
-    mask = jnp.asarray(rng.random((ROWS, frames)) < 0.6) if masked else jnp.ones((ROWS, frames), bool)
+    start = np.array(starts, np.int32)
+    mask = rng.random((ROWS, frames)) < 0.6 if masked else np.ones((ROWS, frames), bool)
     q, k, v = (draw(ROWS, frames, HEADS, WIDTH) for _ in range(3))
     ring = attention.Ring(draw(ROWS, HEADS, SLOTS, WIDTH), draw(ROWS, HEADS, SLOTS, WIDTH))
-    where, line = attention.positions(start, mask, SLOTS), attention.line_up(start, mask, SLOTS)
+    (where, line), (read, kept), (expected, written) = both_forms(q, k, v, ring, start, mask)
     np.testing.assert_array_equal(line.query, where.query)
-    read, kept = attention.attend_fused(q, k, v, ring, line)
-    expected = attention.attend(q, k, v, ring, where)
     np.testing.assert_allclose(
         np.where(mask[..., None, None], read, 0), np.where(mask[..., None, None], expected, 0), atol=1e-6
     )
-    written = attention.write(jax.tree.map(lambda leaf: leaf[None], ring), k[None], v[None], start, mask)
-    for row, seen in enumerate(np.asarray(start + mask.sum(1))):
+    for row, seen in enumerate(start + mask.sum(1)):
         held = (seen - 1 - np.arange(min(seen, SLOTS))) % SLOTS
         for new, old in zip(kept, written, strict=True):
-            np.testing.assert_array_equal(new[row][:, held], old[0, row][:, held])
+            np.testing.assert_array_equal(np.asarray(new)[row][:, held], np.asarray(old)[0, row][:, held])
 
 
 @pytest.mark.parametrize(("frames", "masked"), [(20, False), (5, True), (20, True)])
@@ -47,17 +54,17 @@ def test_fused_attention_has_the_gradients_of_the_plain_form(monkeypatch, frames
     rng = np.random.default_rng(frames)
 
     def draw(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+        return rng.normal(size=shape).astype(np.float32)
 
-    start = jnp.array((0, 3, 30))
-    mask = jnp.asarray(rng.random((ROWS, frames)) < 0.6) if masked else jnp.ones((ROWS, frames), bool)
+    start = np.array((0, 3, 30), np.int32)
+    mask = rng.random((ROWS, frames)) < 0.6 if masked else np.ones((ROWS, frames), bool)
     inputs = [draw(ROWS, frames, HEADS, WIDTH) for _ in range(3)]
     ring = attention.Ring(draw(ROWS, HEADS, SLOTS, WIDTH), draw(ROWS, HEADS, SLOTS, WIDTH))
-    where, line = attention.positions(start, mask, SLOTS), attention.line_up(start, mask, SLOTS)
     of_read, of_ring = draw(ROWS, frames, HEADS, WIDTH), draw(ROWS, HEADS, SLOTS, WIDTH)
-    held = jnp.arange(SLOTS)[None] < (start + mask.sum(1))[:, None]  # slots that hold anything after the call
+    held = np.arange(SLOTS)[None] < (start + mask.sum(1))[:, None]  # slots that hold anything after the call
 
-    def loss(fused, inputs, ring):
+    def loss(inputs, ring, fused):
+        where, line = attention.positions(start, mask, SLOTS), attention.line_up(start, mask, SLOTS)
         if fused:
             read, kept = attention.attend_fused(*inputs, ring, line)
         else:
@@ -67,7 +74,8 @@ def test_fused_attention_has_the_gradients_of_the_plain_form(monkeypatch, frames
         seen = jnp.where(mask[..., None, None], read, 0)
         return (of_read * seen).sum() + sum((jnp.where(held[:, None, :, None], x, 0) * of_ring).sum() for x in kept)
 
-    found, expected = (jax.grad(lambda *args, f=f: loss(f, *args), argnums=(0, 1))(inputs, ring) for f in (True, False))
+    gradients = quick_jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    found, expected = (gradients(inputs, ring, fused) for fused in (True, False))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert float(jnp.abs(b).max()) > 0.1
         np.testing.assert_allclose(a, b, atol=1e-5)

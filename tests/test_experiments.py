@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from eval import persistence, persistence_draw
+from eval import persistence, persistence_draw, stream
 from experiments import memory
-from tests.small_tasks import CONFIG, LONG, SHORT, quickly
+from tests.quick import quickly, scan_calls
+from tests.small_tasks import CONFIG, LONG, SHORT
 from train import plots, together
 from ttt_jax.checkpoint import load_run
 from ttt_jax.data import corpus as corpora
@@ -43,6 +44,7 @@ def done(tmp_path_factory):
             patch.setattr(memory, name, value)
         patch.setattr(memory.Experiment, "_conditions", conditions)
         patch.setattr(together, "make_steps_together", quickly(together.make_steps_together))
+        patch.setattr(stream, "scan_calls", scan_calls)
         patch.setattr(persistence_draw, "draw_all", lambda *_: [])
         patch.setattr(plots, "draw_run", lambda lines, unigram, folder: drawn.append((len(lines), folder.name)))
         # As many runs and steps as in tests/test_together.py: the program may be there already.

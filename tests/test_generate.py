@@ -1,6 +1,7 @@
 """Streaming generation: forced tokens, seeds by row, the scan, first-frame conventions, saved and forked states."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,11 @@ from ttt_jax.moshi.generate import FREE, Sampling
 
 CFG = dataclasses.replace(MODEL, n_q=6, dep_q=3, delays=(0, 0, 1, 1, 0, 1, 1), card=16, text_card=20)
 ROWS, CALLS = 3, 20
+step = quick_jit(generate.stream_step.__wrapped__, static_argnames=("cfg", "sampling"), donate_argnames="state")
+scan = quick_jit(
+    generate.generate.__wrapped__, static_argnames=("cfg", "sampling", "first_frame"), donate_argnames="state"
+)
+reset_rows = quick_jit(partial(model.reset_rows, cfg=CFG, seeds=[7]))
 HOT = Sampling(temperature=2.0, top_k=12, text_temperature=2.0, text_top_k=15)
 
 
@@ -38,7 +44,7 @@ def run(params, other, state=None, mask=None, forced=None, cfg=CFG, sampling=HOT
     outs = []
     for call in range(calls):
         given = None if forced is None else jnp.asarray(forced[..., call])
-        own, state = generate.stream_step(
+        own, state = step(
             params, jnp.asarray(other[..., call]), jnp.asarray(mask[:, call]), state, cfg, sampling, given
         )
         outs.append(np.asarray(own))
@@ -82,7 +88,7 @@ def test_a_rows_draws_depend_on_its_seed_alone(params):
     assert (both[0] != both[1]).any()
     alone, _ = run(params, codes(rows=1), model.init_state(CFG, 1, seeds=[7]))
     np.testing.assert_array_equal(alone[0], both[2])
-    state = model.reset_rows(run(params, codes(rows=1))[1], jnp.ones(1, bool), CFG, seeds=[7])
+    state = reset_rows(run(params, codes(rows=1))[1], jnp.ones(1, bool))
     np.testing.assert_array_equal(run(params, codes(rows=1), state)[0], alone)
 
 
@@ -127,7 +133,7 @@ def test_draws_follow_the_softmax_over_the_likeliest():
 def test_generate_is_the_scan_of_steps(params):
     other, mask = codes(), np.random.default_rng(2).random((ROWS, CALLS)) < 0.7
     expected, state = run(params, other, mask=mask)
-    got, scanned = generate.generate(
+    got, scanned = scan(
         params, jnp.asarray(other), jnp.asarray(mask), model.init_state(CFG, ROWS), CFG, HOT, first_frame="once"
     )
     np.testing.assert_array_equal(got, expected)
@@ -139,12 +145,12 @@ def test_first_frame_twice_is_for_fresh_rows_only(params):
     twice = np.concatenate([other[..., :1], other], -1)
     expected, _ = run(params, twice)
     args = params, jnp.asarray(other), jnp.ones((ROWS, CALLS), bool)
-    got, state = generate.generate(*args, model.init_state(CFG, ROWS), CFG, HOT)
+    got, state = scan(*args, model.init_state(CFG, ROWS), CFG, HOT)
     np.testing.assert_array_equal(got, expected)
     # Rows that have begun hear each frame once: a stream in two pieces is the stream.
     half = CALLS // 2
-    first, state = generate.generate(args[0], *(x[..., :half] for x in args[1:]), model.init_state(CFG, ROWS), CFG, HOT)
-    second, state = generate.generate(args[0], *(x[..., half:] for x in args[1:]), state, CFG, HOT)
+    first, state = scan(args[0], *(x[..., :half] for x in args[1:]), model.init_state(CFG, ROWS), CFG, HOT)
+    second, state = scan(args[0], *(x[..., half:] for x in args[1:]), state, CFG, HOT)
     assert (second[..., 0] == -1).all()
     np.testing.assert_array_equal(np.concatenate([first, second[..., 1:]], -1), expected)
 
@@ -153,7 +159,7 @@ def test_forced_frames_of_generate_are_those_that_each_row_makes(params):
     other, mask = codes(), np.ones((ROWS, CALLS), bool)
     mask[1, 3:6] = False  # a pause
     forced = np.random.default_rng(3).integers(0, CFG.card, (ROWS, 1 + CFG.dep_q, 8)).astype(np.int32)
-    got, _ = generate.generate(
+    got, _ = scan(
         params, jnp.asarray(other), jnp.asarray(mask), model.init_state(CFG, ROWS), CFG, HOT, jnp.asarray(forced)
     )
     got = np.asarray(got)
@@ -171,9 +177,8 @@ def test_a_stream_goes_on_after_a_prompt(params):
     # Call s takes the other voice's frame s - 1; call 0 ignores what it is given.
     expected, _ = run(params, np.concatenate([other[..., :1], other[..., :-1]], -1), forced=forced)
     frames = np.concatenate([own, other[..., :prompt]], 1)
-    _, state = model.forward(
-        params, jnp.asarray(frames), jnp.ones((ROWS, prompt), bool), model.init_state(CFG, ROWS), CFG
-    )
+    read = quick_jit(partial(model.forward, cfg=CFG))
+    _, state = read(params, frames, np.ones((ROWS, prompt), bool), model.init_state(CFG, ROWS))
     got, _ = run(params, other[..., prompt - 1 : -1], state)
     np.testing.assert_array_equal(got, expected[..., prompt:])
 

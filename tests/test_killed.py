@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests import commands
+from tests import commands, small_tasks
 
 STEPS = 24
 
@@ -15,9 +15,11 @@ STEPS = 24
 def whole(tmp_path_factory):
     """The configuration, and the metrics of a run of it that nobody disturbed."""
     folder = tmp_path_factory.mktemp("killed")
-    asked = commands.write_config(folder, steps=STEPS, checkpoint_every=2, eval_every=5, keep=2)
+    model = small_tasks.CONFIG.model
+    asked = commands.write_config(folder, model=model, steps=STEPS, checkpoint_every=2, eval_every=5, keep=2)
     said, code = commands.finish(commands.start("--from", asked, "--run-dir", folder / "whole"))
     assert code == 0, said
+    assert (folder / "whole" / "loss.png").is_file()
     return folder, asked, commands.lines(folder / "whole")
 
 
@@ -47,7 +49,7 @@ def test_a_run_killed_at_random_ends_like_one_never_killed(whole, times):
             before = steps.stat().st_size if steps.exists() else 0
             # The file is first cut to the steps that a checkpoint holds; wait until new steps are done.
             wait_for(lambda steps=steps, before=before: steps.exists() and steps.stat().st_size != before, process)
-            if kills % 2:  # while a checkpoint is being written
+            if kills % 2 == 0:  # while a checkpoint is being written
                 wait_for(lambda run=run: half_written(run), process)
                 saving += bool(half_written(run))
             else:

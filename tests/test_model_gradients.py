@@ -23,10 +23,10 @@ from tests.test_model_laws import (
 from ttt_jax.moshi import model
 from ttt_jax.moshi.loss import token_losses
 
-CALLS = (8, 8, 1, 1, 1)
+CALLS = (8, 8)
 FRAMES = sum(CALLS)
-"""Enough to wrap the rings of 6 frames three times; each length of a call compiles for seconds."""
-configs = grid("linear-1", "mlp2-16")
+"""Enough to wrap the rings of 6 frames twice, from any phase of a mini-batch; each length of a call compiles for seconds."""
+configs = grid("mlp2-16")
 
 
 def floats(state):
@@ -70,14 +70,14 @@ def zeros_like(tree):
 
 
 @grid("mlp2-16")
-@given(seed=seeds, parts=st.permutations(CALLS))
-def test_any_split_gives_the_same_gradients(cfg, x64, seed, parts):
+@given(seed=seeds)
+def test_two_calls_give_the_gradients_of_one(cfg, x64, seed):
     params, frames, rng = setting(cfg, seed, frames=FRAMES)
     mask, state = random_mask(rng, (ROWS, FRAMES)), carried_state(cfg, rng)
     weights = random_weights(state, rng)
 
     zero, starts = zeros_like(weights[1]), [state]
-    calls = [(frames[:, :, piece], mask[:, piece], weights[0][:, :, piece]) for piece in pieces(parts)]
+    calls = [(frames[:, :, piece], mask[:, piece], weights[0][:, :, piece]) for piece in pieces(CALLS)]
     for tokens, seen, ahead in calls:
         starts.append(value_and_grads(params, tokens, seen, starts[-1], (ahead, zero), cfg=cfg)[0][1])
     # The chain rule over the calls, the last one first.

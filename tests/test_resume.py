@@ -10,10 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from eval import models
+from eval import draw, models, stream
 from eval.__main__ import main as eval_main
-from tests.micro import CONFIG, files, write_manifest
-from train import loop
+from tests import micro
+from tests.micro import files, write_manifest
+from tests.quick import quickly, remembering, scan_calls
+from train import loop, plots
 from train.config import TrainConfig
 from train.windows import Windows
 from ttt_jax import integrity, record
@@ -21,10 +23,24 @@ from ttt_jax.checkpoint import load_run
 from ttt_jax.codec import load_codec
 from ttt_jax.errors import InputError
 
+CONFIG = micro.config(steps=12, checkpoint_every=6)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Programs that compile quickly; no figures: tests/test_killed.py and tests/test_evaluate.py ask for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_train_step", quickly(loop.make_train_step))
+        patch.setattr(loop.parameters, "initial", remembering(loop.parameters.initial))
+        patch.setattr(stream, "scan_calls", scan_calls)
+        patch.setattr(plots, "draw_run", lambda *_: [])
+        patch.setattr(draw, "draw_all", lambda *_: [])
+        yield
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same run twice: `whole` undisturbed, `parts` stopped by Ctrl-C in step 7 and resumed; exit codes."""
+    """The same run twice: `whole` undisturbed, `parts` stopped by Ctrl-C in step 5 and resumed; exit codes."""
     folder = tmp_path_factory.mktemp("runs")
     train = write_manifest(folder, "train", files(), load_codec().digest)
     heldout = write_manifest(folder, "heldout", files((70, 50), seed=1), load_codec().digest)
@@ -32,11 +48,11 @@ def runs(tmp_path_factory):
     codes = [loop.start(dataclasses.replace(CONFIG, data=data, run_dir=str(folder / "whole")))]
 
     class Interrupted(Windows):
-        """Presses Ctrl-C while step 7 is prepared; the loop looks at one batch before the first step."""
+        """Presses Ctrl-C while step 5 is prepared; the loop looks at one batch before the first step."""
 
         def __next__(self):
             self.taken = getattr(self, "taken", 0) + 1
-            if self.taken == 8:
+            if self.taken == 6:
                 signal.raise_signal(signal.SIGINT)
             return super().__next__()
 
@@ -50,26 +66,25 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(runs):
-    """`whole` as a kill in step 33 without warning would have left it, then resumed; and its exit code."""
+    """`whole` as a kill in step 10 without warning would have left it, then resumed; and its exit code."""
     folder = runs[0] / "killed"
     shutil.copytree(runs[0] / "whole", folder)
     shutil.rmtree(folder / "eval")
-    (folder / "loss.png").unlink()
     # Orbax's name for a checkpoint that is being written
-    (folder / "checkpoints" / "40").rename(folder / "checkpoints" / "40.orbax-checkpoint-tmp")
+    (folder / "checkpoints" / "12").rename(folder / "checkpoints" / "12.orbax-checkpoint-tmp")
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(lines[:32]) + lines[32][:50])
+    (folder / "metrics.jsonl").write_text("".join(lines[:9]) + lines[9][:50])
     return folder, loop.resume(folder)
 
 
 def with_meta(run_dir, copy, change):
     """A copy of a run in which the latest checkpoint's meta went through `change`."""
     shutil.copytree(run_dir, copy)
-    path = copy / "checkpoints" / "40" / "meta" / "metadata"
+    path = copy / "checkpoints" / "12" / "meta" / "metadata"
     meta = json.loads(path.read_text())
     change(meta)
     path.write_text(json.dumps(meta))
-    seal = copy / "checkpoints" / "40" / "integrity" / "metadata"
+    seal = copy / "checkpoints" / "12" / "integrity" / "metadata"
     content = json.loads(seal.read_text())["content"]
     seal.write_text(json.dumps(integrity.seal({**content, "meta": integrity.crc(meta)})))
     return copy
@@ -79,6 +94,11 @@ def metrics(run_dir):
     untimed = ("seconds", "frames_per_second")
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in untimed} for line in lines]
+
+
+def same(a, b):
+    """Whether two trees are equal bit for bit."""
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
 def losses(folder):
@@ -96,8 +116,8 @@ def test_exit_codes_tell_done_from_interrupted(runs):
 
 
 def test_an_interrupted_run_keeps_the_step_it_was_in(runs):
-    assert [line["step"] for line in metrics(runs[0] / "stopped")] == list(range(1, 8))
-    assert load_run(runs[0] / "stopped").meta["step"] == 7
+    assert [line["step"] for line in metrics(runs[0] / "stopped")] == list(range(1, 6))
+    assert load_run(runs[0] / "stopped").meta["step"] == 5
 
 
 def test_a_resumed_run_has_the_losses_of_one_never_stopped(runs):
@@ -108,20 +128,19 @@ def test_a_resumed_run_has_the_losses_of_one_never_stopped(runs):
 
 def test_a_resumed_run_has_the_weights_of_one_never_stopped(runs):
     whole, parts = (load_run(runs[0] / name).params for name in ("whole", "parts"))
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, parts))
+    assert same(whole, parts)
 
 
 def test_a_run_killed_without_warning_ends_like_one_never_stopped(runs, killed):
     whole, (resumed, code) = runs[0] / "whole", killed
     assert code == 0
     assert metrics(resumed) == metrics(whole)
-    weights = [load_run(folder).params for folder in (resumed, whole)]
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), *weights))
+    assert same(*(load_run(folder).params for folder in (resumed, whole)))
     assert losses(resumed / "eval") == losses(whole / "eval")
 
 
 def test_a_run_killed_without_warning_leaves_no_remains(killed):
-    assert {path.name for path in (killed[0] / "checkpoints").iterdir()} == {"20", "40"}
+    assert {path.name for path in (killed[0] / "checkpoints").iterdir()} == {"6", "12"}
     assert not [path for path in killed[0].rglob("*") if "tmp" in path.name]
 
 
@@ -157,7 +176,7 @@ def test_evaluating_with_another_codec_or_tokenizer_is_refused(runs, tmp_path, p
 
 def test_a_finished_run_leaves_everything_it_promises(runs):
     found = {str(path.relative_to(runs[0] / "whole")) for path in (runs[0] / "whole").rglob("*") if path.is_file()}
-    assert {"config.json", "meta.json", "metrics.jsonl", "loss.png", "eval/results.json"} <= found
+    assert {"config.json", "meta.json", "metrics.jsonl", "eval/results.json"} <= found
     assert not [name for name in found if name.endswith((".tmp", ".partial"))]
 
 
@@ -194,7 +213,7 @@ def test_resume_refuses_other_data(runs, tmp_path):
 def test_a_damaged_checkpoint_is_refused_by_name(runs, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(runs[0] / "stopped", damaged)
-    for path in (damaged / "checkpoints" / "7" / "params").rglob("*"):
+    for path in (damaged / "checkpoints" / "5" / "params").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(InputError, match="holds no checkpoint that is not damaged"):
@@ -211,11 +230,11 @@ def test_no_run_and_no_checkpoint_are_refused(tmp_path):
 
 def test_a_checkpoint_can_be_read_by_its_folder(runs):
     whole = runs[0] / "whole"
-    early, late = (load_run(whole / "checkpoints" / str(step)) for step in (20, 40))
-    assert (early.meta["step"], late.meta["step"]) == (20, 40)
-    same = [jax.tree.map(lambda a, b: bool((a == b).all()), late.params, of.params) for of in (load_run(whole), early)]
-    assert [jax.tree.all(tree) for tree in same] == [True, False]
-    assert models.load(whole / "checkpoints" / "20").name == "whole-20"
+    early, late = (load_run(whole / "checkpoints" / str(step)) for step in (6, 12))
+    assert (early.meta["step"], late.meta["step"]) == (6, 12)
+    assert same(late.params, load_run(whole).params)
+    assert not same(late.params, early.params)
+    assert models.load(whole / "checkpoints" / "6").name == "whole-6"
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_again_in_its_folder(runs, tmp_path):
@@ -230,14 +249,14 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again_in_its_folder
 def test_a_damaged_latest_checkpoint_is_named_and_the_one_before_goes_on_to_the_same_end(runs, tmp_path, caplog):
     whole, copy = runs[0] / "whole", tmp_path / "copy"
     shutil.copytree(whole, copy)
-    largest = max((copy / "checkpoints" / "40" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    largest = max((copy / "checkpoints" / "12" / "params").rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     with caplog.at_level(logging.WARNING, "train"):
         assert loop.resume(copy) == 0
-    assert "checkpoints/40" in caplog.text
-    assert (copy / "damaged" / "40").is_dir()
+    assert "checkpoints/12" in caplog.text
+    assert (copy / "damaged" / "12").is_dir()
     assert metrics(copy) == metrics(whole)
 
 

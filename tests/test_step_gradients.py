@@ -88,7 +88,14 @@ def slope(loss, size=1e-5):
     return (8 * (loss(size) - loss(-size)) - (loss(2 * size) - loss(-2 * size))) / (12 * size)
 
 
-@pytest.mark.parametrize(("cfg", "chunks"), [(PERSIST, 1), (RESET, 1), (TWO, 2)], ids=["persist", "reset", "bptt"])
+@pytest.mark.parametrize(
+    ("cfg", "chunks"),
+    [
+        pytest.param(PERSIST, 1, id="persist"),
+        pytest.param(RESET, 1, id="reset", marks=pytest.mark.slow),
+        pytest.param(TWO, 2, id="bptt"),
+    ],
+)
 def test_gradients_equal_finite_differences_that_hold_the_state_of_the_start(cfg, chunks):
     trained, frozen, stream = carried(cfg)
     trained = jax.tree.map(np.asarray, trained)
@@ -172,7 +179,7 @@ def row_of(stream, i):
 
 
 def test_a_row_that_begins_a_file_and_its_neighbours_are_as_if_each_ran_alone():
-    trained, frozen, stream = carried(TWO)
+    trained, frozen, stream = jax.tree.map(np.asarray, carried(TWO))
     one = batch(2, seed=4, reset=[(1, 1)])
     grads, sums, after = gradient(trained, frozen, one, stream, cfg=TWO)
     total, weight = jax.tree.map(np.zeros_like, trained), 0
@@ -273,7 +280,7 @@ def test_a_reset_chunk_is_one_of_a_fresh_ttt_state():
 # Less memory, the same numbers
 
 
-@pytest.mark.parametrize("remat", ["dots", "layers"])
+@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "layers"])
 def test_computing_again_changes_no_gradient(remat):
     cfg = arm(remat=remat)
     trained, frozen, stream = carried(PERSIST)
@@ -309,12 +316,16 @@ def test_parts_of_a_batch_have_its_gradient_over_several_chunks():
     assert_close(got, expected, 1e-11)
 
 
-@pytest.mark.parametrize("block", [ROWS * FRAMES // 3, 10, 1], ids="blocks of {}".format)
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(ROWS * FRAMES // 3, marks=pytest.mark.slow), 10, pytest.param(1, marks=pytest.mark.slow)],
+    ids="blocks of {}".format,
+)
 def test_scores_of_blocks_are_the_token_losses_and_have_their_gradient(block):
     cfg = dataclasses.replace(PERSIST.model)
     trained, frozen, stream = start(PERSIST)
-    one, params = batch(seed=13), merge(trained, frozen)
-    weights = np.random.default_rng(0).standard_normal((ROWS, 1 + cfg.dep_q, FRAMES))
+    one, params = batch(seed=13, frames=FRAMES - 1), merge(trained, frozen)  # 11: the last of the blocks is filled up
+    weights = np.random.default_rng(0).standard_normal((ROWS, 1 + cfg.dep_q, FRAMES - 1))
 
     def in_blocks(params):
         encoded, _ = model.encode(params, one.frames[0], one.mask[0], stream, cfg)

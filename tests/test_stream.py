@@ -16,7 +16,8 @@ from eval import arms, unigram
 from eval import stream as module
 from eval.scores import load, not_finite, save, without_text
 from eval.stream import _block, batches, plan, score, stream
-from tests import micro, small_step
+from tests import micro, quick, small_step
+from tests.drawing import quick_jit
 from tests.micro import CONFIG, MODEL
 from train import parameters, step
 from train.windows import Windows
@@ -28,6 +29,7 @@ from ttt_jax.moshi.loss import token_losses
 PERIOD, LENGTHS = 8, (270, 133)
 CARDS = np.array([*MODEL.target_streams.values()])
 ALL = tuple(arms.ARMS)
+quick_forward = quick_jit(model.forward.__wrapped__, static_argnames=("cfg", "measured"))
 
 
 def walk(length, seed):
@@ -37,14 +39,25 @@ def walk(length, seed):
     return ((rng.integers(0, 4, (17, 1)) + np.cumsum(steps, 1)) % 4).astype(np.int32)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    """Programs that run a few times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "scan_calls", quick.scan_calls)
+        yield
+
+
 @pytest.fixture(scope="module")
 def params():
     """Of a model that has learned `walk` for some steps."""
     mesh = small_step.one_device()
-    train = step.make_train_step(CONFIG, mesh)
     state = step.init_state(CONFIG, mesh, parameters.initial(CONFIG, mesh).trained)
     source = micro.source([walk(400, i) for i in range(8)])
     with contextlib.closing(Windows([source], CONFIG.data.batch, CONFIG.data.chunk, 0)) as windows:
+        lowered = quick.quickly(step.make_train_step)(CONFIG, mesh).lower(
+            state, {}, next(windows).batch, small_step.NO_STOP
+        )
+        train = lowered.compile()
         for _ in range(CONFIG.steps):
             state, _ = train(state, {}, next(windows).batch, small_step.NO_STOP)
     return state.trained
@@ -67,7 +80,7 @@ def forward(params, files):
     """One call over whole files."""
     frames = np.stack([np.pad(file, ((0, 0), (0, max(LENGTHS) - file.shape[1]))) for file in files])
     mask = jnp.arange(max(LENGTHS)) < jnp.array([[file.shape[1]] for file in files])
-    return model.forward(params, frames, mask, model.init_state(MODEL, len(files)), MODEL)[0]
+    return quick_forward(params, frames, mask, model.init_state(MODEL, len(files)), MODEL)[0]
 
 
 def largest(a, b):
@@ -127,7 +140,7 @@ def test_a_file_ends_where_it_ends(files, scores):
         assert np.isfinite(got.arms["persist"].nats[:, MODEL.max_delay :]).all()
 
 
-@pytest.mark.parametrize("chunk", [1, 250, 1000])
+@pytest.mark.parametrize("chunk", [1, pytest.param(250, marks=pytest.mark.slow), 1000])
 def test_the_length_of_calls_changes_no_number(params, files, scores, chunk):
     other = stream(params, files, MODEL, ("persist",), chunk=chunk, period=PERIOD)
     for got, own in zip(scores, other, strict=True):
@@ -200,8 +213,8 @@ def test_permuted_is_what_persist_has_learned_on_the_other_file(params, files, s
             for name, layer in own.layers.items()
         }
         call = frames[..., start : start + PERIOD]
-        outputs, own = model.forward(params, call, mask, own._replace(layers=layers), MODEL)
-        _, kept = model.forward(params, call, mask, kept, MODEL)
+        outputs, own = quick_forward(params, call, mask, own._replace(layers=layers), MODEL)
+        _, kept = quick_forward(params, call, mask, kept, MODEL)
         expected = np.where(outputs.target_mask, token_losses(outputs), np.nan)
         for row, got in enumerate(scores):
             found = got.arms["permuted"].nats[:, start : start + PERIOD]

@@ -11,7 +11,8 @@ import pytest
 
 from eval import models
 from eval.tasks import CODEC
-from tests.small_tasks import CONFIG, quickly, write_data
+from tests.quick import quickly, remembering
+from tests.small_tasks import CONFIG, write_data
 from train import loop, plots, together
 from train.config import TrainConfig
 from train.windows import Windows
@@ -57,6 +58,7 @@ def runs(tmp_path_factory):
         patch.setattr(plots, "draw_run", lambda *_: [])  # tests/test_experiments.py looks at them
         patch.setattr(together, "make_steps_together", quickly(together.make_steps_together))
         patch.setattr(loop, "make_train_step", quickly(loop.make_train_step))
+        patch.setattr(loop.parameters, "initial", remembering(loop.parameters.initial))
         with pytest.MonkeyPatch.context() as interrupted:
             interrupted.setattr(together, "Windows", Interrupted)
             codes["together"] = together.start([one(folder, name, *of) for name, of in MEMBERS.items()])

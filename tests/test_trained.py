@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import cache
 
 import jax
 import ml_dtypes
@@ -149,11 +150,17 @@ TTT = TTTConfig(layers="1", mini_batch=4, hidden=(2,))
 RANK = LoRAConfig(rank=2)
 
 
+@cache
+def initial(cfg):
+    """The parameters that a run starts from; no test writes to them."""
+    return parameters.initial(cfg, one_device())
+
+
 @pytest.fixture(scope="module")
 def begun(folder):
     """A run with new TTT layers and adapters on a frozen base but for the attention of layer 0, and its parameters."""
     cfg = starting(folder, TrainsConfig(base=False, attention="0"), ttt=TTT, lora=RANK)
-    return cfg, parameters.initial(cfg, one_device())
+    return cfg, initial(cfg)
 
 
 def tokens(cfg: MoshiConfig):
@@ -236,14 +243,14 @@ def small_batch(cfg):
     [
         (TrainsConfig(base=False, attention="0"), TTT, RANK),
         (TrainsConfig(base=False, lora=False), TTT, RANK),  # adapters that are new and frozen are stored
-        (TrainsConfig(base=False), TTT, LoRAConfig()),
+        pytest.param(TrainsConfig(base=False), TTT, LoRAConfig(), marks=pytest.mark.slow),
         (TrainsConfig(base=True), TTT, LoRAConfig()),
     ],
     ids=["attention", "ttt", "ttt without adapters", "base"],
 )
 def test_what_a_checkpoint_holds_and_the_frozen_base_are_all(folder, trains, ttt, lora):
     cfg, mesh = starting(folder, trains, ttt=ttt, lora=lora), one_device()
-    all_ = merge(*parameters.initial(cfg, mesh))
+    all_ = merge(*initial(cfg))
     kept = pick(all_, set(parameters.stored(cfg)))
     rest = parameters.frozen_base(cfg, mesh)
     whole = merge(kept, rest)

@@ -88,7 +88,7 @@ def test_small_updates_are_not_lost_to_rounding():
         assert np.linalg.norm(a - b) <= 2e-5 * np.linalg.norm(b)
 
 
-@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("group", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_rematerialised_groups_change_nothing(group, x64):
     cfg = config(mini_batch=5, remat_group=group)  # 8 mini-batches: groups with and without a rest
     params, x, rng = setting(cfg, 13)
