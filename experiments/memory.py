@@ -49,7 +49,7 @@ SHORT = Settings("", files=24576, frames=CHUNK, every=3, seed=1)
 LONG = Settings("", files=6144, frames=4 * CHUNK, every=6, seed=2)
 """What is trained on: half of the frames each."""
 LONG_SPEAKER = dataclasses.replace(LONG, every=48)
-"""A voice that goes on speaking need not be remembered for long."""
+"""Of speakers: the rarer a voice speaks, the longer it has to be remembered."""
 HELDOUT = Settings("", files=128, frames=17 * CHUNK, every=131, seed=2000)
 """What is tested on: 16 questions or tokens, so that next to nothing is told again; the last comes 16 chunks after the start."""
 

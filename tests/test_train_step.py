@@ -220,7 +220,6 @@ def test_one_process_that_is_to_stop_is_heard(program):
 # In parts
 
 
-@pytest.mark.slow  # of gradients, sums and streams in float64: tests/test_step_gradients.py
 def test_parts_of_a_batch_make_the_same_step(train_step):
     parts = compiled(config(lora=LORA, accumulate=2))
     states = [start(CONFIG), start(CONFIG)]
