@@ -70,7 +70,7 @@ def markdown(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) 
             "## Share of the gap",
             f"{title[0].upper()}{title[1:]}.",
             table_,
-            "By chunk:",
+            "By chunk, beyond the attention window:",
             _gap_by_chunk(experiment, analysis),
         ]
     sections += [
@@ -265,11 +265,12 @@ def _gap(experiment: Experiment, analysis: Analysis, plain: bool = True) -> list
 
 
 def _gap_by_chunk(experiment: Experiment, analysis: Analysis) -> str:
-    """The share of the gap that each condition closes, chunk by chunk."""
+    """The share of the gap that each condition closes, chunk by chunk: where attention reaches the start, next to nothing is the whole."""
     closed = [analysis.losses[one.name].closed_by_chunk for one in experiment.conditions]
     rows = [
         [f"from {start:,}", *(_percent(shares) for shares in chunk)]
-        for (start, _), *chunk in zip(experiment.chunks, *closed, strict=True)
+        for (start, end), *chunk in zip(experiment.chunks, *closed, strict=True)
+        if end > experiment.setting.starts[BEYOND]
     ]
     return _pipes(["frames", *(one.name for one in experiment.conditions)], rows)
 

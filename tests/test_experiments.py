@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from eval import persistence, persistence_draw, stream
+from eval.persistence_data import BEYOND
 from experiments import memory
 from tests.quick import quickly, scan_calls
 from tests.small_tasks import CONFIG, LONG, SHORT
@@ -232,3 +233,35 @@ def test_conditions_are_those_that_persistence_understands_with_all_seeds_each(t
     ]
     assert all(len(one.paths) == 2 for one in found)
     assert {Path(path).parent for one in found for path in one.paths} == {tmp_path / "runs"}
+
+
+REPORTED = Path(__file__).parent.parent / "docs" / "results" / "memory"
+
+
+def reported(part):
+    """What the stored results of a part say: units, losses, and the comparisons with what cannot remember."""
+    results = json.loads((REPORTED / part / "results.json").read_text())
+    analysis = results["analysis"]
+    rivals = [one for one in analysis["comparisons"] if one["name"] in ("reset", "none")]
+    assert len(rivals) == 2
+    return analysis["units"], analysis["losses"]["persist"], [one["regions"][BEYOND] for one in rivals], results
+
+
+@pytest.mark.parametrize(("part", "share"), [("recall", 0.8), ("speaker", 0.5)])
+def test_the_reported_memory_closes_the_gap_in_every_seed(part, share):
+    files, losses, rivals, _ = reported(part)
+    assert files >= 50
+    assert len(losses["closed_by_seed"]) >= 3
+    assert all(one["mean"] > share for one in losses["closed_by_seed"])
+    assert len(losses["closed_by_chunk"]) >= 17  # 16 after the one in which the facts were given
+    assert all(one["mean"] > share for one in losses["closed_by_chunk"][1:])
+    for rival in rivals:
+        assert len(rival["seeds"]) >= 3
+        assert all(one["paired"]["mean"] > 0 and one["holm"] < 0.01 for one in rival["seeds"])
+
+
+def test_the_reported_memory_is_equivalent_where_there_is_nothing_to_remember():
+    _, _, rivals, results = reported("control")
+    assert results["setting"]["margin"] == 0.02
+    for rival in rivals:
+        assert rival["paired"]["equivalence"]["p"] < 0.01

@@ -240,7 +240,9 @@ def test_the_share_of_the_gap_that_is_closed():
     assert [value.mean for value in analysis.losses["persist"].closed_by_chunk] == pytest.approx([0.7] * 9)
     assert "share of the gap" in persistence_report.table(experiment, analysis)
     told = persistence_report.markdown(experiment, analysis, {})
-    assert "| from 800 | +70.0 [" in told
+    by_chunk = told.partition("By chunk")[2].partition("##")[0]
+    assert "| from 800 | +70.0 [" in by_chunk
+    assert re.findall(r"from (\d+)", by_chunk)[0] == str(experiment.setting.starts[BEYOND] // CHUNK * CHUNK)
     assert "is worth 0.1000 nats at best; of that each takes, in %: persist +70.0 [" in told.partition("## Setting")[0]
     assert [value.mean for value in analysis.bounds["ideal"]] == pytest.approx(
         [value.mean - 0.03 for value in analysis.losses["persist"].chunks]
@@ -621,6 +623,10 @@ def test_figures_show_the_numbers():
     assert upper.get_ylim()[1] == pytest.approx(found.bounds_by_region["memoryless"][LATER].mean + worth, abs=0.02)
     assert lower.get_ylim()[1] == pytest.approx(0.6 + worth, abs=0.03)
     assert "off the scale: loss of off 2" in lower.get_title("left")
+    for axis in (upper, lower):
+        low, high = axis.get_ylim()
+        shown = np.concatenate([line.get_ydata() for line in axis.get_lines() if line.get_label()[0] != "_"])
+        assert 0 < np.nanmin(shown) - low < 0.1 * (high - low)
     rare = experiment.weight.copy()
     rare[1:, 0] = 0  # of most files nothing is scored in the first chunk, as in data that ask late
     sparse = dataclasses.replace(experiment, weight=rare, bounds=None)
