@@ -98,21 +98,21 @@ class Paired(NamedTuple):
     power: Power
 
 
-def compare(d: np.ndarray, reference: float, margin: float, threshold: float) -> Paired:
+def compare(d: np.ndarray, reference: float, margin: float, threshold: float, alpha: float = ALPHA) -> Paired:
     """Everything about differences d [n], n from 0 on.
 
     Args:
       reference: mean loss of the other condition, nats; margin: of equivalence, nats; threshold: relative effect worth having, a
-        fraction.
+        fraction; alpha: error rate that the power is given for.
     """
     n = len(d)
     mean, sd = (float(d.mean()) if n else math.nan), spread(d)
     bounds = bootstrap((d,), np.mean)
     effect = hedges(d)
     power = Power(
-        needed(effect),
-        needed_equivalence(sd, margin),
-        math.nan if math.isnan(sd) else power_of(n, threshold * reference / sd) if sd else 1.0,
+        needed(effect, alpha),
+        needed_equivalence(sd, margin, alpha),
+        math.nan if math.isnan(sd) else power_of(n, threshold * reference / sd, alpha) if sd else 1.0,
     )
     return Paired(
         n,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.paired import ALPHA, Interval, Power, Slope
+from eval.paired import ALPHA, Interval, Paired, Power, Slope
 from eval.persistence_data import BEYOND, BOUND_NAMES, LATER, REGIONS, WINDOW, Experiment
 from eval.persistence_results import Analysis, Comparison
 from eval.results import WEIGHTINGS
@@ -32,7 +32,7 @@ def table(experiment: Experiment, analysis: Analysis) -> str:
         if any(one.regions[region].paired.n for one in analysis.comparisons):
             blocks.append([_title(experiment, region), *_aligned(*_compared(experiment, analysis, region))])
     for title, rows in (
-        ("power, in units: two-sided at 0.05, 80 %", _power(experiment, analysis)),
+        ("power, in units: 80 %, two-sided at 0.05 for all comparisons together", _power(experiment, analysis)),
         ("trend of the difference over chunks, nats per chunk (above 0: the benefit grows)", _trend(analysis)),
         ("by seed, after the first chunk", _seeds(experiment, analysis)),
     ):
@@ -93,7 +93,8 @@ def markdown(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) 
     for title, words, rows in (
         (
             "Power",
-            f"How many {unit} would tell, and the chance that these had.",
+            f"How many {unit} would tell, were differences and spread what they were here, and the chance that these had; 0.05 for all comparisons"
+            " together.",
             _power(experiment, analysis),
         ),
         ("Trend", "Slope of the difference over chunks after the first, nats per chunk.", _trend(analysis)),
@@ -128,7 +129,7 @@ def _regions(experiment: Experiment) -> dict[str, str]:
     meanings = {
         LATER: "",
         WINDOW: f" (the longest attention window is {setting.window:,} frames)",
-        BEYOND: f" (attention of all layers together reaches {setting.reach:,} frames back, nothing in it can know more)",
+        BEYOND: f" (attention of all layers together reaches {setting.reach:,} frames back: without memory nothing can know more)",
     }
     return {
         region: f"frames from {starts[region]:,} on{meaning}"
@@ -171,6 +172,7 @@ def _compared(experiment: Experiment, analysis: Analysis, region: str) -> tuple[
         "Wilcoxon",
         "sign-flip",
         f"TOST {experiment.setting.margin:g}",
+        "Holm",
         "90 % interval",
     ]
     rows = []
@@ -182,10 +184,11 @@ def _compared(experiment: Experiment, analysis: Analysis, region: str) -> tuple[
                 one.name,
                 str(found.n),
                 _with_bounds(Interval(found.mean, found.low, found.high)),
-                _number(100 * found.relative, "+z.2f"),
+                _relative(found, experiment),
                 _number(found.dz, "+z.2f"),
                 _number(100 * found.above, ".0f", " %"),
-                *(_p(p) for p in (found.p.t, compared.holm, found.p.wilcoxon, found.p.sign_flip, same.p)),
+                *(_p(p) for p in (found.p.t, compared.holm, found.p.wilcoxon, found.p.sign_flip)),
+                *(_p(p) for p in (same.p, compared.holm_equivalence)),
                 "-" if math.isnan(same.low) else f"[{same.low:+z.4f}, {same.high:+z.4f}]",
             ]
         )
@@ -210,7 +213,7 @@ def _power(experiment: Experiment, analysis: Analysis) -> tuple[Row, list[Row]]:
             str(found.n),
             _count(power.for_effect),
             _count(power.for_equivalence),
-            _number(100 * power.of_threshold, ".0f", " %"),
+            _number(100 * power.of_threshold, ".0f", " %") if _has_size(found, experiment) else "-",
         ]
 
     return heads, [row(one) for one in analysis.comparisons]
@@ -231,7 +234,7 @@ def _seeds(experiment: Experiment, analysis: Analysis) -> tuple[Row, list[Row]]:
         found = one.regions[LATER]
         for checkpoint, seed in zip(condition.checkpoints, found.seeds, strict=False):
             bounds = _with_bounds(Interval(seed.paired.mean, seed.paired.low, seed.paired.high))
-            relative = _number(100 * seed.paired.relative, "+z.2f")
+            relative = _relative(seed.paired, experiment)
             rows.append([one.name, checkpoint, bounds, "", relative, _p(seed.paired.p.t), _p(seed.holm)])
         if found.seeds and found.paired.n:
             means = [seed.paired.mean for seed in found.seeds]
@@ -335,13 +338,16 @@ def _notes(experiment: Experiment) -> list[str]:
     return [
         f"The unit is the {unit.removesuffix('s')}, never the frame: frames of one recording are not independent. n counts {unit}.",
         "**Better**: Holm-adjusted p of the paired t below 0.05 and an effect of at least the percentage asked for. **Worse**: p below 0.05"
-        " the other way. **Equivalent**: p is not below 0.05, and two one-sided tests (TOST) put the difference within the margin."
-        " **Undecided**: neither; the number of units is the one that has a power of 80 %.",
+        " the other way. Either by less than the margin is called equivalent for practical purposes. **Equivalent**: p is not below 0.05, and"
+        " two one-sided tests (TOST, Holm-adjusted) put the difference within the margin. **Undecided**: neither, or seeds that point"
+        " different ways; the number of units is the one that has a power of 80 %.",
         "No clear difference is not equivalence: a few noisy files show nothing either way. Only TOST says that there is (nearly) none.",
         f"{setting.threshold:g} % of a cross-entropy is much; look at the nats, too: e to the difference is the ratio of perplexities.",
         "Holm: within a region, over the comparisons with the first condition; p of t and of TOST each. Wilcoxon, sign-flip and the"
-        " columns p: t and TOST are as they come. With few units the signed ranks and the sign-flip test cannot reach 0.05 (below 6).",
+        " columns p: t and TOST are as they come. With few units the signed ranks and the sign-flip test cannot reach 0.05 (below 6), and"
+        " BCa intervals are too narrow (below ten or so): go by p of t.",
         "The first chunk is left out of every comparison: persist and reset are the same there by construction, which is checked.",
+        "A reset clears the fast weights, not attention's ring: for as long as attention reaches, it hands on what memory said before.",
         "Where several checkpoints (seeds) stand for a condition, files vary and seeds vary: the p-values of the combined difference speak of"
         " new files for these seeds; the row over seeds has the seed as its unit and speaks of new seeds for these files.",
         "`results.json` holds the loss of every file, chunk, condition and seed: `python -m eval persistence --again FOLDER` does the"
@@ -360,6 +366,15 @@ def _p(p: float) -> str:
 
 def _number(value: float, form: str, end: str = "") -> str:
     return f"{value:{form}}{end}" if math.isfinite(value) else "-"
+
+
+def _has_size(found: Paired, experiment: Experiment) -> bool:
+    """Whether there is enough of a loss for shares of it to mean something."""
+    return found.reference >= experiment.setting.margin
+
+
+def _relative(found: Paired, experiment: Experiment) -> str:
+    return _number(100 * found.relative, "+z.2f") if _has_size(found, experiment) else "-"
 
 
 def _count(units: float) -> str:

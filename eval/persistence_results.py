@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval import paired
-from eval.paired import Interval, Paired, Slope
+from eval.paired import ALPHA, Interval, Paired, Slope
 from eval.persistence_data import (
     BEYOND,
     BOUND_NAMES,
@@ -53,12 +53,12 @@ NOTES = {
     " `seeds` has each seed alone, `over_seeds` the mean with the seed as unit",
     "regions": f"{LATER}: frames from the second chunk on; {WINDOW}: also beyond the longest attention window of a layer; {BEYOND}:"
     " also beyond all that attention could hand on from layer to layer (the sum of context - 1 over layers, and the longest delay of"
-    " a codebook), so that nothing but memory can know it",
+    " a codebook), so that without memory nothing can know it",
     "paired": "n units, mean and sd of the differences in nats, 95 % BCa bootstrap interval (low, high), two-sided p of paired t,"
     " Wilcoxon's signed ranks and sign-flip permutation, share of units above 0, reference: mean loss of the other condition,"
     " relative = mean / reference, dz: Cohen's d_z with Hedges' exact correction",
     "equivalence": "two one-sided paired t tests against the margin (p: the larger), 90 % interval",
-    "power": "units for 80 % power, two-sided at 0.05: for_effect: to find this d_z; for_equivalence: to establish equivalence if there"
+    "power": "units for 80 % power at 0.05 divided by the number of comparisons, two-sided: for_effect: to find this d_z; for_equivalence: to establish equivalence if there"
     " is truly no difference; of_threshold: power that n units had for an effect of the threshold. null: more than a million, or"
     " not known",
     "holm": "p of the paired t adjusted for the comparisons with the first condition in one region; holm_equivalence: the same for"
@@ -206,12 +206,14 @@ def _compare(experiment: Experiment, region: str, sound: bool) -> list[Compared]
     """Every other condition against the first in one region: a family."""
     setting, groups = experiment.setting, experiment.groups
     start, (first, *others) = setting.starts[region], experiment.conditions
-    rule = Rule(setting.margin, setting.threshold, len(others), experiment.unit)
+    rule = Rule(setting.margin, setting.threshold, experiment.unit)
 
     def of(d: np.ndarray, loss: np.ndarray) -> Paired:
         reference = of_units(loss, groups)
         mean = float(reference.mean()) if len(reference) else math.nan
-        return paired.compare(of_units(d, groups), mean, setting.margin, setting.threshold / 100)
+        # The least p of a family is multiplied by its size.
+        alpha = ALPHA / len(others)
+        return paired.compare(of_units(d, groups), mean, setting.margin, setting.threshold / 100, alpha)
 
     found = []
     for other in others:

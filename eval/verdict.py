@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from eval import paired
 from eval.paired import ALPHA, Paired
 
@@ -36,8 +38,6 @@ class Rule(NamedTuple):
     """Of equivalence, nats."""
     threshold: float
     """Effect worth having, percent of the loss."""
-    family: int
-    """Comparisons that p-values are adjusted for."""
     unit: str
     """What the units are, in the plural."""
 
@@ -76,30 +76,51 @@ def verdict(
         return Verdict(UNDECIDED, f"{one} against {other}: undecided, {why}.", math.inf)
     same = bool(p_equivalent < ALPHA) and all(abs(mean) < rule.margin for mean in seeds)
     if p < ALPHA and all(mean * found.mean > 0 for mean in seeds):
-        return _clear(found, p, same, rule, names)
-    if same:
+        said = _clear(found, p, same, rule, names)
+    elif same:
         within = f"the difference of {found.mean:+z.4f} nats lies within {rule.margin:g} either way"
-        text = f"{one} and {other} are equivalent: {within}, {p_words(p_equivalent)}."
-        return Verdict(EQUIVALENT, text, equivalent=True)
-    if seeds and min(p, p_equivalent) < ALPHA:
+        text = f"{one} and {other} are equivalent: {within}, TOST {p_words(p_equivalent)}."
+        said = Verdict(EQUIVALENT, text, equivalent=True)
+    elif seeds and min(p, p_equivalent) < ALPHA:
         each = ", ".join(f"{mean:+z.4f}" for mean in seeds)
         text = f"{one} against {other}: undecided, the seeds disagree ({each} nats): train more of them."
         return Verdict(UNDECIDED, text, math.inf)
-    return _undecided(found, p, rule, names)
+    else:
+        return _undecided(found, p, rule, names)
+    return said._replace(text=said.text + _over_seeds(said, np.array(seeds), rule.margin))
 
 
 def _clear(found: Paired, p: float, same: bool, rule: Rule, names: tuple[str, str]) -> Verdict:
     """Of a difference that is no chance."""
     one, other = names
-    size = f"{abs(found.mean):.4f} nats ({100 * abs(found.relative):.2f} %), {p_words(p)}"
-    little = f" By less than the margin of {rule.margin:g} nats, though: equivalent for practical purposes." * same
-    if found.mean < 0:
-        return Verdict(WORSE, f"{one} is worse than {other}: by {size}.{little}", equivalent=same)
-    if 100 * found.relative >= rule.threshold:
-        text = f"{one} is better than {other}: by {size}, at least the {rule.threshold:g} % asked for.{little}"
-        return Verdict(BETTER, text, equivalent=same)
-    text = f"{one} is clearly better than {other}, by {size}, but less than the {rule.threshold:g} % asked for.{little}"
-    return Verdict(BELOW, text, equivalent=same)
+    kind = WORSE if found.mean < 0 else BETTER if 100 * found.relative >= rule.threshold and not same else BELOW
+    nats = f"{abs(found.mean):.4f}" if abs(found.mean) >= 5e-5 else "less than 0.0001"
+    size = f"{nats} nats{_percent(abs(found.relative), found, rule, '.2f')}, {p_words(p)}"
+    if same:
+        than = f"clearly {'worse' if kind == WORSE else 'better'} than {other}, by {size}"
+        little = f"by less than the margin of {rule.margin:g} nats: equivalent for practical purposes"
+        return Verdict(kind, f"{one} is {than}, but {little}.", equivalent=True)
+    return {
+        WORSE: Verdict(WORSE, f"{one} is worse than {other}: by {size}."),
+        BETTER: Verdict(
+            BETTER, f"{one} is better than {other}: by {size}, at least the {rule.threshold:g} % asked for."
+        ),
+        BELOW: Verdict(
+            BELOW, f"{one} is clearly better than {other}, by {size}, but less than the {rule.threshold:g} % asked for."
+        ),
+    }[kind]
+
+
+def _over_seeds(said: Verdict, seeds: np.ndarray, margin: float) -> str:
+    """Where what holds for the seeds at hand is not shown for new ones; means of seeds [n]."""
+    if len(seeds) < 2:
+        return ""
+    if said.equivalent:
+        same = paired.equivalence(seeds, margin)
+        where = f"the 90 % interval [{same.low:+z.4f}, {same.high:+z.4f}] leaves the margin"
+        return f" For these {len(seeds)} seeds: with the seed as unit {where}." if same.p >= ALPHA else ""
+    p = float(paired.t_test(seeds))
+    return f" For these {len(seeds)} seeds: with the seed as unit {p_words(p)}." if p >= ALPHA else ""
 
 
 def _undecided(found: Paired, p: float, rule: Rule, names: tuple[str, str]) -> Verdict:
@@ -107,10 +128,7 @@ def _undecided(found: Paired, p: float, rule: Rule, names: tuple[str, str]) -> V
     found_by, equal_by = (
         # A way that these units have tried in vain is none.
         units if math.isfinite(units) and units > found.n else math.inf
-        for units in (
-            paired.needed(found.dz, ALPHA / rule.family),
-            paired.needed_equivalence(found.sd, rule.margin, ALPHA / rule.family),
-        )
+        for units in (found.power.for_effect, found.power.for_equivalence)
     )
     if abs(found.mean) >= rule.margin and math.isfinite(found_by):
         equal_by = math.inf  # nothing speaks for equivalence
@@ -119,7 +137,7 @@ def _undecided(found: Paired, p: float, rule: Rule, names: tuple[str, str]) -> V
         (equal_by, f"establish equivalence within {rule.margin:g} nats, if there is none"),
     ]
     ways = sorted(way for way in ways if math.isfinite(way[0]))
-    seen = f"{found.mean:+z.4f} nats ({100 * found.relative:+z.2f} %), {p_words(p)}, over {found.n} {rule.unit}"
+    seen = f"{found.mean:+z.4f} nats{_percent(found.relative, found, rule, '+z.2f')}, {p_words(p)}, over {found.n} {rule.unit}"
     start = f"{names[0]} against {names[1]}: undecided, {seen}"
     if not ways:
         return Verdict(UNDECIDED, f"{start}; no number of {rule.unit} can be given that would decide.", math.inf)
@@ -127,6 +145,11 @@ def _undecided(found: Paired, p: float, rule: Rule, names: tuple[str, str]) -> V
     more = "".join(f" ({units:,.0f} would {other_way})" for units, other_way in ways[1:])
     guess = f", a guess from {found.n}" if found.n < FIRM else ""
     return Verdict(UNDECIDED, f"{start}; about {least:,.0f} {rule.unit} would {way}{more}{guess}.", least)
+
+
+def _percent(share: float, found: Paired, rule: Rule, form: str) -> str:
+    """A share of the loss, unless that is itself next to nothing."""
+    return f" ({100 * share:{form}} %)" if found.reference >= rule.margin else ""
 
 
 def advise(said: Verdict, unit: str) -> Verdict:

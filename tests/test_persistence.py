@@ -16,6 +16,7 @@ from scipy import stats
 from eval import paired, persistence, persistence_draw, persistence_report
 from eval import persistence_results as results
 from eval.__main__ import main
+from eval.paired import ALPHA
 from eval.persistence_data import (
     BEYOND,
     BOUND_NAMES,
@@ -277,8 +278,9 @@ def test_what_lies_within_the_margin_is_not_worth_its_complexity():
     experiment = made({"reset": 0.001}, noise=0.0001)
     experiment = dataclasses.replace(experiment, setting=dataclasses.replace(experiment.setting, threshold=0.0))
     found = only(experiment).verdict
-    assert found.kind == BETTER
-    assert "equivalent for practical purposes" in found.text
+    assert found.kind == BELOW
+    assert found.equivalent
+    assert "but by less than the margin of 0.02 nats: equivalent for practical purposes" in found.text
     assert found.text.endswith("Reset per chunk: it is simpler.")
 
 
@@ -353,11 +355,11 @@ def test_only_reset_has_to_equal_persist_in_the_first_chunk():
 # Verdicts
 
 
-def judged(d, reference=3.0, threshold=10.0, margin=0.02, family=1):
+def judged(d, reference=3.0, threshold=10.0, margin=0.02, family=1, seeds=()):
     """The verdict on differences in a family of equal ones."""
-    found = paired.compare(np.array(d, float), reference, margin, threshold / 100)
+    found = paired.compare(np.array(d, float), reference, margin, threshold / 100, ALPHA / family)
     p, same = (min(1.0, family * p) for p in (found.p.t, found.equivalence.p))
-    return verdict(found, p, same, Rule(margin, threshold, family, "files"), ("persist", "reset"))
+    return verdict(found, p, same, Rule(margin, threshold, "files"), ("persist", "reset"), seeds)
 
 
 SPREAD = np.array([-1.5, -1, -0.5, 0, 0, 0.5, 1, 1.5]) * 0.01
@@ -407,6 +409,34 @@ def test_threshold_margin_and_family_count():
     many = judged(0.05 + 8 * SPREAD, family=3)
     assert many.units == paired.needed(paired.hedges(0.05 + 8 * SPREAD), 0.05 / 3) > few.units
     assert f"{few.units:.0f} files" in few.text
+
+
+def test_a_share_of_next_to_nothing_is_not_told_and_decides_nothing():
+    found = judged(1e-6 * (1 + SPREAD), reference=1e-6)
+    assert found.kind == BELOW
+    assert "by less than 0.0001 nats, p < 0.001, but by less than the margin" in found.text
+    assert "(100.00 %)" in judged(2.7 + SPREAD, reference=2.7).text
+
+
+@pytest.mark.parametrize(
+    ("d", "seeds", "said"),
+    [
+        (0.4 + SPREAD, (0.8, 0.3, 0.1), "with the seed as unit p = 0.19"),
+        (0.4 + SPREAD, (0.41, 0.4, 0.39), ""),
+        (-0.4 + SPREAD, (-0.8, -0.3, -0.1), "with the seed as unit p = 0.19"),
+        (
+            SPREAD,
+            (0.0025, 0.0106, -0.0176),
+            "with the seed as unit the 90 % interval [-0.0260, +0.0230] leaves the margin",
+        ),
+        (SPREAD, (0.001, 0.002, -0.001), ""),
+        (0.01 + SPREAD / 2, (0.001, 0.019, 0.01), "with the seed as unit the 90 % interval"),
+    ],
+)
+def test_what_holds_for_the_seeds_at_hand_alone_says_so(d, seeds, said):
+    text = judged(d, seeds=seeds).text
+    assert (f"For these {len(seeds)} seeds: {said}" in text) == bool(said)
+    assert ("For these" in text) == bool(said)
 
 
 @pytest.mark.parametrize("n", [2, 3, FIRM - 1, FIRM])
@@ -553,7 +583,8 @@ def test_again_gives_the_same_numbers_without_jax(tmp_path, capsys, monkeypatch)
     assert main(["persistence", "--again", str(tmp_path), "--margin", "0.5", "--threshold", "0.001"]) == 0
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored["setting"]["margin"] == 0.5
-    assert "asked for" in capsys.readouterr().out
+    assert "less than the margin of 0.5 nats" in capsys.readouterr().out
+    assert "effect asked for 0.001 %" in (tmp_path / "report.md").read_text()
     assert (kind, stored["verdicts"]["reset"][LATER]["kind"]) == (UNDECIDED, EQUIVALENT)
     assert stored["losses"] == json.loads(before["results.json"])["losses"]
 
