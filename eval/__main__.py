@@ -232,7 +232,7 @@ skipped"""
     add(
         "--again",
         metavar="FOLDER",
-        help="only do the statistics on the results in FOLDER again; takes --margin, --threshold",
+        help="only do the statistics on the results in FOLDER again and write its report and figures anew; takes --margin, --threshold",
     )
 
 

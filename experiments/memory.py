@@ -1,12 +1,12 @@
-"""Does memory help? Trains and compares all that docs/results/memory.md reports.
+"""Does memory help? Trains and compares what docs/results/memory.md reports.
 
     python -m experiments.memory tasks FOLDER     # recall, speaker, control: the MLP at b = 16, trained in four ways
     python -m experiments.memory inner FOLDER     # recall: linear and MLP, b = 1 and 16
     python -m experiments.memory place FOLDER     # recall: the TTT layer in the first, the middle and the last layer
-    python -m experiments.memory speech FOLDER    # the embedded speech
+    python -m experiments.memory speech FOLDER    # the embedded speech, trained in four ways
 
-Data sets go to FOLDER/data, runs to FOLDER/runs, comparisons to FOLDER/results; runs that have ended are not trained again. Those that
-differ in task and seed alone train side by side.
+Data sets go to FOLDER/data (1 GB), runs to FOLDER/runs, comparisons to FOLDER/results; runs that have ended are not trained again, so
+`inner` and `place` use those of `tasks`. Runs that differ in task and seed alone train side by side. A GPU needs minutes for each part.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from ttt_jax.sizes import TTT, parameter_counts
 
 TINY = PRESETS["tiny"]
 CHUNK = 128
-"""Frames of a chunk. The attention of all three layers together reaches back 46 of them."""
+"""Frames of a chunk. The attention of all three layers together reaches 47 of them, the codebooks' delay included."""
 STEPS = 2000
+SEEDS, SPEECH_SEEDS = (20, 21, 22), tuple(range(20, 29))
 TASK = dataclasses.replace(
     TINY,
     model=dataclasses.replace(TINY.model, context=16),
@@ -201,19 +202,25 @@ def _remove_rest(place: Path, steps: int) -> None:
 
 def main(args: Sequence[str]) -> int:
     """Run the command line `args`; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.memory", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=("tasks", "inner", "place", "speech"))
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", default="20,21,22", help="joined by commas; %(default)s")
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="the same for all parts; what is there is gone on with"
+    )
+    parser.add_argument("--seeds", help="joined by commas; unset: those of the report")
     parser.add_argument("--steps", type=int, help="of training; unset: those of the report")
     options = parser.parse_args(args)
     log = logging.getLogger("train")
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.INFO)
     log.propagate = False
-    seeds = options.seeds.split(",")
+    usual = SPEECH_SEEDS if options.part == "speech" else SEEDS
+    seeds = usual if options.seeds is None else options.seeds.split(",")
     check(
-        all(map(str.isdecimal, seeds)), f"--seeds {options.seeds!r} are no seeds: give whole numbers joined by commas."
+        all(str(seed).isdecimal() for seed in seeds),
+        f"--seeds {options.seeds!r} are no seeds: give whole numbers joined by commas.",
     )
     check(options.steps is None or options.steps > 0, f"--steps {options.steps} is out of range: give 1 or more.")
     experiment = Experiment(options.folder, [int(seed) for seed in seeds], options.steps)

@@ -31,7 +31,7 @@ def test_the_command_lines_are_understood():
         assert parse(words).config is not None
 
 
-@pytest.mark.parametrize("page", ["training", "devices", "data", "checkpoints"])
+@pytest.mark.parametrize("page", ["training", "devices", "data", "checkpoints", "results/memory"])
 def test_the_training_commands_of_the_documents_are_understood(page):
     text = (ROOT / "docs" / f"{page}.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"-m train (moshi-7b [^`\"#\n]*|small [^`\"#\n]*)", text)
