@@ -351,8 +351,9 @@ def test_rate_decides_whether_the_inner_loss_of_a_repeated_frame_falls(hidden, b
 @pairs
 def test_gradient_reaches_the_base_weights_past_a_cut_state(hidden, mini_batch, x64):
     cfg = config(hidden, mini_batch)
-    params, x, rng = setting(cfg, 9)
-    mask = np.ones((ROWS, FRAMES), bool)
+    frames = max(FRAMES, mini_batch)  # weights move where a mini-batch closes: one at least
+    params, x, rng = setting(cfg, 9, frames)
+    mask = np.ones((ROWS, frames), bool)
     _, state = call(params, x, mask, init_state(cfg, ROWS), cfg=cfg)
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(state.displacement))
 
