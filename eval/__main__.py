@@ -204,7 +204,11 @@ def _persistence(parser: argparse.ArgumentParser) -> None:
   reset     memory cleared at the start of every chunk
   frozen    fast weights held at their learned start, no updates
   off       gates closed, TTT layers add nothing (unset, without TTT layers: this)
-The first condition is under test, each other is compared with it. A single one without @ARM stands for all four.
+The first condition is under test, each other is compared with it: better, equivalent, worse or undecided, by the file, or by the
+speaker where the manifest names them (docs/evaluation.md). A single one without @ARM stands for all four. Seeds pair in their order.
+
+  python -m eval persistence runs/NAME
+  python -m eval persistence kept=runs/kept-0,runs/kept-1 none=runs/none-0,runs/none-1 --data prepared --out results
 
 exit code: 0 done, 1 broken (persist and reset differ in the first chunk), 2 an input to mend, 3 done but some files were
 skipped"""
