@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from eval.persistence_data import (
     differences,
     pooled,
 )
-from eval.results import WEIGHTINGS, plain
+from eval.results import WEIGHTINGS, as_json
 from eval.statistics import Estimate, band, group_means
 from eval.verdict import Rule, Verdict, advise, verdict
 from ttt_jax import record
@@ -324,8 +323,7 @@ def write(folder: Path, experiment: Experiment, analysis: Analysis, about: dict[
         "bounds": bounds,
     }
     path = folder / "results.json"
-    text = json.dumps(plain(_named(content)), ensure_ascii=False, allow_nan=False, indent=1)
-    write_atomically(path, (text + "\n").encode())
+    write_atomically(path, as_json(_named(content)))
     return path
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -466,8 +467,7 @@ def write_results(folder: Path, results: Results, about: dict[str, Any]) -> Path
         **{field.name: getattr(results, field.name) for field in dataclasses.fields(results)},
     }
     path = folder / "results.json"
-    text = json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, (text + "\n").encode())
+    write_atomically(path, as_json(content))
     return path
 
 
@@ -509,6 +509,16 @@ def _restore(value: Any) -> Any:
         own = {name: _restore(item) for name, item in value.items()}
         return Estimate(**own) if set(own) == set(Estimate._fields) else own
     return [_restore(item) for item in value] if isinstance(value, list) else value
+
+
+def as_json(content: Any) -> bytes:
+    """A file of JSON, an entry a line, lists of numbers on one; the rest as `plain` says."""
+    text = json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False)
+    return (_NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n").encode()
+
+
+_NUMBERS = re.compile(r"\[\n((?:\s+(?:-?\d[\d.e+-]*|null),?\n)+)\s*\]")
+"""A list of numbers, each on a line of its own. No string matches: JSON writes their line ends as \\n."""
 
 
 def plain(value: Any) -> Any:

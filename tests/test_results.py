@@ -12,7 +12,7 @@ from scipy import stats
 
 from eval import report, scores, statistics
 from eval import results as made
-from eval.results import CheckpointInfo, FileInfo, Setting
+from eval.results import CheckpointInfo, FileInfo, Setting, as_json
 from tests import made_scores
 from tests.made_scores import ARMS, CHECKPOINT, FILES, LAYERS, SETTING, STREAMS, write
 from ttt_jax.errors import InputError
@@ -603,3 +603,14 @@ def test_the_command_line_knows_the_weightings():
     from eval import __main__
 
     assert tuple(made.WEIGHTINGS) == __main__.WEIGHTINGS
+
+
+def test_lists_of_numbers_stand_on_one_line_and_are_what_they_were():
+    content = {
+        "numbers": [[1, -2.5e-07, None, float("nan")], [1e16], []],
+        "names": ["a", "[\n 1\n]", "1"],
+        "mixed": [1, "a", {"b": [0.1, True]}],
+    }
+    text = as_json(content).decode()
+    assert json.loads(text) == content | {"numbers": [[1, -2.5e-07, None, None], [1e16], []]}
+    assert "[1, -2.5e-07, null, null],\n" in text
