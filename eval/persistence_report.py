@@ -338,9 +338,9 @@ def _notes(experiment: Experiment) -> list[str]:
     return [
         f"The unit is the {unit.removesuffix('s')}, never the frame: frames of one recording are not independent. n counts {unit}.",
         "**Better**: Holm-adjusted p of the paired t below 0.05 and an effect of at least the percentage asked for. **Worse**: p below 0.05"
-        " the other way. Either by less than the margin is called equivalent for practical purposes. **Equivalent**: p is not below 0.05, and"
-        " two one-sided tests (TOST, Holm-adjusted) put the difference within the margin. **Undecided**: neither, or seeds that point"
-        " different ways; the number of units is the one that has a power of 80 %.",
+        " the other way. Either by less than the margin is told as such. **Equivalent**: two one-sided tests (TOST, Holm-adjusted) put the"
+        " difference within the margin, and p is not below 0.05 or the seeds point both ways. **Undecided**: none of these; the number of"
+        " units is the one that has a power of 80 %.",
         "No clear difference is not equivalence: a few noisy files show nothing either way. Only TOST says that there is (nearly) none.",
         f"{setting.threshold:g} % of a cross-entropy is much; look at the nats, too: e to the difference is the ratio of perplexities.",
         "Holm: within a region, over the comparisons with the first condition; p of t and of TOST each. Wilcoxon, sign-flip and the"

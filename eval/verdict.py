@@ -28,7 +28,9 @@ ADVICE = {
 """What to do where persist is compared with reset."""
 
 FIRM = 6
-"""Units from which their spread is known well enough to say how many more would decide."""
+"""Units from which their spread is known well enough to say how many more would decide; seeds from which a test of them decides."""
+NOTHING = 5e-5
+"""Nats: less is told as 0.0000 and is no more than rounding in float32."""
 
 
 class Rule(NamedTuple):
@@ -60,7 +62,8 @@ def verdict(
 ) -> Verdict:
     """What a comparison comes to, in words.
 
-    Tests over files say nothing of other seeds: where several were trained, all must point the same way.
+    Tests over files say nothing of other seeds: where several were trained, all must point the same way, or be within the margin; of
+    `FIRM` or more, their mean.
 
     Args:
       found: the comparison; p, p_equivalent: of the paired t and of the equivalence test, adjusted; names: of the condition under test
@@ -74,53 +77,64 @@ def verdict(
             else "no file is so long, or has anything to score there"
         )
         return Verdict(UNDECIDED, f"{one} against {other}: undecided, {why}.", math.inf)
-    same = bool(p_equivalent < ALPHA) and all(abs(mean) < rule.margin for mean in seeds)
-    if p < ALPHA and all(mean * found.mean > 0 for mean in seeds):
+    means = np.array(seeds)
+    clear = p < ALPHA and abs(found.mean) >= NOTHING
+    same = bool(p_equivalent < ALPHA) and _within(means, rule.margin)
+    if clear and _point(means, found.mean):
         said = _clear(found, p, same, rule, names)
     elif same:
         within = f"the difference of {found.mean:+z.4f} nats lies within {rule.margin:g} either way"
-        text = f"{one} and {other} are equivalent: {within}, TOST {p_words(p_equivalent)}."
+        but = f" ({p_words(p)} over these {rule.unit}, but the seeds point both ways)" if clear else ""
+        text = f"{one} and {other} are equivalent: {within}, TOST {p_words(p_equivalent)}{but}."
         said = Verdict(EQUIVALENT, text, equivalent=True)
-    elif seeds and min(p, p_equivalent) < ALPHA:
+    elif seeds and (clear or p_equivalent < ALPHA):
         each = ", ".join(f"{mean:+z.4f}" for mean in seeds)
-        text = f"{one} against {other}: undecided, the seeds disagree ({each} nats): train more of them."
-        return Verdict(UNDECIDED, text, math.inf)
+        apart = clear or means.min() < 0 < means.max()
+        why = "the seeds disagree" if apart else f"the seeds do not lie within {rule.margin:g} as their mean does"
+        return Verdict(
+            UNDECIDED, f"{one} against {other}: undecided, {why} ({each} nats): train more of them.", math.inf
+        )
     else:
         return _undecided(found, p, rule, names)
-    return said._replace(text=said.text + _over_seeds(said, np.array(seeds), rule.margin))
+    return said._replace(text=said.text + _over_seeds(said, means, rule.margin))
+
+
+def _point(seeds: np.ndarray, mean: float) -> bool:
+    """Whether means of seeds [n] bear out the direction of the whole."""
+    return bool((seeds * mean > 0).all()) if len(seeds) < FIRM else bool(paired.t_test(seeds) < ALPHA)
+
+
+def _within(seeds: np.ndarray, margin: float) -> bool:
+    """Whether means of seeds [n] bear out that the whole lies within the margin."""
+    return bool((abs(seeds) < margin).all()) if len(seeds) < FIRM else bool(paired.equivalence(seeds, margin).p < ALPHA)
 
 
 def _clear(found: Paired, p: float, same: bool, rule: Rule, names: tuple[str, str]) -> Verdict:
     """Of a difference that is no chance."""
     one, other = names
-    kind = WORSE if found.mean < 0 else BETTER if 100 * found.relative >= rule.threshold and not same else BELOW
-    nats = f"{abs(found.mean):.4f}" if abs(found.mean) >= 5e-5 else "less than 0.0001"
-    size = f"{nats} nats{_percent(abs(found.relative), found, rule, '.2f')}, {p_words(p)}"
-    if same:
-        than = f"clearly {'worse' if kind == WORSE else 'better'} than {other}, by {size}"
-        little = f"by less than the margin of {rule.margin:g} nats: equivalent for practical purposes"
-        return Verdict(kind, f"{one} is {than}, but {little}.", equivalent=True)
-    return {
-        WORSE: Verdict(WORSE, f"{one} is worse than {other}: by {size}."),
-        BETTER: Verdict(
-            BETTER, f"{one} is better than {other}: by {size}, at least the {rule.threshold:g} % asked for."
-        ),
-        BELOW: Verdict(
-            BELOW, f"{one} is clearly better than {other}, by {size}, but less than the {rule.threshold:g} % asked for."
-        ),
-    }[kind]
+    size = f"{abs(found.mean):.4f} nats{_percent(abs(found.relative), found, rule, '.2f')}, {p_words(p)}"
+    kind, than = (WORSE, "worse") if found.mean < 0 else (BELOW, "better")
+    if abs(found.mean) < rule.margin:
+        little = f"by less than the margin of {rule.margin:g} nats{': equivalent for practical purposes' * same}"
+        return Verdict(kind, f"{one} is clearly {than} than {other}, by {size}, but {little}.", equivalent=same)
+    if kind == WORSE:
+        return Verdict(WORSE, f"{one} is worse than {other}: by {size}.")
+    asked = f"the {rule.threshold:g} % asked for"
+    if 100 * found.relative >= rule.threshold:
+        return Verdict(BETTER, f"{one} is better than {other}: by {size}, at least {asked}.")
+    return Verdict(BELOW, f"{one} is clearly better than {other}, by {size}, but less than {asked}.")
 
 
 def _over_seeds(said: Verdict, seeds: np.ndarray, margin: float) -> str:
     """Where what holds for the seeds at hand is not shown for new ones; means of seeds [n]."""
     if len(seeds) < 2:
         return ""
-    if said.equivalent:
-        same = paired.equivalence(seeds, margin)
-        where = f"the 90 % interval [{same.low:+z.4f}, {same.high:+z.4f}] leaves the margin"
-        return f" For these {len(seeds)} seeds: with the seed as unit {where}." if same.p >= ALPHA else ""
-    p = float(paired.t_test(seeds))
-    return f" For these {len(seeds)} seeds: with the seed as unit {p_words(p)}." if p >= ALPHA else ""
+    p, same, not_shown = float(paired.t_test(seeds)), paired.equivalence(seeds, margin), []
+    if said.kind != EQUIVALENT and p >= ALPHA:
+        not_shown.append(p_words(p))
+    if said.equivalent and same.p >= ALPHA:
+        not_shown.append(f"the 90 % interval [{same.low:+z.4f}, {same.high:+z.4f}] leaves the margin")
+    return f" For these {len(seeds)} seeds: with the seed as unit {' and '.join(not_shown)}." if not_shown else ""
 
 
 def _undecided(found: Paired, p: float, rule: Rule, names: tuple[str, str]) -> Verdict:
@@ -130,7 +144,7 @@ def _undecided(found: Paired, p: float, rule: Rule, names: tuple[str, str]) -> V
         units if math.isfinite(units) and units > found.n else math.inf
         for units in (found.power.for_effect, found.power.for_equivalence)
     )
-    if abs(found.mean) >= rule.margin and math.isfinite(found_by):
+    if abs(found.mean) >= rule.margin:
         equal_by = math.inf  # nothing speaks for equivalence
     ways = [
         (found_by, "find a difference of this size"),

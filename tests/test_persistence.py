@@ -411,11 +411,50 @@ def test_threshold_margin_and_family_count():
     assert f"{few.units:.0f} files" in few.text
 
 
-def test_a_share_of_next_to_nothing_is_not_told_and_decides_nothing():
+def test_next_to_nothing_is_neither_clear_nor_a_share():
     found = judged(1e-6 * (1 + SPREAD), reference=1e-6)
-    assert found.kind == BELOW
-    assert "by less than 0.0001 nats, p < 0.001, but by less than the margin" in found.text
+    assert found.kind == EQUIVALENT
+    assert "asked for" not in found.text
+    assert judged(1e-4 * (1 + SPREAD), reference=1e-4).kind == BELOW
+    little = judged(0.0192 + SPREAD / 4, reference=0.0185)
+    assert (little.kind, little.equivalent) == (BELOW, False)
+    assert "by 0.0192 nats, p < 0.001, but by less than the margin of 0.02 nats." in little.text
     assert "(100.00 %)" in judged(2.7 + SPREAD, reference=2.7).text
+
+
+@pytest.mark.parametrize(
+    ("seeds", "kind", "said"),
+    [
+        ((0.8, -0.1, 0.5), UNDECIDED, "the seeds disagree (+0.8000, -0.1000, +0.5000 nats)"),
+        ((0.4,) * 5 + (-0.1,), BETTER, "asked for."),
+        ((0.8, -0.5) * 4, UNDECIDED, "the seeds disagree"),
+    ],
+)
+def test_few_seeds_must_point_one_way_and_of_many_the_mean(seeds, kind, said):
+    found = judged(0.4 + SPREAD, seeds=seeds)
+    assert found.kind == kind
+    assert said in found.text
+
+
+@pytest.mark.parametrize(
+    ("seeds", "kind", "said"),
+    [
+        ((0.021, 0.001, 0.001), UNDECIDED, "the seeds do not lie within 0.02 as their mean does"),
+        ((0.021, 0.001, 0.001, 0.0, 0.0, 0.0), EQUIVALENT, "TOST p < 0.001."),
+        ((0.05, -0.05) * 3, UNDECIDED, "the seeds disagree"),
+    ],
+)
+def test_few_seeds_must_lie_within_the_margin_and_of_many_the_mean(seeds, kind, said):
+    found = judged(SPREAD / 8, seeds=seeds)
+    assert found.kind == kind
+    assert said in found.text
+
+
+def test_clear_over_files_but_not_over_seeds_is_told_of_what_is_equivalent():
+    assert (
+        "(p < 0.001 over these files, but the seeds point both ways)."
+        in judged(0.005 + SPREAD / 8, seeds=(0.015, -0.005, 0.005)).text
+    )
 
 
 @pytest.mark.parametrize(
@@ -430,7 +469,8 @@ def test_a_share_of_next_to_nothing_is_not_told_and_decides_nothing():
             "with the seed as unit the 90 % interval [-0.0260, +0.0230] leaves the margin",
         ),
         (SPREAD, (0.001, 0.002, -0.001), ""),
-        (0.01 + SPREAD / 2, (0.001, 0.019, 0.01), "with the seed as unit the 90 % interval"),
+        (0.005 + SPREAD / 8, (0.0001, 0.0002, 0.0147), "with the seed as unit p = 0.41."),
+        (0.01 + SPREAD / 2, (0.001, 0.019, 0.01), "with the seed as unit p = 0.19 and the 90 % interval"),
     ],
 )
 def test_what_holds_for_the_seeds_at_hand_alone_says_so(d, seeds, said):
@@ -439,7 +479,11 @@ def test_what_holds_for_the_seeds_at_hand_alone_says_so(d, seeds, said):
     assert ("For these" in text) == bool(said)
 
 
-@pytest.mark.parametrize("n", [2, 3, FIRM - 1, FIRM])
+def test_two_units_far_apart_from_zero_promise_no_equivalence():
+    assert "no number of files can be given" in judged([0.1, 0.12]).text
+
+
+@pytest.mark.parametrize("n", [3, FIRM - 1, FIRM])
 def test_of_few_units_the_number_that_would_decide_is_called_a_guess(n):
     said = judged(0.05 + np.resize([-0.1, 0.1, 0.02], n)).text
     assert "files would" in said
