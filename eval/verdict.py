@@ -84,7 +84,7 @@ def verdict(
         said = _clear(found, p, same, rule, names)
     elif same:
         within = f"the difference of {found.mean:+z.4f} nats lies within {rule.margin:g} either way"
-        but = f" ({p_words(p)} over these {rule.unit}, but the seeds point both ways)" if clear else ""
+        but = f" ({p_words(p)} over these {rule.unit}, but not over the seeds)" if clear else ""
         text = f"{one} and {other} are equivalent: {within}, TOST {p_words(p_equivalent)}{but}."
         said = Verdict(EQUIVALENT, text, equivalent=True)
     elif seeds and (clear or p_equivalent < ALPHA):

@@ -146,6 +146,12 @@ def test_unknown_preset_gets_a_suggestion():
     assert "perhaps" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_presets_that_are_trained_from_scratch_have_their_ttt_layers_first(name):
+    layers = MODEL_PRESETS[name].ttt_layers
+    assert layers == tuple(range(len(layers)))  # where they learn to recall: docs/results/memory.md
+
+
 @pytest.mark.parametrize("name", MODEL_PRESETS)
 def test_presets_are_found_by_name(name):
     assert model_preset(name) is MODEL_PRESETS[name]

@@ -235,6 +235,22 @@ def test_conditions_are_those_that_persistence_understands_with_all_seeds_each(t
     assert {Path(path).parent for one in found for path in one.paths} == {tmp_path / "runs"}
 
 
+@pytest.mark.parametrize(
+    ("part", "words", "seeds"),
+    [
+        ("tasks", [], [20, 21, 22]),
+        ("place", [], [20, 21, 22]),
+        ("speech", [], list(range(20, 29))),
+        ("speech", ["--seeds", "7,8"], [7, 8]),
+    ],
+)
+def test_a_part_has_the_seeds_of_the_report_unless_others_are_asked_for(tmp_path, monkeypatch, part, words, seeds):
+    had = []
+    monkeypatch.setattr(memory.Experiment, part, lambda experiment: had.extend(experiment._seeds))
+    assert memory.main([part, str(tmp_path), *words]) == 0
+    assert had == seeds
+
+
 REPORTED = Path(__file__).parent.parent / "docs" / "results" / "memory"
 
 

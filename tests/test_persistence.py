@@ -452,7 +452,7 @@ def test_few_seeds_must_lie_within_the_margin_and_of_many_the_mean(seeds, kind, 
 
 def test_clear_over_files_but_not_over_seeds_is_told_of_what_is_equivalent():
     assert (
-        "(p < 0.001 over these files, but the seeds point both ways)."
+        "(p < 0.001 over these files, but not over the seeds)."
         in judged(0.005 + SPREAD / 8, seeds=(0.015, -0.005, 0.005)).text
     )
 
@@ -477,6 +477,40 @@ def test_what_holds_for_the_seeds_at_hand_alone_says_so(d, seeds, said):
     text = judged(d, seeds=seeds).text
     assert (f"For these {len(seeds)} seeds: {said}" in text) == bool(said)
     assert ("For these" in text) == bool(said)
+
+
+def test_power_is_for_the_error_rate_of_the_family():
+    analysis = analyse(made({"reset": 0.004, "frozen": 0.0, "off": 0.0}))
+    found = analysis.comparisons[0].regions[LATER].paired
+    assert found.power.for_effect == paired.needed(found.dz, ALPHA / 3) > paired.needed(found.dz)
+    assert found.power.for_equivalence == paired.needed_equivalence(found.sd, 0.02, ALPHA / 3)
+
+
+def test_columns_of_the_report():
+    def cells(experiment, section, name="reset"):
+        told = persistence_report.markdown(experiment, analyse(experiment), {}).partition(section)[2]
+        heads, row = (
+            next(line for line in told.splitlines() if line.startswith(start)) for start in ("| ", f"| {name} |")
+        )
+        return [cell.strip() for cell in heads.split("|")], [cell.strip() for cell in row.split("|")]
+
+    experiment = made({"reset": 0.01, "frozen": 0.01, "off": 0.0}, noise=0.03)
+    heads, row = cells(experiment, f"### {LATER}")
+    found = analyse(experiment).comparisons[0].regions[LATER]
+    at = heads.index("TOST 0.02")
+    said = [
+        p_words(p).removeprefix("p ").removeprefix("= ") for p in (found.paired.equivalence.p, found.holm_equivalence)
+    ]
+    assert heads[at + 1] == "Holm"
+    assert row[at : at + 2] == said
+    assert said[0] != said[1]
+    assert row[heads.index("% of loss")] == f"{100 * found.paired.relative:+.2f}"
+    assert cells(experiment, "## Power")[1][-2].endswith(" %")
+    tiny = {name: values * 1e-3 for name, values in experiment.losses.items()}
+    nothing = dataclasses.replace(experiment, losses=tiny)
+    heads, row = cells(nothing, f"### {LATER}")
+    assert row[heads.index("% of loss")] == "-"
+    assert cells(nothing, "## Power")[1][-2] == "-"
 
 
 def test_two_units_far_apart_from_zero_promise_no_equivalence():
