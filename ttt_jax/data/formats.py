@@ -1,0 +1,31 @@
+"""Sound and video formats by the endings of file names: those that `ttt_jax.data.audio` reads, and those it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+READ = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
+"""Endings of what is read."""
+
+OTHER = (
+    *(".3gp", ".8svx", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".alac", ".amr", ".ape", ".asf", ".au", ".avi"),
+    *(".avr", ".caf", ".dsf", ".dts", ".eac3", ".flv", ".gsm", ".m2ts", ".m4a", ".m4b", ".m4v", ".mka", ".mkv"),
+    *(".mov", ".mp1", ".mp2", ".mp4", ".mpc", ".mpeg", ".mpg", ".mts", ".pcm", ".ra", ".raw", ".rm", ".sd2"),
+    *(".shn", ".snd", ".sph", ".spx", ".tta", ".voc", ".w64", ".weba", ".webm", ".wma", ".wmv", ".wv"),
+)
+"""Endings of what holds sound, too, and must be converted first."""
+
+
+def is_read(path: Path) -> bool:
+    """Whether a file is audio that is read, by its ending."""
+    return path.suffix.lower() in READ
+
+
+def is_other(path: Path) -> bool:
+    """Whether a file is sound or video that must be converted first, by its ending."""
+    return path.suffix.lower() in OTHER
+
+
+def advice(path: Path) -> str:
+    """What converts a file: the end of a message about it."""
+    return f"convert it first, for example by ffmpeg -i {path.name} {path.stem}.flac"
