@@ -1,16 +1,16 @@
 """Settings that every test shares: CPU, full precision, compiled programs kept between runs, 4 examples a property."""
 
+import gc
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if os.environ["JAX_PLATFORMS"] == "cpu":
+if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
     # Nearly all of the time is compiling; programs that run a few times need no optimising. XLA_FLAGS= pytest: as users compile.
-    flags = (
-        "xla_backend_optimization_level=0",
-        "xla_llvm_disable_expensive_passes=true",
-        "xla_cpu_use_fusion_emitters=false",
-    )
-    os.environ.setdefault("XLA_FLAGS", " ".join(f"--{flag}" for flag in flags))
+    # Another process asks which flags XLA knows, since asking fixes those of the process that asks.
+    asked = subprocess.run([sys.executable, "-m", "ttt_jax.xla"], capture_output=True, text=True, check=True)
+    os.environ["XLA_FLAGS"] = asked.stdout.strip()
 
 import jax
 import pytest
@@ -38,3 +38,23 @@ def x64():
     """float64 in JAX for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file():
+    """Compiled programs are forgotten when a file of tests is done: they are what takes memory."""
+    before = _rss()
+    yield
+    after = _rss()
+    jax.clear_caches()
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with open("/tmp/rss.log", "a") as f:
+        print(os.getpid(), os.environ.get("PYTEST_CURRENT_TEST"), before, after, _rss(), file=f)
+
+
+import ctypes
+
+
+def _rss():
+    return int([l for l in open("/proc/self/status") if l.startswith("VmRSS")][0].split()[1]) // 1024

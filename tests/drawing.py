@@ -9,31 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
+from ttt_jax.xla import QUICK, known_options
+
 LENGTHS = (1, 3, 8, 21)
 """Lengths of calls: within, of and across mini-batches; few, since each compiles once."""
 
 
-def _known_options(**options: object) -> dict[str, object]:
-    """Those of XLA's options that this version of it takes."""
-    known = {}
-    for name, value in options.items():
-        try:
-            jax.jit(lambda: 0, compiler_options={name: value})()
-        except Exception:  # noqa: BLE001  XLA raises no type of its own for an option that it does not know
-            continue
-        known[name] = value
-    return known
-
-
-QUICK = _known_options(
-    xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True, xla_cpu_use_fusion_emitters=False
-)
-"""Options that compile six times as fast; tests on a few small arrays run each program a few times only."""
+OPTIONS = known_options(QUICK)
+"""Compiler options for tests on a few small arrays, which run each program a few times only."""
 
 
 def quick_jit(fun, **kwargs):
-    """`jax.jit` with the options of `QUICK`."""
-    return jax.jit(fun, compiler_options=QUICK, **kwargs)
+    """`jax.jit` with `OPTIONS`."""
+    return jax.jit(fun, compiler_options=OPTIONS, **kwargs)
 
 
 seeds = st.integers(0, 2**32 - 1)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from tests import small_step
-from tests.drawing import QUICK
+from tests.drawing import OPTIONS
 from tests.small_step import LORA, batch
 from train import parameters, step
 from train.trained import split
@@ -114,7 +114,7 @@ def run(mesh: jax.sharding.Mesh, accumulate: int, steps: int = STEPS) -> dict:
     )
     batches = [batch(seed=i, frames=FRAMES, reset=[(0, 1)] if i == 1 else ()) for i in range(max(steps, 1))]
     batches = [type(one)(*(jax.device_put(x, rows) for x in one)) for one in batches]
-    program = step.make_train_step(cfg, mesh).lower(state, {}, batches[0], stop).compile(compiler_options=QUICK)
+    program = step.make_train_step(cfg, mesh).lower(state, {}, batches[0], stop).compile(compiler_options=OPTIONS)
     told, moved = [], []
     for one in batches[:steps]:
         state, metrics = program(state, {}, one, stop)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import jax
 
 from eval import stream
-from tests.drawing import QUICK
+from tests.drawing import OPTIONS
 
 _steps, _weights = {}, {}
 
@@ -14,7 +14,7 @@ scan_calls = jax.jit(
     stream.scan_calls.__wrapped__,
     static_argnames=("cfg", "arms", "measured"),
     donate_argnames="state",
-    compiler_options=QUICK,
+    compiler_options=OPTIONS,
 )
 """For `eval.stream.scan_calls`."""
 
@@ -29,7 +29,7 @@ def quickly(make_step):
         def lower(*given):
             # What is given later has to have the same types and shapes, or the program refuses it.
             if key not in _steps:
-                _steps[key] = make_step(cfg, other).lower(*given).compile(compiler_options=QUICK)
+                _steps[key] = make_step(cfg, other).lower(*given).compile(compiler_options=OPTIONS)
             return SimpleNamespace(compile=lambda: _steps[key])
 
         return SimpleNamespace(lower=lower)

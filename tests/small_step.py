@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from tests.drawing import QUICK, random_params
+from tests.drawing import OPTIONS, random_params
 from train import step
 from train.config import DataConfig, LossConfig, OptimConfig, TrainConfig, TrainsConfig
 from train.trained import fit, split
@@ -92,7 +92,7 @@ def one_device() -> jax.sharding.Mesh:
     return sharding.make_mesh(1, 1, 1)
 
 
-def compiled(cfg: TrainConfig, mesh: jax.sharding.Mesh, frozen, one: Batch, options=QUICK):
+def compiled(cfg: TrainConfig, mesh: jax.sharding.Mesh, frozen, one: Batch, options=OPTIONS):
     """The step for batches like `one`, compiled quickly."""
     lowered = step.make_train_step(cfg, mesh).lower(step.state_like(cfg, mesh), frozen, one, NO_STOP)
     return lowered.compile(compiler_options=options)

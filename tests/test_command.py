@@ -40,6 +40,12 @@ def test_a_bug_keeps_its_traceback(error):
         command.run(lambda: _raise(error))
 
 
+def test_a_warning_of_the_library_is_one_line(capsys):
+    for _ in range(2):  # commands that run in one process do not say it twice
+        assert command.run(lambda: command.log.warning("talk.wav is nearly silent.") or 0) == 0
+        assert capsys.readouterr().err == "warning: talk.wav is nearly silent.\n"
+
+
 def test_a_command_that_ends_well_keeps_its_code():
     assert command.run(lambda: 0) == 0
 

@@ -18,6 +18,7 @@ from ttt_jax.differences import differences
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import model
 from ttt_jax.trees import Tree, merge, named, pick
+from ttt_jax.xla import known_options
 
 FREE = ("ttt", "lora", "apart", "dtype", "context", "layer_context")
 """Fields of the model that a run may set otherwise than the weights it starts from."""
@@ -143,7 +144,7 @@ def _fresh(cfg: TrainConfig, mesh: Mesh, names: Collection[str]) -> Tree:
     key = jax.random.key(cfg.seed)
     shardings = sharding.params_shardings(mesh, jax.eval_shape(draw, key))
     # Random draws of many shapes take long to optimise and run once: on CPU this compiles in a fifth of the time.
-    options = {"xla_backend_optimization_level": 0}
+    options = known_options({"xla_backend_optimization_level": 0})
     return jax.jit(draw, out_shardings=shardings, compiler_options=options)(key)
 
 

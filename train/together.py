@@ -37,6 +37,7 @@ from ttt_jax.data.frames import Recording
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import model
 from ttt_jax.trees import Tree
+from ttt_jax.xla import known_options
 
 log = logging.getLogger("train")
 
@@ -82,7 +83,7 @@ def fresh(cfg: TrainConfig, seeds: Sequence[int]) -> tuple[TrainState, Tree]:
         return fresh_state(cfg, trained)._replace(trained=trained), frozen
 
     # Random draws of many shapes take long to optimise and run once, as in `train.parameters`.
-    draw = jax.jit(jax.vmap(one), compiler_options={"xla_backend_optimization_level": 0})
+    draw = jax.jit(jax.vmap(one), compiler_options=known_options({"xla_backend_optimization_level": 0}))
     return draw(jnp.array(seeds, jnp.uint32))
 
 

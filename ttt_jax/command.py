@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import logging
 import os
 import resource
 import subprocess
@@ -24,6 +25,9 @@ PARTIAL = 3
 INTERRUPTED = 130
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+log = logging.getLogger("ttt_jax")
+"""What the library has to say without stopping: one sentence a warning, which begins with the file's path."""
 
 _started = time.perf_counter()
 
@@ -65,8 +69,24 @@ def keep_compiled(folder: Path) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+class _Notices(logging.Handler):
+    """Warnings of the library as lines on standard error, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"warning: {record.getMessage()}"
+        tqdm = sys.modules.get("tqdm")  # no bar can be there before it is loaded
+        if tqdm is None:
+            print(text, file=sys.stderr)
+        else:
+            tqdm.tqdm.write(text, file=sys.stderr)
+
+
+_notices = _Notices()  # one, as a logger takes each handler only once
+
+
 def run(command: Callable[[], int]) -> int:
     """Exit code of `command`: its own, or 2 for something that the user can mend, or 130 if interrupted."""
+    log.addHandler(_notices)
     try:
         return command()
     except InputError as error:

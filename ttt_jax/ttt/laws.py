@@ -17,6 +17,7 @@ import numpy as np
 from ttt_jax.config import MoshiConfig, TTTConfig
 from ttt_jax.ttt.inner import Network, TTTState
 from ttt_jax.ttt.layer import TTTLayer, init_state
+from ttt_jax.xla import QUICK, known_options
 
 ROWS, FRAMES, WIDTH, HEADS = 2, 24, 16, 2
 TTT = TTTConfig(layers="0", mini_batch=4, horizon=40.0)
@@ -115,9 +116,9 @@ def _trial(apply: Callable, dtype: str) -> _Trial:
 
 
 def _jit(function: Callable, **options: Any) -> Callable:
-    """`jax.jit`; on CPU with little optimisation, which compiles five times as fast: each program runs a few times only."""
+    """`jax.jit`; on CPU with little optimisation: each program runs a few times only."""
     if jax.default_backend() == "cpu":
-        options["compiler_options"] = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+        options["compiler_options"] = known_options(QUICK)
     return jax.jit(function, **options)
 
 
