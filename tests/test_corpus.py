@@ -18,8 +18,9 @@ from eval import unigram
 from ttt_jax.codec import DEFAULT_FILE, load_codec
 from ttt_jax.data import codes as codefiles
 from ttt_jax.data import corpus as corpora
+from ttt_jax.data.alignments import read_alignments
 from ttt_jax.data.audio import read_audio
-from ttt_jax.data.manifest import check_duration, read_alignments, read_manifest
+from ttt_jax.data.manifest import check_duration, read_manifest
 from ttt_jax.data.text import load_tokenizer, text_stream
 from ttt_jax.errors import InputError
 
@@ -102,7 +103,7 @@ def test_words_lie_on_the_speech(recordings):
     for entry, audio in recordings:
         voiced = voiced_frames(audio[0])
         spoken = np.zeros(len(voiced), bool)
-        for word in read_alignments(entry.alignment, entry.duration):
+        for word in read_alignments(entry.alignment, entry.duration).words:
             spoken[round(word.start * 100) : round(word.end * 100)] = True
         agreement = {shift: np.mean(np.roll(spoken, shift) == voiced) for shift in (-30, 0, 30)}
         assert agreement[0] > 0.85, entry.path
@@ -138,9 +139,10 @@ def test_the_tokenizer_covers_every_word_and_leaves_the_special_ids_free():
 def test_most_tokens_find_room_in_the_text_row():
     tokenizer = load_tokenizer(CORPUS / "tokenizer" / "spm512.model")
     for entry in entries("train"):
-        words = read_alignments(entry.alignment, entry.duration)
-        row = text_stream(words, int(entry.duration * 12.5), tokenizer, 12.5)
-        wanted = sum(len(tokenizer.encode(word.text)) for word in words)
+        words = read_alignments(entry.alignment, entry.duration).words
+        tokens = [tokenizer.encode(word.text) for word in words]
+        row = text_stream(words, tokens, int(entry.duration * 12.5), 12.5)
+        wanted = sum(map(len, tokens))
         assert (row > 3).sum() > 0.95 * wanted, entry.path
 
 
