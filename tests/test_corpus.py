@@ -456,7 +456,7 @@ def test_a_given_tokenizer_must_be_that_of_the_code_files(tmp_path):
     [
         ({"made_by": "d" * 64}, r"b\.safetensors states codec 'dddd.*other files of the data state 'cccc"),
         ({"made_by": None}, r"b\.safetensors (does not state its codec|states codec None)"),
-        ({"frame_rate": "25"}, r"b\.safetensors states frame_rate '25'"),
+        ({"frame_rate": "25"}, r"b\.safetensors states frame_rate '25' .*models read 12\.5 frames"),
         ({"tokenizer": "u" * 64}, r"b\.safetensors states tokenizer 'uuuu.*other files of the data state 'tttt"),
         ({"cardinality": "32"}, r"b\.safetensors states cardinality 32 .*has 64"),
         ({"codes": codes_of(8)}, r"b\.safetensors holds 8 rows.*write both voices"),
@@ -478,6 +478,13 @@ def test_files_that_do_not_go_together_are_refused(tmp_path, second, message, ot
     }
     with pytest.raises(InputError, match=message):
         load(dataclasses.replace(FILES, **places[other]))
+
+
+@pytest.mark.parametrize("rate", ["25", "50", "6.25"])
+def test_codes_of_another_rate_alone_are_refused_as_beside_others(tmp_path, rate):
+    folder = prepared(tmp_path / "fast", codes_of(17, 20), codes_of(17, 20), frame_rate=rate)
+    with pytest.raises(InputError, match=rf"states frame_rate '{rate}' .*models read 12\.5 frames"):
+        load(dataclasses.replace(FILES, train=str(folder)))
 
 
 def test_audio_is_refused_where_the_codec_is_that_of_code_files(other_manifest, tmp_path):
