@@ -104,14 +104,14 @@ def test_whose_voice_is_the_models_must_be_said(tmp_path, labels, known):
     assert (found.words is not None) is known
     assert (found.notice is None) is known
     if not known:
-        name = "no label" if labels[0] is None else str(labels[0])
+        name = "no label" if labels[0] is None else repr(str(labels[0]))
         assert f"of {len(labels)} words none is of SPEAKER_MAIN (but of {name}" in found.notice
         assert "give the words of the model's voice the label SPEAKER_MAIN" in found.notice
 
 
 def test_many_labels_are_not_all_told(tmp_path):
     rows = [["word", [i / 10, i / 10 + 0.1], f"S{i}"] for i in range(9)]
-    assert "(but of S0, S1, S2 and 6 more)" in read(tmp_path, *rows).notice
+    assert "(but of 'S0', 'S1', 'S2' and 6 more)" in read(tmp_path, *rows).notice
 
 
 @pytest.mark.parametrize(
@@ -209,5 +209,8 @@ def test_alignments_beside_other_data_are_alignments(tmp_path):
 
 
 def test_half_a_character_is_left_out(tmp_path):
-    path = write(tmp_path, '{"alignments": [["ok\\ud83d", [0, 1], "SPEAKER_MAIN"]]}')
+    path = write(tmp_path, '{"alignments": [["ok\\ud83d", [0, 1], "SPEAKER_MAIN\\udc00"]]}')
     assert read_alignments(path, 2.0).words == (Word("ok", 0.0, 1.0, MAIN),)
+    with pytest.raises(InputError, match="udc00") as error:
+        read_alignments(write(tmp_path, '{"alignments": ["\\udc00"]}'), 2.0)
+    assert str(error.value).encode()

@@ -189,7 +189,7 @@ YES = ["yes", [0.3, 0.5], "SPEAKER_MAIN"]
         (
             {"alignments": [["yes", [0.3, 0.5], "SPEAKER_00"]]},
             0,
-            "of 1 words none is of SPEAKER_MAIN (but of SPEAKER_00)",
+            "of 1 words none is of SPEAKER_MAIN (but of 'SPEAKER_00')",
         ),
         ({"book_meta": {}, "speaker": "64"}, 0, None),
         ({"id": "X", "wav": "a.mp3", "text": "yes", "speaker": "S1"}, 0, None),

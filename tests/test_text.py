@@ -183,7 +183,7 @@ def test_where_no_word_has_a_place_the_text_is_not_known(tmp_path, times):
 def test_where_nobody_is_the_model_the_text_is_not_known(tmp_path):
     text = read(tmp_path, [said("yes", 0.4, "SPEAKER_00"), said("no", 1.0, "SPEAKER_01")])
     assert text.row is None
-    assert "2 words none is of SPEAKER_MAIN (but of SPEAKER_00, SPEAKER_01)" in text.notice
+    assert "2 words none is of SPEAKER_MAIN (but of 'SPEAKER_00', 'SPEAKER_01')" in text.notice
     silent = read(tmp_path, [said("yes", 0.4, "SPEAKER_OTHER")])
     assert (silent.row.tolist(), silent.notice) == ([PAD] * 25, None)
     assert read(tmp_path, []).row.tolist() == [PAD] * 25

@@ -157,7 +157,7 @@ def _check_times(path: Path, seconds: float, timed: int, dropped: dict[str, list
 
 
 def _no_main_speaker(words: Sequence[Word]) -> str:
-    labels = list(dict.fromkeys("no label" if word.speaker is None else word.speaker for word in words))
+    labels = list(dict.fromkeys("no label" if word.speaker is None else repr(word.speaker[:30]) for word in words))
     named = ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
     return (
         f"of {len(words)} words none is of {MAIN_SPEAKER} (but of {named}), so that the text counts as not known: give the words"
@@ -176,12 +176,16 @@ def _parse_word(path: Path, index: int, row: object) -> Word:
             and all(type(time) in (float, int, type(None)) for time in times)
             and type(speaker) in (str, int, type(None))
         ):
-            text = text.encode("utf-8", "ignore").decode().strip()  # JSON may hold half of a surrogate pair
-            return Word(text, *map(_seconds, times), speaker if speaker is None else str(speaker))
+            return Word(_plain(text), *map(_seconds, times), None if speaker is None else _plain(str(speaker)))
     raise InputError(
         f"{path}, alignments[{index}] is {_short(row)}, expected [word, [start, end], speaker]: write the alignments again or"
         " remove the file."
     )
+
+
+def _plain(text: str) -> str:
+    """Without blanks around it and without halves of surrogate pairs, which JSON may hold and nothing else takes."""
+    return text.encode("utf-8", "ignore").decode().strip()
 
 
 def _seconds(value: float | None) -> float:
@@ -192,5 +196,5 @@ def _seconds(value: float | None) -> float:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= 80 else text[:77] + "..."

@@ -124,7 +124,7 @@ def read_text(
     tokens = [tokenizer.encode(word.text) for word in words]
     if words and not any(tokens):
         raise InputError(
-            f"{path}: the text tokenizer has no token for any of {len(words)} words (the first is {words[0].text!r}): give a"
+            f"{path}: the text tokenizer has no token for any of {len(words)} words (the first is {words[0].text[:30]!r}): give a"
             " SentencePiece model fitted to this language, or remove the file."
         )
     dropped = {reason: [word for word in several if speaks(word)] for reason, several in found.dropped.items()}
@@ -136,7 +136,7 @@ def read_text(
 
 
 def _notice(total: int, dropped: dict[str, list[Word]]) -> str | None:
-    parts = [f"{len(words)} {reason} (such as {words[0].text!r})" for reason, words in dropped.items() if words]
+    parts = [f"{len(words)} {reason} (such as {words[0].text[:30]!r})" for reason, words in dropped.items() if words]
     count = sum(map(len, dropped.values()))
     return f"{count} of {total} words dropped, {', '.join(parts)}" if count else None
 
