@@ -44,8 +44,8 @@ class Tokenizer:
     def encode(self, word: str) -> list[int]:
         """The ids of one word, without begin or end marks.
 
-        What the model does not know gives none, byte pieces (<0xE4>) being known. A word partly known keeps what is known of
-        it if that has a letter or a digit. A word of which no more is left than its boundary or its punctuation has none.
+        What the model does not know gives none; byte pieces (<0xE4>) are known. A word partly known keeps what is known of it
+        if that has a letter or a digit, else it has none. The mark of a word's boundary alone is no token.
         """
         found = self._processor.encode(word.strip())
         left = [token for token in found if token not in (EPAD, PAD, self._processor.unk_id())]
