@@ -10,15 +10,16 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ttt_jax.codec import DEFAULT_FILE
 from ttt_jax.codec.kmeans import KMeansCodec
+from ttt_jax.data.alignments import Word, read_alignments
 from ttt_jax.data.audio import read_audio
-from ttt_jax.data.manifest import Entry, Word, read_alignments, read_manifest
+from ttt_jax.data.manifest import Entry, read_manifest
 
 DECIBEL = 10 / np.log(10)  # of a natural logarithm of power
 PAUSE = 0.2  # seconds between two words that end an utterance
@@ -123,7 +124,7 @@ def print_recognition(codec: KMeansCodec, recordings: list[tuple[Entry, np.ndarr
     recogniser = Decoder(loglevel="FATAL")
     spoken = []
     for entry, voice in recordings:
-        for words in utterances(read_alignments(entry.alignment, entry.duration)):
+        for words in utterances(read_alignments(entry.alignment, entry.duration).words):
             texts = [re.sub(r"[^a-z']", "", word.text.lower()) for word in words]
             if len(texts) >= 3 and all(recogniser.lookup_word(text) for text in texts):
                 first, last = (round(t * codec.sample_rate) for t in (words[0].start - 0.1, words[-1].end + 0.1))
@@ -156,7 +157,7 @@ def print_recognition(codec: KMeansCodec, recordings: list[tuple[Entry, np.ndarr
         print(f"word error rate, any words: {errors / total:.0%}", flush=True)
 
 
-def utterances(words: list[Word]) -> list[list[Word]]:
+def utterances(words: Sequence[Word]) -> list[list[Word]]:
     """Splits words where nobody speaks for `PAUSE` seconds."""
     found: list[list[Word]] = []
     for word in words:

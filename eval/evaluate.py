@@ -91,10 +91,7 @@ def main(options: argparse.Namespace) -> int:
                 "there is no --data: give a manifest or a folder of python -m eval prepare (only a single run brings its own held-out files)."
             )
         corpus = own_corpus(models)
-        files = [
-            file._replace(frames=file.frames[:, : asked.frames], text_known=file.text_known[: asked.frames])
-            for file in speech_.of_corpus(corpus)
-        ]
+        files = [file._replace(frames=file.frames[:, : asked.frames]) for file in speech_.of_corpus(corpus)]
     for one in skipped:
         print(f"skipped: {one.reason}", file=sys.stderr)
     # Results on other speech have a folder of their own: those of the run's held-out files stay.
@@ -224,7 +221,7 @@ def _stream(
                     failed[files[i].name] = reason
                     tqdm.write(f"skipped: {reason}", file=sys.stderr)
                     continue
-                scores.save(folder / infos[i].npz, scores.without_text(got, ~files[i].text_known))
+                scores.save(folder / infos[i].npz, got)
                 if partners is not None:
                     partner_of[files[i].name] = some[partners[place]].name
     return partner_of
@@ -339,9 +336,9 @@ def _text_policy(files: Sequence[Speech]) -> str:
     known = [file.text_known.mean() for file in files]
     if min(known) == 1:
         return "text known and scored"
-    missing = "padding and not scored where it is not known"
+    if max(known) == 0:
+        return "text not known: fed as nothing (-1), not scored"
     return (
-        f"text known in {sum(share > 0 for share in known)} of {len(files)} files; {missing}"
-        if max(known) > 0
-        else "text not known: padding, not scored"
+        f"text known in {sum(share > 0 for share in known)} of {len(files)} files; fed as nothing (-1) and not scored where it is"
+        " not known"
     )

@@ -180,7 +180,6 @@ def _experiment(asked: Sequence[Asked], options: argparse.Namespace) -> tuple[Ex
         files = [
             file._replace(
                 frames=file.frames[:, : options.frames],
-                text_known=file.text_known[: options.frames],
                 joints=tuple(joint for joint in file.joints if options.frames is None or joint < options.frames),
             )
             for file in speech_.of_corpus(evaluate.own_corpus(several))

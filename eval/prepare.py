@@ -12,7 +12,6 @@ all, and a code file states what it was made of, so a run that was interrupted i
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import math
@@ -29,18 +28,19 @@ from eval import sources
 from eval.sources import Recording, Stream
 from ttt_jax.codec import Codec
 from ttt_jax.command import PARTIAL
+from ttt_jax.data.alignments import MAIN_SPEAKER
 from ttt_jax.data.audio import read_blocks
 from ttt_jax.data.codes import Codes, Source, read_codes, write_codes
 from ttt_jax.data.corpus import CorpusConfig, load_coders
-from ttt_jax.data.frames import ABSENT
-from ttt_jax.data.manifest import MAIN_SPEAKER, Entry, Word, check_duration, read_alignments
-from ttt_jax.data.text import Tokenizer, text_stream
+from ttt_jax.data.frames import warn
+from ttt_jax.data.manifest import Entry, check_duration
+from ttt_jax.data.text import ABSENT, Tokenizer, read_text
 from ttt_jax.errors import InputError
 from ttt_jax.files import file_digest, write_atomically
 
 MANIFEST = "manifest.jsonl"
 SETTINGS = "prepare.json"
-_VERSION = "ttt_jax.prepare/1"  # to change whenever the same input would give other codes
+_VERSION = "ttt_jax.prepare/2"  # to change whenever the same input would give other codes
 _BLOCK = 1024  # frames of silence encoded at a time; bounds memory
 
 
@@ -116,7 +116,7 @@ class Encoder:
         return _digest(parts)
 
     def encode(self, recording: Recording, progress: Progress) -> Codes:
-        """Return the codes of a recording: both voices, and the text row if it has alignments.
+        """Return the codes of a recording: both voices, and the text row if its words are known.
 
         Raises:
             InputError: the audio is unusable, shorter than a frame or not as long as its manifest says, or its
@@ -135,17 +135,17 @@ class Encoder:
             check_duration(Entry(path, recording.duration, recording.alignment), seconds)
         num_frames = channels[0].shape[1]
         voices = channels if len(channels) == 2 else [channels[0], self.silence(num_frames)]
-        words = self._words(recording, seconds, len(channels) == 1)
+        text = self._text(recording, seconds, num_frames, len(channels) == 1)
         rows = voices if self.voice == "own" else voices[::-1]
-        if words is not None:
-            rows = [self._text(recording, words, num_frames)[None], *rows]
+        if text is not None:
+            rows = [text[None], *rows]
         return Codes(
             np.concatenate(rows),
             codec.frame_rate,
             codec.digest,
             codec.name,
             codec.cardinality,
-            None if words is None else self.tokenizer.digest,
+            None if text is None else self.tokenizer.digest,
             self.voice,
             (Source(str(path), file_digest(path), seconds, num_frames, 0),),
             input=identity,
@@ -159,25 +159,23 @@ class Encoder:
             self._silence = np.concatenate([self._silence, codes], axis=1)
         return self._silence[:, :num_frames]
 
-    def _words(self, recording: Recording, seconds: float, mono: bool) -> list[Word] | None:
-        """The words that the text row is to hold, those of the model's voice under `MAIN_SPEAKER`; None: no text row."""
-        if recording.alignment is None or sources.is_book_meta(recording.alignment):
+    def _text(self, recording: Recording, seconds: float, num_frames: int, mono: bool) -> np.ndarray | None:
+        """The text row: what the model's voice says, int32 [T]; None where it is not known."""
+        if recording.alignment is None:
             return None
-        words = read_alignments(recording.alignment, seconds)
-        if self.voice == "own":
-            return words
-        if mono:  # all that is said is said by the other voice
-            return []
-        return [dataclasses.replace(word, speaker=_SWAPPED.get(word.speaker, MAIN_SPEAKER)) for word in words]
-
-    def _text(self, recording: Recording, words: list[Word], num_frames: int) -> np.ndarray:
-        try:
-            return text_stream(words, num_frames, self.tokenizer, self.codec.frame_rate)
-        except InputError as error:
-            raise InputError(f"{recording.alignment}: {error}") from None
-
-
-_SWAPPED = {MAIN_SPEAKER: "SPEAKER_OTHER"}
+        # With --voice other the model's voice is the right channel: that of the other speaker, silent in a mono recording.
+        found = read_text(
+            recording.alignment,
+            seconds,
+            num_frames,
+            self.tokenizer,
+            self.codec.frame_rate,
+            lambda word: (
+                word.speaker == MAIN_SPEAKER if self.voice == "own" else not mono and word.speaker != MAIN_SPEAKER
+            ),
+        )
+        warn(recording.alignment, found.notice)
+        return found.row
 
 
 def encode_blocks(blocks: Iterable[np.ndarray], codec: Codec) -> tuple[list[np.ndarray], int]:

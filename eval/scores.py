@@ -63,21 +63,6 @@ class FileScores(NamedTuple):
     """Cross-entropy under the memory-less baseline, float32 [S, T]; None without training data."""
 
 
-def without_text(scores: FileScores, unknown: np.ndarray) -> FileScores:
-    """The scores with the text's left out where it was not known, bool [T]."""
-
-    def blank(values: np.ndarray) -> np.ndarray:
-        return np.concatenate([np.where(unknown, np.float32(np.nan), values[:1]), values[1:]])
-
-    def of_arm(arm: ArmScores) -> ArmScores:
-        against = arm.against_off and Against(*map(blank, arm.against_off))
-        return ArmScores(*map(blank, arm[:3]), against, arm.inner)
-
-    tokens = np.concatenate([np.where(unknown, -1, scores.tokens[:1]), scores.tokens[1:]])
-    unigram = None if scores.unigram is None else blank(scores.unigram)
-    return FileScores(tokens, {name: of_arm(arm) for name, arm in scores.arms.items()}, unigram)
-
-
 def not_finite(scores: FileScores) -> tuple[str, int] | None:
     """The first arm and frame whose predictions are not finite numbers though there was a token to score; None if all are."""
     for arm, own in scores.arms.items():

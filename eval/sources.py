@@ -14,13 +14,13 @@ that begins with a dot) is not looked at, and links to folders are not followed,
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from ttt_jax.data.alignments import Kind, read_beside
 from ttt_jax.data.manifest import read_manifest
 from ttt_jax.errors import InputError
 
@@ -140,7 +140,7 @@ def _layout(folder: Path) -> str:
     path = next((p for p in _audio(folder) if p.suffix.lower() == ".flac"), None)
     if path is None:
         return "folder"
-    if is_book_meta(path.with_suffix(".json")):
+    if _is_book(path.with_suffix(".json")):
         return "librilight"
     chapter, speaker = path.resolve().parts[-2:-4:-1]
     if chapter.isdigit() and speaker.isdigit() and any(path.parent.glob("*.txt")):
@@ -148,13 +148,11 @@ def _layout(folder: Path) -> str:
     return "folder"
 
 
-def is_book_meta(path: Path) -> bool:
-    """Whether a JSON is LibriLight's description of a chapter, which is no alignment."""
+def _is_book(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_beside(path)[0] is Kind.BOOK
+    except InputError:  # there is none, or it is damaged, which is told where its words are read
         return False
-    return isinstance(content, dict) and "book_meta" in content and "alignments" not in content
 
 
 def _of_manifest(manifest: Path) -> list[Recording]:

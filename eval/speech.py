@@ -17,7 +17,7 @@ from ttt_jax.data import corpus as corpora
 from ttt_jax.data.codes import Codes, read_codes
 from ttt_jax.data.frames import load_frames
 from ttt_jax.data.manifest import Entry, read_manifest
-from ttt_jax.data.text import PAD, Tokenizer
+from ttt_jax.data.text import ABSENT, Tokenizer
 from ttt_jax.errors import InputError
 
 MANIFEST = "manifest.jsonl"
@@ -31,13 +31,16 @@ class Speech(NamedTuple):
     group: str
     """Its speaker, or its own name where that is not known: the unit of statistics, one speaker's streams are not independent."""
     frames: np.ndarray
-    """Tokens, int32 [17, T]; a text that is not known is padding, or absent (-1)."""
-    text_known: np.ndarray
-    """Frames whose text is known, and so to be scored, bool [T]."""
+    """Tokens, int32 [17, T]; what is not known is -1: fed as a zero vector and not scored, as in training."""
     joints: tuple[int, ...]
     """Frames at which another recording begins."""
     codec: dict[str, str | None]
     """Name and digest of the codec that made the codes; the name is None where a code file does not state it."""
+
+    @property
+    def text_known(self) -> np.ndarray:
+        """Frames whose text is known, and so scored, bool [T]."""
+        return self.frames[0] != ABSENT
 
     @property
     def digest(self) -> str:
@@ -56,11 +59,11 @@ def of_corpus(corpus: corpora.Corpus) -> list[Speech]:
     """The held-out files of a run's own corpus, as it would train on them."""
     codec = {"name": corpus.codec.name, "digest": corpus.codec.digest}
     files = ((recording, recording.read()) for recording in corpus.heldout)
-    return [Speech(file.name, file.speaker or file.name, frames, frames[0] >= 0, (), codec) for file, frames in files]
+    return [Speech(file.name, file.speaker or file.name, frames, (), codec) for file, frames in files]
 
 
 def read(data: str | Path, models: Sequence[Model], most: int | None = None) -> tuple[list[Speech], list[Skipped]]:
-    """The streams that `data` names, text padded where it is not known, and the files that could not be used.
+    """The streams that `data` names, and the files that could not be used.
 
     Args:
       data: a manifest, a folder with one, or a single recording or code file; models: all must be able to read the files;
@@ -135,11 +138,9 @@ def _entries(path: Path) -> tuple[list[Entry], Path]:
 
 def _speech(entry: Entry, name: str, coders: _Coders, most: int | None) -> Speech:
     frames, joints, codec = _load(entry, coders)
-    known = frames[0] >= 0
-    frames = np.concatenate([np.where(known, frames[:1], PAD), frames[1:]])
     check_tokens(str(entry.path), frames, coders.models)
-    frames, known = frames[:, :most], known[:most]
-    return Speech(name, entry.speaker or name, frames, known, tuple(j for j in joints if j < frames.shape[1]), codec)
+    frames = frames[:, :most]
+    return Speech(name, entry.speaker or name, frames, tuple(j for j in joints if j < frames.shape[1]), codec)
 
 
 def check_tokens(name: str, frames: np.ndarray, models: Sequence[Model]) -> None:
@@ -224,7 +225,7 @@ def _both_voices(path: Path, found: Codes, codebooks: int) -> np.ndarray:
             f"{path} has {len(found.codes)} rows of codes, but converted weights need {2 * codebooks} (both voices) or"
             f" {2 * codebooks + 1} (text first): write the other voice too (docs/data.md)."
         )
-    text = [] if found.has_text else [np.full((1, found.num_frames), -1, np.int32)]
+    text = [] if found.has_text else [np.full((1, found.num_frames), ABSENT, np.int32)]
     return np.concatenate([*text, found.codes])
 
 

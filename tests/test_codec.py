@@ -181,6 +181,31 @@ def test_file_that_is_no_codec_is_refused_by_name(codec, tmp_path):
         load_codec(bad)
 
 
+@pytest.mark.parametrize(
+    ("sample_rate", "frame_size", "rate"), [(32000, 1280, "25"), (16000, 1600, "10"), (24000, 1280, "18.75")]
+)
+def test_a_codec_of_another_frame_rate_is_refused(codec, tmp_path, sample_rate, frame_size, rate):
+    tensors, metadata = parts(codec)
+    sizes = {"sample_rate": str(sample_rate), "frame_size": str(frame_size)}
+    KMeansCodec(tensors, metadata | sizes).save(tmp_path / "fast.safetensors")
+    with pytest.raises(InputError, match=rf"fast.safetensors gives {rate} frames a second .*but models read 12\.5"):
+        load_codec(tmp_path / "fast.safetensors")
+
+
+def test_a_codec_of_another_sample_rate_is_taken(codec, tmp_path):
+    tensors, metadata = parts(codec)
+    KMeansCodec(tensors, metadata | {"sample_rate": "24000", "frame_size": "1920"}).save(tmp_path / "hifi.safetensors")
+    assert load_codec(tmp_path / "hifi.safetensors").frame_rate == 12.5
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-1", "0", "1280.5", "1e400"])
+@pytest.mark.parametrize("key", ["frame_size", "sample_rate", "window"])
+def test_sizes_that_are_none_are_refused(codec, key, value):
+    tensors, metadata = parts(codec)
+    with pytest.raises(InputError, match="do not fit together"):
+        KMeansCodec(tensors, metadata | {key: value})
+
+
 def test_codec_with_missing_or_misshapen_parameters_is_refused(codec):
     tensors, metadata = parts(codec)
     with pytest.raises(InputError, match="format 'other'"):

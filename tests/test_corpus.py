@@ -18,8 +18,9 @@ from eval import unigram
 from ttt_jax.codec import DEFAULT_FILE, load_codec
 from ttt_jax.data import codes as codefiles
 from ttt_jax.data import corpus as corpora
+from ttt_jax.data.alignments import read_alignments
 from ttt_jax.data.audio import read_audio
-from ttt_jax.data.manifest import check_duration, read_alignments, read_manifest
+from ttt_jax.data.manifest import check_duration, read_manifest
 from ttt_jax.data.text import load_tokenizer, text_stream
 from ttt_jax.errors import InputError
 
@@ -102,7 +103,7 @@ def test_words_lie_on_the_speech(recordings):
     for entry, audio in recordings:
         voiced = voiced_frames(audio[0])
         spoken = np.zeros(len(voiced), bool)
-        for word in read_alignments(entry.alignment, entry.duration):
+        for word in read_alignments(entry.alignment, entry.duration).words:
             spoken[round(word.start * 100) : round(word.end * 100)] = True
         agreement = {shift: np.mean(np.roll(spoken, shift) == voiced) for shift in (-30, 0, 30)}
         assert agreement[0] > 0.85, entry.path
@@ -138,9 +139,10 @@ def test_the_tokenizer_covers_every_word_and_leaves_the_special_ids_free():
 def test_most_tokens_find_room_in_the_text_row():
     tokenizer = load_tokenizer(CORPUS / "tokenizer" / "spm512.model")
     for entry in entries("train"):
-        words = read_alignments(entry.alignment, entry.duration)
-        row = text_stream(words, int(entry.duration * 12.5), tokenizer, 12.5)
-        wanted = sum(len(tokenizer.encode(word.text)) for word in words)
+        words = read_alignments(entry.alignment, entry.duration).words
+        tokens = [tokenizer.encode(word.text) for word in words]
+        row = text_stream(words, tokens, int(entry.duration * 12.5), 12.5)
+        wanted = sum(map(len, tokens))
         assert (row > 3).sum() > 0.95 * wanted, entry.path
 
 
@@ -454,7 +456,7 @@ def test_a_given_tokenizer_must_be_that_of_the_code_files(tmp_path):
     [
         ({"made_by": "d" * 64}, r"b\.safetensors states codec 'dddd.*other files of the data state 'cccc"),
         ({"made_by": None}, r"b\.safetensors (does not state its codec|states codec None)"),
-        ({"frame_rate": "25"}, r"b\.safetensors states frame_rate '25'"),
+        ({"frame_rate": "25"}, r"b\.safetensors states frame_rate '25' .*models read 12\.5 frames"),
         ({"tokenizer": "u" * 64}, r"b\.safetensors states tokenizer 'uuuu.*other files of the data state 'tttt"),
         ({"cardinality": "32"}, r"b\.safetensors states cardinality 32 .*has 64"),
         ({"codes": codes_of(8)}, r"b\.safetensors holds 8 rows.*write both voices"),
@@ -476,6 +478,13 @@ def test_files_that_do_not_go_together_are_refused(tmp_path, second, message, ot
     }
     with pytest.raises(InputError, match=message):
         load(dataclasses.replace(FILES, **places[other]))
+
+
+@pytest.mark.parametrize("rate", ["25", "50", "6.25"])
+def test_codes_of_another_rate_alone_are_refused_as_beside_others(tmp_path, rate):
+    folder = prepared(tmp_path / "fast", codes_of(17, 20), codes_of(17, 20), frame_rate=rate)
+    with pytest.raises(InputError, match=rf"states frame_rate '{rate}' .*models read 12\.5 frames"):
+        load(dataclasses.replace(FILES, train=str(folder)))
 
 
 def test_audio_is_refused_where_the_codec_is_that_of_code_files(other_manifest, tmp_path):

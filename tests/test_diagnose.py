@@ -351,12 +351,12 @@ def test_converted_weights_take_codes_alone(folder, tmp_path, monkeypatch):
         main("converted", "--data", tmp_path / "sound.wav", "--out", tmp_path / "out")
 
 
-def test_text_that_is_not_known_is_padding(folder, tmp_path):
+def test_text_that_is_not_known_is_fed_as_nothing(folder, tmp_path):
     from eval import speech
 
     eval_models.write_codes(tmp_path / "codes.safetensors", eval_models.tokens(FRAMES)[1:])
     heard = speech.first(tmp_path / "codes.safetensors", [models.load(folder / "one")], 1)
-    assert (heard.frames[0] == 3).all()
+    assert (heard.frames[0] == -1).all()
     np.testing.assert_array_equal(heard.frames[1:], eval_models.tokens(FRAMES)[1:])
 
 

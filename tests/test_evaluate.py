@@ -17,7 +17,7 @@ from eval.scores import load
 from tests import micro
 from tests.eval_models import DIGEST, tokens, write_run
 from ttt_jax.command import PARTIAL
-from ttt_jax.data.text import PAD
+from ttt_jax.data.frames import open_manifest
 from ttt_jax.errors import InputError
 
 LENGTHS = (60, 45, 52)
@@ -83,15 +83,42 @@ def test_checkpoints_times_files_times_arms(run, plain, data, tmp_path, capsys):
     assert "plain" in shown
 
 
-def test_a_text_that_is_not_known_is_padding(run, data):
+def test_a_text_that_is_not_known_is_fed_as_nothing(run, data):
     from eval import models, speech
 
     files, skipped = speech.read(data, [models.load(run)])
     assert not skipped
     assert [file.text_known.mean() for file in files] == [1, 1, 0]
-    assert (files[2].frames[0] == PAD).all()
+    assert (files[2].frames[0] == -1).all()
     np.testing.assert_array_equal(files[2].frames[1:], tokens(LENGTHS[2], 2)[1:])
     np.testing.assert_array_equal(files[0].frames, tokens(LENGTHS[0], 0))
+
+
+def test_evaluation_feeds_what_training_reads(run, tmp_path):
+    from eval import models, speech
+    from ttt_jax.codec import load_codec
+    from ttt_jax.data.corpus import CorpusConfig, load_coders
+
+    words = [["yes", [0.3, 0.5], "SPEAKER_MAIN"], ["\u4e2d", [1.0, 1.2], "SPEAKER_MAIN"]]
+    beside = {"words": {"alignments": words}, "book": {"book_meta": {}}, "emilia": {"id": "x"}, "nothing": None}
+    beside["labels"] = {"alignments": [["yes", [0.3, 0.5], "SPEAKER_00"]]}
+    data = write_data(tmp_path / "data", [tokens(25, i)[1:] for i in range(len(beside))], load_codec().digest)
+    for i, content in enumerate(beside.values()):
+        if content is not None:
+            (data / f"{i}.json").write_text(json.dumps(content))
+    part = tokens(25, 0)
+    part[0, 3:9] = -1
+    data2 = write_data(tmp_path / "part", [part], load_codec().digest)
+    for folder in (data, data2):
+        files, skipped = speech.read(folder, [models.load(run)])
+        assert not skipped
+        coders = load_coders(CorpusConfig())
+        trained = open_manifest(folder / "manifest.jsonl", *coders, tmp_path / "cache", progress=False)
+        for file, recording in zip(files, trained, strict=True):
+            np.testing.assert_array_equal(file.frames, recording.read())
+            np.testing.assert_array_equal(file.text_known, file.frames[0] >= 0)
+        known = [file.text_known.sum() for file in files]
+        assert known == ([25 - 4, 0, 0, 0, 0] if folder == data else [19])
 
 
 def test_speakers_are_the_units(run, tmp_path):
@@ -189,6 +216,21 @@ def test_codes_of_another_codec_are_refused(run, tmp_path):
     refused("was encoded with a codec .digest 000000000000.*was trained with a codec", run, "--data", other)
     large = write_data(tmp_path / "large", [tokens(20) + 40])
     refused("expected -1 to 63", run, "--data", large)
+
+
+@pytest.mark.parametrize("rate", ["25", "12.50001", "6.25"])
+def test_codes_of_another_rate_are_refused_for_converted_weights_too(run, tmp_path, rate):
+    from eval import models, speech
+
+    weights = types.SimpleNamespace(name="moshi", cfg=micro.MODEL, run=None, codec=None)
+    data = write_data(tmp_path / "fast", [tokens(20)])
+    metadata = {"frame_rate": rate, "codec": DIGEST}
+    save_file({"codes": tokens(20)}, data / "0.safetensors", metadata=metadata)
+    (data / "manifest.jsonl").write_text(json.dumps({"path": "0.safetensors", "duration": 20 / float(rate)}))
+    for model in (weights, models.load(run)):
+        for place in (data, data / "0.safetensors"):
+            with pytest.raises(InputError, match=f"0.safetensors states frame_rate '{rate}' .*models read 12.5 frames"):
+                speech.read(place, [model])
 
 
 def test_codes_of_several_codecs_and_of_other_sizes_do_not_pass_with_converted_weights(tmp_path):

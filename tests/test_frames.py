@@ -207,6 +207,8 @@ def test_codes_made_elsewhere_are_accepted(codec, tmp_path, rows):
     ("changes", "words"),
     [
         ({"frame_rate": "25"}, ["'25'", "12.5"]),
+        ({"frame_rate": "12.6"}, ["'12.6'", "12.5"]),
+        ({"frame_rate": "nan"}, ["'nan'", "12.5"]),
         ({"frame_rate": "often"}, ["'often'", "12.5"]),
         ({"frame_rate": None}, ["None", "12.5"]),
         ({"codec": "f" * 64}, ["f" * 64, "DIGEST", "data.codec"]),
@@ -320,6 +322,33 @@ def test_the_digest_of_a_code_file_follows_codes_and_words(codec, tmp_path):
     assert len(set(found)) == 6
 
 
+def test_what_is_no_alignment_beside_a_code_file_changes_nothing(codec, tmp_path, caplog):
+    manifest = write_stated(tmp_path, random_codes(), codec)
+    found = opened(manifest, codec, tmp_path)
+    for content in (
+        {"book_meta": {}},
+        {"id": "x", "text": "no times"},
+        {"words": []},
+        {"alignments": [["x", [1, 1.1], "A"]]},
+    ):
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        again = opened(manifest, codec, tmp_path)
+        assert again.digest == found.digest
+        np.testing.assert_array_equal(again.read(), found.read())
+        assert (again.read()[0] == -1).all()
+    assert [message.split(": ")[1][:12] for message in caplog.messages] == ["holds words ", "of 1 words n"]
+
+
+def test_what_was_dropped_is_told_once_however_often_codes_are_read(codec, tmp_path, caplog):
+    manifest = write_stated(tmp_path, random_codes(), codec)
+    words = [["x", [0.4, 0.5], "SPEAKER_MAIN"], ["y", [1.0, 1.0], "SPEAKER_MAIN"]]
+    (tmp_path / "a.json").write_text(json.dumps({"alignments": words}))
+    recording = opened(manifest, codec, tmp_path)
+    np.testing.assert_array_equal(recording.read(), recording.read())
+    (message,) = caplog.messages
+    assert message == f"{tmp_path / 'a.json'}: 1 of 2 words dropped, 1 without duration (such as 'y')."
+
+
 def test_damage_in_a_code_file_is_noticed_when_it_is_read_and_named(codec, tmp_path):
     recording = opened(write_stated(tmp_path, random_codes(), codec), codec, tmp_path)
     path = tmp_path / "a.safetensors"
@@ -366,7 +395,7 @@ def test_a_header_of_no_codes_is_refused(codec, tmp_path, shape, kind, message):
 def test_wrong_words_beside_a_code_file_are_refused_at_first(codec, tmp_path):
     manifest = write_stated(tmp_path, random_codes(), codec)
     (tmp_path / "a.json").write_text(json.dumps({"alignments": [["x", [50.0, 51.0], "SPEAKER_MAIN"]]}))
-    with pytest.raises(InputError, match=r"a\.json, alignments\[0\]"):
+    with pytest.raises(InputError, match=r"a\.json does not match its audio of 1\.60 s"):
         opened(manifest, codec, tmp_path)
 
 
@@ -415,6 +444,8 @@ def test_words_and_audio_are_refused_where_nothing_can_encode_them(tmp_path):
     with pytest.raises(InputError, match=r"a\.wav is audio, but data\.codec='files'.*make codes"):
         opened(write_entry(tmp_path, babble(1.0)), STATED, tmp_path, TEXT)
     manifest = write_stated(tmp_path, random_codes(), STATED)
+    (tmp_path / "a.json").write_text(json.dumps({"book_meta": {}}))
+    assert (opened(manifest, STATED, tmp_path, TEXT).read()[0] == -1).all()
     (tmp_path / "a.json").write_text(json.dumps({"alignments": [["x", [1.0, 1.1], "SPEAKER_MAIN"]]}))
     with pytest.raises(InputError, match=r"a\.json has the words of a\.safetensors.*give data\.tokenizer"):
         opened(manifest, STATED, tmp_path, TEXT)

@@ -1,10 +1,10 @@
-"""Manifests and alignment files: what is read, and what is refused with file and line named."""
+"""Manifests: what is read, and what is refused with file and line named."""
 
 import json
 
 import pytest
 
-from ttt_jax.data.manifest import Entry, Word, check_duration, read_alignments, read_manifest
+from ttt_jax.data.manifest import Entry, check_duration, read_manifest
 from ttt_jax.errors import InputError
 
 GOOD = '{"path": "a.wav", "duration": 2.5}'
@@ -89,70 +89,3 @@ def test_duration_must_be_that_of_the_audio(tmp_path):
     for seconds in (10.6, 9.4, 0.0):
         with pytest.raises(InputError, match=r"a\.wav lasts .* but its manifest says 10\.00 s"):
             check_duration(entry, seconds)
-
-
-def alignment(tmp_path, content):
-    path = tmp_path / "a.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
-
-
-def test_words_come_ordered_by_start(tmp_path):
-    rows = [[" two", [1.0, 1.5], "SPEAKER_MAIN"], ["one", [0.25, 0.5], "other"], ["three", [1.0, 1], "SPEAKER_MAIN"]]
-    assert read_alignments(alignment(tmp_path, {"alignments": rows, "more": 1}), 2.0) == [
-        Word("one", 0.25, 0.5, "other"),
-        Word("two", 1.0, 1.5, "SPEAKER_MAIN"),
-        Word("three", 1.0, 1.0, "SPEAKER_MAIN"),
-    ]
-
-
-def test_times_may_pass_the_end_by_half_a_second_only(tmp_path):
-    path = alignment(tmp_path, {"alignments": [["word", [1.0, 2.4], "SPEAKER_MAIN"]]})
-    assert len(read_alignments(path, 2.0)) == 1
-    with pytest.raises(InputError, match=r"a\.json, alignments\[0\].*does not match its audio of 1\.80 s"):
-        read_alignments(path, 1.8)
-
-
-@pytest.mark.parametrize("times", [[-0.1, 0.5], [0.9, 0.5], [5.0, 6.0]])
-def test_times_outside_the_audio_are_refused(tmp_path, times):
-    rows = [["ok", [0, 1], "SPEAKER_MAIN"], ["bad", times, "SPEAKER_MAIN"]]
-    with pytest.raises(InputError, match=r"alignments\[1\].*does not match its audio"):
-        read_alignments(alignment(tmp_path, {"alignments": rows}), 2.0)
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        "word",
-        7,
-        None,
-        ["word", [0, 1]],
-        ["word", 0, 1],
-        ["word", [0], "SPEAKER_MAIN"],
-        ["word", ["0", "1"], "SPEAKER_MAIN"],
-        ["word", [0, None], "SPEAKER_MAIN"],
-        ["word", [0, float("nan")], "SPEAKER_MAIN"],
-        [5, [0, 1], "SPEAKER_MAIN"],
-        ["word", [0, 1], None],
-        {"word": "x"},
-    ],
-)
-def test_a_row_of_another_shape_is_refused(tmp_path, row):
-    with pytest.raises(InputError, match=r"alignments\[0\] is .*expected \[word, \[start, end\], speaker\]"):
-        read_alignments(alignment(tmp_path, {"alignments": [row]}), 2.0)
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", '{"alignments": {}}', '{"alignments": null}', "3"])
-def test_a_file_without_the_list_is_refused(tmp_path, content):
-    with pytest.raises(InputError, match='no list under the key "alignments"'):
-        read_alignments(alignment(tmp_path, content), 2.0)
-
-
-def test_broken_json_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"a\.json is not JSON"):
-        read_alignments(alignment(tmp_path, '{"alignments": [["wo'), 2.0)
-
-
-def test_a_missing_alignment_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match="does not exist"):
-        read_alignments(tmp_path / "none.json", 2.0)

@@ -174,6 +174,59 @@ def test_embedded_corpus_gives_the_frames_that_training_reads(tmp_path):
     assert stored["codes"].dtype == np.int16
 
 
+YES = ["yes", [0.3, 0.5], "SPEAKER_MAIN"]
+
+
+@pytest.mark.parametrize(
+    ("content", "known", "told"),
+    [
+        ({"alignments": [YES]}, 25, None),
+        ({"alignments": []}, 25, None),
+        ({"alignments": [["no", [0.3, 0.5], "SPEAKER_OTHER"]]}, 25, None),
+        ({"alignments": [YES, ["\u4e2d", [1.0, 1.2], "SPEAKER_MAIN"]]}, 21, "1 of 2 words dropped, 1 without a token"),
+        ({"alignments": [YES, ["no", [1.0, 1.0], "SPEAKER_MAIN"]]}, 25, "1 of 2 words dropped, 1 without duration"),
+        ({"alignments": [YES, ["no", [9.0, 9.5], "SPEAKER_MAIN"]]}, 25, "1 of 2 words dropped, 1 outside the audio"),
+        (
+            {"alignments": [["yes", [0.3, 0.5], "SPEAKER_00"]]},
+            0,
+            "of 1 words none is of SPEAKER_MAIN (but of 'SPEAKER_00')",
+        ),
+        ({"book_meta": {}, "speaker": "64"}, 0, None),
+        ({"id": "X", "wav": "a.mp3", "text": "yes", "speaker": "S1"}, 0, None),
+        ({"segments": [{"start": 0.3, "end": 0.5, "text": "yes"}]}, 0, "holds words that are not read"),
+        ([1, 2], 0, None),
+    ],
+)
+def test_training_takes_the_json_beside_a_recording_for_what_prepare_takes_it(
+    tmp_path, capsys, caplog, content, known, told
+):
+    path = record(tmp_path / "a.wav", 2.0)
+    path.with_suffix(".json").write_text(json.dumps(content))
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(json.dumps({"path": "a.wav", "duration": 2.0}))
+    assert run(manifest, "--out", tmp_path / "out") == 0
+    shown = [line.split("warning: ")[1] for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    caplog.clear()
+    frames = [
+        open_manifest(one, CODEC, TOKENIZER, tmp_path / "cache", progress=False)[0].read()
+        for one in (manifest, tmp_path / "out" / "manifest.jsonl", manifest)
+    ]
+    np.testing.assert_array_equal(frames[0], frames[1])
+    assert (frames[0][0] >= 0).sum() == known
+    assert shown == ([] if told is None else [caplog.messages[0]])
+    assert caplog.messages == shown * 2  # audio is spoken of from the cache, too
+    assert told is None or caplog.messages[0].startswith(f"{tmp_path / 'a.json'}: {told}")
+
+
+@pytest.mark.parametrize(("label", "rows"), [("SPEAKER_01", 16), ("SPEAKER_OTHER", 17), ("SPEAKER_MAIN", 17)])
+def test_the_other_voice_is_known_where_one_of_both_is_named(tmp_path, label, rows):
+    path = record(tmp_path / "a.wav", 2.0, channels=2, words=[["yes", [0.3, 0.5], label]])
+    assert run(path, "--out", tmp_path / "out", "--voice", "other") == 0
+    (codes,) = codes_of(tmp_path / "out")
+    assert len(codes.codes) == rows
+    assert rows == 16 or (codes.codes[0] == PAD).all() == (label == "SPEAKER_MAIN")
+
+
 def test_without_alignments_there_is_no_text_row_and_training_masks_it(tmp_path):
     assert run(record(tmp_path / "a.wav"), "--out", tmp_path / "out") == 0
     (codes,) = codes_of(tmp_path / "out")

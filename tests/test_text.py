@@ -1,83 +1,192 @@
-"""The text row of a stream and the SentencePiece wrapper."""
+"""The text row of a stream, the words of a recording in it, and the SentencePiece wrapper."""
 
 import hashlib
 import io
+import json
 
 import numpy as np
 import pytest
 
-from ttt_jax.data.manifest import Word
-from ttt_jax.data.text import EPAD, PAD, load_tokenizer, text_stream
+from ttt_jax.data.alignments import Word
+from ttt_jax.data.corpus import EMBEDDED
+from ttt_jax.data.text import ABSENT, EPAD, PAD, load_tokenizer, read_text, text_stream
 from ttt_jax.errors import InputError
 
 RATE = 12.5
+TOKENIZER = load_tokenizer(EMBEDDED / "tokenizer" / "spm512.model")
 
 
-class Spelling:
-    """A tokenizer with one id per letter: a is 10, b is 11, ..."""
-
-    cardinality = 40
-
-    def encode(self, word):
-        """Return the ids of the letters."""
-        return [ord(letter) - ord("a") + 10 for letter in word if "a" <= letter <= "z"]
-
-
-def row(words, frames=8, speaker="SPEAKER_MAIN"):
-    words = [Word(text, start, start + 0.1, speaker) for text, start in words]
-    return text_stream(words, frames, Spelling(), RATE).tolist()
+def row(words, frames=8):
+    """The text row of (tokens, first frame, frames that it lasts) for each word; parts of frames are allowed."""
+    spoken = [Word("a word", start / RATE, (start + length) / RATE, "SPEAKER_MAIN") for _, start, length in words]
+    return text_stream(spoken, [tokens for tokens, _, _ in words], frames, RATE).tolist()
 
 
 def test_a_word_takes_one_token_a_frame_after_an_epad():
-    assert row([("abc", 2.5 / RATE)]) == [PAD, EPAD, 10, 11, 12, PAD, PAD, PAD]
+    assert row([([10, 11, 12], 2.5, 1)]) == [PAD, EPAD, 10, 11, 12, PAD, PAD, PAD]
 
 
 def test_a_word_in_the_first_frame_has_no_epad():
-    assert row([("ab", 0.0)], 4) == [10, 11, PAD, PAD]
+    assert row([([10, 11], 0, 1)], 4) == [10, 11, PAD, PAD]
 
 
 def test_a_start_on_a_frame_boundary_belongs_to_the_later_frame():
-    assert row([("a", 2 / RATE)], 4) == [PAD, EPAD, 10, PAD]
-    assert row([("a", 1.99 / RATE)], 4) == [EPAD, 10, PAD, PAD]
+    assert row([([10], 2, 1)], 4) == [PAD, EPAD, 10, PAD]
+    assert row([([10], 1.99, 1)], 4) == [EPAD, 10, PAD, PAD]
 
 
 def test_a_new_word_replaces_unfinished_tokens_and_needs_no_epad():
-    assert row([("abcdef", 1 / RATE), ("xyz", 3 / RATE)]) == [EPAD, 10, 11, 33, 34, 35, PAD, PAD]
+    assert row([([10, 11, 12, 13], 1, 2), ([33, 34, 35], 3, 2)]) == [EPAD, 10, 11, 33, 34, 35, PAD, PAD]
 
 
 def test_a_word_right_after_the_last_token_has_no_epad():
-    assert row([("ab", 1 / RATE), ("c", 3 / RATE)], 5) == [EPAD, 10, 11, 12, PAD]
+    assert row([([10, 11], 1, 1), ([12], 3, 1)], 5) == [EPAD, 10, 11, 12, PAD]
 
 
 def test_one_frame_between_words_becomes_epad():
-    assert row([("a", 1 / RATE), ("c", 3 / RATE)], 5) == [EPAD, 10, EPAD, 12, PAD]
+    assert row([([10], 1, 1), ([12], 3, 1)], 5) == [EPAD, 10, EPAD, 12, PAD]
 
 
 def test_of_two_words_in_one_frame_the_later_stays():
-    assert row([("ab", 2.1 / RATE), ("c", 2.8 / RATE)], 5) == [PAD, EPAD, 12, PAD, PAD]
-
-
-def test_a_word_without_tokens_still_ends_the_one_before():
-    assert row([("abc", 1 / RATE), ("...", 2 / RATE)], 5) == [EPAD, 10, PAD, PAD, PAD]
+    assert row([([10, 11], 2.1, 0.5), ([12], 2.8, 1)], 5) == [PAD, EPAD, 12, PAD, PAD]
 
 
 def test_tokens_past_the_end_are_dropped():
-    assert row([("abc", 3 / RATE), ("d", 9 / RATE)], 5) == [PAD, PAD, EPAD, 10, 11]
-
-
-def test_other_speakers_are_left_out():
-    assert row([("abc", 1 / RATE)], 4, speaker="SPEAKER_01") == [PAD] * 4
+    assert row([([10, 11, 12], 3, 1), ([13], 9, 1)], 5) == [PAD, PAD, EPAD, 10, 11]
 
 
 def test_no_words_give_padding_of_the_asked_type():
-    stream = text_stream([], 5, Spelling(), RATE)
+    stream = text_stream([], [], 5, RATE)
     assert stream.dtype == np.int32
     assert stream.tolist() == [PAD] * 5
 
 
-def test_words_of_an_unknown_script_are_refused():
-    with pytest.raises(InputError, match="no token for any of 2 words .*'шум'"):
-        row([("шум", 0.0), ("дом", 0.3)])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([([], 2, 3)], [PAD, -1, -1, -1, -1, PAD, PAD, PAD]),  # frame 1 would be EPAD, were the word known
+        ([([], 0, 2)], [-1, -1, PAD, PAD, PAD, PAD, PAD, PAD]),
+        ([([], 2.9, 0.01)], [PAD, -1, -1, PAD, PAD, PAD, PAD, PAD]),
+        ([([], 2.5, 1)], [PAD, -1, -1, -1, PAD, PAD, PAD, PAD]),
+        ([([], 6, 9)], [PAD, PAD, PAD, PAD, PAD, -1, -1, -1]),
+        ([([10, 11, 12], 1, 1), ([], 2, 2)], [EPAD, 10, -1, -1, PAD, PAD, PAD, PAD]),  # it ends the word before it
+        ([([], 1, 5), ([10], 3, 1)], [-1, -1, -1, 10, PAD, PAD, PAD, PAD]),  # the word after it ends it
+        ([([], 1, 1), ([10], 4, 1)], [-1, -1, PAD, EPAD, 10, PAD, PAD, PAD]),
+        ([([10], 1, 1), ([], 3, 1), ([11], 5, 1)], [EPAD, 10, -1, -1, EPAD, 11, PAD, PAD]),
+        ([([], 1, 1), ([10], 2, 1)], [-1, -1, 10, PAD, PAD, PAD, PAD, PAD]),  # the frame before it is unknown, no EPAD
+    ],
+)
+def test_a_word_without_tokens_is_unknown_text_while_it_lasts(words, expected):
+    assert ABSENT == -1
+    assert row(words) == expected
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "もしもし",
+        "你好",
+        "你好？",
+        "مرحبا",
+        "नमस्ते",
+        "नमस्ते!",
+        "😀",
+        "δ",
+        "中。",
+        "€",
+        "—",
+        "",
+        "\u200b",
+        "▁",
+        "ßø",
+        "\0",
+    ],
+)
+def test_what_the_tokenizer_cannot_write_has_no_tokens(word):
+    assert TOKENIZER.encode(word) == []
+
+
+@pytest.mark.parametrize("word", ["привет", "ящик", "don't", "naïve", "1234", "...", "?", "'", "ça", "Ёлка"])
+def test_what_it_can_write_comes_back(word):
+    assert TOKENIZER.decode(TOKENIZER.encode(word)) == word.lower()
+    assert min(TOKENIZER.encode(word)) > PAD
+
+
+@pytest.mark.parametrize(
+    ("word", "left"), [("naïve中", "naïve"), ("don’t", "dont"), ("a中b", "ab"), ("中3", "3"), ("κafé", "afé")]
+)
+def test_a_word_partly_known_keeps_what_is_known(word, left):
+    assert TOKENIZER.decode(TOKENIZER.encode(word)) == left
+
+
+def read(folder, words, frames=25, **more):
+    (folder / "talk.json").write_text(json.dumps({"alignments": words}), encoding="utf-8")
+    return read_text(folder / "talk.json", frames / RATE, frames, TOKENIZER, RATE, **more)
+
+
+def said(text, start, speaker="SPEAKER_MAIN", end=None):
+    return [text, [start, start + 0.2 if end is None else end], speaker]
+
+
+def test_words_of_the_voice_are_the_text_and_nothing_is_told(tmp_path):
+    text = read(tmp_path, [said("no", 1.6, "SPEAKER_OTHER"), said("привет", 0.4), said("", 1.0)])
+    tokens = TOKENIZER.encode("привет")
+    assert text.notice is None
+    assert text.row.tolist() == [PAD] * 4 + [EPAD, *tokens] + [PAD] * (20 - len(tokens))
+    other = read(
+        tmp_path,
+        [said("no", 0.4, "SPEAKER_OTHER"), said("中", 1.0)],
+        speaks=lambda word: word.speaker != "SPEAKER_MAIN",
+    )
+    assert other.notice is None
+    assert other.row.tolist() == [PAD] * 4 + [EPAD, *TOKENIZER.encode("no")] + [PAD] * (
+        20 - len(TOKENIZER.encode("no"))
+    )
+
+
+@pytest.mark.parametrize("word", ["もしもし", "مرحبا", "नमस्ते", "😀"])
+def test_words_of_another_script_are_counted_and_masked(tmp_path, word):
+    text = read(tmp_path, [said("yes", 0.0), said(word, 0.8), said("no", 1.6, "SPEAKER_OTHER")])
+    assert text.notice == f"1 of 2 words dropped, 1 without a token (such as {word!r})."
+    assert text.row.tolist() == [
+        *TOKENIZER.encode("yes"),
+        *[PAD] * (9 - len(TOKENIZER.encode("yes"))),
+        *[-1] * 4,
+        *[PAD] * 12,
+    ]
+
+
+def test_all_that_was_dropped_is_one_sentence(tmp_path):
+    words = [said("a", 0.0), said("b", 0.1, end=0.1), said("c", 0.3), said("d", 0.5, end=0.4), said("中", 0.6)]
+    words += [said("e", 1.0), ["f", [None, None], "SPEAKER_MAIN"], said("g", 9.0), said("h", 9.0, "SPEAKER_OTHER")]
+    assert read(tmp_path, words).notice == (
+        "5 of 8 words dropped, 1 without duration (such as 'b'), 1 with the end before the start (such as 'd'),"
+        " 1 without times (such as 'f'), 1 outside the audio (such as 'g'), 1 without a token (such as '中')."
+    )
+
+
+def test_words_that_the_tokenizer_knows_none_of_are_refused(tmp_path):
+    with pytest.raises(
+        InputError, match=r"talk\.json: the text tokenizer has no token for any of 2 words .*'もしもし'"
+    ):
+        read(tmp_path, [said("もしもし", 0.4), said("はい。", 1.0), said("yes", 1.5, "SPEAKER_OTHER")])
+
+
+@pytest.mark.parametrize("times", [[None, None], [0.5, 0.5], None])
+def test_where_no_word_has_a_place_the_text_is_not_known(tmp_path, times):
+    text = read(tmp_path, [["yes", times, "SPEAKER_MAIN"], said("no", 1.0, "SPEAKER_OTHER")])
+    assert text.row is None
+    assert text.notice.startswith("1 of 1 words dropped, 1 without ")
+    assert text.notice.endswith("(such as 'yes'), so that the text counts as not known.")
+
+
+def test_where_nobody_is_the_model_the_text_is_not_known(tmp_path):
+    text = read(tmp_path, [said("yes", 0.4, "SPEAKER_00"), said("no", 1.0, "SPEAKER_01")])
+    assert text.row is None
+    assert "2 words none is of SPEAKER_MAIN (but of 'SPEAKER_00', 'SPEAKER_01')" in text.notice
+    silent = read(tmp_path, [said("yes", 0.4, "SPEAKER_OTHER")])
+    assert (silent.row.tolist(), silent.notice) == ([PAD] * 25, None)
+    assert read(tmp_path, []).row.tolist() == [PAD] * 25
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +227,41 @@ def test_blanks_around_a_word_change_nothing(fitted):
 def test_unknown_characters_give_no_token(fitted):
     tokenizer = load_tokenizer(fitted)
     assert tokenizer.encode("keyж") == tokenizer.encode("key")
+    assert tokenizer.encode("ж") == []
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """SentencePiece models that number their special pieces in another way: unknown is 2; and with pieces for all bytes."""
+    import sentencepiece
+
+    found = []
+    for changes in ({"vocab_size": 28}, {"vocab_size": 284, "byte_fallback": True}):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["please enter your number", "please press the pound key"] * 5),
+            model_writer=model,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **changes,
+        )
+        path = tmp_path_factory.mktemp("foreign") / "small.model"
+        path.write_bytes(model.getvalue())
+        found.append(load_tokenizer(path))
+    return found
+
+
+@pytest.mark.parametrize("word", ["ж", "中", "😀"])
+def test_the_unknown_piece_is_no_text_whatever_its_number_and_bytes_are(foreign, word):
+    other, bytewise = foreign
+    assert other.encode(word) == []
+    assert 2 not in other.encode(f"key{word}") != []
+    assert bytewise.decode(bytewise.encode(word)) == word
+    assert len(bytewise.encode(word)) >= len(word.encode())
 
 
 def test_the_tokenizer_states_its_size_and_digest(fitted):

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ttt_jax.config import FRAME_RATE
 from ttt_jax.errors import InputError
 
 DEFAULT_FILE = Path(__file__).resolve().parents[2] / "corpus" / "codec" / "melkmeans-8x64.safetensors"
@@ -30,7 +31,7 @@ class Codec(Protocol):
     sample_rate: int
     """Samples a second that `encode` takes and `decode` returns."""
     frame_rate: float
-    """Frames a second; 12.5 for all codecs of this project."""
+    """Frames a second; `ttt_jax.config.FRAME_RATE`, which models are made for."""
     frame_size: int
     """Samples of a frame, sample_rate / frame_rate."""
     num_codebooks: int
@@ -68,7 +69,8 @@ def load_codec(name_or_path: str | Path = "kmeans") -> Codec:
             `ttt_jax.codec.kmeans.KMeansCodec.save`.
 
     Raises:
-        InputError: An unknown name, a codec that this version does not have, or a file that is not a codec.
+        InputError: An unknown name, a codec that this version does not have, a file that is not a codec, or a codec of
+            another frame rate than the models'.
     """
     from ttt_jax.codec.kmeans import KMeansCodec
 
@@ -85,4 +87,10 @@ def load_codec(name_or_path: str | Path = "kmeans") -> Codec:
         raise InputError(
             f"codec {name!r} is neither a codec nor a file; use 'kmeans' or the path of a codec file (.safetensors)."
         )
-    return KMeansCodec.load(path)
+    codec = KMeansCodec.load(path)
+    if codec.frame_rate != FRAME_RATE:
+        raise InputError(
+            f"the codec {path} gives {codec.frame_rate:g} frames a second ({codec.sample_rate} Hz, {codec.frame_size} samples a"
+            f" frame), but models read {FRAME_RATE}: give a codec of {FRAME_RATE} frames a second."
+        )
+    return codec

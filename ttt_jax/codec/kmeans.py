@@ -261,9 +261,9 @@ def _check(tensors: dict[str, np.ndarray], metadata: dict[str, str], source: str
             f"{source} has metadata that is no number ({error}), expected numbers for {', '.join(_NUMBERS)}; {hint}"
         ) from error
     shapes = {key: tensors[key].shape for key in _TENSORS}
-    positive = all(value > 0 for value in numbers.values())
     fits = (
-        positive
+        all(0 < value < np.inf for value in numbers.values())
+        and all(numbers[key].is_integer() for key in ("sample_rate", "frame_size", "window"))
         and all(len(shapes[key]) == rank and all(shapes[key]) for key, rank in _TENSORS.items())
         and shapes["codebooks"][2] == shapes["mean"][0]
         and shapes["mean"][0] % shapes["mel"][0] == 0

@@ -4,7 +4,7 @@ A safetensors file with one tensor ``codes``, int [K, T] (written as int16 where
 codebooks K is 8 (the model's voice), 16 (both voices) or 17 (the text as row 0, then both voices); -1 stands for a token
 that is not known. Metadata, all strings:
 
-    frame_rate    frames a second, e.g. "12.5"
+    frame_rate    frames a second, "12.5": those of all models; files of another rate are refused
     codec         the codec's digest; its name would not do, as two fits may share it
     codec_name    for messages
     cardinality   entries of a codebook
@@ -32,6 +32,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ttt_jax.config import FRAME_RATE
 from ttt_jax.errors import InputError
 from ttt_jax.files import write_atomically
 
@@ -153,8 +154,8 @@ def read_header(path: str | Path) -> Header:
     """Return what a code file says of itself, without reading its codes.
 
     Raises:
-        InputError: no such file, not safetensors with integers ``codes`` [K, T], T > 0, no usable frame_rate, or metadata
-            that make no sense.
+        InputError: no such file, not safetensors with integers ``codes`` [K, T], T > 0, no frame_rate of `FRAME_RATE`, or
+            metadata that make no sense.
     """
     path = Path(path)
     with _opened(path) as file:
@@ -194,9 +195,10 @@ def _parse(path: Path, num_frames: int, metadata: dict[str, str]) -> dict[str, A
         frame_rate = float(rate if rate is not None else "nan")
     except ValueError:
         frame_rate = float("nan")
-    if not 0 < frame_rate < float("inf"):
+    if frame_rate != FRAME_RATE:
         raise InputError(
-            f"{path} states frame_rate {rate!r} in its metadata, expected frames a second, such as '12.5': write it so."
+            f"{path} states frame_rate {rate!r} in its metadata, but models read {FRAME_RATE} frames a second: make the codes"
+            f" with a codec of {FRAME_RATE} frames a second and state frame_rate '{FRAME_RATE}'."
         )
     try:
         cardinality = int(metadata["cardinality"]) if "cardinality" in metadata else None

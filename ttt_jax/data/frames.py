@@ -2,7 +2,8 @@
 
 Rows (for a codec of 8 codebooks): 0 the text, 1 to 8 the left channel (the model's voice), 9 to 16 the right channel (the
 other voice; for a mono file the codes of silence). -1 stands for what is not known: an entry without alignments has text
--1 in every frame, which the model reads as a zero vector and no loss counts.
+-1 in every frame, which the model reads as a zero vector and no loss counts. What was left out of the words is told in one
+warning a recording.
 
 An entry may also name a code file (`ttt_jax.data.codes`), from `python -m eval prepare` or made elsewhere: codes, int
 [K, T]. K is 8 for the model's voice alone, 16 for both voices, 17 for both with the text as row 0; otherwise the text
@@ -12,33 +13,36 @@ A `Recording` is an entry that was checked but whose frames are read when they a
 read at first, audio is encoded into the cache. So hours of speech cost no memory.
 
 The cache holds one safetensors file per entry, named by a SHA-256 over the contents of the audio and alignment files, the
-codec's and the tokenizer's digests. A cached file carries a checksum; one that does not match is made again.
+codec's and the tokenizer's digests. A cached file carries the warning and a checksum; one that does not match is made again.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from ttt_jax.codec import Codec
+from ttt_jax.data.alignments import Kind, read_beside
 from ttt_jax.data.audio import read_audio
 from ttt_jax.data.codes import Codes, Header, read_codes, read_header
-from ttt_jax.data.manifest import Entry, check_duration, read_alignments, read_manifest
+from ttt_jax.data.manifest import Entry, check_duration, read_manifest
 from ttt_jax.data.stated import StatedCodec, StatedTokenizer
-from ttt_jax.data.text import Tokenizer, text_stream
+from ttt_jax.data.text import ABSENT, Text, Tokenizer, read_text
 from ttt_jax.errors import InputError
 from ttt_jax.files import file_digest, write_atomically
 
-ABSENT = -1
-"""Token that is not known; equals `ttt_jax.moshi.delays.ABSENT`, whose module would load jax."""
-_VERSION = "ttt_jax.frames/1"  # to change whenever the same input would give other frames
+_VERSION = "ttt_jax.frames/2"  # to change whenever the same input would give other frames
+
+log = logging.getLogger("ttt_jax")
 
 
 @dataclass(frozen=True)
@@ -81,14 +85,19 @@ def load_frames(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: str
 
     Raises:
         InputError: A file is unusable, lasts less than a frame, does not last what the manifest says, or holds codes of
-            another rate or codec or outside its range; it is audio and the codec is not here; or the cache cannot be
+            another codec or outside its range; it is audio and the codec is not here; or the cache cannot be
             written.
     """
     if _is_codes(entry):
-        return _external_frames(entry, codec, tokenizer)
-    if isinstance(codec, StatedCodec):
+        frames, notice = _external_frames(entry, codec, tokenizer)
+    elif isinstance(codec, StatedCodec):
         raise not_codes(entry.path)
-    return _audio_frames(entry, codec, tokenizer, _cache_path(entry, codec, tokenizer, Path(cache_dir)))
+    else:
+        frames, _, notice = _audio_frames(
+            entry, codec, tokenizer, _cache_path(entry, codec, tokenizer, Path(cache_dir))
+        )
+    warn(entry.alignment, notice)
+    return frames
 
 
 def open_recording(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: str | Path) -> Recording:
@@ -102,8 +111,10 @@ def open_recording(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: 
         _check_header(entry, header, codec, tokenizer)
         digest = header.checksum or file_digest(entry.path)
         if header.rows != 1 + 2 * codec.num_codebooks and entry.alignment is not None:
-            _text(entry, header.num_frames, tokenizer, codec)  # a mistake in the words is told now, not hours later
-            digest = hashlib.sha256(f"{digest} {file_digest(entry.alignment)}".encode()).hexdigest()
+            text = _text(entry, header.seconds, header.num_frames, tokenizer, codec)  # told now, not hours later
+            warn(entry.alignment, text.notice)
+            if text.row is not None:
+                digest = hashlib.sha256(f"{digest} {file_digest(entry.alignment)}".encode()).hexdigest()
         shape = (1 + 2 * codec.num_codebooks, header.num_frames)
         return Recording(
             name, entry.speaker, shape, digest, functools.partial(_reread_codes, entry, header, codec, tokenizer)
@@ -111,7 +122,9 @@ def open_recording(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: 
     if isinstance(codec, StatedCodec):
         raise not_codes(entry.path)
     cached = _cache_path(entry, codec, tokenizer, Path(cache_dir))
-    shape = _audio_frames(entry, codec, tokenizer, cached).shape
+    frames, _, notice = _audio_frames(entry, codec, tokenizer, cached)
+    warn(entry.alignment, notice)
+    shape = frames.shape
     return Recording(
         name, entry.speaker, shape, None, functools.partial(_reread_audio, entry, shape, codec, tokenizer, cached)
     )
@@ -138,6 +151,12 @@ def open_manifest(
     return tuple(open_recording(entry, codec, tokenizer, cache_dir) for entry in bar)
 
 
+def warn(path: Path | None, notice: str | None) -> None:
+    """Tell of the words in `path` what `Text.notice` says, if there is anything to tell."""
+    if notice is not None:
+        log.warning("%s: %s", path, notice)
+
+
 def _is_codes(entry: Entry) -> bool:
     return entry.path.suffix == ".safetensors"
 
@@ -150,33 +169,44 @@ def not_codes(path: Path) -> InputError:
     )
 
 
-def _audio_frames(entry: Entry, codec: Codec, tokenizer: Tokenizer, cached: Path) -> np.ndarray:
-    """Returns the frames of an audio entry, from the cache file `cached`, which is made if it is not there."""
+class _Made(NamedTuple):
+    """What was made of an audio file."""
+
+    frames: np.ndarray
+    """int32 [1 + 2 * num_codebooks, T]."""
+    seconds: float
+    """Length of the audio."""
+    notice: str | None
+    """Of `Text`."""
+
+
+def _audio_frames(entry: Entry, codec: Codec, tokenizer: Tokenizer, cached: Path) -> _Made:
+    """Returns what is made of an audio entry, from the cache file `cached`, which is made if it is not there."""
     found = _read_cached(cached, codec)
     if found is not None:
-        frames, seconds = found
-        check_duration(entry, seconds)
-        return frames
-    frames, seconds = _encode(entry, codec, tokenizer)
+        check_duration(entry, found.seconds)
+        return found
+    made = _encode(entry, codec, tokenizer)
+    metadata = {"seconds": repr(made.seconds)} | ({} if made.notice is None else {"notice": made.notice})
+    metadata["sha256"] = _checksum(made.frames, metadata)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"seconds": repr(seconds), "sha256": _checksum(frames, repr(seconds))}
-        write_atomically(cached, safetensors.numpy.save({"frames": frames}, metadata=metadata))
+        write_atomically(cached, safetensors.numpy.save({"frames": made.frames}, metadata=metadata))
     except OSError as error:
         raise InputError(
             f"cache_dir {cached.parent} cannot be written ({error.strerror}): give a folder that can."
         ) from error
-    return frames
+    return made
 
 
 def _reread_audio(entry: Entry, shape: tuple[int, int], codec: Codec, tokenizer: Tokenizer, cached: Path) -> np.ndarray:
     found = _read_cached(cached, codec)
     if found is not None:
-        return found[0]
+        return found.frames
     # The cache is gone. What is made again must be what it was made of before.
     if _cache_path(entry, codec, tokenizer, cached.parent) != cached:
         raise _changed(entry)
-    frames = _audio_frames(entry, codec, tokenizer, cached)
+    frames = _audio_frames(entry, codec, tokenizer, cached).frames
     if frames.shape != shape:
         raise _changed(entry)
     return frames
@@ -185,7 +215,7 @@ def _reread_audio(entry: Entry, shape: tuple[int, int], codec: Codec, tokenizer:
 def _reread_codes(entry: Entry, header: Header, codec: Codec, tokenizer: Tokenizer) -> np.ndarray:
     if read_header(entry.path) != header:
         raise _changed(entry)
-    return _external_frames(entry, codec, tokenizer)
+    return _external_frames(entry, codec, tokenizer)[0]
 
 
 def _changed(entry: Entry) -> InputError:
@@ -194,8 +224,7 @@ def _changed(entry: Entry) -> InputError:
     )
 
 
-def _encode(entry: Entry, codec: Codec, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
-    """Returns the frames and the length in seconds of an audio entry."""
+def _encode(entry: Entry, codec: Codec, tokenizer: Tokenizer) -> _Made:
     channels = read_audio(entry.path, codec.sample_rate)
     num_samples = channels.shape[1]
     seconds = num_samples / codec.sample_rate
@@ -204,27 +233,33 @@ def _encode(entry: Entry, codec: Codec, tokenizer: Tokenizer) -> tuple[np.ndarra
     check_duration(entry, seconds)
     own = codec.encode(channels[0])
     other = codec.encode(channels[1]) if len(channels) == 2 else _silence(own.shape[1], codec)
-    text = _text(entry, own.shape[1], tokenizer, codec)
-    return np.concatenate([text[None], own, other]).astype(np.int32), seconds
+    text = _text(entry, seconds, own.shape[1], tokenizer, codec)
+    frames = np.concatenate([_row(text, own.shape[1]), own, other]).astype(np.int32)
+    return _Made(frames, seconds, text.notice)
 
 
 def _silence(num_frames: int, codec: Codec) -> np.ndarray:
     return codec.encode(np.zeros(num_frames * codec.frame_size, np.float32))
 
 
-def _text(entry: Entry, num_frames: int, tokenizer: Tokenizer, codec: Codec) -> np.ndarray:
+def _text(entry: Entry, seconds: float, num_frames: int, tokenizer: Tokenizer, codec: Codec) -> Text:
     if entry.alignment is None:
-        return np.full(num_frames, ABSENT, np.int32)
-    if isinstance(tokenizer, StatedTokenizer):
+        return Text(None, None)
+    if isinstance(tokenizer, StatedTokenizer) and read_beside(entry.alignment)[0] is Kind.ALIGNMENTS:
         raise InputError(
             f"{entry.alignment} has the words of {entry.path.name}, but data.codec='files' brings no tokenizer for them: give"
             " data.tokenizer, or remove the words."
         )
-    words = read_alignments(entry.alignment, entry.duration)
-    return text_stream(words, num_frames, tokenizer, codec.frame_rate)
+    return read_text(entry.alignment, seconds, num_frames, tokenizer, codec.frame_rate)
 
 
-def _external_frames(entry: Entry, codec: Codec, tokenizer: Tokenizer) -> np.ndarray:
+def _row(text: Text, num_frames: int) -> np.ndarray:
+    """The text row with an axis before it, int32 [1, num_frames]."""
+    return np.full((1, num_frames), ABSENT, np.int32) if text.row is None else text.row[None]
+
+
+def _external_frames(entry: Entry, codec: Codec, tokenizer: Tokenizer) -> tuple[np.ndarray, str | None]:
+    """Returns the frames of a code file, and the notice of `Text`."""
     path, voice = entry.path, codec.num_codebooks
     stored = read_codes(path)
     _check_header(entry, stored, codec, tokenizer)
@@ -240,11 +275,11 @@ def _external_frames(entry: Entry, codec: Codec, tokenizer: Tokenizer) -> np.nda
                 f" {expected} ({'the tokenizer' if is_text else codec.name}): encode it again."
             )
     if has_text:
-        return codes
+        return codes, None
     num_frames = stored.num_frames
     other = codes[voice:] if stored.rows == 2 * voice else _silence(num_frames, codec)
-    text = _text(entry, num_frames, tokenizer, codec)
-    return np.concatenate([text[None], codes[:voice], other]).astype(np.int32)
+    text = _text(entry, stored.seconds, num_frames, tokenizer, codec)
+    return np.concatenate([_row(text, num_frames), codes[:voice], other]).astype(np.int32), text.notice
 
 
 def _check_header(entry: Entry, stored: Codes | Header, codec: Codec, tokenizer: Tokenizer) -> None:
@@ -277,14 +312,9 @@ def _check_header(entry: Entry, stored: Codes | Header, codec: Codec, tokenizer:
 
 
 def _check_origin(path: Path, stored: Codes | Header, codec: Codec) -> None:
-    """Refuses codes of another frame rate or another codec."""
+    """Refuses codes of another codec."""
     if isinstance(codec, StatedCodec):
         _check_same(path, stored, codec)
-    if stored.frame_rate != codec.frame_rate:
-        raise InputError(
-            f"{path} states frame_rate '{stored.frame_rate:g}' in its metadata, but {codec.name} has"
-            f" {codec.frame_rate} frames a second: encode the audio with this codec."
-        )
     if stored.codec != codec.digest:
         raise InputError(
             f"{path} states codec {stored.codec!r} in its metadata, but the codec in use, {codec.name}, has the digest"
@@ -320,19 +350,18 @@ def _cache_path(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: Pat
     return cache_dir / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()}.safetensors"
 
 
-def _read_cached(path: Path, codec: Codec) -> tuple[np.ndarray, float] | None:
-    """Returns frames and length in seconds, or None where there is no cached file or a damaged one."""
+def _read_cached(path: Path, codec: Codec) -> _Made | None:
+    """Returns what a cached file holds, or None where there is none or a damaged one."""
     try:
         with safetensors.safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
             frames = file.get_tensor("frames")
-        intact = (
-            metadata["sha256"] == _checksum(frames, metadata["seconds"]) and len(frames) == 1 + 2 * codec.num_codebooks
-        )
-        return (frames, float(metadata["seconds"])) if intact else None
+        intact = metadata["sha256"] == _checksum(frames, metadata) and len(frames) == 1 + 2 * codec.num_codebooks
+        return _Made(frames, float(metadata["seconds"]), metadata.get("notice")) if intact else None
     except (OSError, safetensors.SafetensorError, KeyError, ValueError):
         return None
 
 
-def _checksum(frames: np.ndarray, seconds: str) -> str:
-    return hashlib.sha256(f"{frames.dtype.str}{frames.shape}{seconds}".encode() + frames.tobytes()).hexdigest()
+def _checksum(frames: np.ndarray, metadata: dict[str, str]) -> str:
+    about = f"{frames.dtype.str}{frames.shape}{metadata['seconds']}{metadata.get('notice')}"
+    return hashlib.sha256(about.encode() + frames.tobytes()).hexdigest()

@@ -1,8 +1,8 @@
-"""Manifests and word alignments in moshi-finetune's format.
+"""Manifests in moshi-finetune's format.
 
 A manifest is a JSONL file, one recording a line: ``{"path": ..., "duration": seconds}``; paths are relative to the
-manifest's folder. Beside each recording a JSON of the same stem may hold its words:
-``{"alignments": [[word, [start, end], speaker], ...]}``, times in seconds. Further keys are left unread in both.
+manifest's folder, further keys are left unread. Beside a recording a JSON of the same stem may hold its words
+(`ttt_jax.data.alignments`).
 Nothing here opens audio: `check_duration` is for the one who does.
 """
 
@@ -15,7 +15,6 @@ from pathlib import Path
 
 from ttt_jax.errors import InputError
 
-MAIN_SPEAKER = "SPEAKER_MAIN"
 TOLERANCE = 0.5  # seconds by which a manifest or an alignment may disagree with its audio
 
 
@@ -26,7 +25,7 @@ class Entry:
     Attributes:
         path: the audio file.
         duration: seconds, as the manifest states them.
-        alignment: the JSON of words beside the audio; None if there is none.
+        alignment: the JSON beside the audio, which may hold its words; None if there is none.
         speaker: whose voice it is, if the manifest says so: streams of one speaker are no independent witnesses.
     """
 
@@ -34,16 +33,6 @@ class Entry:
     duration: float
     alignment: Path | None
     speaker: str | None = None
-
-
-@dataclass(frozen=True)
-class Word:
-    """One spoken word: its text, start and end in seconds, and who spoke it (`MAIN_SPEAKER` is the model's voice)."""
-
-    text: str
-    start: float
-    end: float
-    speaker: str
 
 
 def read_manifest(path: str | Path) -> list[Entry]:
@@ -70,32 +59,6 @@ def check_duration(entry: Entry, seconds: float) -> None:
             f"{entry.path} lasts {seconds:.2f} s but its manifest says {entry.duration:.2f} s: correct the duration"
             " or replace the audio file."
         )
-
-
-def read_alignments(path: str | Path, duration: float) -> list[Word]:
-    """Return the words of an alignment file, ordered by start.
-
-    Args:
-        path: the JSON file.
-        duration: length of its audio in seconds.
-
-    Raises:
-        InputError: the file is missing or not JSON, has another structure, or holds times that do not fit the audio
-            (before 0, ending before they start, or more than `TOLERANCE` past the end).
-    """
-    path = Path(path)
-    try:
-        content = json.loads(_read_text(path, "alignment file"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}): write the alignments again or remove it.") from None
-    rows = content.get("alignments") if isinstance(content, dict) else None
-    if not isinstance(rows, list):
-        raise InputError(
-            f'{path} has no list under the key "alignments": expected'
-            ' {"alignments": [[word, [start, end], speaker], ...]}.'
-        )
-    words = [_parse_word(path, index, row, duration) for index, row in enumerate(rows)]
-    return sorted(words, key=lambda word: word.start)
 
 
 def _read_text(path: Path, kind: str) -> str:
@@ -135,26 +98,5 @@ def _parse_entry(manifest: Path, number: int, line: str) -> Entry:
     return Entry(audio, float(duration), alignment if alignment.is_file() else None, speaker)
 
 
-def _parse_word(path: Path, index: int, row: object, duration: float) -> Word:
-    where = f"{path}, alignments[{index}]"
-    try:
-        text, (start, end), speaker = row
-    except (TypeError, ValueError):
-        text = start = end = speaker = None
-    if not (isinstance(text, str) and isinstance(speaker, str) and _is_number(start) and _is_number(end)):
-        raise InputError(f"{where} is {_short(row)}: expected [word, [start, end], speaker].")
-    if start < 0 or end < start or end > duration + TOLERANCE:
-        raise InputError(
-            f"{where} is {_short(row)}, which does not match its audio of {duration:.2f} s: times must be in seconds,"
-            " in order and inside the audio, so align the file again or remove the JSON."
-        )
-    return Word(text.strip(), float(start), float(end), speaker)
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _short(row: object) -> str:
-    text = json.dumps(row, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."

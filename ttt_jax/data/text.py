@@ -3,21 +3,28 @@
 Moshi's ids: EPAD (0) on the frame before a word's first token, PAD (3) where no text is due. A SentencePiece model
 trained with unk_id=0, bos_id=1, eos_id=2, pad_id=3 leaves both free. Any other model works too, but where a word's own
 tokens fall on 0 or 3 they could not be told from EPAD and PAD, so `Tokenizer.encode` drops them.
+
+A word that the model cannot write, such as one of another script, has no tokens: where it is spoken the text is not known
+(-1), neither its piece for what is unknown nor PAD, which would say that nothing is spoken.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from ttt_jax.data.manifest import MAIN_SPEAKER, Word
+from ttt_jax.data.alignments import MAIN_SPEAKER, Word, read_alignments
 from ttt_jax.errors import InputError
 
 EPAD = 0
 PAD = 3
+ABSENT = -1
+"""Token that is not known; equals `ttt_jax.moshi.delays.ABSENT`, whose module would load jax."""
+_BOUNDARY = "\u2581"  # SentencePiece's mark for the beginning of a word
 
 
 class Tokenizer:
@@ -35,8 +42,16 @@ class Tokenizer:
         self._silent = {EPAD, PAD, processor.bos_id(), processor.eos_id()}
 
     def encode(self, word: str) -> list[int]:
-        """Return the ids of one word, without begin or end marks; characters the model does not know give none."""
-        return [token for token in self._processor.encode(word.strip()) if token not in (EPAD, PAD)]
+        """The ids of one word, without begin or end marks.
+
+        What the model does not know gives none; byte pieces (<0xE4>) are known. A word partly known keeps what is known of it
+        if that has a letter or a digit, else it has none. The mark of a word's boundary alone is no token.
+        """
+        found = self._processor.encode(word.strip())
+        left = [token for token in found if token not in (EPAD, PAD, self._processor.unk_id())]
+        text = "".join(self._processor.id_to_piece(token) for token in left).replace(_BOUNDARY, "")
+        meant = text if len(left) == len(found) else any(map(str.isalnum, text))
+        return left if meant else []
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of a row of ids; EPAD, PAD, begin and end marks and absent (negative) ids are skipped."""
@@ -69,39 +84,93 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(processor, hashlib.sha256(content).hexdigest())
 
 
-def text_stream(words: Sequence[Word], num_frames: int, tokenizer: Tokenizer, frame_rate: float) -> np.ndarray:
-    """Return the text row of a stream: int32 [num_frames], one token a frame.
+class Text(NamedTuple):
+    """The text row of a recording."""
+
+    row: np.ndarray | None
+    """int32 [T]; -1 in frames whose text is not known; None: it is known in none."""
+    notice: str | None
+    """What was left out, or why nothing is known: what is to be said of the file behind its path; None: nothing."""
+
+
+def read_text(
+    path: str | Path,
+    seconds: float,
+    num_frames: int,
+    tokenizer: Tokenizer,
+    frame_rate: float,
+    speaks: Callable[[Word], bool] = lambda word: word.speaker == MAIN_SPEAKER,
+) -> Text:
+    """The text row that the JSON beside a recording gives: as `text_stream`, not known where `read_alignments` says so.
+
+    Words of this voice without a place in the audio and without tokens are counted in the notice. If there are words, but
+    none has a place, the text is not known.
+
+    Args:
+        path: the JSON file.
+        seconds: length of the audio.
+        num_frames: T.
+        tokenizer: gives the ids.
+        frame_rate: frames per second.
+        speaks: which words are this voice's.
+
+    Raises:
+        InputError: as `read_alignments`, or the tokenizer has no token for any of the words: it is another language's.
+    """
+    found = read_alignments(path, seconds)
+    if found.words is None:
+        return Text(None, found.notice)
+    words = [word for word in found.words if speaks(word)]
+    tokens = [tokenizer.encode(word.text) for word in words]
+    if words and not any(tokens):
+        raise InputError(
+            f"{path}: the text tokenizer has no token for any of {len(words)} words (the first is {words[0].text[:30]!r}): give a"
+            " SentencePiece model fitted to this language, or remove the file."
+        )
+    dropped = {reason: [word for word in several if speaks(word)] for reason, several in found.dropped.items()}
+    dropped["without a token"] = [word for word, ids in zip(words, tokens, strict=True) if not ids]
+    notice = _notice(len(words) + sum(map(len, dropped.values())) - len(dropped["without a token"]), dropped)
+    if notice is not None and not words:
+        return Text(None, f"{notice}, so that the text counts as not known.")
+    return Text(text_stream(words, tokens, num_frames, frame_rate), notice and f"{notice}.")
+
+
+def _notice(total: int, dropped: dict[str, list[Word]]) -> str | None:
+    parts = [f"{len(words)} {reason} (such as {words[0].text[:30]!r})" for reason, words in dropped.items() if words]
+    count = sum(map(len, dropped.values()))
+    return f"{count} of {total} words dropped, {', '.join(parts)}" if count else None
+
+
+def text_stream(
+    words: Sequence[Word], tokens: Sequence[Sequence[int]], num_frames: int, frame_rate: float
+) -> np.ndarray:
+    """The text row of a stream: int32 [num_frames], one token a frame.
 
     As in moshi-finetune with its defaults: frame t takes the words that start before its end, (t + 1) / frame_rate
     seconds; a new word replaces the tokens that the one before has not placed yet; a word's tokens follow one a frame,
-    all other frames hold PAD, and a PAD right before a word's first token becomes EPAD. Only words of `MAIN_SPEAKER`
-    are used.
+    all other frames hold PAD, and a PAD right before a word's first token becomes EPAD.
+
+    A word without tokens makes its frames, to its end or to the next word, -1, and so a PAD right before them: were the word
+    known, it would be EPAD.
 
     Args:
         words: ordered by start.
+        tokens: of each word.
         num_frames: length of the row.
-        tokenizer: gives the ids.
         frame_rate: frames per second.
-
-    Raises:
-        InputError: the tokenizer knows none of the words (its language or script is another).
     """
-    spoken = [word for word in words if word.speaker == MAIN_SPEAKER and word.text]
-    tokens = [tokenizer.encode(word.text) for word in spoken]
-    if spoken and not any(tokens):
-        raise InputError(
-            f"the text tokenizer has no token for any of {len(spoken)} words (the first is {spoken[0].text!r}):"
-            " give a SentencePiece model fitted to this language."
-        )
     row = np.full(num_frames, PAD, np.int32)
     pending: list[int] = []
+    unknown = 0.0  # frames that begin before it have a word without tokens
     upcoming = 0
     for t in range(num_frames):
-        while upcoming < len(spoken) and spoken[upcoming].start * frame_rate < t + 1:
+        while upcoming < len(words) and words[upcoming].start * frame_rate < t + 1:
             pending = list(tokens[upcoming])
+            unknown = 0.0 if pending else words[upcoming].end * frame_rate
             upcoming += 1
-        if pending:
-            if t > 0 and row[t - 1] == PAD:
-                row[t - 1] = EPAD
-            row[t] = pending.pop(0)
+        if not pending and t >= unknown:
+            continue
+        if t > 0 and row[t - 1] == PAD:
+            row[t - 1] = EPAD if pending else ABSENT
+        row[t] = pending.pop(0) if pending else ABSENT
     return row

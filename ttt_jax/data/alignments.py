@@ -1,0 +1,200 @@
+"""The JSON beside a recording: what it is, and which of its words have a place in the audio.
+
+Word alignments are those of moshi-finetune: ``{"alignments": [[word, [start, end], speaker], ...]}``, times in seconds,
+further keys unread. Many corpora put another JSON there, such as LibriLight's book data; that is no alignment. What a JSON is
+decides `read_beside`, for training, evaluation and `python -m eval prepare` alike.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ttt_jax.data.manifest import TOLERANCE
+from ttt_jax.errors import InputError
+
+MAIN_SPEAKER = "SPEAKER_MAIN"
+"""Label of the model's voice."""
+OTHER_SPEAKER = "SPEAKER_OTHER"
+"""Label of the voice that the model listens to."""
+
+
+class Kind(enum.Enum):
+    """What a JSON beside a recording is."""
+
+    ALIGNMENTS = "alignments"
+    BOOK = "LibriLight's book data"
+    OTHER_WORDS = "words in another form"
+    METADATA = "metadata"
+
+
+@dataclass(frozen=True)
+class Word:
+    """A spoken word: its text, start and end in seconds (NaN: nobody says), who spoke it (None: nobody says)."""
+
+    text: str
+    start: float
+    end: float
+    speaker: str | None
+
+
+class Alignment(NamedTuple):
+    """The words of a recording."""
+
+    words: tuple[Word, ...] | None
+    """Those that have a place in the audio, ordered by start; None: what is said is not known."""
+    dropped: dict[str, list[Word]]
+    """The others by what is wrong with them, in the file's order."""
+    notice: str | None = None
+    """Why the words are not known, where somebody may think they were: what is to be said of the file behind its path."""
+
+
+def read_beside(path: str | Path) -> tuple[Kind, Any]:
+    """What the JSON beside a recording is, and its content.
+
+    An object with the key "alignments" is meant as an alignment, whatever stands there. Any other JSON is metadata; of these
+    Whisper's output ("segments", "words") and a bare list of rows hold words that nothing reads.
+
+    Raises:
+        InputError: the file cannot be read or is not JSON: what it was meant as cannot be told.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): bring it back or remove it.") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: of the JSON, of its encoding, of a number of many digits
+        raise InputError(f"{path} is not JSON ({error}): write the alignments again or remove it.") from None
+    if isinstance(content, dict):
+        if "alignments" in content:
+            return Kind.ALIGNMENTS, content
+        if "book_meta" in content:
+            return Kind.BOOK, content
+        if any(isinstance(content.get(key), list) for key in ("segments", "words", "word_segments", "alignment")):
+            return Kind.OTHER_WORDS, content
+    elif isinstance(content, list) and content and isinstance(content[0], list):
+        return Kind.OTHER_WORDS, content
+    return Kind.METADATA, content
+
+
+def read_alignments(path: str | Path, seconds: float) -> Alignment:
+    """The words in the JSON beside a recording.
+
+    A word is dropped where it has no place in the audio: without times (null, NaN), without duration, with its end before
+    its start, beginning before 0 or ending more than `TOLERANCE` past the end. An empty word is none.
+
+    The words are not known where the JSON is no alignment, and where it has words, none of `MAIN_SPEAKER`, and some of
+    another label than `OTHER_SPEAKER`: whose voice is the model's is not said then, as in a diarizer's output.
+
+    Args:
+        path: the JSON file.
+        seconds: length of the audio.
+
+    Raises:
+        InputError: as `read_beside`; what stands under "alignments" has another structure; or more than half of the words
+            with times lie outside the audio or end before they begin, so that they are another recording's or in another unit.
+    """
+    path = Path(path)
+    kind, content = read_beside(path)
+    if kind is Kind.OTHER_WORDS:
+        expected = '{"alignments": [[word, [start, end], speaker], ...]}'
+        return Alignment(
+            None, {}, f"holds words that are not read: write them as {expected}, or the text is not known."
+        )
+    if kind is not Kind.ALIGNMENTS:
+        return Alignment(None, {})
+    rows = content["alignments"]
+    if not isinstance(rows, list):
+        raise InputError(
+            f'{path} has {_short(rows)} under the key "alignments", expected a list [[word, [start, end], speaker], ...]:'
+            " write the alignments again or remove the file."
+        )
+    words = [word for index, row in enumerate(rows) if (word := _parse_word(path, index, row)).text]
+    placed: list[Word] = []
+    dropped: dict[str, list[Word]] = {}
+    for word in words:
+        wrong = _misplaced(word, seconds)
+        (placed if wrong is None else dropped.setdefault(wrong, [])).append(word)
+    _check_times(path, seconds, len(words) - len(dropped.get(_NO_TIMES, [])), dropped)
+    labels = {word.speaker for word in words}
+    if labels and MAIN_SPEAKER not in labels and labels != {OTHER_SPEAKER}:
+        return Alignment(None, {}, _no_main_speaker(words))
+    return Alignment(tuple(sorted(placed, key=lambda word: word.start)), dropped)
+
+
+_NO_TIMES, _NO_DURATION = "without times", "without duration"
+_OUTSIDE, _REVERSED = "outside the audio", "with the end before the start"
+
+
+def _misplaced(word: Word, seconds: float) -> str | None:
+    """What is wrong with the times of a word; None if nothing is."""
+    if math.isnan(word.start) or math.isnan(word.end):
+        return _NO_TIMES
+    if min(word.start, word.end) < 0 or max(word.start, word.end) > seconds + TOLERANCE:
+        return _OUTSIDE
+    if word.end < word.start:
+        return _REVERSED
+    return _NO_DURATION if word.end == word.start else None
+
+
+def _check_times(path: Path, seconds: float, timed: int, dropped: dict[str, list[Word]]) -> None:
+    wrong = [*dropped.get(_OUTSIDE, []), *dropped.get(_REVERSED, [])]
+    if 2 * len(wrong) > timed:
+        first = wrong[0]
+        raise InputError(
+            f"{path} does not match its audio of {seconds:.2f} s: {len(wrong)} of {timed} words lie outside it or end before"
+            f" they start (such as {_short(first.text)} from {first.start:g} to {first.end:g}), so align the recording again,"
+            " [start, end] in seconds, or remove the file."
+        )
+
+
+def _no_main_speaker(words: Sequence[Word]) -> str:
+    labels = list(dict.fromkeys("no label" if word.speaker is None else repr(word.speaker[:30]) for word in words))
+    named = ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
+    return (
+        f"of {len(words)} words none is of {MAIN_SPEAKER} (but of {named}), so that the text counts as not known: give the words"
+        f" of the model's voice the label {MAIN_SPEAKER} and all others {OTHER_SPEAKER}."
+    )
+
+
+def _parse_word(path: Path, index: int, row: object) -> Word:
+    if isinstance(row, list) and len(row) == 3:
+        text, times, speaker = row
+        times = [None, None] if times is None or times == [] else times
+        if (
+            isinstance(text, str)
+            and isinstance(times, list)
+            and len(times) == 2
+            and all(type(time) in (float, int, type(None)) for time in times)
+            and type(speaker) in (str, int, type(None))
+        ):
+            return Word(_plain(text), *map(_seconds, times), None if speaker is None else _plain(str(speaker)))
+    raise InputError(
+        f"{path}, alignments[{index}] is {_short(row)}, expected [word, [start, end], speaker]: write the alignments again or"
+        " remove the file."
+    )
+
+
+def _plain(text: str) -> str:
+    """Without blanks around it and without halves of surrogate pairs, which JSON may hold and nothing else takes."""
+    return text.encode("utf-8", "ignore").decode().strip()
+
+
+def _seconds(value: float | None) -> float:
+    try:
+        return math.nan if value is None or not math.isfinite(value) else float(value)
+    except OverflowError:  # an integer beyond all floats
+        return math.inf
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 80 else text[:77] + "..."
