@@ -29,7 +29,7 @@ READER = "en_librivox"  # one short file, held out
 
 
 def entries(split):
-    return read_manifest(CORPUS / f"{split}.jsonl")
+    return read_manifest(CORPUS / f"{split}.jsonl").entries
 
 
 def by_voice(split):

@@ -28,7 +28,7 @@ def write(folder, *lines):
 
 def test_entries_come_in_order_with_paths_relative_to_the_manifest(folder):
     path = write(folder, GOOD, "", '{"path": "sub/b.flac", "duration": 61, "voice": "x"}')
-    assert read_manifest(path) == [
+    assert read_manifest(path).entries == [
         Entry(folder / "a.wav", 2.5, None),
         Entry(folder / "sub/b.flac", 61.0, folder / "sub/b.json"),
     ]
@@ -37,7 +37,7 @@ def test_entries_come_in_order_with_paths_relative_to_the_manifest(folder):
 def test_absolute_paths_are_kept(folder):
     line = json.dumps({"path": str(folder / "sub" / "b.flac"), "duration": 1})
     (folder / "sub" / "m.jsonl").write_text(line)
-    assert read_manifest(folder / "sub" / "m.jsonl")[0].path == folder / "sub" / "b.flac"
+    assert read_manifest(folder / "sub" / "m.jsonl").entries[0].path == folder / "sub" / "b.flac"
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,6 @@ def test_absolute_paths_are_kept(folder):
         ('{"path": "a.wav", "duration": "2"}', "\"duration\": '2'"),
         ('{"path": "a.wav", "duration": true}', '"duration": True'),
         ('{"path": "a.wav", "duration": NaN}', '"duration": nan'),
-        ('{"path": "gone.wav", "duration": 1}', "gone.wav, which is not there"),
-        ('{"path": "sub", "duration": 1}', "sub, which is not there"),
     ],
 )
 def test_a_bad_line_is_refused_with_file_and_line(folder, line, complaint):

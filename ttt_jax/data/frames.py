@@ -120,7 +120,7 @@ def open_recording(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: 
 def open_manifest(
     path: str | Path, codec: Codec, tokenizer: Tokenizer, cache_dir: str | Path, progress: bool = True
 ) -> tuple[Recording, ...]:
-    """Returns every recording of a manifest, in its order.
+    """Returns every recording of a manifest that is there, in its order.
 
     Args:
         path: The JSONL file.
@@ -134,7 +134,8 @@ def open_manifest(
     """
     from tqdm import tqdm
 
-    bar = tqdm(read_manifest(path), desc=f"encoding {Path(path).name}", unit="file", leave=False, disable=not progress)
+    entries = read_manifest(path).entries
+    bar = tqdm(entries, desc=f"encoding {Path(path).name}", unit="file", leave=False, disable=not progress)
     return tuple(open_recording(entry, codec, tokenizer, cache_dir) for entry in bar)
 
 

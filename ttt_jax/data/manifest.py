@@ -1,7 +1,7 @@
 """Manifests and word alignments in moshi-finetune's format.
 
-A manifest is a JSONL file, one recording a line: ``{"path": ..., "duration": seconds}``; paths are relative to the
-manifest's folder. Beside each recording a JSON of the same stem may hold its words:
+A manifest is a JSONL file, plain or gzip, one recording a line: ``{"path": ..., "duration": seconds}``; paths are absolute
+or relative to the manifest's folder, with "/" between folders. Beside each recording a JSON of the same stem may hold its words:
 ``{"alignments": [[word, [start, end], speaker], ...]}``, times in seconds. Further keys are left unread in both.
 Nothing here opens audio: `check_duration` is for the one who does.
 """
@@ -9,13 +9,18 @@ Nothing here opens audio: `check_duration` is for the one who does.
 from __future__ import annotations
 
 import json
-import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from ttt_jax.errors import InputError
+from ttt_jax.jsonl import read_lines
+from ttt_jax.names import Missing, beside, missing, native, spelled
 
 MAIN_SPEAKER = "SPEAKER_MAIN"
+_T = TypeVar("_T")
 TOLERANCE = 0.5  # seconds by which a manifest or an alignment may disagree with its audio
 
 
@@ -36,6 +41,24 @@ class Entry:
     speaker: str | None = None
 
 
+class Absent(NamedTuple):
+    """A recording of a manifest that is not there, or whose words are not."""
+
+    path: Path
+    """The audio file."""
+    reason: str
+    """A sentence that names the line."""
+
+
+class Manifest(NamedTuple):
+    """What a manifest names, in its order."""
+
+    entries: list[Entry]
+    """At least one."""
+    absent: list[Absent]
+    """To be told and counted, and left out."""
+
+
 @dataclass(frozen=True)
 class Word:
     """One spoken word: its text, start and end in seconds, and who spoke it (`MAIN_SPEAKER` is the model's voice)."""
@@ -46,21 +69,31 @@ class Word:
     speaker: str
 
 
-def read_manifest(path: str | Path) -> list[Entry]:
-    """Return the recordings of a JSONL manifest in its order; blank lines are skipped.
+def is_manifest(path: Path) -> bool:
+    """Whether a file is a manifest, by its name: .jsonl or .jsonl.gz."""
+    return path.name.lower().endswith((".jsonl", ".jsonl.gz"))
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Return the recordings of a JSONL manifest, plain or gzip; blank lines are skipped.
 
     Raises:
-        InputError: the manifest is missing, empty or not JSONL, a line lacks a field or holds a wrong one, or an audio
-            file is not there. The message names the line.
+        InputError: the manifest is missing, empty or not JSONL, a line lacks a field or holds a wrong one, or no audio
+            file at all is there. The message names the line.
     """
     path = Path(path)
-    lines = enumerate(_read_text(path, "manifest").splitlines(), start=1)
-    entries = [_parse_entry(path, number, line) for number, line in lines if line.strip()]
-    if not entries:
+    lines = enumerate(_read(path, "manifest", read_lines), start=1)
+    found = [_parse_entry(path, number, line) for number, line in lines if line.strip()]
+    if not found:
         raise InputError(
             f'{path} is empty: a manifest has one line {{"path": ..., "duration": seconds}} per recording.'
         )
-    return entries
+    entries = [one for one in found if isinstance(one, Entry)]
+    absent = [one for one in found if isinstance(one, Absent)]
+    if not entries:
+        first = absent[0].reason
+        raise InputError(first if len(absent) == 1 else f"none of the {len(absent):,} recordings is there: {first}")
+    return Manifest(entries, absent)
 
 
 def check_duration(entry: Entry, seconds: float) -> None:
@@ -85,7 +118,7 @@ def read_alignments(path: str | Path, duration: float) -> list[Word]:
     """
     path = Path(path)
     try:
-        content = json.loads(_read_text(path, "alignment file"))
+        content = json.loads(_read(path, "alignment file", _text))
     except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}): write the alignments again or remove it.") from None
     rows = content.get("alignments") if isinstance(content, dict) else None
@@ -98,9 +131,13 @@ def read_alignments(path: str | Path, duration: float) -> list[Word]:
     return sorted(words, key=lambda word: word.start)
 
 
-def _read_text(path: Path, kind: str) -> str:
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8-sig")
+
+
+def _read(path: Path, kind: str, read: Callable[[Path], _T]) -> _T:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read(path)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give the path of a {kind}.") from None
     except OSError as error:
@@ -109,11 +146,11 @@ def _read_text(path: Path, kind: str) -> str:
         raise InputError(f"{path} is not UTF-8 text: give the path of a {kind}.") from None
 
 
-def _parse_entry(manifest: Path, number: int, line: str) -> Entry:
+def _parse_entry(manifest: Path, number: int, line: str) -> Entry | Absent:
     where = f"{manifest} line {number}"
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error}): every line must be one JSON object.") from None
     if not isinstance(record, dict):
         raise InputError(f'{where} is not a JSON object: expected {{"path": ..., "duration": seconds}}.')
@@ -121,18 +158,39 @@ def _parse_entry(manifest: Path, number: int, line: str) -> Entry:
         if key not in record:
             raise InputError(f'{where} has no "{key}": expected {{"path": ..., "duration": seconds}}.')
     name, duration = record["path"], record["duration"]
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not _is_name(name):
         raise InputError(f'{where} has "path": {name!r}: expected the name of an audio file.')
     if not _is_number(duration) or duration <= 0:
         raise InputError(f'{where} has "duration": {duration!r}: expected seconds greater than 0.')
     speaker = record.get("speaker")
-    if speaker is not None and not isinstance(speaker, str):
-        raise InputError(f'{where} has "speaker": {speaker!r}: expected a name, or no such key.')
-    audio = manifest.parent / name
-    if not audio.is_file():
-        raise InputError(f"{where} names {audio}, which is not there: paths are relative to the manifest's folder.")
-    alignment = audio.with_suffix(".json")
-    return Entry(audio, float(duration), alignment if alignment.is_file() else None, speaker)
+    if isinstance(speaker, bool) or not isinstance(speaker, str | int | None):
+        raise InputError(f'{where} has "speaker": {speaker!r}: expected a name or a number, or no such key.')
+    audio = spelled(manifest.parent / native(name))
+    if (problem := missing(audio)) is not None:
+        return Absent(audio, f"{where} names {audio}, which {problem.problem}: {_advice(problem, name)}.")
+    alignment = beside(audio, ".json")
+    if alignment is not None and (problem := missing(alignment)) is not None:
+        return Absent(audio, f"{where} names {audio}, whose {alignment.name} {problem.problem}: {problem.advice}.")
+    return Entry(audio, float(duration), alignment, None if speaker is None else str(speaker))
+
+
+def _is_name(value: object) -> bool:
+    """Whether a file can have the name."""
+    try:
+        return isinstance(value, str) and bool(native(value)) and "\0" not in value
+    except UnicodeEncodeError:
+        return False
+
+
+def _advice(problem: Missing, name: str) -> str:
+    """What to do about a file that is not there, by the way the manifest names it."""
+    if problem.problem != "is not there":
+        return problem.advice
+    if name.startswith("~"):
+        return "~ stands for no folder in a manifest, write the whole path"
+    if "\\" in name:
+        return "write / between folders"
+    return "paths are relative to the manifest's folder"
 
 
 def _parse_word(path: Path, index: int, row: object, duration: float) -> Word:
@@ -152,7 +210,7 @@ def _parse_word(path: Path, index: int, row: object, duration: float) -> Word:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _short(row: object) -> str:
