@@ -325,7 +325,7 @@ def _refuse(error: OSError) -> NoReturn:
 
 def _natural(path: Path) -> tuple[tuple[tuple[str | int, ...], str], ...]:
     """A key by which paths sort part by part, numbers in them as numbers, in whichever Unicode form a system wrote them."""
-    return tuple((_numbers(unicodedata.normalize("NFC", part)), part) for part in path.parts)
+    return tuple((_numbers(unicodedata.normalize("NFC", portable(part))), part) for part in path.parts)
 
 
 def _numbers(text: str) -> tuple[str | int, ...]:
