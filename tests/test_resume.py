@@ -216,7 +216,7 @@ def test_files_that_are_not_there_are_named_and_left_out_and_end_in_exit_code_3(
     lines = [json.loads(line) for line in (runs[0] / "train.jsonl").read_text().splitlines()]
     for line in lines:
         shutil.copy(runs[0] / line["path"], tmp_path)
-    gone = {"path": "gone.safetensors", "duration": 3.0}
+    gone = {**lines[-1], "path": "gone.safetensors"}
     manifest.write_text("".join(json.dumps(line) + "\n" for line in [gone, *lines]))
     cfg = of_runs(runs, tmp_path)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, train=str(manifest)))

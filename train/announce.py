@@ -51,8 +51,7 @@ def run(run: Run) -> None:
 
 def absent(corpus: Corpus) -> None:
     """Files that manifests name and that are not there; the run ends with exit code 3."""
-    gone = [one.reason for part in corpus.absent.values() for one in part]
-    for reason in shortened(gone):
+    for reason in shortened([one.reason for one in corpus.missing]):
         log.warning("skipped   %s", reason)
 
 

@@ -73,8 +73,8 @@ def resume(run_dir: Path, changes: Changes | None = None) -> int:
     check_data(cfg, corpus)
     described = corpus.describe()
     if {key: meta.get(key) for key in described} != described:
-        if gone := [one for part in corpus.absent.values() for one in part]:
-            raise InputError(f"the data differ from those that {run_dir} was trained on: {gone[0].reason}")
+        if corpus.missing:
+            raise InputError(f"the data differ from those that {run_dir} was trained on: {corpus.missing[0].reason}")
         raise InputError(
             f"the data, codec or tokenizer differ from those that {run_dir} was trained on (see its meta.json): bring"
             " the old ones back, or start a new run with --from."
@@ -127,7 +127,7 @@ def _run(run: Run, state: TrainState, frozen: Tree, position: Any, checkpoints: 
         about = {"path": str(run_dir), "config": record.to_dict(cfg), "step": cfg.steps, **run.meta}
         model = Model(run_dir.resolve().name, cfg.model, merge(state.trained, frozen), cfg, about)
         of_run(model, run.corpus, run_dir / "eval")
-    return PARTIAL if any(run.corpus.absent.values()) else 0
+    return PARTIAL if run.corpus.missing else 0
 
 
 def _train(

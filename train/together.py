@@ -193,7 +193,7 @@ def _train(
         raise InputError(
             f"of {len(runs)} runs {len(failed)} stopped, the others are whole: {' '.join(failed.values())}"
         )
-    return PARTIAL if any(any(run.corpus.absent.values()) for run in runs) else 0
+    return PARTIAL if any(run.corpus.missing for run in runs) else 0
 
 
 def loader() -> Callable[[DataConfig, Any, Any], Corpus]:

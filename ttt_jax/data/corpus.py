@@ -34,7 +34,7 @@ class CorpusConfig:
     """Which speech, and what encodes it."""
 
     train: str | None = None
-    """Training files: a manifest (JSONL with path and duration) or a prepared folder, or several with weights:
+    """Training files: a manifest (JSONL with path and duration, plain or gzip) or a prepared folder, or several with weights:
     a.jsonl:3,b.jsonl:1 takes three files of a for one of b; unset: the embedded corpus."""
     heldout: str | None = None
     """Manifest or prepared folder of the files that are evaluated at the end; unset: the embedded corpus's if `train` is unset, else none."""
@@ -95,6 +95,11 @@ class Corpus(NamedTuple):
     def recordings(self) -> Iterator[Recording]:
         """The training files, source by source."""
         return (recording for source in self.train for recording in source.recordings)
+
+    @property
+    def missing(self) -> list[Absent]:
+        """All of `absent`, each once."""
+        return list(dict.fromkeys(one for part in self.absent.values() for one in part))
 
     def describe(self) -> dict[str, Any]:
         """Names, digests and sizes, as a run stores them.
