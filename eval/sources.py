@@ -91,7 +91,7 @@ def find(sources: Sequence[str | Path], layout: str = "auto") -> Found:
     found: dict[Path, Recording] = {}
     problems: dict[Path, _Problem] = {}
     for source in sources:
-        for recording in _find(Path(source).expanduser(), layout, problems):
+        for recording in _find(Path(os.path.expanduser(source)), layout, problems):
             found.setdefault(place(recording.path), recording)
     if not found:
         first, count = next(iter(problems.values())).sentence, len(problems)

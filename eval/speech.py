@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -57,11 +58,8 @@ def of_corpus(corpus: corpora.Corpus) -> tuple[list[Speech], list[Skipped]]:
     """The held-out files of a run's own corpus, as it would train on them, and those that are not there."""
     codec = {"name": corpus.codec.name, "digest": corpus.codec.digest}
     files = ((recording, recording.read()) for recording in corpus.heldout)
-    skipped = [Skipped(printable(str(one.path)), one.reason) for one in corpus.absent["heldout"]]
-    return [
-        Speech(printable(file.name), printable(file.speaker or file.name), frames, frames[0] >= 0, (), codec)
-        for file, frames in files
-    ], skipped
+    found = [Speech(file.name, file.speaker or file.name, frames, frames[0] >= 0, (), codec) for file, frames in files]
+    return found, [_skipped(str(one.path), one.reason) for one in corpus.absent["heldout"]]
 
 
 def read(data: str | Path, models: Sequence[Model], most: int | None = None) -> tuple[list[Speech], list[Skipped]]:
@@ -74,11 +72,11 @@ def read(data: str | Path, models: Sequence[Model], most: int | None = None) -> 
     Raises:
       InputError: the manifest cannot be read, or no file at all can be used.
     """
-    (entries, absent), root = _entries(Path(data).expanduser())
+    (entries, absent), root = _entries(Path(os.path.expanduser(data)))
     names = _names([one.path for one in (*entries, *absent)], root)
     names, gone = names[: len(entries)], names[len(entries) :]
     coders = _Coders(models)
-    found, skipped = [], [Skipped(name, one.reason) for name, one in zip(gone, absent, strict=True)]
+    found, skipped = [], [_skipped(name, one.reason) for name, one in zip(gone, absent, strict=True)]
     for entry, name in zip(entries, names, strict=True):
         try:
             if name in [one.name for one in found]:
@@ -87,7 +85,7 @@ def read(data: str | Path, models: Sequence[Model], most: int | None = None) -> 
         except InputError as error:
             if len(entries) == 1 and not absent:
                 raise
-            skipped.append(Skipped(name, str(error)))
+            skipped.append(_skipped(name, str(error)))
     if not found:
         raise InputError(f"none of the {len(skipped)} files of {data} can be used; the first: {skipped[0].reason}")
     if len(codecs := {one.codec["digest"]: one for one in found}) > 1:
@@ -100,7 +98,7 @@ def read(data: str | Path, models: Sequence[Model], most: int | None = None) -> 
 
 def first(data: str | Path, models: Sequence[Model], least: int) -> Speech:
     """The first stream that `data` names and that is there, as `read` gives it; it must have `least` frames. Raises `InputError`."""
-    (entries, _), root = _entries(Path(data).expanduser())
+    (entries, _), root = _entries(Path(os.path.expanduser(data)))
     found = _speech(entries[0], _names([entries[0].path], root)[0], _Coders(models), None)
     frames = found.frames.shape[1]
     if frames < least:
@@ -136,6 +134,10 @@ def _entries(path: Path) -> tuple[Manifest, Path]:
         )
     # No manifest says how long it should be: of nan no length differs.
     return Manifest([Entry(path, math.nan, beside(path, ".json"))], []), path.parent.parent
+
+
+def _skipped(name: str, reason: str) -> Skipped:
+    return Skipped(printable(name), printable(reason))
 
 
 def _speech(entry: Entry, name: str, coders: _Coders, most: int | None) -> Speech:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from eval import sources
+from eval import results, sources
 from eval.__main__ import main
-from ttt_jax import command, names
+from ttt_jax import command, names, record
 from ttt_jax.data import formats
 from ttt_jax.data.codes import read_codes
 from ttt_jax.errors import InputError
@@ -366,7 +366,15 @@ def test_order_is_that_of_the_names_in_either_unicode_form(tmp_path, form):
 
 
 def test_printable_text_is_one_line_of_what_any_terminal_shows():
-    assert names.printable("a\nb\u2028c\udcff\x1b[1m d\u00e9") == r"a\nb\u2028c\udcff\x1b[1m d" + "\u00e9"
+    kept = "d\u00e9 \u00a0\u200d\u0301"
+    assert names.printable(f"a\nb\u2028c\udcff\x1b[1m{kept}") == r"a\nb\u2028c\udcff\x1b[1m" + kept
+
+
+def test_json_files_hold_names_in_any_bytes(tmp_path):
+    name = os.fsdecode(b"caf\xe9\xff")
+    record.write_json(tmp_path / "a.json", {"train": name})
+    assert record.read_json(tmp_path / "a.json", "it") == {"train": name}
+    assert json.loads(results.as_json({"data": name})) == {"data": name}
 
 
 @pytest.mark.parametrize("name", ["caf\u00e9", os.fsdecode(b"\xff\n"), "plain"])

@@ -17,8 +17,9 @@ class Missing(NamedTuple):
 
 
 def printable(text: str) -> str:
-    r"""Return `text` on one line: what is no printable character, such as a line feed or a byte that is not UTF-8, as \escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Return `text` on one line and encodable: control characters, ends of lines and bytes that are not UTF-8 as escapes."""
+    breaks = ("Cc", "Cs", "Zl", "Zp")
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in breaks else c for c in text)
 
 
 def portable(path: str | Path) -> str:

@@ -242,7 +242,7 @@ def _by_part(cfg: CorpusConfig) -> dict[str, list[Path]]:
 
 def _manifest(path: str) -> Path:
     """The manifest that `path` names: itself, or that of the folder."""
-    found = Path(path).expanduser()
+    found = Path(os.path.expanduser(path))
     if not found.is_dir():
         return found
     if not (found / MANIFEST).is_file():
@@ -254,8 +254,8 @@ def _manifest(path: str) -> Path:
 
 def _exists(path: str) -> bool:
     try:
-        return bool(path) and Path(path).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long a name, a zero byte, no such user's folder
+        return bool(path) and Path(os.path.expanduser(path)).exists()
+    except (OSError, ValueError):  # too long a name, a zero byte
         return False
 
 
@@ -278,7 +278,7 @@ def _weight(text: str, part: str, weight: str) -> float:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+    return str(Path(os.path.expanduser(path)).absolute())
 
 
 def _describe(recordings: Sequence[Recording]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from ttt_jax.data.stated import StatedCodec, StatedTokenizer
 from ttt_jax.data.text import Tokenizer, text_stream
 from ttt_jax.errors import InputError
 from ttt_jax.files import file_digest, write_atomically
+from ttt_jax.names import printable
 
 ABSENT = -1
 """Token that is not known; equals `ttt_jax.moshi.delays.ABSENT`, whose module would load jax."""
@@ -46,7 +47,7 @@ class Recording:
     """One recording of a manifest, its frames still to be read.
 
     Attributes:
-        name: its folder and its name without suffix.
+        name: its folder and its name without suffix, printable.
         speaker: whose voice it is, where the manifest says so.
         shape: of its frames, [1 + 2 * num_codebooks, T], T >= 1.
         digest: of the code file and its alignments, hex; None for audio, which only its frames identify, as another version
@@ -96,7 +97,8 @@ def open_recording(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: 
 
     Audio that the cache does not have is encoded. Arguments and errors are those of `load_frames`.
     """
-    name = f"{entry.path.parent.name}/{entry.path.stem}"
+    name = printable(f"{entry.path.parent.name}/{entry.path.stem}")
+    speaker = None if entry.speaker is None else printable(entry.speaker)
     if _is_codes(entry):
         header = read_header(entry.path)
         _check_header(entry, header, codec, tokenizer)
@@ -106,14 +108,14 @@ def open_recording(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: 
             digest = hashlib.sha256(f"{digest} {file_digest(entry.alignment)}".encode()).hexdigest()
         shape = (1 + 2 * codec.num_codebooks, header.num_frames)
         return Recording(
-            name, entry.speaker, shape, digest, functools.partial(_reread_codes, entry, header, codec, tokenizer)
+            name, speaker, shape, digest, functools.partial(_reread_codes, entry, header, codec, tokenizer)
         )
     if isinstance(codec, StatedCodec):
         raise not_codes(entry.path)
     cached = _cache_path(entry, codec, tokenizer, Path(cache_dir))
     shape = _audio_frames(entry, codec, tokenizer, cached).shape
     return Recording(
-        name, entry.speaker, shape, None, functools.partial(_reread_audio, entry, shape, codec, tokenizer, cached)
+        name, speaker, shape, None, functools.partial(_reread_audio, entry, shape, codec, tokenizer, cached)
     )
 
 
