@@ -97,12 +97,13 @@ def test_a_manifest_may_be_gzip(folder, name):
     assert read_manifest(folder / "plain.jsonl.gz") == plain
 
 
-@pytest.mark.parametrize("damage", ["cut", "bits", "checksum", "rest"])
+@pytest.mark.parametrize("damage", ["cut", "bits", "block", "checksum", "rest"])
 def test_damaged_gzip_is_refused(folder, damage):
     content = gzip.compress(f"{GOOD}\n".encode() * 50)
     changed = {
         "cut": content[:-12],
         "bits": content[:15] + bytes([content[15] ^ 255]) + content[16:],
+        "block": content[:10] + b"\x07" + content[11:],  # a kind of block that there is not
         "checksum": content[:-8] + bytes(8),
         "rest": content + b"more",
     }

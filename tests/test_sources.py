@@ -204,7 +204,8 @@ def test_links_to_folders_are_followed_by_their_own_names(tmp_path):
     for folder in ("1088", "1089", "1188"):
         (tmp_path / "tree" / folder / "1" / "t.trans.txt").touch()
     assert found(tmp_path / "tree") == ["1088/1/b.flac", "1089/1/a.flac", "1188/1/a.flac"]
-    assert [r.speaker for r in sources.find([tmp_path / "tree"]).recordings] == ["1088", "1089", "1188"]
+    some = sources.find([tmp_path / "tree"]).recordings
+    assert [(r.group, r.speaker) for r in some] == [(f"tree/{name}", name) for name in ("1088", "1089", "1188")]
 
 
 @pytest.mark.parametrize("target", ["..", ".", "../tree/a", "a", "../.."])
@@ -303,7 +304,7 @@ def test_names_in_any_bytes_are_prepared_found_again_and_printed_in_any_locale(t
     put(folder + b"/bad\xff\n.wav", b"no sound")
     put(folder + b"/old\xff\n.m4a")
     counts = []
-    for changes in LOCALES:
+    for changes in reversed(LOCALES):  # the one that knows least writes
         env = {**os.environ, "LC_ALL": "C.UTF-8", "PYTHONPATH": str(ROOT)} | changes
         asked = [sys.executable, "-m", "eval", "prepare", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
         done = subprocess.run(asked, capture_output=True, env=env, cwd=tmp_path)
@@ -321,7 +322,7 @@ def test_names_in_any_bytes_are_prepared_found_again_and_printed_in_any_locale(t
     assert all(re.fullmatch(r"codes/([\w.-]+/)*[\w.-]+\.safetensors", line["path"], re.ASCII) for line in lines)
     stored = [read_codes(tmp_path / "out" / line["path"]).sources[0] for line in lines]
     assert [source._asdict() for source in stored] == [line["sources"][0] for line in lines]
-    assert {os.fsencode(source.path) for source in stored} == {folder + b"/" + name for name in ODD}
+    assert {source.path for source in stored} == {os.fsdecode(folder + b"/" + name) for name in ODD}
 
 
 @pytest.mark.parametrize("locale", [LOCALES[0], LOCALES[2]])
