@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--utterances", type=int, default=60, help="English utterances for the recogniser")
     args = parser.parse_args()
     codec = KMeansCodec.load(args.codec)
-    entries = {split: read_manifest(args.corpus / f"{split}.jsonl") for split in ("train", "heldout")}
+    entries = {split: read_manifest(args.corpus / f"{split}.jsonl").entries for split in ("train", "heldout")}
     voices = {split: [read_audio(e.path, codec.sample_rate)[0] for e in some] for split, some in entries.items()}
     print(f"{codec.name}, digest {codec.digest[:16]}, {codec.num_codebooks} codebooks of {codec.cardinality} entries")
     start = time.perf_counter()

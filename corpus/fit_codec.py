@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = {key: default if getattr(args, key) is None else getattr(args, key) for key, default in OF_EMBEDDED.items()}
     out = about.pop("out")
     try:
-        voices = [read_audio(entry.path, SAMPLE_RATE)[0] for entry in read_manifest(args.manifest)]
+        voices = [read_audio(entry.path, SAMPLE_RATE)[0] for entry in read_manifest(args.manifest).entries]
     except InputError as error:
         parser.error(str(error))
     codec = fit(voices, **about)

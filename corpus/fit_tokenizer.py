@@ -19,7 +19,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzàâäçèéêëìíîïñòóôöùúûü�
 def training_text() -> list[str]:
     """Return the words of each training file as one line."""
     lines = []
-    for entry in (HERE / "train.jsonl").read_text(encoding="utf-8").splitlines():
+    for entry in (HERE / "train.jsonl").read_text(encoding="utf-8").strip().split("\n"):
         alignment = (HERE / json.loads(entry)["path"]).with_suffix(".json")
         rows = json.loads(alignment.read_text(encoding="utf-8"))["alignments"]
         lines.append(" ".join(row[0] for row in rows))

@@ -27,7 +27,7 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
         "sources",
         metavar="SOURCE",
         nargs="+",
-        help="audio file, folder of audio, or manifest (.jsonl, as moshi-finetune)",
+        help="audio file, folder of audio, or manifest (.jsonl or .jsonl.gz, as moshi-finetune)",
     )
     add("--out", metavar="FOLDER", required=True, help="where codes and manifest.jsonl go; may hold earlier ones")
     add("--codec", default="kmeans", help='"kmeans" (the embedded one) or a codec file; unset: kmeans')

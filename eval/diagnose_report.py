@@ -12,6 +12,7 @@ import numpy as np
 
 from ttt_jax.errors import InputError
 from ttt_jax.files import write_atomically
+from ttt_jax.jsonl import read_lines
 
 RECORDS, FIGURE = "records.jsonl", "diagnose"
 
@@ -156,12 +157,14 @@ def read(folder: Path) -> list[Record]:
     """The records in `folder`. Raises `InputError` if there are none or they are damaged."""
     path = folder / RECORDS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}): give a folder that python -m eval diagnose made.") from None
     wanted = {"checkpoint", "frame", "seconds", "layer", *FIGURES}
     records = []
     for number, line in enumerate(lines, 1):
+        if not line:
+            continue
         try:
             record = json.loads(line)
         except ValueError:

@@ -22,7 +22,7 @@ from eval.models import Model
 from eval.results import CheckpointInfo, FileInfo, Setting, summarise, write_results
 from eval.speech import Skipped, Speech
 from eval.stream import batches, stream
-from ttt_jax.command import PARTIAL, cost, keep_compiled, machine
+from ttt_jax.command import PARTIAL, cost, keep_compiled, machine, shortened
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
 from ttt_jax.errors import InputError
@@ -91,9 +91,10 @@ def main(options: argparse.Namespace) -> int:
                 "there is no --data: give a manifest or a folder of python -m eval prepare (only a single run brings its own held-out files)."
             )
         corpus = own_corpus(models)
-        files = [file._replace(frames=file.frames[:, : asked.frames]) for file in speech_.of_corpus(corpus)]
-    for one in skipped:
-        print(f"skipped: {one.reason}", file=sys.stderr)
+        files, skipped = speech_.of_corpus(corpus)
+        files = [file._replace(frames=file.frames[:, : asked.frames]) for file in files]
+    for reason in shortened([one.reason for one in skipped]):
+        print(f"skipped: {reason}", file=sys.stderr)
     # Results on other speech have a folder of their own: those of the run's held-out files stay.
     default = f"eval-{Path(options.data).resolve().stem}" if options.data else "eval"
     first, step = run_and_step(Path(options.checkpoints[0])) or (Path(options.checkpoints[0]), None)
@@ -105,7 +106,7 @@ def main(options: argparse.Namespace) -> int:
 def of_run(model: Model, corpus: corpora.Corpus, folder: Path) -> None:
     """Evaluate a run on its own held-out files, as `python -m train` does at its end."""
     _make(folder)
-    evaluate([model], speech_.of_corpus(corpus), [], corpus, Asked(), folder)
+    evaluate([model], *speech_.of_corpus(corpus), corpus, Asked(), folder)
 
 
 def evaluate(
@@ -323,6 +324,8 @@ def own_corpus(models: Sequence[Model]) -> corpora.Corpus:
     for part, found in corpus.describe().items():
         for one in models:
             if part not in ("heldout", "validation") and found != one.about[part]:
+                if part == "train" and corpus.absent[part]:
+                    raise InputError(corpus.absent[part][0].reason)
                 raise InputError(
                     f"{part} is not what {one.name} was trained with ({found}, but its meta.json has {one.about[part]}): bring the old"
                     " one back."

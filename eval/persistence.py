@@ -17,7 +17,7 @@ from eval import persistence_report as report
 from eval.persistence_data import MARGIN, THRESHOLD, Bounds, Condition, Experiment, File, Setting
 from eval.persistence_results import analyse, read, write
 from eval.results import weights
-from ttt_jax.command import PARTIAL, cost, keep_compiled, machine
+from ttt_jax.command import PARTIAL, cost, keep_compiled, machine, shortened
 from ttt_jax.errors import InputError
 from ttt_jax.files import run_and_step
 
@@ -177,15 +177,16 @@ def _experiment(asked: Sequence[Asked], options: argparse.Namespace) -> tuple[Ex
     if options.data:
         files, skipped = speech_.read(options.data, several, options.frames)
     else:
+        files, skipped = speech_.of_corpus(evaluate.own_corpus(several))
         files = [
             file._replace(
                 frames=file.frames[:, : options.frames],
                 joints=tuple(joint for joint in file.joints if options.frames is None or joint < options.frames),
             )
-            for file in speech_.of_corpus(evaluate.own_corpus(several))
+            for file in files
         ]
-    for one in skipped:
-        print(f"skipped: {one.reason}", file=sys.stderr)
+    for reason in shortened([one.reason for one in skipped]):
+        print(f"skipped: {reason}", file=sys.stderr)
     setting = _setting(several, files, options)
     folder = _folder(Path(paths[0]), options)
     print(

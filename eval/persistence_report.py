@@ -45,7 +45,7 @@ def table(experiment: Experiment, analysis: Analysis) -> str:
 def write(folder: Path, experiment: Experiment, analysis: Analysis, about: dict[str, Any]) -> Path:
     """Write the Markdown report to `folder`, at once or not at all; its path."""
     path = folder / FILE
-    write_atomically(path, (markdown(experiment, analysis, about) + "\n").encode())
+    write_atomically(path, (markdown(experiment, analysis, about) + "\n").encode("utf-8", "backslashreplace"))
     return path
 
 

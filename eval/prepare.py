@@ -37,6 +37,8 @@ from ttt_jax.data.manifest import Entry, check_duration
 from ttt_jax.data.text import ABSENT, Tokenizer, read_text
 from ttt_jax.errors import InputError
 from ttt_jax.files import file_digest, write_atomically
+from ttt_jax.jsonl import read_lines
+from ttt_jax.names import place, portable, printable
 
 MANIFEST = "manifest.jsonl"
 SETTINGS = "prepare.json"
@@ -50,16 +52,17 @@ def main(options: argparse.Namespace) -> int:
     Raises:
         InputError: a source or the folder is unusable, or nothing could be made.
     """
-    recordings, problems = sources.find(options.sources, options.layout)
+    found = sources.find(options.sources, options.layout)
+    recordings = found.recordings
     codec, tokenizer = load_coders(CorpusConfig(codec=options.codec, tokenizer=options.tokenizer))
     folder = Path(options.out).expanduser()
     _open(folder, codec, options.join)
     encoder = Encoder(codec, tokenizer, options.voice)
-    todo = sources.streams(recordings, options.join)
+    todo = sources.streams(found, options.join)
     made: dict[str, dict[str, Any]] = {}
     failed: dict[str, InputError] = {}
-    for problem in problems:
-        print(f"skipped: {problem}", file=sys.stderr)
+    for problem in found.problems:
+        print(printable(f"skipped: {problem}"), file=sys.stderr)
     with Progress(recordings) as progress:
         try:
             for stream in todo:
@@ -73,12 +76,12 @@ def main(options: argparse.Namespace) -> int:
         finally:  # an interrupted run leaves a manifest of what it has made
             dropped = write_manifest(folder, made, failed)
     for name in dropped:
-        print(f"left out of {folder / MANIFEST}: {name}, which is gone or damaged", file=sys.stderr)
+        print(printable(f"left out of {folder / MANIFEST}: {name}, which is gone or damaged"), file=sys.stderr)
     if not made:
         if len(recordings) == 1:
             raise next(iter(failed.values()))
         raise InputError(f"none of {len(recordings)} recordings could be encoded, for the reasons above: mend them.")
-    skipped = len(failed) + len(problems)
+    skipped = len(failed) + found.skipped
     _summarise([stream for stream in todo if stream.name in made], skipped, made, progress, folder)
     return PARTIAL if skipped else 0
 
@@ -147,7 +150,7 @@ class Encoder:
             codec.cardinality,
             None if text is None else self.tokenizer.digest,
             self.voice,
-            (Source(str(path), file_digest(path), seconds, num_frames, 0),),
+            (Source(portable(path), file_digest(path), seconds, num_frames, 0),),
             input=identity,
         )
 
@@ -235,6 +238,8 @@ def _with_text(part: Codes) -> np.ndarray:
 
 def _make(stream: Stream, folder: Path, encoder: Encoder, progress: Progress, joined: bool) -> Codes:
     """The codes of a stream, from its file if that was made of the same before, else made and written."""
+    if stream.gap is not None:
+        raise InputError(stream.gap)
     path = _codes_path(folder, stream.name)
     if not joined:
         return _encoded(stream.recordings[0], path, encoder, progress)
@@ -362,7 +367,7 @@ def write_manifest(folder: Path, made: dict[str, dict[str, Any]], failed: Iterab
 
 def _read_manifest(path: Path) -> list[dict[str, Any]]:
     try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        entries = [json.loads(line) for line in read_lines(path) if line.strip()]
     except FileNotFoundError:
         return []
     except ValueError:
@@ -431,7 +436,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line to standard error, above the bar."""
-        self._bar.write(text, file=sys.stderr)
+        self._bar.write(printable(text), file=sys.stderr)
 
     @property
     def speed(self) -> float:
@@ -454,7 +459,7 @@ def _expected_seconds(path: Path) -> float:
     import soundfile
 
     try:
-        info = soundfile.info(path)
+        info = soundfile.info(os.fsencode(path))
     except (OSError, soundfile.SoundFileError):
         return 0.0
     return info.duration if info.frames < 1 << 48 else 0.0  # a streamed flac states no length
@@ -485,7 +490,7 @@ def _stamp(path: Path) -> list[Any]:
         found = os.stat(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): bring it back or leave it out.") from None
-    return [str(path.resolve()), found.st_size, found.st_mtime_ns]
+    return [portable(place(path)), found.st_size, found.st_mtime_ns]
 
 
 def _digest(parts: list[Any]) -> str:

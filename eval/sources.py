@@ -8,7 +8,11 @@ A source is an audio file, a folder, a manifest of moshi-finetune, or the tree o
     librispeech-long  split/speaker/chapter/recording.flac, transcripts beside them (not used: they carry no times)
 
 Order is that of the manifest, else the natural order of paths: chapter_2 comes before chapter_10. What is hidden (a name
-that begins with a dot) is not looked at, and links to folders are not followed, except the source itself.
+that begins with a dot) is not looked at.
+
+Links are followed and keep their own names: speaker, book and chapter are the folders of the path by which a recording is
+reached, whatever its content is called elsewhere, as in trees of git-annex and in Hugging Face's cache. Two links to one
+content are two recordings. A folder that several paths reach comes once, by a path without links where there is one.
 """
 
 from __future__ import annotations
@@ -16,16 +20,19 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from ttt_jax.data import formats
 from ttt_jax.data.alignments import Kind, read_beside
-from ttt_jax.data.manifest import read_manifest
+from ttt_jax.data.manifest import is_manifest, read_manifest
 from ttt_jax.errors import InputError
+from ttt_jax.names import absolute, beside, missing, place, portable
 
 LAYOUTS = ("auto", "folder", "manifest", "librilight", "librispeech-long")
-_AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
+_FEW = 3  # problems of a kind that are told one by one
 
 
 class Recording(NamedTuple):
@@ -53,6 +60,8 @@ class Stream(NamedTuple):
     group: str
     speaker: str | None
     recordings: tuple[Recording, ...]
+    gap: str | None = None
+    """A sentence on a recording of it that is left out, so that the stream has to be."""
 
 
 class Found(NamedTuple):
@@ -61,45 +70,76 @@ class Found(NamedTuple):
     recordings: list[Recording]
     """In the order of the sources; at least one."""
     problems: list[str]
-    """A sentence for each part of a tree that holds nothing to use, the rest being sound."""
+    """Sentences on what is left out, the rest being sound."""
+    skipped: int
+    """How many files and books they are about."""
+    gaps: dict[str, str]
+    """By `Recording.group_key` a sentence on one that is left out of the group."""
 
 
 def find(sources: Sequence[str | Path], layout: str = "auto") -> Found:
-    """Return the recordings of all sources in their order, and what is wrong beside them; what is named twice comes once.
+    """Return the recordings of all sources in their order, and what is left out; what is named twice comes once.
 
     Args:
         sources: files and folders.
         layout: one of `LAYOUTS`, for all of them; "auto" looks at each.
 
     Raises:
-        InputError: a source is not there, is not of the layout, holds no audio, or has a mistake in its manifest; or there
-            are problems and no recordings.
+        InputError: a source is not there, is not of the layout, holds no audio, or has a mistake in its manifest; or all
+            that they hold is left out.
     """
     found: dict[Path, Recording] = {}
-    problems: dict[Path, str] = {}
+    problems: dict[Path, _Problem] = {}
     for source in sources:
-        for recording in _find(Path(source).expanduser(), layout, problems):
-            found.setdefault(recording.path.resolve(), recording)
-    told = list(problems.values())
-    if not found and told:
-        raise InputError(told[0] if len(told) == 1 else f"none of {len(told)} books can be used, for one: {told[0]}")
-    return Found(list(found.values()), told)
+        for recording in _find(Path(os.path.expanduser(source)), layout, problems):
+            found.setdefault(place(recording.path), recording)
+    if not found:
+        first, count = next(iter(problems.values())).sentence, len(problems)
+        raise InputError(
+            first if count == 1 else f"none of {count:,} recordings or books can be used, for one: {first}"
+        )
+    gaps = {problem.group_key: problem.sentence for problem in problems.values() if problem.group_key is not None}
+    return Found(list(found.values()), _told(problems.values()), len(problems), gaps)
 
 
-def streams(recordings: Sequence[Recording], join: bool) -> list[Stream]:
+class _Problem(NamedTuple):
+    """Something that is left out."""
+
+    sentence: str
+    like: str
+    """What it has in common with others of which it can stand for all."""
+    group_key: str | None
+    """Of the stream that it would be part of if it could be used; None: of none."""
+
+
+def _told(problems: Iterable[_Problem]) -> list[str]:
+    """A sentence for each kind of problem, or for each problem of a kind that has few."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(problem.like, []).append(problem.sentence)
+    told = []
+    for like, sentences in kinds.items():
+        if len(sentences) <= _FEW:
+            told += sentences
+        else:
+            told.append(f"{sentences[0].removesuffix('.')}; the same holds for {len(sentences) - 1:,} more {like}.")
+    return told
+
+
+def streams(found: Found, join: bool) -> list[Stream]:
     """Return the streams that recordings become: each by itself, or (`join`) one for each group in order of appearance."""
     if not join:
-        return [Stream(name_of(r), r.group, r.speaker, (r,)) for r in recordings]
+        return [Stream(name_of(r), r.group, r.speaker, (r,)) for r in found.recordings]
     groups: dict[str, list[Recording]] = {}
-    for recording in recordings:
+    for recording in found.recordings:
         groups.setdefault(recording.group_key, []).append(recording)
-    return [_joined(key, members) for key, members in groups.items()]
+    return [_joined(key, members, found.gaps.get(key)) for key, members in groups.items()]
 
 
 def name_of(recording: Recording) -> str:
     """The relative path of a recording's own code file, without its ending: the same whichever source names it."""
-    path = recording.path.resolve()
-    return _name((*path.parts[1:][-3:-1], path.stem), str(path))
+    path = absolute(recording.path)
+    return _name((*path.parts[1:][-3:-1], path.stem), str(place(path)))
 
 
 def _name(parts: Iterable[str], key: str) -> str:
@@ -108,42 +148,59 @@ def _name(parts: Iterable[str], key: str) -> str:
     return f"{'/'.join(safe)}-{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
 
 
-def _joined(key: str, members: list[Recording]) -> Stream:
+def _joined(key: str, members: list[Recording], gap: str | None) -> Stream:
     group, speakers = members[0].group, {member.speaker for member in members}
-    return Stream(_name(Path(group).parts, key), group, speakers.pop() if len(speakers) == 1 else None, tuple(members))
+    speaker = speakers.pop() if len(speakers) == 1 else None
+    return Stream(_name(Path(group).parts, key), group, speaker, tuple(members), gap)
 
 
-def _find(source: Path, layout: str, problems: dict[Path, str]) -> list[Recording]:
-    """The recordings of a source; to `problems` come sentences by the folder they are about."""
-    if not source.exists():
+def _find(source: Path, layout: str, problems: dict[Path, _Problem]) -> list[Recording]:
+    """The recordings of a source; what is left out comes to `problems`, by its place."""
+    if not os.path.exists(source):
+        if os.path.islink(source):
+            raise InputError(f"{source} {': '.join(missing(source))}.")
         raise InputError(f"{source} does not exist: give an audio file, a folder of audio or a manifest (.jsonl).")
-    if layout == "manifest" or (layout == "auto" and source.is_file() and source.suffix == ".jsonl"):
-        return _of_manifest(source)
+    if layout == "manifest" or (layout == "auto" and source.is_file() and is_manifest(source)):
+        return _of_manifest(source, problems)
     if layout != "auto" and not source.is_dir():
         raise InputError(
             f"{source} is a file, but layout {layout} is one of folders: give a folder or leave --layout out."
         )
-    if source.is_file():
+    if not source.is_dir():
         return [_in_folder(source)]
+    folders = list(_walk(source))
+    files = sorted((path for folder in folders for path in folder.files), key=lambda p: _natural(p.relative_to(source)))
+    sounds = [path for path in files if formats.is_read(path)]
     if layout == "auto":
-        layout = _layout(source)
-    if layout == "librilight":
-        return _of_librilight(source, problems)
-    recordings = [_in_speech_long(p) if layout == "librispeech-long" else _in_folder(p) for p in _audio(source)]
-    if not recordings:
-        raise InputError(f"{source} holds no audio ({', '.join(_AUDIO)}): give a folder with recordings.")
-    return recordings
+        layout = _layout(sounds)
+    make = {"librilight": _in_librilight, "librispeech-long": _in_speech_long}.get(layout, _in_folder)
+    left = {path: sentence for path in files if (sentence := _unusable(path)) is not None}
+    recordings = [make(path) for path in sounds if path not in left]
+    for one in recordings:
+        if one.alignment is not None and (problem := missing(one.alignment)) is not None:
+            left[one.path] = f"{one.path} has {one.alignment.name} beside it, which {': '.join(problem)}."
+    read = {path.with_suffix("") for path in sounds}
+    for path, sentence in left.items():
+        # No stream lacks what may be a link to a folder, or what was converted: the same name is read beside it.
+        is_gap = path.suffix and (formats.is_read(path) or path.with_suffix("") not in read)
+        like = f"{path.suffix.lower()} files below {source}" if path.suffix else f"links below {source}"
+        problems[place(path)] = _Problem(sentence, like, make(path).group_key if is_gap else None)
+    books = [one.path for one in folders if one.is_empty and layout == "librilight"]
+    problems |= {place(absolute(book)): _no_chapters(book, source) for book in books}
+    if not files and not books:
+        raise InputError(f"{source} holds no audio ({', '.join(formats.READ)}): give a folder with recordings.")
+    return [recording for recording in recordings if recording.path not in left]
 
 
-def _layout(folder: Path) -> str:
-    """The layout of a folder, judged by its first flac."""
-    path = next((p for p in _audio(folder) if p.suffix.lower() == ".flac"), None)
+def _layout(paths: Sequence[Path]) -> str:
+    """The layout of a folder that holds the audio `paths`, judged by the first flac."""
+    path = next((p for p in paths if p.suffix.lower() == ".flac"), None)
     if path is None:
         return "folder"
     if _is_book(path.with_suffix(".json")):
         return "librilight"
-    chapter, speaker = path.resolve().parts[-2:-4:-1]
-    if chapter.isdigit() and speaker.isdigit() and any(path.parent.glob("*.txt")):
+    chapter = absolute(path).parent
+    if chapter.name.isdigit() and chapter.parent.name.isdigit() and any(path.parent.glob("*.txt")):
         return "librispeech-long"
     return "folder"
 
@@ -155,60 +212,109 @@ def _is_book(path: Path) -> bool:
         return False
 
 
-def _of_manifest(manifest: Path) -> list[Recording]:
+def _of_manifest(manifest: Path, problems: dict[Path, _Problem]) -> list[Recording]:
+    entries, absent = read_manifest(manifest)
+
+    def key(audio: Path) -> str:
+        return f"{place(absolute(manifest))} {os.path.realpath(audio.parent)}"
+
+    problems |= {place(one.path): _Problem(one.reason, f"lines of {manifest}", key(one.path)) for one in absent}
     return [
         Recording(
             entry.path,
             _group(entry.path.parent, 1),
-            f"{manifest.resolve()} {entry.path.parent.resolve()}",
+            key(entry.path),
             entry.speaker,
             entry.alignment,
             entry.duration,
         )
-        for entry in read_manifest(manifest)
+        for entry in entries
     ]
 
 
-def _of_librilight(root: Path, problems: dict[Path, str]) -> list[Recording]:
-    recordings = []
-    for folder, subfolders, files in _walk(root):
-        chapters = [folder / name for name in files if name.lower().endswith(".flac")]
-        if not chapters and not subfolders:
-            problems[folder.resolve()] = (
-                f"{folder} is a book without chapters (it holds no flac): complete the download, remove the folder or"
-                " give --layout folder."
-            )
-        group = _group(folder, 2)
-        speaker = Path(group).parts[0]
-        recordings += [Recording(p, group, str(folder.resolve()), speaker, None, None) for p in chapters]
-    return sorted(recordings, key=lambda r: _natural(r.path.relative_to(root)))
+def _in_librilight(path: Path) -> Recording:
+    group = _group(path.parent, 2)
+    return Recording(path, group, os.path.realpath(path.parent), Path(group).parts[0], None, None)
 
 
 def _in_speech_long(path: Path) -> Recording:
-    speaker = path.resolve().parent.parent
-    return Recording(path, _group(speaker, 2), str(speaker), speaker.name, None, None)
+    speaker = absolute(path).parent.parent
+    return Recording(path, _group(speaker, 2), os.path.realpath(speaker), portable(speaker.name), None, None)
 
 
 def _in_folder(path: Path) -> Recording:
-    beside = path.with_suffix(".json")
-    alignment = beside if beside.is_file() else None
-    return Recording(path, _group(path.parent, 1), str(path.parent.resolve()), None, alignment, None)
+    return Recording(path, _group(path.parent, 1), os.path.realpath(path.parent), None, beside(path, ".json"), None)
 
 
 def _group(folder: Path, depth: int) -> str:
-    return "/".join(folder.resolve().parts[1:][-depth:]) or "root"
+    return portable("/".join(absolute(folder).parts[1:][-depth:])) or "root"
 
 
-def _audio(root: Path) -> list[Path]:
-    paths = [folder / name for folder, _, files in _walk(root) for name in files if Path(name).suffix.lower() in _AUDIO]
-    return sorted(paths, key=lambda path: _natural(path.relative_to(root)))
+def _no_chapters(folder: Path, root: Path) -> _Problem:
+    sentence = (
+        f"{folder} is a book without chapters (it holds no audio): complete the download, remove the folder or"
+        " give --layout folder."
+    )
+    return _Problem(sentence, f"folders below {root}", None)
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Yield each folder with the names of its subfolders and files, hidden ones left out."""
-    for folder, subfolders, files in os.walk(root, onerror=_refuse):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield Path(folder), subfolders, [name for name in files if not name.startswith(".")]
+def _unusable(path: Path) -> str | None:
+    """A sentence on what sounds, or may be a link to a folder of such, and cannot be used; None if it can."""
+    if formats.is_other(path):
+        return f"{path} is in a format that is not read: {formats.advice(path)}."
+    problem = missing(path)
+    return None if problem is None else f"{path} {': '.join(problem)}."
+
+
+def _is_annexed(link: Path) -> bool:
+    """Whether a link is one of git-annex to a file's content, so not to a folder."""
+    return {"annex", "objects"} <= set(Path(os.readlink(link)).parts)
+
+
+class _Folder(NamedTuple):
+    """A folder of a tree."""
+
+    path: Path
+    files: list[Path]
+    """Those in it that sound, and links to nothing that may be to folders."""
+    is_empty: bool
+    """Whether it holds neither such files nor folders."""
+
+
+def _walk(root: Path) -> Iterator[_Folder]:
+    """Yield each folder at and below `root`; what is hidden is left out.
+
+    Links to folders are followed after all others, those to folders that were reached before or hold `root` are not.
+    """
+    seen = {_node(folder) for folder in (*Path(os.path.realpath(root)).parents, *absolute(root).parents)}
+    starts = [root]
+    while starts:
+        links = []
+        for start in starts:
+            for folder, subfolders, names in os.walk(start, onerror=_refuse):
+                if (node := _node(folder)) in seen:
+                    subfolders.clear()
+                    continue
+                seen.add(node)
+                subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+                links += [path for name in subfolders if (path := Path(folder, name)).is_symlink()]
+                files = [Path(folder, name) for name in names if not name.startswith(".")]
+                files = [path for path in files if _sounds(path)]
+                yield _Folder(Path(folder), files, not files and not subfolders)
+        starts = sorted(links, key=_natural)
+
+
+def _sounds(path: Path) -> bool:
+    """Whether a file is sound by its name, or a link to nothing that may be to a folder of such."""
+    if formats.is_read(path) or formats.is_other(path):
+        return True
+    return not path.suffix and path.is_symlink() and not path.exists() and not _is_annexed(path)
+
+
+def _node(folder: str | Path) -> tuple[int, int]:
+    """What tells a folder from all others, by whichever path it is reached."""
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
 
 
 def _refuse(error: OSError) -> NoReturn:
@@ -216,8 +322,8 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def _natural(path: Path) -> tuple[tuple[tuple[str | int, ...], str], ...]:
-    """A key by which paths sort part by part, numbers in them as numbers."""
-    return tuple((_numbers(part), part) for part in path.parts)
+    """A key by which paths sort part by part, numbers in them as numbers, in whichever Unicode form a system wrote them."""
+    return tuple((_numbers(unicodedata.normalize("NFC", portable(part))), part) for part in path.parts)
 
 
 def _numbers(text: str) -> tuple[str | int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +17,10 @@ from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
 from ttt_jax.data.codes import Codes, read_codes
 from ttt_jax.data.frames import load_frames
-from ttt_jax.data.manifest import Entry, read_manifest
+from ttt_jax.data.manifest import Entry, Manifest, is_manifest, read_manifest
 from ttt_jax.data.text import ABSENT, Tokenizer
 from ttt_jax.errors import InputError
+from ttt_jax.names import absolute, beside, printable
 
 MANIFEST = "manifest.jsonl"
 """Of a folder that `python -m eval prepare` made."""
@@ -55,11 +57,12 @@ class Skipped(NamedTuple):
     reason: str
 
 
-def of_corpus(corpus: corpora.Corpus) -> list[Speech]:
-    """The held-out files of a run's own corpus, as it would train on them."""
+def of_corpus(corpus: corpora.Corpus) -> tuple[list[Speech], list[Skipped]]:
+    """The held-out files of a run's own corpus, as it would train on them, and those that are not there."""
     codec = {"name": corpus.codec.name, "digest": corpus.codec.digest}
     files = ((recording, recording.read()) for recording in corpus.heldout)
-    return [Speech(file.name, file.speaker or file.name, frames, (), codec) for file, frames in files]
+    found = [Speech(file.name, file.speaker or file.name, frames, (), codec) for file, frames in files]
+    return found, [_skipped(str(one.path), one.reason) for one in corpus.absent["heldout"]]
 
 
 def read(data: str | Path, models: Sequence[Model], most: int | None = None) -> tuple[list[Speech], list[Skipped]]:
@@ -72,19 +75,20 @@ def read(data: str | Path, models: Sequence[Model], most: int | None = None) -> 
     Raises:
       InputError: the manifest cannot be read, or no file at all can be used.
     """
-    entries, root = _entries(Path(data).expanduser())
-    names = _names([entry.path for entry in entries], root)
+    (entries, absent), root = _entries(Path(os.path.expanduser(data)))
+    names = _names([one.path for one in (*entries, *absent)], root)
+    names, gone = names[: len(entries)], names[len(entries) :]
     coders = _Coders(models)
-    found, skipped = [], []
+    found, skipped = [], [_skipped(name, one.reason) for name, one in zip(gone, absent, strict=True)]
     for entry, name in zip(entries, names, strict=True):
         try:
             if name in [one.name for one in found]:
                 raise InputError(f"{data} names {entry.path} twice: it is taken once.")
             found.append(_speech(entry, name, coders, most))
         except InputError as error:
-            if len(entries) == 1:
+            if len(entries) == 1 and not absent:
                 raise
-            skipped.append(Skipped(name, str(error)))
+            skipped.append(_skipped(name, str(error)))
     if not found:
         raise InputError(f"none of the {len(skipped)} files of {data} can be used; the first: {skipped[0].reason}")
     if len(codecs := {one.codec["digest"]: one for one in found}) > 1:
@@ -96,8 +100,8 @@ def read(data: str | Path, models: Sequence[Model], most: int | None = None) -> 
 
 
 def first(data: str | Path, models: Sequence[Model], least: int) -> Speech:
-    """The first stream that `data` names, as `read` gives it; it must have `least` frames. Raises `InputError`."""
-    entries, root = _entries(Path(data).expanduser())
+    """The first stream that `data` names and that is there, as `read` gives it; it must have `least` frames. Raises `InputError`."""
+    (entries, _), root = _entries(Path(os.path.expanduser(data)))
     found = _speech(entries[0], _names([entries[0].path], root)[0], _Coders(models), None)
     frames = found.frames.shape[1]
     if frames < least:
@@ -118,29 +122,33 @@ def heldout(model: Model) -> Path:
     return Path(model.run.data.heldout) if model.run is not None and model.run.data.heldout else embedded()
 
 
-def _entries(path: Path) -> tuple[list[Entry], Path]:
+def _entries(path: Path) -> tuple[Manifest, Path]:
     """The files that a path names, and the folder that their names are relative to."""
     if path.is_dir() and not (path / MANIFEST).is_file():
         raise InputError(
             f"{path} has no {MANIFEST}: make codes of the recordings in it first (python -m eval prepare {path} --out FOLDER)."
         )
     manifest = path / MANIFEST if path.is_dir() else path
-    if manifest.suffix == ".jsonl":
+    if is_manifest(manifest):
         return read_manifest(manifest), manifest.parent
     if not path.is_file():
         raise InputError(
             f"{path} does not exist: give a manifest (.jsonl), a prepared folder, audio or codes (.safetensors)."
         )
-    alignment = path.with_suffix(".json")
     # No manifest says how long it should be: of nan no length differs.
-    return [Entry(path, math.nan, alignment if alignment.is_file() else None)], path.parent.parent
+    return Manifest([Entry(path, math.nan, beside(path, ".json"))], []), path.parent.parent
+
+
+def _skipped(name: str, reason: str) -> Skipped:
+    return Skipped(printable(name), printable(reason))
 
 
 def _speech(entry: Entry, name: str, coders: _Coders, most: int | None) -> Speech:
     frames, joints, codec = _load(entry, coders)
     check_tokens(str(entry.path), frames, coders.models)
     frames = frames[:, :most]
-    return Speech(name, entry.speaker or name, frames, tuple(j for j in joints if j < frames.shape[1]), codec)
+    joints = tuple(joint for joint in joints if joint < frames.shape[1])
+    return Speech(name, printable(entry.speaker or name), frames, joints, codec)
 
 
 def check_tokens(name: str, frames: np.ndarray, models: Sequence[Model]) -> None:
@@ -233,12 +241,12 @@ def _names(paths: Sequence[Path], root: Path) -> list[str]:
     """Of files, short and each its own: the path below the manifest's folder without suffix, or all of it where two would be alike."""
 
     def short(path: Path) -> str:
-        path, folder = path.resolve(), root.resolve()
+        path, folder = absolute(path), absolute(root)
         path = path.relative_to(folder) if path.is_relative_to(folder) else Path(path.parent.name, path.name)
         parts = path.with_suffix("").parts
-        return "/".join(parts[1:] if len(parts) > 1 and parts[0] == "codes" else parts)
+        return printable("/".join(parts[1:] if len(parts) > 1 and parts[0] == "codes" else parts))
 
     named: dict[str, set[Path]] = {}
     for path in paths:
-        named.setdefault(short(path), set()).add(path.resolve())
-    return [short(path) if len(named[short(path)]) == 1 else str(path) for path in paths]
+        named.setdefault(short(path), set()).add(absolute(path))
+    return [short(path) if len(named[short(path)]) == 1 else printable(str(path)) for path in paths]

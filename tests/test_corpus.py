@@ -1,6 +1,7 @@
 """The embedded corpus keeps what its README says, and the steps of its build do what they claim."""
 
 import dataclasses
+import gzip
 import json
 import re
 import weakref
@@ -30,7 +31,7 @@ READER = "en_librivox"  # one short file, held out
 
 
 def entries(split):
-    return read_manifest(CORPUS / f"{split}.jsonl")
+    return read_manifest(CORPUS / f"{split}.jsonl").entries
 
 
 def by_voice(split):
@@ -356,6 +357,11 @@ def test_unigrams_are_counted_file_by_file(embedded):
         ("gone.jsonl", [("gone.jsonl", 1)]),
         ("gone.jsonl:2,a.jsonl", [("gone.jsonl", 2), ("a.jsonl", 1)]),
         ("odd:7", [("odd:7", 1)]),
+        ("a.jsonl, b.jsonl", [("a.jsonl", 1), ("b.jsonl", 1)]),
+        (" a.jsonl : 3 ,\tb.jsonl:0.25 ", [("a.jsonl", 3), ("b.jsonl", 0.25)]),
+        ("gone.jsonl :2, a.jsonl", [("gone.jsonl", 2), ("a.jsonl", 1)]),
+        (" blank, b.jsonl", [(" blank", 1), ("b.jsonl", 1)]),
+        (" blank:2,a.jsonl", [(" blank", 2), ("a.jsonl", 1)]),
         ("odd:7:2,a.jsonl", [("odd:7", 2), ("a.jsonl", 1)]),
         ("odd,more:1.jsonl", [("odd,more:1.jsonl", 1)]),
         ("a.jsonl,odd,more:1.jsonl:5,b.jsonl", [("a.jsonl", 1), ("odd,more:1.jsonl", 5), ("b.jsonl", 1)]),
@@ -363,7 +369,7 @@ def test_unigrams_are_counted_file_by_file(embedded):
 )
 def test_sources_are_paths_with_weights(tmp_path, monkeypatch, text, expected):
     monkeypatch.chdir(tmp_path)
-    for name in ("a.jsonl", "b.jsonl", "odd:7", "odd,more:1.jsonl"):
+    for name in ("a.jsonl", "b.jsonl", "odd:7", "odd,more:1.jsonl", " blank"):
         (tmp_path / name).touch()
     assert corpora.parse_sources(text) == expected
     resolved = corpora.CorpusConfig(train=text).resolved()
@@ -379,7 +385,7 @@ def test_a_weight_that_is_none_is_refused(tmp_path, weight):
         corpora.parse_sources(f"{tmp_path / 'a'}:{weight},b")
 
 
-@pytest.mark.parametrize("text", ["", "a,", ",a", "a,,b", ":3"])
+@pytest.mark.parametrize("text", ["", "a,", ",a", "a,,b", ":3", " ", "a, ", "a, :3"])
 def test_an_empty_path_is_refused(text):
     with pytest.raises(InputError, match="names an empty path"):
         corpora.parse_sources(text)
@@ -410,6 +416,48 @@ def test_sources_manifests_and_folders_are_opened_with_their_weights(tmp_path):
     assert [part["weight"] for part in described["train"]["sources"]] == [3, 1]
     assert described["validation"]["frames"] == 20
     assert described["codec"] == {"name": f"codec {MADE_BY[:12]}", "digest": MADE_BY}
+
+
+def test_absent_files_are_left_out_by_part_and_of_the_description(tmp_path):
+    names = {"train": "one", "more": "two", "heldout": "h", "validation": "v"}
+    folders = {part: prepared(tmp_path / name, codes_of(), codes_of(seed=1)) for part, name in names.items()}
+    cfg = dataclasses.replace(
+        FILES,
+        train=f"{folders['train']}:3, {folders['more']}:1",
+        heldout=str(folders["heldout"]),
+        validation=str(folders["validation"]),
+    )
+    whole = load(cfg, 64, 300)
+    assert whole.absent == {"train": [], "heldout": [], "validation": []}
+    for part in ("more", "heldout"):
+        (folders[part] / "1.safetensors").rename(folders[part] / "away")
+    some = load(cfg, 64, 300)
+    assert {part: [one.path for one in gone] for part, gone in some.absent.items()} == {
+        "train": [folders["more"] / "1.safetensors"],
+        "heldout": [folders["heldout"] / "1.safetensors"],
+        "validation": [],
+    }
+    assert [r.name for r in some.recordings] == ["one/0", "one/1", "two/0"]
+    for part, same in (("train", False), ("heldout", False), ("validation", True)):
+        assert (some.describe()[part] == whole.describe()[part]) == same
+    # what is described is what is there: a manifest that never named them describes the same
+    for part in ("more", "heldout"):
+        manifest = folders[part] / "manifest.jsonl"
+        manifest.write_text(manifest.read_text().split("\n")[0])
+    assert load(cfg, 64, 300).describe() == some.describe()
+
+
+@pytest.mark.parametrize("field", ["train", "heldout", "validation"])
+def test_a_manifest_may_be_gzip_wherever_one_is_given(tmp_path, field):
+    folder = prepared(tmp_path / "a", codes_of(17))
+    packed = folder / "m.jsonl.gz"
+    packed.write_bytes(gzip.compress((folder / "manifest.jsonl").read_bytes()))
+    corpus = load(dataclasses.replace(FILES, **{"train": str(folder), field: str(packed)}), 64, 300)
+    assert [len(corpus.train[0].recordings), len(corpus.heldout), len(corpus.validation)] == [
+        1,
+        int(field == "heldout"),
+        int(field in ("heldout", "validation")),
+    ]
 
 
 def test_a_description_tells_codes_apart_and_reads_none_that_state_a_checksum(tmp_path, monkeypatch):

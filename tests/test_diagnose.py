@@ -242,6 +242,14 @@ def test_a_layer_of_one_checkpoint_alone_has_no_difference():
     assert row[1:] == ["10", "-", "-"]
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\u0085"])
+def test_a_record_ends_at_its_line_feed_only(tmp_path, character):
+    some = [{**record, "checkpoint": f"a{character}"} for record in made()]
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in some)
+    (tmp_path / report.RECORDS).write_text(text, encoding="utf-8")
+    assert report.read(tmp_path) == some
+
+
 def test_records_come_back_from_their_file(tmp_path):
     some = made()
     some[0]["ttt_norm"] = None

@@ -1,5 +1,6 @@
 """`python -m eval stream`: which files and arms, what is stored where, what is skipped or refused."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -139,6 +140,40 @@ def test_a_bad_file_among_good_ones_is_skipped_counted_and_told(run, data, tmp_p
     assert "1.safetensors" in one["reason"]
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
     assert len(told) == 1
+
+
+def test_absent_files_are_skipped_counted_and_told_briefly(run, tmp_path, capsys):
+    data = write_data(tmp_path / "speech", [tokens(16, i) for i in range(2)])
+    gone = "".join(json.dumps({"path": f"gone{i}.safetensors", "duration": 1.0}) + "\n" for i in range(30))
+    packed = data / "some.jsonl.gz"
+    packed.write_bytes(gzip.compress((gone + (data / "manifest.jsonl").read_text()).encode()))
+    out = tmp_path / "out"
+    assert main(["stream", str(run), "--data", str(packed), "--out", str(out), "--arms", "persist"]) == PARTIAL
+    found = results(out)
+    assert [file["name"] for file in found["files"]] == ["0", "1"]
+    assert [one["name"] for one in found["skipped"]] == [f"gone{i}" for i in range(30)]
+    assert all(f"line {i + 1} names" in one["reason"] for i, one in enumerate(found["skipped"]))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert len(told) == 11
+    assert told[-1].startswith(
+        f"skipped: 20 more, the last: {packed} line 30 names {data}/gone29.safetensors, which is not"
+    )
+
+
+def test_files_are_called_by_the_names_of_their_links(run, tmp_path):
+    from eval import models, speech
+
+    (tmp_path / "blobs").mkdir()
+    data = write_data(tmp_path / "snapshot", [tokens(16, i) for i in range(2)])
+    for i in range(2):
+        (data / f"{i}.safetensors").rename(tmp_path / "blobs" / f"{i:064x}")
+        (data / f"{i}.safetensors").symlink_to(f"../blobs/{i:064x}")
+    (data / "twin.safetensors").symlink_to(f"../blobs/{0:064x}")
+    with (data / "manifest.jsonl").open("a") as file:
+        file.write(json.dumps({"path": "twin.safetensors", "duration": 16 / 12.5}))
+    files, skipped = speech.read(data, [models.load(run)])
+    assert [file.name for file in files] == ["0", "1", "twin"]
+    assert not skipped
 
 
 def test_results_on_other_speech_do_not_replace_the_runs_own(run, data):

@@ -64,7 +64,7 @@ def write_manifest(folder, name, duration):
 
 
 def frames_of(manifest, codec, cache):
-    (entry,) = read_manifest(manifest)
+    (entry,) = read_manifest(manifest).entries
     return load_frames(entry, codec, TOKENIZER, cache)
 
 
@@ -117,7 +117,7 @@ def test_cache_hit_is_equal_and_does_not_encode(codec, tmp_path):
 
 def test_cache_follows_audio_alignments_codec_and_tokenizer(codec, tmp_path):
     manifest, cache = write_entry(tmp_path, babble(1.0), words=[]), tmp_path / "cache"
-    (entry,) = read_manifest(manifest)
+    (entry,) = read_manifest(manifest).entries
     first = load_frames(entry, codec, TOKENIZER, cache)
     other = types.SimpleNamespace(**vars(TOKENIZER) | {"digest": "u" * 64})
     load_frames(entry, codec, other, cache)
@@ -252,7 +252,7 @@ def test_codes_file_that_is_not_one_or_does_not_match_its_duration_is_refused(co
 
 
 def opened(manifest, codec, cache, tokenizer=TOKENIZER):
-    (entry,) = read_manifest(manifest)
+    (entry,) = read_manifest(manifest).entries
     return open_recording(entry, codec, tokenizer, cache)
 
 

@@ -1,6 +1,8 @@
 """Manifests: what is read, and what is refused with file and line named."""
 
+import gzip
 import json
+import unicodedata
 
 import pytest
 
@@ -28,7 +30,7 @@ def write(folder, *lines):
 
 def test_entries_come_in_order_with_paths_relative_to_the_manifest(folder):
     path = write(folder, GOOD, "", '{"path": "sub/b.flac", "duration": 61, "voice": "x"}')
-    assert read_manifest(path) == [
+    assert read_manifest(path).entries == [
         Entry(folder / "a.wav", 2.5, None),
         Entry(folder / "sub/b.flac", 61.0, folder / "sub/b.json"),
     ]
@@ -37,7 +39,7 @@ def test_entries_come_in_order_with_paths_relative_to_the_manifest(folder):
 def test_absolute_paths_are_kept(folder):
     line = json.dumps({"path": str(folder / "sub" / "b.flac"), "duration": 1})
     (folder / "sub" / "m.jsonl").write_text(line)
-    assert read_manifest(folder / "sub" / "m.jsonl")[0].path == folder / "sub" / "b.flac"
+    assert read_manifest(folder / "sub" / "m.jsonl").entries[0].path == folder / "sub" / "b.flac"
 
 
 @pytest.mark.parametrize(
@@ -54,8 +56,14 @@ def test_absolute_paths_are_kept(folder):
         ('{"path": "a.wav", "duration": "2"}', "\"duration\": '2'"),
         ('{"path": "a.wav", "duration": true}', '"duration": True'),
         ('{"path": "a.wav", "duration": NaN}', '"duration": nan'),
-        ('{"path": "gone.wav", "duration": 1}', "gone.wav, which is not there"),
-        ('{"path": "sub", "duration": 1}', "sub, which is not there"),
+        (f'{{"path": "a.wav", "duration": 1{"0" * 400}}}', '"duration": 1000'),
+        (f'{{"path": "a.wav", "duration": 1{"0" * 5000}}}', "is not JSON"),
+        ('{"path": "a\\u0000.wav", "duration": 1}', '"path": '),
+        ('{"path": "\\ud800.wav", "duration": 1}', '"path": '),
+        ('{"path": "a.wav", "duration": 1, "speaker": true}', '"speaker": True'),
+        ('{"path": "a.wav", "duration": 1, "speaker": 1.5}', '"speaker": 1.5'),
+        ('{"path": "a.wav", "duration": 1, "speaker": ["x"]}', "\"speaker\": ['x']"),
+        (GOOD + "\u2028" + GOOD, "is not JSON"),
     ],
 )
 def test_a_bad_line_is_refused_with_file_and_line(folder, line, complaint):
@@ -63,6 +71,116 @@ def test_a_bad_line_is_refused_with_file_and_line(folder, line, complaint):
         read_manifest(write(folder, GOOD, line))
     assert f"{folder / 'train.jsonl'} line 2" in str(error.value)
     assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_only_line_feeds_and_carriage_returns_end_a_line(folder, character, end):
+    name = f"a{character}b.wav"
+    (folder / name).touch()
+    # JSON escapes what is below a blank; the others stand in the file as they are
+    lines = [json.dumps({"path": name, "duration": 1, "speaker": character}, ensure_ascii=False), "", GOOD]
+    path = folder / "m.jsonl"
+    path.write_bytes("".join(line + end for line in lines).encode("utf-8-sig"))
+    assert read_manifest(path).entries == [
+        Entry(folder / name, 1.0, None, character),
+        Entry(folder / "a.wav", 2.5, None),
+    ]
+
+
+@pytest.mark.parametrize("name", ["m.jsonl.gz", "m.jsonl"])  # some tools pack or unpack and keep the name
+def test_a_manifest_may_be_gzip(folder, name):
+    plain = read_manifest(write(folder, GOOD, GOOD))
+    (folder / name).write_bytes(gzip.compress((folder / "train.jsonl").read_bytes()))
+    assert read_manifest(folder / name) == plain
+    (folder / "plain.jsonl.gz").write_bytes((folder / "train.jsonl").read_bytes())
+    assert read_manifest(folder / "plain.jsonl.gz") == plain
+
+
+@pytest.mark.parametrize("damage", ["cut", "bits", "block", "checksum", "rest"])
+def test_damaged_gzip_is_refused(folder, damage):
+    content = gzip.compress(f"{GOOD}\n".encode() * 50)
+    changed = {
+        "cut": content[:-12],
+        "bits": content[:15] + bytes([content[15] ^ 255]) + content[16:],
+        "block": content[:10] + b"\x07" + content[11:],  # a kind of block that there is not
+        "checksum": content[:-8] + bytes(8),
+        "rest": content + b"more",
+    }
+    (folder / "m.jsonl.gz").write_bytes(changed[damage])
+    with pytest.raises(InputError, match=r"m\.jsonl\.gz is cut off or damaged gzip"):
+        read_manifest(folder / "m.jsonl.gz")
+
+
+@pytest.mark.parametrize(("speaker", "expected"), [("7", "7"), (7, "7"), (0, "0"), (-1, "-1"), (None, None), ("", "")])
+def test_a_speaker_is_a_name_or_a_whole_number(folder, speaker, expected):
+    line = json.dumps({"path": "a.wav", "duration": 1, "speaker": speaker})
+    assert read_manifest(write(folder, line)).entries[0].speaker == expected
+
+
+ABSENT = [
+    ("gone.wav", "is not there: paths are relative to the manifest's folder."),
+    ("no/folder/a.wav", "is not there: paths are relative"),
+    ("a.wav/b.wav", "is not there: paths are relative"),
+    ("~/a.wav", "is not there: ~ stands for no folder in a manifest, write the whole path."),
+    ("sub\\b.flac", "is not there: write / between folders."),
+    ("sub", "is no file: give a file or leave it out."),
+    ("link.wav", "is a link to what is not here: fetch it, for example by git annex get or huggingface-cli download."),
+    ("x" * 300, "cannot be read (File name too long): mend that or leave it out."),
+]
+
+
+@pytest.mark.parametrize(("name", "reason"), ABSENT)
+def test_an_absent_file_is_left_out_with_a_sentence_that_names_the_line(folder, name, reason):
+    (folder / "link.wav").symlink_to("../blobs/0123")
+    line = json.dumps({"path": name, "duration": 1})
+    entries, absent = read_manifest(write(folder, GOOD, line, GOOD))
+    assert [entry.path for entry in entries] == [folder / "a.wav"] * 2
+    (one,) = absent
+    assert one.path == folder / name
+    assert one.reason.startswith(f"{folder / 'train.jsonl'} line 2 names {folder / name}, which {reason}")
+    with pytest.raises(InputError) as error:  # a single one
+        read_manifest(write(folder, line))
+    assert str(error.value) == one.reason.replace("line 2", "line 1")
+
+
+def test_a_manifest_of_a_wrong_folder_is_one_sentence(folder):
+    lines = [json.dumps({"path": f"other/{index}.wav", "duration": 1}) for index in range(3000)]
+    with pytest.raises(InputError) as error:
+        read_manifest(write(folder, *lines))
+    assert str(error.value) == (
+        f"none of the 3,000 recordings is there: {folder / 'train.jsonl'} line 1 names {folder / 'other/0.wav'}, which is not"
+        " there: paths are relative to the manifest's folder."
+    )
+
+
+def test_words_that_are_a_link_to_nothing_make_their_recording_absent(folder):
+    (folder / "a.json").symlink_to("../blobs/0123")
+    entries, absent = read_manifest(write(folder, GOOD, '{"path": "sub/b.flac", "duration": 1}'))
+    assert [entry.path.name for entry in entries] == ["b.flac"]
+    assert "a.wav, whose a.json is a link to what is not here: fetch it" in absent[0].reason
+
+
+@pytest.mark.parametrize("in_manifest", ["NFC", "NFD"])
+@pytest.mark.parametrize(("in_folder", "in_file"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD"), ("NFC", "NFC")])
+def test_names_are_found_in_either_unicode_form(tmp_path, in_manifest, in_folder, in_file):
+    folder = tmp_path / unicodedata.normalize(in_folder, "\u00e9t\u00e9")
+    folder.mkdir()
+    audio = folder / unicodedata.normalize(in_file, "\u00c5sa\u0304.wav")
+    words = folder / unicodedata.normalize(in_manifest, "\u00c5sa\u0304.json")
+    for path in (audio, words):
+        path.touch()
+    name = unicodedata.normalize(in_manifest, "\u00e9t\u00e9/\u00c5sa\u0304.wav")
+    (entry,) = read_manifest(write(tmp_path, json.dumps({"path": name, "duration": 1}))).entries
+    assert (entry.path, entry.alignment) == (audio, words)
+
+
+def test_the_exact_name_goes_before_its_other_form(tmp_path):
+    forms = ["\u00e9.wav", "e\u0301.wav"]
+    for form in forms:
+        (tmp_path / form).touch()
+    lines = [json.dumps({"path": form, "duration": 1}) for form in forms]
+    assert [entry.path.name for entry in read_manifest(write(tmp_path, *lines)).entries] == forms
 
 
 @pytest.mark.parametrize("lines", [[""], ["", "  "]])

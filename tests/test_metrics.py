@@ -123,3 +123,11 @@ def test_a_kill_while_a_log_is_taken_up_loses_no_line(tmp_path, monkeypatch):
         MetricsLog(path, STREAMS, 1, 100, 3)
     assert path.read_text() == before
     assert len(read(path)) == 5
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u0085", "\u2029"])
+def test_a_line_ends_at_its_line_feed_only(tmp_path, character):
+    lines = [{"step": 1, "skipped_for": f"a{character}b"}, {"step": 2}]
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(f'{text}\n{{"step": 3, "cut', encoding="utf-8")
+    assert read(tmp_path / "metrics.jsonl") == lines

@@ -167,7 +167,7 @@ def test_embedded_corpus_gives_the_frames_that_training_reads(tmp_path):
     assert run(manifest, "--out", out) == 0
     made = open_manifest(out / "manifest.jsonl", CODEC, TOKENIZER, tmp_path / "cache", progress=False)
     assert not (tmp_path / "cache").exists()
-    for one, entry in zip(made, read_manifest(manifest), strict=True):
+    for one, entry in zip(made, read_manifest(manifest).entries, strict=True):
         np.testing.assert_array_equal(one.read(), load_frames(entry, CODEC, TOKENIZER, tmp_path / "cache"))
     assert [codes.tokenizer for codes in codes_of(out)] == [TOKENIZER.digest] * 2
     stored = safetensors.numpy.load_file(out / lines_of(out)[0]["path"])
@@ -275,7 +275,7 @@ def test_a_folder_is_read_recursively_in_natural_order(tmp_path):
     (tmp_path / "in" / "notes.txt").write_text("no audio")
     found = [r.path.relative_to(tmp_path / "in").as_posix() for r in sources.find([tmp_path / "in"]).recordings]
     assert found == ["1.mp3", "a/x.OGG", "b/2.wav", "b/10.flac"]
-    groups = [(s.group, len(s.recordings)) for s in sources.streams(sources.find([tmp_path / "in"]).recordings, True)]
+    groups = [(s.group, len(s.recordings)) for s in sources.streams(sources.find([tmp_path / "in"]), True)]
     assert groups == [("in", 1), ("a", 1), ("b", 2)]
 
 
@@ -297,7 +297,7 @@ def test_librilight_chapters_join_to_books_in_natural_order(tmp_path):
     ]
     assert all(len(codes.codes) == 16 for codes in codes_of(out))
     for part in (tree / "9", tree / "9" / "b"):  # any folder of the tree gives the same groups
-        assert {s.group for s in sources.streams(sources.find([part]).recordings, True)} <= {"9/a", "9/b"}
+        assert {s.group for s in sources.streams(sources.find([part]), True)} <= {"9/a", "9/b"}
 
 
 @pytest.mark.parametrize("layout", ["auto", "folder"])
@@ -318,7 +318,7 @@ def test_librispeech_long_joins_by_speaker(tmp_path, transcripts):
     assert stems(out) == [["84-7-1", "84-121-2", "84-121-10"], ["90-1-1"]]
     assert [(e["group"], e["speaker"]) for e in lines_of(out)] == [("dev-clean/84", "84"), ("dev-clean/90", "90")]
     assert [len(codes.codes) for codes in codes_of(out)] == [16, 16]
-    assert [s.group for s in sources.streams(sources.find([tree], "folder").recordings, True)] == ["7", "121", "1"]
+    assert [s.group for s in sources.streams(sources.find([tree], "folder"), True)] == ["7", "121", "1"]
 
 
 def test_a_folder_with_notes_is_no_data_set(tmp_path):
@@ -336,7 +336,7 @@ def test_a_manifest_keeps_its_order_and_joins_by_folder(tmp_path):
     assert stems(tmp_path / "out") == [["2", "1"], ["1"]]
     # Another manifest of the same folders is another stream.
     shutil.copy(manifest, tmp_path / "n.jsonl")
-    keys = [{s.name for s in sources.streams(sources.find([tmp_path / f"{m}.jsonl"]).recordings, True)} for m in "mn"]
+    keys = [{s.name for s in sources.streams(sources.find([tmp_path / f"{m}.jsonl"]), True)} for m in "mn"]
     assert not keys[0] & keys[1]
 
 
@@ -567,7 +567,7 @@ def test_a_book_without_chapters_among_others_is_told_and_left_out(tmp_path, cap
     assert [entry["group"] for entry in lines_of(tmp_path / "out")] == ["9/a", "9/z"]
     said = [line for line in re.split(r"[\r\n]", shown.err) if line.startswith("skipped")]
     assert said == [
-        f"skipped: {tree / '9' / 'empty'} is a book without chapters (it holds no flac): complete the download, remove the"
+        f"skipped: {tree / '9' / 'empty'} is a book without chapters (it holds no audio): complete the download, remove the"
         " folder or give --layout folder."
     ]
     assert "2 code files of 2 recordings" in shown.out
@@ -625,8 +625,8 @@ def foreign_manifest(folder):
     [
         (lambda folder: [folder / "nowhere"], "nowhere does not exist: give an audio file, a folder"),
         (manifest_of_garbage, "m.jsonl line 2 is not JSON"),
-        (book_without_chapters, "9/empty is a book without chapters (it holds no flac)"),
-        (books_without_chapters, "none of 2 books can be used, for one: "),
+        (book_without_chapters, "9/empty is a book without chapters (it holds no audio)"),
+        (books_without_chapters, "none of 2 recordings or books can be used, for one: "),
         (folder_without_audio, "docs holds no audio (.wav, .flac"),
         (
             lambda folder: [folder / "a.wav", "--layout", "librilight"],
@@ -710,7 +710,7 @@ def test_metadata_that_make_no_sense_are_refused(tmp_path, changes, said):
 def test_a_text_row_of_another_tokenizer_is_refused(tmp_path):
     record(tmp_path / "a.wav", words=[["yes", [0.3, 0.5], "SPEAKER_MAIN"]])
     assert run(tmp_path / "a.wav", "--out", tmp_path / "out") == 0
-    (entry,) = read_manifest(tmp_path / "out" / "manifest.jsonl")
+    (entry,) = read_manifest(tmp_path / "out" / "manifest.jsonl").entries
     codes = read_codes(entry.path)
     write_codes(entry.path, codes._replace(tokenizer="u" * 64))
     with pytest.raises(InputError, match=f"states tokenizer 'u*' in its metadata.*{TOKENIZER.digest}"):

@@ -21,6 +21,7 @@ from train.windows import Windows
 from ttt_jax import integrity, record
 from ttt_jax.checkpoint import load_run
 from ttt_jax.codec import load_codec
+from ttt_jax.command import PARTIAL
 from ttt_jax.errors import InputError
 
 CONFIG = micro.config(steps=12, checkpoint_every=6)
@@ -208,6 +209,30 @@ def test_resume_refuses_other_data(runs, tmp_path):
             loop.resume(stopped)
     finally:
         manifest.write_text(text)
+
+
+def test_files_that_are_not_there_are_named_and_left_out_and_end_in_exit_code_3(runs, tmp_path, caplog):
+    manifest = tmp_path / "train.jsonl"
+    lines = [json.loads(line) for line in (runs[0] / "train.jsonl").read_text().splitlines()]
+    for line in lines:
+        shutil.copy(runs[0] / line["path"], tmp_path)
+    gone = {**lines[-1], "path": "gone.safetensors"}
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in [gone, *lines]))
+    cfg = of_runs(runs, tmp_path)
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, train=str(manifest)))
+    with caplog.at_level(logging.WARNING, "train"):
+        assert loop.start(cfg) == PARTIAL
+    assert f"skipped   {manifest} line 1 names {tmp_path}/gone.safetensors, which is not there" in caplog.text
+    assert metrics(tmp_path / "run") == metrics(runs[0] / "whole")
+    assert loop.resume(tmp_path / "run") == PARTIAL
+    last = tmp_path / lines[-1]["path"]
+    shutil.copy(last, tmp_path / gone["path"])
+    with pytest.raises(InputError, match="data, codec or tokenizer differ"):  # it is back
+        loop.resume(tmp_path / "run")
+    (tmp_path / gone["path"]).unlink()
+    last.unlink()
+    with pytest.raises(InputError, match="the data differ from those that .*run was trained on: .* line 1 names"):
+        loop.resume(tmp_path / "run")
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(runs, tmp_path):

@@ -12,7 +12,7 @@ from ttt_jax.command import run
 
 
 def main(args: Sequence[str]) -> int:
-    """Run the command line `args`; the exit code: 0 done, 2 an input to mend, 130 Ctrl-C, 143 SIGTERM."""
+    """Run the command line `args`; the exit code: 0 done, 2 an input to mend, 3 done without files that are not there, 130 Ctrl-C, 143 SIGTERM."""
     log = logging.getLogger("train")
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.INFO)

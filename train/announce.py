@@ -11,7 +11,9 @@ from train.config import TrainConfig
 from train.parameters import Parameters
 from train.run import Run
 from train.step import Metrics
+from ttt_jax.command import shortened
 from ttt_jax.config import FRAME_RATE
+from ttt_jax.data.corpus import Corpus
 
 log = logging.getLogger("train")
 
@@ -33,6 +35,7 @@ def run(run: Run) -> None:
         for part, files in parts.items()
     ]
     log.info("speech    %s", "".join(told))
+    absent(corpus)
     log.info("codec     %s, %d x %d codes", corpus.codec.name, corpus.codec.num_codebooks, corpus.codec.cardinality)
     log.info("text      %d pieces", corpus.tokenizer.cardinality)
     layers = ", ".join(map(str, cfg.model.ttt_layers)) or "none"
@@ -44,6 +47,12 @@ def run(run: Run) -> None:
         cfg.model.inner_lr,
         kept,
     )
+
+
+def absent(corpus: Corpus) -> None:
+    """Files that manifests name and that are not there; the run ends with exit code 3."""
+    for reason in shortened([one.reason for one in corpus.missing]):
+        log.warning("skipped   %s", reason)
 
 
 def weights(found: Parameters) -> None:

@@ -28,7 +28,7 @@ from train.validate import Validation, on_mesh
 from train.windows import Windows
 from ttt_jax import integrity, launch, record, sharding
 from ttt_jax.checkpoint import Checkpoints, open_run
-from ttt_jax.command import keep_compiled, machine
+from ttt_jax.command import PARTIAL, keep_compiled, machine
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
 from ttt_jax.errors import InputError
@@ -73,6 +73,8 @@ def resume(run_dir: Path, changes: Changes | None = None) -> int:
     check_data(cfg, corpus)
     described = corpus.describe()
     if {key: meta.get(key) for key in described} != described:
+        if corpus.missing:
+            raise InputError(f"the data differ from those that {run_dir} was trained on: {corpus.missing[0].reason}")
         raise InputError(
             f"the data, codec or tokenizer differ from those that {run_dir} was trained on (see its meta.json): bring"
             " the old ones back, or start a new run with --from."
@@ -125,7 +127,7 @@ def _run(run: Run, state: TrainState, frozen: Tree, position: Any, checkpoints: 
         about = {"path": str(run_dir), "config": record.to_dict(cfg), "step": cfg.steps, **run.meta}
         model = Model(run_dir.resolve().name, cfg.model, merge(state.trained, frozen), cfg, about)
         of_run(model, run.corpus, run_dir / "eval")
-    return 0
+    return PARTIAL if run.corpus.missing else 0
 
 
 def _train(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from train.sinks import Sink, flatten
 from ttt_jax.errors import InputError
 from ttt_jax.files import write_atomically
+from ttt_jax.jsonl import read_lines
 
 if TYPE_CHECKING:  # `python -m train.plot` reads metrics without jax
     from train.step import Metrics
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # `python -m train.plot` reads metrics without jax
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; a last line that was cut off while it was written is left out."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in read_lines(path) if path.exists() else []:
         try:
             lines.append(json.loads(line))
         except ValueError:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train import plots
+from train import announce, plots
 from train.config import DataConfig, TrainConfig
 from train.metrics import MetricsLog, read
 from train.run import Run, arrays, compiling, interrupts, make_folder, memory, prepare
@@ -30,7 +30,7 @@ from train.trained import split
 from train.windows import Batch, Windows
 from ttt_jax import record
 from ttt_jax.checkpoint import Checkpoints
-from ttt_jax.command import keep_compiled
+from ttt_jax.command import PARTIAL, keep_compiled
 from ttt_jax.data import corpus as corpora
 from ttt_jax.data.corpus import Corpus, CorpusConfig
 from ttt_jax.data.frames import Recording
@@ -56,6 +56,8 @@ def start(cfgs: Sequence[TrainConfig], load: Callable[..., Corpus] | None = None
     _check([run.cfg for run in runs])  # by now with the cardinalities of their codecs
     cfg = runs[0].cfg
     log.info("%d runs side by side: %s", len(runs), ", ".join(run.cfg.run_dir for run in runs))
+    for corpus in {id(run.corpus): run.corpus for run in runs}.values():
+        announce.absent(corpus)
     with contextlib.ExitStack() as opened:
         opened.enter_context(memory(cfg))
         with compiling("first weights"):
@@ -192,7 +194,7 @@ def _train(
         raise InputError(
             f"of {len(runs)} runs {len(failed)} stopped, the others are whole: {' '.join(failed.values())}"
         )
-    return 0
+    return PARTIAL if any(run.corpus.missing for run in runs) else 0
 
 
 def loader() -> Callable[[DataConfig, Any, Any], Corpus]:

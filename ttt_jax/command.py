@@ -11,13 +11,14 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ttt_jax import __version__
 from ttt_jax.errors import InputError
+from ttt_jax.names import printable
 
 BAD_INPUT = 2
 PARTIAL = 3
@@ -84,9 +85,18 @@ class _Notices(logging.Handler):
 _notices = _Notices()  # one, as a logger takes each handler only once
 
 
+def shortened(sentences: Sequence[str], most: int = 10) -> list[str]:
+    """The first `most` of the sentences on what was left out, each on one line, and a line for all others."""
+    rest = len(sentences) - most
+    others = [f"{rest:,} more, the last: {sentences[-1]}"] if rest > 0 else []
+    return [printable(sentence) for sentence in [*sentences[:most], *others]]
+
+
 def run(command: Callable[[], int]) -> int:
     """Exit code of `command`: its own, or 2 for something that the user can mend, or 130 if interrupted."""
     log.addHandler(_notices)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file's name may have what a terminal lacks
     try:
         return command()
     except InputError as error:
@@ -107,7 +117,7 @@ def run(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    print(f"error: {problem}", file=sys.stderr)
+    print(f"error: {printable(problem)}", file=sys.stderr)
     return BAD_INPUT
 
 

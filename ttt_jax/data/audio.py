@@ -6,6 +6,7 @@ promises (the data chunk of a wav, the end mark of an ogg, the frame counts of f
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ def read_blocks(path: str | Path, sample_rate: int) -> Iterator[np.ndarray]:
     import soxr
 
     try:
-        sound = soundfile.SoundFile(path)
+        sound = soundfile.SoundFile(os.fsencode(path))  # it encodes no name that is not UTF-8
     except soundfile.LibsndfileError:
         raise InputError(f"{path} is not audio that can be read: give a wav, flac, ogg or mp3 file.") from None
     with sound:

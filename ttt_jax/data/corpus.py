@@ -15,7 +15,7 @@ from ttt_jax.codec import Codec, load_codec
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data.codes import Header, read_header
 from ttt_jax.data.frames import Recording, not_codes, open_manifest
-from ttt_jax.data.manifest import read_manifest
+from ttt_jax.data.manifest import Absent, read_manifest
 from ttt_jax.data.stated import StatedCodec, StatedTokenizer
 from ttt_jax.data.text import Tokenizer, load_tokenizer
 from ttt_jax.errors import InputError
@@ -34,7 +34,7 @@ class CorpusConfig:
     """Which speech, and what encodes it."""
 
     train: str | None = None
-    """Training files: a manifest (JSONL with path and duration) or a prepared folder, or several with weights:
+    """Training files: a manifest (JSONL with path and duration, plain or gzip) or a prepared folder, or several with weights:
     a.jsonl:3,b.jsonl:1 takes three files of a for one of b; unset: the embedded corpus."""
     heldout: str | None = None
     """Manifest or prepared folder of the files that are evaluated at the end; unset: the embedded corpus's if `train` is unset, else none."""
@@ -88,11 +88,18 @@ class Corpus(NamedTuple):
     validation: tuple[Recording, ...]
     """Scored during training; the held-out files themselves where no others were named."""
     heldout: tuple[Recording, ...]
+    absent: dict[str, list[Absent]]
+    """Files that the manifests of train, heldout and validation name and that are not there, so that they are left out."""
 
     @property
     def recordings(self) -> Iterator[Recording]:
         """The training files, source by source."""
         return (recording for source in self.train for recording in source.recordings)
+
+    @property
+    def missing(self) -> list[Absent]:
+        """All of `absent`, each once."""
+        return list(dict.fromkeys(one for part in self.absent.values() for one in part))
 
     def describe(self) -> dict[str, Any]:
         """Names, digests and sizes, as a run stores them.
@@ -118,18 +125,19 @@ class Corpus(NamedTuple):
 def parse_sources(text: str) -> list[tuple[str, float]]:
     """Paths and weights of PATH[:WEIGHT][,PATH[:WEIGHT]...]; a weight that is left out is 1.
 
-    What exists as a path is one, whatever commas and colons it has. Raises `InputError`.
+    What exists as a path is one, whatever commas, colons and blanks it has; other blanks around paths and weights are
+    dropped. Raises `InputError`.
     """
     found, parts = [], text.split(",")
     while parts:
         for end in range(len(parts), 0, -1):
             whole = ",".join(parts[:end])
             path, colon, weight = whole.rpartition(":")
-            if _exists(whole):
-                found.append((whole, 1.0))
+            if _exists(_bare(whole)):
+                found.append((_bare(whole), 1.0))
                 break
-            if end == 1 or ("," not in weight and _exists(path)):
-                found.append((path, _weight(text, whole, weight)) if colon else (whole, 1.0))
+            if end == 1 or ("," not in weight and _exists(_bare(path))):
+                found.append((_bare(path), _weight(text, whole, weight)) if colon else (_bare(whole), 1.0))
                 break
         parts = parts[end:]
     if not all(path for path, _ in found):
@@ -148,7 +156,8 @@ def load_coders(
     if cfg.codec != FILES:
         return load_codec(cfg.codec), load_tokenizer(cfg.tokenizer or EMBEDDED / "tokenizer" / "spm512.model")
     codec, digest = None, None
-    for entry in (entry for manifest in _manifests(cfg) for entry in read_manifest(manifest)):
+    manifests = [path for paths in _by_part(cfg).values() for path in paths]
+    for entry in (entry for path in manifests for entry in read_manifest(path).entries):
         header = _header(entry.path)
         if codec is None:
             name = header.codec_name or f"codec {header.codec[:12]}"
@@ -179,8 +188,8 @@ def stored_coders(
 
 def load(cfg: CorpusConfig, codec: Codec | StatedCodec, tokenizer: Tokenizer | StatedTokenizer) -> Corpus:
     """Open the files of `cfg`; audio that was not encoded before is encoded into the cache. Raises `InputError`."""
-    for manifest in _manifests(cfg):
-        read_manifest(manifest)  # a mistake in the last is told before the first is encoded
+    manifests = _by_part(cfg)  # all: a mistake in the last is told before the first is encoded
+    absent = {part: [one for path in paths for one in read_manifest(path).absent] for part, paths in manifests.items()}
 
     def opened(manifest: Path | None) -> tuple[Recording, ...]:
         return open_manifest(manifest, codec, tokenizer, cfg.cache_dir / "frames") if manifest is not None else ()
@@ -188,7 +197,7 @@ def load(cfg: CorpusConfig, codec: Codec | StatedCodec, tokenizer: Tokenizer | S
     train = tuple(Source(name, weight, opened(manifest)) for name, weight, manifest in _sources(cfg))
     heldout = opened(_heldout(cfg))
     validation = heldout if cfg.validation is None else opened(_manifest(cfg.validation))
-    return Corpus(codec, tokenizer, train, validation, heldout)
+    return Corpus(codec, tokenizer, train, validation, heldout, absent)
 
 
 def _header(path: Path) -> Header:
@@ -221,16 +230,19 @@ def _heldout(cfg: CorpusConfig) -> Path | None:
     return EMBEDDED / "heldout.jsonl" if cfg.train is None else None
 
 
-def _manifests(cfg: CorpusConfig) -> list[Path]:
-    """All of them: training, held out, validation."""
-    validation = None if cfg.validation is None else _manifest(cfg.validation)
-    others = [manifest for manifest in (_heldout(cfg), validation) if manifest is not None]
-    return [manifest for _, _, manifest in _sources(cfg)] + others
+def _by_part(cfg: CorpusConfig) -> dict[str, list[Path]]:
+    """The manifests of what is trained on, held out, and for validation alone."""
+    heldout = _heldout(cfg)
+    return {
+        "train": [manifest for _, _, manifest in _sources(cfg)],
+        "heldout": [] if heldout is None else [heldout],
+        "validation": [] if cfg.validation is None else [_manifest(cfg.validation)],
+    }
 
 
 def _manifest(path: str) -> Path:
     """The manifest that `path` names: itself, or that of the folder."""
-    found = Path(path).expanduser()
+    found = Path(os.path.expanduser(path))
     if not found.is_dir():
         return found
     if not (found / MANIFEST).is_file():
@@ -242,9 +254,14 @@ def _manifest(path: str) -> Path:
 
 def _exists(path: str) -> bool:
     try:
-        return bool(path) and Path(path).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long a name, a zero byte, no such user's folder
+        return bool(path) and Path(os.path.expanduser(path)).exists()
+    except (OSError, ValueError):  # too long a name, a zero byte
         return False
+
+
+def _bare(path: str) -> str:
+    """A path as it is if it exists, else without blanks around it."""
+    return path if _exists(path) else path.strip()
 
 
 def _weight(text: str, part: str, weight: str) -> float:
@@ -261,7 +278,7 @@ def _weight(text: str, part: str, weight: str) -> float:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+    return str(Path(os.path.expanduser(path)).absolute())
 
 
 def _describe(recordings: Sequence[Recording]) -> dict[str, Any]:

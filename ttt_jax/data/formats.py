@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 READ = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
@@ -28,4 +29,5 @@ def is_other(path: Path) -> bool:
 
 def advice(path: Path) -> str:
     """What converts a file: the end of a message about it."""
-    return f"convert it first, for example by ffmpeg -i {path.name} {path.stem}.flac"
+    old, new = shlex.quote(path.name), shlex.quote(f"{path.stem}.flac")
+    return f"convert it first, for example by ffmpeg -i {old} {new}"

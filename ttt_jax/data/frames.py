@@ -39,6 +39,7 @@ from ttt_jax.data.stated import StatedCodec, StatedTokenizer
 from ttt_jax.data.text import ABSENT, Text, Tokenizer, read_text
 from ttt_jax.errors import InputError
 from ttt_jax.files import file_digest, write_atomically
+from ttt_jax.names import printable
 
 _VERSION = "ttt_jax.frames/2"  # to change whenever the same input would give other frames
 
@@ -50,7 +51,7 @@ class Recording:
     """One recording of a manifest, its frames still to be read.
 
     Attributes:
-        name: its folder and its name without suffix.
+        name: its folder and its name without suffix, printable.
         speaker: whose voice it is, where the manifest says so.
         shape: of its frames, [1 + 2 * num_codebooks, T], T >= 1.
         digest: of the code file and its alignments, hex; None for audio, which only its frames identify, as another version
@@ -105,7 +106,8 @@ def open_recording(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: 
 
     Audio that the cache does not have is encoded. Arguments and errors are those of `load_frames`.
     """
-    name = f"{entry.path.parent.name}/{entry.path.stem}"
+    name = printable(f"{entry.path.parent.name}/{entry.path.stem}")
+    speaker = None if entry.speaker is None else printable(entry.speaker)
     if _is_codes(entry):
         header = read_header(entry.path)
         _check_header(entry, header, codec, tokenizer)
@@ -117,7 +119,7 @@ def open_recording(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: 
                 digest = hashlib.sha256(f"{digest} {file_digest(entry.alignment)}".encode()).hexdigest()
         shape = (1 + 2 * codec.num_codebooks, header.num_frames)
         return Recording(
-            name, entry.speaker, shape, digest, functools.partial(_reread_codes, entry, header, codec, tokenizer)
+            name, speaker, shape, digest, functools.partial(_reread_codes, entry, header, codec, tokenizer)
         )
     if isinstance(codec, StatedCodec):
         raise not_codes(entry.path)
@@ -126,14 +128,14 @@ def open_recording(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: 
     warn(entry.alignment, notice)
     shape = frames.shape
     return Recording(
-        name, entry.speaker, shape, None, functools.partial(_reread_audio, entry, shape, codec, tokenizer, cached)
+        name, speaker, shape, None, functools.partial(_reread_audio, entry, shape, codec, tokenizer, cached)
     )
 
 
 def open_manifest(
     path: str | Path, codec: Codec, tokenizer: Tokenizer, cache_dir: str | Path, progress: bool = True
 ) -> tuple[Recording, ...]:
-    """Returns every recording of a manifest, in its order.
+    """Returns every recording of a manifest that is there, in its order.
 
     Args:
         path: The JSONL file.
@@ -147,7 +149,8 @@ def open_manifest(
     """
     from tqdm import tqdm
 
-    bar = tqdm(read_manifest(path), desc=f"encoding {Path(path).name}", unit="file", leave=False, disable=not progress)
+    entries = read_manifest(path).entries
+    bar = tqdm(entries, desc=f"encoding {Path(path).name}", unit="file", leave=False, disable=not progress)
     return tuple(open_recording(entry, codec, tokenizer, cache_dir) for entry in bar)
 
 

@@ -1,19 +1,22 @@
 """Manifests in moshi-finetune's format.
 
-A manifest is a JSONL file, one recording a line: ``{"path": ..., "duration": seconds}``; paths are relative to the
-manifest's folder, further keys are left unread. Beside a recording a JSON of the same stem may hold its words
-(`ttt_jax.data.alignments`).
+A manifest is a JSONL file, plain or gzip, one recording a line: ``{"path": ..., "duration": seconds}``; paths are absolute
+or relative to the manifest's folder, with "/" between folders. Further keys are left unread. Beside a recording a JSON of the
+same stem may hold its words (`ttt_jax.data.alignments`).
 Nothing here opens audio: `check_duration` is for the one who does.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ttt_jax.errors import InputError
+from ttt_jax.jsonl import read_lines
+from ttt_jax.names import Missing, beside, missing, native, spelled
 
 TOLERANCE = 0.5  # seconds by which a manifest or an alignment may disagree with its audio
 
@@ -35,21 +38,49 @@ class Entry:
     speaker: str | None = None
 
 
-def read_manifest(path: str | Path) -> list[Entry]:
-    """Return the recordings of a JSONL manifest in its order; blank lines are skipped.
+class Absent(NamedTuple):
+    """A recording of a manifest that is not there, or whose words are not."""
+
+    path: Path
+    """The audio file."""
+    reason: str
+    """A sentence that names the line."""
+
+
+class Manifest(NamedTuple):
+    """What a manifest names, in its order."""
+
+    entries: list[Entry]
+    """At least one."""
+    absent: list[Absent]
+    """To be told and counted, and left out."""
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a file is a manifest, by its name: .jsonl or .jsonl.gz."""
+    return path.name.lower().endswith((".jsonl", ".jsonl.gz"))
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Return the recordings of a JSONL manifest, plain or gzip; blank lines are skipped.
 
     Raises:
-        InputError: the manifest is missing, empty or not JSONL, a line lacks a field or holds a wrong one, or an audio
-            file is not there. The message names the line.
+        InputError: the manifest is missing, empty or not JSONL, a line lacks a field or holds a wrong one, or no audio
+            file at all is there. The message names the line.
     """
     path = Path(path)
-    lines = enumerate(_read_text(path, "manifest").splitlines(), start=1)
-    entries = [_parse_entry(path, number, line) for number, line in lines if line.strip()]
-    if not entries:
+    lines = enumerate(_read(path), start=1)
+    found = [_parse_entry(path, number, line) for number, line in lines if line.strip()]
+    if not found:
         raise InputError(
             f'{path} is empty: a manifest has one line {{"path": ..., "duration": seconds}} per recording.'
         )
-    return entries
+    entries = [one for one in found if isinstance(one, Entry)]
+    absent = [one for one in found if isinstance(one, Absent)]
+    if not entries:
+        first = absent[0].reason
+        raise InputError(first if len(absent) == 1 else f"none of the {len(absent):,} recordings is there: {first}")
+    return Manifest(entries, absent)
 
 
 def check_duration(entry: Entry, seconds: float) -> None:
@@ -61,22 +92,22 @@ def check_duration(entry: Entry, seconds: float) -> None:
         )
 
 
-def _read_text(path: Path, kind: str) -> str:
+def _read(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_lines(path)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give the path of a {kind}.") from None
+        raise InputError(f"{path} does not exist: give the path of a manifest.") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): give the path of a {kind}.") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}): give the path of a manifest.") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text: give the path of a {kind}.") from None
+        raise InputError(f"{path} is not UTF-8 text: give the path of a manifest.") from None
 
 
-def _parse_entry(manifest: Path, number: int, line: str) -> Entry:
+def _parse_entry(manifest: Path, number: int, line: str) -> Entry | Absent:
     where = f"{manifest} line {number}"
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error}): every line must be one JSON object.") from None
     if not isinstance(record, dict):
         raise InputError(f'{where} is not a JSON object: expected {{"path": ..., "duration": seconds}}.')
@@ -84,19 +115,40 @@ def _parse_entry(manifest: Path, number: int, line: str) -> Entry:
         if key not in record:
             raise InputError(f'{where} has no "{key}": expected {{"path": ..., "duration": seconds}}.')
     name, duration = record["path"], record["duration"]
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not _is_name(name):
         raise InputError(f'{where} has "path": {name!r}: expected the name of an audio file.')
     if not _is_number(duration) or duration <= 0:
         raise InputError(f'{where} has "duration": {duration!r}: expected seconds greater than 0.')
     speaker = record.get("speaker")
-    if speaker is not None and not isinstance(speaker, str):
-        raise InputError(f'{where} has "speaker": {speaker!r}: expected a name, or no such key.')
-    audio = manifest.parent / name
-    if not audio.is_file():
-        raise InputError(f"{where} names {audio}, which is not there: paths are relative to the manifest's folder.")
-    alignment = audio.with_suffix(".json")
-    return Entry(audio, float(duration), alignment if alignment.is_file() else None, speaker)
+    if isinstance(speaker, bool) or not isinstance(speaker, str | int | None):
+        raise InputError(f'{where} has "speaker": {speaker!r}: expected a name or a number, or no such key.')
+    audio = spelled(manifest.parent / native(name))
+    if (problem := missing(audio)) is not None:
+        return Absent(audio, f"{where} names {audio}, which {problem.problem}: {_advice(problem, name)}.")
+    alignment = beside(audio, ".json")
+    if alignment is not None and (problem := missing(alignment)) is not None:
+        return Absent(audio, f"{where} names {audio}, whose {alignment.name} {problem.problem}: {problem.advice}.")
+    return Entry(audio, float(duration), alignment, None if speaker is None else str(speaker))
+
+
+def _is_name(value: object) -> bool:
+    """Whether a file can have the name."""
+    try:
+        return isinstance(value, str) and bool(native(value)) and "\0" not in value
+    except UnicodeEncodeError:
+        return False
+
+
+def _advice(problem: Missing, name: str) -> str:
+    """What to do about a file that is not there, by the way the manifest names it."""
+    if problem.problem != "is not there":
+        return problem.advice
+    if name.startswith("~"):
+        return "~ stands for no folder in a manifest, write the whole path"
+    if "\\" in name:
+        return "write / between folders"
+    return "paths are relative to the manifest's folder"
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
