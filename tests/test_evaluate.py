@@ -151,7 +151,7 @@ def test_what_cannot_be_is_one_sentence(run, plain, data, tmp_path):
     refused("the arm '' does not exist", run, "--data", data, "--arms", "", "--out", out)
     refused("no checkpoint", tmp_path, "--data", data, "--out", out)
     refused("does not exist", run, "--data", tmp_path / "nothing.jsonl", "--out", out)
-    refused("two checkpoints are called", run, run, "--data", data, "--out", out)
+    refused("memory is given twice", run, run, "--data", data, "--out", out)
     refused("there is no --data", run, plain, "--out", out)
     alone = write_data(tmp_path / "alone", [tokens(20)])
     refused("exchanges memories between speakers", run, "--data", alone, "--arms", "persist,permuted", "--out", out)

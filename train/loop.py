@@ -123,6 +123,8 @@ def _run(run: Run, state: TrainState, frozen: Tree, position: Any, checkpoints: 
         log.info("evaluate it in one process: python -m eval stream %s", run_dir)
     else:
         about = {"path": str(run_dir), "config": record.to_dict(cfg), "step": cfg.steps, **run.meta}
+        with open_run(run_dir) as saved:
+            about["weights"] = saved.digest(cfg.steps)
         model = Model(run_dir.resolve().name, cfg.model, merge(state.trained, frozen), cfg, about)
         of_run(model, run.corpus, run_dir / "eval")
     return 0
