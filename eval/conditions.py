@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from eval.persistence_data import Condition
 from ttt_jax.errors import InputError
-from ttt_jax.paths import exists, listed, local, printable
+from ttt_jax.paths import escaped, exists, listed, local
 
 if TYPE_CHECKING:
     from eval.models import Model
@@ -42,7 +42,7 @@ def parse(text: str) -> Asked:
             f"{text!r} names no checkpoint where one is expected: give [NAME=]CHECKPOINT[,CHECKPOINT...][@ARM]."
         )
     return found._replace(
-        name=found.name and printable(found.name), paths=tuple(str(local(path)) for path in found.paths)
+        name=found.name and escaped(found.name), paths=tuple(str(local(path)) for path in found.paths)
     )
 
 
@@ -64,7 +64,8 @@ def _readings(text: str) -> Iterator[Asked]:
 
 def _items(text: str) -> tuple[str, ...]:
     """Paths joined by commas; blanks around one that is no path with them are none of its own."""
-    return tuple(item if exists(item) else item.strip() for item in listed(text))
+    found = listed(text, lambda item: exists(item) or exists(item.strip()))
+    return tuple(item if exists(item) else item.strip() for item in found)
 
 
 def conditions(asked: Sequence[Asked], models: dict[str, Model]) -> list[Condition]:

@@ -517,8 +517,9 @@ def _restore(value: Any) -> Any:
 def as_json(content: Any) -> bytes:
     """A file of JSON, an entry a line, lists of numbers on one; the rest as `plain` says."""
     text = json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False)
-    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
-    return text.encode(errors="backslashreplace")  # of a path that is no UTF-8, JSON's own escapes
+    return (_NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n").encode(
+        "utf-8", "backslashreplace"
+    )
 
 
 _NUMBERS = re.compile(r"\[\n((?:\s+(?:-?\d[\d.e+-]*|null),?\n)+)\s*\]")

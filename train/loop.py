@@ -32,6 +32,7 @@ from ttt_jax.command import keep_compiled, machine
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
 from ttt_jax.errors import InputError
+from ttt_jax.paths import local
 from ttt_jax.trees import Tree, merge
 
 log = logging.getLogger("train")
@@ -47,7 +48,7 @@ def start(cfg: TrainConfig) -> int:
     """Start a run of `cfg`; the exit code. Nothing is left behind if the input is bad. Raises `InputError`."""
     keep_compiled(cfg.data.cache_dir / "compiled")
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(launch.agreed(int(time.time()))))
-    run = prepare(cfg, Path(cfg.run_dir or f"runs/{cfg.name}-{stamp}").expanduser())
+    run = prepare(cfg, local(cfg.run_dir or f"runs/{cfg.name}-{stamp}"))
     announce.run(run)
     with memory(run.cfg):
         found = parameters.initial(run.cfg, run.mesh)

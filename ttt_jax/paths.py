@@ -30,7 +30,7 @@ def exists(name: str) -> bool:
         return False
 
 
-def listed(text: str, is_item: Callable[[str], bool] = exists) -> list[str]:
+def listed(text: str, is_item: Callable[[str], bool]) -> list[str]:
     """The items that `text` joins by commas. An item may have commas itself: it is the longest one from its start that `is_item`."""
     found, parts = [], text.split(",")
     while parts:
@@ -45,7 +45,7 @@ def whole_name(path: Path) -> str:
     return path.name if path.name not in ("", "..") else path.resolve().name
 
 
-def printable(name: str) -> str:
+def escaped(name: str) -> str:
     """`name` for a line of text: what cannot be printed, such as a line end or a byte that is no UTF-8, and \\ as an escape."""
     plain = lambda c: c.isprintable() and c != "\\"  # noqa: E731
     return "".join(c if plain(c) else c.encode("unicode_escape").decode() for c in name)

@@ -36,9 +36,8 @@ def conform(kind: Any, value: Any, where: str, key: str) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` at once or not at all."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, text.encode(errors="backslashreplace"))  # of a path that is no UTF-8, JSON's own escapes
+    """Write `value` to `path` at once or not at all; bytes of file names that are no UTF-8 become JSON's escapes."""
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: Path, what: str) -> Any:

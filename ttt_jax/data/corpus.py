@@ -19,6 +19,7 @@ from ttt_jax.data.manifest import read_manifest
 from ttt_jax.data.stated import StatedCodec, StatedTokenizer
 from ttt_jax.data.text import Tokenizer, load_tokenizer
 from ttt_jax.errors import InputError
+from ttt_jax.paths import local
 
 EMBEDDED = Path(__file__).resolve().parent.parent.parent / "corpus"
 """Folder of the embedded corpus in a checkout."""
@@ -42,7 +43,7 @@ class CorpusConfig:
     """Manifest or prepared folder of the files that are scored during training; unset: the held-out files."""
     codec: str = "kmeans"
     """Codec that turns audio into codes: "kmeans" (embedded), the path of a codec file, or "files": no audio, code files only,
-    and whatever codec they state."""
+    and whatever codec they state. A codec file of such a name is ./kmeans or ./files."""
     tokenizer: str | None = None
     """SentencePiece model for the text stream; unset: the embedded one, with codec "files" the one that the files state."""
     cache: str | None = None
@@ -52,13 +53,13 @@ class CorpusConfig:
     def cache_dir(self) -> Path:
         """The cache folder in force."""
         if self.cache is not None:
-            return Path(self.cache).expanduser()
+            return local(self.cache)
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ttt_jax"
 
     def resolved(self) -> CorpusConfig:
         """The same with absolute paths, so that it means the same in any folder. Raises `InputError` as `parse_sources`."""
         names = ["heldout", "validation", "tokenizer", "cache"]
-        if self.codec not in ("kmeans", FILES) and Path(self.codec).exists():
+        if self.codec not in ("kmeans", FILES) and _exists(self.codec):
             names.append("codec")
         absolute = {name: _absolute(getattr(self, name)) for name in names if getattr(self, name) is not None}
         if self.train is not None:
@@ -230,7 +231,7 @@ def _manifests(cfg: CorpusConfig) -> list[Path]:
 
 def _manifest(path: str) -> Path:
     """The manifest that `path` names: itself, or that of the folder."""
-    found = Path(path).expanduser()
+    found = local(path)
     if not found.is_dir():
         return found
     if not (found / MANIFEST).is_file():
@@ -242,8 +243,8 @@ def _manifest(path: str) -> Path:
 
 def _exists(path: str) -> bool:
     try:
-        return bool(path) and Path(path).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long a name, a zero byte, no such user's folder
+        return bool(path) and local(path).exists()
+    except (OSError, ValueError):  # too long a name, a zero byte
         return False
 
 
@@ -261,7 +262,7 @@ def _weight(text: str, part: str, weight: str) -> float:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+    return str(local(path).absolute())
 
 
 def _describe(recordings: Sequence[Recording]) -> dict[str, Any]:
