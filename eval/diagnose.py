@@ -245,9 +245,9 @@ def _check(options: argparse.Namespace) -> None:
 
 def _check_replaced(folder: Path, subject: folders.Subject) -> None:
     """Raise `InputError` if what `folder` holds is not to be replaced by records of `subject`."""
-    old = folders.stored(folder, report.RECORDS, report.read, report.DRAWN)
+    old = folders.stored(folder, report.RECORDS, lambda folder: _subject_of(report.read(folder)), report.DRAWN)
     if old is not None:
-        folders.check(folder, _subject_of(old), subject)
+        folders.check(folder, old, subject)
 
 
 def _subject(options: argparse.Namespace, checkpoints: Sequence[Model], heard: speech.Speech) -> folders.Subject:

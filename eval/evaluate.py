@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -278,11 +279,12 @@ def _check_replaced(
 ) -> list[str]:
     """Names of earlier results in `folder`. Raises `InputError` if they, or what else has such a name, are not to be replaced."""
     names = [FRAMES, *draw.figures([model.name for model in models])]
-    old = folders.stored(folder, folders.RESULTS, read_results, names)
-    if old is None:
+    found = folders.stored(folder, folders.RESULTS, _read, names)
+    if found is None:
         return []
+    old, subject = found
     if not (of_its_run and _is_same_run(old, models[0])):
-        folders.check(folder, _subject_of(old), _subject(models, files, skipped, asked))
+        folders.check(folder, subject, _subject(models, files, skipped, asked))
     infos = [own.info for own in old.checkpoints]
     ours = {scores_path(folder, info, file) for info in infos for file in old.files}
     foreign = next((path for path in (folder / FRAMES).rglob("*") if not path.is_dir() and path not in ours), None)
@@ -291,6 +293,11 @@ def _check_replaced(
             f"{folder} holds {foreign.relative_to(folder)}, which is no result of an evaluation: give another --out."
         )
     return [FRAMES, *draw.figures([info.name for info in infos])]
+
+
+def _read(folder: Path) -> tuple[Results, folders.Subject]:
+    results = read_results(folder)
+    return results, _subject_of(results)
 
 
 def _subject(
@@ -327,14 +334,20 @@ def _measured(arms: Sequence[Sequence[str]], inner: Sequence[bool]) -> frozenset
 
 
 def _is_same_run(old: Results, model: Model) -> bool:
-    """Whether results are of the run that made `model` and no other, perhaps of another step; where it lies and how it is spread may change."""
-    free = ("run_dir", "mesh", "accumulate", "remat")
-    about = [own.info.about for own in old.checkpoints]
-    before, now = ({k: v for k, v in one.get("config", {}).items() if k not in free} for one in (about[0], model.about))
-    same = all(
-        about[0].get(name) == model.about.get(name) for name in ("train", "heldout", "codec", "tokenizer", "base")
-    )
-    return len(about) == 1 and same and before == now and old.setting.about.get("data") is None
+    """Whether results are of the run that made `model` and no other, perhaps of another step, on its own held-out files.
+
+    Where the run lies and how it is spread over devices may have changed.
+    """
+    if len(old.checkpoints) != 1 or old.setting.about.get("data") is not None:
+        return False
+
+    def of_run(about: dict[str, Any]) -> dict[str, Any]:
+        free = ("run_dir", "mesh", "accumulate", "remat")
+        config = {name: value for name, value in (about.get("config") or {}).items() if name not in free}
+        same = ("train", "heldout", "codec", "tokenizer", "base")
+        return config | {f"meta {name}": about.get(name) for name in same}
+
+    return of_run(old.checkpoints[0].info.about) == of_run(model.about)
 
 
 def _info(index: int, file: Speech) -> FileInfo:

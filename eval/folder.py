@@ -87,7 +87,7 @@ def stored(folder: Path, record: str, read: Callable[[Path], Results], others: I
     if os.path.lexists(folder / record):
         try:
             return read(folder)
-        except InputError:
+        except (InputError, AttributeError, IndexError, KeyError, TypeError, ValueError):
             raise InputError(
                 f"{folder} holds a {record} that is not this command's, or damaged: give another --out, or remove it."
             ) from None

@@ -210,15 +210,16 @@ def reach(model: Model) -> int:
 
 def _check_replaced(folder: Path, subject: folders.Subject) -> None:
     """Raise `InputError` if what `folder` holds is not to be replaced by results of `subject`."""
-    old = folders.stored(folder, folders.RESULTS, read, (report.FILE, *draw.FILES))
+    old = folders.stored(folder, folders.RESULTS, _subject_of, (report.FILE, *draw.FILES))
     if old is not None:
-        before = old[0]
-        data = before.setting.about.get("data")
-        folders.check(
-            folder,
-            _subject(data, before.files, before.skipped, before.conditions, before.checkpoints, before.setting),
-            subject,
-        )
+        folders.check(folder, old, subject)
+
+
+def _subject_of(folder: Path) -> folders.Subject:
+    """What stored results are of."""
+    old, _ = read(folder)
+    data = old.setting.about.get("data")
+    return _subject(data, old.files, old.skipped, old.conditions, old.checkpoints, old.setting)
 
 
 def _subject(

@@ -88,7 +88,7 @@ def test_runs_learn_from_short_and_long_files_half_of_the_frames_each(done):
 
 def test_the_comparison_tells_how_near_the_best_losses_it_comes(done):
     folder, *_ = done
-    stored = json.loads((folder / "results" / "tasks-recall" / "results.json").read_text())
+    stored = json.loads((folder / "results" / "tasks-recall-seeds-3-4" / "results.json").read_text())
     assert [file["frames"] for file in stored["files"]] == [192] * 3
     assert stored["setting"]["chunk"] == CONFIG.data.chunk
     values = [

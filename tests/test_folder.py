@@ -215,6 +215,25 @@ def test_results_of_another_command_are_refused(tmp_path, content):
         replaced(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda stored: stored["setting"].update(about=None),
+        lambda stored: stored.update(skipped=[{}]),
+        lambda stored: stored.update(checkpoints=[]),
+        lambda stored: stored["checkpoints"][0]["info"].update(about=[]),
+        lambda stored: stored.update(files=["a"]),
+    ],
+)
+def test_damaged_results_are_refused(stored, damage):
+    content = json.loads((stored / "results.json").read_text())
+    damage(content)
+    (stored / "results.json").write_text(json.dumps(content))
+    for of_its_run in (False, True):
+        with pytest.raises(InputError, match="damaged|holds results of"):
+            replaced(stored, of_its_run=of_its_run)
+
+
 def test_files_among_the_scores_are_not_replaced(stored):
     for name in ("frames/holiday.jpg", "frames/tiny/mine.npz", "frames/other/a.npz"):
         touched(stored / name)
@@ -315,3 +334,36 @@ def test_records_say_what_they_are_of(tmp_path):
     (tmp_path / "records.jsonl").write_text(json.dumps({"frame": 1}) + "\n")
     with pytest.raises(InputError, match="records.jsonl that is not this command's, or damaged"):
         diagnose._check_replaced(tmp_path, same)
+
+
+# Checkpoints
+
+
+def test_weights_are_known_by_what_they_are_and_not_by_where_they_lie(tmp_path):
+    import shutil
+
+    from tests.eval_models import write_run
+    from ttt_jax.checkpoint import Checkpoints
+
+    first, other = write_run(tmp_path / "first"), write_run(tmp_path / "other", seed=1)
+    shutil.copytree(first, tmp_path / "copy.1")
+    known = {path.name: models.load(path).about["weights"] for path in (first, tmp_path / "copy.1", other)}
+    assert known["first"] == known["copy.1"] != known["other"]
+    assert Checkpoints(first).digest(1) == known["first"]  # without reading the weights
+    assert models.load(first / "checkpoints" / "1").about["weights"] == known["first"]
+    (first / "checkpoints" / "1" / "integrity" / "metadata").write_text("{}")
+    with pytest.raises(InputError, match="checkpoints/1 is damaged"):
+        Checkpoints(first).digest(1)
+
+
+def test_added_layers_make_other_weights_on_the_same_base():
+    from ttt_jax import weights
+
+    cfg = micro.MODEL
+    files = {tensor.file: {"sha256": "0" * 64} for tensor in weights.tensors(cfg)}
+    ttt = next(name for name in files if name.startswith("ttt"))
+    changed = {**files, ttt: {"sha256": "1" * 64}}
+    beside = {**files, "LICENSE": {"sha256": "2" * 64}}
+    assert weights.base_digest(cfg, changed) == weights.base_digest(cfg, files)
+    assert weights.whole_digest(cfg, changed) != weights.whole_digest(cfg, files)
+    assert weights.whole_digest(cfg, beside) == weights.whole_digest(cfg, files)
