@@ -14,6 +14,7 @@ HERE = (
     "a=b",
     "a=b@off",
     "one,two",
+    "one,two,three",
     "one",
     "kept",
     "~odd",
@@ -54,6 +55,7 @@ def here(tmp_path, monkeypatch):
         ("a=./b", ("a", ["b"], None)),
         # And one that is like a list; the longest comes first.
         ("one,two", (None, ["one,two"], None)),
+        ("one,two,three", (None, ["one,two,three"], None)),
         ("one,kept", (None, ["one", "kept"], None)),
         ("one,two,one", (None, ["one,two", "one"], None)),
         ("n=b, one,two ,kept@off", ("n", ["b", "one,two", "kept"], "off")),
