@@ -16,6 +16,10 @@ TASK_NAMES = {
     "control": "nothing to remember",
 }
 """Names in `eval.tasks.TASKS`."""
+OUT = (
+    "folder for the results; unset: {kind}, or {kind}-DATA with --data, in {whose} folder, DATA being the whole name; results of the"
+    " same data, checkpoints and question are replaced, a folder with others is refused"
+)
 WEIGHTINGS = ("equal", "kyutai", "semantic", "acoustic")
 """Names in `eval.results.WEIGHTINGS`, whose module takes a while to load."""
 
@@ -138,9 +142,7 @@ exit code: 0 done, 2 an input to mend, 3 done but some files were skipped"""
         action=argparse.BooleanOptionalAction,
         help="measure the inner losses; unset: where there are TTT layers",
     )
-    parser.add_argument(
-        "--out", help="folder for the results; unset: eval, or eval-DATA with --data, in the first checkpoint's folder"
-    )
+    parser.add_argument("--out", help=OUT.format(kind="eval", whose="the first checkpoint's"))
 
 
 def _draw(parser: argparse.ArgumentParser) -> None:
@@ -186,7 +188,11 @@ def _diagnose(parser: argparse.ArgumentParser) -> None:
     add("--frames", type=int, metavar="N", help="first frames that are streamed; unset: all")
     add("--chunk", type=int, metavar="N", help="most frames of a call between records, 1: a live stream; unset: 128")
     add("--compare", metavar="OTHER", help="a second checkpoint, on the same audio: both side by side")
-    add("--out", metavar="FOLDER", help="where the results go; unset: CHECKPOINT/diagnose")
+    add(
+        "--out",
+        metavar="FOLDER",
+        help=OUT.format(kind="diagnose", whose="CHECKPOINT's") + "; with --compare diagnose-OTHER",
+    )
     add("--draw", metavar="FOLDER", help="only draw the figures again from the records in FOLDER")
     parser.epilog = (
         "A record of a frame and TTT layer says how large the stream after attention, which the layer reads, and the layer's"
@@ -204,6 +210,7 @@ def _persistence(parser: argparse.ArgumentParser) -> None:
   reset     memory cleared at the start of every chunk
   frozen    fast weights held at their learned start, no updates
   off       gates closed, TTT layers add nothing (unset, without TTT layers: this)
+What exists as a path is a path, whatever =, commas and @ it has: runs/x@reset is a folder if there is one, runs/x/@reset never.
 The first condition is under test, each other is compared with it: better, equivalent, worse or undecided, by the file, or by the
 speaker where the manifest names them (docs/evaluation.md). A single one without @ARM stands for all four. Seeds pair in their order.
 
@@ -231,7 +238,7 @@ skipped"""
     add("--threshold", type=float, metavar="P", help="effect worth having, percent of the loss; unset: 10")
     add(
         "--out",
-        help="folder for the results; unset: persistence, or persistence-DATA, in the first checkpoint's folder",
+        help=OUT.format(kind="persistence", whose="the first checkpoint's"),
     )
     add(
         "--again",

@@ -20,15 +20,16 @@ import numpy as np
 from tqdm import tqdm
 
 from eval import diagnose_report as report
+from eval import folder as folders
 from eval import models, speech
 from eval.models import Model
 from ttt_jax.command import keep_compiled
 from ttt_jax.config import FRAME_RATE, MoshiConfig
 from ttt_jax.data.corpus import CorpusConfig
 from ttt_jax.errors import InputError
-from ttt_jax.files import run_and_step
 from ttt_jax.moshi import model
 from ttt_jax.moshi.model import Params, State
+from ttt_jax.paths import file_name, local
 
 SMALL = 0.01
 """What counts as open of a gate and as near zero of a channel: the size of tanh(alpha), and of a channel's value."""
@@ -49,18 +50,24 @@ class Vectors(NamedTuple):
 def main(options: argparse.Namespace) -> int:
     """Diagnose what `options` ask for, or draw the figures of an earlier diagnosis; the exit code. Raises `InputError`."""
     if options.draw is not None:
-        for path in report.write_figures(report.read(Path(options.draw)), Path(options.draw)):
+        folder = local(options.draw)
+        for path in report.write_figures(report.read(folder), folder):
             print(path)
         return 0
     _check(options)
     keep_compiled(CorpusConfig().cache_dir / "compiled")
     checkpoints = load(options.checkpoint, options.compare)
-    first, step = run_and_step(Path(options.checkpoint)) or (Path(options.checkpoint), None)
-    folder = _folder(Path(options.out or first / ("diagnose" if step is None else f"diagnose-{step}")).expanduser())
+    kind = "diagnose" if options.compare is None else f"diagnose-{file_name(checkpoints[1].name)}"
+    folder = folders.find(options.out, kind, options.checkpoint, options.data)
+    folders.make(folder)  # what cannot be is told before the work
     heard = speech.first(options.data or speech.heldout(checkpoints[0]), checkpoints, options.frames or options.every)
-    frames = heard.frames[:, : options.frames]
+    heard = heard._replace(frames=heard.frames[:, : options.frames])
+    frames, subject = heard.frames, _subject(options, checkpoints, heard)
+    _check_replaced(folder, subject)
     records: list[Record] = []
     for checkpoint in checkpoints:
+        of = {"checkpoint": checkpoint.name, **{name: checkpoint.about.get(name) for name in ("step", "weights")}}
+        of |= {"data": options.data, "file": heard.name, "tokens": heard.digest}
         print(
             f"{checkpoint.name}: TTT layers {','.join(map(str, checkpoint.cfg.ttt_layers))}; {frames.shape[1]} frames"
             f" ({frames.shape[1] / FRAME_RATE:.1f} s) of {heard.name}, a record every {options.every} frames",
@@ -69,12 +76,13 @@ def main(options: argparse.Namespace) -> int:
         found = walk(checkpoint.params, frames, checkpoint.cfg, options.every, options.chunk)
         total = frames.shape[1] // options.every * len(checkpoint.cfg.ttt_layers)
         for record in tqdm(found, total=total, unit="record", leave=False, mininterval=0.5):
-            records.append({"checkpoint": checkpoint.name, **record})
+            records.append(of | record)
             if options.compare is None:
                 tqdm.write(f"\n{report.block(records[-1])}")  # above the bar
     if options.compare is not None:
         print(f"\n{report.comparison(records)}")
     print(f"\n{report.explanation()}\n")
+    _check_replaced(folder, subject)  # another command may have written there meanwhile
     for path in (report.write_records(records, folder), *report.write_figures(records, folder)):
         print(path)
     return 0
@@ -82,11 +90,10 @@ def main(options: argparse.Namespace) -> int:
 
 def load(checkpoint: str, other: str | None) -> list[Model]:
     """The checkpoint, and the one that it is compared with if there is one. Raises `InputError`."""
-    if other is not None and Path(checkpoint).expanduser().resolve() == Path(other).expanduser().resolve():
+    if other is not None and os.path.realpath(local(checkpoint)) == os.path.realpath(local(other)):
         raise InputError(f"--compare {other} is the checkpoint itself: give another one.")
-    found = [models.load(path) for path in (checkpoint, other) if path is not None]
-    if len({one.name for one in found}) < len(found):  # folders of one name: the whole path tells them apart
-        found = [one._replace(name=str(path)) for one, path in zip(found, (checkpoint, other), strict=True)]
+    paths = [path for path in (checkpoint, other) if path is not None]
+    found = models.load_all(paths)
     for one in found:
         if not one.cfg.ttt_layers:
             raise InputError(f"{one.name} has no TTT layers to look into: give a checkpoint with TTT layers.")
@@ -236,12 +243,31 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
-def _folder(folder: Path) -> Path:
-    """`folder`, made; what cannot be written is told before the work."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {folder} cannot be made ({error.strerror}): give another folder.") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"--out {folder} cannot be written: give another folder.")
-    return folder
+def _check_replaced(folder: Path, subject: folders.Subject) -> None:
+    """Raise `InputError` if what `folder` holds is not to be replaced by records of `subject`."""
+    old = folders.stored(folder, report.RECORDS, lambda folder: _subject_of(report.read(folder)), report.DRAWN)
+    if old is not None:
+        folders.check(folder, old, subject)
+
+
+def _subject(options: argparse.Namespace, checkpoints: Sequence[Model], heard: speech.Speech) -> folders.Subject:
+    """What is asked for."""
+    return folders.Subject(
+        options.data or folders.OWN_DATA,
+        {heard.name: heard.digest},
+        frozenset(),
+        tuple(folders.checkpoint(one.name, one.about) for one in checkpoints),
+        {"--every": options.every},
+    )
+
+
+def _subject_of(old: Sequence[Record]) -> folders.Subject:
+    """What stored records are of."""
+    first = {one["checkpoint"]: one for one in reversed(old)}
+    return folders.Subject(
+        old[0].get("data") or folders.OWN_DATA,
+        {one.get("file", ""): one.get("tokens", "") for one in old},
+        frozenset(),
+        tuple(folders.checkpoint(name, first[name]) for name in report.names(old)),
+        {"--every": min(one["frame"] for one in old)},
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from eval.draw import KINDS, save
 from ttt_jax.errors import InputError
 from ttt_jax.files import write_atomically
 from ttt_jax.jsonl import read_lines
 
 RECORDS, FIGURE = "records.jsonl", "diagnose"
+DRAWN = tuple(f"{FIGURE}.{kind}" for kind in KINDS)
+"""All that is drawn."""
 
 FIGURES = {
     "stream_norm": "norm of the stream after attention, which the TTT layer reads",
@@ -206,17 +208,7 @@ def write_figures(records: Sequence[Record], folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = draw(records)
-    paths = []
-    for kind, options in (("png", {"dpi": 130}), ("pdf", {"metadata": {"CreationDate": None}})):
-        content = io.BytesIO()
-        figure.savefig(content, format=kind, **options)
-        paths.append(folder / f"{FIGURE}.{kind}")
-        write_atomically(paths[-1], content.getvalue())
-    plt.close(figure)
-    return paths
+    return save(draw(records), folder, FIGURE)
 
 
 def draw(records: Sequence[Record]) -> Any:

@@ -24,6 +24,7 @@ from eval.results import (
 )
 from eval.statistics import Band, Estimate, band, group_means, smooth
 from ttt_jax.files import write_atomically
+from ttt_jax.paths import file_name, local
 
 # Colours of Okabe and Ito, which people with any kind of colour vision tell apart.
 COLOURS = {"persist": "#0072B2", "reset": "#D55E00", "frozen": "#6B6B6B", "off": "#E69F00", "permuted": "#009E73"}
@@ -49,7 +50,8 @@ TEETH = 30
 JOINTS = 60
 """Joints of recordings in a figure by frame up to which they are marked; more would be a block."""
 
-FIGURES, KINDS = ("memory", "figure5", "state", "checkpoints"), ("png", "pdf")
+FIGURES, TOGETHER, KINDS = ("memory", "figure5", "state"), "checkpoints", ("png", "pdf")
+"""Figures of each checkpoint, the one of several, and the kinds of file."""
 
 WITH_MEMORY = ("persist", "reset", "permuted")
 """Arms whose gain is drawn: under the others the fast weights do nothing."""
@@ -64,7 +66,7 @@ def main(options: argparse.Namespace) -> int:
     Raises:
       InputError: the folder holds no results of this version, or scores are missing or damaged.
     """
-    folder = Path(options.folder)
+    folder = local(options.folder)
     results = read_results(folder)
     changed = {name: value for name in ("weighting", "window") if (value := getattr(options, name)) is not None}
     if changed:
@@ -92,23 +94,26 @@ def draw_all(folder: Path, results: Results | None = None) -> list[Path]:
     several = len(results.checkpoints) > 1
     paths = []
     for own in results.checkpoints:
-        end = f"-{own.info.name}" if several else ""
+        end = _end(own.info.name, several)
         paths += save(_losses(results, own), folder, f"memory{end}")
         if own.main in own.inner and own.info.ttt_layers:
             paths += save(_figure5(results, own, folder), folder, f"figure5{end}")
             paths += save(_state(results, own), folder, f"state{end}")
     if several:
-        paths += save(_checkpoints(results), folder, "checkpoints")
+        paths += save(_checkpoints(results), folder, TOGETHER)
     return paths
 
 
-def remove(folder: Path) -> None:
-    """Delete the figures that an earlier `draw_all` left in `folder`, which may be missing, and nothing else."""
-    for name in FIGURES:
-        for kind in KINDS:
-            for path in (folder / f"{name}.{kind}", *folder.glob(f"{name}-*.{kind}")):
-                if path.is_file():
-                    path.unlink()
+def figures(checkpoints: Sequence[str]) -> list[str]:
+    """Names of all files that `draw_all` may write for results of checkpoints of these names."""
+    several = len(checkpoints) > 1
+    names = [f"{name}{_end(own, several)}" for own in checkpoints for name in FIGURES]
+    return [f"{name}.{kind}" for name in [*names, *([TOGETHER] if several else [])] for kind in KINDS]
+
+
+def _end(name: str, several: bool) -> str:
+    """Of the names of a checkpoint's figures."""
+    return f"-{file_name(name)}" if several else ""
 
 
 def save(figure: Any, folder: Path, name: str) -> list[Path]:

@@ -10,23 +10,35 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from eval import arms as arms_
 from eval import draw, report, scores, unigram
+from eval import folder as folders
 from eval import models as models_
 from eval import speech as speech_
 from eval.models import Model
-from eval.results import CheckpointInfo, FileInfo, Setting, summarise, write_results
+from eval.results import (
+    FRAMES,
+    CheckpointInfo,
+    FileInfo,
+    Results,
+    Setting,
+    read_results,
+    scores_path,
+    summarise,
+    write_results,
+)
 from eval.speech import Skipped, Speech
 from eval.stream import batches, stream
 from ttt_jax.command import PARTIAL, cost, keep_compiled, machine, shortened
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
 from ttt_jax.errors import InputError
-from ttt_jax.files import run_and_step
+from ttt_jax.paths import file_name
 
 PERIOD, WINDOW, ROWS = 1250, 250, 8
 """Where nothing else is asked for: frames between resets (of a run: its training chunk; here the 100 s of Kyutai's fine-tuning), frames
@@ -53,6 +65,8 @@ class Asked:
     """Whether to measure inner losses; None: where there are TTT layers."""
     frames: int | None = None
     """First frames of each file that are streamed; None: all."""
+    data: str | None = None
+    """Of which the files are, for the record; None: the run's own."""
 
     def __post_init__(self) -> None:
         for name in ("reset_every", "chunk", "batch", "window", "frames"):
@@ -72,13 +86,10 @@ def main(options: argparse.Namespace) -> int:
         options.weighting,
         options.figure5,
         options.frames,
+        options.data,
     )
-    models = [models_.load(path) for path in options.checkpoints]
+    models = models_.load_all(options.checkpoints)
     keep_compiled(models[0].cache_dir / "compiled")
-    if len({model.name for model in models}) < len(models):
-        raise InputError(
-            f"two checkpoints are called {models[0].name}: results are stored by the name of the folder, rename one."
-        )
     for model in models:
         _check(model, asked)
     skipped: list[Skipped] = []
@@ -95,18 +106,16 @@ def main(options: argparse.Namespace) -> int:
         files = [file._replace(frames=file.frames[:, : asked.frames]) for file in files]
     for reason in shortened([one.reason for one in skipped]):
         print(f"skipped: {reason}", file=sys.stderr)
-    # Results on other speech have a folder of their own: those of the run's held-out files stay.
-    default = f"eval-{Path(options.data).resolve().stem}" if options.data else "eval"
-    first, step = run_and_step(Path(options.checkpoints[0])) or (Path(options.checkpoints[0]), None)
-    folder = Path(options.out or first / (default if step is None else f"{default}-{step}")).expanduser()
-    _make(folder)  # what cannot be is told before the work
-    return PARTIAL if evaluate(models, files, skipped, corpus, asked, folder) else 0
+    found = folders.find(options.out, "eval", options.checkpoints[0], options.data)
+    return PARTIAL if evaluate(models, files, skipped, corpus, asked, found) else 0
 
 
 def of_run(model: Model, corpus: corpora.Corpus, folder: Path) -> None:
-    """Evaluate a run on its own held-out files, as `python -m train` does at its end."""
-    _make(folder)
-    evaluate([model], *speech_.of_corpus(corpus), corpus, Asked(), folder)
+    """Evaluate a run on its own held-out files, as `python -m train` does at its end.
+
+    What an earlier evaluation of the same run has left in `folder` is replaced, of whatever step it was.
+    """
+    evaluate([model], *speech_.of_corpus(corpus), corpus, Asked(), folder, of_its_run=True)
 
 
 def evaluate(
@@ -116,15 +125,18 @@ def evaluate(
     corpus: corpora.Corpus | None,
     asked: Asked,
     folder: Path,
+    of_its_run: bool = False,
 ) -> int:
     """Stream `files` through `models` under the arms asked for, each from a fresh state; print the results and store them.
 
     Args:
       skipped: files that could not be used, for the record; corpus: whose training data the unigram baseline is fitted to, if any;
-        folder: of the results, which exists.
+        folder: of the results; of_its_run: whether it may hold results of another step of the same run.
 
     Returns:
       How many files were skipped, those included whose predictions were no finite numbers.
+
+    Raises `InputError` before anything is streamed if the folder holds results of something else.
     """
     if asked.arms and "permuted" in asked.arms and len({file.group for file in files}) < 2:
         raise InputError(
@@ -132,7 +144,9 @@ def evaluate(
             " of two or leave it out."
         )
     first, longest = models[0], max(file.frames.shape[1] for file in files)
-    period = asked.reset_every or (first.run.data.chunk if first.run else PERIOD)
+    folders.make(folder)  # what cannot be is told before the work
+    _check_replaced(folder, models, files, skipped, asked, of_its_run)
+    period = _period(models, asked)
     chunk = asked.chunk or calls(models)
     tables = unigram.fit(unigram.some(corpus.recordings), first.cfg.target_streams.values()) if corpus else None
     minutes = sum(file.frames.shape[1] for file in files) / FRAME_RATE / 60
@@ -141,40 +155,42 @@ def evaluate(
     infos = [_info(i, file) for i, file in enumerate(files)]
     checkpoints, run_arms = [], dict.fromkeys(arm for model in models for arm in _arms(model, asked))
     failed: dict[str, str] = {}
-    new = Path(tempfile.mkdtemp(dir=folder, prefix=".frames."))
+    new = Path(tempfile.mkdtemp(dir=folder, prefix=".results.", suffix=".tmp"))
     try:
         for model in models:
-            own = new / model.name
+            own = new / FRAMES / file_name(model.name)
             own.mkdir(parents=True)
             partners = _stream(model, files, infos, tables, asked, period, chunk, own, failed)
             about = model.about | ({"permuted_with": partners} if partners else {})
             checkpoints.append(CheckpointInfo(model.name, model.cfg.context, model.cfg.ttt_layers, about))
         if len(failed) == len(files):
             raise InputError(next(iter(failed.values())))
-        _replace_frames(folder, new)
+        setting = Setting(
+            streams=tuple(first.cfg.target_streams),
+            arms={arm: entry.meaning for arm, entry in arms_.ARMS.items() if arm in run_arms},
+            reset_every=period,
+            chunk=chunk,
+            window=asked.window or (WINDOW if longest >= 8 * WINDOW else WINDOW // 2),
+            weighting=asked.weighting,
+            text=_text_policy(files),
+            about={"data": asked.data, "codec": files[0].codec},
+        )
+        left_out = [*skipped, *(Skipped(name, reason) for name, reason in failed.items())]
+        infos = [info for info in infos if info.name not in failed]
+        results = summarise(setting, checkpoints, infos, [one._asdict() for one in left_out], new)
+        spent = cost()
+        write_results(new, results, {"evaluated_with": machine(), "cost": spent})
+        # Another command may have written here meanwhile.
+        old = _check_replaced(folder, models, files, skipped, asked, of_its_run)
+        folders.replace(folder, new, old)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    setting = Setting(
-        streams=tuple(first.cfg.target_streams),
-        arms={arm: entry.meaning for arm, entry in arms_.ARMS.items() if arm in run_arms},
-        reset_every=period,
-        chunk=chunk,
-        window=asked.window or (WINDOW if longest >= 8 * WINDOW else WINDOW // 2),
-        weighting=asked.weighting,
-        text=_text_policy(files),
-        about={"codec": files[0].codec},
-    )
-    skipped = [*skipped, *(Skipped(name, reason) for name, reason in failed.items())]
-    infos = [info for info in infos if info.name not in failed]
-    results = summarise(setting, checkpoints, infos, [one._asdict() for one in skipped], folder)
     print(f"\n{report.table(results)}\n")
-    spent = cost()
-    write_results(folder, results, {"evaluated_with": machine(), "cost": spent})
-    for path in (folder / "results.json", folder / "frames", *draw.draw_all(folder)):
+    for path in (folder / folders.RESULTS, folder / FRAMES, *draw.draw_all(folder)):
         print(path)
     print(f"took {spent['seconds']:.0f} s and at most {spent['peak_gigabytes']:.1f} GB of memory")
-    return len(skipped)
+    return len(left_out)
 
 
 def _stream(
@@ -195,7 +211,7 @@ def _stream(
     from tqdm import tqdm
 
     own = _arms(model, asked)
-    measured = bool(model.cfg.ttt_layers) if asked.inner is None else asked.inner
+    measured = _measures_inner(model, asked)
     permuted, partner_of = "permuted" in own, {}
     total = sum(file.frames.shape[1] for file in files)
     with tqdm(total=total, desc=model.name, unit="frame", unit_scale=True, leave=False, mininterval=0.5) as bar:
@@ -251,26 +267,85 @@ def _partners(files: Sequence[Speech]) -> list[int]:
     return found
 
 
-def _make(folder: Path) -> None:
-    """Make the folder of results. Raises `InputError` if its frames/ holds what no evaluation wrote: that would be replaced."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {folder} cannot be made ({error.strerror}): give another folder.") from None
-    foreign = [path for path in (folder / "frames").rglob("*") if path.is_file() and path.suffix != ".npz"]
-    if foreign:
+def _check_replaced(
+    folder: Path,
+    models: Sequence[Model],
+    files: Sequence[Speech],
+    skipped: Sequence[Skipped],
+    asked: Asked,
+    of_its_run: bool,
+) -> list[str]:
+    """Names of earlier results in `folder`. Raises `InputError` if they, or what else has such a name, are not to be replaced."""
+    names = [FRAMES, *draw.figures([model.name for model in models])]
+    found = folders.stored(folder, folders.RESULTS, _read, names)
+    if found is None:
+        return []
+    old, subject = found
+    if not (of_its_run and _is_same_run(old, models[0])):
+        folders.check(folder, subject, _subject(models, files, skipped, asked))
+    infos = [own.info for own in old.checkpoints]
+    ours = {scores_path(folder, info, file) for info in infos for file in old.files}
+    foreign = next((path for path in (folder / FRAMES).rglob("*") if not path.is_dir() and path not in ours), None)
+    if foreign is not None:
         raise InputError(
-            f"{folder} holds {foreign[0].relative_to(folder)}, which is no result of an evaluation: give another --out."
+            f"{folder} holds {foreign.relative_to(folder)}, which is no result of an evaluation: give another --out."
         )
+    return [FRAMES, *draw.figures([info.name for info in infos])]
 
 
-def _replace_frames(folder: Path, new: Path) -> None:
-    """Put `new` in the place of frames/; results and figures go with the old ones, so that none stem from two evaluations."""
-    (folder / "results.json").unlink(missing_ok=True)
-    draw.remove(folder)
-    shutil.rmtree(folder / "frames", ignore_errors=True)
-    new.chmod(0o755)
-    new.rename(folder / "frames")
+def _read(folder: Path) -> tuple[Results, folders.Subject]:
+    results = read_results(folder)
+    return results, _subject_of(results)
+
+
+def _subject(
+    models: Sequence[Model], files: Sequence[Speech], skipped: Sequence[Skipped], asked: Asked
+) -> folders.Subject:
+    """What is asked for."""
+    return folders.Subject(
+        asked.data or folders.OWN_DATA,
+        {file.name: file.digest for file in files},
+        frozenset(one.name for one in skipped),
+        tuple(folders.checkpoint(model.name, model.about) for model in models),
+        {"--reset-every": _period(models, asked)},
+        _measured([_arms(model, asked) for model in models], [_measures_inner(model, asked) for model in models]),
+    )
+
+
+def _subject_of(old: Results) -> folders.Subject:
+    """What stored results are of."""
+    return folders.Subject(
+        old.setting.about.get("data") or folders.OWN_DATA,
+        {file.name: file.digest for file in old.files},
+        frozenset(one["name"] for one in old.skipped),
+        tuple(folders.checkpoint(own.info.name, own.info.about) for own in old.checkpoints),
+        {"--reset-every": old.setting.reset_every},
+        _measured([own.arms for own in old.checkpoints], [bool(own.inner) for own in old.checkpoints]),
+    )
+
+
+def _measured(arms: Sequence[Sequence[str]], inner: Sequence[bool]) -> frozenset[str]:
+    """Of each checkpoint in words."""
+    which = [f" of checkpoint {i + 1}" if len(arms) > 1 else "" for i in range(len(arms))]
+    found = [f"the arm {arm}{one}" for one, names in zip(which, arms, strict=True) for arm in names]
+    return frozenset([*found, *(f"inner losses{one}" for one, is_there in zip(which, inner, strict=True) if is_there)])
+
+
+def _is_same_run(old: Results, model: Model) -> bool:
+    """Whether results are of the run that made `model` and no other, perhaps of another step, on its own held-out files.
+
+    Where the run lies and how it is spread over devices may have changed.
+    """
+    if len(old.checkpoints) != 1 or old.setting.about.get("data") is not None:
+        return False
+
+    def of_run(about: dict[str, Any]) -> dict[str, Any]:
+        free = ("run_dir", "mesh", "accumulate", "remat")
+        config = {name: value for name, value in (about.get("config") or {}).items() if name not in free}
+        same = ("train", "heldout", "codec", "tokenizer", "base")
+        return config | {f"meta {name}": about.get(name) for name in same}
+
+    return of_run(old.checkpoints[0].info.about) == of_run(model.about)
 
 
 def _info(index: int, file: Speech) -> FileInfo:
@@ -283,6 +358,16 @@ def _arms(model: Model, asked: Asked) -> tuple[str, ...]:
     """In the order of reports."""
     names = asked.arms or (arms_.DEFAULT if model.cfg.ttt_layers else arms_.WITHOUT_TTT)
     return tuple(arm for arm in arms_.ARMS if arm in names)
+
+
+def _measures_inner(model: Model, asked: Asked) -> bool:
+    return bool(model.cfg.ttt_layers) if asked.inner is None else asked.inner
+
+
+def _period(models: Sequence[Model], asked: Asked) -> int:
+    """Frames between resets."""
+    run = models[0].run
+    return asked.reset_every or (run.data.chunk if run else PERIOD)
 
 
 def _check(model: Model, asked: Asked) -> None:

@@ -4,45 +4,37 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eval import folder as folders
 from eval import persistence_draw as draw
 from eval import persistence_report as report
+from eval.conditions import ARMS, conditions, parse
 from eval.persistence_data import MARGIN, THRESHOLD, Bounds, Condition, Experiment, File, Setting
 from eval.persistence_results import analyse, read, write
 from eval.results import weights
 from ttt_jax.command import PARTIAL, cost, keep_compiled, machine, shortened
 from ttt_jax.errors import InputError
-from ttt_jax.files import run_and_step
+from ttt_jax.paths import local
 
 if TYPE_CHECKING:  # --again needs neither jax nor models
+    from eval.conditions import Asked
     from eval.models import Model
     from eval.scores import FileScores
     from eval.speech import Speech
-
-ARMS, WITHOUT_TTT = ("persist", "reset", "frozen", "off"), "off"
-"""Those of `eval.arms` that can be compared, in their order, and the one of a model without TTT layers."""
 
 BROKEN = 1
 """Exit code of a run whose first chunk says that something is wrong."""
 
 DIGITS = 9
 """Decimals of losses: what is stored is what is analysed, so that --again gives the same numbers."""
-
-
-class Asked(NamedTuple):
-    """A condition as the command line gives it."""
-
-    name: str | None
-    paths: tuple[str, ...]
-    """Its checkpoints."""
-    arm: str | None
 
 
 def main(options: argparse.Namespace) -> int:
@@ -66,7 +58,7 @@ def main(options: argparse.Namespace) -> int:
             raise InputError(
                 f"--again {options.again} streams nothing, so --{flag} has no effect: leave it out, or stream anew without --again."
             )
-        folder = Path(options.again).expanduser()
+        folder = local(options.again)
         experiment, about = read(folder)
         chosen = {name: value for name in ("margin", "threshold") if (value := getattr(options, name)) is not None}
         setting = dataclasses.replace(experiment.setting, **chosen)
@@ -105,69 +97,12 @@ def tell(experiment: Experiment, about: dict, folder: Path) -> int:
     return PARTIAL if experiment.skipped else 0
 
 
-def parse(text: str) -> Asked:
-    """A condition, [NAME=]CHECKPOINT[,CHECKPOINT...][@ARM]. Raises `InputError` if it is none."""
-    name, equals, rest = text.partition("=")
-    if not equals or "/" in name:  # the = of a path
-        name, rest = "", text
-    paths, at, arm = rest.rpartition("@")
-    if not at or "/" in arm:
-        paths, arm = rest, ""
-    elif arm not in ARMS:
-        raise InputError(f"{text}: the arm {arm!r} cannot be compared: give @ and one of {', '.join(ARMS)}.")
-    found = tuple(str(Path(path)) for path in paths.split(",") if path)
-    if not found:
-        raise InputError(f"{text!r} names no checkpoint: give [NAME=]CHECKPOINT[,CHECKPOINT...][@ARM].")
-    return Asked(name or None, found, arm or None)
-
-
-def conditions(asked: Sequence[Asked], models: dict[str, Model]) -> list[Condition]:
-    """The conditions that are asked for; `models` by path, each of another name.
-
-    Raises `InputError` if they cannot be compared.
-    """
-    spread = []
-    for one in asked:
-        plain = [models[path].name for path in one.paths if not models[path].cfg.ttt_layers]
-        if plain and one.arm not in (None, WITHOUT_TTT):
-            raise InputError(f"{plain[0]} has no TTT layers, so there is no arm {one.arm}: give @off or no arm.")
-        if plain and len(asked) == 1:
-            raise InputError(f"{plain[0]} has no TTT layers, so there is nothing to compare: give another condition.")
-        arms = ARMS if len(asked) == 1 and one.arm is None else [one.arm or (WITHOUT_TTT if plain else "persist")]
-        spread += [one._replace(arm=arm) for arm in arms]
-    if len(spread) < 2:
-        raise InputError(f"{asked[0].paths[0]}@{asked[0].arm} is a single condition: give another to compare it with.")
-    if len(spread) > len(asked):
-        spread = [one._replace(name=one.name and f"{one.name} {one.arm}") for one in spread]
-    for one in spread[1:]:
-        if len(one.paths) != len(spread[0].paths):
-            raise InputError(
-                f"the conditions have {len(spread[0].paths)} and {len(one.paths)} checkpoints, but seeds are compared in pairs: give as"
-                " many in each."
-            )
-    shared = len({one.paths for one in spread}) == 1
-
-    def named(one: Asked) -> str:
-        if one.name or shared:
-            return one.name or one.arm
-        first, *more = (models[path].name for path in one.paths)
-        return f"{first}{f'+{len(more)}' if more else ''}@{one.arm}"
-
-    found = [Condition(named(one), one.arm, tuple(models[path].name for path in one.paths)) for one in spread]
-    names = [one.name for one in found]
-    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
-        raise InputError(f"two conditions are called {twice}: give them names (NAME=CHECKPOINT), or leave one out.")
-    for one in found:
-        if len(set(one.checkpoints)) < len(one.checkpoints):
-            raise InputError(f"{one.name} names one checkpoint twice: seeds are different runs, leave it out.")
-    return found
-
-
 def _experiment(asked: Sequence[Asked], options: argparse.Namespace) -> tuple[Experiment, Path]:
     """Everything streamed, and the folder of the results."""
     from eval import evaluate
     from eval import speech as speech_
 
+    asked = _spelled_alike(asked)
     paths = list(dict.fromkeys(path for one in asked for path in one.paths))
     models = _described(paths)
     keep_compiled(models[paths[0]].cache_dir / "compiled")
@@ -188,7 +123,12 @@ def _experiment(asked: Sequence[Asked], options: argparse.Namespace) -> tuple[Ex
     for reason in shortened([one.reason for one in skipped]):
         print(f"skipped: {reason}", file=sys.stderr)
     setting = _setting(several, files, options)
-    folder = _folder(Path(paths[0]), options)
+    folder = folders.find(options.out, "persistence", paths[0], options.data)
+    folders.make(folder)  # what cannot be is told before the work
+    subject = _subject(
+        options.data, files, [one._asdict() for one in skipped], compared, [_about(model) for model in several], setting
+    )
+    _check_replaced(folder, subject)
     print(
         f"streaming {len(files)} files through {len(models)} checkpoint{'s' * (len(models) > 1)} under"
         f" {len(compared)} conditions ...",
@@ -213,6 +153,7 @@ def _experiment(asked: Sequence[Asked], options: argparse.Namespace) -> tuple[Ex
             *({"name": name, "reason": reason} for name, reason in failed.items()),
         ],
     )
+    _check_replaced(folder, subject)  # another command may have written there meanwhile
     # Files that were left out may have been the longest.
     count = len(experiment.pieces)
     cut = lambda values: values[..., :count]  # noqa: E731
@@ -229,12 +170,15 @@ def _described(paths: Sequence[str]) -> dict[str, Model]:
     """The checkpoints by path, each of a name of its own; of several the weights are let go until they are needed."""
     from eval import models as models_
 
-    found: dict[str, Model] = {}
-    for path in paths:
-        model = models_.load(path)
-        found[path] = model if len(paths) == 1 else model._replace(params=None)
-    names = [model.name for model in found.values()]
-    return {path: model if names.count(model.name) == 1 else model._replace(name=path) for path, model in found.items()}
+    return dict(zip(paths, models_.load_all(paths, keep=len(paths) == 1), strict=True))
+
+
+def _spelled_alike(asked: Sequence[Asked]) -> list[Asked]:
+    """`asked` with each checkpoint under the first path that it is given by."""
+    first: dict[str, str] = {}
+    for path in (path for one in asked for path in one.paths):
+        first.setdefault(os.path.realpath(path), path)
+    return [one._replace(paths=tuple(first[os.path.realpath(path)] for path in one.paths)) for one in asked]
 
 
 def _setting(models: Sequence[Model], files: Sequence[Speech], options: argparse.Namespace) -> Setting:
@@ -264,23 +208,45 @@ def reach(model: Model) -> int:
     return sum(context - 1 for context in model.cfg.contexts) + 1 + model.cfg.max_delay
 
 
-def _folder(first: Path, options: argparse.Namespace) -> Path:
-    """Of the results, made. Raises `InputError` if it cannot be, or holds results of another command."""
-    default = "persistence" + (f"-{Path(options.data).resolve().stem}" if options.data else "")
-    run, step = run_and_step(first.expanduser()) or (first, None)
-    folder = Path(options.out or run / (default if step is None else f"{default}-{step}")).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {folder} cannot be made ({error.strerror}): give another folder.") from None
-    if (folder / "results.json").exists():
-        try:
-            read(folder)
-        except InputError:
-            raise InputError(
-                f"{folder} holds a results.json that is not this command's: give another --out, or remove it."
-            ) from None
-    return folder
+def _check_replaced(folder: Path, subject: folders.Subject) -> None:
+    """Raise `InputError` if what `folder` holds is not to be replaced by results of `subject`."""
+    old = folders.stored(folder, folders.RESULTS, _subject_of, (report.FILE, *draw.FILES))
+    if old is not None:
+        folders.check(folder, old, subject)
+
+
+def _subject_of(folder: Path) -> folders.Subject:
+    """What stored results are of."""
+    old, _ = read(folder)
+    data = old.setting.about.get("data")
+    return _subject(data, old.files, old.skipped, old.conditions, old.checkpoints, old.setting)
+
+
+def _subject(
+    data: str | None,
+    files: Sequence[File | Speech],
+    skipped: Sequence[dict[str, str]],
+    compared: Sequence[Condition],
+    checkpoints: Sequence[dict[str, Any]],
+    setting: Setting,
+) -> folders.Subject:
+    """What an experiment is about; the conditions count by arm and checkpoints, whatever they are called."""
+    known = {about["name"]: folders.checkpoint(about["name"], about) for about in checkpoints}
+    return folders.Subject(
+        data or folders.OWN_DATA,
+        {file.name: file.digest for file in files},
+        frozenset(one["name"] for one in skipped),
+        tuple(
+            (f"{known[name][0]} under {one.arm}", f"{known[name][1]} {one.arm}")
+            for one in compared
+            for name in one.checkpoints
+        ),
+        {
+            "seeds by condition": [len(one.checkpoints) for one in compared],
+            "--reset-every": setting.chunk,
+            "--weighting": setting.weighting,
+        },
+    )
 
 
 def _stream(
@@ -374,11 +340,11 @@ def task_bounds(
       For every file, float [T]: nats of each frame's token of the first own codebook that the best possible model pays with memory of
       everything before, and with memory of `frames` frames; NaN where nothing is scored.
     """
-    if data is None or not (Path(data) / "task.json").is_file():
+    if data is None or not (local(data) / "task.json").is_file():
         return None
     from eval import tasks
 
-    return tasks.bounds_for(Path(data), files, frames)
+    return tasks.bounds_for(local(data), files, frames)
 
 
 def _bounds(found: tuple[list[np.ndarray], list[np.ndarray]], setting: Setting, count: int, kept: list[int]) -> Bounds:

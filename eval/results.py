@@ -21,9 +21,13 @@ from ttt_jax import record
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.errors import InputError
 from ttt_jax.files import write_atomically
+from ttt_jax.paths import file_name
 
-FORMAT = 2
-"""Of results.json; 1 was a single checkpoint with one frames.npz."""
+COMMAND, FORMAT = "python -m eval stream", 2
+"""What marks results.json as this command's, and its version."""
+
+FRAMES = "frames"
+"""Folder of the scores in a result folder."""
 
 WEIGHTINGS: dict[str, str] = {
     "equal": "all codebooks alike",
@@ -101,7 +105,7 @@ class CheckpointInfo:
     """A checkpoint that was evaluated."""
 
     name: str
-    """Of its folder under frames/; no two are alike."""
+    """Of its folder under frames/, as `file_name` writes it; no two are alike."""
     context: int
     """Attention window, frames."""
     ttt_layers: tuple[int, ...]
@@ -206,7 +210,7 @@ def aggregate(values: np.ndarray, weighting: str) -> np.ndarray:
 
 def scores_path(folder: Path, checkpoint: CheckpointInfo, file: FileInfo) -> Path:
     """Where a result folder holds the scores of a file under a checkpoint."""
-    return folder / "frames" / checkpoint.name / file.npz
+    return folder / FRAMES / file_name(checkpoint.name) / file.npz
 
 
 def load_scores(folder: Path, checkpoint: CheckpointInfo, file: FileInfo, setting: Setting) -> FileScores:
@@ -461,6 +465,7 @@ def write_results(folder: Path, results: Results, about: dict[str, Any]) -> Path
     counts = {"files": len(results.files), "skipped": len(results.skipped), "units": results.units}
     content = {
         **about,
+        "command": COMMAND,
         "format": FORMAT,
         "notes": NOTES,
         "counts": counts | {"unit": results.unit},
@@ -479,11 +484,9 @@ def read_results(folder: Path) -> Results:
     """
     path = folder / "results.json"
     stored = record.read_json(path, "results.json in a folder that python -m eval stream wrote")
-    found = stored.get("format") if isinstance(stored, dict) else None
-    if found != FORMAT:
-        raise InputError(
-            f"{path} has the format {found}, but this version reads {FORMAT}: run python -m eval stream again."
-        )
+    found = (stored.get("command"), stored.get("format")) if isinstance(stored, dict) else None
+    if found != (COMMAND, FORMAT):
+        raise InputError(f"{path} is of {found}, but format {FORMAT} of {COMMAND} is read: run {COMMAND} again.")
     try:
         return Results(
             setting=Setting(**stored["setting"] | {"streams": tuple(stored["setting"]["streams"])}),

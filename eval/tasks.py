@@ -32,6 +32,7 @@ from ttt_jax.data.frames import ABSENT
 from ttt_jax.data.text import PAD
 from ttt_jax.errors import InputError
 from ttt_jax.files import write_atomically
+from ttt_jax.paths import local
 
 if TYPE_CHECKING:
     from eval.speech import Speech
@@ -205,7 +206,7 @@ def bounds_for(data: Path, files: Sequence[Speech], reach: int) -> tuple[list[np
 def main(options: argparse.Namespace) -> int:
     """Make the data set that the command line asks for; the exit code. Raises `InputError`; leaves nothing half-made behind."""
     settings = Settings(options.task, options.files, options.frames, options.every, options.seed)
-    best = make(settings, Path(options.out).expanduser())["best"]
+    best = make(settings, local(options.out))["best"]
     print(f"{settings.task}: {' '.join(TASKS[settings.task].__doc__.split())}")
     print(f"{settings.files} files of {settings.frames} frames in {options.out}")
     print(

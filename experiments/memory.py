@@ -5,8 +5,9 @@
     python -m experiments.memory place FOLDER     # recall: the TTT layer in the first, the middle and the last layer
     python -m experiments.memory speech FOLDER    # the embedded speech, trained in four ways
 
-Data sets go to FOLDER/data (1 GB), runs to FOLDER/runs, comparisons to FOLDER/results; runs that have ended are not trained again, so
-`inner` and `place` use those of `tasks`. Runs that differ in task and seed alone train side by side. A GPU needs minutes for each part.
+Data sets go to FOLDER/data (1 GB), runs to FOLDER/runs, comparisons to FOLDER/results (those of other --seeds to folders that end in
+them); runs that have ended are not trained again, so `inner` and `place` use those of `tasks`. Runs that differ in task and seed alone
+train side by side. A GPU needs minutes for each part.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ttt_jax import record
 from ttt_jax.command import run
 from ttt_jax.config import check
 from ttt_jax.data import corpus
+from ttt_jax.paths import local
 from ttt_jax.sizes import TTT, parameter_counts
 
 TINY = PRESETS["tiny"]
@@ -106,7 +108,7 @@ class Experiment:
     """A folder, and the runs in it."""
 
     def __init__(self, folder: Path, seeds: Sequence[int], steps: int | None):
-        self._folder, self._seeds, self._steps = folder, seeds, steps
+        self._folder, self._seeds, self._steps = folder, tuple(seeds), steps
         self._load = together.loader()
         self.code = 0
         """The worst exit code of a comparison."""
@@ -186,7 +188,9 @@ class Experiment:
         return folder
 
     def _compare(self, name: str, conditions: Sequence[str], data: Path | None) -> None:
-        out = self._folder / "results" / name
+        # Of other seeds they are other results, which do not replace these.
+        usual = self._seeds in (SEEDS, SPEECH_SEEDS)
+        out = self._folder / "results" / (name if usual else f"{name}-seeds-{'-'.join(map(str, self._seeds))}")
         on = ["--data", str(data), "--batch", "64"] if data is not None else []
         self.code = max(self.code, evaluate(["persistence", *conditions, *on, "--out", str(out)]))
 
@@ -207,7 +211,7 @@ def main(args: Sequence[str]) -> int:
     )
     parser.add_argument("part", choices=("tasks", "inner", "place", "speech"))
     parser.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="the same for all parts; what is there is gone on with"
+        "folder", type=local, metavar="FOLDER", help="the same for all parts; what is there is gone on with"
     )
     parser.add_argument("--seeds", help="joined by commas; unset: those of the report")
     parser.add_argument("--steps", type=int, help="of training; unset: those of the report")

@@ -307,8 +307,19 @@ def test_the_command_prints_stores_and_draws(folder, tmp_path, capsys, records):
     assert said.count("  cosine  ") == len(records)
     assert report.block(records[-1]) in said
     stored = report.read(tmp_path / "out")
-    assert all(record.pop("checkpoint") == "one" for record in stored)
-    assert stored == records
+    (weights,) = {record["weights"] for record in stored}
+    assert len(weights) == 64
+    of = {"checkpoint": "one", "step": 1, "weights": weights, "data": str(speech)}
+    of |= {"file": f"{folder.name}/speech", "tokens": stored[0]["tokens"]}
+    assert stored == [of | record for record in records]
+    assert main(folder / "one", "--data", speech, "--every", EVERY, "--out", tmp_path / "out") == 0
+    before = (tmp_path / "out" / "records.jsonl").read_bytes()
+    for more in (("--compare", folder / "two"), ("--every", EVERY + 1), ("--frames", EVERY)):
+        with pytest.raises(InputError, match="out holds results .*: give another folder by --out"):
+            main(folder / "one", "--data", speech, "--every", EVERY, "--out", tmp_path / "out", *more)
+    with pytest.raises(InputError, match=r"out holds results of one \(step 1, .*, not of two \(step 1, "):
+        main(folder / "two", "--data", speech, "--every", EVERY, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "records.jsonl").read_bytes() == before
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"records.jsonl", "diagnose.png", "diagnose.pdf"}
     assert (tmp_path / "out" / "diagnose.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -198,27 +198,12 @@ def test_names_are_not_read_as_mathematics(tmp_path, monkeypatch):
     plt.close("all")
 
 
-def test_figures_of_an_earlier_evaluation_are_removed_and_nothing_else(tmp_path):
-    names = [
-        f"{name}.{kind}"
-        for name in ("memory", "memory-a b", "figure5-$x", "state", "checkpoints")
-        for kind in draw.KINDS
-    ]
-    others = [
-        "memory.txt",
-        "results.json",
-        "memories.png",
-        "my-state.png",
-        "figure50.png",
-        "memory.png.bak",
-        "other.pdf",
-    ]
-    for name in names + others:
-        (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "state-folder.png").mkdir()
-    draw.remove(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "state-folder.png"])
-    draw.remove(tmp_path / "missing")
+def test_names_of_figures_are_those_of_their_checkpoints():
+    one = [f"{name}.{kind}" for name in ("memory", "figure5", "state") for kind in draw.KINDS]
+    assert draw.figures(["any"]) == one
+    several = draw.figures(["a.1", "a.2", "A/x"])
+    assert {"memory-a.1.png", "memory-a.2.png", "state-A%2Fx.pdf", "checkpoints.png"} <= set(several)
+    assert len(set(several)) == len(several) == 3 * len(one) + 2
 
 
 def test_figure_5_averages_files_of_a_group_first(run, figures):
@@ -325,5 +310,5 @@ def test_the_command_says_what_is_wrong(run, tmp_path, figures):
         command(folder, window=0)
     stored = json.loads((folder / "results.json").read_text())
     (tmp_path / "results.json").write_text(json.dumps(stored | {"format": 1}))
-    with pytest.raises(InputError, match="format 1"):
+    with pytest.raises(InputError, match="eval stream', 1.*, but format 2"):
         command(tmp_path)

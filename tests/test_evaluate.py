@@ -181,6 +181,14 @@ def test_results_on_other_speech_do_not_replace_the_runs_own(run, data):
     assert not (run / "eval").exists()
     found = results(run / "eval-speech")
     assert [file["frames"] for file in found["files"]] == [16, 16, 16]
+    # Names alike up to the last dot, and two folders of one name.
+    other = write_data(data.parent / "speech.1", [tokens(20, 5)])
+    assert main(["stream", str(run), "--data", str(other), "--arms", "persist", "--frames", "16"]) == 0
+    assert results(run / "eval-speech") == found
+    assert results(run / "eval-speech.1")["setting"]["about"]["data"] == str(other)
+    namesake = write_data(data.parent / "x" / "speech", [tokens(20, 5)])
+    refused("eval-speech holds results on .*speech, not on .*x/speech as asked for", run, "--data", namesake)
+    assert results(run / "eval-speech") == found
 
 
 def test_an_interrupted_evaluation_leaves_the_one_before(run, data, tmp_path, monkeypatch):
@@ -213,7 +221,7 @@ def test_what_cannot_be_is_one_sentence(run, plain, data, tmp_path):
     refused("the arm '' does not exist", run, "--data", data, "--arms", "", "--out", out)
     refused("no checkpoint", tmp_path, "--data", data, "--out", out)
     refused("does not exist", run, "--data", tmp_path / "nothing.jsonl", "--out", out)
-    refused("two checkpoints are called", run, run, "--data", data, "--out", out)
+    refused("memory is given twice", run, run, "--data", data, "--out", out)
     refused("there is no --data", run, plain, "--out", out)
     alone = write_data(tmp_path / "alone", [tokens(20)])
     refused("exchanges memories between speakers", run, "--data", alone, "--arms", "persist,permuted", "--out", out)
@@ -324,14 +332,22 @@ def test_a_model_that_leaves_the_numbers_is_no_result(run, data, tmp_path, monke
     assert "skipped: memory under persist" in capsys.readouterr().err
 
 
-def test_figures_of_an_earlier_evaluation_do_not_stay(run, data, tmp_path):
+def test_the_same_again_replaces_everything_and_less_is_refused(run, data, tmp_path):
     out = tmp_path / "out"
     asked = ["stream", str(run), "--data", str(data), "--arms", "persist", "--frames", "16", "--out", str(out)]
-    main(asked)
-    assert (out / "figure5.png").exists()
     main([*asked, "--no-figure5"])
-    assert (out / "memory.png").exists()
     assert not (out / "figure5.png").exists()
+    (out / "state.pdf").write_bytes(b"of before")
+    (out / "notes.txt").write_text("mine")
+    names = {path.name for path in out.iterdir()}
+    main(asked)
+    made = {f"{name}.{kind}" for name in ("memory", "figure5", "state") for kind in ("png", "pdf")}
+    assert {path.name for path in out.iterdir()} == names | made
+    assert (out / "state.pdf").read_bytes() != b"of before"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    refused("of inner losses, which would not be measured again", *asked[1:], "--no-figure5")
+    refused("other tokens, more or fewer of 0 are streamed", *asked[1:], "--frames", "17")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_interrupting_ends_as_it_should(run, data, tmp_path):
@@ -370,7 +386,7 @@ def test_frames_of_something_else_are_not_replaced(run, data, tmp_path):
     out = tmp_path / "out"
     (out / "frames").mkdir(parents=True)
     (out / "frames" / "holiday.jpg").write_bytes(b"dear to someone")
-    refused("holiday.jpg, which is no result", run, "--data", data, "--out", out)
+    refused("holds frames, but no results.json that says", run, "--data", data, "--out", out)
     assert (out / "frames" / "holiday.jpg").exists()
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from eval import persistence, persistence_draw, stream
+from eval import persistence_draw, stream
+from eval.conditions import parse
 from eval.persistence_data import BEYOND
 from experiments import memory
 from tests.quick import quickly, scan_calls
@@ -29,7 +30,7 @@ def done(tmp_path_factory):
     whole, drawn = memory.Experiment._conditions, []
 
     def conditions(experiment, name):
-        found = [(text, persistence.parse(text)) for text in whole(experiment, name)]
+        found = [(text, parse(text)) for text in whole(experiment, name)]
         return [text for text, one in found if all(Path(path).is_dir() for path in one.paths)]
 
     small = {
@@ -87,7 +88,7 @@ def test_runs_learn_from_short_and_long_files_half_of_the_frames_each(done):
 
 def test_the_comparison_tells_how_near_the_best_losses_it_comes(done):
     folder, *_ = done
-    stored = json.loads((folder / "results" / "tasks-recall" / "results.json").read_text())
+    stored = json.loads((folder / "results" / "tasks-recall-seeds-3-4" / "results.json").read_text())
     assert [file["frames"] for file in stored["files"]] == [192] * 3
     assert stored["setting"]["chunk"] == CONFIG.data.chunk
     values = [
@@ -214,7 +215,7 @@ def test_variants_are_compared_with_the_runs_of_the_report(tmp_path, monkeypatch
     assert trained == [(name, change(memory.TASK), ("recall",)) for name, change in memory.INNER.items()]
     (name, conditions, data) = compared[0]
     assert (name, data) == ("inner", "recall")
-    found = [persistence.parse(text) for text in conditions]
+    found = [parse(text) for text in conditions]
     assert [(one.name, one.arm, Path(one.paths[1]).name) for one in found] == [
         (name, "persist", f"{name}-recall-2") for name in ("persist", "linear-16", "linear-1", "mlp-1")
     ]
@@ -222,7 +223,7 @@ def test_variants_are_compared_with_the_runs_of_the_report(tmp_path, monkeypatch
 
 
 def test_conditions_are_those_that_persistence_understands_with_all_seeds_each(tmp_path):
-    found = [persistence.parse(text) for text in memory.Experiment(tmp_path, [1, 2], None)._conditions("recall")]
+    found = [parse(text) for text in memory.Experiment(tmp_path, [1, 2], None)._conditions("recall")]
     assert [(one.name, one.arm, Path(one.paths[0]).name) for one in found] == [
         ("persist", "persist", "persist-recall-1"),
         ("reset", "reset", "persist-recall-1"),

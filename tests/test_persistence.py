@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval import paired, persistence, persistence_draw, persistence_report
+from eval import conditions, paired, persistence, persistence_draw, persistence_report
 from eval import persistence_results as results
 from eval.__main__ import main
 from eval.paired import ALPHA
@@ -600,7 +600,7 @@ MODELS = {name: Fake(name, name != "plain") for name in ("a", "b", "c", "plain")
 def chosen(*texts):
     return [
         (one.name, one.arm, one.checkpoints)
-        for one in persistence.conditions(list(map(persistence.parse, texts)), MODELS)
+        for one in conditions.conditions(list(map(conditions.parse, texts)), MODELS)
     ]
 
 
@@ -615,8 +615,8 @@ def test_conditions():
         ("kept", "persist", ("a", "b")),
         ("b+1@frozen", "frozen", ("b", "c")),
     ]
-    assert persistence.parse("runs/lr=3/x@2/y@off") == (None, ("runs/lr=3/x@2/y",), "off")
-    assert persistence.parse("m=runs/x@2/y/") == ("m", ("runs/x@2/y",), None)
+    assert conditions.parse("runs/lr=3/x@2/y@off") == (None, ("runs/lr=3/x@2/y",), "off")
+    assert conditions.parse("m=runs/x@2/y/") == ("m", ("runs/x@2/y",), None)
 
 
 @pytest.mark.parametrize(

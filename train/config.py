@@ -16,6 +16,7 @@ from ttt_jax.data.corpus import CorpusConfig
 from ttt_jax.errors import InputError
 from ttt_jax.launch import Launch
 from ttt_jax.launch import take as take_launch
+from ttt_jax.paths import local
 
 DESCRIPTION = """Train a Moshi with TTT layers on speech; the layers' state is carried along each file.
 
@@ -353,7 +354,7 @@ def _take_path(words: list[str], what: str) -> tuple[Path, list[str]]:
     if not equals:
         check(bool(rest) and not rest[0].startswith("--"), f"{flag} has no path behind it: give {what}.")
         value, rest = rest[0], rest[1:]
-    return Path(value).expanduser(), rest
+    return local(value), rest
 
 
 def _changes(run: Path, words: list[str]) -> Changes:

@@ -32,6 +32,7 @@ from ttt_jax.command import PARTIAL, keep_compiled, machine
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
 from ttt_jax.errors import InputError
+from ttt_jax.paths import local
 from ttt_jax.trees import Tree, merge
 
 log = logging.getLogger("train")
@@ -47,7 +48,7 @@ def start(cfg: TrainConfig) -> int:
     """Start a run of `cfg`; the exit code. Nothing is left behind if the input is bad. Raises `InputError`."""
     keep_compiled(cfg.data.cache_dir / "compiled")
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(launch.agreed(int(time.time()))))
-    run = prepare(cfg, Path(cfg.run_dir or f"runs/{cfg.name}-{stamp}").expanduser())
+    run = prepare(cfg, local(cfg.run_dir or f"runs/{cfg.name}-{stamp}"))
     announce.run(run)
     with memory(run.cfg):
         found = parameters.initial(run.cfg, run.mesh)
@@ -125,6 +126,8 @@ def _run(run: Run, state: TrainState, frozen: Tree, position: Any, checkpoints: 
         log.info("evaluate it in one process: python -m eval stream %s", run_dir)
     else:
         about = {"path": str(run_dir), "config": record.to_dict(cfg), "step": cfg.steps, **run.meta}
+        with open_run(run_dir) as saved:
+            about["weights"] = saved.digest(cfg.steps)
         model = Model(run_dir.resolve().name, cfg.model, merge(state.trained, frozen), cfg, about)
         of_run(model, run.corpus, run_dir / "eval")
     return PARTIAL if run.corpus.missing else 0

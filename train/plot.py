@@ -13,6 +13,7 @@ from ttt_jax import record
 from ttt_jax.command import run
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.errors import InputError
+from ttt_jax.paths import local
 
 
 def main(args: Sequence[str]) -> int:
@@ -28,8 +29,8 @@ def main(args: Sequence[str]) -> int:
         help="where to draw, with a PDF beside it; unset: loss.png in the run's folder, of several runs runs.png here",
     )
     options = parser.parse_args(args)
-    out = _check_out(Path(options.out).expanduser()) if options.out is not None else None
-    folders = [Path(name).expanduser() for name in options.runs]
+    out = _check_out(local(options.out)) if options.out is not None else None
+    folders = [local(name) for name in options.runs]
     lines = [_read(folder) for folder in folders]
     if len(folders) == 1:
         paths = plots.draw_run(lines[0], _stored(folders[0] / "meta.json").get("unigram"), folders[0], out)

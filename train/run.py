@@ -29,6 +29,7 @@ from ttt_jax.data import corpus as corpora
 from ttt_jax.data.corpus import Corpus
 from ttt_jax.data.text import Tokenizer
 from ttt_jax.errors import InputError
+from ttt_jax.paths import local
 from ttt_jax.trees import Tree, merge, pick
 
 log = logging.getLogger("train")
@@ -59,7 +60,7 @@ def prepare(cfg: TrainConfig, run_dir: Path, load: Callable[..., Corpus] = corpo
     parameters.check_base(cfg)
     codec, tokenizer = corpora.load_coders(cfg.data, cfg.model.card, cfg.model.text_card)
     cfg = fit(fit_model(dataclasses.replace(cfg, run_dir=str(run_dir), data=cfg.data.resolved()), codec, tokenizer))
-    cfg = dataclasses.replace(cfg, base=cfg.base and str(Path(cfg.base).expanduser().absolute()))
+    cfg = dataclasses.replace(cfg, base=cfg.base and str(local(cfg.base).absolute()))
     mesh = find_mesh(cfg)
     corpus = load(cfg.data, codec, tokenizer)
     check_data(cfg, corpus)

@@ -36,6 +36,7 @@ from ttt_jax.data.corpus import Corpus, CorpusConfig
 from ttt_jax.data.frames import Recording
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import model
+from ttt_jax.paths import local
 from ttt_jax.trees import Tree
 from ttt_jax.xla import known_options
 
@@ -52,7 +53,7 @@ def start(cfgs: Sequence[TrainConfig], load: Callable[..., Corpus] | None = None
     _check(cfgs)
     load = load or loader()
     keep_compiled(cfgs[0].data.cache_dir / "compiled")
-    runs = [prepare(cfg, Path(cfg.run_dir).expanduser(), load) for cfg in cfgs]
+    runs = [prepare(cfg, local(cfg.run_dir), load) for cfg in cfgs]
     _check([run.cfg for run in runs])  # by now with the cardinalities of their codecs
     cfg = runs[0].cfg
     log.info("%d runs side by side: %s", len(runs), ", ".join(run.cfg.run_dir for run in runs))
@@ -73,7 +74,7 @@ def start(cfgs: Sequence[TrainConfig], load: Callable[..., Corpus] | None = None
 
 def over_seeds(cfg: TrainConfig, seeds: Sequence[int]) -> list[TrainConfig]:
     """`cfg` with each of `seeds`, in folders that end in the seed."""
-    folder = cfg.run_dir or f"runs/{cfg.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = str(Path(cfg.run_dir)) if cfg.run_dir else f"runs/{cfg.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return [dataclasses.replace(cfg, seed=seed, run_dir=f"{folder}-{seed}") for seed in seeds]
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import math
@@ -55,6 +56,8 @@ class Saved(NamedTuple):
     """None if it was not asked for."""
     data: Any
     meta: dict[str, Any]
+    digest: str
+    """Of the weights, as `Checkpoints.digest` gives it."""
 
 
 class Run(NamedTuple):
@@ -63,7 +66,8 @@ class Run(NamedTuple):
     config: MoshiConfig
     params: Any
     meta: dict[str, Any]
-    """The whole resolved configuration under "config"; versions and digests of codec, tokenizer and corpus; "step"."""
+    """The whole resolved configuration under "config"; versions and digests of codec, tokenizer and corpus; "step", and "weights":
+    the digest by which its weights are known."""
 
 
 Like = Callable[[dict[str, Any]], tuple[Any, Any]]
@@ -149,6 +153,18 @@ class Checkpoints:
             )
         return steps[-1]
 
+    def digest(self, step: int) -> str:
+        """SHA-256, hex, by which the weights of a checkpoint are known, those of its base included; nothing large is read.
+
+        Raises `InputError` if the checkpoint is gone or damaged.
+        """
+        try:
+            return _digest(self._told(step))
+        except Damaged as problem:
+            raise InputError(
+                f"{self._folder / str(step)} is damaged ({problem}): give another checkpoint."
+            ) from problem
+
     def best(self) -> int | None:
         """Step of the checkpoint on disk with the lowest validation loss, the first of equals; None if none has any."""
         return _best({step: self._validation_of(step) for step in self.steps()})
@@ -230,7 +246,7 @@ class Checkpoints:
         self._agree(problem)
         stored = {name: total for name, (_, _, total) in told.content["arrays"].items()}
         integrity.compare(stored, integrity.sums(found))
-        return Saved(step, found["params"], found.get("state"), told.data, told.meta)
+        return Saved(step, found["params"], found.get("state"), told.data, told.meta, _digest(told))
 
     def _agree(self, problem: Damaged | None) -> None:
         """Raise `problem`, or `Damaged` if another process that reads with this one has one."""
@@ -284,6 +300,12 @@ class _Told(NamedTuple):
     content: dict[str, Any]
     data: Any
     meta: dict[str, Any]
+
+
+def _digest(told: _Told) -> str:
+    weights = {name: entry for name, entry in told.content["arrays"].items() if name.startswith("params/")}
+    base = (told.meta.get("base") or {}).get("digest")
+    return hashlib.sha256(json.dumps([weights, base], sort_keys=True).encode()).hexdigest()
 
 
 class _LatestAndBest:
@@ -341,7 +363,7 @@ def load_run(path: str | Path) -> Run:
     config, params = config_of(saved.meta), saved.params
     if saved.meta.get("stored") is not None:
         params = _completed(run_dir, saved, config, whole(saved.meta))
-    return Run(config, params, {**saved.meta, "step": saved.step})
+    return Run(config, params, {**saved.meta, "step": saved.step, "weights": saved.digest})
 
 
 def _completed(run_dir: str | Path, saved: Saved, config: MoshiConfig, like: Any) -> dict[str, Any]:

@@ -40,11 +40,15 @@ CHECKPOINTS = "checkpoints"
 
 
 def run_and_step(path: Path) -> tuple[Path, int | None] | None:
-    """A run's folder, and the step if `path` is that of one of its checkpoints (RUN/checkpoints/STEP); None if it is neither."""
-    if (path / CHECKPOINTS).is_dir():
-        return path, None
-    if path.parent.name == CHECKPOINTS and path.name.isdecimal() and path.is_dir():
-        return path.parent.parent, int(path.name)
+    """A run's folder, and the step if `path` is that of one of its checkpoints (RUN/checkpoints/STEP); None if it is neither.
+
+    `path` may be relative to the checkpoint (`.`) or a link.
+    """
+    for one in (path, Path(os.path.realpath(path))):
+        if (one / CHECKPOINTS).is_dir():
+            return one, None
+        if one.parent.name == CHECKPOINTS and one.name.isdecimal() and one.is_dir():
+            return one.parent.parent, int(one.name)
     return None
 
 

@@ -160,7 +160,16 @@ def by_file(some: Iterable[Tensor]) -> dict[str, list[Tensor]]:
 
 def base_digest(cfg: MoshiConfig, files: Mapping[str, Mapping[str, Any]]) -> str:
     """What names a base: SHA-256 over the names and digests of its files, TTT layers and adapters left out."""
-    lines = "".join(f"{files[name]['sha256']}  {name}\n" for name in sorted(by_file(base(cfg))))
+    return _digest_of(base(cfg), files)
+
+
+def whole_digest(cfg: MoshiConfig, files: Mapping[str, Mapping[str, Any]]) -> str:
+    """What names weights, TTT layers and adapters included: SHA-256 over the names and digests of their files."""
+    return _digest_of(tensors(cfg), files)
+
+
+def _digest_of(some: Iterable[Tensor], files: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = "".join(f"{files[name]['sha256']}  {name}\n" for name in sorted(by_file(some)))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 

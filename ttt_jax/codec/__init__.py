@@ -13,6 +13,7 @@ import numpy as np
 
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.errors import InputError
+from ttt_jax.paths import local
 
 DEFAULT_FILE = Path(__file__).resolve().parents[2] / "corpus" / "codec" / "melkmeans-8x64.safetensors"
 
@@ -82,7 +83,7 @@ def load_codec(name_or_path: str | Path = "kmeans") -> Codec:
             f"codec 'kmeans' is expected at {DEFAULT_FILE}, which does not exist: the embedded codec comes with a checkout of "
             "the project, not with the installed package; run from a checkout or give the path of a codec file."
         )
-    path = DEFAULT_FILE if name == "kmeans" else Path(name_or_path)
+    path = DEFAULT_FILE if name == "kmeans" else local(name_or_path)
     if not path.is_file():
         raise InputError(
             f"codec {name!r} is neither a codec nor a file; use 'kmeans' or the path of a codec file (.safetensors)."

@@ -19,6 +19,7 @@ from ttt_jax.data.manifest import Absent, read_manifest
 from ttt_jax.data.stated import StatedCodec, StatedTokenizer
 from ttt_jax.data.text import Tokenizer, load_tokenizer
 from ttt_jax.errors import InputError
+from ttt_jax.paths import local
 
 EMBEDDED = Path(__file__).resolve().parent.parent.parent / "corpus"
 """Folder of the embedded corpus in a checkout."""
@@ -42,7 +43,7 @@ class CorpusConfig:
     """Manifest or prepared folder of the files that are scored during training; unset: the held-out files."""
     codec: str = "kmeans"
     """Codec that turns audio into codes: "kmeans" (embedded), the path of a codec file, or "files": no audio, code files only,
-    and whatever codec they state."""
+    and whatever codec they state. A codec file of such a name is ./kmeans or ./files."""
     tokenizer: str | None = None
     """SentencePiece model for the text stream; unset: the embedded one, with codec "files" the one that the files state."""
     cache: str | None = None
@@ -52,13 +53,13 @@ class CorpusConfig:
     def cache_dir(self) -> Path:
         """The cache folder in force."""
         if self.cache is not None:
-            return Path(self.cache).expanduser()
+            return local(self.cache)
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ttt_jax"
 
     def resolved(self) -> CorpusConfig:
         """The same with absolute paths, so that it means the same in any folder. Raises `InputError` as `parse_sources`."""
         names = ["heldout", "validation", "tokenizer", "cache"]
-        if self.codec not in ("kmeans", FILES) and Path(self.codec).exists():
+        if self.codec not in ("kmeans", FILES) and _exists(self.codec):
             names.append("codec")
         absolute = {name: _absolute(getattr(self, name)) for name in names if getattr(self, name) is not None}
         if self.train is not None:
@@ -242,7 +243,7 @@ def _by_part(cfg: CorpusConfig) -> dict[str, list[Path]]:
 
 def _manifest(path: str) -> Path:
     """The manifest that `path` names: itself, or that of the folder."""
-    found = Path(os.path.expanduser(path))
+    found = local(path)
     if not found.is_dir():
         return found
     if not (found / MANIFEST).is_file():
@@ -254,7 +255,7 @@ def _manifest(path: str) -> Path:
 
 def _exists(path: str) -> bool:
     try:
-        return bool(path) and Path(os.path.expanduser(path)).exists()
+        return bool(path) and local(path).exists()
     except (OSError, ValueError):  # too long a name, a zero byte
         return False
 
@@ -278,7 +279,7 @@ def _weight(text: str, part: str, weight: str) -> float:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(os.path.expanduser(path)).absolute())
+    return str(local(path).absolute())
 
 
 def _describe(recordings: Sequence[Recording]) -> dict[str, Any]:

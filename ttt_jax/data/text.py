@@ -19,6 +19,7 @@ import numpy as np
 
 from ttt_jax.data.alignments import MAIN_SPEAKER, Word, read_alignments
 from ttt_jax.errors import InputError
+from ttt_jax.paths import local
 
 EPAD = 0
 PAD = 3
@@ -64,7 +65,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         InputError: the file is missing, is not a SentencePiece model, or has no room for the four special ids.
     """
-    path = Path(path)
+    path = local(path)
     try:
         content = path.read_bytes()
     except OSError as error:
