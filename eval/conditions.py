@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from eval.persistence_data import Condition
 from ttt_jax.errors import InputError
-from ttt_jax.paths import escaped, exists, listed, local
+from ttt_jax.paths import exists, listed, local, printable
 
 if TYPE_CHECKING:
     from eval.models import Model
@@ -42,7 +42,7 @@ def parse(text: str) -> Asked:
             f"{text!r} names no checkpoint where one is expected: give [NAME=]CHECKPOINT[,CHECKPOINT...][@ARM]."
         )
     return found._replace(
-        name=found.name and escaped(found.name), paths=tuple(str(local(path)) for path in found.paths)
+        name=found.name and printable(found.name), paths=tuple(str(local(path)) for path in found.paths)
     )
 
 

@@ -14,7 +14,7 @@ from ttt_jax.data.corpus import CorpusConfig
 from ttt_jax.errors import InputError
 from ttt_jax.files import run_and_step
 from ttt_jax.moshi.model import Params
-from ttt_jax.paths import escaped, local
+from ttt_jax.paths import local, printable
 
 
 class Model(NamedTuple):
@@ -95,7 +95,9 @@ def _name(path: Path, count: int) -> str:
     path = Path(os.path.realpath(path))
     run, step = run_and_step(path) or (path, None)
     if step is None:
-        return escaped(str(Path(*path.parts[-count:])))
-    if count == 1:
-        return escaped(f"{run.name}-{step}")
-    return escaped(str(Path(*run.parts[-(count - 1) :], path.relative_to(run))))
+        name = str(Path(*path.parts[-count:]))
+    elif count == 1:
+        name = f"{run.name}-{step}"
+    else:
+        name = str(Path(*run.parts[-(count - 1) :], path.relative_to(run)))
+    return printable(name.replace("\\", "\\\\"))  # two paths never look alike

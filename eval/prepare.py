@@ -38,7 +38,7 @@ from ttt_jax.data.text import ABSENT, Tokenizer, read_text
 from ttt_jax.errors import InputError
 from ttt_jax.files import file_digest, write_atomically
 from ttt_jax.jsonl import read_lines
-from ttt_jax.names import place, portable, printable
+from ttt_jax.paths import local, place, portable, printable
 
 MANIFEST = "manifest.jsonl"
 SETTINGS = "prepare.json"
@@ -55,7 +55,7 @@ def main(options: argparse.Namespace) -> int:
     found = sources.find(options.sources, options.layout)
     recordings = found.recordings
     codec, tokenizer = load_coders(CorpusConfig(codec=options.codec, tokenizer=options.tokenizer))
-    folder = Path(options.out).expanduser()
+    folder = local(options.out)
     _open(folder, codec, options.join)
     encoder = Encoder(codec, tokenizer, options.voice)
     todo = sources.streams(found, options.join)

@@ -29,7 +29,7 @@ from ttt_jax.data import formats
 from ttt_jax.data.alignments import Kind, read_beside
 from ttt_jax.data.manifest import is_manifest, read_manifest
 from ttt_jax.errors import InputError
-from ttt_jax.names import absolute, beside, missing, place, portable
+from ttt_jax.paths import absolute, beside, local, missing, place, portable
 
 LAYOUTS = ("auto", "folder", "manifest", "librilight", "librispeech-long")
 _FEW = 3  # problems of a kind that are told one by one
@@ -91,7 +91,7 @@ def find(sources: Sequence[str | Path], layout: str = "auto") -> Found:
     found: dict[Path, Recording] = {}
     problems: dict[Path, _Problem] = {}
     for source in sources:
-        for recording in _find(Path(os.path.expanduser(source)), layout, problems):
+        for recording in _find(local(source), layout, problems):
             found.setdefault(place(recording.path), recording)
     if not found:
         first, count = next(iter(problems.values())).sentence, len(problems)

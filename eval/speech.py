@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from ttt_jax.data.frames import load_frames
 from ttt_jax.data.manifest import Entry, Manifest, is_manifest, read_manifest
 from ttt_jax.data.text import ABSENT, Tokenizer
 from ttt_jax.errors import InputError
-from ttt_jax.names import absolute, beside, printable
+from ttt_jax.paths import absolute, beside, local, printable
 
 MANIFEST = "manifest.jsonl"
 """Of a folder that `python -m eval prepare` made."""
@@ -75,7 +74,7 @@ def read(data: str | Path, models: Sequence[Model], most: int | None = None) -> 
     Raises:
       InputError: the manifest cannot be read, or no file at all can be used.
     """
-    (entries, absent), root = _entries(Path(os.path.expanduser(data)))
+    (entries, absent), root = _entries(local(data))
     names = _names([one.path for one in (*entries, *absent)], root)
     names, gone = names[: len(entries)], names[len(entries) :]
     coders = _Coders(models)
@@ -101,7 +100,7 @@ def read(data: str | Path, models: Sequence[Model], most: int | None = None) -> 
 
 def first(data: str | Path, models: Sequence[Model], least: int) -> Speech:
     """The first stream that `data` names and that is there, as `read` gives it; it must have `least` frames. Raises `InputError`."""
-    (entries, _), root = _entries(Path(os.path.expanduser(data)))
+    (entries, _), root = _entries(local(data))
     found = _speech(entries[0], _names([entries[0].path], root)[0], _Coders(models), None)
     frames = found.frames.shape[1]
     if frames < least:

@@ -100,9 +100,3 @@ def test_names_become_names_of_files_that_differ():
     assert len(set(made)) == len(names)
     assert made[:3] == ["a.1", "a.2", "A%2Fx"]
     assert all("/" not in name and len(name.encode()) <= 150 for name in made)
-
-
-def test_what_cannot_be_printed_is_escaped():
-    assert paths.escaped("a b-ü") == "a b-ü"
-    assert paths.escaped("a\nb\x1b\udcff") == "a\\nb\\x1b\\udcff"
-    assert paths.escaped("a\\nb") != paths.escaped("a\nb")

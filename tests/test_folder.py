@@ -70,7 +70,7 @@ def test_a_checkpoint_of_several_has_its_step_in_the_runs_folder(tmp_path, monke
 
 def test_checkpoints_of_one_name_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load", lambda path: models.Model(models._name(path, 1), None, {}, None, {}))
-    for name in ("A/x", "B/x", "B/C/x", "a.1", "a.2", "x-5", "x/checkpoints/5", "new\nline"):
+    for name in ("A/x", "B/x", "B/C/x", "a.1", "a.2", "x-5", "x/checkpoints/5", "new\nline", "new\\nline"):
         (tmp_path / name).mkdir(parents=True)
 
     def names(*paths):
@@ -80,7 +80,7 @@ def test_checkpoints_of_one_name_are_told_apart(tmp_path, monkeypatch):
     assert names("A/x", "B/x", "a.1") == ["A/x", "B/x", "a.1"]
     assert names("B/x", "A/../B/C/x") == ["B/x", "C/x"]
     assert names("x-5", "x/checkpoints/5") == [f"{tmp_path.name}/x-5", "x/checkpoints/5"]
-    assert names("new\nline") == ["new\\nline"]
+    assert names("new\nline", "new\\nline") == ["new\\nline", "new\\\\nline"]
     (tmp_path / "link").symlink_to(tmp_path / "a.1")
     for same in ("a.1", "a.1/", "A/../a.1", "link"):
         with pytest.raises(InputError, match="is given twice: leave it out once"):
@@ -88,7 +88,7 @@ def test_checkpoints_of_one_name_are_told_apart(tmp_path, monkeypatch):
     infos = [CheckpointInfo(name, 9, ()) for name in names("A/x", "B/x")]
     assert draw.figures([info.name for info in infos])[:2] == ["memory-A%2Fx.png", "memory-A%2Fx.pdf"]
     file = FILES[0]
-    assert len({folders_path for info in infos for folders_path in [evaluate.scores_path(tmp_path, info, file)]}) == 2
+    assert len({evaluate.scores_path(tmp_path, info, file) for info in infos}) == 2
 
 
 # What may be replaced

@@ -15,7 +15,7 @@ import soundfile
 
 from eval import results, sources
 from eval.__main__ import main
-from ttt_jax import command, names, record
+from ttt_jax import command, paths, record
 from ttt_jax.data import formats
 from ttt_jax.data.codes import read_codes
 from ttt_jax.errors import InputError
@@ -368,7 +368,7 @@ def test_order_is_that_of_the_names_in_either_unicode_form(tmp_path, form):
 
 def test_printable_text_is_one_line_of_what_any_terminal_shows():
     kept = "d\u00e9 \u00a0\u200d\u0301"
-    assert names.printable(f"a\nb\u2028c\udcff\x1b[1m{kept}") == r"a\nb\u2028c\udcff\x1b[1m" + kept
+    assert paths.printable(f"a\nb\u2028c\udcff\x1b[1m{kept}") == r"a\nb\u2028c\udcff\x1b[1m" + kept
 
 
 def test_json_files_hold_names_in_any_bytes(tmp_path):
@@ -380,7 +380,7 @@ def test_json_files_hold_names_in_any_bytes(tmp_path):
 
 @pytest.mark.parametrize("name", ["caf\u00e9", os.fsdecode(b"\xff\n"), "plain"])
 def test_names_come_back_from_json(name):
-    assert names.native(json.loads(json.dumps(names.portable(name)))) == name
+    assert paths.native(json.loads(json.dumps(paths.portable(name)))) == name
 
 
 # Manifests as sources

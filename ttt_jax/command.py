@@ -18,7 +18,7 @@ from typing import Any
 
 from ttt_jax import __version__
 from ttt_jax.errors import InputError
-from ttt_jax.names import printable
+from ttt_jax.paths import printable
 
 BAD_INPUT = 2
 PARTIAL = 3

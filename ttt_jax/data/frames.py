@@ -39,7 +39,7 @@ from ttt_jax.data.stated import StatedCodec, StatedTokenizer
 from ttt_jax.data.text import ABSENT, Text, Tokenizer, read_text
 from ttt_jax.errors import InputError
 from ttt_jax.files import file_digest, write_atomically
-from ttt_jax.names import printable
+from ttt_jax.paths import printable
 
 _VERSION = "ttt_jax.frames/2"  # to change whenever the same input would give other frames
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ttt_jax.errors import InputError
 from ttt_jax.jsonl import read_lines
-from ttt_jax.names import Missing, beside, missing, native, spelled
+from ttt_jax.paths import Missing, beside, missing, native, spelled
 
 TOLERANCE = 0.5  # seconds by which a manifest or an alignment may disagree with its audio
 
