@@ -112,7 +112,7 @@ def _decode(source: Source, part: Part) -> Iterator[tuple[np.ndarray, int]]:
             while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
                 read += len(block)
                 yield block, sound.samplerate
-            promised = max(sound.frames, part.samples)
+            promised = part.samples or sound.frames
     except soundfile.SoundFileError as error:
         reason = getattr(error, "error_string", str(error)).strip().rstrip(".")
         if read:

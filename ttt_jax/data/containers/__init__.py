@@ -28,7 +28,7 @@ def find_parts(source: Source) -> list[Part]:
     for container in (wav, ogg, flac):
         if container.begins(source, at):
             return container.find_parts(source, at)
-    name = magic.name(source.read(at, magic.SIZE))
+    name = magic.name(source.read(0, magic.SIZE)) or magic.name(source.read(at, magic.SIZE))
     if name is not None and name.convertible:
         raise InputError(f"{source.path} is {name.text}, which is not read: {advice(source.path)}.")
     if name is not None:

@@ -77,6 +77,8 @@ def _part(source: Source, at: int, first: int, following: int) -> tuple[Part, in
     samples, end = 0, first
     if skip_tags(source, first) < following:
         samples, end = _last_frame(source, head, first, following)
+    if _samples_up_to(source.read(end, 16), head) is not None:
+        raise source.cut_off("its last frame is incomplete")
     if stated == _TOTAL or 0 < stated < samples:
         source.warn(f"states {stated} samples in its header, which is wrong: the {samples} that are there are read")
     elif stated > samples:

@@ -47,7 +47,9 @@ class _Info:
     """A frame that counts those behind it instead of holding sound."""
 
     frame: bytes
-    count_at: int  # where in the frame the number of frames stands; 0: it has none
+    begin: int  # of the header in the frame
+    count_at: int  # where in the frame the number of frames stands; 0: nowhere, or not as in a Xing header
+    size_at: int  # the same for the number of bytes
     count: int | None  # None: not stated
     size: int | None  # bytes from this frame to the end; None: not stated
 
@@ -67,9 +69,9 @@ def _parse(header: bytes) -> _Frame | None:
     padding = header[2] >> 1 & 1
     slot = 4 if layer == 1 else 1  # bytes
     length = (samples // 8 // slot * per_second // hertz + padding) * slot
-    mono, checksum = header[3] >> 6 == 3, 0 if header[1] & 1 else 2
+    mono = header[3] >> 6 == 3
     side = (17 if mono else 32) if mpeg1 else (9 if mono else 17)
-    return _Frame(length, samples, (version, layer, hertz, mono), 4 + checksum + side)
+    return _Frame(length, samples, (version, layer, hertz, mono), 4 + side)
 
 
 def find_parts(source: Source, at: int) -> list[Part]:
@@ -145,11 +147,22 @@ def _part(source: Source, start: int) -> tuple[Part | None, int]:
         return None, end
     if first.kind[1] != 3:  # layers I and II have no such header and a constant bit rate
         return Part(b"", begin, end, count * first.samples), end
-    if info is not None and info.count_at and len(info.frame) >= first.info_at + _INFO:
-        head = info.frame[: info.count_at] + count.to_bytes(4, "big") + info.frame[info.count_at + 4 :]
+    if info is not None and info.count_at and len(info.frame) >= info.begin + _INFO:
+        head = _true_info(first, info, count, end - start)
     else:
         head = _made_info(source.read(begin, 4), count)
     return Part(head, begin, end), end
+
+
+def _true_info(first: _Frame, info: _Info, count: int, size: int) -> bytes:
+    """The frame of a header with its numbers made true; what else it states (delay and padding of the encoder) is kept."""
+    frame = bytearray(info.frame)
+    frame[info.count_at : info.count_at + 4] = count.to_bytes(4, "big")
+    if info.size_at:
+        frame[info.size_at : info.size_at + 4] = size.to_bytes(4, "big")
+    frame[1] |= 1  # no checksum follows, so the header stands where decoders look for it
+    shift = info.begin - first.info_at
+    return bytes(frame[:4] + frame[4 + shift :] + bytes(shift))
 
 
 def _made_info(header: bytes, count: int) -> bytes:
@@ -184,20 +197,18 @@ def _info(data: bytes, frame: _Frame) -> _Info | None:
     if frame.kind[1] != 3:
         return None
     if data[36:40] == b"VBRI" and len(data) >= 54:
-        return _Info(data, 0, _stated(data[50:54]), _stated(data[46:50]))
-    at = frame.info_at
-    if data[at : at + 4] not in (b"Xing", b"Info") or any(data[6:at]) or len(data) < at + 8:
+        return _Info(data, 36, 0, 0, _stated(data[50:54]), _stated(data[46:50]))
+    for at in (frame.info_at, frame.info_at + 2):  # encoders disagree on whether a checksum stands before it
+        if data[at : at + 4] in (b"Xing", b"Info") and not any(data[6:at]) and len(data) >= at + 8:
+            break
+    else:
         return None
-    flags = data[at + 7]
-    has_count, has_size = flags & 1 and len(data) >= at + 12, flags & 2 and len(data) >= at + 16
-    count_at = at + 8 if has_count else 0
-    size_at = at + 8 + (4 if has_count else 0)
-    return _Info(
-        data,
-        count_at,
-        _stated(data[count_at : count_at + 4]) if has_count else None,
-        _stated(data[size_at : size_at + 4]) if has_size else None,
-    )
+    flags, field = data[at + 7], at + 8
+    count_at = field if flags & 1 and len(data) >= field + 4 else 0
+    field += 4 if flags & 1 else 0
+    size_at = field if flags & 2 and len(data) >= field + 4 else 0
+    count = _stated(data[count_at : count_at + 4]) if count_at else None
+    return _Info(data, at, count_at, size_at, count, _stated(data[size_at : size_at + 4]) if size_at else None)
 
 
 def _stated(field: bytes) -> int | None:

@@ -17,8 +17,14 @@ from ttt_jax.errors import InputError
 _HEADER = struct.Struct("<4sBBqIIIB")
 _FIRST, _LAST = 2, 4  # flags of a page: it begins, it ends a stream
 _NO_POSITION = -1  # of a page on which no packet ends
-_READ = {b"\x01vorbis": "Vorbis", b"OpusHead": "Opus", b"\x7fFLAC": "FLAC"}
-_OTHER = {b"Speex   ": "Speex", b"\x80theora": "Theora video", b"BBCD": "Dirac video", b"CELT": "CELT"}
+_READ = {b"\x01vorbis": "Vorbis", b"OpusHead": "Opus"}
+_OTHER = {
+    b"\x7fFLAC": "FLAC",
+    b"Speex   ": "Speex",
+    b"\x80theora": "Theora video",
+    b"BBCD": "Dirac video",
+    b"CELT": "CELT",
+}
 
 
 @dataclasses.dataclass
@@ -37,7 +43,7 @@ def find_parts(source: Source, at: int) -> list[Part]:
     """The links from `at` on.
 
     Raises:
-        InputError: the file is cut off or damaged, or a link holds anything but one stream of Vorbis, Opus or FLAC.
+        InputError: the file is cut off or damaged, or a link holds anything but one stream of Vorbis or Opus.
     """
     parts: list[Part] = []
     while begins(source, at):
@@ -81,11 +87,10 @@ def _link(source: Source, start: int) -> int:
                 raise source.cut_off(f"the Ogg page at byte {at} has a wrong header")
             _advance(source, stream, flags, position, number, at)
         at = end
-    sounds = [name for name in names if name in _READ.values()]
-    if len(sounds) != 1 or len(names) > 1:
+    if len(names) != 1 or names[0] not in _READ.values():
         held = " and ".join(names) if names else "no known stream"
         raise InputError(
-            f"{source.path} is an Ogg file that holds {held}, where one of sound is read: {advice(source.path)}."
+            f"{source.path} is an Ogg file that holds {held}, where one stream of Vorbis or Opus is read: {advice(source.path)}."
         )
     return at
 

@@ -11,7 +11,7 @@ from typing import BinaryIO
 from ttt_jax.errors import InputError
 
 _BLOCK = 1 << 20  # bytes read at a time in a search
-_STRAY = 1024  # fewer bytes of an unknown kind behind the sound are left out: too few to be a piece worth keeping
+STRAY = 1024  # fewer bytes of an unknown kind behind the sound are left out: too few to be a piece worth keeping
 _LYRICS = 1 << 16  # longest Lyrics3 tag that is looked through
 
 _log = logging.getLogger("ttt_jax")
@@ -58,7 +58,7 @@ class Part:
         head: a header with true lengths that takes the place of the file's own; empty where that is true.
         start: position in the file.
         end: position in the file, exclusive.
-        samples: so many samples of each channel are there at least; a decoder that gives fewer has failed.
+        samples: of each channel, where the walk counts them; 0: what the decoder states is right.
     """
 
     head: bytes
@@ -126,7 +126,7 @@ def skip_stray(source: Source, at: int, kind: str) -> None:
     """
     at = skip_tags(source, at)
     count = source.size - at
-    if count >= _STRAY:
+    if count >= STRAY:
         raise source.cut_off(f"{count} bytes from byte {at} on are neither {kind} sound nor a tag")
     if count > 0:
         source.warn(f"ends with {count} bytes that are neither sound nor a tag, which are left out")

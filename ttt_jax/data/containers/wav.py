@@ -19,7 +19,7 @@ import dataclasses
 import struct
 
 from ttt_jax.data.containers import mpeg
-from ttt_jax.data.containers.source import Part, Source, skip_stray, skip_tags
+from ttt_jax.data.containers.source import STRAY, Part, Source, skip_stray, skip_tags
 from ttt_jax.errors import InputError
 
 _OPEN = 0xFFFFFFFF
@@ -57,6 +57,8 @@ _KNOWN = (  # chunks that stand behind the sound: a cut in one costs no sound
         b"cart",
     ),
 )
+_TAGS = (b"TAG", b"APETAGEX", b"ID3\x03", b"ID3\x04")
+_TAIL = 1 << 16  # bytes at the end in which chunks are looked for behind sound whose size is wrong
 _PLAIN = (1, 3, 6, 7)  # codec numbers with samples of fixed size: PCM, float, A-law, mu-law
 _MPEG = (0x50, 0x55)
 _EXTENSIBLE = 0xFFFE
@@ -148,31 +150,71 @@ def _end(source: Source, header: _Header) -> tuple[int, int]:
     start, size = header.start, header.size
     there = source.size - start
     if size is None or (size > there and _is_mark(size)):
-        return _open_end(source, start, size)
+        return _mended(source, header, source.size)
     if size > there:
-        raise InputError(
-            f"{source.path} is cut off or damaged (its header promises {size} bytes of sound, {there} are there): copy the"
-            f" file again, or, if the sound is whole, write it anew, for example by ffmpeg -ignore_length 1 -i"
-            f" {source.path.name} {source.path.stem}.flac."
-        )
-    wrapped = there - size >> 32 << 32
-    for candidate in (size, size + wrapped) if wrapped else (size,):
-        after = _after(source, start, candidate)
-        if after is not None:
-            if candidate != size:
-                source.warn(
-                    f"states {size} bytes of sound, counted in 32 bits: the {candidate} that are there are read"
-                )
-            return start + candidate, after
-    if size == 0:
-        return _open_end(source, start, size)
-    if wrapped:
-        return _said(source, size, start, source.size)
-    if header.whole is not None and header.whole - (start + size) in (0, 1):
-        return start + size, start + size
-    if header.whole is not None and start + size < header.whole < source.size:
-        return _said(source, size, start, header.whole)
-    return _said(source, size, start, source.size)
+        raise _wrong_size(source, size, there)
+    if there - size >= 1 << 32:
+        counted = size + (there - size >> 32 << 32)
+        if (after := _after(source, start, counted)) is not None:
+            source.warn(
+                f"states {size} bytes of sound, counted in 32 bits: the {counted} bytes that are there are read"
+            )
+            return start + counted, after
+    # Zeros within the RIFF chunk are silence, those behind it padding.
+    silence = header.whole is not None and header.whole > start + size + 1 and source.read(start + size, 2) == b"\0\0"
+    if not silence and (after := _after(source, start, size)) is not None:
+        return start + size, after
+    if size == 0 or header.whole is None:
+        return _mended(source, header, source.size)
+    if header.whole - (start + size) in (0, 1):
+        if source.size - header.whole >= STRAY:
+            raise _wrong_size(source, size, there)
+        return start + size, header.whole
+    return _mended(source, header, header.whole if start + size < header.whole < source.size else source.size)
+
+
+def _wrong_size(source: Source, size: int, there: int) -> InputError:
+    name, stem = source.path.name, source.path.stem
+    return InputError(
+        f"{source.path} is cut off or damaged (its header states {size} bytes of sound, {there} are there): copy the file"
+        f" again or, if the sound is whole, write it anew, for example by ffmpeg -ignore_length 1 -i {name} {stem}.flac."
+    )
+
+
+def _mended(source: Source, header: _Header, limit: int) -> tuple[int, int]:
+    """The end of sound whose size is wrong or not stated: the next wav header, chunks or a tag at the end, or `limit`."""
+    start, end = header.start, limit
+    at = start
+    while (found := source.find(b"WAVEfmt ", at)) >= 0:
+        at = found + 8
+        if found - 8 >= start and begins(source, found - 8):
+            end = min(end, found - 8)
+            break
+    end = _before_chunks(source, start, end)
+    stated = "no length" if header.size is None else f"{header.size} bytes of sound"
+    source.warn(f"states {stated} in its header, which is wrong: the {end - start} bytes that are there are read")
+    return end, end
+
+
+def _before_chunks(source: Source, start: int, end: int) -> int:
+    """Where the chunks or tags begin that stand at the end of the sound, if any that are known do."""
+    begin = max(start, end - _TAIL)
+    tail = source.read(begin, end - begin)
+    bounded = dataclasses.replace(source, size=end)
+    places = [tail.find(mark) for mark in (*_KNOWN, *_TAGS)]
+    for place in sorted(place for place in places if place >= 0):
+        at = begin + place
+        if skip_tags(bounded, _skip_chunks(bounded, at)) == end and _fits(bounded, at):
+            return at
+    return end
+
+
+def _fits(source: Source, at: int) -> bool:
+    """Whether a chunk or tag at a position is as long as it says, rather than cut by the end."""
+    header = source.read(at, 8)
+    if header[:4] not in _KNOWN:
+        return header[:3] != b"TAG" or source.size - at == 128
+    return any(at + 8 + int.from_bytes(header[4:], order) <= source.size for order in ("little", "big"))
 
 
 def _after(source: Source, start: int, size: int) -> int | None:
@@ -204,23 +246,6 @@ def _skip_chunks(source: Source, at: int) -> int:
             return at
         at = min(at + 8 + length + length % 2, source.size)
     return at
-
-
-def _open_end(source: Source, start: int, size: int | None) -> tuple[int, int]:
-    """The end of sound whose length is not stated: the next wav header, or the end of the file."""
-    end, at = source.size, start
-    while (found := source.find(b"WAVEfmt ", at)) >= 0:
-        if found - 8 >= start and begins(source, found - 8):
-            end = found - 8
-            break
-        at = found + 8
-    return _said(source, size, start, end)
-
-
-def _said(source: Source, size: int | None, start: int, end: int) -> tuple[int, int]:
-    stated = "no length" if size is None else f"{size} bytes of sound"
-    source.warn(f"states {stated} in its header, which is wrong: the {end - start} bytes that are there are read")
-    return end, end
 
 
 def _parts(source: Source, header: _Header, end: int) -> list[Part]:
