@@ -112,7 +112,7 @@ def _decode(source: Source, part: Part) -> Iterator[tuple[np.ndarray, int]]:
             while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
                 read += len(block)
                 yield block, sound.samplerate
-            promised = part.samples or sound.frames
+            promised = sound.frames if part.samples is None else part.samples
     except soundfile.SoundFileError as error:
         reason = getattr(error, "error_string", str(error)).strip().rstrip(".")
         if read:
@@ -123,7 +123,7 @@ def _decode(source: Source, part: Part) -> Iterator[tuple[np.ndarray, int]]:
     finally:
         if window.error is not None:
             raise _unreadable(source.path, window.error)
-    if read < promised:
+    if read != promised:
         raise source.cut_off(f"it should hold {promised} samples, {read} can be read")
 
 

@@ -14,6 +14,19 @@ _BEGIN = 42  # bytes of the magic and the STREAMINFO block
 _BLOCKS = 1000  # no file has more blocks of metadata
 _BACK = 1 << 20  # bytes before the end in which the last frame is looked for: twice the largest frame of two channels
 _TRIES = 16  # frame headers that are tried; the last or the one before it is whole
+_RATES = {
+    1: 88200,
+    2: 176400,
+    3: 192000,
+    4: 8000,
+    5: 16000,
+    6: 22050,
+    7: 24000,
+    8: 32000,
+    9: 44100,
+    10: 48000,
+    11: 96000,
+}
 _TOTAL = (1 << 36) - 1  # largest number of samples that STREAMINFO can state; as a mark: not known
 _SIZES = {1: 192, **{code: 576 << code - 2 for code in range(2, 6)}, **{code: 256 << code - 8 for code in range(8, 16)}}
 
@@ -104,7 +117,7 @@ def _last_frame(source: Source, head: bytes, first: int, end: int) -> tuple[int,
             if stops:
                 return samples, (clean or stops)[-1]
         found += 1  # the first byte of this mark may be the second of one before it
-    raise source.cut_off("its last frame is incomplete")
+    raise source.cut_off("its last frame is incomplete, or none fits its header")
 
 
 def _samples_up_to(header: bytes, head: bytes) -> int | None:
@@ -129,8 +142,19 @@ def _samples_up_to(header: bytes, head: bytes) -> int | None:
     at += extra + {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
     if at >= len(header) or _crc8(header[:at]) != header[at]:
         return None
+    if _rate(header, rate_code, at) not in (None, int.from_bytes(head[18:21], "big") >> 4):
+        return None
     nominal = int.from_bytes(head[10:12], "big")  # samples of every frame but the last, if not variable
     return (number if variable else number * nominal) + samples
+
+
+def _rate(header: bytes, code: int, end: int) -> int | None:
+    """The rate in Hz that a frame states by a code, or in the bytes before `end`; None: that of the whole stream."""
+    if code == 12:
+        return header[end - 1] * 1000
+    if code in (13, 14):
+        return int.from_bytes(header[end - 2 : end], "big") * (1 if code == 13 else 10)
+    return _RATES.get(code)
 
 
 def _checked_ends(data: bytes, start: int) -> list[int]:

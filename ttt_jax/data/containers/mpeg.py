@@ -85,14 +85,18 @@ def find_parts(source: Source, at: int) -> list[Part]:
         return []
     if begin > at:
         source.warn(f"has {begin - at} bytes before its first whole MPEG frame, which are left out")
-    parts, at = [], begin
+    parts: list[Part] = []
+    at = begin
     while True:
-        part, at = _part(source, at)
+        part, end = _part(source, at)
         if part is not None:
             parts.append(part)
-        at = skip_tags(source, at)
+        at = skip_tags(source, end)
         if not _is_frame(source, at, 2):
             break
+        # Zeros between frames are lost sound, unless another file begins behind them.
+        if source.read(end, 1) == b"\0" and _info(source.read(at, _LONGEST), _parse(source.read(at, 4))) is None:
+            raise source.cut_off(f"{at - end} bytes from byte {end} on are no MPEG frame")
     damaged = _search(source, at)
     if damaged is not None:
         raise source.cut_off(f"{damaged - at} bytes from byte {at} on are no MPEG frame")
@@ -194,6 +198,7 @@ def _count(source: Source, at: int, kind: tuple[int, int, int, bool]) -> tuple[i
 
 def _info(data: bytes, frame: _Frame) -> _Info | None:
     """What a frame says about those behind it; None: it is a frame of sound."""
+    data = data[: frame.length]
     if frame.kind[1] != 3:
         return None
     if data[36:40] == b"VBRI" and len(data) >= 54:

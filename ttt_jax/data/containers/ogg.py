@@ -1,7 +1,7 @@
 """Ogg files: their links (RFC 3533), which are files joined one behind the other, checked page by page.
 
-A link is whole if its pages are numbered without a gap, their positions (granules) never go back, and each of its streams ends
-with a page that has the end mark. What an Ogg states as its length is the position of that page; it may leave out
+A link is whole if its pages are numbered without a gap, their checksums are right, their positions (granules) never go back, and
+each of its streams ends with a page that has the end mark. What an Ogg states as its length is the position of that page; it may leave out
 the end of what that page holds and no more, and the decoder must reach it.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+import zlib
 
 from ttt_jax.data.containers.source import Part, Source, skip_stray, skip_tags
 from ttt_jax.data.formats import advice
@@ -16,6 +17,7 @@ from ttt_jax.errors import InputError
 
 _HEADER = struct.Struct("<4sBBqIIIB")
 _FIRST, _LAST = 2, 4  # flags of a page: it begins, it ends a stream
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _NO_POSITION = -1  # of a page on which no packet ends
 _READ = {b"\x01vorbis": "Vorbis", b"OpusHead": "Opus"}
 _OTHER = {
@@ -67,12 +69,14 @@ def _link(source: Source, start: int) -> int:
             raise source.cut_off(missing)
         if len(head) < _HEADER.size:
             raise source.cut_off("its last Ogg page is incomplete")
-        _, version, flags, position, serial, number, _, segments = _HEADER.unpack(head[: _HEADER.size])
+        _, version, flags, position, serial, number, checksum, segments = _HEADER.unpack(head[: _HEADER.size])
         lengths = head[_HEADER.size : _HEADER.size + segments]
         body = at + _HEADER.size + segments
         end = body + sum(lengths)
         if len(lengths) < segments or end > source.size:
             raise source.cut_off("its last Ogg page is incomplete")
+        if _checksum(source.read(at, end - at)) != checksum:
+            raise source.cut_off(f"the checksum of the Ogg page at byte {at} is wrong")
         if flags & _FIRST:
             if not beginning:
                 raise source.cut_off(f"another stream begins at byte {at} before the last one has its end mark")
@@ -93,6 +97,16 @@ def _link(source: Source, start: int) -> int:
             f"{source.path} is an Ogg file that holds {held}, where one stream of Vorbis or Opus is read: {advice(source.path)}."
         )
     return at
+
+
+def _checksum(page: bytes) -> int:
+    """The CRC-32 that an Ogg page states, computed with its own field as 0.
+
+    It is that of zlib with the bits of all bytes in reverse order, starting from 0, and not inverted at the end.
+    """
+    page = page[:22] + bytes(4) + page[26:]
+    remainder = zlib.crc32(page.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int.from_bytes(remainder.to_bytes(4, "little").translate(_REVERSED), "big")
 
 
 def _names(content: bytes) -> list[str]:

@@ -58,13 +58,13 @@ class Part:
         head: a header with true lengths that takes the place of the file's own; empty where that is true.
         start: position in the file.
         end: position in the file, exclusive.
-        samples: of each channel, where the walk counts them; 0: what the decoder states is right.
+        samples: of each channel, as the walk counts them; None: as the decoder does.
     """
 
     head: bytes
     start: int
     end: int
-    samples: int = 0
+    samples: int | None = None
 
 
 class Window(io.RawIOBase):

@@ -251,17 +251,22 @@ def _skip_chunks(source: Source, at: int) -> int:
 def _parts(source: Source, header: _Header, end: int) -> list[Part]:
     """The sound with a header whose sizes are true; frames of MPEG audio as they are."""
     order, form, start = header.order, header.format, header.start
-    codec, channels = struct.unpack(order + "HH", form[:4])
-    block = max(1, struct.unpack(order + "H", form[12:14])[0])
+    codec, _, rate, per_second, block = struct.unpack(order + "HHIIH", form[:14])
     if codec in _MPEG:
         return mpeg.find_parts(dataclasses.replace(source, size=end), start)
     if codec == _EXTENSIBLE and len(form) >= 26:
         codec = struct.unpack(order + "H", form[24:26])[0]
-    size, samples = end - start, 0
+    size, samples = end - start, None
     if codec in _PLAIN:
-        size -= size % block
-        bits = struct.unpack(order + "H", form[14:16].ljust(2, b"\0"))[0]
-        samples = size // block if block == channels * ((bits + 7) // 8) else 0
+        if block == 0:
+            raise source.cut_off("its header says that a sample has 0 bytes")
+        if per_second != rate * block:
+            source.warn(
+                f"states {per_second} bytes a second in its header, where {rate} samples of {block} bytes are"
+                f" {rate * block}: it is read at {rate} Hz"
+            )
+        samples = size // block
+        size = samples * block
     chunks = b"fmt " + struct.pack(order + "I", len(form)) + form + bytes(len(form) % 2)
     if size <= _LARGEST:
         whole = 4 + len(chunks) + 8 + size
@@ -270,6 +275,6 @@ def _parts(source: Source, header: _Header, end: int) -> list[Part]:
     elif order == ">":
         raise InputError(f"{source.path} is a RIFX file of more than 4 GB: convert it to flac or RF64.")
     else:
-        large = b"ds64" + struct.pack("<IQQQI", 28, 4 + 36 + len(chunks) + 8 + size, size, samples, 0)
+        large = b"ds64" + struct.pack("<IQQQI", 28, 4 + 36 + len(chunks) + 8 + size, size, samples or 0, 0)
         head = b"RF64" + struct.pack("<I", _OPEN) + b"WAVE" + large + chunks + b"data" + struct.pack("<I", _OPEN)
     return [Part(head, start, start + size, samples)]
