@@ -253,7 +253,10 @@ def _parts(source: Source, header: _Header, end: int) -> list[Part]:
     order, form, start = header.order, header.format, header.start
     codec, _, rate, per_second, block = struct.unpack(order + "HHIIH", form[:14])
     if codec in _MPEG:
-        return mpeg.find_parts(dataclasses.replace(source, size=end), start)
+        parts = mpeg.find_parts(dataclasses.replace(source, size=end), start)
+        if not parts and end > start:
+            raise source.cut_off("its header says MPEG audio, but no frame of that is there")
+        return parts
     if codec == _EXTENSIBLE and len(form) >= 26:
         codec = struct.unpack(order + "H", form[24:26])[0]
     size, samples = end - start, None
