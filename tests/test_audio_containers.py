@@ -12,7 +12,7 @@ import soundfile
 
 from ttt_jax.data import audio
 from ttt_jax.data.audio import read_audio
-from ttt_jax.data.containers import Source, find_parts, mpeg
+from ttt_jax.data.containers import Source, find_parts, flac, mpeg
 from ttt_jax.errors import InputError
 
 RATE = 16000
@@ -177,6 +177,14 @@ def test_a_wav_whose_rate_contradicts_itself_is_told(read, caplog):
     content[28:32] = struct.pack("<I", 88200)
     assert read(bytes(content)).shape == (1, COUNT)
     assert "states 88200 bytes a second in its header" in caplog.text
+    for name in ("IMA_ADPCM", "MS_ADPCM", "GSM610", "ULAW"):
+        caplog.clear()
+        content = bytearray(encoded(noise(), format="WAV", subtype=name))
+        assert read(bytes(content)).shape[1] >= COUNT
+        assert not caplog.text
+        content[24:28] = struct.pack("<I", 8000)
+        assert read(bytes(content), 8000).shape[1] >= COUNT
+        assert "it is read at 8000 Hz" in caplog.text
 
 
 def test_a_rate_that_no_recording_has_is_refused(read):
@@ -220,6 +228,13 @@ def test_a_flac_whose_frames_have_another_rate_than_its_header_is_refused(read, 
     content = bytearray(files["flac"])
     content[18:20] = (24000 >> 4).to_bytes(2, "big")
     refused(read, bytes(content), "none fits its header")
+
+
+def test_a_flac_without_frames_holds_no_samples(read, files):
+    content = files["flac"]
+    empty = flac_with_total(content, 0)[: flac._first_frame(source(content), 0)]
+    refused(read, empty, "holds no samples")
+    assert read(empty + content + empty).shape == (1, COUNT)
 
 
 # Ogg
@@ -347,6 +362,17 @@ def test_a_frame_that_is_cut_off_is_refused_without_a_header_too(read, keep):
     refused(read, content[: int(len(content) * keep) | 1], "cut off or damaged")
 
 
+@pytest.mark.parametrize("kept", [1, 2, 3, 4, 100])
+def test_a_frame_that_has_hardly_begun_is_cut_off_and_no_stray_bytes(read, files, kept):
+    refused(read, without_info(files["mp3"]) + without_info(files["mp3"])[:kept], "its last frame is incomplete")
+
+
+def test_zeros_behind_an_mp3_that_nothing_counts_are_told(read, files, caplog):
+    bare = without_info(files["mp3"])
+    assert read(bare + bytes(3000)).shape == read(bare).shape
+    assert "has 3000 bytes behind its last frame that are no sound, and may be cut off" in caplog.text
+
+
 def test_bytes_within_an_mp3_that_are_no_frames_are_refused(read, files):
     for bare in (files["mp3"], without_info(files["mp3"])):
         middle = next(at for at in range(len(bare) // 2, len(bare)) if mpeg._search(source(bare), at) == at)
@@ -370,7 +396,10 @@ def test_mpeg_audio_in_a_wav_is_read(read, files):
     bare = without_info(files["mp3"])
     form = struct.pack("<HHIIHHH", 0x55, 1, RATE, 4000, 1, 0, 0)
     head = b"RIFF" + struct.pack("<I", 4 + 26 + 8 + len(bare)) + b"WAVE" + chunk(b"fmt ", form) + b"data"
-    assert read(head + struct.pack("<I", len(bare)) + bare).shape == read(bare).shape
+    head += struct.pack("<I", len(bare))
+    assert read(head + bare).shape == read(bare).shape
+    refused(read, head + bare[:-2000] + bytes(2000), "bytes of MPEG audio in it|its last frame|no MPEG frame")
+    refused(read, head + bytes(len(bare)), "bytes of MPEG audio in it 0 are frames")
 
 
 # All containers

@@ -43,12 +43,13 @@ def find_parts(source: Source, at: int) -> list[Part]:
     Raises:
         InputError: the file is cut off or damaged.
     """
-    parts = []
+    parts: list[Part] = []
     while True:
         first = _first_frame(source, at)
         following = _next(source, first)
         part, end = _part(source, at, first, following)
-        parts.append(part)
+        if part.samples:
+            parts.append(part)
         if following >= source.size:
             skip_stray(source, end, "FLAC")
             return parts

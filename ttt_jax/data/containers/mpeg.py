@@ -88,7 +88,7 @@ def find_parts(source: Source, at: int) -> list[Part]:
     parts: list[Part] = []
     at = begin
     while True:
-        part, end = _part(source, at)
+        part, end, counted = _part(source, at)
         if part is not None:
             parts.append(part)
         at = skip_tags(source, end)
@@ -97,6 +97,12 @@ def find_parts(source: Source, at: int) -> list[Part]:
         # Zeros between frames are lost sound, unless another file begins behind them.
         if source.read(end, 1) == b"\0" and _info(source.read(at, _LONGEST), _parse(source.read(at, 4))) is None:
             raise source.cut_off(f"{at - end} bytes from byte {end} on are no MPEG frame")
+    if at == source.size and source.read(end, 1) == b"\0" and not counted:
+        source.warn(
+            f"has {at - end} bytes behind its last frame that are no sound, and may be cut off: no header counts it"
+        )
+    if 0 < source.size - at < 4 and source.read(at, 1) == b"\xff":
+        raise source.cut_off("its last frame is incomplete")
     damaged = _search(source, at)
     if damaged is not None:
         raise source.cut_off(f"{damaged - at} bytes from byte {at} on are no MPEG frame")
@@ -128,8 +134,11 @@ def _is_frame(source: Source, at: int, count: int, whole: bool = False) -> bool:
     return True
 
 
-def _part(source: Source, start: int) -> tuple[Part | None, int]:
-    """The frames of one kind and count from a position on, and where they end; no part where none holds sound."""
+def _part(source: Source, start: int) -> tuple[Part | None, int, bool]:
+    """The frames of one kind and count from a position on, where they end, and whether a header counts them.
+
+    There is no part where no frame holds sound.
+    """
     first = _parse(source.read(start, 4))
     info = _info(source.read(start, first.length), first)
     begin = start if info is None else start + first.length
@@ -148,14 +157,14 @@ def _part(source: Source, start: int) -> tuple[Part | None, int]:
     elif info is not None and info.count_at and stated is None:
         source.warn(f"counts no frames in its header, which is unfinished: the {count} that are there are read")
     if count == 0:
-        return None, end
+        return None, end, stated is not None
     if first.kind[1] != 3:  # layers I and II have no such header and a constant bit rate
-        return Part(b"", begin, end, count * first.samples), end
+        return Part(b"", begin, end, count * first.samples), end, False
     if info is not None and info.count_at and len(info.frame) >= info.begin + _INFO:
         head = _true_info(first, info, count, end - start)
     else:
         head = _made_info(source.read(begin, 4), count)
-    return Part(head, begin, end), end
+    return Part(head, begin, end), end, stated is not None
 
 
 def _true_info(first: _Frame, info: _Info, count: int, size: int) -> bytes:

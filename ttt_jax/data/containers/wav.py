@@ -26,41 +26,16 @@ _OPEN = 0xFFFFFFFF
 _NEAR = 1 << 16  # sizes this near 2**32 or 2**31 are marks: writers subtract headers, or round down to their blocks
 _CHUNKS = 1000  # no header has more chunks
 _KNOWN = (  # chunks that stand behind the sound: a cut in one costs no sound
-    *(
-        b"LIST",
-        b"list",
-        b"id3 ",
-        b"ID3 ",
-        b"bext",
-        b"iXML",
-        b"PEAK",
-        b"fact",
-        b"cue ",
-        b"smpl",
-        b"inst",
-        b"JUNK",
-        b"junk",
-    ),
-    *(
-        b"PAD ",
-        b"_PMX",
-        b"LGWV",
-        b"acid",
-        b"plst",
-        b"afsp",
-        b"DISP",
-        b"axml",
-        b"chna",
-        b"umid",
-        b"FLLR",
-        b"levl",
-        b"cart",
-    ),
+    *(b"LIST", b"list", b"id3 ", b"ID3 ", b"bext", b"iXML", b"PEAK", b"fact", b"cue ", b"smpl", b"inst", b"JUNK"),
+    *(b"junk", b"PAD ", b"_PMX", b"LGWV", b"acid", b"plst", b"afsp", b"DISP", b"axml", b"chna", b"umid", b"FLLR"),
+    *(b"levl", b"cart"),
 )
 _TAGS = (b"TAG", b"APETAGEX", b"ID3\x03", b"ID3\x04")
 _TAIL = 1 << 16  # bytes at the end in which chunks are looked for behind sound whose size is wrong
 _PLAIN = (1, 3, 6, 7)  # codec numbers with samples of fixed size: PCM, float, A-law, mu-law
+_ADPCM = (2, 0x11, 0x31)  # codecs with blocks of a number of samples that the header states: Microsoft's, IMA's, GSM
 _MPEG = (0x50, 0x55)
+_ROUNDED = 0.02  # share by which encoders round the bytes a second
 _EXTENSIBLE = 0xFFFE
 _LARGEST = 0xFFFF0000  # bytes of sound above which the header must be that of an RF64
 
@@ -251,23 +226,20 @@ def _skip_chunks(source: Source, at: int) -> int:
 def _parts(source: Source, header: _Header, end: int) -> list[Part]:
     """The sound with a header whose sizes are true; frames of MPEG audio as they are."""
     order, form, start = header.order, header.format, header.start
-    codec, _, rate, per_second, block = struct.unpack(order + "HHIIH", form[:14])
+    codec, _, _, _, block = struct.unpack(order + "HHIIH", form[:14])
     if codec in _MPEG:
         parts = mpeg.find_parts(dataclasses.replace(source, size=end), start)
-        if not parts and end > start:
-            raise source.cut_off("its header says MPEG audio, but no frame of that is there")
+        whole = parts[-1].end if parts else start
+        if end - whole >= STRAY:
+            raise source.cut_off(f"of the {end - start} bytes of MPEG audio in it {whole - start} are frames")
         return parts
     if codec == _EXTENSIBLE and len(form) >= 26:
         codec = struct.unpack(order + "H", form[24:26])[0]
     size, samples = end - start, None
+    _check_rate(source, form, order, codec)
     if codec in _PLAIN:
         if block == 0:
             raise source.cut_off("its header says that a sample has 0 bytes")
-        if per_second != rate * block:
-            source.warn(
-                f"states {per_second} bytes a second in its header, where {rate} samples of {block} bytes are"
-                f" {rate * block}: it is read at {rate} Hz"
-            )
         samples = size // block
         size = samples * block
     chunks = b"fmt " + struct.pack(order + "I", len(form)) + form + bytes(len(form) % 2)
@@ -281,3 +253,18 @@ def _parts(source: Source, header: _Header, end: int) -> list[Part]:
         large = b"ds64" + struct.pack("<IQQQI", 28, 4 + 36 + len(chunks) + 8 + size, size, samples or 0, 0)
         head = b"RF64" + struct.pack("<I", _OPEN) + b"WAVE" + large + chunks + b"data" + struct.pack("<I", _OPEN)
     return [Part(head, start, start + size, samples)]
+
+
+def _check_rate(source: Source, form: bytes, order: str, codec: int) -> None:
+    """Warn if the bytes a second that a header states are not those of its rate and its blocks."""
+    rate, per_second, block = struct.unpack(order + "IIH", form[4:14])
+    samples = 1
+    if codec in _ADPCM and len(form) >= 20:
+        samples = struct.unpack(order + "H", form[18:20])[0]
+    elif codec not in _PLAIN:
+        return
+    if abs(per_second * samples - rate * block) > _ROUNDED * rate * block:
+        source.warn(
+            f"states {per_second} bytes a second in its header, which does not fit its {rate} Hz and {block} bytes for each"
+            f" {'sample' if samples == 1 else f'{samples} samples'}: it is read at {rate} Hz"
+        )
