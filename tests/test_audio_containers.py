@@ -548,6 +548,7 @@ OTHERS = {
     "an ASF file": b"\x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9",
     "an AMR file": b"#!AMR\n",
     "a raw AAC stream": b"\xff\xf1\x50\x80\x2e\x7f\xfc",
+    "MPEG audio of a free bit rate": b"\xff\xfb\x00\xc4",
     "a W64 file": b"riff\x2e\x91\xcf\x11\xa5\xd6",
     "an AVI file": b"RIFF\0\0\x10\0AVI LIST",
 }

@@ -38,7 +38,7 @@ from ttt_jax.files import file_digest, write_atomically
 
 ABSENT = -1
 """Token that is not known; equals `ttt_jax.moshi.delays.ABSENT`, whose module would load jax."""
-_VERSION = "ttt_jax.frames/1"  # to change whenever the same input would give other frames
+_VERSION = "ttt_jax.frames/2"  # to change whenever the same input would give other frames
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,8 @@ def _by_more(head: bytes) -> str | None:
         return "an AVI file"
     if len(head) >= 7 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0:  # like MPEG audio, but layer 0
         return "a raw AAC stream"
+    if len(head) >= 4 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 6 and head[2] >> 4 == 0:
+        return "MPEG audio of a free bit rate"
     if len(head) > 376 and head[0] == head[188] == head[376] == 0x47:
         return "an MPEG transport stream"
     return None
