@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ttt_jax import record, weights
 from ttt_jax.config import LoRAConfig, MoshiConfig, TTTConfig, model_preset
-from ttt_jax.convert import extras, names, settings, support
+from ttt_jax.convert import extras, names, original, settings, support
 from ttt_jax.convert.lora import merged
 from ttt_jax.convert.matching import Found, Matched, match
 from ttt_jax.convert.plan import Plan, carry_out, check_copies, log
@@ -57,14 +57,26 @@ def kyutai(
         found = _with_config(find(str(source)), config)
         if found.config is not None and (told := support.unsupported(found.config)):
             _refuse(found.where, told)
-        file = opened.enter_context(TensorFile(found.weights()))
+        original.check_base(found)
+        file, theirs = original.split(opened.enter_context(TensorFile(found.weights())))
+        notes: list[str] = []
+        if theirs is not None and lora is None:
+            found = original.merged(found, notes)
         lora_path = _lora_path(found, lora)
-        if lora_path is None and merge_lora:
+        if lora_path is None and theirs is None:
+            lora_path = original.trained_part(found)
+        lora_file, trained = (
+            original.split(opened.enter_context(TensorFile(lora_path)), file.tensors) if lora_path else (None, None)
+        )
+        if merge_lora and (lora_file is None or (trained is not None and not _has_adapters(lora_file))):
             raise InputError(
                 f"{source} names no adapters that could be merged: give --lora FILE, or leave out --merge-lora."
             )
-        lora_file = opened.enter_context(TensorFile(lora_path)) if lora_path else None
-        plan, finish = _plan(found, file, lora_file, out, merge_lora, ttt, seed, opened)
+        if theirs is not None and trained is not None:
+            raise InputError(
+                f"{file.path} and {lora_path} both hold TTT layers of the original: take one of them away."
+            )
+        plan, finish = _plan(found, file, lora_file, theirs or trained, out, merge_lora, ttt, seed, opened, notes)
         check_copies(plan)
         for line in plan.lines():
             log.info(line)
@@ -77,20 +89,15 @@ def _with_config(found: Source, config: str | Path | None) -> Source:
     return found if config is None else found._replace(config=read_config(Path(config)), where=str(config))
 
 
-def _plan(found, file, lora_file, out, merge_lora, ttt, seed, opened):
+def _plan(found, file, lora_file, theirs, out, merge_lora, ttt, seed, opened, notes):
     """The plan, and the function that writes config.json when all else is written."""
-    notes: list[str] = []
     cfg, base = _base(found, file, lora_file, notes)
     rank, adapters = 0, None
-    if lora_file is not None:
+    if lora_file is not None and (theirs is None or _has_adapters(lora_file)):
         rank, scaling, adapters = _adapters(found, cfg, lora_file, notes)
         if not merge_lora:
             cfg = dataclasses.replace(cfg, lora=LoRAConfig(rank, scaling))
-    exported, ttt = _ttt(found, ttt, opened)
-    cfg = dataclasses.replace(cfg, ttt=ttt)
-    if exported is not None:
-        extras.check_ttt(cfg, exported)
-    ttt_params = exported or extras.fresh(cfg, seed)
+    cfg, ttt_params = _ttt(found, cfg, theirs, ttt, seed, opened, notes)
 
     files: dict[str, list[Spec]] = {}
     for one in base.found:
@@ -241,16 +248,39 @@ def _merge(files: dict[str, list[Spec]], base: Matched, adapters: Matched, rank:
         specs[at] = specs[at]._replace(pieces=parts)
 
 
-def _ttt(found: Source, ttt: TTTConfig, opened: contextlib.ExitStack) -> tuple[TensorFile | None, TTTConfig]:
-    """TTT layers that lie beside the weights, as `export` writes them, and their settings; or those asked for."""
+def _has_adapters(file: TensorFile | original.View) -> bool:
+    return any(key.endswith((names.LORA_A, names.LORA_B)) for key in file.tensors)
+
+
+def _ttt(
+    found: Source,
+    cfg: MoshiConfig,
+    theirs: original.Layers | None,
+    ttt: TTTConfig,
+    seed: int,
+    opened: contextlib.ExitStack,
+    notes: list[str],
+) -> tuple[MoshiConfig, TensorFile | Callable[[int], dict[str, Any]]]:
+    """The model with its TTT layers, and their tensors: those of the original, those that `export` wrote, or those asked for."""
     path = found.fetch(extras.TTT_CONFIG)
-    if path is None:
-        return None, ttt
-    if ttt.layers != "none":
+    own = [str(where) for where in (path, theirs and theirs.file.path) if where is not None]
+    if len(own) > 1:
+        raise InputError(f"{found.name} has TTT layers in {' and in '.join(own)}: take one of them away.")
+    if own and ttt != NO_TTT:
         raise InputError(
-            f"{found.name} has TTT layers of its own ({extras.TTT_CONFIG}): leave out --ttt-layers, or take that file away."
+            f"{found.name} has TTT layers of its own ({own[0]}): leave out --ttt-layers and other settings of TTT layers, or take that"
+            " file away."
         )
-    return opened.enter_context(TensorFile(found.need(extras.TTT, "the TTT layers"))), extras.read_ttt_config(path)
+    if theirs is not None:
+        cfg = original.configure(theirs, found, cfg, notes)
+        return cfg, original.parameters(theirs, cfg)
+    if path is None:
+        cfg = dataclasses.replace(cfg, ttt=ttt)
+        return cfg, extras.fresh(cfg, seed)
+    cfg = dataclasses.replace(cfg, ttt=extras.read_ttt_config(path))
+    exported = opened.enter_context(TensorFile(found.need(extras.TTT, "the TTT layers")))
+    extras.check_ttt(cfg, exported)
+    return cfg, exported
 
 
 def _spec(found: Found, dtype: str) -> Spec:
