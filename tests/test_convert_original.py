@@ -1,7 +1,6 @@
 """TTT layers of the original: they convert, do what they did there where they should, and what cannot be is told."""
 
 import dataclasses
-import json
 import re
 from functools import cache
 
@@ -50,19 +49,19 @@ def hidden_vectors(kind, rows=1):
 
 @pytest.fixture
 def converted(tmp_path):
-    """A function from the original's parameters of a layer to ours and their configuration, both float64."""
+    """A function from the original's parameters of a layer to ours in float64, with their configuration."""
 
-    def convert(p, kind, **settings):
-        folder = theirs.write(tmp_path / "one", theirs.consolidated(theirs.CONFIG, {1: p}), [1])
-        path = folder / "training_config.json"
-        told = json.loads(path.read_text())
-        told["ttt"] |= {"mini_batch_size": mini_batch(kind)} | settings
-        path.write_text(json.dumps(told))
-        plan = kyutai(folder, tmp_path / "plan", dry_run=True)
-        with TensorFile(folder / "consolidated.safetensors") as file:
-            made = original.parameters(original.split(file)[1], plan.cfg)(1)
-        ours = {name: values.astype(np.float64) for name, values in made.items()}
-        return ours, dataclasses.replace(plan.cfg, dtype="float64", layer_context=())
+    @cache
+    def configuration(kind):
+        tensors = theirs.consolidated(theirs.CONFIG, {1: parameters(kind)})
+        folder = theirs.write(tmp_path / "whole", tensors, [1], mini_batch_size=mini_batch(kind))
+        return dataclasses.replace(kyutai(folder, tmp_path / "ours", dry_run=True).cfg, dtype="float64")
+
+    def convert(p, kind):
+        save_file(theirs.own({1: p}), tmp_path / "layer.safetensors")
+        with TensorFile(tmp_path / "layer.safetensors") as file:
+            made = original.parameters(original.split(file)[1], configuration(kind))(1)
+        return {name: values.astype(np.float64) for name, values in made.items()}, configuration(kind)
 
     return convert
 
@@ -141,10 +140,13 @@ def test_what_was_never_used_changes_nothing(converted):
         np.testing.assert_array_equal(values, after[name])
 
 
-def test_rate_is_divided_by_the_mini_batch(converted):
-    for b, base_lr in ((1, 0.1), (16, 1.0), (64, 1e-3)):
-        _, cfg = converted(parameters("mlp"), "mlp", mini_batch_size=b, base_lr=base_lr)
-        assert (cfg.ttt.mini_batch, cfg.inner_lr) == (b, base_lr / b)
+@pytest.mark.parametrize(("b", "base_lr"), [(1, 0.1), (16, 1.0), (64, 1e-3)])
+def test_rate_is_divided_by_the_mini_batch(tmp_path, b, base_lr):
+    layers = layers_of()
+    tensors = theirs.consolidated(theirs.CONFIG, layers)
+    folder = theirs.write(tmp_path / "theirs", tensors, layers, mini_batch_size=b, base_lr=base_lr)
+    cfg = kyutai(folder, tmp_path / "ours", dry_run=True).cfg
+    assert (cfg.ttt.mini_batch, cfg.inner_lr) == (b, base_lr / b)
 
 
 SETTINGS = TTTConfig(
@@ -201,7 +203,7 @@ def test_what_does_not_carry_over_is_listed(tmp_path):
     for words in (
         "base_lr 0.5 at 4 frames a mini-batch is 0.125 here",
         "a frame no longer reads the steps of later frames",
-        "counts it twice in its networks of 3 maps",
+        "counts it twice in networks of 3 maps",
         block + "ttt_layer.ttt.weights.{0-2}",
         block + "ttt_layer.ttt.biases.{0-2}",
         "do not decay",
@@ -322,6 +324,18 @@ def refused(source, out, **arguments):
 
 def drop(*names):
     return lambda tensors: {key: values for key, values in tensors.items() if key.removeprefix(BLOCK) not in names}
+
+
+def test_a_view_reads_what_a_file_reads(tmp_path):
+    layers = layers_of(numbers=(1,))
+    folder = theirs.write(tmp_path / "theirs", theirs.consolidated(theirs.CONFIG, layers), layers)
+    with TensorFile(folder / "consolidated.safetensors") as file:
+        view, _ = original.split(file)
+        for name, values in files.weights(theirs.CONFIG).items():
+            np.testing.assert_array_equal(view.array(name), values)
+    save_file(spoil("original_layer.norm1.alpha", 0.5)(load_file(file.path)), folder / "spoiled.safetensors")
+    with TensorFile(folder / "spoiled.safetensors") as file, pytest.raises(InputError, match="which differ"):
+        original.split(file)[0].array("transformer.layers.1.norm1.alpha")
 
 
 def put(name, values):

@@ -334,26 +334,21 @@ def _differences(layers: Layers, cfg: MoshiConfig, inner: list[int], base_lr: fl
         " number"
     )
     if ttt.mini_batch > 1:
-        yield (
-            "a frame no longer reads the steps of later frames of its mini-batch, so outputs are the original's at the last frame of"
-            " each and differ before"
+        yield "a frame no longer reads the steps of later frames of its mini-batch" + (
+            ", so outputs are the original's at the last frame of each and differ before" if maps < 3 else ""
         )
     if maps == 1:
         yield "the original cannot run its linear inner network, so these weights are as they were initialised or from elsewhere"
     if maps > 2:
-        yield f"an update counts once in outputs, where the original counts it twice in its networks of {maps} maps"
-        fast = {name for names in _inner_names(layers) for name in names}
+        yield f"outputs count an update once, where the original counts it twice in networks of {maps} maps"
+        fast = [keys[name] for keys in layers.keys.values() for pair in _inner_names(layers) for name in pair]
         yield (
-            f"{group(key for keys in layers.keys.values() for name, key in keys.items() if name in fast)} may be a stream's weights instead of the"
-            " learned start, as the original's evaluation writes those over it; they are taken as they stand"
+            f"{group(fast)} may be a stream's weights instead of the learned start, as the original's evaluation writes those over it;"
+            " they are taken as they stand"
         )
     yield (
-        "fast weights stay with a stream from call to call and do not decay (ttt.horizon none), where the original "
-        + (
-            "starts anew at each call"
-            if maps < 3
-            else "starts anew at each call in training and keeps the first row's in evaluation"
-        )
+        "fast weights stay with a stream from call to call and do not decay (ttt.horizon none), where the original starts anew at each"
+        " call" + (" in training and keeps the first row's in evaluation" if maps > 2 else "")
     )
     yield "a mini-batch that a call leaves open waits for its next frames, where the original fills it up and learns from the filling"
     if any(width % cfg.head_dim for width in inner):
