@@ -174,8 +174,11 @@ def is_plain_base(ours, plain):
 
 @pytest.mark.parametrize("type", files.TYPES)
 def test_all_weights_convert(tmp_path, type):
-    layers = layers_of(type=type)
-    folder = theirs.write(tmp_path / "theirs", theirs.consolidated(theirs.CONFIG, layers, type), layers)
+    layers, c = (
+        layers_of(type=type),
+        theirs.CONFIG | {"moshi_name": "model.safetensors"},
+    )  # of the weights it started from
+    folder = theirs.write(tmp_path / "theirs", theirs.consolidated(c, layers, type), layers, c)
     plan = kyutai(folder, tmp_path / "ours")
     cfg, params, info = weights.load(tmp_path / "ours", verify=True)
     assert cfg.ttt == plan.cfg.ttt == SETTINGS

@@ -42,7 +42,8 @@ def kyutai(
       source: a folder with config.json and safetensors, a safetensors file, or a hub id.
       out: the new folder.
       config: a config.json instead of the one in `source`.
-      lora: a LoRA file of Kyutai's, or hf://OWNER/NAME/FILE; None: the one that config.json names, if it does.
+      lora: a LoRA file of Kyutai's, or hf://OWNER/NAME/FILE, or what the original trained; None: the one that config.json names, if
+        it does.
       merge_lora: whether the adapters are added to the weights instead of being kept apart.
       ttt: TTT layers to be added; their output projections are 0, so the model says what it said.
       seed: of the TTT layers.
@@ -57,7 +58,7 @@ def kyutai(
         found = _with_config(find(str(source)), config)
         if found.config is not None and (told := support.unsupported(found.config)):
             _refuse(found.where, told)
-        original.check_base(found)
+        found = original.located(found)
         file, theirs = original.split(opened.enter_context(TensorFile(found.weights())))
         notes: list[str] = []
         if theirs is not None and lora is None:

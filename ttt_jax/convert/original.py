@@ -20,13 +20,14 @@ import numpy as np
 
 from ttt_jax import record
 from ttt_jax.config import MoshiConfig, TTTConfig, parse_layers
-from ttt_jax.convert.source import Source
+from ttt_jax.convert.source import MOSHI, Source
 from ttt_jax.differences import differences, group
 from ttt_jax.errors import InputError
 from ttt_jax.tensorfile import DTYPES, Piece, Ring, TensorFile
 from ttt_jax.weights import LORA
 
 SETTINGS = "training_config.json"
+WHOLE = "consolidated.safetensors"
 OWN = re.compile(r"transformer\.layers\.(\d+)\.seq_modeling_block\.(?!original_layer\.)(.+)")
 KYUTAI = re.compile(r"(transformer\.layers\.\d+\.)(?:seq_modeling_block\.)?original_layer\.")
 FUSED = {"in_projs.0.weight": "in_proj_weight", "out_projs.0.weight": "out_proj.weight"}
@@ -125,17 +126,24 @@ def split(file: TensorFile, base: Collection[str] = ()) -> tuple[TensorFile | Vi
     return (View(file, kept), Layers(file, dict(sorted(layers.items())))) if layers else (file, None)
 
 
-def check_base(found: Source) -> None:
-    """Raise `InputError` if `found` is what the original saves of a run that trained a part of the weights: it lacks the others."""
+def located(found: Source) -> Source:
+    """`found` with the weights where the original saves them.
+
+    Raises `InputError` if it holds what the original saves of a run that trained a part of the weights: that lacks the others.
+    """
     file = found.file
     if file is None and found.folder is not None and found.fetch(SETTINGS):
         here = [path.name for path in found.folder.glob("*.safetensors")]
-        file = found.folder / LORA if here == [LORA] else None
+        if not found.fetch(found.raw.get("moshi_name") or MOSHI):
+            file = found.fetch(WHOLE)
+        if here == [LORA]:
+            file = found.folder / LORA
     if file is not None and file.name == LORA and (file.parent / SETTINGS).is_file():
         raise InputError(
             f"{file} holds what the original trained and not the weights it started from: give those (such as"
             f" kyutai/moshiko-pytorch-bf16) as SOURCE, and --lora {file}."
         )
+    return found._replace(file=file)
 
 
 def merged(found: Source, notes: list[str]) -> Source:
