@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +20,13 @@ import numpy as np
 
 from ttt_jax import record
 from ttt_jax.config import MoshiConfig, TTTConfig, parse_layers
-from ttt_jax.convert.source import MOSHI, Source
+from ttt_jax.convert.source import Source
+from ttt_jax.convert.view import Held, View
 from ttt_jax.differences import differences, group
 from ttt_jax.errors import InputError
-from ttt_jax.tensorfile import DTYPES, Piece, Ring, TensorFile
-from ttt_jax.weights import LORA
+from ttt_jax.tensorfile import DTYPES, Piece, Ring
 
 SETTINGS = "training_config.json"
-WHOLE = "consolidated.safetensors"
 OWN = re.compile(r"transformer\.layers\.(\d+)\.seq_modeling_block\.(?!original_layer\.)(.+)")
 KYUTAI = re.compile(r"(transformer\.layers\.\d+\.)(?:seq_modeling_block\.)?original_layer\.")
 FUSED = {"in_projs.0.weight": "in_proj_weight", "out_projs.0.weight": "out_proj.weight"}
@@ -58,105 +57,77 @@ UNUSED = {UNUSED_GATE} | {f"{TTT}{module}.{part}" for module in ("post_norm", "w
 class Layers(NamedTuple):
     """The original's TTT layers in a file."""
 
-    file: TensorFile
-    keys: dict[int, dict[str, str]]
-    """By layer: keys in the file by the name within `seq_modeling_block`."""
+    path: Path
+    tensors: dict[int, dict[str, Held]]
+    """By layer, by the name within `seq_modeling_block`."""
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of the tensor `key` of the file."""
-        return self.file.tensors[key].shape
-
-
-class View:
-    """Some tensors of a file under other names, to be read like a `TensorFile`.
-
-    A tensor that stands there more than once is compared as it is read: `InputError` if its copies differ.
-    """
-
-    def __init__(self, file: TensorFile, keys: Mapping[str, list[str]]):
-        """Raises `InputError` if copies differ in type or shape. `keys`: those in the file by the name here."""
-        self.path, self._file, self._keys = file.path, file, keys
-        self.tensors = {name: file.tensors[copies[0]] for name, copies in keys.items()}
-        for copies in keys.values():
-            if len({(file.tensors[key].dtype, file.tensors[key].shape) for key in copies}) > 1:
-                raise self._differ(copies)
-
-    def array(self, name: str) -> np.ndarray:
-        """The tensor `name`."""
-        first, *copies = map(self._file.array, self._keys[name])
-        if any(first.tobytes() != copy.tobytes() for copy in copies):
-            raise self._differ(self._keys[name])
-        return first
-
-    def piece(self, name: str, part: int = 0, parts: int = 1) -> Piece:
-        """One of `parts` equal consecutive shares of the bytes of the tensor `name`."""
-        first, *copies = (self._file.piece(key, part, parts) for key in self._keys[name])
-
-        def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
-            others = [copy.blocks(Ring(), unit) for copy in copies]
-            for views in zip(first.blocks(ring, unit), *others, strict=True):
-                if any(view != views[0] for view in views):
-                    raise self._differ(self._keys[name])
-                yield views[0]
-
-        return Piece(first.nbytes, blocks)
-
-    def _differ(self, copies: list[str]) -> InputError:
-        return InputError(
-            f"{self.path} holds one tensor as {' and '.join(copies)}, which differ: give the file as the original saved it."
-        )
+    def keys(self, names: Collection[str]) -> list[str]:
+        """What the tensors of these names are called in the file, of all layers."""
+        return [key(layer, name) for layer, held in self.tensors.items() for name in held if name in names]
 
 
-def split(file: TensorFile, base: Collection[str] = ()) -> tuple[TensorFile | View, Layers | None]:
-    """What of `file` is Kyutai's, under Kyutai's names, and the original's TTT layers if there are any.
+def key(layer: int, name: str) -> str:
+    """What the tensor `name` of a layer is called in a file."""
+    return f"transformer.layers.{layer}.seq_modeling_block.{name}"
+
+
+def split(view: View, base: Collection[str] = ()) -> tuple[View, Layers | None]:
+    """What of `view` is Kyutai's, under Kyutai's names, and the original's TTT layers if there are any.
 
     Args:
-      base: keys of the base that `file` belongs to; attention maps take the names that they have there.
+      base: names of the base that `view` belongs to; attention maps take those that they have there.
+
+    Raises `InputError` if the two copies of a tensor differ in type or shape, or, when they are read, in a value.
     """
-    layers: dict[int, dict[str, str]] = {}
-    kept: dict[str, list[str]] = {}
-    for key in file.tensors:
-        if match := OWN.fullmatch(key):
-            layers.setdefault(int(match[1]), {})[match[2]] = key
+    layers: dict[int, dict[str, Held]] = {}
+    kept: dict[str, dict[str, Held]] = {}
+    for name, held in view.tensors.items():
+        if match := OWN.fullmatch(name):
+            layers.setdefault(int(match[1]), {})[match[2]] = held
             continue
-        name = KYUTAI.sub(r"\1", key).replace(".frozen_W.", ".")
-        stem, dot, attention = name.partition("self_attn.")
+        plain = KYUTAI.sub(r"\1", name).replace(".frozen_W.", ".")
+        stem, dot, attention = plain.partition("self_attn.")
         fused = stem + dot + FUSED.get(attention, attention)
-        kept.setdefault(fused if fused in base else name, []).append(key)
-    return (View(file, kept), Layers(file, dict(sorted(layers.items())))) if layers else (file, None)
+        kept.setdefault(fused if fused in base else plain, {})[name] = held
+    if not layers:
+        return view, None
+    kyutai = View(view.path, {name: _one(copies) for name, copies in kept.items()})
+    return kyutai, Layers(view.path, dict(sorted(layers.items())))
 
 
-def located(found: Source) -> Source:
-    """`found` with the weights where the original saves them.
+def _one(copies: dict[str, Held]) -> Held:
+    """A tensor that stands in files under several names; they are compared as they are read."""
+    first, *others = copies.values()
+    differ = f"{first.path} holds one tensor as {' and '.join(copies)}, which differ: give the file as the original saved it."
+    if any((held.dtype, held.shape) != (first.dtype, first.shape) for held in others):
+        raise InputError(differ)
 
-    Raises `InputError` if it holds what the original saves of a run that trained a part of the weights: that lacks the others.
-    """
-    file = found.file
-    if file is None and found.folder is not None and found.fetch(SETTINGS):
-        here = [path.name for path in found.folder.glob("*.safetensors")]
-        if not found.fetch(found.raw.get("moshi_name") or MOSHI):
-            file = found.fetch(WHOLE)
-        if here == [LORA]:
-            file = found.folder / LORA
-    if file is not None and file.name == LORA and (file.parent / SETTINGS).is_file():
+    def piece(*share: int) -> Piece:
+        whole, *again = (held.piece(*share) for held in copies.values())
+
+        def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
+            for view, *same in zip(whole.blocks(ring, unit), *(one.blocks(Ring(), unit) for one in again), strict=True):
+                if any(view != one for one in same):
+                    raise InputError(differ)
+                yield view
+
+        return Piece(whole.nbytes, blocks)
+
+    return first._replace(piece=piece) if others else first
+
+
+def check_base(view: View) -> None:
+    """Raise `InputError` if `view`, what `split` left, are no whole weights, as of a run that trained and saved a part of them."""
+    if "text_emb.weight" not in view.tensors:
         raise InputError(
-            f"{file} holds what the original trained and not the weights it started from: give those (such as"
-            f" kyutai/moshiko-pytorch-bf16) as SOURCE, and --lora {file}."
+            f"{view.path} holds what the original trained and not the weights it started from: give those (such as"
+            f" kyutai/moshiko-pytorch-bf16) as SOURCE, and --lora {view.path}."
         )
-    return found._replace(file=file)
 
 
-def merged(found: Source, notes: list[str]) -> Source:
-    """`found` with adapters that config.json tells of and that lie nowhere counted as merged: the original saves all weights so."""
-    if found.fetch(LORA) or not found.raw.get("lora"):
-        return found
-    notes.append(f"the adapters that {found.where} tells of are in the weights already, as the original saves them")
-    return found._replace(config={**found.raw, "lora": False})
-
-
-def trained_part(found: Source) -> Path | None:
-    """The file beside the weights in which the original saves what it trained; its config.json only tells of adapters in it."""
-    return found.fetch(LORA) if found.folder is not None and found.fetch(SETTINGS) else None
+def is_checkpoint(found: Source) -> bool:
+    """Whether the original's settings lie in the folder `found`: what it trained is then beside them, adapters or not."""
+    return found.folder is not None and found.fetch(SETTINGS) is not None
 
 
 def configure(layers: Layers, found: Source, cfg: MoshiConfig, notes: list[str]) -> MoshiConfig:
@@ -164,11 +135,11 @@ def configure(layers: Layers, found: Source, cfg: MoshiConfig, notes: list[str])
 
     Raises `InputError` if settings or tensors are missing, left over, of a wrong shape or type, or have no counterpart here.
     """
-    path = layers.file.path.parent / SETTINGS
+    path = layers.path.parent / SETTINGS
     path = path if path.is_file() else found.fetch(SETTINGS)
     if path is None:
         raise InputError(
-            f"{layers.file.path} holds TTT layers of the original but there is no {SETTINGS} beside it, which tells their base_lr and"
+            f"{layers.path} holds TTT layers of the original but there is no {SETTINGS} beside it, which tells their base_lr and"
             " mini_batch_size: put it there."
         )
     get = _settings(path)
@@ -182,19 +153,19 @@ def configure(layers: Layers, found: Source, cfg: MoshiConfig, notes: list[str])
             f"{path}: ttt.use_rope=true turns inner queries and keys by rescaled frequencies, which our layers do not have: set it to"
             " false there to convert without, which is how the original's own inference runs it."
         )
-    _check_numbers(layers, cfg, path, get("layers", str, _list(layers.keys)))
+    _check_numbers(layers, cfg, path, get("layers", str, _list(layers.tensors)))
     inner = _inner_widths(layers)
     _check_tensors(layers, cfg, inner)
     inside, outside = (
         get(key, int | None, None) or cfg.context for key in ("ttt_layer_context", "non_ttt_layer_context")
     )
-    windows = ((layer, inside if layer in layers.keys else outside) for layer in range(cfg.num_layers))
+    windows = ((layer, inside if layer in layers.tensors else outside) for layer in range(cfg.num_layers))
     try:
         made = dataclasses.replace(
             cfg,
             layer_context=tuple((layer, window) for layer, window in windows if window != cfg.context),
             ttt=TTTConfig(
-                layers=_list(layers.keys),
+                layers=_list(layers.tensors),
                 hidden=tuple(-(-width // cfg.head_dim) for width in inner),
                 mini_batch=b,
                 base_lr=base_lr / b,
@@ -220,7 +191,8 @@ def parameters(layers: Layers, cfg: MoshiConfig) -> Callable[[int], dict[str, np
 
     @functools.lru_cache(maxsize=1)
     def make(layer: int) -> dict[str, np.ndarray]:
-        theirs = {name: _numbers(layers, key) for name, key in layers.keys[layer].items() if name not in UNUSED}
+        here = layers.tensors[layer]
+        theirs = {name: _numbers(held, key(layer, name)) for name, held in here.items() if name not in UNUSED}
         made = {ours: theirs[name] for ours, name in PLAIN.items()}
         made["gate"] = made["gate"].clip(-GATE_LIMIT, GATE_LIMIT)
         made |= {name: made[name][:, 0] for name in ("rate_weight", "rate_bias")}
@@ -260,7 +232,7 @@ def _list(numbers: Collection[int]) -> str:
 
 def _inner_names(layers: Layers) -> list[tuple[str, str]]:
     """Their names of weight and bias of each affine map of the inner network, told from all layers' keys together."""
-    names = {name.removeprefix(TTT) for keys in layers.keys.values() for name in keys}
+    names = {name.removeprefix(TTT) for held in layers.tensors.values() for name in held}
     many = [int(m[1]) for name in names if (m := re.fullmatch(r"(?:weights|biases)\.(\d{1,4})", name))]
     if many:
         return [(f"{TTT}weights.{n}", f"{TTT}biases.{n}") for n in range(max(many) + 1)]
@@ -269,16 +241,16 @@ def _inner_names(layers: Layers) -> list[tuple[str, str]]:
 
 def _inner_widths(layers: Layers) -> list[int]:
     """Hidden widths of the inner network of the first layer; 0 where its tensor is missing or no stack of matrices."""
-    keys = next(iter(layers.keys.values()))
-    found = [layers.shape(keys[w]) if w in keys else () for w, _ in _inner_names(layers)[:-1]]
-    return [shape[-1] if len(shape) == 3 else 0 for shape in found]
+    held = next(iter(layers.tensors.values()))
+    shapes = [held[w].shape if w in held else () for w, _ in _inner_names(layers)[:-1]]
+    return [shape[-1] if len(shape) == 3 else 0 for shape in shapes]
 
 
 def _check_numbers(layers: Layers, cfg: MoshiConfig, path: Path, text: str) -> None:
     """Raise `InputError` unless the layers that the settings in `path` name by `text` are those of the file, and the model has them."""
-    if max(layers.keys) >= cfg.num_layers:
+    if max(layers.tensors) >= cfg.num_layers:
         raise InputError(
-            f"{layers.file.path} holds TTT layers {_list(layers.keys)}, but the model has layers 0 to {cfg.num_layers - 1}: give files"
+            f"{layers.path} holds TTT layers {_list(layers.tensors)}, but the model has layers 0 to {cfg.num_layers - 1}: give files"
             " that belong together."
         )
     try:
@@ -286,9 +258,9 @@ def _check_numbers(layers: Layers, cfg: MoshiConfig, path: Path, text: str) -> N
         named = tuple(middle_half) if text == "middle" else parse_layers(text, cfg.num_layers)
     except InputError as error:
         raise InputError(f"{path} cannot be followed: {error}") from None
-    if named != tuple(layers.keys):
+    if named != tuple(layers.tensors):
         raise InputError(
-            f"{path}: ttt.layers names the layers {_list(named)}, but {layers.file.path} holds {_list(layers.keys)}: give files that"
+            f"{path}: ttt.layers names the layers {_list(named)}, but {layers.path} holds {_list(layers.tensors)}: give files that"
             " belong together."
         )
 
@@ -302,29 +274,33 @@ def _check_tensors(layers: Layers, cfg: MoshiConfig, inner: list[int]) -> None:
     sizes = [width, *(max(1, size) for size in inner), width]
     for (w, b), (i, o) in zip(_inner_names(layers), itertools.pairwise(sizes), strict=True):
         shapes |= {w: (heads, i, o), b: (heads, 1, o)}
-    expected, found = {}, {}
-    for number, keys in layers.keys.items():
-        expected |= {f"transformer.layers.{number}.seq_modeling_block.{name}": shape for name, shape in shapes.items()}
-        found |= {key: layers.shape(key) for name, key in keys.items() if name not in UNUSED}
-    problems = list(differences(expected, found))
+    expected = {key(layer, name): shape for layer in layers.tensors for name, shape in shapes.items()}
+    found = {
+        key(layer, name): one
+        for layer, held in layers.tensors.items()
+        for name, one in held.items()
+        if name not in UNUSED
+    }
+    problems = list(differences(expected, {name: one.shape for name, one in found.items()}))
     problems += [
-        f"has {key} as {info.dtype} instead of {', '.join(DTYPES)}"
-        for key in found
-        if (info := layers.file.tensors[key]).dtype not in DTYPES
+        f"has {name} as {one.dtype} instead of {', '.join(DTYPES)}"
+        for name, one in found.items()
+        if one.dtype not in DTYPES
     ]
     if problems:
         raise InputError(
-            f"{layers.file.path} does not hold whole TTT layers of the original for this model, as it {'; '.join(problems)}: give a"
+            f"{layers.path} does not hold whole TTT layers of the original for this model, as it {'; '.join(problems)}: give a"
             " checkpoint that it saved."
         )
 
 
-def _numbers(layers: Layers, key: str) -> np.ndarray:
+def _numbers(held: Held, name: str) -> np.ndarray:
     """A tensor in float32. Raises `InputError` if it holds what is no number."""
-    values = layers.file.array(key).astype(np.float32)
+    data = b"".join(bytes(view) for view in held.piece().blocks(Ring(), 1))
+    values = np.frombuffer(data, DTYPES[held.dtype]).reshape(held.shape).astype(np.float32)
     if not np.isfinite(values).all():
         raise InputError(
-            f"{layers.file.path} holds NaN or infinite values in {key}: give a checkpoint of before its training broke."
+            f"{held.path} holds NaN or infinite values in {name}: give a checkpoint of before its training broke."
         )
     return values
 
@@ -332,7 +308,7 @@ def _numbers(layers: Layers, key: str) -> np.ndarray:
 def _differences(layers: Layers, cfg: MoshiConfig, inner: list[int], base_lr: float) -> Iterator[str]:
     """What does not carry over, and where the converted layers do otherwise than the original."""
     ttt, maps = cfg.ttt, len(inner) + 1
-    if unused := [key for keys in layers.keys.values() for name, key in keys.items() if name in UNUSED]:
+    if unused := layers.keys(UNUSED):
         yield (
             f"not carried over, as the original saves but never applies them: {group(unused)}; instead there is no post-norm and the"
             " output projection is the identity"
@@ -349,7 +325,7 @@ def _differences(layers: Layers, cfg: MoshiConfig, inner: list[int], base_lr: fl
         yield "the original cannot run its linear inner network, so these weights are as they were initialised or from elsewhere"
     if maps > 2:
         yield f"outputs count an update once, where the original counts it twice in networks of {maps} maps"
-        fast = [keys[name] for keys in layers.keys.values() for pair in _inner_names(layers) for name in pair]
+        fast = layers.keys({name for pair in _inner_names(layers) for name in pair})
         yield (
             f"{group(fast)} may be a stream's weights instead of the learned start, as the original's evaluation writes those over it;"
             " they are taken as they stand"
