@@ -197,6 +197,17 @@ def test_all_weights_convert(tmp_path, type):
     assert info["source"]["file"] == "consolidated.safetensors"
 
 
+def test_names_with_a_prefix_and_layers_of_another_type_convert(tmp_path):
+    layers = layers_of(numbers=(1,))
+    tensors = theirs.wrapped(files.weights(theirs.CONFIG, "BF16"), layers) | theirs.own(layers)
+    plain = theirs.write(tmp_path / "theirs", tensors, layers)
+    prefixed = theirs.write(tmp_path / "prefixed", {f"module.{name}": one for name, one in tensors.items()}, layers)
+    a, b = (kyutai(folder, tmp_path / f"{folder.name}-ours") for folder in (plain, prefixed))
+    assert (a.cfg, a.dtype) == (b.cfg, "BF16")
+    for name in weights.load(a.out, verify=True).info["files"]:
+        assert (a.out / name).read_bytes() == (b.out / name).read_bytes()
+
+
 def test_what_does_not_carry_over_is_listed(tmp_path):
     layers = layers_of("TTTMLPMultiLayer", (12, 16))
     folder = theirs.write(tmp_path / "theirs", theirs.consolidated(theirs.CONFIG, layers), layers, ttt_layer_context=5)
