@@ -380,8 +380,11 @@ DAMAGED = {
     "NaN": (spoil(T + "W2", np.nan), f"NaN or infinite values in {BLOCK}{T}W2"),
     "infinite": (spoil("forward_ssm_gating.gating_alpha", np.inf), "NaN or infinite values in .*gating_alpha"),
     "copies that differ": (spoil("original_layer.norm1.alpha", 0.5), "original_layer.norm1.alpha, which differ"),
+    "a copy of another type": (cast("original_layer.norm1.alpha", np.float16), "norm1.alpha, which differ"),
     "a copy of another shape": (
-        put("original_layer.norm1.alpha", np.ones(D, np.float32)),
+        lambda tensors: put("original_layer.norm1.alpha", tensors[BLOCK + "original_layer.norm1.alpha"].ravel())(
+            tensors
+        ),
         "original_layer.norm1.alpha, which differ",
     ),
 }
