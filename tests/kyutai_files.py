@@ -7,7 +7,7 @@ import pathlib
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 SEVEN_B = {
     "dim": 4096,
@@ -155,3 +155,96 @@ def write(folder: pathlib.Path, c: dict | None, tensors: dict[str, np.ndarray], 
     for name, some in {"model": tensors, **others}.items():
         save_file(some, folder / f"{name}.safetensors")
     return folder
+
+
+def shard(folder: pathlib.Path, count: int = 3) -> pathlib.Path:
+    """`folder` with its model.safetensors split into shards with an index, as transformers names them."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for i in range(count):
+        shard = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        some = names[i * len(names) // count : (i + 1) * len(names) // count]
+        save_file({name: tensors[name] for name in some}, folder / shard)
+        weight_map |= dict.fromkeys(some, shard)
+    index = {"metadata": {"total_size": sum(array.nbytes for array in tensors.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def huggingface_config(c: dict, **changes: object) -> dict:
+    """The config.json of transformers' `MoshiForConditionalGeneration` of the model that `c` describes."""
+    depth = {
+        "model_type": "moshi_depth",
+        "hidden_size": c["depformer_dim"],
+        "num_hidden_layers": c["depformer_num_layers"],
+        "num_attention_heads": c["depformer_num_heads"],
+        "ffn_dim": 2 * (2 * c["depformer_dim_feedforward"] // 3),
+        "sliding_window": c["dep_q"],
+        "rms_norm_eps": 1e-8,
+    }
+    return {
+        "architectures": ["MoshiForConditionalGeneration"],
+        "model_type": "moshi",
+        "audio_encoder_config": {"model_type": "mimi", "codebook_size": c["card"]},
+        "audio_vocab_size": c["card"],
+        "depth_decoder_config": depth,
+        "ffn_dim": 2 * (2 * int(c["hidden_scale"] * c["dim"]) // 3),
+        "head_dim": c["dim"] // c["num_heads"],
+        "hidden_act": "silu",
+        "hidden_size": c["dim"],
+        "num_attention_heads": c["num_heads"],
+        "num_codebooks": c["dep_q"],
+        "num_hidden_layers": c["num_layers"],
+        "num_key_value_heads": c["num_heads"],
+        "rms_norm_eps": 1e-8,
+        "rope_theta": float(c["max_period"]),
+        "sliding_window": c["context"],
+        "transformers_version": "4.46.0.dev0",
+        "vocab_size": c["text_card"],
+        **changes,
+    }
+
+
+def huggingface(w: dict[str, np.ndarray], c: dict) -> dict[str, np.ndarray]:
+    """Un-fused tensors as transformers' script stores them: q and k rotated by halves, depth weights stacked by codebook."""
+    d, heads, q = c["dim"], c["num_heads"], c["dep_q"]
+    half = d // heads // 2
+    order = [head * 2 * half + 2 * pair + side for head in range(heads) for side in (0, 1) for pair in range(half)]
+    codebooks = range(q)
+    found = {
+        "decoder.model.embed_tokens.weight": w["text_emb.weight"],
+        "decoder.model.norm.weight": w["out_norm.alpha"].ravel(),
+        "decoder.lm_head.weight": w["text_linear.weight"],
+        "depth_decoder.text_embed_tokens.weight": w["depformer_text_emb.weight"],
+        "depth_decoder.input_projections.weight": np.stack([w[f"depformer_in.{k}.weight"] for k in codebooks]),
+        "depth_decoder.lm_heads.weight": np.stack([w[f"linears.{k}.weight"] for k in codebooks]),
+    }
+    found |= {f"embed_tokens.{n}.weight": w[f"emb.{n}.weight"] for n in range(2 * q)}
+    found |= {f"depth_decoder.embed_tokens.{k}.weight": w[f"depformer_emb.{k}.weight"] for k in range(q - 1)}
+    for i in range(c["num_layers"]):
+        old, new = f"transformer.layers.{i}.", f"decoder.model.layers.{i}."
+        parts = np.split(w[old + "self_attn.in_projs.0.weight"], 3)
+        for letter, part in zip("qkv", parts, strict=True):
+            found[f"{new}self_attn.{letter}_proj.linear.weight"] = part if letter == "v" else part[order]
+        found[new + "self_attn.o_proj.linear.weight"] = w[old + "self_attn.out_projs.0.weight"]
+        found[new + "mlp.fc1.weight"] = w[old + "gating.linear_in.weight"]
+        found[new + "mlp.fc2.weight"] = w[old + "gating.linear_out.weight"]
+    for i in range(c["depformer_num_layers"]):
+        old, new = f"depformer.layers.{i}.", f"depth_decoder.layers.{i}."
+        thirds = [np.split(w[f"{old}self_attn.in_projs.{k}.weight"], 3) for k in codebooks]
+        for n, letter in enumerate("qkv"):
+            found[f"{new}self_attn.{letter}_proj.linear.weight"] = np.stack([third[n] for third in thirds])
+        for module, stacked in (
+            ("self_attn.out_projs.{}", "self_attn.o_proj.linear"),
+            ("gating.{}.linear_in", "mlp.fc1"),
+            ("gating.{}.linear_out", "mlp.fc2"),
+        ):
+            found[f"{new}{stacked}.weight"] = np.stack([w[f"{old}{module.format(k)}.weight"] for k in codebooks])
+    for name, layers in (("transformer", c["num_layers"]), ("depformer", c["depformer_num_layers"])):
+        new = {"transformer": "decoder.model", "depformer": "depth_decoder"}[name]
+        for i in range(layers):
+            found[f"{new}.layers.{i}.input_layernorm.weight"] = w[f"{name}.layers.{i}.norm1.alpha"].ravel()
+            found[f"{new}.layers.{i}.post_attention_layernorm.weight"] = w[f"{name}.layers.{i}.norm2.alpha"].ravel()
+    return {name: np.ascontiguousarray(array) for name, array in found.items()}

@@ -128,7 +128,9 @@ def ttt_layer(p, x, mask, state, *, heads, base_lr, ttt):
                     if ttt.max_displacement is not None:
                         limit = ttt.max_displacement * norm(base[h])
                         moved[h] = add(moved[h], moved[h], min(1.0, limit / norm(moved[h])) - 1)
-            joined = layer_norm(np.concatenate(z), p["post_norm_scale"], p["post_norm_bias"], 1e-6)
+            joined = np.concatenate(z)
+            if ttt.post_norm:
+                joined = layer_norm(joined, p["post_norm_scale"], p["post_norm_bias"], 1e-6)
             out[row, frame] = x[row, frame] + np.tanh(p["gate"]) * (joined @ p["out_kernel"].T + p["out_bias"])
         for h in range(heads):
             for n in range(maps):

@@ -21,7 +21,7 @@ VARIANTS = {
     "bound": {"max_displacement": 0.5},
     "bound, no decay": {"max_displacement": 0.2, "horizon": None},
     "rope": {"rope": True},
-    "no pre-norm": {"pre_norm": False, "base_lr": 0.3},
+    "no norms around": {"pre_norm": False, "post_norm": False, "base_lr": 0.3},
 }
 
 networks = pytest.mark.parametrize("hidden", NETWORKS.values(), ids=NETWORKS.keys())

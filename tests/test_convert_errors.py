@@ -249,7 +249,7 @@ def test_adapters_that_do_not_fit(tmp_path):
     c = files.config(lora=True, lora_rank=3)
     w, a = files.weights(c), files.lora(c, 3)
     source = files.write(tmp_path / "source", c, w)
-    refused(source, "names no file of them: give --lora FILE")
+    refused(source, "names no adapters that could be merged: give --lora FILE", merge_lora=True)
     save_file(a, tmp_path / "a.safetensors")
     change_config(source, lora_rank=4)
     refused(source, "lora_rank 4", "have rank 3", lora=tmp_path / "a.safetensors")

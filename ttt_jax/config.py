@@ -65,6 +65,8 @@ class TTTConfig:
     """Initial value of the gate parameter alpha; the layer adds tanh(alpha) times its output. Models trained from scratch start at 0.5."""
     pre_norm: bool = True
     """RMSNorm in front of the layer's projections."""
+    post_norm: bool = True
+    """LayerNorm in front of its output projection."""
     remat_group: int = 16
     """Mini-batches whose inner activations are recomputed together in the backward pass; memory against time, no effect on results."""
 

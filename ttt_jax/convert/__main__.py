@@ -44,7 +44,8 @@ class Kyutai:
     config: Path | None = None
     """A config.json of Kyutai's instead of the one in SOURCE."""
     lora: str | None = None
-    """LoRA file of Kyutai's, or hf://OWNER/NAME/FILE; unset: the one that config.json names, if it does."""
+    """LoRA file of Kyutai's, or hf://OWNER/NAME/FILE, or what the original system with TTT layers trained; unset: the one that
+    config.json names, if it does."""
     merge_lora: bool = False
     """Add the adapters to the weights instead of keeping them apart."""
     ttt: AddedTTT = AddedTTT()

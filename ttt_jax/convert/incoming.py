@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ttt_jax import record, weights
 from ttt_jax.config import LoRAConfig, MoshiConfig, TTTConfig, model_preset
-from ttt_jax.convert import extras, names, settings, support
+from ttt_jax.convert import extras, from_huggingface, names, original, settings, support
+from ttt_jax.convert.card import UNKNOWN
 from ttt_jax.convert.lora import merged
-from ttt_jax.convert.matching import Found, Matched, match
+from ttt_jax.convert.matching import Found, Matched, common_type, match, refuse_misfits
 from ttt_jax.convert.plan import Plan, carry_out, check_copies, log
-from ttt_jax.convert.source import UNKNOWN, Source, find, read_config
+from ttt_jax.convert.source import FINE_TUNED, Source, find, read_config
+from ttt_jax.convert.view import Held, View, open_view
 from ttt_jax.differences import group
 from ttt_jax.errors import InputError
 from ttt_jax.files import check_new
-from ttt_jax.tensorfile import NAMES, TensorFile
+from ttt_jax.tensorfile import DTYPES, NAMES, TensorFile, cast
 from ttt_jax.tensorwriter import Spec
 
 NO_TTT = TTTConfig(layers="none")
@@ -36,13 +38,14 @@ def kyutai(
     seed: int = 0,
     dry_run: bool = False,
 ) -> Plan:
-    """Convert Kyutai's weights; what was (or with `dry_run` would be) written.
+    """Convert Kyutai's weights, in their layout or in that of Hugging Face; what was (or with `dry_run` would be) written.
 
     Args:
-      source: a folder with config.json and safetensors, a safetensors file, or a hub id.
+      source: a folder with config.json and safetensors, a safetensors file or the index of shards, or a hub id.
       out: the new folder.
       config: a config.json instead of the one in `source`.
-      lora: a LoRA file of Kyutai's, or hf://OWNER/NAME/FILE; None: the one that config.json names, if it does.
+      lora: a LoRA file of Kyutai's, or hf://OWNER/NAME/FILE, or what the original trained; None: the one that config.json names, if
+        it does.
       merge_lora: whether the adapters are added to the weights instead of being kept apart.
       ttt: TTT layers to be added; their output projections are 0, so the model says what it said.
       seed: of the TTT layers.
@@ -55,16 +58,7 @@ def kyutai(
     check_new(out)
     with contextlib.ExitStack() as opened:
         found = _with_config(find(str(source)), config)
-        if found.config is not None and (told := support.unsupported(found.config)):
-            _refuse(found.where, told)
-        file = opened.enter_context(TensorFile(found.weights()))
-        lora_path = _lora_path(found, lora)
-        if lora_path is None and merge_lora:
-            raise InputError(
-                f"{source} names no adapters that could be merged: give --lora FILE, or leave out --merge-lora."
-            )
-        lora_file = opened.enter_context(TensorFile(lora_path)) if lora_path else None
-        plan, finish = _plan(found, file, lora_file, out, merge_lora, ttt, seed, opened)
+        plan, finish = _plan(found, _configuration(found), out, lora, merge_lora, ttt, seed, opened)
         check_copies(plan)
         for line in plan.lines():
             log.info(line)
@@ -77,20 +71,38 @@ def _with_config(found: Source, config: str | Path | None) -> Source:
     return found if config is None else found._replace(config=read_config(Path(config)), where=str(config))
 
 
-def _plan(found, file, lora_file, out, merge_lora, ttt, seed, opened):
+def _configuration(found: Source) -> dict[str, Any] | None:
+    """Kyutai's configuration, translated if it is Hugging Face's; None: there is none."""
+    raw = found.config
+    if raw is None:
+        return None
+    if from_huggingface.is_config(raw):
+        return settings.export(from_huggingface.architecture(raw, found.where), {})
+    support.check_is_moshi(raw, found.where)
+    if told := support.unsupported(raw):
+        _refuse(found.where, told)
+    return raw
+
+
+def _plan(found, raw, out, lora, merge_lora, ttt, seed, opened):
     """The plan, and the function that writes config.json when all else is written."""
     notes: list[str] = []
-    cfg, base = _base(found, file, lora_file, notes)
+    view, theirs = _weights(found, opened, notes)
+    adapters_view, trained = _lora(found, lora, view, opened, notes)
+    if theirs is not None and trained is not None:
+        raise InputError(f"{view.path} and {trained.path} both hold TTT layers of the original: take one of them away.")
+    has_adapters = adapters_view is not None and (trained is None or _has_adapters(adapters_view))
+    if merge_lora and not has_adapters:
+        raise InputError(
+            f"{found.name} names no adapters that could be merged: give --lora FILE, or leave out --merge-lora."
+        )
+    cfg, base = _base(found, raw, view, adapters_view, notes)
     rank, adapters = 0, None
-    if lora_file is not None:
-        rank, scaling, adapters = _adapters(found, cfg, lora_file, notes)
+    if has_adapters:
+        rank, scaling, adapters = _adapters(found, cfg, adapters_view, notes)
         if not merge_lora:
             cfg = dataclasses.replace(cfg, lora=LoRAConfig(rank, scaling))
-    exported, ttt = _ttt(found, ttt, opened)
-    cfg = dataclasses.replace(cfg, ttt=ttt)
-    if exported is not None:
-        extras.check_ttt(cfg, exported)
-    ttt_params = exported or extras.fresh(cfg, seed)
+    cfg, ttt_params = _ttt(found, cfg, theirs or trained, ttt, seed, opened, notes)
 
     files: dict[str, list[Spec]] = {}
     for one in base.found:
@@ -113,10 +125,10 @@ def _plan(found, file, lora_file, out, merge_lora, ttt, seed, opened):
         "name": found.name,
         "repository": found.repository,
         "revision": found.revision,
-        "file": file.path.name,
+        "file": view.path.name,
         "config": found.config,
         "dtype": NAMES[base.dtype],
-        "lora": lora_file.path.name if lora_file else None,
+        "lora": adapters_view.path.name if adapters_view else None,
         "lora_merged": merge_lora,
         "lm_gen_config": found.raw.get("lm_gen_config", {}),
         "tokenizer": tokenizer.name if tokenizer else None,
@@ -139,42 +151,101 @@ def _plan(found, file, lora_file, out, merge_lora, ttt, seed, opened):
     return plan, finish
 
 
+def _weights(found: Source, opened: contextlib.ExitStack, notes: list[str]) -> tuple[View, original.Layers | None]:
+    """The tensors of the base, under Kyutai's names, and TTT layers of the original among them."""
+    path, beside = found.weights()
+    view, layers = original.split(open_view(path, beside, opened, notes))
+    if layers is not None:
+        original.check_base(view)
+    if path.name == FINE_TUNED and found.file is None:
+        notes.append(
+            f"{FINE_TUNED}, moshi-finetune's name of a full fine-tune, is taken, as no other weights are there"
+        )
+    theirs = found.config is not None and from_huggingface.is_config(found.config)
+    if from_huggingface.is_layout(view.tensors):
+        if not theirs:
+            raise InputError(
+                f"{view.path} has the names of Hugging Face's {from_huggingface.CLASS}, but {found.where} is not its"
+                " config.json: give that by --config."
+            )
+        cfg = from_huggingface.architecture(found.config, found.where)
+        return from_huggingface.as_kyutais(view, cfg, found.where, notes), None
+    if theirs:
+        raise InputError(
+            f"{found.where} describes no language model of Kyutai's (it has no dim, num_layers ...) but Hugging Face's"
+            f" {from_huggingface.CLASS}, whose names {view.path} does not have: give the config.json that belongs to the weights"
+            " by --config."
+        )
+    mixed = [key for key in view.tensors if key.endswith((names.LORA_A, names.LORA_B)) or ".frozen_W." in key]
+    if mixed and len(mixed) == len(view.tensors):
+        raise InputError(
+            f"{view.path} holds adapters only: give the weights that they belong to as SOURCE, and this file by --lora."
+        )
+    if mixed:
+        raise InputError(
+            f"{view.path} holds adapters among the weights ({group(mixed)}): merge them, or write them into a file of their own"
+            " and give it by --lora."
+        )
+    return view, layers
+
+
 def _base(
-    found: Source, file: TensorFile, lora_file: TensorFile | None, notes: list[str]
+    found: Source, raw: dict[str, Any] | None, view: View, adapters: View | None, notes: list[str]
 ) -> tuple[MoshiConfig, Matched]:
     """The architecture and the tensors of the base, strictly."""
-    shapes = {key: info.shape for key, info in file.tensors.items()}
+    shapes = {key: held.shape for key, held in view.tensors.items()}
     if told := support.unsupported_keys(shapes):
-        _refuse(str(file.path), told)
-    dtype = next((info.dtype for info in file.tensors.values()), "")
-    raw = found.config if found.config is not None else settings.export(model_preset("moshi-7b"), {})
+        _refuse(str(view.path), told)
+    dtype = common_type(view.tensors)
+    if raw is None:
+        raw = settings.export(model_preset("moshi-7b"), {})
     cfg = settings.architecture(raw, shapes, dtype, found.where)
     wanted = [(tensor, names.weight(tensor)) for tensor in weights.base(cfg)]
-    files = [(file, list(file.tensors))]
-    if lora_file is not None:  # fine-tuned tables may stand in the LoRA file, in place of the base's
-        replaced = [key for key in lora_file.tensors if not key.endswith((names.LORA_A, names.LORA_B))]
-        files.append((lora_file, replaced))
+    held = dict(view.tensors)
+    if adapters is not None:  # fine-tuned tables may stand in the LoRA file, in place of the base's
+        replaced = {key: one for key, one in adapters.tensors.items() if not key.endswith((names.LORA_A, names.LORA_B))}
         if replaced:
             notes.append(f"{group(replaced)} of the LoRA file replace those of the base")
-    matched = match(wanted, files)
+        if others := [
+            key for key, one in replaced.items() if one.dtype != dtype and {one.dtype, dtype} <= DTYPES.keys()
+        ]:
+            notes.append(f"{group(others)} of the LoRA file are cast to {NAMES[dtype]}, the type of the weights")
+        held |= {key: _cast(key, one, dtype) if key in others else one for key, one in replaced.items()}
+    matched = match(wanted, held, view.path)
     if not matched.problems:
         if found.config is None:
             notes.append(f"there is no {found.where}; the tensors are those of the 7B, so its configuration is taken")
         for key, (said, has) in settings.hidden_widths(raw, cfg).items():
             if said != has:
                 notes.append(f"{key} would give hidden width {said}; the tensors have {has}, which is taken")
+        if adapters is None and raw.get("lora"):
+            notes.append(
+                f"{found.where} tells of adapters (lora=true), but there is no file of them and the weights are complete: they are"
+                " taken as they are, as of a full fine-tune"
+            )
         return cfg, matched
-    problems = "; ".join(matched.problems)
     if found.config is None:
+        problems = "; ".join(problem for some in matched.problems.values() for problem in some)
         raise InputError(
-            f"{file.path} has no config.json beside it and does not fit the 7B, as it {problems}: give --config FILE."
+            f"{view.path} has no config.json beside it and does not fit the 7B, as it {problems}: give --config FILE."
         )
     against = settings.contradictions(cfg, shapes)
     because = f" ({found.where} says {', '.join(against)})" if against else ""
-    raise InputError(
-        f"{file.path} does not fit {found.where}, as it {problems}{because}: give weights and a config.json that belong"
-        " together."
-    )
+    refuse_misfits(matched.problems, found.where, because)
+
+
+def _lora(
+    found: Source, lora: str | Path | None, base: View, opened: contextlib.ExitStack, notes: list[str]
+) -> tuple[View | None, original.Layers | None]:
+    """The adapters' file, None if there is none, and TTT layers of the original in it."""
+    path = _lora_path(found, lora)
+    if path is None:
+        return None, None
+    return original.split(open_view(path, lambda name: None, opened, notes), base.tensors)
+
+
+def _has_adapters(view: View) -> bool:
+    return any(key.endswith((names.LORA_A, names.LORA_B)) for key in view.tensors)
 
 
 def _lora_path(found: Source, lora: str | Path | None) -> Path | None:
@@ -185,15 +256,10 @@ def _lora_path(found: Source, lora: str | Path | None) -> Path | None:
         return path
     if name := found.raw.get("lora_name"):
         return found.need(name, "the LoRA file")
-    if not found.raw.get("lora"):
-        return None
-    path = found.fetch(weights.LORA)
-    if path is None:
-        raise InputError(f"{found.where} tells of adapters (lora=true) but names no file of them: give --lora FILE.")
-    return path
+    return found.fetch(weights.LORA) if found.raw.get("lora") or original.is_checkpoint(found) else None
 
 
-def _adapters(found: Source, cfg: MoshiConfig, file: TensorFile, notes: list[str]) -> tuple[int, float, Matched]:
+def _adapters(found: Source, cfg: MoshiConfig, file: View, notes: list[str]) -> tuple[int, float, Matched]:
     """Rank, scaling and tensors of the adapters, strictly."""
     beside = file.path.parent / weights.CONFIG
     where, raw = found.where, found.raw
@@ -219,11 +285,9 @@ def _adapters(found: Source, cfg: MoshiConfig, file: TensorFile, notes: list[str
     for tensor in weights.base(cfg):
         if tensor.inputs:
             wanted += zip(weights.adapter(tensor, rank), names.adapter(tensor, rank), strict=True)
-    matched = match(wanted, [(file, keys)])
+    matched = match(wanted, {key: file.tensors[key] for key in keys}, file.path)
     if matched.problems:
-        raise InputError(
-            f"{file.path} does not fit the model, as it {'; '.join(matched.problems)}: give the LoRA file that belongs to it."
-        )
+        refuse_misfits(matched.problems, "the model", mend="give the LoRA file that belongs to it")
     return rank, scaling, matched
 
 
@@ -241,16 +305,39 @@ def _merge(files: dict[str, list[Spec]], base: Matched, adapters: Matched, rank:
         specs[at] = specs[at]._replace(pieces=parts)
 
 
-def _ttt(found: Source, ttt: TTTConfig, opened: contextlib.ExitStack) -> tuple[TensorFile | None, TTTConfig]:
-    """TTT layers that lie beside the weights, as `export` writes them, and their settings; or those asked for."""
+def _ttt(
+    found: Source,
+    cfg: MoshiConfig,
+    theirs: original.Layers | None,
+    ttt: TTTConfig,
+    seed: int,
+    opened: contextlib.ExitStack,
+    notes: list[str],
+) -> tuple[MoshiConfig, TensorFile | Callable[[int], dict[str, Any]]]:
+    """The model with its TTT layers, and their tensors: those of the original, those that `export` wrote, or those asked for."""
     path = found.fetch(extras.TTT_CONFIG)
-    if path is None:
-        return None, ttt
-    if ttt.layers != "none":
+    own = [str(where) for where in (path, theirs and theirs.path) if where is not None]
+    if len(own) > 1:
+        raise InputError(f"{found.name} has TTT layers in {' and in '.join(own)}: take one of them away.")
+    if own and ttt != NO_TTT:
         raise InputError(
-            f"{found.name} has TTT layers of its own ({extras.TTT_CONFIG}): leave out --ttt-layers, or take that file away."
+            f"{found.name} has TTT layers of its own ({own[0]}): leave out --ttt-layers and other settings of TTT layers, or take that"
+            " file away."
         )
-    return opened.enter_context(TensorFile(found.need(extras.TTT, "the TTT layers"))), extras.read_ttt_config(path)
+    if theirs is not None:
+        cfg = original.configure(theirs, found, cfg, notes)
+        return cfg, original.parameters(theirs, cfg)
+    if path is None:
+        cfg = dataclasses.replace(cfg, ttt=ttt)
+        return cfg, extras.fresh(cfg, seed)
+    cfg = dataclasses.replace(cfg, ttt=extras.read_ttt_config(path))
+    exported = opened.enter_context(TensorFile(found.need(extras.TTT, "the TTT layers")))
+    extras.check_ttt(cfg, exported)
+    return cfg, exported
+
+
+def _cast(key: str, held: Held, dtype: str) -> Held:
+    return held._replace(dtype=dtype, piece=lambda *share: cast(held.piece(*share), held.dtype, dtype, key))
 
 
 def _spec(found: Found, dtype: str) -> Spec:

@@ -16,9 +16,10 @@ import numpy as np
 from ttt_jax import record, weights
 from ttt_jax.config import LoRAConfig, MoshiConfig
 from ttt_jax.convert import extras, names, settings
+from ttt_jax.convert.card import UNKNOWN, front_matter
 from ttt_jax.convert.lora import merged
 from ttt_jax.convert.plan import Plan, carry_out, check_copies, log
-from ttt_jax.convert.source import CONFIG, MOSHI, UNKNOWN
+from ttt_jax.convert.source import CONFIG, MOSHI
 from ttt_jax.errors import InputError
 from ttt_jax.files import check_new, run_and_step
 from ttt_jax.tensorfile import DTYPES, NAMES, Piece, cast, of_array
@@ -227,8 +228,7 @@ def _config(cfg: MoshiConfig, found: Opened) -> dict[str, Any]:
 
 
 def _readme(plan: Plan, found: Opened) -> str:
-    licence = found.source.get("licence", UNKNOWN)
-    front = f"---\nlicense: {licence}\n---\n\n" if licence != UNKNOWN else ""
+    front = front_matter(found.source.get("licence", UNKNOWN))
     origin = f" The weights come from {found.source['repository']}." if found.source.get("repository") else ""
     ttt = (
         f"`{extras.TTT}` and `{extras.TTT_CONFIG}` hold TTT layers (layers {', '.join(map(str, plan.cfg.ttt_layers))}), which"

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ttt_jax import record
+from ttt_jax.convert import card
+from ttt_jax.convert.view import INDEX, SHARD, Beside
 from ttt_jax.errors import InputError
 from ttt_jax.weights import LORA
 
@@ -18,7 +20,8 @@ TOKENIZER = "tokenizer_spm_32k_3.model"
 """Names that Kyutai's loader takes where config.json gives none."""
 PICKLED = {".pt", ".pth", ".bin", ".ckpt", ".th"}
 LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "LICENCE.md", "LICENCE.txt")
-UNKNOWN = "unknown"
+FINE_TUNED = "consolidated.safetensors"
+"""What moshi-finetune calls the weights of a full fine-tune, beside a config.json that still has the base's `moshi_name`."""
 
 
 class Source(NamedTuple):
@@ -52,24 +55,45 @@ class Source(NamedTuple):
             raise InputError(f"{self.name} has no {name}: put {what} there, or correct its name in {self.where}.")
         return path
 
-    def weights(self) -> Path:
-        """The language model's weights. Raises `InputError` if they are not there or it is not clear which file they are."""
+    def weights(self) -> tuple[Path, Beside]:
+        """The language model's weights or the index of their shards, and how files beside it are found.
+
+        Raises `InputError` if they are not there or it is not clear which file they are.
+        """
         if self.file is not None:
-            return self.file
-        name = self.raw.get("moshi_name")
-        if name is not None or self.folder is None:
-            return self.need(name or MOSHI, "the weights")
-        if path := self.fetch(MOSHI):
-            return path
+            return self.file, self.fetch
+        name = self.raw.get("moshi_name") or MOSHI
+        folder = name.rpartition("/")[0]
+
+        def beside(other: str) -> Path | None:
+            return self.fetch(f"{folder}/{other}" if folder else other)
+
+        if path := self.fetch(name) or self.fetch(name + INDEX) or self.fetch(FINE_TUNED):
+            return path, beside
+        if self.folder is not None and self.fetch(LORA):
+            raise InputError(
+                f"{self.name} holds adapters ({LORA}) without the weights that they belong to: give those as SOURCE, and"
+                f" {self.folder / LORA} by --lora."
+            )
+        if self.folder is None or "moshi_name" in self.raw:
+            return self.need(name, "the weights"), beside
+        return self._only(self.folder), beside
+
+    def _only(self, folder: Path) -> Path:
+        """The one file of `folder`, or index, that can be meant."""
         beside = {self.raw.get("mimi_name") or MIMI, self.raw.get("lora_name"), LORA, "ttt.safetensors"}
-        found = [path for path in sorted(self.folder.glob("*.safetensors")) if path.name not in beside]
+        found = [path for path in sorted(folder.glob("*.safetensors")) if path.name not in beside]
+        shards = [path for path in found if SHARD.fullmatch(path.name)]
+        found = [path for path in found if path not in shards] + sorted(folder.glob(f"*.safetensors{INDEX}"))
         if len(found) == 1:
             return found[0]
         if found:
             raise InputError(
                 f"{self.name} has no {MOSHI} but {', '.join(path.name for path in found)}: name the one to convert as SOURCE."
             )
-        if pickled := [path.name for path in sorted(self.folder.iterdir()) if path.suffix in PICKLED]:
+        if shards:
+            return shards[0]
+        if pickled := [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLED]:
             raise InputError(f"{self.name} holds {pickled[0]}, which is pickled: give weights as safetensors.")
         raise InputError(f"{self.name} holds no {MOSHI}: give a folder with the weights as safetensors.")
 
@@ -92,9 +116,7 @@ class Source(NamedTuple):
         names = LICENCES if self.folder is not None else LICENCES[:1]
         readme = self.fetch("README.md")
         text = readme.read_text(encoding="utf-8", errors="replace") if readme else ""
-        front = re.match(r"---\r?\n(.*?\n)---", text, re.DOTALL)
-        named = re.search(r"^license:\s*['\"]?([\w.-]+)", front[1], re.MULTILINE) if front else None
-        return named[1] if named else UNKNOWN, [path for name in names if (path := self.fetch(name))]
+        return card.licence(text), [path for name in names if (path := self.fetch(name))]
 
 
 def find(name: str) -> Source:
@@ -135,7 +157,7 @@ def _hub(name: str, repository: str, revision: str | None) -> Source:
         return download(repository, wanted, revision)
 
     path = fetch(CONFIG)
-    if path is None and fetch(MOSHI) is None:
+    if path is None and fetch(MOSHI) is None and fetch(MOSHI + INDEX) is None:
         raise InputError(
             f"{name} on the hub has neither {CONFIG} nor {MOSHI}: give a repository of Kyutai's PyTorch weights."
         )
@@ -199,10 +221,12 @@ def download(repository: str, name: str, revision: str | None) -> Path | None:
 def _known_absent(repository: str, name: str, revision: str | None) -> bool:
     """Whether the hub's cache holds the repository without this small file, which then counts as absent offline.
 
-    Weights and config.json only do so if the cache knows that the repository has none.
+    Weights and config.json only do so if the cache knows that the repository has none, or has the index of their shards.
     """
     from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 
+    if isinstance(try_to_load_from_cache(repository, name + INDEX, revision=revision), str):
+        return True
     if name.endswith(".safetensors") or name == CONFIG:
         return try_to_load_from_cache(repository, name, revision=revision) is _CACHED_NO_EXIST
     known = (try_to_load_from_cache(repository, other, revision=revision) for other in (CONFIG, MOSHI) if other != name)

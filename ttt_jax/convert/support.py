@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ttt_jax.convert.settings import BESIDE, DEFAULTS, LORA, NO_EFFECT, REQUIRED, Shapes
+from ttt_jax.errors import InputError
 
 REFUSED = {
     "quantize",
@@ -44,6 +45,24 @@ IN_TENSORS = {
     r"^depformer\.(slices\.|\d+\.)|^audio_embs\.": "the key layout of Kyutai's MLX and Rust files (the PyTorch files hold the same)",
 }
 """What keys give away of a model, as patterns."""
+
+
+SIZES = ("dim", "n_q", "card", *REQUIRED)
+"""Keys of which a configuration of Kyutai's has most; those of other models have none or a common word among them."""
+
+
+def check_is_moshi(raw: Mapping[str, Any], where: str) -> None:
+    """Raise `InputError` if `raw`, read from `where`, is the configuration of something else than Kyutai's language models."""
+    missing = [key for key in SIZES if key not in raw]
+    if 2 * len(missing) <= len(SIZES):
+        return
+    if {"format", "model", "files", "digest"} <= raw.keys():
+        raise InputError(f"{where} is that of weights which were converted already: use their folder as it is.")
+    kind = f" but of model_type {raw['model_type']!r}" if "model_type" in raw else ""
+    raise InputError(
+        f"{where} describes no language model of Kyutai's{kind} (it has no {', '.join(missing)}): if the weights are Kyutai's"
+        " (docs/checkpoints.md tells of PersonaPlex's), give their configuration by --config FILE; else give another model."
+    )
 
 
 def unsupported(raw: Mapping[str, Any]) -> list[str]:

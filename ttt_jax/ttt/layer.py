@@ -96,12 +96,14 @@ class TTTLayer(nn.Module):
         inputs = network.Inputs(*(by_rows(y, None, "tensor") for y in (q, k, target, eta)))
         state, z, of_inner = inner.inner_scan(base, scale, bias, state, inputs, mask, cfg.ttt, measured)
 
-        z = network.layer_norm(
-            z.reshape(x.shape),
-            self.param("post_norm_scale", nn.initializers.ones, (cfg.dim,)).astype(wide),
-            self.param("post_norm_bias", nn.initializers.zeros, (cfg.dim,)).astype(wide),
-            POST_NORM_EPS,
-        )
+        z = z.reshape(x.shape)
+        if cfg.ttt.post_norm:
+            z = network.layer_norm(
+                z,
+                self.param("post_norm_scale", nn.initializers.ones, (cfg.dim,)).astype(wide),
+                self.param("post_norm_bias", nn.initializers.zeros, (cfg.dim,)).astype(wide),
+                POST_NORM_EPS,
+            )
         gate = jnp.tanh(self.param("gate", nn.initializers.constant(cfg.ttt.gate_init), (cfg.dim,)).astype(wide))
         output = self._project("out", z.astype(x.dtype))
         update = gate * output

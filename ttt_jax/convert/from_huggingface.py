@@ -1,0 +1,262 @@
+"""Moshi as Hugging Face's `transformers` stores it (`MoshiForConditionalGeneration`, as kmhf/hf-moshiko), told in Kyutai's names.
+
+The map is that of transformers' conversion script (`models/moshi/convert_moshi_transformers.py`) backwards: q and k have the
+rows of each head in another order, since transformers rotates halves of a head where Kyutai rotates neighbours; q, k and v
+stand apart; the depth transformer's matrices are stacked by codebook. No number changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ttt_jax import record
+from ttt_jax.config import DepthConfig, LoRAConfig, MoshiConfig, TTTConfig
+from ttt_jax.convert.matching import misfits, refuse_misfits
+from ttt_jax.convert.view import Held, View
+from ttt_jax.errors import InputError
+from ttt_jax.tensorfile import SIZES, Piece, Ring, as_bytes
+
+CLASS = "MoshiForConditionalGeneration"
+COMMON = {
+    "vocab_size": 32000,
+    "num_key_value_heads": None,
+    "hidden_act": "silu",
+    "head_dim": None,
+    "rms_norm_eps": 1e-8,
+    "tie_word_embeddings": False,
+}
+DEFAULTS: dict[str, Any] = COMMON | {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "audio_vocab_size": None,
+    "sliding_window": 3000,
+    "ffn_dim": 22528,
+    "num_codebooks": 8,
+    "rope_theta": 10000.0,
+    "rope_parameters": None,
+    "rope_scaling": None,
+    "quantization_config": None,
+    "audio_encoder_config": None,
+    "depth_decoder_config": None,
+}
+DEPTH_DEFAULTS: dict[str, Any] = COMMON | {
+    "hidden_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 16,
+    "sliding_window": 8,
+    "ffn_dim": 5632,
+}
+"""What transformers' `MoshiConfig` and `MoshiDepthConfig` take for keys that a file leaves out."""
+CODES = 2048  # entries of a codebook of transformers' `MimiConfig`
+CODEC = "audio_encoder."
+BUFFER = ".rotary_emb.inv_freq"
+
+
+class Taken(NamedTuple):
+    """A tensor of theirs, or the share of it that belongs to one codebook."""
+
+    name: str
+    shape: tuple[int, ...]
+    part: int = 0
+    parts: int = 1
+    heads: int = 0
+    """Heads whose rows are to be put back in Kyutai's order; 0: rows stay."""
+
+
+def is_config(raw: Mapping[str, Any]) -> bool:
+    """Whether `raw` is a config.json of transformers' Moshi; Kyutai's may say model_type "moshi", too."""
+    classes = raw.get("architectures")
+    named = raw.get("model_type") == "moshi" or (isinstance(classes, list) and CLASS in classes)
+    return named and "dim" not in raw and "hidden_size" in raw
+
+
+def is_layout(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are transformers' Moshi's."""
+    return any(name.startswith(("decoder.model.", "depth_decoder.")) for name in names)
+
+
+def architecture(raw: Mapping[str, Any], where: str) -> MoshiConfig:
+    """The model that transformers' config.json describes, without its codec.
+
+    Raises `InputError` naming the key if a value cannot be or is not supported; `where` names the file.
+    """
+
+    def get(key: str, kind: Any = int) -> Any:
+        return record.conform(kind, values[key], where, key)
+
+    def deep(key: str, kind: Any = int) -> Any:
+        return record.conform(kind, depth[key], where, f"depth_decoder_config.{key}")
+
+    values = {**DEFAULTS, **raw}
+    depth = {**DEPTH_DEFAULTS, **(get("depth_decoder_config", dict | None) or {})}
+    codec = {"codebook_size": CODES, **(get("audio_encoder_config", dict | None) or {})}
+    card = get("audio_vocab_size", int | None)
+    rope = get("rope_parameters", dict | None) or {}
+    codebooks = get("num_codebooks")
+    told = [*_unsupported(get, ""), *_unsupported(deep, "depth_decoder_config.")]
+    if (kind := rope.get("rope_type", "default")) != "default" or values["rope_scaling"] is not None:
+        told.append(f"scaled positions ({values['rope_scaling'] or kind!r})")
+    if values["quantization_config"] is not None:
+        told.append("quantised weights (quantization_config)")
+    if deep("sliding_window") < codebooks:
+        told.append(
+            f"a window in the depth transformer (depth_decoder_config.sliding_window={depth['sliding_window']})"
+        )
+    if told:
+        raise InputError(f"{where} describes what is not supported yet: {'; '.join(told)}; give a model without it.")
+    try:
+        return MoshiConfig(
+            dim=get("hidden_size"),
+            num_layers=get("num_hidden_layers"),
+            num_heads=get("num_attention_heads"),
+            hidden=get("ffn_dim") // 2,
+            context=get("sliding_window"),
+            max_period=record.conform(float, rope.get("rope_theta", values["rope_theta"]), where, "rope_theta"),
+            n_q=2 * codebooks,
+            dep_q=codebooks,
+            card=record.conform(int, codec["codebook_size"] if card is None else card, where, "codebook_size"),
+            text_card=get("vocab_size"),
+            delays=(0, *(0, *(1,) * (codebooks - 1)) * 2),  # fixed in transformers: `build_delay_pattern_mask`
+            depth=DepthConfig(
+                dim=deep("hidden_size"),
+                num_layers=deep("num_hidden_layers"),
+                num_heads=deep("num_attention_heads"),
+                hidden=deep("ffn_dim") // 2,
+                schedule=(),
+                low_rank=None,
+            ),
+            lora=LoRAConfig(),
+            ttt=TTTConfig(layers="none"),
+        )
+    except InputError as error:
+        if str(error).startswith(where):
+            raise
+        raise InputError(f"{where} describes no model that can be: {error}") from None
+
+
+def _unsupported(get: Callable[..., Any], prefix: str) -> Iterator[str]:
+    """What one of the two transformers has that we do not; `get` gives its values by key and type."""
+    heads, width = get("num_attention_heads"), get("hidden_size")
+    expected = {
+        "num_key_value_heads": (int | None, heads),
+        "head_dim": (int | None, width // heads if heads > 0 else None),
+        "hidden_act": (str, "silu"),
+        "rms_norm_eps": (float, 1e-8),
+        "tie_word_embeddings": (bool, False),
+    }
+    for key, (kind, wanted) in expected.items():
+        value = get(key, kind)
+        if value is not None and value != wanted:
+            yield f"{prefix}{key}={value!r} instead of {wanted!r}"
+
+
+def as_kyutais(view: View, cfg: MoshiConfig, where: str, notes: list[str]) -> View:
+    """The tensors of `view`, which must be all of the model `cfg` and nothing else, under Kyutai's names.
+
+    The codec and buffers that transformers computes anew are left out and told in `notes`. Raises `InputError` naming the
+    file and transformers' own names for what is missing, left over or of another shape or type than `where` says.
+    """
+    codec = [key for key in view.tensors if key.startswith(CODEC)]
+    buffers = [key for key in view.tensors if key.endswith(BUFFER) and key not in codec]
+    if codec:
+        notes.append(f"{CODEC}* ({len(codec)} tensors) is the codec, which has a file of its own; it is left out")
+    if buffers:
+        notes.append(f"*{BUFFER} ({len(buffers)} tensors) follows from the configuration and is left out")
+    used = {key: held for key, held in view.tensors.items() if key not in {*codec, *buffers}}
+    moved = dict(_moved(cfg))
+    expected = {taken.name: taken.shape for parts in moved.values() for taken in parts}
+    if problems := misfits(expected, used, view.path):
+        refuse_misfits(problems, where)
+    return View(view.path, {name: _joined(parts, used) for name, parts in moved.items()})
+
+
+def _moved(cfg: MoshiConfig) -> Iterator[tuple[str, tuple[Taken, ...]]]:
+    """By Kyutai's name what makes it up, laid end to end."""
+    d, e, q, depth = cfg.dim, cfg.depth.dim, cfg.dep_q, cfg.depth
+
+    def whole(name: str, *shape: int, heads: int = 0) -> Taken:
+        return Taken(name + ".weight", shape, heads=heads)
+
+    def stacked(name: str, *shape: int) -> list[Taken]:
+        return [Taken(name + ".weight", (q, *shape), k, q) for k in range(q)]
+
+    yield "text_emb.weight", (whole("decoder.model.embed_tokens", cfg.text_card + 1, d),)
+    for n in range(cfg.n_q):
+        yield f"emb.{n}.weight", (whole(f"embed_tokens.{n}", cfg.card + 1, d),)
+    for i in range(cfg.num_layers):
+        ours, theirs = f"transformer.layers.{i}", f"decoder.model.layers.{i}"
+        attention = f"{theirs}.self_attn"
+        yield (
+            f"{ours}.self_attn.in_projs.0.weight",
+            (
+                whole(f"{attention}.q_proj.linear", d, d, heads=cfg.num_heads),
+                whole(f"{attention}.k_proj.linear", d, d, heads=cfg.num_heads),
+                whole(f"{attention}.v_proj.linear", d, d),
+            ),
+        )
+        yield f"{ours}.self_attn.out_projs.0.weight", (whole(f"{attention}.o_proj.linear", d, d),)
+        yield f"{ours}.gating.linear_in.weight", (whole(f"{theirs}.mlp.fc1", 2 * cfg.hidden, d),)
+        yield f"{ours}.gating.linear_out.weight", (whole(f"{theirs}.mlp.fc2", d, cfg.hidden),)
+        yield f"{ours}.norm1.alpha", (whole(f"{theirs}.input_layernorm", d),)
+        yield f"{ours}.norm2.alpha", (whole(f"{theirs}.post_attention_layernorm", d),)
+    yield "out_norm.alpha", (whole("decoder.model.norm", d),)
+    yield "text_linear.weight", (whole("decoder.lm_head", cfg.text_card, d),)
+
+    yield "depformer_text_emb.weight", (whole("depth_decoder.text_embed_tokens", cfg.text_card + 1, e),)
+    for k in range(q - 1):
+        yield f"depformer_emb.{k}.weight", (whole(f"depth_decoder.embed_tokens.{k}", cfg.card + 1, e),)
+    for k in range(q):
+        yield f"depformer_in.{k}.weight", (stacked("depth_decoder.input_projections", e, d)[k],)
+        yield f"linears.{k}.weight", (stacked("depth_decoder.lm_heads", cfg.card, e)[k],)
+    for i in range(depth.num_layers):
+        ours, theirs = f"depformer.layers.{i}", f"depth_decoder.layers.{i}"
+        maps = {letter: stacked(f"{theirs}.self_attn.{letter}_proj.linear", e, e) for letter in "qkvo"}
+        wide, narrow = stacked(f"{theirs}.mlp.fc1", 2 * depth.hidden, e), stacked(f"{theirs}.mlp.fc2", e, depth.hidden)
+        for k in range(q):
+            yield f"{ours}.self_attn.in_projs.{k}.weight", tuple(maps[letter][k] for letter in "qkv")
+            yield f"{ours}.self_attn.out_projs.{k}.weight", (maps["o"][k],)
+            yield f"{ours}.gating.{k}.linear_in.weight", (wide[k],)
+            yield f"{ours}.gating.{k}.linear_out.weight", (narrow[k],)
+        yield f"{ours}.norm1.alpha", (whole(f"{theirs}.input_layernorm", e),)
+        yield f"{ours}.norm2.alpha", (whole(f"{theirs}.post_attention_layernorm", e),)
+
+
+def _joined(parts: tuple[Taken, ...], used: Mapping[str, Held]) -> Held:
+    """What `parts` make up, as Kyutai shapes it."""
+    first = used[parts[0].name]
+    if len(first.shape) == 1:
+        return Held(first.path, first.dtype, (1, 1, *first.shape), first.piece)
+    rows, columns = parts[0].shape[-2:]
+    size = SIZES[first.dtype]
+
+    def piece() -> Piece:
+        pieces = [
+            _interleaved(got, taken.heads, columns * size) if taken.heads else got
+            for taken in parts
+            for got in [used[taken.name].piece(taken.part, taken.parts)]
+        ]
+
+        def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
+            for got in pieces:
+                yield from got.blocks(ring, unit)
+
+        return Piece(sum(got.nbytes for got in pieces), blocks)
+
+    return Held(first.path, first.dtype, (len(parts) * rows, columns), piece)
+
+
+def _interleaved(piece: Piece, heads: int, row: int) -> Piece:
+    """The rows (of `row` bytes) of each head, first halves then second halves of the pairs that rotate, put pair by pair."""
+    head = piece.nbytes // heads
+
+    def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
+        for view in piece.blocks(ring, math.lcm(unit, head)):
+            halves = np.frombuffer(view, np.uint8).reshape(-1, 2, head // row // 2, row)
+            yield as_bytes(np.ascontiguousarray(halves.swapaxes(1, 2)))
+
+    return Piece(piece.nbytes, blocks)
