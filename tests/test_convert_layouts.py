@@ -415,6 +415,8 @@ def test_hugging_faces_layout_with_a_prefix_adapters_and_without_defaults(tmp_pa
         ({"quantization_config": {"bits": 4}}, "quantised weights"),
         ({"hidden_size": "16"}, "hidden_size is '16'"),
         ({"num_codebooks": 0}, "describes no model that can be"),
+        ({"num_codebooks": 10**30}, "more codebooks than Mimi's 32"),
+        ({"num_hidden_layers": 10**30}, "tells of 1000000000000000000000000000000 layers, as it has"),
         ({"rope_theta": "far"}, "rope_theta is 'far'"),
         ({"depth_decoder_config": 3}, "depth_decoder_config is 3"),
         ({"sliding_window": None}, "sliding_window is None"),

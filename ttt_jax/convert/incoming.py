@@ -199,6 +199,7 @@ def _base(
     if raw is None:
         raw = settings.export(model_preset("moshi-7b"), {})
     cfg = settings.architecture(raw, shapes, dtype, found.where)
+    settings.check_counts(cfg, len(shapes), view.path, found.where)
     wanted = [(tensor, names.weight(tensor)) for tensor in weights.base(cfg)]
     held = dict(view.tensors)
     if adapters is not None:  # fine-tuned tables may stand in the LoRA file, in place of the base's

@@ -234,10 +234,12 @@ def _known_absent(repository: str, name: str, revision: str | None) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Kyutai's config.json in `path`. Raises `InputError` if that is no object or names files by anything but strings."""
+    """Kyutai's config.json in `path`. Raises `InputError` if that is no object or names files by anything but strings, or the like."""
     raw = record.read_json(path, "a config.json of Kyutai's")
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds no object: give the config.json that belongs to the weights.")
     for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name"):
         record.conform(str | None, raw.get(key), str(path), key)
+    record.conform(bool | None, raw.get("lora"), str(path), "lora")
+    record.conform(dict | None, raw.get("lm_gen_config"), str(path), "lm_gen_config")
     return raw
