@@ -467,7 +467,7 @@ def test_a_config_and_weights_of_two_layouts(tmp_path, source):
 
 
 @pytest.mark.parametrize("block", [1, 64, 1000])
-@pytest.mark.parametrize("unit", [1, 24, 32])
+@pytest.mark.parametrize("unit", [1, 24, 128])
 def test_rows_of_heads_are_put_back_in_blocks_of_any_size(monkeypatch, block, unit):
     monkeypatch.setattr(tensorfile, "BLOCK", block)
     rows = np.arange(3 * 8 * 6, dtype=np.float32).reshape(24, 6)  # 3 heads of 8 rows of 24 bytes
