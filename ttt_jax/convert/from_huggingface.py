@@ -55,6 +55,8 @@ DEPTH_DEFAULTS: dict[str, Any] = COMMON | {
 """What transformers' `MoshiConfig` and `MoshiDepthConfig` take for keys that a file leaves out."""
 CODES = 2048  # entries of a codebook of transformers' `MimiConfig`
 CODEBOOKS = 32
+MIMI = "hf://kyutai/moshiko-pytorch-bf16/tokenizer-e351c8d8-checkpoint125.safetensors"
+"""Kyutai's file of the codec that transformers has among the weights."""
 CODEC = "audio_encoder."
 BUFFER = ".rotary_emb.inv_freq"
 
@@ -168,7 +170,7 @@ def as_kyutais(view: View, cfg: MoshiConfig, where: str, notes: list[str]) -> Vi
     codec = [key for key in view.tensors if key.startswith(CODEC)]
     buffers = [key for key in view.tensors if key.endswith(BUFFER) and key not in codec]
     if codec:
-        notes.append(f"{CODEC}* ({len(codec)} tensors) is the codec, which has a file of its own; it is left out")
+        notes.append(f"{CODEC}* ({len(codec)} tensors) is Mimi, the codec, and left out: Kyutai's file of it is {MIMI}")
     if buffers:
         notes.append(f"*{BUFFER} ({len(buffers)} tensors) follows from the configuration and is left out")
     used = {key: held for key, held in view.tensors.items() if key not in {*codec, *buffers}}

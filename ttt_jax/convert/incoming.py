@@ -132,7 +132,7 @@ def _plan(found, raw, out, lora, merge_lora, ttt, seed, opened):
         "lora_merged": merge_lora,
         "lm_gen_config": found.raw.get("lm_gen_config", {}),
         "tokenizer": tokenizer.name if tokenizer else None,
-        "mimi": found.mimi(),
+        "mimi": from_huggingface.MIMI if from_huggingface.is_config(found.raw) else found.mimi(),
         "licence": licence,
         "travelling": [path.name for path in copies],
     }
@@ -159,7 +159,7 @@ def _weights(found: Source, opened: contextlib.ExitStack, notes: list[str]) -> V
         notes.append(
             f"{FINE_TUNED}, moshi-finetune's name of a full fine-tune, is taken, as no other weights are there"
         )
-    theirs = found.config is not None and from_huggingface.is_config(found.config)
+    theirs = from_huggingface.is_config(found.raw)
     if from_huggingface.is_layout(view.tensors):
         if not theirs:
             raise InputError(
@@ -237,7 +237,9 @@ def _base(
 def _lora(found: Source, lora: str | Path | None, opened: contextlib.ExitStack, notes: list[str]) -> View | None:
     """The adapters' file; None: there is none."""
     path = _lora_path(found, lora)
-    return path and open_view(path, lambda name: None, opened, notes)
+    if path is None:
+        return None
+    return open_view(path, lambda name: one if (one := path.parent / name).is_file() else None, opened, notes)
 
 
 def _lora_path(found: Source, lora: str | Path | None) -> Path | None:

@@ -68,19 +68,18 @@ class Source(NamedTuple):
         def beside(other: str) -> Path | None:
             return self.fetch(f"{folder}/{other}" if folder else other)
 
-        if path := self.fetch(name) or self.fetch(name + INDEX) or self.fetch(FINE_TUNED):
-            return path, beside
-        if self.folder is not None and self.fetch(LORA):
+        path = self.fetch(name) or self.fetch(name + INDEX) or self.fetch(FINE_TUNED)
+        if path is None and self.folder is not None and not self.raw.get("moshi_name"):
+            path = self._only(self.folder)
+        if path is None and self.folder is not None and self.fetch(LORA):
             raise InputError(
                 f"{self.name} holds adapters ({LORA}) without the weights that they belong to: give those as SOURCE, and"
                 f" {self.folder / LORA} by --lora."
             )
-        if self.folder is None or "moshi_name" in self.raw:
-            return self.need(name, "the weights"), beside
-        return self._only(self.folder), beside
+        return path or self.need(name, "the weights"), beside
 
-    def _only(self, folder: Path) -> Path:
-        """The one file of `folder`, or index, that can be meant."""
+    def _only(self, folder: Path) -> Path | None:
+        """The one file of `folder`, or index, that can be meant; None: there are no weights. Raises `InputError` if several can."""
         beside = {self.raw.get("mimi_name") or MIMI, self.raw.get("lora_name"), LORA, "ttt.safetensors"}
         found = [path for path in sorted(folder.glob("*.safetensors")) if path.name not in beside]
         shards = [path for path in found if SHARD.fullmatch(path.name)]
@@ -95,6 +94,8 @@ class Source(NamedTuple):
             return shards[0]
         if pickled := [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLED]:
             raise InputError(f"{self.name} holds {pickled[0]}, which is pickled: give weights as safetensors.")
+        if self.fetch(LORA):
+            return None
         raise InputError(f"{self.name} holds no {MOSHI}: give a folder with the weights as safetensors.")
 
     def tokenizer(self) -> Path | None:
