@@ -190,6 +190,18 @@ def test_a_configuration_that_contradicts_the_tensors(source, changes, said):
         ({"dep_q": 5}, "exceeds model.n_q=4"),
         ({"depformer_dim_feedforward": "33"}, "depformer_dim_feedforward is '33'"),
         ({"tokenizer_name": 3}, "tokenizer_name is 3"),
+        ({"hidden_scale": float("nan")}, "hidden_scale is nan"),
+        ({"hidden_scale": float("inf")}, "hidden_scale is inf"),
+        ({"hidden_scale": -1}, "hidden_scale is -1"),
+        ({"depformer_dim_feedforward": 0}, "depformer_dim_feedforward is 0"),
+        ({"depformer_dim_feedforward": [-3, -3]}, "depformer_dim_feedforward is [-3, -3]"),
+        ({"causal": "x"}, "causal is 'x'"),
+        ({"depformer_multi_linear": 1}, "depformer_multi_linear is 1"),
+        ({"lora": "yes"}, "lora is 'yes'"),
+        ({"lm_gen_config": [1]}, "lm_gen_config is [1]"),
+        ({"num_layers": 10**30}, "tells of 1000000000000000000000000000000 layers, as it has"),
+        ({"depformer_num_layers": 10**9}, "tells of 1000000000 layers in the depth transformer, as it has"),
+        ({"extra_heads_num_heads": 10**9}, "tells of 1000000000 extra heads, as it has"),
     ],
 )
 def test_a_configuration_that_no_model_can_have(source, changes, said):
@@ -201,6 +213,8 @@ def test_files_that_are_none(source, tmp_path):
     refused(tmp_path / "nowhere", "nowhere is no folder or file here")
     refused(tmp_path / "nowhere.safetensors", "nowhere.safetensors is no folder or file")
     (source / "config.json").write_text("{")
+    refused(source, "config.json is not JSON")
+    (source / "config.json").write_text("[" * 99999)
     refused(source, "config.json is not JSON")
     (source / "config.json").write_text("[]")
     refused(source, "config.json holds no object")
@@ -232,11 +246,31 @@ def test_a_file_cut_off_or_too_long(source, keep):
         (60).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,8]}}'.ljust(60) + bytes(8),
         (60).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}'.ljust(60) + bytes(16),
         (60).to_bytes(8, "little") + b'{"a":{"dtype":"X99","shape":[2],"data_offsets":[0,8]}}'.ljust(60) + bytes(8),
+        (60).to_bytes(8, "little") + b'{"a":{"dtype":["F"],"shape":[2],"data_offsets":[0,8]}}'.ljust(60) + bytes(8),
+        (60).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[2.5],"data_offsets":[0,8]}}'.ljust(60) + bytes(8),
+        (60).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":["2"],"data_offsets":[0,8]}}'.ljust(60) + bytes(8),
+        (60).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8,8]}}'.ljust(60) + bytes(8),
+        (99999).to_bytes(8, "little") + b"[" * 99999,
     ],
 )
 def test_a_file_that_is_no_safetensors(source, content):
     (source / "model.safetensors").write_bytes(content)
     refused(source, str(source / "model.safetensors"))
+
+
+def test_an_empty_tensor_between_others(source):
+    w = {"b": np.ones(3, np.float32), "a": np.zeros((0, 4), np.float32), "c": np.ones(1, np.float32)}
+    path = source / "model.safetensors"
+    header = {
+        "b": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]},
+        "c": {"dtype": "F32", "shape": [1], "data_offsets": [12, 16]},
+        "a": {"dtype": "F32", "shape": [0, 4], "data_offsets": [12, 12]},
+    }
+    head = json.dumps(header).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + w["b"].tobytes() + w["c"].tobytes())
+    with tensorfile.TensorFile(path) as file:
+        for name, array in w.items():
+            np.testing.assert_array_equal(file.array(name), array)
 
 
 def test_integers_are_no_weights(tmp_path):

@@ -92,7 +92,7 @@ def test_logits_equal_those_of_transformers(tmp_path, name, dtype):
     written.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
     assert len(list((tmp_path / "theirs").glob("*-of-*"))) > 1
     plan = convert.kyutai(tmp_path / "theirs", tmp_path / "ours")
-    assert any("is the codec" in note for note in plan.notes)
+    assert any("is Mimi, the codec" in note for note in plan.notes)
     cfg, params, _ = weights.load(tmp_path / "ours")
     assert params["text_emb"].dtype == dtype
 

@@ -186,14 +186,11 @@ def _header(path: Path, file: io.FileIO) -> dict[str, Info]:
     try:
         entries = json.loads(file.read(length))
         entries.pop("__metadata__", None)
-        tensors = {
-            name: Info(e["dtype"], tuple(map(int, e["shape"])), *(8 + length + int(at) for at in e["data_offsets"]))
-            for name, e in entries.items()
-        }
-    except (ValueError, TypeError, KeyError, AttributeError):
+        tensors = {name: _info(entry, 8 + length) for name, entry in entries.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{path} has a header that cannot be read: give a whole safetensors file.") from None
     end = 8 + length
-    for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         expected = math.prod(info.shape) * SIZES.get(info.dtype, 0)
         sound = info.dtype in SIZES and min(info.shape, default=0) >= 0
         if not sound or info.start != end or info.stop - info.start != expected:
@@ -207,3 +204,11 @@ def _header(path: Path, file: io.FileIO) -> dict[str, Info]:
             f"{path} has {size} bytes where its header tells of {end}: it is cut off or damaged; copy or download it again."
         )
     return tensors
+
+
+def _info(entry: dict[str, object], data: int) -> Info:
+    """What a header says of one tensor; its data begin at byte `data`. Raises as a header of other JSON types does."""
+    dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or any(type(number) is not int for number in (*shape, start, stop)):
+        raise TypeError
+    return Info(dtype, tuple(shape), data + start, data + stop)

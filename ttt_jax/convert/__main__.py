@@ -19,6 +19,7 @@ from ttt_jax.convert.outgoing import Dtype, export
 DESCRIPTION = """Bring Kyutai's weights in, and ours out in their layout.
 
   python -m ttt_jax.convert kyutai kyutai/moshiko-pytorch-bf16 weights/moshiko
+  python -m ttt_jax.convert kyutai kmhf/hf-moshiko weights/moshiko
   python -m ttt_jax.convert kyutai FOLDER weights/moshiko-ttt --ttt-layers 29,30,31
   python -m ttt_jax.convert export weights/moshiko-ttt exported
 
@@ -35,14 +36,14 @@ class AddedTTT(TTTConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Kyutai:
-    """Convert Kyutai's weights to a folder of ours."""
+    """Convert Moshi's weights, in Kyutai's layout or in Hugging Face's (MoshiForConditionalGeneration), to a folder of ours."""
 
     source: tyro.conf.Positional[str]
-    """Folder with config.json and safetensors, a safetensors file, or a hub id OWNER/NAME, OWNER/NAME@REVISION."""
+    """Folder with config.json and safetensors, a safetensors file or the index of shards, or a hub id OWNER/NAME, OWNER/NAME@REVISION."""
     out: tyro.conf.Positional[Path]
     """New folder."""
     config: Path | None = None
-    """A config.json of Kyutai's instead of the one in SOURCE."""
+    """A config.json instead of the one in SOURCE."""
     lora: str | None = None
     """LoRA file of Kyutai's, or hf://OWNER/NAME/FILE, or what the original system with TTT layers trained; unset: the one that
     config.json names, if it does."""

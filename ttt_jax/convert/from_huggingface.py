@@ -15,6 +15,7 @@ import numpy as np
 
 from ttt_jax import record
 from ttt_jax.config import DepthConfig, LoRAConfig, MoshiConfig, TTTConfig
+from ttt_jax.convert import settings
 from ttt_jax.convert.matching import misfits, refuse_misfits
 from ttt_jax.convert.view import Held, View
 from ttt_jax.errors import InputError
@@ -53,6 +54,9 @@ DEPTH_DEFAULTS: dict[str, Any] = COMMON | {
 }
 """What transformers' `MoshiConfig` and `MoshiDepthConfig` take for keys that a file leaves out."""
 CODES = 2048  # entries of a codebook of transformers' `MimiConfig`
+CODEBOOKS = 32
+MIMI = "hf://kyutai/moshiko-pytorch-bf16/tokenizer-e351c8d8-checkpoint125.safetensors"
+"""Kyutai's file of the codec that transformers has among the weights."""
 CODEC = "audio_encoder."
 BUFFER = ".rotary_emb.inv_freq"
 
@@ -103,6 +107,8 @@ def architecture(raw: Mapping[str, Any], where: str) -> MoshiConfig:
         told.append(f"scaled positions ({values['rope_scaling'] or kind!r})")
     if values["quantization_config"] is not None:
         told.append("quantised weights (quantization_config)")
+    if codebooks > CODEBOOKS:
+        told.append(f"more codebooks than Mimi's {CODEBOOKS} (num_codebooks={codebooks})")
     if deep("sliding_window") < codebooks:
         told.append(
             f"a window in the depth transformer (depth_decoder_config.sliding_window={depth['sliding_window']})"
@@ -164,10 +170,11 @@ def as_kyutais(view: View, cfg: MoshiConfig, where: str, notes: list[str]) -> Vi
     codec = [key for key in view.tensors if key.startswith(CODEC)]
     buffers = [key for key in view.tensors if key.endswith(BUFFER) and key not in codec]
     if codec:
-        notes.append(f"{CODEC}* ({len(codec)} tensors) is the codec, which has a file of its own; it is left out")
+        notes.append(f"{CODEC}* ({len(codec)} tensors) is Mimi, the codec, and left out: Kyutai's file of it is {MIMI}")
     if buffers:
         notes.append(f"*{BUFFER} ({len(buffers)} tensors) follows from the configuration and is left out")
     used = {key: held for key, held in view.tensors.items() if key not in {*codec, *buffers}}
+    settings.check_counts(cfg, len(used), view.path, where)
     moved = dict(_moved(cfg))
     expected = {taken.name: taken.shape for parts in moved.values() for taken in parts}
     if problems := misfits(expected, used, view.path):

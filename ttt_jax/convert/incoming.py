@@ -20,6 +20,7 @@ from ttt_jax.convert.view import Held, View, open_view
 from ttt_jax.differences import group
 from ttt_jax.errors import InputError
 from ttt_jax.files import check_new
+from ttt_jax.paths import local
 from ttt_jax.tensorfile import DTYPES, NAMES, TensorFile, cast
 from ttt_jax.tensorwriter import Spec
 
@@ -54,7 +55,7 @@ def kyutai(
     Raises `InputError` if anything is missing, left over, of a wrong shape or type, contradicts the configuration, or is
     not supported; then nothing is written.
     """
-    out = Path(out).expanduser()
+    out = local(out)
     check_new(out)
     with contextlib.ExitStack() as opened:
         found = _with_config(find(str(source)), config)
@@ -132,7 +133,7 @@ def _plan(found, raw, out, lora, merge_lora, ttt, seed, opened):
         "lora_merged": merge_lora,
         "lm_gen_config": found.raw.get("lm_gen_config", {}),
         "tokenizer": tokenizer.name if tokenizer else None,
-        "mimi": found.mimi(),
+        "mimi": from_huggingface.MIMI if from_huggingface.is_config(found.raw) else found.mimi(),
         "licence": licence,
         "travelling": [path.name for path in copies],
     }
@@ -161,7 +162,7 @@ def _weights(found: Source, opened: contextlib.ExitStack, notes: list[str]) -> t
         notes.append(
             f"{FINE_TUNED}, moshi-finetune's name of a full fine-tune, is taken, as no other weights are there"
         )
-    theirs = found.config is not None and from_huggingface.is_config(found.config)
+    theirs = from_huggingface.is_config(found.raw)
     if from_huggingface.is_layout(view.tensors):
         if not theirs:
             raise InputError(
@@ -200,6 +201,7 @@ def _base(
     if raw is None:
         raw = settings.export(model_preset("moshi-7b"), {})
     cfg = settings.architecture(raw, shapes, dtype, found.where)
+    settings.check_counts(cfg, len(shapes), view.path, found.where)
     wanted = [(tensor, names.weight(tensor)) for tensor in weights.base(cfg)]
     held = dict(view.tensors)
     if adapters is not None:  # fine-tuned tables may stand in the LoRA file, in place of the base's
@@ -241,7 +243,11 @@ def _lora(
     path = _lora_path(found, lora)
     if path is None:
         return None, None
-    return original.split(open_view(path, lambda name: None, opened, notes), base.tensors)
+
+    def beside(name: str) -> Path | None:
+        return one if (one := path.parent / name).is_file() else None
+
+    return original.split(open_view(path, beside, opened, notes), base.tensors)
 
 
 def _has_adapters(view: View) -> bool:
@@ -250,7 +256,9 @@ def _has_adapters(view: View) -> bool:
 
 def _lora_path(found: Source, lora: str | Path | None) -> Path | None:
     if lora is not None:
-        path = found.fetch(str(lora)) if "://" in str(lora) else Path(lora).expanduser()
+        path = local(lora)
+        if "://" in str(lora) and not path.exists():
+            path = found.fetch(str(lora))
         if path is None or not path.is_file():
             raise InputError(f"{lora} is not a file: give --lora a LoRA file of Kyutai's.")
         return path

@@ -22,6 +22,7 @@ from ttt_jax.convert.plan import Plan, carry_out, check_copies, log
 from ttt_jax.convert.source import CONFIG, MOSHI
 from ttt_jax.errors import InputError
 from ttt_jax.files import check_new, run_and_step
+from ttt_jax.paths import local
 from ttt_jax.tensorfile import DTYPES, NAMES, Piece, cast, of_array
 from ttt_jax.tensorwriter import Spec
 from ttt_jax.weights import Tensor
@@ -63,10 +64,10 @@ def export(
 
     Raises `InputError` if the checkpoint is damaged or Kyutai's layout cannot express it; then nothing is written.
     """
-    out = Path(out).expanduser()
+    out = local(out)
     check_new(out)
     with contextlib.ExitStack() as stack:
-        found = _open(Path(checkpoint).expanduser(), stack)
+        found = _open(local(checkpoint), stack)
         cfg = found.cfg
         if merge_lora and not cfg.lora.rank:
             raise InputError(f"{checkpoint} has no adapters that could be merged: leave out --merge-lora.")

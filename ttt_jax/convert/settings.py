@@ -6,6 +6,7 @@ is unknown and refused.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -87,8 +88,13 @@ def architecture(raw: Mapping[str, Any], shapes: Shapes, dtype: str, where: str)
     values.setdefault("depformer_num_layers", values["num_layers"])
     schedule = get("depformer_weights_per_step_schedule", tuple[int, ...] | None) or ()
     several = isinstance(values["depformer_dim_feedforward"], list)
-    get("depformer_dim_feedforward", tuple[int, ...] if several else int | None)
+    wide = get("depformer_dim_feedforward", tuple[int, ...] if several else int | None)
     scale = get("hidden_scale", float)
+    for key, number in (("hidden_scale", scale), ("depformer_dim_feedforward", wide[0] if several else wide)):
+        if number is not None and not 0 < number < math.inf:
+            raise InputError(f"{where}: {key} is {values[key]!r}, but must be a number above 0; correct it there.")
+    for key in ("causal", "depformer_multi_linear", "depformer_weights_per_step"):
+        get(key, bool)
     try:
         return MoshiConfig(
             dim=get("dim"),
@@ -122,6 +128,21 @@ def architecture(raw: Mapping[str, Any], shapes: Shapes, dtype: str, where: str)
         if str(error).startswith(where):
             raise
         raise InputError(f"{where} describes no model that can be: {error}") from None
+
+
+def check_counts(cfg: MoshiConfig, tensors: int, path: object, where: str) -> None:
+    """Raise `InputError` if `cfg`, from `where`, has more layers or heads than `path` has tensors, before they are gone through."""
+    counts = {
+        "layers": cfg.num_layers,
+        "layers in the depth transformer": cfg.depth.num_layers,
+        "extra heads": cfg.extra_heads,
+    }
+    for name, count in counts.items():
+        if count > tensors:
+            raise InputError(
+                f"{path} does not fit {where}, which tells of {count} {name}, as it has {tensors} tensors in all: give weights and a"
+                " config.json that belong together."
+            )
 
 
 def hidden_widths(raw: Mapping[str, Any], cfg: MoshiConfig) -> dict[str, tuple[int, int]]:

@@ -11,6 +11,7 @@ from ttt_jax import record
 from ttt_jax.convert import card
 from ttt_jax.convert.view import INDEX, SHARD, Beside
 from ttt_jax.errors import InputError
+from ttt_jax.paths import local
 from ttt_jax.weights import LORA
 
 CONFIG = "config.json"
@@ -68,19 +69,18 @@ class Source(NamedTuple):
         def beside(other: str) -> Path | None:
             return self.fetch(f"{folder}/{other}" if folder else other)
 
-        if path := self.fetch(name) or self.fetch(name + INDEX) or self.fetch(FINE_TUNED):
-            return path, beside
-        if self.folder is not None and self.fetch(LORA):
+        path = self.fetch(name) or self.fetch(name + INDEX) or self.fetch(FINE_TUNED)
+        if path is None and self.folder is not None and not self.raw.get("moshi_name"):
+            path = self._only(self.folder)
+        if path is None and self.folder is not None and self.fetch(LORA):
             raise InputError(
                 f"{self.name} holds adapters ({LORA}) without the weights that they belong to: give those as SOURCE, and"
                 f" {self.folder / LORA} by --lora."
             )
-        if self.folder is None or "moshi_name" in self.raw:
-            return self.need(name, "the weights"), beside
-        return self._only(self.folder), beside
+        return path or self.need(name, "the weights"), beside
 
-    def _only(self, folder: Path) -> Path:
-        """The one file of `folder`, or index, that can be meant."""
+    def _only(self, folder: Path) -> Path | None:
+        """The one file of `folder`, or index, that can be meant; None: there are no weights. Raises `InputError` if several can."""
         beside = {self.raw.get("mimi_name") or MIMI, self.raw.get("lora_name"), LORA, "ttt.safetensors"}
         found = [path for path in sorted(folder.glob("*.safetensors")) if path.name not in beside]
         shards = [path for path in found if SHARD.fullmatch(path.name)]
@@ -93,6 +93,8 @@ class Source(NamedTuple):
             )
         if shards:
             return shards[0]
+        if self.fetch(LORA):
+            return None
         if pickled := [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLED]:
             raise InputError(f"{self.name} holds {pickled[0]}, which is pickled: give weights as safetensors.")
         raise InputError(f"{self.name} holds no {MOSHI}: give a folder with the weights as safetensors.")
@@ -124,7 +126,7 @@ def find(name: str) -> Source:
 
     Raises `InputError` if it is nothing of that.
     """
-    path = Path(name).expanduser()
+    path = local(name)
     if path.is_dir():
         return _local(name, path, None)
     if path.is_file():
@@ -234,10 +236,12 @@ def _known_absent(repository: str, name: str, revision: str | None) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Kyutai's config.json in `path`. Raises `InputError` if that is no object or names files by anything but strings."""
+    """Kyutai's config.json in `path`. Raises `InputError` if that is no object or names files by anything but strings, or the like."""
     raw = record.read_json(path, "a config.json of Kyutai's")
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds no object: give the config.json that belongs to the weights.")
     for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name"):
         record.conform(str | None, raw.get(key), str(path), key)
+    record.conform(bool | None, raw.get("lora"), str(path), "lora")
+    record.conform(dict | None, raw.get("lm_gen_config"), str(path), "lm_gen_config")
     return raw
