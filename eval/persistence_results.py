@@ -26,12 +26,9 @@ from eval.persistence_data import (
     differences,
     pooled,
 )
-from eval.results import WEIGHTINGS, as_json
+from eval.results import WEIGHTINGS, read_stored, write_stored
 from eval.statistics import Estimate, band, group_means
 from eval.verdict import Rule, Verdict, advise, verdict
-from ttt_jax import record
-from ttt_jax.errors import InputError
-from ttt_jax.files import write_atomically
 
 COMMAND, FORMAT = "python -m eval persistence", 1
 """What marks results.json as this command's, and its version."""
@@ -322,9 +319,7 @@ def write(folder: Path, experiment: Experiment, analysis: Analysis, about: dict[
         "losses": experiment.losses,
         "bounds": bounds,
     }
-    path = folder / "results.json"
-    write_atomically(path, as_json(_named(content)))
-    return path
+    return write_stored(folder, _named(content))
 
 
 def _named(value: Any) -> Any:
@@ -341,26 +336,18 @@ def _named(value: Any) -> Any:
 def read(folder: Path) -> tuple[Experiment, dict[str, Any]]:
     """The experiment that `write` wrote to `folder`, and its `about`.
 
-    Raises:
-      InputError: there is no results.json, or not one of this command and version.
+    Raises `InputError` as `eval.results.read_stored`.
     """
-    path = folder / "results.json"
-    stored = record.read_json(path, f"results.json in a folder that {COMMAND} wrote")
-    found = (stored.get("command"), stored.get("format")) if isinstance(stored, dict) else None
-    if found != (COMMAND, FORMAT):
-        raise InputError(f"{path} is of {found}, but format {FORMAT} of {COMMAND} is read: run {COMMAND} again.")
-    try:
-        array = lambda values: np.array(values, np.float64)  # noqa: E731
-        experiment = Experiment(
-            Setting(**stored["setting"]),
-            [Condition(**one | {"checkpoints": tuple(one["checkpoints"])}) for one in stored["conditions"]],
-            [File(**file) for file in stored["files"]],
-            array(stored["weight"]),
-            {name: array(values) for name, values in stored["losses"].items()},
-            Bounds(**{name: array(values) for name, values in stored["bounds"].items()}) if stored["bounds"] else None,
-            stored["checkpoints"],
-            stored["skipped"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is not as it was written ({error!r}): run {COMMAND} again.") from None
+    stored = read_stored(folder, COMMAND, FORMAT)
+    array = lambda values: np.array(values, np.float64)  # noqa: E731
+    experiment = Experiment(
+        Setting(**stored["setting"]),
+        [Condition(**one | {"checkpoints": tuple(one["checkpoints"])}) for one in stored["conditions"]],
+        [File(**file) for file in stored["files"]],
+        array(stored["weight"]),
+        {name: array(values) for name, values in stored["losses"].items()},
+        Bounds(**{name: array(values) for name, values in stored["bounds"].items()}) if stored["bounds"] else None,
+        stored["checkpoints"],
+        stored["skipped"],
+    )
     return experiment, {name: stored[name] for name in ("evaluated_with", "cost") if name in stored}

@@ -7,6 +7,7 @@ model could run.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -471,32 +472,52 @@ def write_results(folder: Path, results: Results, about: dict[str, Any]) -> Path
         "counts": counts | {"unit": results.unit},
         **{field.name: getattr(results, field.name) for field in dataclasses.fields(results)},
     }
-    path = folder / "results.json"
-    write_atomically(path, as_json(content))
-    return path
+    return write_stored(folder, content)
 
 
 def read_results(folder: Path) -> Results:
-    """What `write_results` wrote to `folder`, without its `about`.
+    """What `write_results` wrote to `folder`, without its `about`. Raises `InputError` as `read_stored`."""
+    stored = read_stored(folder, COMMAND, FORMAT)
+    return Results(
+        setting=Setting(**stored["setting"] | {"streams": tuple(stored["setting"]["streams"])}),
+        checkpoints=[_restore_checkpoint(own) for own in stored["checkpoints"]],
+        between=_restore(stored["between"]),
+        files=[FileInfo(**file | {"joints": tuple(file["joints"])}) for file in stored["files"]],
+        skipped=stored["skipped"],
+    )
+
+
+def write_stored(folder: Path, content: dict[str, Any]) -> Path:
+    """Write `content` and its checksum to results.json in `folder`, at once or not at all; the path."""
+    content = plain(content)
+    path = folder / "results.json"
+    write_atomically(path, as_json(content | {"checksum": _checksum(content)}))
+    return path
+
+
+def read_stored(folder: Path, command: str, version: int) -> dict[str, Any]:
+    """The content that `write_stored` wrote to `folder`.
+
+    Args:
+      command, version: what the content must state as "command" and "format".
 
     Raises:
-      InputError: there is no results.json, or not one of this version.
+      InputError: there is no results.json, it is another command's or of another version, or it is not as it was written.
     """
     path = folder / "results.json"
-    stored = record.read_json(path, "results.json in a folder that python -m eval stream wrote")
+    stored = record.read_json(path, f"results.json in a folder that {command} wrote")
     found = (stored.get("command"), stored.get("format")) if isinstance(stored, dict) else None
-    if found != (COMMAND, FORMAT):
-        raise InputError(f"{path} is of {found}, but format {FORMAT} of {COMMAND} is read: run {COMMAND} again.")
-    try:
-        return Results(
-            setting=Setting(**stored["setting"] | {"streams": tuple(stored["setting"]["streams"])}),
-            checkpoints=[_restore_checkpoint(own) for own in stored["checkpoints"]],
-            between=_restore(stored["between"]),
-            files=[FileInfo(**file | {"joints": tuple(file["joints"])}) for file in stored["files"]],
-            skipped=stored["skipped"],
+    if found != (command, version):
+        raise InputError(f"{path} is of {found}, but format {version} of {command} is read: run {command} again.")
+    if stored.pop("checksum", None) != _checksum(stored):
+        raise InputError(
+            f"{path} is not as it was written (its checksum does not match its content): run {command} again."
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not as it was written ({error!r}): run python -m eval stream again.") from None
+    return stored
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _restore_checkpoint(stored: dict[str, Any]) -> CheckpointResults:

@@ -132,13 +132,26 @@ def test_what_variants_hold(tmp_path):
     np.testing.assert_array_equal(depth["qkv"][1].reshape(24, 8), w["depformer.layers.0.self_attn.in_projs.1.weight"])
 
 
-def test_special_numbers_keep_their_bits(tmp_path):
+def test_special_numbers_keep_their_bits_and_those_that_are_not_finite_are_told(tmp_path, caplog):
     c = files.config()
     w = files.weights(c, "BF16")
     w["text_emb.weight"].view(np.uint16)[:] = np.resize([0x7F80, 0xFF80, 0x7FC1, 0x0001, 0x8000], (10, 16))
     kyutai(files.write(tmp_path / "source", c, w), tmp_path / "ours")
+    (said,) = caplog.messages
+    assert said.startswith("text_emb.weight holds NaN or infinite numbers")
     export(tmp_path / "ours", tmp_path / "back")
     same(load_file(tmp_path / "back" / "model.safetensors"), files.fuse(w))
+
+
+@pytest.mark.parametrize("kind", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_one_number_that_is_not_finite_is_found_in_every_type(tmp_path, caplog, kind, value):
+    c = files.config(num_layers=1, depformer_num_layers=1)
+    w = files.weights(c, kind)
+    w["linears.1.weight"][-1, -1] = value
+    kyutai(files.write(tmp_path / "source", c, w), tmp_path / "ours")
+    (said,) = caplog.messages
+    assert said.startswith("linears.1.weight holds")
 
 
 def test_a_hidden_width_by_another_rule_is_taken_from_the_tensors(tmp_path):

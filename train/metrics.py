@@ -20,14 +20,48 @@ if TYPE_CHECKING:  # `python -m train.plot` reads metrics without jax
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that was cut off while it was written is left out."""
+    """The lines of a metrics file; a last line that was cut off while it was written is left out.
+
+    Raises `InputError` if another line is damaged.
+    """
+    if not path.exists():
+        return []
+    try:
+        found = read_lines(path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is damaged ({error}): take the damaged lines out, or remove it.") from None
     lines = []
-    for line in read_lines(path) if path.exists() else []:
+    for number, text in enumerate(found, start=1):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if _is_line(line):
+            lines.append(line)
+        elif number < len(found):  # what follows the last line's end is a line that was cut off, or nothing
+            raise InputError(f"{path} line {number} is damaged ({text[:40]!r}): take it out, or remove the file.")
     return lines
+
+
+_GROUPED = {"half_variance", "streams", "grad_norms", "lr", "ttt", "validation"}
+"""Values that have values of their own, by name."""
+_TRAINING = {"loss", "half_variance", "streams", "grad_norm", "lr", "skipped", "ttt", "seconds", "frames_per_second"}
+"""What a line has beside its step, unless it is a validation's."""
+
+
+def _is_line(line: Any) -> bool:
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return False
+    whole = line.keys() >= ({"validation", "seconds"} if "validation" in line else _TRAINING)
+    return whole and all(isinstance(line[name], dict) == (name in _GROUPED) for name in line) and _is_sound(line)
+
+
+def _is_sound(value: Any) -> bool:
+    """Whether all is of numbers, words and null, and of what `_GROUPED` names no group is missing."""
+    if isinstance(value, dict):
+        return all(_is_sound(one) and (name not in _GROUPED or isinstance(one, dict)) for name, one in value.items())
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return number or value is None or isinstance(value, str)
 
 
 class MetricsLog:

@@ -33,10 +33,10 @@ def main(args: Sequence[str]) -> int:
     folders = [local(name) for name in options.runs]
     lines = [_read(folder) for folder in folders]
     if len(folders) == 1:
-        paths = plots.draw_run(lines[0], _stored(folders[0] / "meta.json").get("unigram"), folders[0], out)
+        paths = plots.draw_run(lines[0], _unigram(folders[0]), folders[0], out)
     else:
         runs = [
-            plots.Run(name, found, _hours(_stored(folder / "config.json")))
+            plots.Run(name, found, _hours(folder))
             for name, found, folder in zip(_names(folders), lines, folders, strict=True)
         ]
         paths = plots.draw_runs(runs, out or Path("runs.png"))
@@ -63,16 +63,31 @@ def _check_out(out: Path) -> Path:
     return out
 
 
-def _stored(path: Path) -> dict[str, Any]:
-    """What a run says of itself; nothing where metrics.jsonl came alone."""
-    return record.read_json(path, "a run's folder") if path.exists() else {}
+def _unigram(folder: Path) -> dict[str, float | None] | None:
+    """Losses of the unigram model by stream, from a run's meta.json; None where metrics.jsonl came alone."""
+    path = folder / "meta.json"
+    stored = record.read_json(path, "a run's meta.json") if path.exists() else {}
+    found = stored.get("unigram") if isinstance(stored, dict) else stored
+    if not isinstance(found, dict | None) or not all(
+        isinstance(one, float | int | None) for one in (found or {}).values()
+    ):
+        raise InputError(f"{path} has no losses by stream under 'unigram': bring it back, or remove it.")
+    return found
 
 
-def _hours(config: dict[str, Any]) -> float | None:
-    """Hours of speech that a step reads, from a run's config.json."""
-    if not config:
+def _hours(folder: Path) -> float | None:
+    """Hours of speech that a step reads, from a run's config.json; None where metrics.jsonl came alone."""
+    path = folder / "config.json"
+    if not path.exists():
         return None
-    return config["data"]["batch"] * config["data"]["chunk"] * config.get("bptt", 1) / FRAME_RATE / 3600
+    stored = record.read_json(path, "a run's config.json")
+    try:
+        frames = stored["data"]["batch"] * stored["data"]["chunk"] * stored.get("bptt", 1)
+        return frames / FRAME_RATE / 3600
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"{path} has no numbers data.batch, data.chunk and bptt: bring it back, or remove it."
+        ) from None
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ import ml_dtypes
 import numpy as np
 
 from ttt_jax.errors import InputError
+
+_log = logging.getLogger("ttt_jax")
 
 BLOCK = 16 << 20  # bytes that are read, hashed and written together
 QUEUE = 4  # blocks between the reading and the writing thread
@@ -129,6 +132,26 @@ def of_array(nbytes: int, make: Callable[[], np.ndarray]) -> Piece:
             yield view[at : at + step]
 
     return Piece(nbytes, blocks)
+
+
+_INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+"""Bits of infinity by type; those of NaN, without the sign, are a larger number, those of all others a smaller one."""
+
+
+def watched(piece: Piece, dtype: str, where: str) -> Piece:
+    """`piece` of type `dtype` as it is. Reading it warns, naming `where`, if a number is NaN or infinite."""
+    bits = np.dtype(f"u{DTYPES[dtype].itemsize}")
+    unsigned = np.array(np.iinfo(bits).max >> 1, bits)
+
+    def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
+        told = False
+        for view in piece.blocks(ring, max(unit, bits.itemsize)):
+            if not told and (np.frombuffer(view, bits) & unsigned).max(initial=0) >= _INFINITY[dtype]:
+                told = True
+                _log.warning("%s holds NaN or infinite numbers, which are kept: the model may give no others.", where)
+            yield view
+
+    return Piece(piece.nbytes, blocks)
 
 
 def cast(piece: Piece, source: str, target: str, where: str) -> Piece:

@@ -21,7 +21,7 @@ from ttt_jax.differences import group
 from ttt_jax.errors import InputError
 from ttt_jax.files import check_new
 from ttt_jax.paths import local
-from ttt_jax.tensorfile import DTYPES, NAMES, TensorFile, cast
+from ttt_jax.tensorfile import DTYPES, NAMES, TensorFile, cast, watched
 from ttt_jax.tensorwriter import Spec
 
 NO_TTT = TTTConfig(layers="none")
@@ -349,7 +349,9 @@ def _cast(key: str, held: Held, dtype: str) -> Held:
 
 
 def _spec(found: Found, dtype: str) -> Spec:
-    return Spec(found.tensor.name, dtype, found.tensor.shape, found.parts)
+    keys = [key.name for key in found.names.parts]
+    parts = tuple(watched(part, dtype, key) for part, key in zip(found.parts, keys, strict=True))
+    return Spec(found.tensor.name, dtype, found.tensor.shape, parts)
 
 
 def _refuse(where: str, told: list[str]) -> None:

@@ -128,7 +128,7 @@ def _parse_entry(manifest: Path, number: int, line: str) -> Entry | Absent:
     alignment = beside(audio, ".json")
     if alignment is not None and (problem := missing(alignment)) is not None:
         return Absent(audio, f"{where} names {audio}, whose {alignment.name} {problem.problem}: {problem.advice}.")
-    return Entry(audio, float(duration), alignment, None if speaker is None else str(speaker))
+    return Entry(audio, float(duration), alignment, None if speaker in (None, "") else str(speaker))
 
 
 def _is_name(value: object) -> bool:

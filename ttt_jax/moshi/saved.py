@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -21,12 +22,13 @@ from ttt_jax.moshi.model import State, init_state
 
 
 def save_state(path: str | Path, state: State, cfg: MoshiConfig) -> None:
-    """Write `state` to `path`, at once or not at all: safetensors, a tensor for each leaf, and the model's configuration.
+    """Write `state` to `path`, at once or not at all: safetensors, a tensor for each leaf, the model's configuration, a checksum.
 
     Raises `InputError` if it cannot be written; what was there before is left as it was.
     """
     leaves = {name: np.asarray(leaf) for name, leaf in _named(state).items()}
-    content = save(leaves, {"model": json.dumps(record.to_dict(_model(cfg)))})
+    about = json.dumps(record.to_dict(_model(cfg)))
+    content = save(leaves, {"model": about, "checksum": _checksum(leaves, about)})
     try:
         write_atomically(Path(path), content)
     except OSError as error:
@@ -67,7 +69,17 @@ def load_state(path: str | Path, cfg: MoshiConfig) -> State:
     expected = {name: (*leaf.shape, str(leaf.dtype)) for name, leaf in _named(fresh).items()}
     if told := list(differences(expected, {name: (*leaf.shape, str(leaf.dtype)) for name, leaf in leaves.items()})):
         raise InputError(f"{path} {'; '.join(told)}: give a state that save_state wrote.")
+    if metadata.get("checksum") != _checksum(leaves, metadata["model"]):
+        raise InputError(f"{path} is damaged (its checksum does not match its content): bring back a sound copy.")
     return jax.tree.unflatten(jax.tree.structure(fresh), [jnp.asarray(leaves[name]) for name in expected])
+
+
+def _checksum(leaves: dict[str, np.ndarray], about: str) -> str:
+    digest = hashlib.sha256(about.encode())
+    for name, leaf in sorted(leaves.items()):
+        digest.update(f"{name} {leaf.dtype} {leaf.shape} ".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _model(cfg: MoshiConfig) -> MoshiConfig:
