@@ -21,7 +21,7 @@ def training(step, layers=(), text=3.0, **changes):
         "streams": {name: text if name == "text" else 3.0 for name in STREAMS},
         "half_variance": dict.fromkeys(STREAMS, 0.1),
         "grad_norm": 1.0,
-        "grad_norms": {"base": 0.5, "ttt": 0.1},
+        "grad_norms": {"base": 0.5, "gate": 0.2, "ttt": 0.1},
         "lr": {"base": 1e-3, "ttt": 1e-3},
         "skipped": 0,
         "ttt": {

@@ -52,14 +52,18 @@ _TRAINING = {"loss", "half_variance", "streams", "grad_norm", "lr", "skipped", "
 def _is_line(line: Any) -> bool:
     if not isinstance(line, dict) or type(line.get("step")) is not int:
         return False
-    whole = line.keys() >= ({"validation", "seconds"} if "validation" in line else _TRAINING)
-    return whole and all(isinstance(line[name], dict) == (name in _GROUPED) for name in line) and _is_sound(line)
+    wanted = {"validation", "seconds"} if "validation" in line else _TRAINING
+    return line.keys() >= wanted and _is_sound(line) and _is_sound(line.get("validation", {}))
 
 
-def _is_sound(value: Any) -> bool:
-    """Whether all is of numbers, words and null, and of what `_GROUPED` names no group is missing."""
+def _is_sound(values: dict[str, Any]) -> bool:
+    """Whether there are groups where `_GROUPED` says so and else numbers, words and null, in groups as well."""
+    return all(_is_plain(one) and isinstance(one, dict) == (name in _GROUPED) for name, one in values.items())
+
+
+def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
-        return all(_is_sound(one) and (name not in _GROUPED or isinstance(one, dict)) for name, one in value.items())
+        return all(map(_is_plain, value.values()))
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return number or value is None or isinstance(value, str)
 
