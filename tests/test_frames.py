@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import types
 
 import numpy as np
@@ -249,6 +250,19 @@ def test_codes_file_that_is_not_one_or_does_not_match_its_duration_is_refused(co
     (tmp_path / "a.safetensors").write_bytes(b"no")
     with pytest.raises(InputError, match="cannot be read as codes"):
         frames_of(write_manifest(tmp_path, "a.safetensors", 1.6), codec, tmp_path)
+
+
+def test_recordings_of_one_name_are_told_apart(codec, tmp_path):
+    write_codes(tmp_path, np.zeros((8, 20), np.int32), codec, duration=1.6)
+    names, lines = ("x/en/a", "y/en/a", "x/en/b"), []
+    for name in names:
+        path = tmp_path / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "a.safetensors", path)
+        lines.append(json.dumps({"path": f"{name}.safetensors", "duration": 1.6}))
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    found = open_manifest(tmp_path / "m.jsonl", codec, TOKENIZER, tmp_path / "cache", progress=False)
+    assert [one.name for one in found] == [*(str(tmp_path / f"{name}.safetensors") for name in names[:2]), "en/b"]
 
 
 def opened(manifest, codec, cache, tokenizer=TOKENIZER):

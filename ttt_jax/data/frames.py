@@ -21,8 +21,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,7 +152,12 @@ def open_manifest(
 
     entries = read_manifest(path).entries
     bar = tqdm(entries, desc=f"encoding {Path(path).name}", unit="file", leave=False, disable=not progress)
-    return tuple(open_recording(entry, codec, tokenizer, cache_dir) for entry in bar)
+    found = [open_recording(entry, codec, tokenizer, cache_dir) for entry in bar]
+    count = Counter(recording.name for recording in found)
+    return tuple(
+        recording if count[recording.name] == 1 else replace(recording, name=printable(str(entry.path)))
+        for recording, entry in zip(found, entries, strict=True)
+    )
 
 
 def warn(path: Path | None, notice: str | None) -> None:
