@@ -89,7 +89,7 @@ def write_bad(folder, kind):
         ("cut off", "bad.wav is cut off"),
         ("length zero", "bad.wav holds no samples"),
         ("no channel", "bad.wav has no channel"),
-        ("other words", "bad.json, alignments[0] is"),
+        ("other words", "bad.json does not match its audio"),
     ],
 )
 def test_a_bad_recording_is_one_sentence_and_leaves_no_run_and_nothing_cached(tmp_path, kind, said):

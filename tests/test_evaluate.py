@@ -369,6 +369,7 @@ def interrupting(*args):
 
 
 stream._block, stream.SEGMENT = interrupting, 1
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do without
 sys.exit(run(lambda: main(sys.argv[1:])))
 """
     asked = ["stream", str(run), "--data", str(data), "--arms", "persist", "--chunk", "8", "--out", str(tmp_path / "o")]
