@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval import paired
+from eval import stored as stored_
 from eval.paired import ALPHA, Interval, Paired, Slope
 from eval.persistence_data import (
     BEYOND,
@@ -26,7 +27,7 @@ from eval.persistence_data import (
     differences,
     pooled,
 )
-from eval.results import WEIGHTINGS, read_stored, write_stored
+from eval.results import WEIGHTINGS
 from eval.statistics import Estimate, band, group_means
 from eval.verdict import Rule, Verdict, advise, verdict
 
@@ -319,7 +320,7 @@ def write(folder: Path, experiment: Experiment, analysis: Analysis, about: dict[
         "losses": experiment.losses,
         "bounds": bounds,
     }
-    return write_stored(folder, _named(content))
+    return stored_.write(folder, _named(content))
 
 
 def _named(value: Any) -> Any:
@@ -336,9 +337,9 @@ def _named(value: Any) -> Any:
 def read(folder: Path) -> tuple[Experiment, dict[str, Any]]:
     """The experiment that `write` wrote to `folder`, and its `about`.
 
-    Raises `InputError` as `eval.results.read_stored`.
+    Raises `InputError` as `eval.stored.read`.
     """
-    stored = read_stored(folder, COMMAND, FORMAT)
+    stored = stored_.read(folder, COMMAND, FORMAT)
     array = lambda values: np.array(values, np.float64)  # noqa: E731
     experiment = Experiment(
         Setting(**stored["setting"]),

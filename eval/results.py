@@ -7,21 +7,17 @@ model could run.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from eval import stored
 from eval.scores import FileScores, Inner, load
 from eval.statistics import Estimate, band, file_mean, group_means, interval, slope, windows
-from ttt_jax import record
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.errors import InputError
-from ttt_jax.files import write_atomically
 from ttt_jax.paths import file_name
 
 COMMAND, FORMAT = "python -m eval stream", 2
@@ -472,93 +468,31 @@ def write_results(folder: Path, results: Results, about: dict[str, Any]) -> Path
         "counts": counts | {"unit": results.unit},
         **{field.name: getattr(results, field.name) for field in dataclasses.fields(results)},
     }
-    return write_stored(folder, content)
+    return stored.write(folder, content)
 
 
 def read_results(folder: Path) -> Results:
-    """What `write_results` wrote to `folder`, without its `about`. Raises `InputError` as `read_stored`."""
-    stored = read_stored(folder, COMMAND, FORMAT)
+    """What `write_results` wrote to `folder`, without its `about`. Raises `InputError` as `eval.stored.read`."""
+    found = stored.read(folder, COMMAND, FORMAT)
     return Results(
-        setting=Setting(**stored["setting"] | {"streams": tuple(stored["setting"]["streams"])}),
-        checkpoints=[_restore_checkpoint(own) for own in stored["checkpoints"]],
-        between=_restore(stored["between"]),
-        files=[FileInfo(**file | {"joints": tuple(file["joints"])}) for file in stored["files"]],
-        skipped=stored["skipped"],
+        setting=Setting(**found["setting"] | {"streams": tuple(found["setting"]["streams"])}),
+        checkpoints=[_restore_checkpoint(own) for own in found["checkpoints"]],
+        between=_restore(found["between"]),
+        files=[FileInfo(**file | {"joints": tuple(file["joints"])}) for file in found["files"]],
+        skipped=found["skipped"],
     )
 
 
-def write_stored(folder: Path, content: dict[str, Any]) -> Path:
-    """Write `content` and its checksum to results.json in `folder`, at once or not at all; the path."""
-    content = plain(content)
-    path = folder / "results.json"
-    write_atomically(path, as_json(content | {"checksum": _checksum(content)}))
-    return path
-
-
-def read_stored(folder: Path, command: str, version: int) -> dict[str, Any]:
-    """The content that `write_stored` wrote to `folder`.
-
-    Args:
-      command, version: what the content must state as "command" and "format".
-
-    Raises:
-      InputError: there is no results.json, it is another command's or of another version, or it is not as it was written.
-    """
-    path = folder / "results.json"
-    stored = record.read_json(path, f"results.json in a folder that {command} wrote")
-    found = (stored.get("command"), stored.get("format")) if isinstance(stored, dict) else None
-    if found != (command, version):
-        raise InputError(f"{path} is of {found}, but format {version} of {command} is read: run {command} again.")
-    if stored.pop("checksum", None) != _checksum(stored):
-        raise InputError(
-            f"{path} is not as it was written (its checksum does not match its content): run {command} again."
-        )
-    return stored
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _restore_checkpoint(stored: dict[str, Any]) -> CheckpointResults:
-    info = CheckpointInfo(**stored["info"] | {"ttt_layers": tuple(stored["info"]["ttt_layers"])})
-    return CheckpointResults(info, **{name: _restore(value) for name, value in stored.items() if name != "info"})
+def _restore_checkpoint(found: dict[str, Any]) -> CheckpointResults:
+    info = CheckpointInfo(**found["info"] | {"ttt_layers": tuple(found["info"]["ttt_layers"])})
+    return CheckpointResults(info, **{name: _restore(value) for name, value in found.items() if name != "info"})
 
 
 def _restore(value: Any) -> Any:
-    """The inverse of `plain` for what was measured."""
+    """The inverse of `eval.stored.plain` for what was measured."""
     if value is None:
         return float("nan")
     if isinstance(value, dict):
         own = {name: _restore(item) for name, item in value.items()}
         return Estimate(**own) if set(own) == set(Estimate._fields) else own
     return [_restore(item) for item in value] if isinstance(value, list) else value
-
-
-def as_json(content: Any) -> bytes:
-    """A file of JSON, an entry a line, lists of numbers on one; the rest as `plain` says."""
-    text = json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False)
-    return (_NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n").encode(
-        "utf-8", "backslashreplace"
-    )
-
-
-_NUMBERS = re.compile(r"\[\n((?:\s+(?:-?\d[\d.e+-]*|null),?\n)+)\s*\]")
-"""A list of numbers, each on a line of its own. No string matches: JSON writes their line ends as \\n."""
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON knows it: dataclasses and estimates as objects, arrays' numbers as numbers, NaN as null."""
-    if isinstance(value, Estimate):
-        return plain(value._asdict())
-    if dataclasses.is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return value if np.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value

@@ -12,7 +12,8 @@ from scipy import stats
 
 from eval import report, scores, statistics
 from eval import results as made
-from eval.results import CheckpointInfo, FileInfo, Setting, as_json
+from eval.results import CheckpointInfo, FileInfo, Setting
+from eval.stored import as_json, plain
 from tests import made_scores
 from tests.made_scores import ARMS, CHECKPOINT, FILES, LAYERS, SETTING, STREAMS, write
 from ttt_jax.errors import InputError
@@ -284,7 +285,7 @@ def test_results_are_read_as_they_were_written(several, run, tmp_path):
         about = {"cost": {"seconds": 1.5}, "versions": {"numpy": "2"}, "not measured": float("nan")}
         path = made.write_results(tmp_path, results, about)
         back = made.read_results(tmp_path)
-        assert made.plain(back) == made.plain(results)
+        assert plain(back) == plain(results)
         assert isinstance(back.checkpoints[0].losses["off"]["text"], statistics.Estimate)
         assert (type(back.setting), type(back.files[0]), back.files[0].joints) == (Setting, FileInfo, (50,))
         assert (back.checkpoints[0].info, back.setting) == (CHECKPOINT, SETTING)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from eval import results, sources
+from eval import sources, stored
 from eval.__main__ import main
 from ttt_jax import command, paths, record
 from ttt_jax.data import formats
@@ -375,7 +375,7 @@ def test_json_files_hold_names_in_any_bytes(tmp_path):
     name = os.fsdecode(b"caf\xe9\xff")
     record.write_json(tmp_path / "a.json", {"train": name})
     assert record.read_json(tmp_path / "a.json", "it") == {"train": name}
-    assert json.loads(results.as_json({"data": name})) == {"data": name}
+    assert json.loads(stored.as_json({"data": name})) == {"data": name}
 
 
 @pytest.mark.parametrize("name", ["caf\u00e9", os.fsdecode(b"\xff\n"), "plain"])
