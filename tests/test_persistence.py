@@ -926,7 +926,7 @@ def test_what_again_starts_from_outlives_a_full_disk(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results, "write_atomically", full)
+    monkeypatch.setattr("eval.stored.write_atomically", full)
     with pytest.raises(OSError, match="No space"):
         main(["persistence", "--again", str(tmp_path)])
     assert (tmp_path / "results.json").read_bytes() == before
