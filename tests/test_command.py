@@ -1,8 +1,10 @@
 """Every command ends in one sentence and an exit code when the user, not the program, can mend things."""
 
 import errno
+import logging
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,9 +43,14 @@ def test_a_bug_keeps_its_traceback(error):
 
 
 def test_a_warning_of_the_library_is_one_line(capsys):
-    for _ in range(2):  # commands that run in one process do not say it twice
-        assert command.run(lambda: command.log.warning("talk.wav is nearly silent.") or 0) == 0
-        assert capsys.readouterr().err == "warning: talk.wav is nearly silent.\n"
+    root = logging.StreamHandler(sys.stderr)  # as absl installs one
+    logging.getLogger().addHandler(root)
+    try:
+        for _ in range(2):  # commands that run in one process do not say it twice
+            assert command.run(lambda: command.log.warning("a\nb.wav is nearly silent.") or 0) == 0
+            assert capsys.readouterr().err == "warning: a\\nb.wav is nearly silent.\n"
+    finally:
+        logging.getLogger().removeHandler(root)
 
 
 def test_a_command_that_ends_well_keeps_its_code():

@@ -127,7 +127,7 @@ def test_a_kill_while_a_log_is_taken_up_loses_no_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("character", ["\u2028", "\u0085", "\u2029"])
 def test_a_line_ends_at_its_line_feed_only(tmp_path, character):
-    lines = [{"step": n, "validation": {"said": f"a{character}b"}, "seconds": 0.5} for n in (1, 2)]
+    lines = [{"step": n, "validation": {}, "seconds": 0.5, "skipped_for": f"a{character}b"} for n in (1, 2)]
     text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     (tmp_path / "metrics.jsonl").write_text(f'{text}\n{{"step": 3, "cut', encoding="utf-8")
     assert read(tmp_path / "metrics.jsonl") == lines
@@ -146,12 +146,19 @@ def test_a_line_ends_at_its_line_feed_only(tmp_path, character):
         b'{"step": 2, "validation": {}, "seconds": NaN}',
         b'{"step": 2, "validation": {}}',
         b'{"step": 2, "loss": 3.0, "seconds": 1}',
+        b'{"step": 2, "validation": {}, "seconds": null}',
+        b'{"step": 2, "validation": {}, "seconds": "1"}',
+        b'{"step": 2, "validation": {"loss": "3.0"}, "seconds": 1}',
+        b'{"step": 2, "validation": {"loss": true}, "seconds": 1}',
+        b'{"step": 2, "validation": {"loss": ' + b"9" * 400 + b'}, "seconds": 1}',
+        b'{"step": 0, "validation": {}, "seconds": 1}',
+        b'{"step": -1, "validation": {}, "seconds": 1}',
     ],
 )
 def test_a_damaged_line_before_the_last_is_told(tmp_path, damaged):
     whole = b'{"step": 1, "validation": {"loss": 3.0, "ttt": {"1": {"loss": null}}}, "seconds": 1}'
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(whole + b"\n" + damaged + b"\n" + whole + b"\n")
+    path.write_bytes(whole + b"\n" + damaged + b"\n" + whole.replace(b'"step": 1', b'"step": 9') + b"\n")
     with pytest.raises(InputError, match="metrics.jsonl (line 2 )?is damaged"):
         read(path)
     path.write_bytes(whole + b"\n" + whole + b"\n" + damaged.replace(b"\xff", b""))

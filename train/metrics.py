@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,13 +31,13 @@ def read(path: Path) -> list[dict[str, Any]]:
         found = read_lines(path)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is damaged ({error}): take the damaged lines out, or remove it.") from None
-    lines = []
+    lines: list[dict[str, Any]] = []
     for number, text in enumerate(found, start=1):
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
             line = None
-        if _is_line(line):
+        if _is_line(line) and line["step"] >= (lines[-1]["step"] if lines else 0):
             lines.append(line)
         elif number < len(found):  # what follows the last line's end is a line that was cut off, or nothing
             raise InputError(f"{path} line {number} is damaged ({text[:40]!r}): take it out, or remove the file.")
@@ -45,6 +46,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 _GROUPED = {"half_variance", "streams", "grad_norms", "lr", "ttt", "validation"}
 """Values that have values of their own, by name."""
+_KNOWN = {"step", "skipped", "seconds", "frames_per_second", "frames"}
+"""Values that are always there: others are null where they were not finite, or nothing was scored."""
 _TRAINING = {"loss", "half_variance", "streams", "grad_norm", "lr", "skipped", "ttt", "seconds", "frames_per_second"}
 """What a line has beside its step, unless it is a validation's."""
 
@@ -53,19 +56,25 @@ def _is_line(line: Any) -> bool:
     if not isinstance(line, dict) or type(line.get("step")) is not int:
         return False
     wanted = {"validation", "seconds"} if "validation" in line else _TRAINING
-    return line.keys() >= wanted and _is_sound(line) and _is_sound(line.get("validation", {}))
+    told = isinstance(line.get("skipped_for", ""), str)
+    numbers = {name: value for name, value in line.items() if name != "skipped_for"}
+    return told and line.keys() >= wanted and _is_sound(numbers) and _is_sound(line.get("validation", {}))
 
 
 def _is_sound(values: dict[str, Any]) -> bool:
-    """Whether there are groups where `_GROUPED` says so and else numbers, words and null, in groups as well."""
-    return all(_is_plain(one) and isinstance(one, dict) == (name in _GROUPED) for name, one in values.items())
+    """Whether groups are where `_GROUPED` says so, numbers in all other places and in groups, null where it may be."""
+    return all(
+        is_number(value, name) and isinstance(value, dict) == (name in _GROUPED) for name, value in values.items()
+    )
 
 
-def _is_plain(value: Any) -> bool:
+def is_number(value: Any, name: str) -> bool:
+    """Whether a value is a finite number, null where `name` allows it, or a group of such."""
     if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return number or value is None or isinstance(value, str)
+        return all(is_number(one, own) for own, one in value.items())
+    if value is None:
+        return name not in _KNOWN
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 class MetricsLog:

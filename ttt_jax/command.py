@@ -74,7 +74,7 @@ class _Notices(logging.Handler):
     """Warnings of the library as lines on standard error, above a progress bar where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = f"warning: {record.getMessage()}"
+        text = printable(f"warning: {record.getMessage()}")
         tqdm = sys.modules.get("tqdm")  # no bar can be there before it is loaded
         if tqdm is None:
             print(text, file=sys.stderr)
@@ -82,7 +82,17 @@ class _Notices(logging.Handler):
             tqdm.tqdm.write(text, file=sys.stderr)
 
 
-_notices = _Notices()  # one, as a logger takes each handler only once
+@contextlib.contextmanager
+def _notices() -> Iterator[None]:
+    """Show what the library says meanwhile, once: absl, which Orbax brings along, would show it as well."""
+    handler, propagated = _Notices(), log.propagate
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagated
 
 
 def shortened(sentences: Sequence[str], most: int = 10) -> list[str]:
@@ -94,11 +104,11 @@ def shortened(sentences: Sequence[str], most: int = 10) -> list[str]:
 
 def run(command: Callable[[], int]) -> int:
     """Exit code of `command`: its own, or 2 for something that the user can mend, or 130 if interrupted."""
-    log.addHandler(_notices)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file's name may have what a terminal lacks
     try:
-        return command()
+        with _notices():
+            return command()
     except InputError as error:
         problem = str(error)
     except ModuleNotFoundError as error:
