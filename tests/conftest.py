@@ -1,5 +1,6 @@
 """Settings that every test shares: CPU, full precision, compiled programs kept between runs, 4 examples a property."""
 
+import ctypes
 import gc
 import os
 import subprocess
@@ -13,6 +14,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = asked.stdout.strip()
 
 import jax
+import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -40,9 +42,27 @@ def x64():
         yield
 
 
+MOST = 1.2e9
+"""Bytes of memory of a worker from which on it forgets its compiled programs between two tests."""
+
+
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_one_file():
     """Forgets compiled programs when a file of tests is done: kept, they would take gigabytes."""
     yield
+    _forget_programs()
+
+
+@pytest.fixture(autouse=True)
+def programs_of_one_test():
+    """Forgets compiled programs within a file, too, where they are many."""
+    yield
+    if psutil.Process().memory_info().rss > MOST:
+        _forget_programs()
+
+
+def _forget_programs() -> None:
     jax.clear_caches()
     gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what was freed, unless asked
+        ctypes.CDLL(None).malloc_trim(0)
