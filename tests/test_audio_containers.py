@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import shlex
 import struct
 from pathlib import Path
 
@@ -118,13 +119,74 @@ def test_silence_behind_a_data_size_that_is_too_small_is_sound(read):
     assert read(bytes(silent)).shape == (1, COUNT)
 
 
+@pytest.mark.parametrize("whole", [None, 0, 0xFFFFFFFF, 36])
+@pytest.mark.parametrize("size", [2, 24000, 47000])
+def test_silence_behind_a_wrong_data_size_is_sound_whatever_the_size_of_the_whole(read, caplog, size, whole):
+    content = wav(size, whole)
+    assert read(content[: 44 + size] + bytes(48000 - size)).shape == (1, COUNT)
+    assert f"states {size} bytes of sound in its header, which is wrong: the 48000 bytes that are there" in caplog.text
+
+
 @pytest.mark.parametrize("size", [48016, 48002, 96000, 1 << 30])
 def test_a_wav_that_promises_more_than_there_is_is_refused(read, size):
     refused(read, wav(size), rf"cut off or damaged \(its header states {size} bytes of sound, 48000 are there\)")
 
 
 def test_a_wav_with_both_sizes_too_small_is_refused(read):
-    refused(read, wav(24000, 24036), r"states 24000 bytes of sound, 48000 are there")
+    refused(read, wav(24000, 24036), r"24000 bytes from byte 24044 on are neither wav sound nor a tag")
+
+
+@pytest.mark.parametrize("name", ["a talk.wav", "it's.wav", "a$b;c.wav"])
+def test_the_command_that_writes_a_wav_anew_is_one_for_a_shell(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(wav(96000))
+    with pytest.raises(InputError, match="write it anew") as caught:
+        read_audio(path, RATE)
+    words = shlex.split(str(caught.value)[:-1].split("for example by ", 1)[1])
+    assert words == ["ffmpeg", "-ignore_length", "1", "-i", name, f"{path.stem}.flac"]
+
+
+LOST = {
+    "a second data chunk": chunk(b"data", 10 * RANDOM),
+    "a second data chunk, short": chunk(b"data", RANDOM[:10]),
+    "a second data chunk of open size": b"data\xff\xff\xff\xff" + RANDOM,
+    "a data chunk behind others": chunk(b"LIST", b"INFOab") + chunk(b"data", RANDOM),
+    "an unknown chunk": chunk(b"ABCD", RANDOM),
+    "an unknown chunk, just too large": chunk(b"ABCD", RANDOM[:1024]),
+    "many unknown chunks": chunk(b"ABCD", RANDOM[:600]) + chunk(b"EFGH", RANDOM[:600]),
+    "an unknown chunk behind others": chunk(b"bext", bytes(602)) + chunk(b"ABCD", RANDOM),
+    "a joined wav with a flipped bit": b"RIFG" + wav(48000)[4:],
+    "a joined wav behind a cut chunk": chunk(b"LIST", b"INFO" + bytes(90000))[:12] + wav(48000),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+@pytest.mark.parametrize("size", [48000, 0xFFFFFFFF])
+def test_what_may_be_sound_behind_the_sound_of_a_wav_is_never_left_out_in_silence(read, caplog, name, size):
+    for whole in (None, 48036):
+        try:
+            shape = read(wav(size, whole, tail=LOST[name])).shape
+        except InputError as error:
+            assert "cut off or damaged" in str(error)  # noqa: PT017
+        else:
+            assert size != 48000
+            assert shape[1] > COUNT
+            assert "in its header, which is wrong" in caplog.text
+
+
+@pytest.mark.parametrize("name", [b"ABCD", b"dat`", b"DATA"])
+def test_an_unknown_chunk_before_the_sound_of_a_wav_is_refused(read, name):
+    refused(
+        read, wav(48000, before=chunk(name, RANDOM)), rf"its chunk '{name.decode()}' of 5000 bytes at byte 12 may be"
+    )
+    assert read(wav(48000, before=chunk(name, b"few bytes"))).shape == (1, COUNT)
+
+
+@pytest.mark.parametrize("name", [b"bext", b"LIST", b"iXML", b"id3 ", b"JUNK", b"dbmd", b"guan", b"SMED"])
+def test_large_chunks_of_metadata_are_no_sound(read, caplog, name):
+    large = chunk(name, 20 * RANDOM)
+    assert read(wav(48000, before=large)).shape == read(wav(48000, tail=large)).shape == (1, COUNT)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(
@@ -145,8 +207,9 @@ def test_chunks_and_tags_behind_the_sound_of_a_wav_are_no_sound(read, caplog, ta
 
 @pytest.mark.parametrize("tail", [chunk(b"LIST", b"INFOab"), TAG, chunk(b"bext", bytes(602)) + chunk(b"id3 ", ID3)])
 @pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 24000])
-def test_chunks_and_tags_behind_sound_of_a_wrong_size_are_no_sound(read, tail, size):
+def test_chunks_and_tags_behind_sound_of_a_wrong_size_are_no_sound(read, caplog, tail, size):
     assert read(wav(size, tail=tail)).shape == (1, COUNT)
+    assert "neither sound nor a tag" not in caplog.text
 
 
 @pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 1 << 63, 48000])
@@ -185,6 +248,15 @@ def test_a_wav_whose_rate_contradicts_itself_is_told(read, caplog):
         content[24:28] = struct.pack("<I", 8000)
         assert read(bytes(content), 8000).shape[1] >= COUNT
         assert "it is read at 8000 Hz" in caplog.text
+
+
+@pytest.mark.parametrize("rate", [8000, 24000, 44100])
+@pytest.mark.parametrize("name", ["IMA_ADPCM", "MS_ADPCM"])
+def test_the_bit_rate_that_ffmpeg_states_for_adpcm_is_no_contradiction(read, caplog, name, rate):
+    content = bytearray(encoded(noise(), rate, format="WAV", subtype=name))
+    content[28:32] = struct.pack("<I", 16000)
+    assert read(bytes(content), rate).shape[1] >= COUNT
+    assert not caplog.text
 
 
 def test_a_rate_that_no_recording_has_is_refused(read):
