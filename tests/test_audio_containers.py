@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from ttt_jax.data import audio
+from ttt_jax.data import audio, formats
 from ttt_jax.data.audio import read_audio
 from ttt_jax.data.containers import Source, find_parts, flac, mpeg
 from ttt_jax.errors import InputError
@@ -472,6 +472,42 @@ def test_mpeg_audio_in_a_wav_is_read(read, files):
     assert read(head + bare).shape == read(bare).shape
     refused(read, head + bare[:-2000] + bytes(2000), "bytes of MPEG audio in it|its last frame|no MPEG frame")
     refused(read, head + bytes(len(bare)), "bytes of MPEG audio in it 0 are frames")
+
+
+def tone_of_layer(layer, band):
+    """A frame of mono sound at 24 kHz, 64 kbit/s, that is steady in one of the 32 bands (ISO 11172-3, 13818-3)."""
+    header = f"{0xFFF:012b}0{'11' if layer == 1 else '10'}1{'0100' if layer == 1 else '1000'}01" + "0011000000"
+    allocations = [4] * 32 if layer == 1 else [4] * 4 + [3] * 7 + [2] * 19  # bits of each band's allocation
+    finest = 14 if layer == 1 else 15  # samples of 15 and of 14 bits
+    bits = header + "".join(f"{finest * (number == band):0{width}b}" for number, width in enumerate(allocations))
+    bits += "000110" if layer == 1 else "10" + "000110"  # scale factor 1/2; layer II: one for the whole frame
+    bits += f"{28000:015b}" * 12 if layer == 1 else f"{14000:014b}" * 36
+    length = 128 if layer == 1 else 384
+    return int(bits.ljust(8 * length, "0"), 2).to_bytes(length, "big")
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("band", [0, 1, 3])
+def test_mpeg_audio_of_the_layers_1_and_2_is_read_and_its_endings_are_known(tmp_path, layer, band):
+    path = tmp_path / f"tone.mp{layer}"
+    path.write_bytes(TAG + 50 * tone_of_layer(layer, band) + TAG)
+    (samples,) = read_audio(path, 24000)
+    assert len(samples) == 50 * (384 if layer == 1 else 1152)
+    power = np.abs(np.fft.rfft(samples[2000:])) ** 2
+    per_band = len(power) / 32
+    assert power[int(max(0, band - 0.2) * per_band) : int((band + 1.2) * per_band)].sum() > 0.99 * power.sum() > 1
+    assert formats.is_read(path)
+    assert not formats.is_other(path)
+
+
+@pytest.mark.parametrize("ending", [".wave", ".rf64", ".bwf", ".fla", ".mpga", ".MP2", ".mp1"])
+def test_other_endings_of_what_is_read_are_known(ending):
+    assert formats.is_read(Path(f"a{ending}"))
+
+
+@pytest.mark.parametrize("ending", [".ac4", ".dff", ".QT"])
+def test_other_endings_of_what_must_be_converted_are_known(ending):
+    assert formats.is_other(Path(f"a{ending}"))
 
 
 # All containers
