@@ -439,10 +439,24 @@ def test_a_frame_that_has_hardly_begun_is_cut_off_and_no_stray_bytes(read, files
     refused(read, without_info(files["mp3"]) + without_info(files["mp3"])[:kept], "its last frame is incomplete")
 
 
-def test_zeros_behind_an_mp3_that_nothing_counts_are_told(read, files, caplog):
-    bare = without_info(files["mp3"])
-    assert read(bare + bytes(3000)).shape == read(bare).shape
-    assert "has 3000 bytes behind its last frame that are no sound, and may be cut off" in caplog.text
+def test_zeros_behind_an_mp3_that_nothing_counts_are_told_where_few_and_refused_where_many(read, files, caplog):
+    bare, counted = without_info(files["mp3"]), files["mp3"]
+    for few in (1, 500, 1023):
+        caplog.clear()
+        for tail in (b"", TAG):
+            assert read(bare + bytes(few) + tail).shape == read(bare).shape
+            assert f"has {few} zeros behind its frames at byte {len(bare)}, and may be cut off" in caplog.text
+    middle = next(at for at in range(len(bare) // 20, len(bare)) if mpeg._search(source(bare), at) == at)
+    lost = bare[:middle] + bytes(len(bare) - middle)
+    half = next(at for at in range(len(bare) // 2, len(bare)) if mpeg._search(source(bare), at) == at)
+    joined = bare[:half] + bytes(len(bare) - half) + counted
+    for content in (bare + bytes(1024), bare + bytes(9000) + TAG, lost, lost + TAG, joined, counted + lost):
+        refused(read, content, "zeros from byte .* are no MPEG frame, and no header counts its frames")
+    layer_2 = 20 * tone_of_layer(2, 1)
+    refused(read, layer_2 + bytes(len(layer_2)), "7680 zeros from byte 7680 on are no MPEG frame")
+    caplog.clear()
+    assert read(counted + bytes(9000)).shape == (1, COUNT)  # the count says that nothing is missing
+    assert not caplog.text
 
 
 def test_bytes_within_an_mp3_that_are_no_frames_are_refused(read, files):
@@ -462,6 +476,8 @@ def test_the_rest_of_a_frame_before_the_first_one_is_told(read, files, caplog):
     first = mpeg._parse(bare[:4])
     assert read(bare[100:]).shape == (1, read(bare).shape[1] - first.samples)
     assert f"has {first.length - 100} bytes before its first whole MPEG frame" in caplog.text
+    for many in (RANDOM, bare[: first.length] + bytes(5000), first.length * b"x" + RANDOM[:3000]):
+        refused(read, many + bare, "bytes before its first whole MPEG frame are no such frame|zeros from byte")
 
 
 def test_mpeg_audio_in_a_wav_is_read(read, files):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from ttt_jax.data.containers.source import Part, Source, skip_stray, skip_tags
+from ttt_jax.data.containers.source import STRAY, Part, Source, count_zeros, skip_stray, skip_tags
 
 _BLOCK = 1 << 20  # bytes read at a time
 _SEARCH = 1 << 16  # bytes in which a first frame is looked for behind others: stations' streams begin within a frame
@@ -83,6 +83,8 @@ def find_parts(source: Source, at: int) -> list[Part]:
     begin = _search(source, at)
     if begin is None:
         return []
+    if begin - at >= _LONGEST:
+        raise source.cut_off(f"{begin - at} bytes before its first whole MPEG frame are no such frame")
     if begin > at:
         source.warn(f"has {begin - at} bytes before its first whole MPEG frame, which are left out")
     parts: list[Part] = []
@@ -91,16 +93,14 @@ def find_parts(source: Source, at: int) -> list[Part]:
         part, end, counted = _part(source, at)
         if part is not None:
             parts.append(part)
+        if not counted:
+            _check_zeros(source, end)
         at = skip_tags(source, end)
         if not _is_frame(source, at, 2):
             break
         # Zeros between frames are lost sound, unless another file begins behind them.
         if source.read(end, 1) == b"\0" and _info(source.read(at, _LONGEST), _parse(source.read(at, 4))) is None:
             raise source.cut_off(f"{at - end} bytes from byte {end} on are no MPEG frame")
-    if at == source.size and source.read(end, 1) == b"\0" and not counted:
-        source.warn(
-            f"has {at - end} bytes behind its last frame that are no sound, and may be cut off: no header counts it"
-        )
     if 0 < source.size - at < 4 and source.read(at, 1) == b"\xff":
         raise source.cut_off("its last frame is incomplete")
     damaged = _search(source, at)
@@ -108,6 +108,19 @@ def find_parts(source: Source, at: int) -> list[Part]:
         raise source.cut_off(f"{damaged - at} bytes from byte {at} on are no MPEG frame")
     skip_stray(source, at, "MPEG")
     return parts
+
+
+def _check_zeros(source: Source, end: int) -> None:
+    """Warn of few zeros behind frames that no header counts. Many are where a broken copy lost sound.
+
+    Raises:
+        InputError: they are many.
+    """
+    zeros = count_zeros(source, end)
+    if zeros >= STRAY:
+        raise source.cut_off(f"{zeros} zeros from byte {end} on are no MPEG frame, and no header counts its frames")
+    if zeros:
+        source.warn(f"has {zeros} zeros behind its frames at byte {end}, and may be cut off: no header counts them")
 
 
 def _search(source: Source, at: int) -> int | None:
@@ -135,7 +148,7 @@ def _is_frame(source: Source, at: int, count: int, whole: bool = False) -> bool:
 
 
 def _part(source: Source, start: int) -> tuple[Part | None, int, bool]:
-    """The frames of one kind and count from a position on, where they end, and whether a header counts them.
+    """The frames of one kind and count from a position on, where they end, and whether a header counts them all.
 
     There is no part where no frame holds sound.
     """
@@ -156,15 +169,16 @@ def _part(source: Source, start: int) -> tuple[Part | None, int, bool]:
         source.warn(f"counts {stated} frames in its header, which is wrong: the {count} that are there are read")
     elif info is not None and info.count_at and stated is None:
         source.warn(f"counts no frames in its header, which is unfinished: the {count} that are there are read")
+    counted = stated is not None and count <= stated
     if count == 0:
-        return None, end, stated is not None
+        return None, end, counted
     if first.kind[1] != 3:  # layers I and II have no such header and a constant bit rate
         return Part(b"", begin, end, count * first.samples), end, False
     if info is not None and info.count_at and len(info.frame) >= info.begin + _INFO:
         head = _true_info(first, info, count, end - start)
     else:
         head = _made_info(source.read(begin, 4), count)
-    return Part(head, begin, end), end, stated is not None
+    return Part(head, begin, end), end, counted
 
 
 def _true_info(first: _Frame, info: _Info, count: int, size: int) -> bytes:

@@ -136,7 +136,7 @@ def _tag(source: Source, at: int) -> int:
     """The length of the tag or of the zeros at a position; 0: there are none."""
     head = source.read(at, 32)
     if head[:1] == b"\0":
-        return _zeros(source, at)
+        return count_zeros(source, at)
     if head[:3] == b"ID3" and len(head) >= 10 and head[3] < 0xFF and max(head[6:10]) < 0x80:
         size = head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]
         return 10 + size + (10 if head[5] & 0x10 else 0)  # with a footer
@@ -154,7 +154,8 @@ def _tag(source: Source, at: int) -> int:
     return 0
 
 
-def _zeros(source: Source, at: int) -> int:
+def count_zeros(source: Source, at: int) -> int:
+    """How many bytes from a position on are zero."""
     start = at
     while block := source.read(at, _BLOCK):
         rest = block.lstrip(b"\0")
