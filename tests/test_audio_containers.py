@@ -296,6 +296,26 @@ def test_a_short_frame_that_is_cut_off_is_no_stray_bytes(read, missing):
     refused(read, content[:-missing], "its last frame is incomplete")
 
 
+@pytest.mark.parametrize("block", [1 << 18, 1000])
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("damage", ["overwritten", "zeros", "missing"])
+def test_damage_in_the_middle_of_a_flac_is_named_so_whatever_the_block(read, files, monkeypatch, damage, place, block):
+    monkeypatch.setattr(audio, "_BLOCK", block)
+    content = files["flac"]
+    at = int(place * len(content))
+    rest = {"overwritten": RANDOM[:3000], "zeros": bytes(3000), "missing": b""}[damage]
+    refused(read, content[:at] + rest + content[at + 3000 :], r"cut off or damaged \(.*: copy or encode the file again")
+
+
+def test_what_the_decoder_does_not_open_is_told_of_with_both_remedies(read, files):
+    codec, bits = bytearray(wav(48000)), bytearray(encoded(noise(), format="WAV", subtype="IMA_ADPCM"))
+    codec[20:22], bits[34:36] = b"\x45\0", b"\x05\0"
+    streaminfo = bytearray(files["flac"])
+    streaminfo[8:12] = bytes(4)  # least and largest block
+    for content in (codec, bits, streaminfo):
+        refused(read, bytes(content), r"damaged .*copy the file again, or convert it first|cut off or damaged")
+
+
 def test_a_flac_whose_frames_have_another_rate_than_its_header_is_refused(read, files):
     content = bytearray(files["flac"])
     content[18:20] = (24000 >> 4).to_bytes(2, "big")

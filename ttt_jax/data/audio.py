@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ttt_jax.data.containers import Part, Source, Window, find_parts
+from ttt_jax.data.formats import advice
 from ttt_jax.data.levels import Levels
 from ttt_jax.errors import InputError
 
@@ -105,9 +106,10 @@ def _decode(source: Source, part: Part) -> Iterator[tuple[np.ndarray, int]]:
     import soundfile
 
     window = Window(source, part)
-    read = 0
+    read, is_open = 0, False
     try:
         with soundfile.SoundFile(window) as sound:
+            is_open = True
             _check_form(source, sound.channels, sound.samplerate)
             while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
                 read += len(block)
@@ -115,10 +117,11 @@ def _decode(source: Source, part: Part) -> Iterator[tuple[np.ndarray, int]]:
             promised = sound.frames if part.samples is None else part.samples
     except soundfile.SoundFileError as error:
         reason = getattr(error, "error_string", str(error)).strip().rstrip(".")
-        if read:
+        if is_open:
             raise source.cut_off(reason) from None
         raise InputError(
-            f"{source.path} is not audio that can be read ({reason}): give a wav, flac, ogg or mp3 file."
+            f"{source.path} is damaged or of a codec that is not read ({reason}): copy the file again, or"
+            f" {advice(source.path)}."
         ) from None
     finally:
         if window.error is not None:
