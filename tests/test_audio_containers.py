@@ -38,6 +38,9 @@ APE = b"".join(
 )
 
 
+APE_1 = b"x" * 1500 + b"APETAGEX" + struct.pack("<IIIIQ", 1000, 1532, 1, 0, 0)  # version 1: a footer only
+
+
 def noise(count=COUNT, channels=1, seed=0):
     """Noise that begins quietly: encoders of a variable bit rate spend less on its first third."""
     samples = np.random.default_rng(seed).uniform(-0.3, 0.3, (count, channels))
@@ -579,7 +582,9 @@ def test_joined_files_of_two_rates_are_resampled_and_of_other_channels_refused(r
     refused(read, files[name] + stereo, "joined of files with 1 and 2 channels")
 
 
-@pytest.mark.parametrize("tail", [TAG, ID3 + TAG, APE + TAG, bytes(2000), b"LYRICSBEGINabc000012LYRICS200" + TAG])
+@pytest.mark.parametrize(
+    "tail", [TAG, ID3 + TAG, APE + TAG, APE_1, APE_1 + TAG, bytes(2000), b"LYRICSBEGINabc000012LYRICS200" + TAG]
+)
 @pytest.mark.parametrize("name", FORMATS)
 def test_tags_and_zeros_behind_the_sound_are_no_sound(read, files, caplog, name, tail):
     assert read(files[name] + tail).shape == (1, COUNT)
@@ -646,10 +651,23 @@ def test_many_damaged_files_are_read_or_refused(read, files, name):
 # Levels
 
 
-@pytest.mark.parametrize("peak", [20.0, 127.0, 32767.0, 1e30])
+@pytest.mark.parametrize("peak", [20.0, 127.0, 32767.0, 2.0**31])
 def test_integers_as_floats_are_refused(read, peak):
-    content = encoded(noise() / 0.3 * peak, format="WAV", subtype="FLOAT")
-    refused(read, content, "holds samples of .* near second 0.* where full scale is 1")
+    samples = noise() / 0.3 * peak
+    samples[100] = -peak
+    refused(
+        read,
+        encoded(samples, format="WAV", subtype="FLOAT"),
+        "holds samples of .* near second 0.* where full scale is 1: divide them by",
+    )
+
+
+@pytest.mark.parametrize("value", [2.0**31 + 256, -1e10, 1e30])
+def test_a_sample_beyond_all_integers_is_damage(read, value):
+    samples = noise()
+    samples[RATE] = value
+    content = encoded(samples, format="WAV", subtype="FLOAT")
+    refused(read, content, r"is damaged \(it holds samples of .* near second 1\.0.* copy or encode the file again")
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,15 @@ def skip_stray(source: Source, at: int, kind: str) -> None:
         source.warn(f"ends with {count} bytes that are neither sound nor a tag, which are left out")
 
 
+def _footed_tag(source: Source, at: int) -> int:
+    """The length of an APE tag without a header that goes from a position to the end, or to an ID3v1 tag there; or 0."""
+    for end in (source.size, source.size - 128):
+        footer = source.read(end - 32, 32) if end - 32 >= at else b""
+        if footer[:8] == b"APETAGEX" and at + int.from_bytes(footer[12:16], "little") == end:
+            return end - at
+    return 0
+
+
 def _tag(source: Source, at: int) -> int:
     """The length of the tag or of the zeros at a position; 0: there are none."""
     head = source.read(at, 32)
@@ -151,7 +160,7 @@ def _tag(source: Source, at: int) -> int:
         text = source.read(at, _LYRICS)
         ends = [found + 9 for mark in (b"LYRICS200", b"LYRICSEND") if (found := text.find(mark)) >= 0]
         return min(ends, default=0)
-    return 0
+    return _footed_tag(source, at)
 
 
 def count_zeros(source: Source, at: int) -> int:
