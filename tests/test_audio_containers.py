@@ -159,6 +159,7 @@ LOST = {
     "many unknown chunks": chunk(b"ABCD", RANDOM[:600]) + chunk(b"EFGH", RANDOM[:600]),
     "an unknown chunk behind others": chunk(b"bext", bytes(602)) + chunk(b"ABCD", RANDOM),
     "a joined wav with a flipped bit": b"RIFG" + wav(48000)[4:],
+    "a joined wav within a chunk of wrong length": b"LIST" + struct.pack("<I", 48044) + wav(48000),
     "a joined wav behind a cut chunk": chunk(b"LIST", b"INFO" + bytes(90000))[:12] + wav(48000),
 }
 
@@ -724,6 +725,16 @@ def test_other_formats_are_named_with_what_converts_them(tmp_path, name):
         InputError, match=rf"is {name}.*convert it first, for example by ffmpeg -i talk\.wav talk\.flac\.$"
     ):
         read_audio(path, RATE)
+
+
+@pytest.mark.parametrize("name", ["talk.flac", "a b.FLAC", "flac"])
+def test_a_file_is_never_converted_to_itself(tmp_path, name):
+    (tmp_path / name).write_bytes(OTHERS["an MP4 file"] + RANDOM)
+    with pytest.raises(InputError, match="convert it first") as caught:
+        read_audio(tmp_path / name, RATE)
+    words = shlex.split(str(caught.value)[:-1].split("for example by ", 1)[1])
+    assert words[:3] == ["ffmpeg", "-i", name]
+    assert words[3].lower() != name.lower()
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,12 @@ def is_other(path: Path) -> bool:
     return path.suffix.lower() in OTHER
 
 
+def conversion(path: Path, options: str = "") -> str:
+    """The command that writes the sound of a file as flac beside it, with options for reading it."""
+    new = f"{path.stem}.flac" if path.suffix.lower() != ".flac" else f"{path.stem}-new.flac"
+    return f"ffmpeg {options}-i {shlex.quote(path.name)} {shlex.quote(new)}"
+
+
 def advice(path: Path) -> str:
     """What converts a file: the end of a message about it."""
-    old, new = shlex.quote(path.name), shlex.quote(f"{path.stem}.flac")
-    return f"convert it first, for example by ffmpeg -i {old} {new}"
+    return f"convert it first, for example by {conversion(path)}"

@@ -18,11 +18,11 @@ Chunks of metadata are passed over. A second data chunk, and 1 KiB or more in ch
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import struct
 
 from ttt_jax.data.containers import mpeg
 from ttt_jax.data.containers.source import STRAY, Part, Source, skip_stray, skip_tags
+from ttt_jax.data.formats import conversion
 from ttt_jax.errors import InputError
 
 _OPEN = 0xFFFFFFFF
@@ -159,10 +159,9 @@ def _end(source: Source, header: _Header) -> tuple[int, int]:
 
 
 def _wrong_size(source: Source, size: int, there: int) -> InputError:
-    old, new = shlex.quote(source.path.name), shlex.quote(f"{source.path.stem}.flac")
     return InputError(
         f"{source.path} is cut off or damaged (its header states {size} bytes of sound, {there} are there): copy the file"
-        f" again or, if the sound is whole, write it anew, for example by ffmpeg -ignore_length 1 -i {old} {new}."
+        f" again or, if the sound is whole, write it anew, for example by {conversion(source.path, '-ignore_length 1 ')}."
     )
 
 
@@ -236,9 +235,9 @@ def _skip_chunks(source: Source, at: int) -> int:
         fits = [length for length in lengths if at + 8 + length <= source.size]
         rest = source.size - at - 8
         if name in _KNOWN:
-            if not fits and source.find(b"WAVEfmt ", at) >= 0:
-                raise source.cut_off(f"its chunk {name.decode()!r} at byte {at} is cut off by another wav file")
             length = fits[0] if fits else rest
+            if dataclasses.replace(source, size=at + 8 + length).find(b"WAVEfmt ", at) >= 0:
+                raise source.cut_off(f"its chunk {name.decode()!r} at byte {at} holds another wav file")
         elif name == b"data":
             raise _unknown_chunk(source, name, fits[0] if fits else rest, at)
         elif all(0x20 <= byte < 0x7F for byte in name) and fits and name[:3] not in (b"TAG", b"ID3", b"APE"):
