@@ -491,6 +491,27 @@ def test_bytes_within_an_mp3_that_are_no_frames_are_refused(read, files):
         refused(read, bare[:middle] + bytes(end - middle) + bare[end:], "are no MPEG frame|counts .* frames")
 
 
+@pytest.mark.parametrize("form", [(16000, 1), (24000, 2), (44100, 1), (48000, 2)])
+def test_frames_of_an_mp3_that_promise_what_no_frame_holds_are_told(read, caplog, form):
+    rate, channels = form
+    content = bytearray(encoded(noise(rate, channels), rate, format="MP3"))
+    assert read(bytes(content), rate).shape == form[::-1]
+    assert not caplog.text
+    for number in range(10, 13):
+        at = 0
+        for _ in range(number):
+            at += mpeg._parse(bytes(content[at : at + 4])).length
+        begin, end = at + 4, at + mpeg._parse(bytes(content[at : at + 4])).info_at
+        # The numbers of pairs in all granules are the largest that can be written.
+        content[begin + 2 : end] = b"\xff" * (end - begin - 2)
+        caplog.clear()
+        try:
+            read(bytes(content), rate)
+        except InputError as error:  # the decoder may make any numbers of it
+            assert "is damaged (it holds samples of" in str(error)  # noqa: PT017
+        assert f"holds {number - 9} damaged frames among" in caplog.text
+
+
 def source(content):
     return Source(Path("made"), io.BytesIO(content), len(content))
 

@@ -78,13 +78,13 @@ def _read(source: Source, parts: Iterable[Part], sample_rate: int) -> Iterator[n
     levels = Levels(source.path)
     channels = rate = resampler = None
     for part in parts:
-        for block, part_rate in _decode(source, part):
+        for block, part_rate, subtype in _decode(source, part):
             if channels not in (None, block.shape[1]):
                 raise InputError(
                     f"{source.path} is joined of files with {channels} and {block.shape[1]} channels: give them one by one."
                 )
             channels = block.shape[1]
-            levels.add(block, part_rate)
+            levels.add(block, part_rate, subtype in ("FLOAT", "DOUBLE"))
             if part_rate != rate:
                 if resampler is not None:
                     yield np.ascontiguousarray(resampler.resample_chunk(block[:0], last=True).T)
@@ -101,8 +101,8 @@ def _read(source: Source, parts: Iterable[Part], sample_rate: int) -> Iterator[n
     levels.report()
 
 
-def _decode(source: Source, part: Part) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield a part's samples, float32 [n, channels], and their rate."""
+def _decode(source: Source, part: Part) -> Iterator[tuple[np.ndarray, int, str]]:
+    """Yield a part's samples, float32 [n, channels], their rate and the coding that libsndfile names."""
     import soundfile
 
     window = Window(source, part)
@@ -113,7 +113,7 @@ def _decode(source: Source, part: Part) -> Iterator[tuple[np.ndarray, int]]:
             _check_form(source, sound.channels, sound.samplerate)
             while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
                 read += len(block)
-                yield block, sound.samplerate
+                yield block, sound.samplerate, sound.subtype
             promised = sound.frames if part.samples is None else part.samples
     except soundfile.SoundFileError as error:
         reason = getattr(error, "error_string", str(error)).strip().rstrip(".")

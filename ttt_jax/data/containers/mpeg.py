@@ -18,6 +18,7 @@ _SEARCH = 1 << 16  # bytes in which a first frame is looked for behind others: s
 _LONGEST = 2881  # bytes of a frame
 _INFO = 140  # bytes that an Info header with all its fields takes
 _CERTAIN = 3  # frames in a row that show that bytes are MPEG audio
+_PAIRS = 288  # of values in a granule: half of its 576
 _OPEN = 0x7FFF0000  # counts from here on, and 0, are marks: not known
 _RATES = {
     3: (44100, 48000, 32000),
@@ -155,7 +156,9 @@ def _part(source: Source, start: int) -> tuple[Part | None, int, bool]:
     first = _parse(source.read(start, 4))
     info = _info(source.read(start, first.length), first)
     begin = start if info is None else start + first.length
-    count, end, cut = _count(source, begin, first.kind)
+    count, end, cut, broken = _count(source, begin, first.kind)
+    if broken:
+        source.warn(f"holds {broken} damaged frames among {count}: they are read as far as the decoder can")
     stated = None if info is None else info.count
     if stated is not None and count < stated:
         complete = info.size is None or start + info.size <= end
@@ -201,22 +204,36 @@ def _made_info(header: bytes, count: int) -> bytes:
     return content.ljust(frame.length, b"\0")
 
 
-def _count(source: Source, at: int, kind: tuple[int, int, int, bool]) -> tuple[int, int, bool]:
+def _count(source: Source, at: int, kind: tuple[int, int, int, bool]) -> tuple[int, int, bool, int]:
     """Count the frames of a kind from `at` on up to the next that counts anew.
 
-    Returns the number of whole frames, where they end, and whether the file ends within one more.
+    Returns the number of whole frames, where they end, whether the file ends within one more, and how many are damaged.
     """
-    count, block, base = 0, b"", at
+    count, broken, block, base = 0, 0, b"", at
     while True:
         i = at - base
         if len(block) - i < _LONGEST and base + len(block) < source.size:
             block, base, i = source.read(at, _BLOCK), at, 0
         frame = _parse(block[i : i + 4])
         if frame is None or frame.kind != kind or (count and _info(block[i : i + frame.length], frame) is not None):
-            return count, at, False
+            return count, at, False, broken
         if at + frame.length > source.size:
-            return count, at, True
+            return count, at, True, broken
+        broken += kind[1] == 3 and _is_damaged(block[i : i + frame.length], frame)
         count, at = count + 1, at + frame.length
+
+
+def _is_damaged(data: bytes, frame: _Frame) -> bool:
+    """Whether the side information of a frame of layer III promises what no frame can hold."""
+    mpeg1, channels = frame.kind[0] == 3, 1 if frame.kind[3] else 2
+    begin = 4 if data[1] & 1 else 6  # behind a checksum
+    length = frame.info_at - 4
+    bits = int.from_bytes(data[begin : begin + length], "big")
+    granule = 59 if mpeg1 else 63  # bits about each granule of each channel, which stand at the end
+    fields = [bits >> granule * number + granule - 21 & 0x1FFFFF for number in range(channels * (2 if mpeg1 else 1))]
+    borrowed = bits >> 8 * length - (9 if mpeg1 else 8)  # bytes of frames before this one
+    there = borrowed + frame.length - begin - length
+    return any(field & 0x1FF > _PAIRS for field in fields) or sum(field >> 9 for field in fields) > 8 * there
 
 
 def _info(data: bytes, frame: _Frame) -> _Info | None:
