@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import shlex
 import struct
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from ttt_jax.data import audio
+from ttt_jax.data import audio, formats
 from ttt_jax.data.audio import read_audio
 from ttt_jax.data.containers import Source, find_parts, flac, mpeg
 from ttt_jax.errors import InputError
@@ -35,6 +36,9 @@ APE = b"".join(
     (b"APETAGEX", struct.pack("<IIIIQ", 2000, 42, 1, 0xA0000000, 0), b"z" * 10)
     + (b"APETAGEX", struct.pack("<IIIIQ", 2000, 42, 1, 0x80000000, 0))
 )
+
+
+APE_1 = b"x" * 1500 + b"APETAGEX" + struct.pack("<IIIIQ", 1000, 1532, 1, 0, 0)  # version 1: a footer only
 
 
 def noise(count=COUNT, channels=1, seed=0):
@@ -118,13 +122,75 @@ def test_silence_behind_a_data_size_that_is_too_small_is_sound(read):
     assert read(bytes(silent)).shape == (1, COUNT)
 
 
+@pytest.mark.parametrize("whole", [None, 0, 0xFFFFFFFF, 36])
+@pytest.mark.parametrize("size", [2, 24000, 47000])
+def test_silence_behind_a_wrong_data_size_is_sound_whatever_the_size_of_the_whole(read, caplog, size, whole):
+    content = wav(size, whole)
+    assert read(content[: 44 + size] + bytes(48000 - size)).shape == (1, COUNT)
+    assert f"states {size} bytes of sound in its header, which is wrong: the 48000 bytes that are there" in caplog.text
+
+
 @pytest.mark.parametrize("size", [48016, 48002, 96000, 1 << 30])
 def test_a_wav_that_promises_more_than_there_is_is_refused(read, size):
     refused(read, wav(size), rf"cut off or damaged \(its header states {size} bytes of sound, 48000 are there\)")
 
 
 def test_a_wav_with_both_sizes_too_small_is_refused(read):
-    refused(read, wav(24000, 24036), r"states 24000 bytes of sound, 48000 are there")
+    refused(read, wav(24000, 24036), r"24000 bytes from byte 24044 on are neither wav sound nor a tag")
+
+
+@pytest.mark.parametrize("name", ["a talk.wav", "it's.wav", "a$b;c.wav"])
+def test_the_command_that_writes_a_wav_anew_is_one_for_a_shell(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(wav(96000))
+    with pytest.raises(InputError, match="write it anew") as caught:
+        read_audio(path, RATE)
+    words = shlex.split(str(caught.value)[:-1].split("for example by ", 1)[1])
+    assert words == ["ffmpeg", "-ignore_length", "1", "-i", name, f"{path.stem}.flac"]
+
+
+LOST = {
+    "a second data chunk": chunk(b"data", 10 * RANDOM),
+    "a second data chunk, short": chunk(b"data", RANDOM[:10]),
+    "a second data chunk of open size": b"data\xff\xff\xff\xff" + RANDOM,
+    "a data chunk behind others": chunk(b"LIST", b"INFOab") + chunk(b"data", RANDOM),
+    "an unknown chunk": chunk(b"ABCD", RANDOM),
+    "an unknown chunk, just too large": chunk(b"ABCD", RANDOM[:1024]),
+    "many unknown chunks": chunk(b"ABCD", RANDOM[:600]) + chunk(b"EFGH", RANDOM[:600]),
+    "an unknown chunk behind others": chunk(b"bext", bytes(602)) + chunk(b"ABCD", RANDOM),
+    "a joined wav with a flipped bit": b"RIFG" + wav(48000)[4:],
+    "a joined wav within a chunk of wrong length": b"LIST" + struct.pack("<I", 48044) + wav(48000),
+    "a joined wav behind a cut chunk": chunk(b"LIST", b"INFO" + bytes(90000))[:12] + wav(48000),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+@pytest.mark.parametrize("size", [48000, 0xFFFFFFFF])
+def test_what_may_be_sound_behind_the_sound_of_a_wav_is_never_left_out_in_silence(read, caplog, name, size):
+    for whole in (None, 48036):
+        try:
+            shape = read(wav(size, whole, tail=LOST[name])).shape
+        except InputError as error:
+            assert "cut off or damaged" in str(error)  # noqa: PT017
+        else:
+            assert size != 48000
+            assert shape[1] > COUNT
+            assert "in its header, which is wrong" in caplog.text
+
+
+@pytest.mark.parametrize("name", [b"ABCD", b"dat`", b"DATA"])
+def test_an_unknown_chunk_before_the_sound_of_a_wav_is_refused(read, name):
+    refused(
+        read, wav(48000, before=chunk(name, RANDOM)), rf"its chunk '{name.decode()}' of 5000 bytes at byte 12 may be"
+    )
+    assert read(wav(48000, before=chunk(name, b"few bytes"))).shape == (1, COUNT)
+
+
+@pytest.mark.parametrize("name", [b"bext", b"LIST", b"iXML", b"id3 ", b"JUNK", b"dbmd", b"guan", b"SMED"])
+def test_large_chunks_of_metadata_are_no_sound(read, caplog, name):
+    large = chunk(name, 20 * RANDOM)
+    assert read(wav(48000, before=large)).shape == read(wav(48000, tail=large)).shape == (1, COUNT)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(
@@ -145,8 +211,9 @@ def test_chunks_and_tags_behind_the_sound_of_a_wav_are_no_sound(read, caplog, ta
 
 @pytest.mark.parametrize("tail", [chunk(b"LIST", b"INFOab"), TAG, chunk(b"bext", bytes(602)) + chunk(b"id3 ", ID3)])
 @pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 24000])
-def test_chunks_and_tags_behind_sound_of_a_wrong_size_are_no_sound(read, tail, size):
+def test_chunks_and_tags_behind_sound_of_a_wrong_size_are_no_sound(read, caplog, tail, size):
     assert read(wav(size, tail=tail)).shape == (1, COUNT)
+    assert "neither sound nor a tag" not in caplog.text
 
 
 @pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 1 << 63, 48000])
@@ -187,6 +254,15 @@ def test_a_wav_whose_rate_contradicts_itself_is_told(read, caplog):
         assert "it is read at 8000 Hz" in caplog.text
 
 
+@pytest.mark.parametrize("rate", [8000, 24000, 44100])
+@pytest.mark.parametrize("name", ["IMA_ADPCM", "MS_ADPCM"])
+def test_the_bit_rate_that_ffmpeg_states_for_adpcm_is_no_contradiction(read, caplog, name, rate):
+    content = bytearray(encoded(noise(), rate, format="WAV", subtype=name))
+    content[28:32] = struct.pack("<I", 16000)
+    assert read(bytes(content), rate).shape[1] >= COUNT
+    assert not caplog.text
+
+
 def test_a_rate_that_no_recording_has_is_refused(read):
     content = bytearray(wav(48000))
     content[24:28] = struct.pack("<I", 3)
@@ -222,6 +298,26 @@ def test_a_cut_off_flac_of_unknown_length_is_refused(read, files, keep):
 def test_a_short_frame_that_is_cut_off_is_no_stray_bytes(read, missing):
     content = flac_with_total(encoded(noise() * 0.001, format="FLAC"), 0)
     refused(read, content[:-missing], "its last frame is incomplete")
+
+
+@pytest.mark.parametrize("block", [1 << 18, 1000])
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("damage", ["overwritten", "zeros", "missing"])
+def test_damage_in_the_middle_of_a_flac_is_named_so_whatever_the_block(read, files, monkeypatch, damage, place, block):
+    monkeypatch.setattr(audio, "_BLOCK", block)
+    content = files["flac"]
+    at = int(place * len(content))
+    rest = {"overwritten": RANDOM[:3000], "zeros": bytes(3000), "missing": b""}[damage]
+    refused(read, content[:at] + rest + content[at + 3000 :], r"cut off or damaged \(.*: copy or encode the file again")
+
+
+def test_what_the_decoder_does_not_open_is_told_of_with_both_remedies(read, files):
+    codec, bits = bytearray(wav(48000)), bytearray(encoded(noise(), format="WAV", subtype="IMA_ADPCM"))
+    codec[20:22], bits[34:36] = b"\x45\0", b"\x05\0"
+    streaminfo = bytearray(files["flac"])
+    streaminfo[8:12] = bytes(4)  # least and largest block
+    for content in (codec, bits, streaminfo):
+        refused(read, bytes(content), r"damaged .*copy the file again, or convert it first|cut off or damaged")
 
 
 def test_a_flac_whose_frames_have_another_rate_than_its_header_is_refused(read, files):
@@ -367,10 +463,24 @@ def test_a_frame_that_has_hardly_begun_is_cut_off_and_no_stray_bytes(read, files
     refused(read, without_info(files["mp3"]) + without_info(files["mp3"])[:kept], "its last frame is incomplete")
 
 
-def test_zeros_behind_an_mp3_that_nothing_counts_are_told(read, files, caplog):
-    bare = without_info(files["mp3"])
-    assert read(bare + bytes(3000)).shape == read(bare).shape
-    assert "has 3000 bytes behind its last frame that are no sound, and may be cut off" in caplog.text
+def test_zeros_behind_an_mp3_that_nothing_counts_are_told_where_few_and_refused_where_many(read, files, caplog):
+    bare, counted = without_info(files["mp3"]), files["mp3"]
+    for few in (1, 500, 1023):
+        caplog.clear()
+        for tail in (b"", TAG):
+            assert read(bare + bytes(few) + tail).shape == read(bare).shape
+            assert f"has {few} zeros behind its frames at byte {len(bare)}, and may be cut off" in caplog.text
+    middle = next(at for at in range(len(bare) // 20, len(bare)) if mpeg._search(source(bare), at) == at)
+    lost = bare[:middle] + bytes(len(bare) - middle)
+    half = next(at for at in range(len(bare) // 2, len(bare)) if mpeg._search(source(bare), at) == at)
+    joined = bare[:half] + bytes(len(bare) - half) + counted
+    for content in (bare + bytes(1024), bare + bytes(9000) + TAG, lost, lost + TAG, joined, counted + lost):
+        refused(read, content, "zeros from byte .* are no MPEG frame, and no header counts its frames")
+    layer_2 = 20 * tone_of_layer(2, 1)
+    refused(read, layer_2 + bytes(len(layer_2)), "7680 zeros from byte 7680 on are no MPEG frame")
+    caplog.clear()
+    assert read(counted + bytes(9000)).shape == (1, COUNT)  # the count says that nothing is missing
+    assert not caplog.text
 
 
 def test_bytes_within_an_mp3_that_are_no_frames_are_refused(read, files):
@@ -379,6 +489,27 @@ def test_bytes_within_an_mp3_that_are_no_frames_are_refused(read, files):
         refused(read, bare[:middle] + RANDOM[:700] + bare[middle:], "are no MPEG frame|counts .* frames")
         end = middle + mpeg._parse(bare[middle : middle + 4]).length
         refused(read, bare[:middle] + bytes(end - middle) + bare[end:], "are no MPEG frame|counts .* frames")
+
+
+@pytest.mark.parametrize("form", [(16000, 1), (24000, 2), (44100, 1), (48000, 2)])
+def test_frames_of_an_mp3_that_promise_what_no_frame_holds_are_told(read, caplog, form):
+    rate, channels = form
+    content = bytearray(encoded(noise(rate, channels), rate, format="MP3"))
+    assert read(bytes(content), rate).shape == form[::-1]
+    assert not caplog.text
+    for number in range(10, 13):
+        at = 0
+        for _ in range(number):
+            at += mpeg._parse(bytes(content[at : at + 4])).length
+        begin, end = at + 4, at + mpeg._parse(bytes(content[at : at + 4])).info_at
+        # The numbers of pairs in all granules are the largest that can be written.
+        content[begin + 2 : end] = b"\xff" * (end - begin - 2)
+        caplog.clear()
+        try:
+            read(bytes(content), rate)
+        except InputError as error:  # the decoder may make any numbers of it
+            assert "is damaged (it holds samples of" in str(error)  # noqa: PT017
+        assert f"holds {number - 9} damaged frames among" in caplog.text
 
 
 def source(content):
@@ -390,6 +521,8 @@ def test_the_rest_of_a_frame_before_the_first_one_is_told(read, files, caplog):
     first = mpeg._parse(bare[:4])
     assert read(bare[100:]).shape == (1, read(bare).shape[1] - first.samples)
     assert f"has {first.length - 100} bytes before its first whole MPEG frame" in caplog.text
+    for many in (RANDOM, bare[: first.length] + bytes(5000), first.length * b"x" + RANDOM[:3000]):
+        refused(read, many + bare, "bytes before its first whole MPEG frame are no such frame|zeros from byte")
 
 
 def test_mpeg_audio_in_a_wav_is_read(read, files):
@@ -400,6 +533,42 @@ def test_mpeg_audio_in_a_wav_is_read(read, files):
     assert read(head + bare).shape == read(bare).shape
     refused(read, head + bare[:-2000] + bytes(2000), "bytes of MPEG audio in it|its last frame|no MPEG frame")
     refused(read, head + bytes(len(bare)), "bytes of MPEG audio in it 0 are frames")
+
+
+def tone_of_layer(layer, band):
+    """A frame of mono sound at 24 kHz, 64 kbit/s, that is steady in one of the 32 bands (ISO 11172-3, 13818-3)."""
+    header = f"{0xFFF:012b}0{'11' if layer == 1 else '10'}1{'0100' if layer == 1 else '1000'}01" + "0011000000"
+    allocations = [4] * 32 if layer == 1 else [4] * 4 + [3] * 7 + [2] * 19  # bits of each band's allocation
+    finest = 14 if layer == 1 else 15  # samples of 15 and of 14 bits
+    bits = header + "".join(f"{finest * (number == band):0{width}b}" for number, width in enumerate(allocations))
+    bits += "000110" if layer == 1 else "10" + "000110"  # scale factor 1/2; layer II: one for the whole frame
+    bits += f"{28000:015b}" * 12 if layer == 1 else f"{14000:014b}" * 36
+    length = 128 if layer == 1 else 384
+    return int(bits.ljust(8 * length, "0"), 2).to_bytes(length, "big")
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("band", [0, 1, 3])
+def test_mpeg_audio_of_the_layers_1_and_2_is_read_and_its_endings_are_known(tmp_path, layer, band):
+    path = tmp_path / f"tone.mp{layer}"
+    path.write_bytes(TAG + 50 * tone_of_layer(layer, band) + TAG)
+    (samples,) = read_audio(path, 24000)
+    assert len(samples) == 50 * (384 if layer == 1 else 1152)
+    power = np.abs(np.fft.rfft(samples[2000:])) ** 2
+    per_band = len(power) / 32
+    assert power[int(max(0, band - 0.2) * per_band) : int((band + 1.2) * per_band)].sum() > 0.99 * power.sum() > 1
+    assert formats.is_read(path)
+    assert not formats.is_other(path)
+
+
+@pytest.mark.parametrize("ending", [".wave", ".rf64", ".bwf", ".fla", ".mpga", ".MP2", ".mp1"])
+def test_other_endings_of_what_is_read_are_known(ending):
+    assert formats.is_read(Path(f"a{ending}"))
+
+
+@pytest.mark.parametrize("ending", [".ac4", ".dff", ".QT"])
+def test_other_endings_of_what_must_be_converted_are_known(ending):
+    assert formats.is_other(Path(f"a{ending}"))
 
 
 # All containers
@@ -435,7 +604,9 @@ def test_joined_files_of_two_rates_are_resampled_and_of_other_channels_refused(r
     refused(read, files[name] + stereo, "joined of files with 1 and 2 channels")
 
 
-@pytest.mark.parametrize("tail", [TAG, ID3 + TAG, APE + TAG, bytes(2000), b"LYRICSBEGINabc000012LYRICS200" + TAG])
+@pytest.mark.parametrize(
+    "tail", [TAG, ID3 + TAG, APE + TAG, APE_1, APE_1 + TAG, bytes(2000), b"LYRICSBEGINabc000012LYRICS200" + TAG]
+)
 @pytest.mark.parametrize("name", FORMATS)
 def test_tags_and_zeros_behind_the_sound_are_no_sound(read, files, caplog, name, tail):
     assert read(files[name] + tail).shape == (1, COUNT)
@@ -502,10 +673,23 @@ def test_many_damaged_files_are_read_or_refused(read, files, name):
 # Levels
 
 
-@pytest.mark.parametrize("peak", [20.0, 127.0, 32767.0, 1e30])
+@pytest.mark.parametrize("peak", [20.0, 127.0, 32767.0, 2.0**31])
 def test_integers_as_floats_are_refused(read, peak):
-    content = encoded(noise() / 0.3 * peak, format="WAV", subtype="FLOAT")
-    refused(read, content, "holds samples of .* near second 0.* where full scale is 1")
+    samples = noise() / 0.3 * peak
+    samples[100] = -peak
+    refused(
+        read,
+        encoded(samples, format="WAV", subtype="FLOAT"),
+        "holds samples of .* near second 0.* where full scale is 1: divide them by",
+    )
+
+
+@pytest.mark.parametrize("value", [2.0**31 + 256, -1e10, 1e30])
+def test_a_sample_beyond_all_integers_is_damage(read, value):
+    samples = noise()
+    samples[RATE] = value
+    content = encoded(samples, format="WAV", subtype="FLOAT")
+    refused(read, content, r"is damaged \(it holds samples of .* near second 1\.0.* copy or encode the file again")
 
 
 @pytest.mark.parametrize(
@@ -562,6 +746,16 @@ def test_other_formats_are_named_with_what_converts_them(tmp_path, name):
         InputError, match=rf"is {name}.*convert it first, for example by ffmpeg -i talk\.wav talk\.flac\.$"
     ):
         read_audio(path, RATE)
+
+
+@pytest.mark.parametrize("name", ["talk.flac", "a b.FLAC", "flac"])
+def test_a_file_is_never_converted_to_itself(tmp_path, name):
+    (tmp_path / name).write_bytes(OTHERS["an MP4 file"] + RANDOM)
+    with pytest.raises(InputError, match="convert it first") as caught:
+        read_audio(tmp_path / name, RATE)
+    words = shlex.split(str(caught.value)[:-1].split("for example by ", 1)[1])
+    assert words[:3] == ["ffmpeg", "-i", name]
+    assert words[3].lower() != name.lower()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ttt_jax.data.containers import Part, Source, Window, find_parts
+from ttt_jax.data.formats import advice
 from ttt_jax.data.levels import Levels
 from ttt_jax.errors import InputError
 
@@ -77,13 +78,13 @@ def _read(source: Source, parts: Iterable[Part], sample_rate: int) -> Iterator[n
     levels = Levels(source.path)
     channels = rate = resampler = None
     for part in parts:
-        for block, part_rate in _decode(source, part):
+        for block, part_rate, subtype in _decode(source, part):
             if channels not in (None, block.shape[1]):
                 raise InputError(
                     f"{source.path} is joined of files with {channels} and {block.shape[1]} channels: give them one by one."
                 )
             channels = block.shape[1]
-            levels.add(block, part_rate)
+            levels.add(block, part_rate, subtype in ("FLOAT", "DOUBLE"))
             if part_rate != rate:
                 if resampler is not None:
                     yield np.ascontiguousarray(resampler.resample_chunk(block[:0], last=True).T)
@@ -100,25 +101,27 @@ def _read(source: Source, parts: Iterable[Part], sample_rate: int) -> Iterator[n
     levels.report()
 
 
-def _decode(source: Source, part: Part) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield a part's samples, float32 [n, channels], and their rate."""
+def _decode(source: Source, part: Part) -> Iterator[tuple[np.ndarray, int, str]]:
+    """Yield a part's samples, float32 [n, channels], their rate and the coding that libsndfile names."""
     import soundfile
 
     window = Window(source, part)
-    read = 0
+    read, is_open = 0, False
     try:
         with soundfile.SoundFile(window) as sound:
+            is_open = True
             _check_form(source, sound.channels, sound.samplerate)
             while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
                 read += len(block)
-                yield block, sound.samplerate
+                yield block, sound.samplerate, sound.subtype
             promised = sound.frames if part.samples is None else part.samples
     except soundfile.SoundFileError as error:
         reason = getattr(error, "error_string", str(error)).strip().rstrip(".")
-        if read:
+        if is_open:
             raise source.cut_off(reason) from None
         raise InputError(
-            f"{source.path} is not audio that can be read ({reason}): give a wav, flac, ogg or mp3 file."
+            f"{source.path} is damaged or of a codec that is not read ({reason}): copy the file again, or"
+            f" {advice(source.path)}."
         ) from None
     finally:
         if window.error is not None:

@@ -3,7 +3,8 @@
 | samples | |
 |---|---|
 | NaN, infinity | refused |
-| beyond 16 | refused at once: full scale is 1, and these are integers written as floats, or damage |
+| beyond 16 | refused at once: full scale is 1, and these are integers written as floats |
+| beyond 16 in a file that holds no floats, beyond 2**31 | refused at once: no such integers, so this is damage |
 | beyond 2 | taken as they are, with a warning at the end; decoders of lossy formats overshoot 1 by less |
 | none beyond 0.001 (-60 dB) | warning: nearly silent |
 | more than 1 in 100 at 0.999 or more | warning: clipped |
@@ -20,6 +21,7 @@ import numpy as np
 from ttt_jax.errors import InputError
 
 LARGEST = 16.0  # 24 dB above full scale: no overshoot and no gain by mistake, but far below integers of 8 bits or more
+INTEGER = 2.0**31  # the largest sample that is written as an integer
 LOUD = 2.0  # 6 dB above full scale; lossy codecs overshoot by 1 to 4 dB
 SILENT = 0.001  # -60 dB of full scale: below the noise of any room that was recorded for speech
 FULL = 0.999  # a sample of 16 bits within 32 steps of full scale
@@ -36,8 +38,8 @@ class Levels:
         self.samples, self._seconds = 0, 0.0
         self._full, self._peak = 0, 0.0
 
-    def add(self, block: np.ndarray, sample_rate: int) -> None:
-        """Take in samples float32 [n, channels] at a rate in Hz.
+    def add(self, block: np.ndarray, sample_rate: int, written_as_floats: bool) -> None:
+        """Take in samples float32 [n, channels] at a rate in Hz, and whether the file holds floats rather than a codec's code.
 
         Raises:
             InputError: they are not finite, or far beyond full scale.
@@ -49,6 +51,11 @@ class Levels:
             second = f"{self._seconds + bad / sample_rate:.1f}"
             if not np.isfinite(peak):
                 raise InputError(f"{self._path} holds NaN or infinity near second {second}: write the file again.")
+            if peak > INTEGER or not written_as_floats:
+                raise InputError(
+                    f"{self._path} is damaged (it holds samples of {peak:.6g} near second {second}, where full scale is 1):"
+                    " copy or encode the file again."
+                )
             raise InputError(
                 f"{self._path} holds samples of {peak:.6g} near second {second}, where full scale is 1: divide them by the"
                 " full scale of what they were, 32768 for 16 bits."

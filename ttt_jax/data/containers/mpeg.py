@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from ttt_jax.data.containers.source import Part, Source, skip_stray, skip_tags
+from ttt_jax.data.containers.source import STRAY, Part, Source, count_zeros, skip_stray, skip_tags
 
 _BLOCK = 1 << 20  # bytes read at a time
 _SEARCH = 1 << 16  # bytes in which a first frame is looked for behind others: stations' streams begin within a frame
 _LONGEST = 2881  # bytes of a frame
 _INFO = 140  # bytes that an Info header with all its fields takes
 _CERTAIN = 3  # frames in a row that show that bytes are MPEG audio
+_PAIRS = 288  # of values in a granule: half of its 576
 _OPEN = 0x7FFF0000  # counts from here on, and 0, are marks: not known
 _RATES = {
     3: (44100, 48000, 32000),
@@ -83,6 +84,8 @@ def find_parts(source: Source, at: int) -> list[Part]:
     begin = _search(source, at)
     if begin is None:
         return []
+    if begin - at >= _LONGEST:
+        raise source.cut_off(f"{begin - at} bytes before its first whole MPEG frame are no such frame")
     if begin > at:
         source.warn(f"has {begin - at} bytes before its first whole MPEG frame, which are left out")
     parts: list[Part] = []
@@ -91,16 +94,14 @@ def find_parts(source: Source, at: int) -> list[Part]:
         part, end, counted = _part(source, at)
         if part is not None:
             parts.append(part)
+        if not counted:
+            _check_zeros(source, end)
         at = skip_tags(source, end)
         if not _is_frame(source, at, 2):
             break
         # Zeros between frames are lost sound, unless another file begins behind them.
         if source.read(end, 1) == b"\0" and _info(source.read(at, _LONGEST), _parse(source.read(at, 4))) is None:
             raise source.cut_off(f"{at - end} bytes from byte {end} on are no MPEG frame")
-    if at == source.size and source.read(end, 1) == b"\0" and not counted:
-        source.warn(
-            f"has {at - end} bytes behind its last frame that are no sound, and may be cut off: no header counts it"
-        )
     if 0 < source.size - at < 4 and source.read(at, 1) == b"\xff":
         raise source.cut_off("its last frame is incomplete")
     damaged = _search(source, at)
@@ -108,6 +109,19 @@ def find_parts(source: Source, at: int) -> list[Part]:
         raise source.cut_off(f"{damaged - at} bytes from byte {at} on are no MPEG frame")
     skip_stray(source, at, "MPEG")
     return parts
+
+
+def _check_zeros(source: Source, end: int) -> None:
+    """Warn of few zeros behind frames that no header counts. Many are where a broken copy lost sound.
+
+    Raises:
+        InputError: they are many.
+    """
+    zeros = count_zeros(source, end)
+    if zeros >= STRAY:
+        raise source.cut_off(f"{zeros} zeros from byte {end} on are no MPEG frame, and no header counts its frames")
+    if zeros:
+        source.warn(f"has {zeros} zeros behind its frames at byte {end}, and may be cut off: no header counts them")
 
 
 def _search(source: Source, at: int) -> int | None:
@@ -135,14 +149,16 @@ def _is_frame(source: Source, at: int, count: int, whole: bool = False) -> bool:
 
 
 def _part(source: Source, start: int) -> tuple[Part | None, int, bool]:
-    """The frames of one kind and count from a position on, where they end, and whether a header counts them.
+    """The frames of one kind and count from a position on, where they end, and whether a header counts them all.
 
     There is no part where no frame holds sound.
     """
     first = _parse(source.read(start, 4))
     info = _info(source.read(start, first.length), first)
     begin = start if info is None else start + first.length
-    count, end, cut = _count(source, begin, first.kind)
+    count, end, cut, broken = _count(source, begin, first.kind)
+    if broken:
+        source.warn(f"holds {broken} damaged frames among {count}: they are read as far as the decoder can")
     stated = None if info is None else info.count
     if stated is not None and count < stated:
         complete = info.size is None or start + info.size <= end
@@ -156,15 +172,16 @@ def _part(source: Source, start: int) -> tuple[Part | None, int, bool]:
         source.warn(f"counts {stated} frames in its header, which is wrong: the {count} that are there are read")
     elif info is not None and info.count_at and stated is None:
         source.warn(f"counts no frames in its header, which is unfinished: the {count} that are there are read")
+    counted = stated is not None and count <= stated
     if count == 0:
-        return None, end, stated is not None
+        return None, end, counted
     if first.kind[1] != 3:  # layers I and II have no such header and a constant bit rate
         return Part(b"", begin, end, count * first.samples), end, False
     if info is not None and info.count_at and len(info.frame) >= info.begin + _INFO:
         head = _true_info(first, info, count, end - start)
     else:
         head = _made_info(source.read(begin, 4), count)
-    return Part(head, begin, end), end, stated is not None
+    return Part(head, begin, end), end, counted
 
 
 def _true_info(first: _Frame, info: _Info, count: int, size: int) -> bytes:
@@ -187,22 +204,36 @@ def _made_info(header: bytes, count: int) -> bytes:
     return content.ljust(frame.length, b"\0")
 
 
-def _count(source: Source, at: int, kind: tuple[int, int, int, bool]) -> tuple[int, int, bool]:
+def _count(source: Source, at: int, kind: tuple[int, int, int, bool]) -> tuple[int, int, bool, int]:
     """Count the frames of a kind from `at` on up to the next that counts anew.
 
-    Returns the number of whole frames, where they end, and whether the file ends within one more.
+    Returns the number of whole frames, where they end, whether the file ends within one more, and how many are damaged.
     """
-    count, block, base = 0, b"", at
+    count, broken, block, base = 0, 0, b"", at
     while True:
         i = at - base
         if len(block) - i < _LONGEST and base + len(block) < source.size:
             block, base, i = source.read(at, _BLOCK), at, 0
         frame = _parse(block[i : i + 4])
         if frame is None or frame.kind != kind or (count and _info(block[i : i + frame.length], frame) is not None):
-            return count, at, False
+            return count, at, False, broken
         if at + frame.length > source.size:
-            return count, at, True
+            return count, at, True, broken
+        broken += kind[1] == 3 and _is_damaged(block[i : i + frame.length], frame)
         count, at = count + 1, at + frame.length
+
+
+def _is_damaged(data: bytes, frame: _Frame) -> bool:
+    """Whether the side information of a frame of layer III promises what no frame can hold."""
+    mpeg1, channels = frame.kind[0] == 3, 1 if frame.kind[3] else 2
+    begin = 4 if data[1] & 1 else 6  # behind a checksum
+    length = frame.info_at - 4
+    bits = int.from_bytes(data[begin : begin + length], "big")
+    granule = 59 if mpeg1 else 63  # bits about each granule of each channel, which stand at the end
+    fields = [bits >> granule * number + granule - 21 & 0x1FFFFF for number in range(channels * (2 if mpeg1 else 1))]
+    borrowed = bits >> 8 * length - (9 if mpeg1 else 8)  # bytes of frames before this one
+    there = borrowed + frame.length - begin - length
+    return any(field & 0x1FF > _PAIRS for field in fields) or sum(field >> 9 for field in fields) > 8 * there
 
 
 def _info(data: bytes, frame: _Frame) -> _Info | None:

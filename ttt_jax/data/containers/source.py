@@ -132,11 +132,20 @@ def skip_stray(source: Source, at: int, kind: str) -> None:
         source.warn(f"ends with {count} bytes that are neither sound nor a tag, which are left out")
 
 
+def _footed_tag(source: Source, at: int) -> int:
+    """The length of an APE tag without a header that goes from a position to the end, or to an ID3v1 tag there; or 0."""
+    for end in (source.size, source.size - 128):
+        footer = source.read(end - 32, 32) if end - 32 >= at else b""
+        if footer[:8] == b"APETAGEX" and at + int.from_bytes(footer[12:16], "little") == end:
+            return end - at
+    return 0
+
+
 def _tag(source: Source, at: int) -> int:
     """The length of the tag or of the zeros at a position; 0: there are none."""
     head = source.read(at, 32)
     if head[:1] == b"\0":
-        return _zeros(source, at)
+        return count_zeros(source, at)
     if head[:3] == b"ID3" and len(head) >= 10 and head[3] < 0xFF and max(head[6:10]) < 0x80:
         size = head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]
         return 10 + size + (10 if head[5] & 0x10 else 0)  # with a footer
@@ -151,10 +160,11 @@ def _tag(source: Source, at: int) -> int:
         text = source.read(at, _LYRICS)
         ends = [found + 9 for mark in (b"LYRICS200", b"LYRICSEND") if (found := text.find(mark)) >= 0]
         return min(ends, default=0)
-    return 0
+    return _footed_tag(source, at)
 
 
-def _zeros(source: Source, at: int) -> int:
+def count_zeros(source: Source, at: int) -> int:
+    """How many bytes from a position on are zero."""
     start = at
     while block := source.read(at, _BLOCK):
         rest = block.lstrip(b"\0")

@@ -2,15 +2,17 @@
 
 The size S of the data chunk is judged by the A bytes that follow its header:
 
-- S <= A, and behind S bytes the file ends, or there are chunks, tags, zeros or another wav file: S is true.
+- S <= A, and behind S bytes the file ends, or there are chunks, tags or another wav file: S is true.
 - S > A is the mark of a writer that could not come back to the header (a pipe, a crash) where it is within 64 KiB of 2**32
   or about 2**31, or where the header states none: all A bytes are sound, and that is said. Any other S > A is refused: nothing
   tells a broken copy from a wrong header.
 - S = 0 with other bytes behind it: as such a mark.
 - A is larger than S by 2**32 or more: S was counted in 32 bits; the multiples of 2**32 are added, and that is said.
 - 0 < S < A and the size of the whole (the RIFF field) does not end where S does: the data size is wrong; the sound goes on to the
-  end of the RIFF chunk, or of the file, and that is said. If both sizes agree, what follows is stray: left out with a
-  warning where it is less than 1 KiB, refused otherwise.
+  end of the RIFF chunk, or of the file, and that is said. So do zeros behind it: they are silence. If both sizes agree, zeros are
+  padding, and what else follows is stray: left out with a warning where it is less than 1 KiB, refused otherwise.
+
+Chunks of metadata are passed over. A second data chunk, and 1 KiB or more in chunks that are not known, may be sound: refused.
 """
 
 from __future__ import annotations
@@ -20,20 +22,26 @@ import struct
 
 from ttt_jax.data.containers import mpeg
 from ttt_jax.data.containers.source import STRAY, Part, Source, skip_stray, skip_tags
+from ttt_jax.data.formats import conversion
 from ttt_jax.errors import InputError
 
 _OPEN = 0xFFFFFFFF
 _NEAR = 1 << 16  # sizes this near 2**32 or 2**31 are marks: writers subtract headers, or round down to their blocks
 _CHUNKS = 1000  # no header has more chunks
-_KNOWN = (  # chunks that stand behind the sound: a cut in one costs no sound
+_KNOWN = (  # chunks that hold no sound: a cut in one costs none
     *(b"LIST", b"list", b"id3 ", b"ID3 ", b"bext", b"iXML", b"PEAK", b"fact", b"cue ", b"smpl", b"inst", b"JUNK"),
     *(b"junk", b"PAD ", b"_PMX", b"LGWV", b"acid", b"plst", b"afsp", b"DISP", b"axml", b"chna", b"umid", b"FLLR"),
-    *(b"levl", b"cart"),
+    *(b"levl", b"cart", b"ds64", b"r64m", b"aXML", b"sxml", b"dbmd", b"MD5 ", b"mext", b"qlty", b"link", b"ovwf"),
+    *(b"regn", b"minf", b"elm1", b"DGDA", b"ResU", b"AFAn", b"AFmd", b"Cr8r", b"SNDM", b"SMED", b"SyLp", b"tlst"),
+    *(b"strc", b"basc", b"trns", b"cate", b"CSET", b"IDIT", b"clm ", b"wamd", b"guan"),
 )
 _TAGS = (b"TAG", b"APETAGEX", b"ID3\x03", b"ID3\x04")
 _TAIL = 1 << 16  # bytes at the end in which chunks are looked for behind sound whose size is wrong
 _PLAIN = (1, 3, 6, 7)  # codec numbers with samples of fixed size: PCM, float, A-law, mu-law
 _ADPCM = (2, 0x11, 0x31)  # codecs with blocks of a number of samples that the header states: Microsoft's, IMA's, GSM
+_NOT_STATED = (
+    16000  # bytes a second that ffmpeg writes for all ADPCM: its default of 128 kbit/s, which these do not have
+)
 _MPEG = (0x50, 0x55)
 _ROUNDED = 0.02  # share by which encoders round the bytes a second
 _EXTENSIBLE = 0xFFFE
@@ -97,6 +105,8 @@ def _read_header(source: Source, at: int) -> _Header:
                 whole = large[0] if whole == _OPEN else whole
                 size = large[1] if size == _OPEN else size
             return _Header(order, form, begin + whole if _is_stated(whole) else None, at, _none_if_open(size))
+        if chunk not in (b"fmt ", *_KNOWN) and STRAY <= length <= source.size - at:
+            raise _unknown_chunk(source, chunk, length, at - 8)
         at += length + length % 2
     raise source.cut_off("it has no sound data after its header")
 
@@ -135,25 +145,28 @@ def _end(source: Source, header: _Header) -> tuple[int, int]:
                 f"states {size} bytes of sound, counted in 32 bits: the {counted} bytes that are there are read"
             )
             return start + counted, after
-    # Zeros within the RIFF chunk are silence, those behind it padding.
-    silence = header.whole is not None and header.whole > start + size + 1 and source.read(start + size, 2) == b"\0\0"
+    agree = header.whole is not None and header.whole - (start + size) in (0, 1)
+    silence = not agree and source.read(start + size, 2) == b"\0\0"  # where the sizes agree, zeros are padding
     if not silence and (after := _after(source, start, size)) is not None:
         return start + size, after
     if size == 0 or header.whole is None:
         return _mended(source, header, source.size)
-    if header.whole - (start + size) in (0, 1):
-        if source.size - header.whole >= STRAY:
-            raise _wrong_size(source, size, there)
+    if agree:
+        if (count := source.size - header.whole) >= STRAY:
+            raise source.cut_off(f"{count} bytes from byte {header.whole} on are neither wav sound nor a tag")
         return start + size, header.whole
     return _mended(source, header, header.whole if start + size < header.whole < source.size else source.size)
 
 
 def _wrong_size(source: Source, size: int, there: int) -> InputError:
-    name, stem = source.path.name, source.path.stem
     return InputError(
         f"{source.path} is cut off or damaged (its header states {size} bytes of sound, {there} are there): copy the file"
-        f" again or, if the sound is whole, write it anew, for example by ffmpeg -ignore_length 1 -i {name} {stem}.flac."
+        f" again or, if the sound is whole, write it anew, for example by {conversion(source.path, '-ignore_length 1 ')}."
     )
+
+
+def _unknown_chunk(source: Source, name: bytes, length: int, at: int) -> InputError:
+    return source.cut_off(f"its chunk {name.decode('latin-1')!r} of {length} bytes at byte {at} may be sound")
 
 
 def _mended(source: Source, header: _Header, limit: int) -> tuple[int, int]:
@@ -168,7 +181,7 @@ def _mended(source: Source, header: _Header, limit: int) -> tuple[int, int]:
     end = _before_chunks(source, start, end)
     stated = "no length" if header.size is None else f"{header.size} bytes of sound"
     source.warn(f"states {stated} in its header, which is wrong: the {end - start} bytes that are there are read")
-    return end, end
+    return end, _skip_chunks(source, end)
 
 
 def _before_chunks(source: Source, start: int, end: int) -> int:
@@ -206,17 +219,32 @@ def _after(source: Source, start: int, size: int) -> int | None:
 
 
 def _skip_chunks(source: Source, at: int) -> int:
+    """Where the chunks end that begin at a position.
+
+    Raises:
+        InputError: one of them is, or may be, sound.
+    """
+    unknown = 0
     for _ in range(_CHUNKS):
         header = source.read(at, 8)
-        if len(header) < 8 or header[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64"):
+        name = header[:4]
+        if len(header) < 8 or name in (b"RIFF", b"RIFX", b"RF64", b"BW64"):
             return at
         # The byte order of a chunk behind the sound is that of the file; a wrong one gives a length that does not fit.
         lengths = [int.from_bytes(header[4:], order) for order in ("little", "big")]
         fits = [length for length in lengths if at + 8 + length <= source.size]
-        if header[:4] in _KNOWN:
-            length = fits[0] if fits else source.size - at - 8
-        elif all(0x20 <= byte < 0x7F for byte in header[:4]) and fits and header[:3] not in (b"TAG", b"ID3", b"APE"):
+        rest = source.size - at - 8
+        if name in _KNOWN:
+            length = fits[0] if fits else rest
+            if dataclasses.replace(source, size=at + 8 + length).find(b"WAVEfmt ", at) >= 0:
+                raise source.cut_off(f"its chunk {name.decode()!r} at byte {at} holds another wav file")
+        elif name == b"data":
+            raise _unknown_chunk(source, name, fits[0] if fits else rest, at)
+        elif all(0x20 <= byte < 0x7F for byte in name) and fits and name[:3] not in (b"TAG", b"ID3", b"APE"):
             length = fits[0]
+            unknown += length
+            if unknown >= STRAY:
+                raise _unknown_chunk(source, name, length, at)
         else:
             return at
         at = min(at + 8 + length + length % 2, source.size)
@@ -261,6 +289,8 @@ def _check_rate(source: Source, form: bytes, order: str, codec: int) -> None:
     samples = 1
     if codec in _ADPCM and len(form) >= 20:
         samples = struct.unpack(order + "H", form[18:20])[0]
+        if per_second == _NOT_STATED:
+            return
     elif codec not in _PLAIN:
         return
     if abs(per_second * samples - rate * block) > _ROUNDED * rate * block:
