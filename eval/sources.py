@@ -18,6 +18,7 @@ content are two recordings. A folder that several paths reach comes once, by a p
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import unicodedata
@@ -27,7 +28,7 @@ from typing import NamedTuple, NoReturn
 
 from ttt_jax.data import formats
 from ttt_jax.data.alignments import Kind, read_beside
-from ttt_jax.data.manifest import is_manifest, read_manifest
+from ttt_jax.data.manifest import Absent, Entry, is_manifest, read_manifest
 from ttt_jax.errors import InputError
 from ttt_jax.paths import absolute, beside, local, missing, place, portable
 
@@ -41,7 +42,7 @@ class Recording(NamedTuple):
     path: Path
     """As it was given."""
     group: str
-    """Of the recordings that belong to one stream: a book, a speaker or a folder; for people."""
+    """Of the recordings that belong to one stream: a book, a speaker, a folder or a speaker in a folder; for people."""
     group_key: str
     """The same, unique among all sources."""
     speaker: str | None
@@ -149,8 +150,8 @@ def _name(parts: Iterable[str], key: str) -> str:
 
 
 def _joined(key: str, members: list[Recording], gap: str | None) -> Stream:
-    group, speakers = members[0].group, {member.speaker for member in members}
-    speaker = speakers.pop() if len(speakers) == 1 else None
+    # A chapter that was named by itself does not tell its speaker, the tree that it is part of does.
+    group, speaker = members[0].group, next((member.speaker for member in members if member.speaker is not None), None)
     return Stream(_name(Path(group).parts, key), group, speaker, tuple(members), gap)
 
 
@@ -215,15 +216,16 @@ def _is_book(path: Path) -> bool:
 def _of_manifest(manifest: Path, problems: dict[Path, _Problem]) -> list[Recording]:
     entries, absent = read_manifest(manifest)
 
-    def key(audio: Path) -> str:
-        return f"{place(absolute(manifest))} {os.path.realpath(audio.parent)}"
+    def key(one: Entry | Absent) -> str:
+        speaker = "" if one.speaker is None else f" {json.dumps(one.speaker)}"  # which has any character as ASCII
+        return f"{place(absolute(manifest))} {os.path.realpath(one.path.parent)}{speaker}"
 
-    problems |= {place(one.path): _Problem(one.reason, f"lines of {manifest}", key(one.path)) for one in absent}
+    problems |= {place(one.path): _Problem(one.reason, f"lines of {manifest}", key(one)) for one in absent}
     return [
         Recording(
             entry.path,
-            _group(entry.path.parent, 1),
-            key(entry.path),
+            "/".join([_group(entry.path.parent, 1), *([] if entry.speaker is None else [entry.speaker])]),
+            key(entry),
             entry.speaker,
             entry.alignment,
             entry.duration,

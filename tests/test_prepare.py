@@ -667,6 +667,22 @@ def test_another_codec_or_another_choice_of_joining_needs_another_folder(tmp_pat
     assert lines_of(out) == line
 
 
+@pytest.mark.parametrize("out", ["out", "new/deep/out"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_run_that_made_nothing_leaves_nothing_and_does_not_bind_the_next(tmp_path, out, there):
+    folder = tmp_path / out
+    bad, good = damage(record(tmp_path / "bad.wav"), "text") or tmp_path / "bad.wav", record(tmp_path / "good.wav")
+    if there:
+        folder.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    assert run(bad, "--out", folder) == command.BAD_INPUT
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run(good, "--out", folder, "--join") == 0
+    assert run(bad, "--out", folder, "--join") == command.BAD_INPUT
+    assert len(lines_of(folder)) == 1
+    assert run(good, "--out", folder) == command.BAD_INPUT  # now the choice holds
+
+
 def test_code_files_of_others_need_only_rate_and_codec(tmp_path):
     metadata = {"frame_rate": "12.5", "codec": "d" * 64}
     safetensors.numpy.save_file({"codes": np.zeros((8, 5), np.int64)}, tmp_path / "a.safetensors", metadata=metadata)

@@ -45,6 +45,8 @@ class Absent(NamedTuple):
     """The audio file."""
     reason: str
     """A sentence that names the line."""
+    speaker: str | None = None
+    """As in `Entry`."""
 
 
 class Manifest(NamedTuple):
@@ -122,13 +124,16 @@ def _parse_entry(manifest: Path, number: int, line: str) -> Entry | Absent:
     speaker = record.get("speaker")
     if isinstance(speaker, bool) or not isinstance(speaker, str | int | None):
         raise InputError(f'{where} has "speaker": {speaker!r}: expected a name or a number, or no such key.')
+    speaker = None if speaker in (None, "") else str(speaker)
     audio = spelled(manifest.parent / native(name))
     if (problem := missing(audio)) is not None:
-        return Absent(audio, f"{where} names {audio}, which {problem.problem}: {_advice(problem, name)}.")
+        return Absent(audio, f"{where} names {audio}, which {problem.problem}: {_advice(problem, name)}.", speaker)
     alignment = beside(audio, ".json")
     if alignment is not None and (problem := missing(alignment)) is not None:
-        return Absent(audio, f"{where} names {audio}, whose {alignment.name} {problem.problem}: {problem.advice}.")
-    return Entry(audio, float(duration), alignment, None if speaker in (None, "") else str(speaker))
+        return Absent(
+            audio, f"{where} names {audio}, whose {alignment.name} {problem.problem}: {problem.advice}.", speaker
+        )
+    return Entry(audio, float(duration), alignment, speaker)
 
 
 def _is_name(value: object) -> bool:
