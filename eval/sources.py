@@ -34,6 +34,7 @@ from ttt_jax.paths import absolute, beside, local, missing, place, portable
 
 LAYOUTS = ("auto", "folder", "manifest", "librilight", "librispeech-long")
 _FEW = 3  # problems of a kind that are told one by one
+_JUDGED = 100  # files of a folder by which a layout is judged; bounds what is read of a large one
 
 
 class Recording(NamedTuple):
@@ -193,16 +194,18 @@ def _find(source: Path, layout: str, problems: dict[Path, _Problem]) -> list[Rec
     return [recording for recording in recordings if recording.path not in left]
 
 
-def _layout(paths: Sequence[Path]) -> str:
-    """The layout of a folder that holds the audio `paths`, judged by the first flac."""
-    path = next((p for p in paths if p.suffix.lower() == ".flac"), None)
-    if path is None:
-        return "folder"
-    if _is_book(path.with_suffix(".json")):
-        return "librilight"
-    chapter = absolute(path).parent
-    if chapter.name.isdigit() and chapter.parent.name.isdigit() and any(path.parent.glob("*.txt")):
-        return "librispeech-long"
+def _layout(paths: Iterable[Path]) -> str:
+    """The layout of a folder that holds the audio `paths`, that of the first flac that tells one: of some, a JSON may be missing."""
+    folders: dict[Path, list[Path]] = {}
+    for path in paths:
+        if path.suffix.lower() == ".flac":
+            folders.setdefault(path.parent, []).append(path)
+    for folder, found in folders.items():
+        if any(_is_book(path.with_suffix(".json")) for path in found[:_JUDGED]):
+            return "librilight"
+        chapter = absolute(folder)
+        if chapter.name.isdigit() and chapter.parent.name.isdigit() and any(folder.glob("*.txt")):
+            return "librispeech-long"
     return "folder"
 
 

@@ -112,7 +112,9 @@ def test_damaged_gzip_is_refused(folder, damage):
         read_manifest(folder / "m.jsonl.gz")
 
 
-@pytest.mark.parametrize(("speaker", "expected"), [("7", "7"), (7, "7"), (0, "0"), (-1, "-1"), (None, None), ("", None)])
+@pytest.mark.parametrize(
+    ("speaker", "expected"), [("7", "7"), (7, "7"), (0, "0"), (-1, "-1"), (None, None), ("", None)]
+)
 def test_a_speaker_is_a_name_or_a_whole_number(folder, speaker, expected):
     line = json.dumps({"path": "a.wav", "duration": 1, "speaker": speaker})
     assert read_manifest(write(folder, line)).entries[0].speaker == expected
