@@ -155,7 +155,9 @@ def load_coders(
     which are None otherwise.
     """
     if cfg.codec != FILES:
-        return load_codec(cfg.codec), load_tokenizer(cfg.tokenizer or EMBEDDED / "tokenizer" / "spm512.model")
+        return load_codec(cfg.codec), load_tokenizer(
+            EMBEDDED / "tokenizer" / "spm512.model" if cfg.tokenizer is None else cfg.tokenizer
+        )
     codec, digest = None, None
     manifests = [path for paths in _by_part(cfg).values() for path in paths]
     for entry in (entry for path in manifests for entry in read_manifest(path).entries):
