@@ -12,6 +12,7 @@ all, and a code file states what it was made of, so a run that was interrupted i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -56,7 +57,7 @@ def main(options: argparse.Namespace) -> int:
     recordings = found.recordings
     codec, tokenizer = load_coders(CorpusConfig(codec=options.codec, tokenizer=options.tokenizer))
     folder = local(options.out)
-    _open(folder, codec, options.join)
+    new = _open(folder, codec, options.join)
     encoder = Encoder(codec, tokenizer, options.voice)
     todo = sources.streams(found, options.join)
     made: dict[str, dict[str, Any]] = {}
@@ -75,6 +76,7 @@ def main(options: argparse.Namespace) -> int:
                         progress.say(f"skipped{f' the stream {stream.group}' if options.join else ''}: {error}")
         finally:  # an interrupted run leaves a manifest of what it has made
             dropped = write_manifest(folder, made, failed)
+            _close(folder, new)
     for name in dropped:
         print(printable(f"left out of {folder / MANIFEST}: {name}, which is gone or damaged"), file=sys.stderr)
     if not made:
@@ -277,10 +279,11 @@ def _found(path: Path, identity: str) -> Codes | None:
     return codes if codes.input == identity else None
 
 
-def _open(folder: Path, codec: Codec, joined: bool) -> None:
-    """Make the folder, or see that what is in it goes with this run."""
+def _open(folder: Path, codec: Codec, joined: bool) -> list[Path]:
+    """Make the folder, or see that what is in it goes with this run; the folders that were made, the deepest first."""
     settings = {"format": _VERSION, "codec": codec.digest, "codec_name": codec.name, "join": joined}
     path = folder / SETTINGS
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -292,6 +295,17 @@ def _open(folder: Path, codec: Codec, joined: bool) -> None:
         _read_manifest(folder / MANIFEST)  # that it is damaged is told before the work
     except OSError as error:
         raise InputError(f"--out {folder} cannot be made or used ({error.strerror}): give another folder.") from None
+    return new
+
+
+def _close(folder: Path, new: Iterable[Path]) -> None:
+    """Remove the settings and the folders that `_open` made if nothing was made of them: a run that failed binds no other."""
+    if any((folder / name).exists() for name in ("codes", "parts", MANIFEST)):
+        return
+    (folder / SETTINGS).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is not empty
+        for one in new:
+            one.rmdir()
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -671,7 +671,8 @@ def test_another_codec_or_another_choice_of_joining_needs_another_folder(tmp_pat
 @pytest.mark.parametrize("there", [True, False])
 def test_a_run_that_made_nothing_leaves_nothing_and_does_not_bind_the_next(tmp_path, out, there):
     folder = tmp_path / out
-    bad, good = damage(record(tmp_path / "bad.wav"), "text") or tmp_path / "bad.wav", record(tmp_path / "good.wav")
+    bad, good = record(tmp_path / "other" / "bad.wav"), record(tmp_path / "good.wav")
+    damage(bad, "text")
     if there:
         folder.mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
