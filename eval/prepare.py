@@ -83,7 +83,7 @@ def main(options: argparse.Namespace) -> int:
         if len(recordings) == 1:
             raise next(iter(failed.values()))
         raise InputError(f"none of {len(recordings)} recordings could be encoded, for the reasons above: mend them.")
-    skipped = len(failed) + found.skipped
+    skipped = found.skipped + sum(len(stream.recordings) for stream in todo if stream.name in failed)
     _summarise([stream for stream in todo if stream.name in made], skipped, made, progress, folder)
     return PARTIAL if skipped else 0
 
@@ -241,7 +241,8 @@ def _with_text(part: Codes) -> np.ndarray:
 def _make(stream: Stream, folder: Path, encoder: Encoder, progress: Progress, joined: bool) -> Codes:
     """The codes of a stream, from its file if that was made of the same before, else made and written."""
     if stream.gap is not None:
-        raise InputError(stream.gap)
+        others = f"{len(stream.recordings)} other {_plural('recording', len(stream.recordings))}"
+        raise InputError(f"{stream.gap} is left out, so {others} cannot be joined: mend it as said above.")
     path = _codes_path(folder, stream.name)
     if not joined:
         return _encoded(stream.recordings[0], path, encoder, progress)
@@ -252,10 +253,23 @@ def _make(stream: Stream, folder: Path, encoder: Encoder, progress: Progress, jo
             progress.reuse(recording)
         return found
     parts = [folder / "parts" / f"{sources.name_of(recording)}.safetensors" for recording in stream.recordings]
-    codes = [_encoded(r, part, encoder, progress) for r, part in zip(stream.recordings, parts, strict=True)]
+    codes = [_part(r, stream, part, encoder, progress) for r, part in zip(stream.recordings, parts, strict=True)]
     whole = join(codes, identity)
     write_codes(path, whole)
     return whole
+
+
+def _part(recording: Recording, stream: Stream, path: Path, encoder: Encoder, progress: Progress) -> Codes:
+    """The codes of a recording of a stream, as `_encoded`; of a bad one it is told what may have been made from it."""
+    try:
+        return _encoded(recording, path, encoder, progress)
+    except InputError as error:
+        bare = recording.path.with_suffix("")
+        alike = [r.path for r in stream.recordings if r.path.with_suffix("") == bare and r is not recording]
+        if not alike:
+            raise
+        hint = f"{alike[0].name} stands beside it: if that was made from it, remove {recording.path.name}"
+        raise InputError(f"{str(error).removesuffix('.')}; {hint}.") from None
 
 
 def _encoded(recording: Recording, path: Path, encoder: Encoder, progress: Progress) -> Codes:
@@ -488,7 +502,8 @@ def _summarise(
     speed = f", the others at {progress.speed:.0f} times real time" if progress.encoded else ""
     print(
         f"{len(done)} code {_plural('file', len(done))} of {len(recordings)} {_plural('recording', len(recordings))},"
-        f" {hours:.2f} hours of audio; {before} encoded before{speed}; {skipped} skipped"
+        f" {hours:.2f} hours of audio; {before} encoded before{speed};"
+        f" {skipped} {_plural('recording', skipped)} skipped"
     )
     print(f"manifest: {folder / MANIFEST}")
     print(f"next: python -m eval stream RUN --data {folder}")

@@ -62,8 +62,8 @@ class Stream(NamedTuple):
     group: str
     speaker: str | None
     recordings: tuple[Recording, ...]
-    gap: str | None = None
-    """A sentence on a recording of it that is left out, so that the stream has to be."""
+    gap: Path | None = None
+    """A recording of it that is left out, so that the stream has to be."""
 
 
 class Found(NamedTuple):
@@ -74,9 +74,9 @@ class Found(NamedTuple):
     problems: list[str]
     """Sentences on what is left out, the rest being sound."""
     skipped: int
-    """How many files and books they are about."""
-    gaps: dict[str, str]
-    """By `Recording.group_key` a sentence on one that is left out of the group."""
+    """How many recordings and books without any they are about."""
+    gaps: dict[str, Path]
+    """By `Recording.group_key` the first recording that is left out of the group."""
 
 
 def find(sources: Sequence[str | Path], layout: str = "auto") -> Found:
@@ -100,7 +100,10 @@ def find(sources: Sequence[str | Path], layout: str = "auto") -> Found:
         raise InputError(
             first if count == 1 else f"none of {count:,} recordings or books can be used, for one: {first}"
         )
-    gaps = {problem.group_key: problem.sentence for problem in problems.values() if problem.group_key is not None}
+    gaps: dict[str, Path] = {}
+    for path, problem in problems.items():
+        if problem.group_key is not None:
+            gaps.setdefault(problem.group_key, path)
     return Found(list(found.values()), _told(problems.values()), len(problems), gaps)
 
 
@@ -150,7 +153,7 @@ def _name(parts: Iterable[str], key: str) -> str:
     return f"{'/'.join(safe)}-{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
 
 
-def _joined(key: str, members: list[Recording], gap: str | None) -> Stream:
+def _joined(key: str, members: list[Recording], gap: Path | None) -> Stream:
     # A chapter that was named by itself does not tell its speaker, the tree that it is part of does.
     group, speaker = members[0].group, next((member.speaker for member in members if member.speaker is not None), None)
     return Stream(_name(Path(group).parts, key), group, speaker, tuple(members), gap)

@@ -368,7 +368,7 @@ def test_a_second_run_encodes_only_what_is_new_or_changed(tmp_path, encoded, cap
     assert run(*args) == 0
     assert len(encoded) == 3
     assert lines_of(tmp_path / "out") == first
-    assert "3 encoded before; 0 skipped" in capsys.readouterr().out
+    assert "3 encoded before; 0 recordings skipped" in capsys.readouterr().out
     record(tmp_path / "in" / "0.wav", 1.2)
     record(tmp_path / "in" / "1.wav", seed=77)  # as long as before
     record(tmp_path / "in" / "3.wav")
@@ -518,7 +518,7 @@ def test_bad_files_among_good_ones_are_named_and_left_out(tmp_path, capsys):
         assert f"bad{index}." in line
         assert what in line
     assert "2 code files of 2 recordings, 0.00 hours of audio; 0 encoded before, the others at " in shown.out
-    assert f"{len(KINDS)} skipped" in shown.out
+    assert f"{len(KINDS)} recordings skipped" in shown.out
     assert f"manifest: {tmp_path / 'out' / 'manifest.jsonl'}" in shown.out
     assert f"python -m eval stream RUN --data {tmp_path / 'out'}" in shown.out
     assert len(list((tmp_path / "out").rglob("*.safetensors"))) == 2
@@ -571,7 +571,7 @@ def test_a_book_without_chapters_among_others_is_told_and_left_out(tmp_path, cap
         " folder or give --layout folder."
     ]
     assert "2 code files of 2 recordings" in shown.out
-    assert "; 1 skipped" in shown.out
+    assert "; 1 recording skipped" in shown.out
 
 
 def test_nothing_usable_at_all_is_an_error(tmp_path, capsys):
