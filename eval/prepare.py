@@ -33,15 +33,14 @@ from ttt_jax.data.alignments import MAIN_SPEAKER
 from ttt_jax.data.audio import read_blocks
 from ttt_jax.data.codes import Codes, Source, read_codes, write_codes
 from ttt_jax.data.corpus import CorpusConfig, load_coders
-from ttt_jax.data.frames import warn
-from ttt_jax.data.manifest import Entry, check_duration
+from ttt_jax.data.frames import too_short, warn
+from ttt_jax.data.manifest import MANIFEST, Entry, check_duration
 from ttt_jax.data.text import ABSENT, Tokenizer, read_text
 from ttt_jax.errors import InputError
 from ttt_jax.files import file_digest, write_atomically
 from ttt_jax.jsonl import read_lines
 from ttt_jax.paths import local, place, portable, printable
 
-MANIFEST = "manifest.jsonl"
 SETTINGS = "prepare.json"
 _VERSION = "ttt_jax.prepare/2"  # to change whenever the same input would give other codes
 _BLOCK = 1024  # frames of silence encoded at a time; bounds memory
@@ -132,10 +131,7 @@ class Encoder:
         channels, num_samples = encode_blocks(blocks, codec)
         seconds = num_samples / codec.sample_rate
         if num_samples < codec.frame_size:
-            raise InputError(
-                f"{path} lasts {seconds:.3f} s, less than one frame of {1 / codec.frame_rate:.3f} s: give a longer"
-                " recording or leave it out."
-            )
+            raise too_short(path, seconds, codec)
         if recording.duration is not None:
             check_duration(Entry(path, recording.duration, recording.alignment), seconds)
         num_frames = channels[0].shape[1]

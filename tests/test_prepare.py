@@ -214,7 +214,7 @@ def test_training_takes_the_json_beside_a_recording_for_what_prepare_takes_it(
     np.testing.assert_array_equal(frames[0], frames[1])
     assert (frames[0][0] >= 0).sum() == known
     assert shown == ([] if told is None else [caplog.messages[0]])
-    assert caplog.messages == shown * 2  # audio is spoken of from the cache, too
+    assert caplog.messages == shown  # of frames from the cache and from code files nothing is said again
     assert told is None or caplog.messages[0].startswith(f"{tmp_path / 'a.json'}: {told}")
 
 

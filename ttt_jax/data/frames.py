@@ -231,7 +231,7 @@ def _encode(entry: Entry, codec: Codec, tokenizer: Tokenizer) -> _Made:
     num_samples = channels.shape[1]
     seconds = num_samples / codec.sample_rate
     if num_samples < codec.frame_size:
-        raise _too_short(entry, seconds, codec)
+        raise too_short(entry.path, seconds, codec)
     check_duration(entry, seconds)
     own = codec.encode(channels[0])
     other = codec.encode(channels[1]) if len(channels) == 2 else _silence(own.shape[1], codec)
@@ -340,10 +340,11 @@ def _check_same(path: Path, stored: Codes | Header, codec: StatedCodec) -> None:
         )
 
 
-def _too_short(entry: Entry, seconds: float, codec: Codec) -> InputError:
+def too_short(path: Path, seconds: float, codec: Codec) -> InputError:
+    """What is said of a recording that is shorter than a frame of the codec."""
     return InputError(
-        f"{entry.path} lasts {seconds:.3f} s, less than one frame of {1 / codec.frame_rate:.3f} s: give a longer recording"
-        " or drop it from the manifest."
+        f"{path} lasts {seconds:.3f} s, less than one frame of {1 / codec.frame_rate:.3f} s: give a longer recording or"
+        " leave it out."
     )
 
 

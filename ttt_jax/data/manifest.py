@@ -21,6 +21,8 @@ from ttt_jax.errors import InputError
 from ttt_jax.jsonl import GZIP, read_lines
 from ttt_jax.paths import Missing, beside, missing, native, spelled
 
+MANIFEST = "manifest.jsonl"
+"""In a folder that `python -m eval prepare` made."""
 TOLERANCE = 0.5  # seconds by which a manifest or an alignment may disagree with its audio
 _HEAD = 4096  # bytes that show whether a file is text
 
