@@ -42,7 +42,7 @@ from ttt_jax.jsonl import read_lines
 from ttt_jax.paths import local, place, portable, printable
 
 SETTINGS = "prepare.json"
-_VERSION = "ttt_jax.prepare/2"  # to change whenever the same input would give other codes
+_VERSION = "ttt_jax.prepare/3"  # to change whenever the same input would give other codes
 _BLOCK = 1024  # frames of silence encoded at a time; bounds memory
 
 

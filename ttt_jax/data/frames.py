@@ -42,7 +42,7 @@ from ttt_jax.errors import InputError
 from ttt_jax.files import file_digest, write_atomically
 from ttt_jax.paths import printable
 
-_VERSION = "ttt_jax.frames/2"  # to change whenever the same input would give other frames
+_VERSION = "ttt_jax.frames/3"  # to change whenever the same input would give other frames
 
 log = logging.getLogger("ttt_jax")
 
