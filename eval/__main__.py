@@ -31,7 +31,7 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
         "sources",
         metavar="SOURCE",
         nargs="+",
-        help="audio file, folder of audio, or manifest (.jsonl or .jsonl.gz, as moshi-finetune)",
+        help="audio file, folder of audio, or manifest (JSON Lines, as moshi-finetune)",
     )
     add("--out", metavar="FOLDER", required=True, help="where codes and manifest.jsonl go; may hold earlier ones")
     add("--codec", default="kmeans", help='"kmeans" (the embedded one) or a codec file; unset: kmeans')
@@ -42,7 +42,7 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
         default="own",
         help="which voice speaks on the left or only channel: the model's own or the other; unset: own",
     )
-    add("--join", action="store_true", help="one stream for each book, speaker (LibriSpeech-Long) or folder")
+    add("--join", action="store_true", help="one stream for each book, speaker or folder")
     add(
         "--layout",
         choices=LAYOUTS,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ttt_jax.data.corpus import MANIFEST
+from ttt_jax.data.manifest import MANIFEST
 from ttt_jax.errors import InputError
 from ttt_jax.files import run_and_step
 from ttt_jax.paths import local, whole_name

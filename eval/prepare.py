@@ -12,6 +12,7 @@ all, and a code file states what it was made of, so a run that was interrupted i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -32,17 +33,16 @@ from ttt_jax.data.alignments import MAIN_SPEAKER
 from ttt_jax.data.audio import read_blocks
 from ttt_jax.data.codes import Codes, Source, read_codes, write_codes
 from ttt_jax.data.corpus import CorpusConfig, load_coders
-from ttt_jax.data.frames import warn
-from ttt_jax.data.manifest import Entry, check_duration
+from ttt_jax.data.frames import too_short, warn
+from ttt_jax.data.manifest import MANIFEST, Entry, check_duration
 from ttt_jax.data.text import ABSENT, Tokenizer, read_text
 from ttt_jax.errors import InputError
 from ttt_jax.files import file_digest, write_atomically
 from ttt_jax.jsonl import read_lines
 from ttt_jax.paths import local, place, portable, printable
 
-MANIFEST = "manifest.jsonl"
 SETTINGS = "prepare.json"
-_VERSION = "ttt_jax.prepare/2"  # to change whenever the same input would give other codes
+_VERSION = "ttt_jax.prepare/3"  # to change whenever the same input would give other codes
 _BLOCK = 1024  # frames of silence encoded at a time; bounds memory
 
 
@@ -56,7 +56,7 @@ def main(options: argparse.Namespace) -> int:
     recordings = found.recordings
     codec, tokenizer = load_coders(CorpusConfig(codec=options.codec, tokenizer=options.tokenizer))
     folder = local(options.out)
-    _open(folder, codec, options.join)
+    new = _open(folder, codec, options.join)
     encoder = Encoder(codec, tokenizer, options.voice)
     todo = sources.streams(found, options.join)
     made: dict[str, dict[str, Any]] = {}
@@ -75,13 +75,14 @@ def main(options: argparse.Namespace) -> int:
                         progress.say(f"skipped{f' the stream {stream.group}' if options.join else ''}: {error}")
         finally:  # an interrupted run leaves a manifest of what it has made
             dropped = write_manifest(folder, made, failed)
+            _close(folder, new)
     for name in dropped:
         print(printable(f"left out of {folder / MANIFEST}: {name}, which is gone or damaged"), file=sys.stderr)
     if not made:
         if len(recordings) == 1:
             raise next(iter(failed.values()))
         raise InputError(f"none of {len(recordings)} recordings could be encoded, for the reasons above: mend them.")
-    skipped = len(failed) + found.skipped
+    skipped = found.skipped + sum(len(stream.recordings) for stream in todo if stream.name in failed)
     _summarise([stream for stream in todo if stream.name in made], skipped, made, progress, folder)
     return PARTIAL if skipped else 0
 
@@ -130,10 +131,7 @@ class Encoder:
         channels, num_samples = encode_blocks(blocks, codec)
         seconds = num_samples / codec.sample_rate
         if num_samples < codec.frame_size:
-            raise InputError(
-                f"{path} lasts {seconds:.3f} s, less than one frame of {1 / codec.frame_rate:.3f} s: give a longer"
-                " recording or leave it out."
-            )
+            raise too_short(path, seconds, codec)
         if recording.duration is not None:
             check_duration(Entry(path, recording.duration, recording.alignment), seconds)
         num_frames = channels[0].shape[1]
@@ -239,7 +237,8 @@ def _with_text(part: Codes) -> np.ndarray:
 def _make(stream: Stream, folder: Path, encoder: Encoder, progress: Progress, joined: bool) -> Codes:
     """The codes of a stream, from its file if that was made of the same before, else made and written."""
     if stream.gap is not None:
-        raise InputError(stream.gap)
+        others = f"{len(stream.recordings)} other {_plural('recording', len(stream.recordings))}"
+        raise InputError(f"{stream.gap} is left out, so {others} cannot be joined: mend it as said above.")
     path = _codes_path(folder, stream.name)
     if not joined:
         return _encoded(stream.recordings[0], path, encoder, progress)
@@ -250,10 +249,23 @@ def _make(stream: Stream, folder: Path, encoder: Encoder, progress: Progress, jo
             progress.reuse(recording)
         return found
     parts = [folder / "parts" / f"{sources.name_of(recording)}.safetensors" for recording in stream.recordings]
-    codes = [_encoded(r, part, encoder, progress) for r, part in zip(stream.recordings, parts, strict=True)]
+    codes = [_part(r, stream, part, encoder, progress) for r, part in zip(stream.recordings, parts, strict=True)]
     whole = join(codes, identity)
     write_codes(path, whole)
     return whole
+
+
+def _part(recording: Recording, stream: Stream, path: Path, encoder: Encoder, progress: Progress) -> Codes:
+    """The codes of a recording of a stream, as `_encoded`; of a bad one it is told what may have been made from it."""
+    try:
+        return _encoded(recording, path, encoder, progress)
+    except InputError as error:
+        bare = recording.path.with_suffix("")
+        alike = [r.path for r in stream.recordings if r.path.with_suffix("") == bare and r is not recording]
+        if not alike:
+            raise
+        hint = f"{alike[0].name} stands beside it: if that was made from it, remove {recording.path.name}"
+        raise InputError(f"{str(error).removesuffix('.')}; {hint}.") from None
 
 
 def _encoded(recording: Recording, path: Path, encoder: Encoder, progress: Progress) -> Codes:
@@ -277,10 +289,11 @@ def _found(path: Path, identity: str) -> Codes | None:
     return codes if codes.input == identity else None
 
 
-def _open(folder: Path, codec: Codec, joined: bool) -> None:
-    """Make the folder, or see that what is in it goes with this run."""
+def _open(folder: Path, codec: Codec, joined: bool) -> list[Path]:
+    """Make the folder, or see that what is in it goes with this run; the folders that were made, the deepest first."""
     settings = {"format": _VERSION, "codec": codec.digest, "codec_name": codec.name, "join": joined}
     path = folder / SETTINGS
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -292,6 +305,17 @@ def _open(folder: Path, codec: Codec, joined: bool) -> None:
         _read_manifest(folder / MANIFEST)  # that it is damaged is told before the work
     except OSError as error:
         raise InputError(f"--out {folder} cannot be made or used ({error.strerror}): give another folder.") from None
+    return new
+
+
+def _close(folder: Path, new: Iterable[Path]) -> None:
+    """Remove the settings and the folders that `_open` made if nothing was made of them: a run that failed binds no other."""
+    if any((folder / name).exists() for name in ("codes", "parts", MANIFEST)):
+        return
+    (folder / SETTINGS).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is not empty
+        for one in new:
+            one.rmdir()
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -474,7 +498,8 @@ def _summarise(
     speed = f", the others at {progress.speed:.0f} times real time" if progress.encoded else ""
     print(
         f"{len(done)} code {_plural('file', len(done))} of {len(recordings)} {_plural('recording', len(recordings))},"
-        f" {hours:.2f} hours of audio; {before} encoded before{speed}; {skipped} skipped"
+        f" {hours:.2f} hours of audio; {before} encoded before{speed};"
+        f" {skipped} {_plural('recording', skipped)} skipped"
     )
     print(f"manifest: {folder / MANIFEST}")
     print(f"next: python -m eval stream RUN --data {folder}")

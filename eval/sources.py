@@ -18,6 +18,7 @@ content are two recordings. A folder that several paths reach comes once, by a p
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import unicodedata
@@ -27,12 +28,13 @@ from typing import NamedTuple, NoReturn
 
 from ttt_jax.data import formats
 from ttt_jax.data.alignments import Kind, read_beside
-from ttt_jax.data.manifest import is_manifest, read_manifest
+from ttt_jax.data.manifest import Absent, Entry, is_manifest, read_manifest
 from ttt_jax.errors import InputError
 from ttt_jax.paths import absolute, beside, local, missing, place, portable
 
 LAYOUTS = ("auto", "folder", "manifest", "librilight", "librispeech-long")
 _FEW = 3  # problems of a kind that are told one by one
+_JUDGED = 100  # files of a folder by which a layout is judged; bounds what is read of a large one
 
 
 class Recording(NamedTuple):
@@ -41,7 +43,7 @@ class Recording(NamedTuple):
     path: Path
     """As it was given."""
     group: str
-    """Of the recordings that belong to one stream: a book, a speaker or a folder; for people."""
+    """Of the recordings that belong to one stream: a book, a speaker, a folder or a speaker in a folder; for people."""
     group_key: str
     """The same, unique among all sources."""
     speaker: str | None
@@ -60,8 +62,8 @@ class Stream(NamedTuple):
     group: str
     speaker: str | None
     recordings: tuple[Recording, ...]
-    gap: str | None = None
-    """A sentence on a recording of it that is left out, so that the stream has to be."""
+    gap: Path | None = None
+    """A recording of it that is left out, so that the stream has to be."""
 
 
 class Found(NamedTuple):
@@ -72,9 +74,9 @@ class Found(NamedTuple):
     problems: list[str]
     """Sentences on what is left out, the rest being sound."""
     skipped: int
-    """How many files and books they are about."""
-    gaps: dict[str, str]
-    """By `Recording.group_key` a sentence on one that is left out of the group."""
+    """How many recordings and books without any they are about."""
+    gaps: dict[str, Path]
+    """By `Recording.group_key` the first recording that is left out of the group."""
 
 
 def find(sources: Sequence[str | Path], layout: str = "auto") -> Found:
@@ -98,7 +100,10 @@ def find(sources: Sequence[str | Path], layout: str = "auto") -> Found:
         raise InputError(
             first if count == 1 else f"none of {count:,} recordings or books can be used, for one: {first}"
         )
-    gaps = {problem.group_key: problem.sentence for problem in problems.values() if problem.group_key is not None}
+    gaps: dict[str, Path] = {}
+    for path, problem in problems.items():
+        if problem.group_key is not None:
+            gaps.setdefault(problem.group_key, path)
     return Found(list(found.values()), _told(problems.values()), len(problems), gaps)
 
 
@@ -148,9 +153,9 @@ def _name(parts: Iterable[str], key: str) -> str:
     return f"{'/'.join(safe)}-{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
 
 
-def _joined(key: str, members: list[Recording], gap: str | None) -> Stream:
-    group, speakers = members[0].group, {member.speaker for member in members}
-    speaker = speakers.pop() if len(speakers) == 1 else None
+def _joined(key: str, members: list[Recording], gap: Path | None) -> Stream:
+    # A chapter that was named by itself does not tell its speaker, the tree that it is part of does.
+    group, speaker = members[0].group, next((member.speaker for member in members if member.speaker is not None), None)
     return Stream(_name(Path(group).parts, key), group, speaker, tuple(members), gap)
 
 
@@ -192,16 +197,18 @@ def _find(source: Path, layout: str, problems: dict[Path, _Problem]) -> list[Rec
     return [recording for recording in recordings if recording.path not in left]
 
 
-def _layout(paths: Sequence[Path]) -> str:
-    """The layout of a folder that holds the audio `paths`, judged by the first flac."""
-    path = next((p for p in paths if p.suffix.lower() == ".flac"), None)
-    if path is None:
-        return "folder"
-    if _is_book(path.with_suffix(".json")):
-        return "librilight"
-    chapter = absolute(path).parent
-    if chapter.name.isdigit() and chapter.parent.name.isdigit() and any(path.parent.glob("*.txt")):
-        return "librispeech-long"
+def _layout(paths: Iterable[Path]) -> str:
+    """The layout of a folder that holds the audio `paths`, that of the first flac that tells one: of some, a JSON may be missing."""
+    folders: dict[Path, list[Path]] = {}
+    for path in paths:
+        if path.suffix.lower() == ".flac":
+            folders.setdefault(path.parent, []).append(path)
+    for folder, found in folders.items():
+        if any(_is_book(path.with_suffix(".json")) for path in found[:_JUDGED]):
+            return "librilight"
+        chapter = absolute(folder)
+        if chapter.name.isdigit() and chapter.parent.name.isdigit() and any(folder.glob("*.txt")):
+            return "librispeech-long"
     return "folder"
 
 
@@ -215,15 +222,16 @@ def _is_book(path: Path) -> bool:
 def _of_manifest(manifest: Path, problems: dict[Path, _Problem]) -> list[Recording]:
     entries, absent = read_manifest(manifest)
 
-    def key(audio: Path) -> str:
-        return f"{place(absolute(manifest))} {os.path.realpath(audio.parent)}"
+    def key(one: Entry | Absent) -> str:
+        speaker = "" if one.speaker is None else f" {json.dumps(one.speaker)}"  # which has any character as ASCII
+        return f"{place(absolute(manifest))} {os.path.realpath(one.path.parent)}{speaker}"
 
-    problems |= {place(one.path): _Problem(one.reason, f"lines of {manifest}", key(one.path)) for one in absent}
+    problems |= {place(one.path): _Problem(one.reason, f"lines of {manifest}", key(one)) for one in absent}
     return [
         Recording(
             entry.path,
-            _group(entry.path.parent, 1),
-            key(entry.path),
+            "/".join([_group(entry.path.parent, 1), *([] if entry.speaker is None else [entry.speaker])]),
+            key(entry),
             entry.speaker,
             entry.alignment,
             entry.duration,

@@ -16,13 +16,10 @@ from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
 from ttt_jax.data.codes import Codes, read_codes
 from ttt_jax.data.frames import load_frames
-from ttt_jax.data.manifest import Entry, Manifest, is_manifest, read_manifest
+from ttt_jax.data.manifest import MANIFEST, Entry, Manifest, is_manifest, read_manifest
 from ttt_jax.data.text import ABSENT, Tokenizer
 from ttt_jax.errors import InputError
 from ttt_jax.paths import absolute, beside, local, printable
-
-MANIFEST = "manifest.jsonl"
-"""Of a folder that `python -m eval prepare` made."""
 
 
 class Speech(NamedTuple):

@@ -27,8 +27,8 @@ import numpy as np
 from ttt_jax import record
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data.codes import Codes, write_codes
-from ttt_jax.data.corpus import MANIFEST
 from ttt_jax.data.frames import ABSENT
+from ttt_jax.data.manifest import MANIFEST
 from ttt_jax.data.text import PAD
 from ttt_jax.errors import InputError
 from ttt_jax.files import write_atomically

@@ -31,6 +31,7 @@ def test_words_come_ordered_by_start(tmp_path):
         (Word("one", 0.25, 0.5, "other"), Word("two", 1.0, 1.5, MAIN), Word("three", 1.0, 2.0, MAIN)),
         {},
         None,
+        (),
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 import soundfile
 
+from eval.__main__ import main
 from ttt_jax.codec import load_codec
 from ttt_jax.data import codes as codefiles
 from ttt_jax.data.frames import ABSENT, load_frames, open_manifest, open_recording
@@ -466,3 +467,21 @@ def test_words_and_audio_are_refused_where_nothing_can_encode_them(tmp_path):
     for call in (STATED.encode, STATED.decode, TEXT.encode, TEXT.decode):
         with pytest.raises(InputError, match=r"data\.(codec|tokenizer).*give"):
             call(None)
+
+
+@pytest.mark.parametrize("fault", ["silent", "word"])
+@pytest.mark.parametrize("way", ["load_frames", "open_recording", "prepare"])
+def test_what_is_wrong_with_a_recording_is_told_when_it_is_encoded_and_not_again(codec, tmp_path, caplog, fault, way):
+    audio, words = (np.zeros(RATE), []) if fault == "silent" else (babble(1.0), [["x", [0.2, 0.4], "SPEAKER_MAIN"]])
+    words = words and [*words, ["y", [0.5, 0.5], "SPEAKER_MAIN"]]
+    manifest = write_entry(tmp_path, audio, words=words)
+    (entry,) = read_manifest(manifest).entries
+    for _ in range(2):
+        if way == "prepare":
+            main(["prepare", str(manifest), "--out", str(tmp_path / "out")])
+        elif way == "load_frames":
+            load_frames(entry, codec, TOKENIZER, tmp_path / "cache")
+        else:
+            open_recording(entry, codec, TOKENIZER, tmp_path / "cache").read()
+        assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(str(tmp_path / ("a.wav" if fault == "silent" else "a.json")))

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from ttt_jax.data.manifest import Entry, check_duration, read_manifest
+from ttt_jax.data.manifest import Entry, check_duration, is_manifest, read_manifest
 from ttt_jax.errors import InputError
 
 GOOD = '{"path": "a.wav", "duration": 2.5}'
@@ -74,8 +74,8 @@ def test_a_bad_line_is_refused_with_file_and_line(folder, line, complaint):
 
 
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"])
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_only_line_feeds_and_carriage_returns_end_a_line(folder, character, end):
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_only_line_feeds_end_a_line(folder, character, end):
     name = f"a{character}b.wav"
     (folder / name).touch()
     # JSON escapes what is below a blank; the others stand in the file as they are
@@ -112,7 +112,9 @@ def test_damaged_gzip_is_refused(folder, damage):
         read_manifest(folder / "m.jsonl.gz")
 
 
-@pytest.mark.parametrize(("speaker", "expected"), [("7", "7"), (7, "7"), (0, "0"), (-1, "-1"), (None, None), ("", None)])
+@pytest.mark.parametrize(
+    ("speaker", "expected"), [("7", "7"), (7, "7"), (0, "0"), (-1, "-1"), (None, None), ("", None)]
+)
 def test_a_speaker_is_a_name_or_a_whole_number(folder, speaker, expected):
     line = json.dumps({"path": "a.wav", "duration": 1, "speaker": speaker})
     assert read_manifest(write(folder, line)).entries[0].speaker == expected
@@ -207,3 +209,54 @@ def test_duration_must_be_that_of_the_audio(tmp_path):
     for seconds in (10.6, 9.4, 0.0):
         with pytest.raises(InputError, match=r"a\.wav lasts .* but its manifest says 10\.00 s"):
             check_duration(entry, seconds)
+
+
+@pytest.mark.parametrize("name", ["m.ndjson", "m.json", "m.txt", "m", "m.ndjson.gz", "m.JSONL", "m.list"])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n\n"])
+def test_json_lines_under_any_name_are_a_manifest(folder, name, start):
+    content = f"{start}{GOOD}\n".encode()
+    (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert is_manifest(folder / name)
+    assert len(read_manifest(folder / name).entries) == 1
+
+
+@pytest.mark.parametrize("name", ["m.txt", "m.csv", "m.json", "caf\u00e9"])
+@pytest.mark.parametrize("content", ["a.wav\nb.wav\n", "path,duration\r\na,1", '[{"path": "a"}]', "\u00e9" * 3000])
+def test_other_text_is_refused_as_a_manifest_not_as_audio(folder, name, content):
+    (folder / name).write_text(content, encoding="utf-8")
+    assert is_manifest(folder / name)
+    with pytest.raises(InputError, match="manifest must be one JSON object|is not a JSON object"):
+        read_manifest(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.wav", b"{}"),
+        ("a.m4a", b"text"),
+        ("a.safetensors", b"text"),
+        ("a.bin", b"RIFF\x00\x01"),
+        ("a.raw2", b"\xff\xfb\x90"),
+        ("a", b""),
+        ("a.gz", b"\x1f\x8b\x08damaged"),
+        ("gone", None),
+    ],
+)
+def test_sound_and_what_is_no_text_are_no_manifest(folder, name, content):
+    if content is not None:
+        (folder / name).write_bytes(content)
+    assert not is_manifest(folder / name)
+    assert not is_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"path": "a.wav",\r"duration": 1}\n',
+        '{"path": "a.wav",\r\t"duration":\r1}\r\n',
+        '\r{"path": "a.wav", "duration": 1}\r',
+    ],
+)
+def test_a_carriage_return_alone_is_a_blank(folder, line):
+    (folder / "m.jsonl").write_bytes(line.encode())
+    assert len(read_manifest(folder / "m.jsonl").entries) == 1

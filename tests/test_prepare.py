@@ -214,7 +214,7 @@ def test_training_takes_the_json_beside_a_recording_for_what_prepare_takes_it(
     np.testing.assert_array_equal(frames[0], frames[1])
     assert (frames[0][0] >= 0).sum() == known
     assert shown == ([] if told is None else [caplog.messages[0]])
-    assert caplog.messages == shown * 2  # audio is spoken of from the cache, too
+    assert caplog.messages == shown  # of frames from the cache and from code files nothing is said again
     assert told is None or caplog.messages[0].startswith(f"{tmp_path / 'a.json'}: {told}")
 
 
@@ -368,7 +368,7 @@ def test_a_second_run_encodes_only_what_is_new_or_changed(tmp_path, encoded, cap
     assert run(*args) == 0
     assert len(encoded) == 3
     assert lines_of(tmp_path / "out") == first
-    assert "3 encoded before; 0 skipped" in capsys.readouterr().out
+    assert "3 encoded before; 0 recordings skipped" in capsys.readouterr().out
     record(tmp_path / "in" / "0.wav", 1.2)
     record(tmp_path / "in" / "1.wav", seed=77)  # as long as before
     record(tmp_path / "in" / "3.wav")
@@ -518,7 +518,7 @@ def test_bad_files_among_good_ones_are_named_and_left_out(tmp_path, capsys):
         assert f"bad{index}." in line
         assert what in line
     assert "2 code files of 2 recordings, 0.00 hours of audio; 0 encoded before, the others at " in shown.out
-    assert f"{len(KINDS)} skipped" in shown.out
+    assert f"{len(KINDS)} recordings skipped" in shown.out
     assert f"manifest: {tmp_path / 'out' / 'manifest.jsonl'}" in shown.out
     assert f"python -m eval stream RUN --data {tmp_path / 'out'}" in shown.out
     assert len(list((tmp_path / "out").rglob("*.safetensors"))) == 2
@@ -571,7 +571,7 @@ def test_a_book_without_chapters_among_others_is_told_and_left_out(tmp_path, cap
         " folder or give --layout folder."
     ]
     assert "2 code files of 2 recordings" in shown.out
-    assert "; 1 skipped" in shown.out
+    assert "; 1 recording skipped" in shown.out
 
 
 def test_nothing_usable_at_all_is_an_error(tmp_path, capsys):
@@ -627,7 +627,7 @@ def foreign_manifest(folder):
         (manifest_of_garbage, "m.jsonl line 2 is not JSON"),
         (book_without_chapters, "9/empty is a book without chapters (it holds no audio)"),
         (books_without_chapters, "none of 2 recordings or books can be used, for one: "),
-        (folder_without_audio, "docs holds no audio (.wav, .flac"),
+        (folder_without_audio, "docs holds no audio (.wav"),
         (
             lambda folder: [folder / "a.wav", "--layout", "librilight"],
             "a.wav is a file, but layout librilight is one of",
@@ -665,6 +665,23 @@ def test_another_codec_or_another_choice_of_joining_needs_another_folder(tmp_pat
     assert run(path, "--out", out, "--join") == command.BAD_INPUT
     assert "was prepared without --join" in capsys.readouterr().err
     assert lines_of(out) == line
+
+
+@pytest.mark.parametrize("out", ["out", "new/deep/out"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_run_that_made_nothing_leaves_nothing_and_does_not_bind_the_next(tmp_path, out, there):
+    folder = tmp_path / out
+    bad, good = record(tmp_path / "other" / "bad.wav"), record(tmp_path / "good.wav")
+    damage(bad, "text")
+    if there:
+        folder.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    assert run(bad, "--out", folder) == command.BAD_INPUT
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run(good, "--out", folder, "--join") == 0
+    assert run(bad, "--out", folder, "--join") == command.BAD_INPUT
+    assert len(lines_of(folder)) == 1
+    assert run(good, "--out", folder) == command.BAD_INPUT  # now the choice holds
 
 
 def test_code_files_of_others_need_only_rate_and_codec(tmp_path):

@@ -222,7 +222,7 @@ def test_files_that_are_not_there_are_named_and_left_out_and_end_in_exit_code_3(
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, train=str(manifest)))
     with caplog.at_level(logging.WARNING, "train"):
         assert loop.start(cfg) == PARTIAL
-    assert f"skipped   {manifest} line 1 names {tmp_path}/gone.safetensors, which is not there" in caplog.text
+    assert f"skipped: {manifest} line 1 names {tmp_path}/gone.safetensors, which is not there" in caplog.text
     assert metrics(tmp_path / "run") == metrics(runs[0] / "whole")
     assert loop.resume(tmp_path / "run") == PARTIAL
     last = tmp_path / lines[-1]["path"]

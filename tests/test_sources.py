@@ -83,7 +83,7 @@ def test_a_format_that_is_not_read_is_named_counted_and_told_what_converts_it(tm
         f" ffmpeg -i 'my talk{ending}' 'my talk.flac'."
     ]
     assert "1 code file of 1 recording" in out
-    assert "; 1 skipped" in out
+    assert "; 1 recording skipped" in out
 
 
 def test_of_thousands_in_a_format_the_first_is_named_and_the_rest_counted(tmp_path):
@@ -136,7 +136,9 @@ def test_a_joined_stream_with_a_gap_is_left_out_whole(tmp_path, sounds, capsys, 
     assert run(tmp_path / "in", "--out", tmp_path / "out", "--join") == command.PARTIAL
     assert [line["group"] for line in lines_of(tmp_path / "out")] == (["a", "b"] if is_whole else ["b"])
     skipped, _ = said(capsys)
-    assert sum("the stream a: " in line and "2.m4a is in a format" in line for line in skipped) == (not is_whole)
+    assert sum("2.m4a is in a format" in line for line in skipped) == (not is_whole)
+    gap = f"skipped the stream a: {tmp_path}/in/a/2.m4a is left out, so 2 other recordings cannot be joined: mend it as said above."
+    assert (gap in skipped) == (not is_whole)
 
 
 # Links
@@ -247,7 +249,7 @@ def test_a_link_to_what_is_not_here_is_named_and_counted(tmp_path, sounds, capsy
     assert run(tmp_path / "in", "--out", tmp_path / "out") == (command.PARTIAL if counts else 0)
     skipped, out = said(capsys)
     assert len(skipped) == counts
-    assert f"; {int(counts)} skipped" in out
+    assert f"; {'1 recording' if counts else '0 recordings'} skipped" in out
     if counts and target != name:
         assert skipped == [
             f"skipped: {tmp_path}/in/{name} is a link to what is not here: fetch it, for example by git annex get or"
@@ -398,7 +400,7 @@ def test_absent_files_of_a_manifest_are_told_briefly_counted_and_leave_gaps(tmp_
     assert line.startswith(f"skipped: {tmp_path}/m.jsonl.gz line 3 names {tmp_path}/y/gone0.wav, which is not there")
     assert line.endswith(f"; the same holds for 1,999 more lines of {tmp_path}/m.jsonl.gz.")
     assert "2 code files of 2 recordings" in out
-    assert "; 2000 skipped" in out
+    assert "; 2000 recordings skipped" in out
     assert run(tmp_path / "m.jsonl.gz", "--out", tmp_path / "joined", "--join") == command.PARTIAL
     assert [line["group"] for line in lines_of(tmp_path / "joined")] == ["x"]
 
@@ -411,3 +413,141 @@ def test_prepare_reads_again_what_it_wrote(tmp_path, sounds, capsys, character):
         assert f"{count} encoded before" in capsys.readouterr().out
     (line,) = lines_of(tmp_path / "out")
     assert line["group"] == f"a{character}b"
+
+
+@pytest.mark.parametrize(
+    ("speakers", "streams"),
+    [
+        (["anna", "ben"], {"x/anna": 1, "x/ben": 1}),
+        (["anna", "ben", "anna", None], {"x/anna": 2, "x/ben": 1, "x": 1}),
+        ([7, "7"], {"x/7": 2}),
+        (["a/b", "a b", "\ud800"], {"x/a/b": 1, "x/a b": 1, "x/\ud800": 1}),
+    ],
+)
+def test_each_speaker_of_a_folder_in_a_manifest_is_a_stream(tmp_path, sounds, speakers, streams):
+    rows = []
+    for index, speaker in enumerate(speakers):
+        put(tmp_path / "x" / f"{index}.wav", sounds[0])
+        rows.append({"path": f"x/{index}.wav", "duration": 1.0, **({} if speaker is None else {"speaker": speaker})})
+    (tmp_path / "m.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert run(tmp_path / "m.jsonl", "--out", tmp_path / "out", "--join") == 0
+    lines = lines_of(tmp_path / "out")
+    assert {line["group"]: len(line["sources"]) for line in lines} == streams
+    assert {line.get("speaker") for line in lines} == {speaker and str(speaker) for speaker in speakers}
+
+
+def test_a_file_that_is_not_there_leaves_a_gap_in_its_speakers_stream_alone(tmp_path, sounds):
+    put(tmp_path / "x" / "a.wav", sounds[0])
+    put(tmp_path / "x" / "b.wav", sounds[1])
+    rows = [("a", "anna"), ("b", "ben"), ("gone", "ben")]
+    rows = [{"path": f"x/{name}.wav", "duration": 1.0, "speaker": speaker} for name, speaker in rows]
+    (tmp_path / "m.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert run(tmp_path / "m.jsonl", "--out", tmp_path / "out", "--join") == command.PARTIAL
+    assert [line["speaker"] for line in lines_of(tmp_path / "out")] == ["anna"]
+
+
+def test_a_chapter_named_beside_its_tree_does_not_cost_its_book_the_speaker(tmp_path):
+    put(tmp_path / "9" / "a" / "1.flac")
+    put(tmp_path / "9" / "a" / "2.flac")
+    put(tmp_path / "9" / "a" / "2.json", b'{"book_meta": {}}')
+    some = sources.find([tmp_path / "9" / "a" / "1.flac", tmp_path])
+    assert [(stream.speaker, len(stream.recordings)) for stream in sources.streams(some, True)] == [("9", 2)]
+
+
+# What a tree is
+
+
+BOOK = b'{"book_meta": {"id": 7}}'
+
+
+@pytest.mark.parametrize("first", [None, b"{", b'{"snr": 1}', b'{"alignments": []}'])
+@pytest.mark.parametrize("rest", ["1/a/2", "2/b/1"])
+def test_one_chapter_without_its_json_does_not_hide_librilight(tmp_path, first, rest):
+    put(tmp_path / "1" / "a" / "1.flac")
+    if first is not None:
+        put(tmp_path / "1" / "a" / "1.json", first)
+    put(tmp_path / f"{rest}.flac")
+    put(tmp_path / f"{rest}.json", BOOK)
+    one = sources.find([tmp_path]).recordings[0]
+    assert (one.speaker, one.group) == ("1", "1/a")
+
+
+@pytest.mark.parametrize("transcript", ["84/122/84-122.trans.txt", "85/1/85-1-0.txt"])
+def test_one_chapter_without_its_transcript_does_not_hide_librispeech_long(tmp_path, transcript):
+    put(tmp_path / "dev" / "84" / "121" / "84-121-0.flac")
+    put(tmp_path / "dev" / Path(transcript).parent / "x.flac")
+    put(tmp_path / "dev" / transcript)
+    assert sources.find([tmp_path]).recordings[0].speaker == "84"
+
+
+def test_a_large_tree_is_judged_without_reading_all_its_json(tmp_path, monkeypatch):
+    for index in range(40):
+        put(tmp_path / "1" / "a" / f"{index}.flac")
+        put(tmp_path / "1" / "a" / f"{index}.json", b"{}" if index < 2 else BOOK)
+    real, read = sources.read_beside, []
+    monkeypatch.setattr(sources, "read_beside", lambda path: read.append(path) or real(path))
+    assert sources.find([tmp_path]).recordings[0].speaker == "1"
+    assert len(read) == 3
+
+
+# Names that say nothing
+
+
+@pytest.mark.parametrize("args", [("", "--out", "o"), ("a.wav", "", "--out", "o"), ("a.wav", "--out", "")])
+def test_an_empty_name_is_refused(tmp_path, sounds, capsys, monkeypatch, args):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "a.wav", sounds[0])
+    assert run(*args) == command.BAD_INPUT
+    (line,), _ = said(capsys)
+    assert line.startswith("error: an empty name was given")
+    assert os.listdir() == ["a.wav"]
+
+
+@pytest.mark.parametrize("option", ["--codec", "--tokenizer"])
+def test_an_empty_name_of_a_coder_is_refused(tmp_path, sounds, capsys, option):
+    put(tmp_path / "a.wav", sounds[0])
+    assert run(tmp_path / "a.wav", "--out", tmp_path / "out", option, "") == command.BAD_INPUT
+    assert said(capsys)[0][0].startswith("error: an empty name was given")
+
+
+@pytest.mark.parametrize("name", ["", Path("")])
+def test_a_path_may_be_the_current_folder_and_a_name_may_not_be_empty(name):
+    if isinstance(name, Path):
+        assert paths.local(name) == Path(".")
+    else:
+        with pytest.raises(InputError, match="empty name"):
+            paths.local(name)
+
+
+# What is counted
+
+
+@pytest.mark.parametrize("kind", ["link", "other format", "damaged"])
+def test_of_a_stream_with_a_gap_all_recordings_are_counted_and_the_reason_is_told_once(tmp_path, sounds, capsys, kind):
+    for number in (1, 2, 3):
+        put(tmp_path / "in" / "a" / f"{number}.wav", sounds[0])
+    put(tmp_path / "in" / "b" / "1.wav", sounds[0])
+    if kind == "link":
+        link(tmp_path / "in" / "a" / "4.wav", "nowhere")
+    else:
+        put(tmp_path / "in" / "a" / ("4.m4a" if kind == "other format" else "4.wav"))
+    assert run(tmp_path / "in", "--out", tmp_path / "out", "--join") == command.PARTIAL
+    lines, out = said(capsys)
+    reason = {"link": "a link to what", "other format": "in a format", "damaged": "is not audio"}[kind]
+    assert sum(reason in line for line in lines) == 1
+    assert any("the stream a: " in line for line in lines)
+    assert "1 code file of 1 recording," in out
+    assert "; 4 recordings skipped" in out
+
+
+@pytest.mark.parametrize("join", [True, False])
+def test_a_mislabelled_file_that_was_converted_is_named_as_what_to_remove(tmp_path, sounds, capsys, join):
+    put(tmp_path / "in" / "1.wav", sounds[0])
+    put(tmp_path / "in" / "2.wav", b"\0\0\0\x20ftypM4A \0\0\0\0" + bytes(40))
+    soundfile.write(tmp_path / "in" / "2.flac", np.zeros(16000), 16000)
+    args = (tmp_path / "in", "--out", tmp_path / "out", *(["--join"] if join else []))
+    assert run(*args) == (command.BAD_INPUT if join else command.PARTIAL)
+    line = said(capsys)[0][0]
+    assert line.endswith("; 2.flac stands beside it: if that was made from it, remove 2.wav.") == join
+    (tmp_path / "in" / "2.wav").unlink()
+    assert run(*args) == 0

@@ -165,6 +165,30 @@ def test_all_that_was_dropped_is_one_sentence(tmp_path):
     )
 
 
+LOST = ["7", [None, None], "SPEAKER_MAIN"]
+
+
+@pytest.mark.parametrize(
+    ("words", "unknown"),
+    [
+        ([said("a", 0.4), LOST, said("a", 1.6)], range(6, 20)),  # and the frame before it, which would be EPAD
+        ([said("a", 0.4), LOST, LOST, ["8", None, "SPEAKER_MAIN"], said("a", 1.6)], range(6, 20)),
+        ([LOST, said("a", 0.4)], range(5)),
+        ([said("a", 0.4), LOST], range(6, 25)),
+        ([said("a", 0.4), LOST, said("b", 0.9, end=0.9), said("a", 1.6)], range(6, 20)),  # b has no place either
+        ([said("a", 0.4), said("x", 0.7, "SPEAKER_OTHER"), LOST, said("a", 1.6)], range(6, 20)),
+        ([said("a", 0.4, end=1.6), LOST, said("a", 1.6)], ()),  # there is no room for it
+        ([said("a", 1.6), LOST, said("a", 0.4)], ()),  # the file has no order
+        ([said("a", 0.4), ["x", None, "SPEAKER_OTHER"], said("a", 1.6)], ()),
+    ],
+)
+def test_where_a_word_without_times_may_be_spoken_the_text_is_not_known(tmp_path, words, unknown):
+    row = read(tmp_path, words).row
+    assert np.flatnonzero(row == -1).tolist() == list(unknown)
+    kept = read(tmp_path, [word for word in words if word is not LOST and word[1] is not None]).row
+    np.testing.assert_array_equal(row[row != -1], kept[row != -1])
+
+
 def test_words_that_the_tokenizer_knows_none_of_are_refused(tmp_path):
     with pytest.raises(
         InputError, match=r"talk\.json: the text tokenizer has no token for any of 2 words .*'もしもし'"

@@ -52,7 +52,7 @@ def run(run: Run) -> None:
 def absent(corpus: Corpus) -> None:
     """Files that manifests name and that are not there; the run ends with exit code 3."""
     for reason in shortened([one.reason for one in corpus.missing]):
-        log.warning("skipped   %s", reason)
+        log.warning("skipped: %s", reason)
 
 
 def weights(found: Parameters) -> None:

@@ -60,7 +60,7 @@ def prepare(cfg: TrainConfig, run_dir: Path, load: Callable[..., Corpus] = corpo
     parameters.check_base(cfg)
     codec, tokenizer = corpora.load_coders(cfg.data, cfg.model.card, cfg.model.text_card)
     cfg = fit(fit_model(dataclasses.replace(cfg, run_dir=str(run_dir), data=cfg.data.resolved()), codec, tokenizer))
-    cfg = dataclasses.replace(cfg, base=cfg.base and str(local(cfg.base).absolute()))
+    cfg = dataclasses.replace(cfg, base=None if cfg.base is None else str(local(cfg.base).absolute()))
     mesh = find_mesh(cfg)
     corpus = load(cfg.data, codec, tokenizer)
     check_data(cfg, corpus)

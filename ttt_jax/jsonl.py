@@ -1,19 +1,18 @@
 """Lines of JSON Lines files (jsonlines.org): manifests, metrics, records.
 
-A line ends at a line feed, perhaps with a carriage return. JSON strings may hold U+2028, U+0085 and other characters at
-which `str.splitlines` breaks a text, so it is not used here.
+A line ends at a line feed, perhaps with a carriage return. A carriage return alone is a blank of
+JSON, and JSON strings may hold U+2028, U+0085 and other characters at which `str.splitlines` breaks a text.
 """
 
 from __future__ import annotations
 
 import gzip
-import re
 import zlib
 from pathlib import Path
 
 from ttt_jax.errors import InputError
 
-_GZIP = b"\x1f\x8b"  # how gzip files begin; never UTF-8
+GZIP = b"\x1f\x8b"  # how gzip files begin; never UTF-8
 
 
 def read_lines(path: Path) -> list[str]:
@@ -25,9 +24,9 @@ def read_lines(path: Path) -> list[str]:
         InputError: it is gzip and cut off or damaged.
     """
     content = path.read_bytes()
-    if content.startswith(_GZIP):
+    if content.startswith(GZIP):
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{path} is cut off or damaged gzip ({error}): copy or compress it again.") from None
-    return re.split("\r\n|\r|\n", content.decode("utf-8-sig"))
+    return [line.removesuffix("\r") for line in content.decode("utf-8-sig").split("\n")]

@@ -13,12 +13,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from ttt_jax.errors import InputError
+
 _LONGEST = 150
 """Bytes of a name that `file_name` keeps: most file systems allow 255, and something may stand before and behind it."""
 
 
 def local(name: str | Path) -> Path:
-    """The path that `name` is; a ~ in front stands for a home folder unless there is a file of that very name."""
+    """The path that `name` is; a ~ in front stands for a home folder unless there is a file of that very name.
+
+    Raises:
+        InputError: the name is empty. As a path it would be the current folder, which nobody meant who gave an unset variable.
+    """
+    if name == "":
+        raise InputError(
+            "an empty name was given: give the path of a file or folder, and see whether a variable is unset."
+        )
     path = Path(name)
     if str(path).startswith("~") and not os.path.lexists(path):
         try:

@@ -52,6 +52,9 @@ class Alignment(NamedTuple):
     """The others by what is wrong with them, in the file's order."""
     notice: str | None = None
     """Why the words are not known, where somebody may think they were: what is to be said of the file behind its path."""
+    between: tuple[Word, ...] = ()
+    """Spans in which words without times were spoken, each as its first word: from the end of the word before it in the file to
+    the start of the one behind it, of the same speaker; where there is none, from the beginning or to the end of the audio."""
 
 
 def read_beside(path: str | Path) -> tuple[Kind, Any]:
@@ -127,7 +130,7 @@ def read_alignments(path: str | Path, seconds: float) -> Alignment:
     labels = {word.speaker for word in words}
     if labels and MAIN_SPEAKER not in labels and labels != {OTHER_SPEAKER}:
         return Alignment(None, {}, _no_main_speaker(words))
-    return Alignment(tuple(sorted(placed, key=lambda word: word.start)), dropped)
+    return Alignment(tuple(sorted(placed, key=lambda word: word.start)), dropped, between=_between(words, seconds))
 
 
 _NO_TIMES, _NO_DURATION = "without times", "without duration"
@@ -143,6 +146,22 @@ def _misplaced(word: Word, seconds: float) -> str | None:
     if word.end < word.start:
         return _REVERSED
     return _NO_DURATION if word.end == word.start else None
+
+
+def _between(words: Sequence[Word], seconds: float) -> tuple[Word, ...]:
+    """`Alignment.between`."""
+    spans = []
+    for speaker in dict.fromkeys(word.speaker for word in words):
+        lost, end = None, 0.0
+        for word in [*(word for word in words if word.speaker == speaker), Word("", seconds, math.inf, speaker)]:
+            wrong = None if word.text == "" else _misplaced(word, seconds)
+            if wrong == _NO_TIMES:
+                lost = lost or word
+            elif wrong is None:
+                if lost is not None and end < word.start:
+                    spans.append(Word(lost.text, end, word.start, speaker))
+                lost, end = None, word.end
+    return tuple(spans)
 
 
 def _check_times(path: Path, seconds: float, timed: int, dropped: dict[str, list[Word]]) -> None:

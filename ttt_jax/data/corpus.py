@@ -15,18 +15,16 @@ from ttt_jax.codec import Codec, load_codec
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data.codes import Header, read_header
 from ttt_jax.data.frames import Recording, not_codes, open_manifest
-from ttt_jax.data.manifest import Absent, read_manifest
+from ttt_jax.data.manifest import MANIFEST, Absent, read_manifest
 from ttt_jax.data.stated import StatedCodec, StatedTokenizer
 from ttt_jax.data.text import Tokenizer, load_tokenizer
 from ttt_jax.errors import InputError
-from ttt_jax.paths import local
+from ttt_jax.paths import exists, listed, local
 
 EMBEDDED = Path(__file__).resolve().parent.parent.parent / "corpus"
 """Folder of the embedded corpus in a checkout."""
 FILES = "files"
 """As `CorpusConfig.codec`: the codec that the code files state."""
-MANIFEST = "manifest.jsonl"
-"""In a folder that `python -m eval prepare` made."""
 _LEAST, _MOST = 1e-6, 1e6  # weights of sources
 
 
@@ -59,7 +57,7 @@ class CorpusConfig:
     def resolved(self) -> CorpusConfig:
         """The same with absolute paths, so that it means the same in any folder. Raises `InputError` as `parse_sources`."""
         names = ["heldout", "validation", "tokenizer", "cache"]
-        if self.codec not in ("kmeans", FILES) and _exists(self.codec):
+        if self.codec not in ("kmeans", FILES) and exists(self.codec):
             names.append("codec")
         absolute = {name: _absolute(getattr(self, name)) for name in names if getattr(self, name) is not None}
         if self.train is not None:
@@ -129,18 +127,16 @@ def parse_sources(text: str) -> list[tuple[str, float]]:
     What exists as a path is one, whatever commas, colons and blanks it has; other blanks around paths and weights are
     dropped. Raises `InputError`.
     """
-    found, parts = [], text.split(",")
-    while parts:
-        for end in range(len(parts), 0, -1):
-            whole = ",".join(parts[:end])
-            path, colon, weight = whole.rpartition(":")
-            if _exists(_bare(whole)):
-                found.append((_bare(whole), 1.0))
-                break
-            if end == 1 or ("," not in weight and _exists(_bare(path))):
-                found.append((_bare(path), _weight(text, whole, weight)) if colon else (_bare(whole), 1.0))
-                break
-        parts = parts[end:]
+
+    def is_part(part: str) -> bool:
+        path, _, weight = part.rpartition(":")
+        return exists(_bare(part)) or ("," not in weight and exists(_bare(path)))
+
+    found = []
+    for part in listed(text, is_part):
+        path, colon, weight = part.rpartition(":")
+        whole = not colon or exists(_bare(part))
+        found.append((_bare(part), 1.0) if whole else (_bare(path), _weight(text, part, weight)))
     if not all(path for path, _ in found):
         raise InputError(f"data.train={text!r} names an empty path: give PATH or PATH:WEIGHT, separated by commas.")
     return found
@@ -155,7 +151,9 @@ def load_coders(
     which are None otherwise.
     """
     if cfg.codec != FILES:
-        return load_codec(cfg.codec), load_tokenizer(cfg.tokenizer or EMBEDDED / "tokenizer" / "spm512.model")
+        return load_codec(cfg.codec), load_tokenizer(
+            EMBEDDED / "tokenizer" / "spm512.model" if cfg.tokenizer is None else cfg.tokenizer
+        )
     codec, digest = None, None
     manifests = [path for paths in _by_part(cfg).values() for path in paths]
     for entry in (entry for path in manifests for entry in read_manifest(path).entries):
@@ -253,16 +251,9 @@ def _manifest(path: str) -> Path:
     return found / MANIFEST
 
 
-def _exists(path: str) -> bool:
-    try:
-        return bool(path) and local(path).exists()
-    except (OSError, ValueError):  # too long a name, a zero byte
-        return False
-
-
 def _bare(path: str) -> str:
     """A path as it is if it exists, else without blanks around it."""
-    return path if _exists(path) else path.strip()
+    return path if exists(path) else path.strip()
 
 
 def _weight(text: str, part: str, weight: str) -> float:

@@ -3,7 +3,7 @@
 Rows (for a codec of 8 codebooks): 0 the text, 1 to 8 the left channel (the model's voice), 9 to 16 the right channel (the
 other voice; for a mono file the codes of silence). -1 stands for what is not known: an entry without alignments has text
 -1 in every frame, which the model reads as a zero vector and no loss counts. What was left out of the words is told in one
-warning a recording.
+warning a recording when it is encoded, as is what is wrong with its sound; not again when its frames come from the cache.
 
 An entry may also name a code file (`ttt_jax.data.codes`), from `python -m eval prepare` or made elsewhere: codes, int
 [K, T]. K is 8 for the model's voice alone, 16 for both voices, 17 for both with the text as row 0; otherwise the text
@@ -13,7 +13,7 @@ A `Recording` is an entry that was checked but whose frames are read when they a
 read at first, audio is encoded into the cache. So hours of speech cost no memory.
 
 The cache holds one safetensors file per entry, named by a SHA-256 over the contents of the audio and alignment files, the
-codec's and the tokenizer's digests. A cached file carries the warning and a checksum; one that does not match is made again.
+codec's and the tokenizer's digests. A cached file carries a checksum; one that does not match is made again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ttt_jax.errors import InputError
 from ttt_jax.files import file_digest, write_atomically
 from ttt_jax.paths import printable
 
-_VERSION = "ttt_jax.frames/2"  # to change whenever the same input would give other frames
+_VERSION = "ttt_jax.frames/3"  # to change whenever the same input would give other frames
 
 log = logging.getLogger("ttt_jax")
 
@@ -92,14 +92,11 @@ def load_frames(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: str
     """
     if _is_codes(entry):
         frames, notice = _external_frames(entry, codec, tokenizer)
-    elif isinstance(codec, StatedCodec):
+        warn(entry.alignment, notice)
+        return frames
+    if isinstance(codec, StatedCodec):
         raise not_codes(entry.path)
-    else:
-        frames, _, notice = _audio_frames(
-            entry, codec, tokenizer, _cache_path(entry, codec, tokenizer, Path(cache_dir))
-        )
-    warn(entry.alignment, notice)
-    return frames
+    return _audio_frames(entry, codec, tokenizer, _cache_path(entry, codec, tokenizer, Path(cache_dir))).frames
 
 
 def open_recording(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: str | Path) -> Recording:
@@ -125,9 +122,7 @@ def open_recording(entry: Entry, codec: Codec, tokenizer: Tokenizer, cache_dir: 
     if isinstance(codec, StatedCodec):
         raise not_codes(entry.path)
     cached = _cache_path(entry, codec, tokenizer, Path(cache_dir))
-    frames, _, notice = _audio_frames(entry, codec, tokenizer, cached)
-    warn(entry.alignment, notice)
-    shape = frames.shape
+    shape = _audio_frames(entry, codec, tokenizer, cached).frames.shape
     return Recording(
         name, speaker, shape, None, functools.partial(_reread_audio, entry, shape, codec, tokenizer, cached)
     )
@@ -185,8 +180,6 @@ class _Made(NamedTuple):
     """int32 [1 + 2 * num_codebooks, T]."""
     seconds: float
     """Length of the audio."""
-    notice: str | None
-    """Of `Text`."""
 
 
 def _audio_frames(entry: Entry, codec: Codec, tokenizer: Tokenizer, cached: Path) -> _Made:
@@ -196,8 +189,8 @@ def _audio_frames(entry: Entry, codec: Codec, tokenizer: Tokenizer, cached: Path
         check_duration(entry, found.seconds)
         return found
     made = _encode(entry, codec, tokenizer)
-    metadata = {"seconds": repr(made.seconds)} | ({} if made.notice is None else {"notice": made.notice})
-    metadata["sha256"] = _checksum(made.frames, metadata)
+    seconds = repr(made.seconds)
+    metadata = {"seconds": seconds, "sha256": _checksum(made.frames, seconds)}
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(cached, safetensors.numpy.save({"frames": made.frames}, metadata=metadata))
@@ -238,13 +231,14 @@ def _encode(entry: Entry, codec: Codec, tokenizer: Tokenizer) -> _Made:
     num_samples = channels.shape[1]
     seconds = num_samples / codec.sample_rate
     if num_samples < codec.frame_size:
-        raise _too_short(entry, seconds, codec)
+        raise too_short(entry.path, seconds, codec)
     check_duration(entry, seconds)
     own = codec.encode(channels[0])
     other = codec.encode(channels[1]) if len(channels) == 2 else _silence(own.shape[1], codec)
     text = _text(entry, seconds, own.shape[1], tokenizer, codec)
     frames = np.concatenate([_row(text, own.shape[1]), own, other]).astype(np.int32)
-    return _Made(frames, seconds, text.notice)
+    warn(entry.alignment, text.notice)
+    return _Made(frames, seconds)
 
 
 def _silence(num_frames: int, codec: Codec) -> np.ndarray:
@@ -346,10 +340,11 @@ def _check_same(path: Path, stored: Codes | Header, codec: StatedCodec) -> None:
         )
 
 
-def _too_short(entry: Entry, seconds: float, codec: Codec) -> InputError:
+def too_short(path: Path, seconds: float, codec: Codec) -> InputError:
+    """What is said of a recording that is shorter than a frame of the codec."""
     return InputError(
-        f"{entry.path} lasts {seconds:.3f} s, less than one frame of {1 / codec.frame_rate:.3f} s: give a longer recording"
-        " or drop it from the manifest."
+        f"{path} lasts {seconds:.3f} s, less than one frame of {1 / codec.frame_rate:.3f} s: give a longer recording or"
+        " leave it out."
     )
 
 
@@ -365,12 +360,14 @@ def _read_cached(path: Path, codec: Codec) -> _Made | None:
         with safetensors.safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
             frames = file.get_tensor("frames")
-        intact = metadata["sha256"] == _checksum(frames, metadata) and len(frames) == 1 + 2 * codec.num_codebooks
-        return _Made(frames, float(metadata["seconds"]), metadata.get("notice")) if intact else None
+        intact = (
+            metadata["sha256"] == _checksum(frames, metadata["seconds"]) and len(frames) == 1 + 2 * codec.num_codebooks
+        )
+        return _Made(frames, float(metadata["seconds"])) if intact else None
     except (OSError, safetensors.SafetensorError, KeyError, ValueError):
         return None
 
 
-def _checksum(frames: np.ndarray, metadata: dict[str, str]) -> str:
-    about = f"{frames.dtype.str}{frames.shape}{metadata['seconds']}{metadata.get('notice')}"
+def _checksum(frames: np.ndarray, seconds: str) -> str:
+    about = f"{frames.dtype.str}{frames.shape}{seconds}"
     return hashlib.sha256(about.encode() + frames.tobytes()).hexdigest()

@@ -8,17 +8,23 @@ Nothing here opens audio: `check_duration` is for the one who does.
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ttt_jax.data import formats
 from ttt_jax.errors import InputError
-from ttt_jax.jsonl import read_lines
+from ttt_jax.jsonl import GZIP, read_lines
 from ttt_jax.paths import Missing, beside, missing, native, spelled
 
+MANIFEST = "manifest.jsonl"
+"""In a folder that `python -m eval prepare` made."""
 TOLERANCE = 0.5  # seconds by which a manifest or an alignment may disagree with its audio
+_HEAD = 4096  # bytes that show whether a file is text
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class Absent(NamedTuple):
     """The audio file."""
     reason: str
     """A sentence that names the line."""
+    speaker: str | None = None
+    """As in `Entry`."""
 
 
 class Manifest(NamedTuple):
@@ -57,8 +65,20 @@ class Manifest(NamedTuple):
 
 
 def is_manifest(path: Path) -> bool:
-    """Whether a file is a manifest, by its name: .jsonl or .jsonl.gz."""
-    return path.name.lower().endswith((".jsonl", ".jsonl.gz"))
+    """Whether a file is meant as a manifest: its name ends in .jsonl or .jsonl.gz, or in nothing of sound or codes and it is text."""
+    if path.name.lower().endswith((".jsonl", ".jsonl.gz")):
+        return True
+    if formats.is_read(path) or formats.is_other(path) or path.suffix == ".safetensors" or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+        if head.startswith(GZIP):
+            head = zlib.decompressobj(wbits=31).decompress(head, _HEAD)
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
+    except (OSError, zlib.error, UnicodeDecodeError):  # it is something else, which is told where that is read
+        return False
+    return text != "" and not any(character < " " and character not in "\t\r\n" for character in text)
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -108,7 +128,7 @@ def _parse_entry(manifest: Path, number: int, line: str) -> Entry | Absent:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error}): every line must be one JSON object.") from None
+        raise InputError(f"{where} is not JSON ({error}): every line of a manifest must be one JSON object.") from None
     if not isinstance(record, dict):
         raise InputError(f'{where} is not a JSON object: expected {{"path": ..., "duration": seconds}}.')
     for key in ("path", "duration"):
@@ -122,13 +142,16 @@ def _parse_entry(manifest: Path, number: int, line: str) -> Entry | Absent:
     speaker = record.get("speaker")
     if isinstance(speaker, bool) or not isinstance(speaker, str | int | None):
         raise InputError(f'{where} has "speaker": {speaker!r}: expected a name or a number, or no such key.')
+    speaker = None if speaker in (None, "") else str(speaker)
     audio = spelled(manifest.parent / native(name))
     if (problem := missing(audio)) is not None:
-        return Absent(audio, f"{where} names {audio}, which {problem.problem}: {_advice(problem, name)}.")
+        return Absent(audio, f"{where} names {audio}, which {problem.problem}: {_advice(problem, name)}.", speaker)
     alignment = beside(audio, ".json")
     if alignment is not None and (problem := missing(alignment)) is not None:
-        return Absent(audio, f"{where} names {audio}, whose {alignment.name} {problem.problem}: {problem.advice}.")
-    return Entry(audio, float(duration), alignment, None if speaker in (None, "") else str(speaker))
+        return Absent(
+            audio, f"{where} names {audio}, whose {alignment.name} {problem.problem}: {problem.advice}.", speaker
+        )
+    return Entry(audio, float(duration), alignment, speaker)
 
 
 def _is_name(value: object) -> bool:

@@ -104,7 +104,8 @@ def read_text(
 ) -> Text:
     """The text row that the JSON beside a recording gives: as `text_stream`, not known where `read_alignments` says so.
 
-    Words of this voice without a place in the audio and without tokens are counted in the notice. If there are words, but
+    Words of this voice without a place in the audio and without tokens are counted in the notice. Where words without times
+    were spoken (`Alignment.between`) the text is not known; where others without a place would be, nothing is spoken. If there are words, but
     none has a place, the text is not known.
 
     Args:
@@ -133,7 +134,10 @@ def read_text(
     notice = _notice(len(words) + sum(map(len, dropped.values())) - len(dropped["without a token"]), dropped)
     if notice is not None and not words:
         return Text(None, f"{notice}, so that the text counts as not known.")
-    return Text(text_stream(words, tokens, num_frames, frame_rate), notice and f"{notice}.")
+    pairs = [*zip(words, tokens, strict=True), *((word, []) for word in found.between if speaks(word))]
+    pairs.sort(key=lambda pair: pair[0].start)
+    row = text_stream([word for word, _ in pairs], [ids for _, ids in pairs], num_frames, frame_rate)
+    return Text(row, notice and f"{notice}.")
 
 
 def _notice(total: int, dropped: dict[str, list[Word]]) -> str | None:
