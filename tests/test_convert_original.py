@@ -421,7 +421,7 @@ BAD_SETTINGS = {
     "no layers": ({"layers": "none"}, "names the layers none, but .* holds 1"),
     "layers that cannot be": ({"layers": "1,9"}, "cannot be followed: .*layer 9"),
     "layers as a list": ({"layers": [1]}, r"ttt\.layers is \[1\]"),
-    "window below 1": ({"ttt_layer_context": -5}, r"model\.layer_context=\(1, -5\)"),
+    "window below 1": ({"ttt_layer_context": -5}, r"ttt.ttt_layer_context is -5"),
 }
 
 

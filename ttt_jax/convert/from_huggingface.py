@@ -237,7 +237,7 @@ def _joined(parts: tuple[Taken, ...], used: Mapping[str, Held]) -> Held:
     """What `parts` make up, as Kyutai shapes it."""
     first = used[parts[0].name]
     if len(first.shape) == 1:
-        return Held(first.path, first.dtype, (1, 1, *first.shape), first.piece)
+        return Held(first.path, first.name, first.dtype, (1, 1, *first.shape), first.piece)
     rows, columns = parts[0].shape[-2:]
     size = SIZES[first.dtype]
 
@@ -254,7 +254,7 @@ def _joined(parts: tuple[Taken, ...], used: Mapping[str, Held]) -> Held:
 
         return Piece(sum(got.nbytes for got in pieces), blocks)
 
-    return Held(first.path, first.dtype, (len(parts) * rows, columns), piece)
+    return Held(first.path, first.name, first.dtype, (len(parts) * rows, columns), piece)
 
 
 def _interleaved(piece: Piece, heads: int, row: int) -> Piece:
