@@ -195,6 +195,7 @@ def test_all_weights_convert(tmp_path, type):
         np.testing.assert_array_equal(got["v_bias"], p["ttt_layer.ttt.wv.bias"].astype(np.float32))
         np.testing.assert_array_equal(got["gate"], p["forward_ssm_gating.gating_alpha"].astype(np.float32).clip(-3, 3))
     assert info["source"]["file"] == "consolidated.safetensors"
+    assert not any("full fine-tune" in note for note in plan.notes)
 
 
 def test_names_with_a_prefix_and_layers_of_another_type_convert(tmp_path):

@@ -72,7 +72,10 @@ def kyutai(
 
 
 def _with_config(found: Source, config: str | Path | None) -> Source:
-    return found if config is None else found._replace(config=read_config(Path(config)), where=str(config))
+    if config is None:
+        return found
+    path = local(config)
+    return found._replace(config=read_config(path), where=str(path))
 
 
 def _configuration(found: Source) -> dict[str, Any] | None:
@@ -162,7 +165,7 @@ def _weights(found: Source, opened: contextlib.ExitStack, notes: list[str]) -> t
     view = view.watched()
     if layers is not None:
         original.check_base(view)
-    if path.name == FINE_TUNED and found.file is None:
+    if path.name == FINE_TUNED and found.file is None and not original.is_checkpoint(found):
         notes.append(
             f"{FINE_TUNED}, moshi-finetune's name of a full fine-tune, is taken, as no other weights are there"
         )
@@ -246,6 +249,11 @@ def _lora(
     """The adapters' file, None if there is none, and TTT layers of the original in it."""
     path = _lora_path(found, lora)
     if path is None:
+        if found.folder is not None and found.fetch(weights.LORA) is not None:
+            notes.append(
+                f"{weights.LORA} lies beside the weights, but {found.where} does not tell of adapters (lora), so it is left out: give it"
+                " by --lora to have it"
+            )
         return None, None
 
     def beside(name: str) -> Path | None:

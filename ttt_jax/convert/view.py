@@ -99,7 +99,7 @@ def _of_shards(index: Path, beside: Beside, opened: contextlib.ExitStack) -> Vie
             f"{index} holds no weight_map from tensors to files: give the index that belongs to the shards."
         )
     names = sorted(set(listed.values()))
-    if elsewhere := [name for name in names if Path(name).name != name]:
+    if elsewhere := [name for name in names if Path(name).name != name or name in ("", ".", "..")]:
         raise InputError(f"{index} names {elsewhere[0]!r}, which is no file beside it: correct it there.")
     paths = {name: beside(name) for name in names}
     if missing := [name for name, path in paths.items() if path is None]:
