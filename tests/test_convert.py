@@ -169,6 +169,15 @@ def test_adapters_that_are_not_finite_are_told_merged_or_not(tmp_path, caplog, k
     kyutai(source, tmp_path / "ours", merge_lora=merge)
     (said,) = caplog.messages
     assert said.startswith(f"{source / 'lora.safetensors'}: {key} holds NaN or infinite numbers, which are kept")
+    caplog.clear()
+    export(tmp_path / "ours", tmp_path / "out")
+    (said,) = caplog.messages
+    assert said.startswith(f"{tmp_path / 'ours'}: ")
+    if not merge:
+        caplog.clear()
+        export(tmp_path / "ours", tmp_path / "merged", merge_lora=True)
+        (again,) = caplog.messages
+        assert again == said
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
