@@ -39,8 +39,8 @@ def read(folder: Path, command: str, version: int) -> dict[str, Any]:
     found = (stored.get("command"), stored.get("format")) if isinstance(stored, dict) else None
     if found != (command, version):
         known = found is not None and isinstance(found[0], str) and isinstance(found[1], int)
-        what = f"format {found[1]} of {found[0]}" if known else "no command and format that it names"
-        raise InputError(f"{path} is of {what}, but format {version} of {command} is read: run {command} again.")
+        what = f"is of format {found[1]} of {found[0]}" if known else "does not say of which command and format it is"
+        raise InputError(f"{path} {what}, but format {version} of {command} is read: run {command} again.")
     if stored.pop("checksum", None) != _checksum(stored):
         raise InputError(
             f"{path} is not as it was written (its checksum does not match its content): run {command} again."

@@ -223,9 +223,9 @@ def test_what_lies_there_and_is_no_result_is_not_replaced(tmp_path, name):
     ("content", "said"),
     [
         ("", "is not JSON"),
-        ("{}", "is of no command and format that it names, but format 2 of python -m eval stream is read"),
-        ('{"format": 2}', "is of no command and format that it names"),
-        ("[1]", "is of no command and format that it names"),
+        ("{}", "does not say of which command and format it is, but format 2 of python -m eval stream is read"),
+        ('{"format": 2}', "does not say of which command and format it is"),
+        ("[1]", "does not say of which command and format it is"),
         ('{"command": "python -m eval persistence", "format": 3}', "is of format 3 of python -m eval persistence, but"),
         ('{"command": "python -m eval stream", "format": 2}', "is not as it was written"),
     ],
