@@ -50,7 +50,7 @@ def _readings(text: str) -> Iterator[Asked]:
     """What `text` can mean: as little as possible taken off its front, then off its end; the last without a look at what exists."""
     cuts = [0, *(i + 1 for i, c in enumerate(text) if c == "=" and "/" not in text[:i])]
     for cut in cuts:
-        rest, name = text[cut:], text[: max(0, cut - 1)] or None
+        rest, name = text[cut:], text[: max(0, cut - 1)].strip() or None
         yield Asked(name, _items(rest), None)
         paths, _, arm = rest.rpartition("@")
         if arm in ARMS:
@@ -59,7 +59,7 @@ def _readings(text: str) -> Iterator[Asked]:
     paths, at, arm = text[cut:].rpartition("@")
     if not at or "/" in arm:
         paths, arm = text[cut:], None
-    yield Asked(text[: max(0, cut - 1)] or None, _items(paths), arm)
+    yield Asked(text[: max(0, cut - 1)].strip() or None, _items(paths), arm)
 
 
 def _items(text: str) -> tuple[str, ...]:

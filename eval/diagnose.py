@@ -67,7 +67,7 @@ def main(options: argparse.Namespace) -> int:
     records: list[Record] = []
     for checkpoint in checkpoints:
         of = {"checkpoint": checkpoint.name, **{name: checkpoint.about.get(name) for name in ("step", "weights")}}
-        of |= {"data": options.data, "file": heard.name, "tokens": heard.digest}
+        of |= {"data": options.data, "file": heard.name, "frames": frames.shape[1], "tokens": heard.digest}
         print(
             f"{checkpoint.name}: TTT layers {','.join(map(str, checkpoint.cfg.ttt_layers))}; {frames.shape[1]} frames"
             f" ({frames.shape[1] / FRAME_RATE:.1f} s) of {heard.name}, a record every {options.every} frames",
@@ -258,6 +258,7 @@ def _subject(options: argparse.Namespace, checkpoints: Sequence[Model], heard: s
         frozenset(),
         tuple(folders.checkpoint(one.name, one.about) for one in checkpoints),
         {"--every": options.every},
+        frames={heard.name: heard.frames.shape[1]},
     )
 
 
@@ -270,4 +271,5 @@ def _subject_of(old: Sequence[Record]) -> folders.Subject:
         frozenset(),
         tuple(folders.checkpoint(name, first[name]) for name in report.names(old)),
         {"--every": min(one["frame"] for one in old)},
+        frames={one.get("file", ""): one.get("frames", 0) for one in old},
     )

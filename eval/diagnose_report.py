@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,33 +150,37 @@ def _number(value: float | None, form: str = ".4g") -> str:
 
 
 def write_records(records: Sequence[Record], folder: Path) -> Path:
-    """Write one JSON object a line; the path."""
+    """Write one JSON object a line, the checksum of these lines in the last; the path."""
     path = folder / RECORDS
-    write_atomically(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode())
+    lines = [json.dumps(record, allow_nan=False) for record in records]
+    write_atomically(path, "".join(line + "\n" for line in (*lines, _checksum(lines))).encode())
     return path
 
 
+def _checksum(lines: Sequence[str]) -> str:
+    """The last line of a file that begins with `lines`."""
+    return json.dumps({"checksum": hashlib.sha256("\n".join(lines).encode()).hexdigest()})
+
+
 def read(folder: Path) -> list[Record]:
-    """The records in `folder`. Raises `InputError` if there are none or they are damaged."""
+    """The records in `folder`. Raises `InputError` if there are none or they are not as `write_records` wrote them."""
     path = folder / RECORDS
     try:
         lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}): give a folder that python -m eval diagnose made.") from None
+    lines = lines[:-1] if not lines[-1] else lines  # the last ends in a line feed
+    if not lines or lines[-1] != _checksum(lines[:-1]):
+        raise InputError(
+            f"{path} is not as it was written (its checksum does not match its records): run python -m eval diagnose again."
+        )
     wanted = {"checkpoint", "frame", "seconds", "layer", *FIGURES}
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not wanted <= record.keys():
-            raise InputError(f"{path} line {number} is no record of python -m eval diagnose: run it again.")
-        records.append(record)
-    if not records:
-        raise InputError(f"{path} is empty: run python -m eval diagnose again.")
+    try:
+        records = [json.loads(line) for line in lines[:-1]]
+    except (ValueError, RecursionError):
+        records = []
+    if not records or not all(isinstance(record, dict) and wanted <= record.keys() for record in records):
+        raise InputError(f"{path} holds no records of python -m eval diagnose as it is now: run it again.")
     return records
 
 

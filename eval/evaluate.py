@@ -309,6 +309,7 @@ def _subject(
         tuple(folders.checkpoint(model.name, model.about) for model in models),
         {"--reset-every": _period(models, asked)},
         _measured([_arms(model, asked) for model in models], [_measures_inner(model, asked) for model in models]),
+        {file.name: file.frames.shape[1] for file in files},
     )
 
 
@@ -321,6 +322,7 @@ def _subject_of(old: Results) -> folders.Subject:
         tuple(folders.checkpoint(own.info.name, own.info.about) for own in old.checkpoints),
         {"--reset-every": old.setting.reset_every},
         _measured([own.arms for own in old.checkpoints], [bool(own.inner) for own in old.checkpoints]),
+        {file.name: file.frames for file in old.files},
     )
 
 

@@ -40,6 +40,8 @@ class Subject(NamedTuple):
     """What other numbers would come of, by the name of its flag."""
     measured: frozenset[str] = frozenset()
     """What is stored of them: to replace it, as much has to be measured again."""
+    frames: dict[str, int] = {}
+    """How many of each file were streamed, where that is known; they are part of its digest."""
 
 
 def checkpoint(name: str, about: dict[str, Any]) -> tuple[str, str | None]:
@@ -87,10 +89,13 @@ def stored(folder: Path, record: str, read: Callable[[Path], Results], others: I
     if os.path.lexists(folder / record):
         try:
             return read(folder)
-        except (InputError, AttributeError, IndexError, KeyError, TypeError, ValueError):
-            raise InputError(
-                f"{folder} holds a {record} that is not this command's, or damaged: give another --out, or remove it."
-            ) from None
+        except InputError as error:
+            because = f" ({str(error).rsplit(': ', 1)[0]})"
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            because = ""
+        raise InputError(
+            f"{folder} holds a {record} that is not this command's, or damaged{because}: give another --out, or remove it."
+        )
     if (there := next((name for name in others if os.path.lexists(folder / name)), None)) is not None:
         raise InputError(
             f"{folder} holds {there}, but no {record} that says what it is of: give another --out, or remove it."
@@ -106,7 +111,7 @@ def check(folder: Path, old: Subject, new: Subject) -> None:
 
 def _difference(old: Subject, new: Subject) -> str | None:
     if (where := _other_files(old, new)) is not None:
-        return f"on {old.data}, not on {new.data} as asked for, {where}"
+        return where
     if [weights for _, weights in old.checkpoints] != [weights for _, weights in new.checkpoints]:
         before, now = (", ".join(name for name, _ in one.checkpoints) for one in (old, new))
         return f"of {before}, not of {now}"
@@ -119,15 +124,18 @@ def _difference(old: Subject, new: Subject) -> str | None:
 
 
 def _other_files(old: Subject, new: Subject) -> str | None:
-    """What tells the data apart; a file that could not be used may be usable now, or the other way round."""
+    """What tells the data of two results apart; a file that could not be used may be usable now, or the other way round."""
     before, now = (one.files.keys() | one.skipped for one in (old, new))
     if more := sorted(now - before):
-        return f"which has {more[0]} besides"
+        return f"on {old.data} without {more[0]}, but {new.data}, as asked for, has that file"
     if fewer := sorted(before - now):
-        return f"which has no {fewer[0]}"
+        return f"on {old.data} with {fewer[0]}, but {new.data}, as asked for, does not have that file"
     other = (name for name in sorted(old.files.keys() & new.files.keys()) if old.files[name] != new.files[name])
     if (name := next(other, None)) is not None:
-        return f"where other tokens, more or fewer of {name} are streamed"
+        before, now = (one.frames.get(name) for one in (old, new))
+        if before != now:
+            return f"of {before} frames of {name}, but {now} of them are asked for"
+        return f"on {old.data}, but {name} has other tokens in {new.data}, as asked for"
     return None
 
 

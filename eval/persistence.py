@@ -246,6 +246,7 @@ def _subject(
             "--reset-every": setting.chunk,
             "--weighting": setting.weighting,
         },
+        frames={file.name: file.frames if isinstance(file, File) else file.frames.shape[1] for file in files},
     )
 
 

@@ -38,7 +38,9 @@ def read(folder: Path, command: str, version: int) -> dict[str, Any]:
     stored = record.read_json(path, f"results.json in a folder that {command} wrote")
     found = (stored.get("command"), stored.get("format")) if isinstance(stored, dict) else None
     if found != (command, version):
-        raise InputError(f"{path} is of {found}, but format {version} of {command} is read: run {command} again.")
+        known = found is not None and isinstance(found[0], str) and isinstance(found[1], int)
+        what = f"is of format {found[1]} of {found[0]}" if known else "does not say of which command and format it is"
+        raise InputError(f"{path} {what}, but format {version} of {command} is read: run {command} again.")
     if stored.pop("checksum", None) != _checksum(stored):
         raise InputError(
             f"{path} is not as it was written (its checksum does not match its content): run {command} again."

@@ -52,6 +52,10 @@ def here(tmp_path, monkeypatch):
         ("a=b@persist", (None, ["a=b"], "persist")),
         ("c=b", ("c", ["b"], None)),
         ("kept=kept", ("kept", ["kept"], None)),
+        ("kept = one", ("kept", ["one"], None)),
+        (" kept = one, b@off", ("kept", ["one", "b"], "off")),
+        (" = one", (None, ["one"], None)),
+        ("new = gone", ("new", ["gone"], None)),
         ("a=./b", ("a", ["b"], None)),
         # And one that is like a list; the longest comes first.
         ("one,two", (None, ["one,two"], None)),

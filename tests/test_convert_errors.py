@@ -306,6 +306,52 @@ def test_adapters_that_do_not_fit(tmp_path):
     refused(source, "names no adapters that could be merged", merge_lora=True)
 
 
+@pytest.mark.parametrize("scaling", [float("inf"), float("-inf"), float("nan"), 1e39])
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_scaling_of_adapters_that_is_no_number_is_refused(tmp_path, scaling, merge):
+    c = files.config(lora=True, lora_scaling=scaling)
+    source = files.write(tmp_path / "source", c, files.weights(c), lora=files.lora(c, 3))
+    refused(source, f"{source / 'config.json'}: lora_scaling is {scaling}", merge_lora=merge)
+
+
+@pytest.mark.parametrize(("kind", "scaling"), [("F16", 1e9), ("F32", 3e38), ("BF16", 3e38)])
+def test_merged_weights_beyond_the_range_of_their_type(tmp_path, kind, scaling):
+    c = files.config(lora=True, lora_scaling=scaling)
+    a = {key: np.full_like(array, 50.0) for key, array in files.lora(c, 3).items()}
+    source = files.write(tmp_path / "source", c, files.weights(c, kind), lora=a)
+    path = source / "lora.safetensors"
+    refused(source, f"with {path} merged holds a number beyond the range of", "leave out --merge-lora", merge_lora=True)
+
+
+def test_a_table_of_the_lora_file_beyond_the_range_of_the_weights_type(tmp_path):
+    c = files.config(lora=True)
+    a = files.lora(c, 3) | {"text_emb.weight": np.full_like(files.weights(c)["text_emb.weight"], 1e30)}
+    source = files.write(tmp_path / "source", c, files.weights(c, "F16"), lora=a)
+    refused(
+        source,
+        f"{source / 'lora.safetensors'}: text_emb.weight holds a number beyond the range of float16: give weights of another",
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"base_lr": float("nan")}, "ttt.base_lr=nan"),
+        ({"layers": "9"}, 'ttt.layers="9"'),
+        ({"mini_batch": 0}, "mini_batch=0"),
+        ({"wings": 1}, "wings"),
+    ],
+)
+def test_settings_of_exported_ttt_layers_that_cannot_be(source, tmp_path, changes, said):
+    kyutai(source, tmp_path / "ours", ttt=TTTConfig(layers="1"))
+    export(tmp_path / "ours", tmp_path / "out")
+    path = tmp_path / "out" / "ttt_config.json"
+    raw = json.loads(path.read_text())
+    raw["ttt"] |= changes
+    path.write_text(json.dumps(raw))
+    assert refused(tmp_path / "out", said, out="again").startswith(str(path))
+
+
 def test_a_file_without_config_must_be_the_7b_or_come_with_one(tmp_path):
     c = files.config()
     folder = files.write(tmp_path / "bare", None, files.weights(c))

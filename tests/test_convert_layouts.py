@@ -106,6 +106,9 @@ def test_shards_that_do_not_fit_their_index(source):
         ('{"weight_map": {"a": 3}}', "holds no weight_map"),
         ('{"weight_map": {"a": "../x.safetensors"}}', "names '../x.safetensors', which is no file beside it"),
         ('{"weight_map": {"a": "/etc/passwd"}}', "names '/etc/passwd', which is no file beside it"),
+        ('{"weight_map": {"a": ""}}', "names '', which is no file beside it"),
+        ('{"weight_map": {"a": ".."}}', "names '..', which is no file beside it"),
+        ('{"weight_map": {"a": "."}}', "names '.', which is no file beside it"),
     ],
 )
 def test_an_index_that_is_none(source, content, said):
@@ -190,8 +193,12 @@ def test_words_of_wrappers_within_names_are_left_out(tmp_path, plain, before, af
 def test_a_name_with_and_without_a_wrapper(source):
     w = files.weights(C)
     name = "transformer.layers.0.norm1.alpha"
-    source = files.write(source, C, w | {name.replace("layers", "_orig_mod.layers"): w[name]})
-    refused(source, "model.safetensors", f"holds {name} twice")
+    wrapped = name.replace("layers", "_orig_mod.layers")
+    for both in (w | {wrapped: w[name]}, {wrapped: w[name]} | w):
+        source = files.write(source, C, both)
+        refused(source, f"model.safetensors holds {name} twice, once as {wrapped}, with a wrapper's word in its name")
+    first = {"_orig_mod.text_emb.weight": w["text_emb.weight"]}
+    refused(files.write(source, C, first | w), "holds text_emb.weight twice, once as _orig_mod.text_emb.weight, with")
 
 
 def test_a_part_of_a_model_has_no_prefix(tmp_path):
@@ -304,6 +311,18 @@ def test_a_problem_of_the_lora_file_names_it(source):
     assert "model.safetensors" not in message
 
 
+@pytest.mark.parametrize("lora", [False, ...])
+def test_a_lora_file_of_which_the_config_does_not_tell_is_told(tmp_path, lora):
+    c = files.config() | ({} if lora is ... else {"lora": lora})
+    source = files.write(tmp_path / "source", c, files.weights(c), lora=files.lora(c, 3))
+    plan = kyutai(source, tmp_path / "ours")
+    assert plan.cfg.lora.rank == 0
+    (note,) = (note for note in plan.notes if "lora" in note)
+    assert note.startswith(f"lora.safetensors lies beside the weights, but {source / 'config.json'} does not tell of")
+    plan = kyutai(source, tmp_path / "with", lora=source / "lora.safetensors")
+    assert not any("lies beside" in note for note in plan.notes)
+
+
 # Configurations of other models
 
 
@@ -329,11 +348,13 @@ def test_a_converted_folder_as_source(source):
     refused(source.parent / "ours", "converted already", out="again")
 
 
-def test_personaplexs_weights_with_a_config_by_option(tmp_path):
+def test_personaplexs_weights_with_a_config_by_option(tmp_path, monkeypatch):
     c = files.config(dep_q=4)
     source = files.write(tmp_path / "source", {"model_type": "personaplex"}, files.weights(c))
     (tmp_path / "seven.json").write_text(json.dumps(c))
     assert kyutai(source, tmp_path / "ours", config=tmp_path / "seven.json").cfg.dep_q == 4
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert kyutai(source, tmp_path / "again", config="~/seven.json").cfg.dep_q == 4
 
 
 # Hugging Face's layout
@@ -445,6 +466,16 @@ def test_hugging_faces_layout_with_a_prefix_adapters_and_without_defaults(tmp_pa
         ({"depth_decoder_config": 3}, "depth_decoder_config is 3"),
         ({"sliding_window": None}, "sliding_window is None"),
         ({"rope_parameters": [1]}, "rope_parameters is [1]"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "rope_parameters.partial_rotary_factor=0.5",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 instead of 1.0"),
+        ({"attention_bias": True}, "attention_bias=True instead of False"),
+        ({"ffn_dim": 89}, "ffn_dim is 89, but must be even"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, but must be 1 or more"),
+        ({"num_attention_heads": -2}, "num_attention_heads is -2, but must be 1 or more"),
+        ({"hidden_size": 0}, "hidden_size is 0, but must be 1 or more"),
     ],
 )
 def test_what_of_hugging_faces_configurations_is_refused(tmp_path, changes, said):
@@ -457,6 +488,13 @@ def test_what_of_hugging_faces_configurations_is_refused(tmp_path, changes, said
         ({"sliding_window": 1}, "a window in the depth transformer (depth_decoder_config.sliding_window=1)"),
         ({"rms_norm_eps": 1e-6}, "depth_decoder_config.rms_norm_eps=1e-06"),
         ({"num_hidden_layers": 2.0}, "depth_decoder_config.num_hidden_layers is 2.0"),
+        ({"num_codebooks": 3}, "depth_decoder_config.num_codebooks is 3, but num_codebooks is 2"),
+        ({"vocab_size": 5}, "depth_decoder_config.vocab_size is 5, but vocab_size is 9"),
+        ({"audio_vocab_size": 5}, "depth_decoder_config.audio_vocab_size is 5, but audio_vocab_size is 6"),
+        ({"input_size": 8}, "depth_decoder_config.input_size is 8, but hidden_size is 16"),
+        ({"ffn_dim": 43}, "depth_decoder_config.ffn_dim is 43, but must be even"),
+        ({"num_attention_heads": 0}, "depth_decoder_config.num_attention_heads is 0, but must be 1 or more"),
+        ({"attention_bias": True}, "depth_decoder_config.attention_bias=True instead of False"),
     ],
 )
 def test_what_of_hugging_faces_depth_configurations_is_refused(tmp_path, changes, said):
@@ -530,6 +568,13 @@ def test_rows_of_heads_are_put_back_in_blocks_of_any_size(monkeypatch, block, un
         ("language: en\ntags:\n- license:mit", "unknown"),
         ("license_name: mine", "unknown"),
         ("license : mit", "mit"),
+        ('"license": mit', "mit"),
+        ("'license' : [mit, apache-2.0]", "mit, apache-2.0"),
+        ("license: other\nlicense_name: O'Neill's licence\nlicense_link: LICENSE", "O'Neill's licence (LICENSE)"),
+        ("license: other\nlicense_name: 'O''Neill''s licence'", "O'Neill's licence"),
+        ('license: other\nlicense_name: "the \\"free\\" one: # 2"', 'the "free" one: # 2'),
+        ("license: other\nlicense_name: '[draft] mine'", "[draft] mine"),
+        ("license: other\nlicense_name: 'null'", "null"),
     ],
 )
 @pytest.mark.parametrize("line", ["\n", "\r\n"])
@@ -538,6 +583,20 @@ def test_the_licence_of_a_card(front, licence, line):
     assert card.licence(text) == licence
     assert card.licence("\ufeff" + text) == licence
     assert card.licence(card.front_matter(licence) + "# A model\n") == licence
+
+
+@pytest.mark.parametrize(
+    ("licence", "expected"),
+    [
+        ("mit", "license: mit\n"),
+        ("cc-by-4.0, mit", "license:\n- cc-by-4.0\n- mit\n"),
+        ("O'Neill's licence", "license: other\nlicense_name: 'O''Neill''s licence'\n"),
+        ("a, b c", "license: other\nlicense_name: 'a, b c'\n"),
+        ("unknown", ""),
+    ],
+)
+def test_the_licence_in_a_card_is_yaml(licence, expected):
+    assert card.front_matter(licence) == (expected and f"---\n{expected}---\n\n")
 
 
 @pytest.mark.parametrize(

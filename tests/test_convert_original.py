@@ -195,6 +195,7 @@ def test_all_weights_convert(tmp_path, type):
         np.testing.assert_array_equal(got["v_bias"], p["ttt_layer.ttt.wv.bias"].astype(np.float32))
         np.testing.assert_array_equal(got["gate"], p["forward_ssm_gating.gating_alpha"].astype(np.float32).clip(-3, 3))
     assert info["source"]["file"] == "consolidated.safetensors"
+    assert not any("full fine-tune" in note for note in plan.notes)
 
 
 def test_names_with_a_prefix_and_layers_of_another_type_convert(tmp_path):
@@ -421,7 +422,7 @@ BAD_SETTINGS = {
     "no layers": ({"layers": "none"}, "names the layers none, but .* holds 1"),
     "layers that cannot be": ({"layers": "1,9"}, "cannot be followed: .*layer 9"),
     "layers as a list": ({"layers": [1]}, r"ttt\.layers is \[1\]"),
-    "window below 1": ({"ttt_layer_context": -5}, r"model\.layer_context=\(1, -5\)"),
+    "window below 1": ({"ttt_layer_context": -5}, r"ttt.ttt_layer_context is -5"),
 }
 
 

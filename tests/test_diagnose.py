@@ -245,7 +245,8 @@ def test_a_layer_of_one_checkpoint_alone_has_no_difference():
 @pytest.mark.parametrize("character", ["\u2028", "\u0085"])
 def test_a_record_ends_at_its_line_feed_only(tmp_path, character):
     some = [{**record, "checkpoint": f"a{character}"} for record in made()]
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in some)
+    lines = [json.dumps(record, ensure_ascii=False) for record in some]
+    text = "".join(line + "\n" for line in (*lines, report._checksum(lines)))
     (tmp_path / report.RECORDS).write_text(text, encoding="utf-8")
     assert report.read(tmp_path) == some
 
@@ -256,6 +257,46 @@ def test_records_come_back_from_their_file(tmp_path):
     report.write_records(some, tmp_path)
     assert report.read(tmp_path) == some
     assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [lines[0].replace('"stream_norm": ', '"stream_norm": NaN, "x": '), *lines[1:]],
+        lambda lines: [lines[0].replace('"frame": 1', '"frame": 2'), *lines[1:]],
+        lambda lines: [lines[0].replace('"frame": 1', '"frame": "x"'), *lines[1:]],
+        lambda lines: [lines[0].replace('"checkpoint": "a"', '"checkpoint": null'), *lines[1:]],
+        lambda lines: lines[1:],
+        lambda lines: [lines[0], *lines],
+        lambda lines: [lines[1], lines[0], *lines[2:]],
+        lambda lines: lines[:-1],
+        lambda lines: [*lines[:-1], '{"checksum": null}'],
+        lambda lines: lines[-1:],
+        lambda lines: [],
+        lambda lines: ["[" * 100_000],
+        lambda lines: [*lines, ""],
+    ],
+)
+def test_records_that_are_not_as_written_are_refused(tmp_path, damage):
+    path = report.write_records(made(), tmp_path)
+    before = path.read_text().splitlines()
+    after = damage(before)
+    assert after != before
+    path.write_text("".join(line + "\n" for line in after))
+    with pytest.raises(
+        InputError, match=r"records.jsonl is not as it was written \(its checksum .*\): run .* again\.$"
+    ):
+        report.read(tmp_path)
+
+
+@pytest.mark.parametrize("lines", [[], ["{}"], ["[1]"], ["[" * 100_000], ["NaN {"]])
+def test_lines_that_are_no_records_are_refused_whatever_their_checksum(tmp_path, lines):
+    path = report.write_records([], tmp_path)
+    path.write_text("".join(line + "\n" for line in (*lines, report._checksum(lines))))
+    with pytest.raises(
+        InputError, match=r"records.jsonl holds no records of python -m eval diagnose .*: run it again\.$"
+    ):
+        report.read(tmp_path)
 
 
 def test_figures_show_every_layer_and_checkpoint():
@@ -310,7 +351,7 @@ def test_the_command_prints_stores_and_draws(folder, tmp_path, capsys, records):
     (weights,) = {record["weights"] for record in stored}
     assert len(weights) == 64
     of = {"checkpoint": "one", "step": 1, "weights": weights, "data": str(speech)}
-    of |= {"file": f"{folder.name}/speech", "tokens": stored[0]["tokens"]}
+    of |= {"file": f"{folder.name}/speech", "frames": FRAMES, "tokens": stored[0]["tokens"]}
     assert stored == [of | record for record in records]
     assert main(folder / "one", "--data", speech, "--every", EVERY, "--out", tmp_path / "out") == 0
     before = (tmp_path / "out" / "records.jsonl").read_bytes()
@@ -319,6 +360,10 @@ def test_the_command_prints_stores_and_draws(folder, tmp_path, capsys, records):
             main(folder / "one", "--data", speech, "--every", EVERY, "--out", tmp_path / "out", *more)
     with pytest.raises(InputError, match=r"out holds results of one \(step 1, .*, not of two \(step 1, "):
         main(folder / "two", "--data", speech, "--every", EVERY, "--out", tmp_path / "out")
+    with pytest.raises(
+        InputError, match=f"holds results of {FRAMES} frames of .*/speech, but {EVERY} of them are asked"
+    ):
+        main(folder / "one", "--data", speech, "--every", EVERY, "--out", tmp_path / "out", "--frames", EVERY)
     assert (tmp_path / "out" / "records.jsonl").read_bytes() == before
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"records.jsonl", "diagnose.png", "diagnose.pdf"}
     assert (tmp_path / "out" / "diagnose.png").read_bytes()[:4] == b"\x89PNG"
@@ -404,7 +449,7 @@ def test_mistakes_are_told(folder, tmp_path):
         ((run, "--data", tmp_path / "file", *out), "file is an empty file"),
         ((run, "--data", speech, "--out", tmp_path / "file"), "--out .*file cannot be made"),
         (("--draw", tmp_path), "records.jsonl cannot be read"),
-        (("--draw", tmp_path / "damaged"), "line 1 is no record"),
+        (("--draw", tmp_path / "damaged"), "records.jsonl is not as it was written"),
     ):
         with pytest.raises(InputError, match=said):
             main(*args)

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from eval import diagnose_report as records
@@ -94,7 +95,13 @@ def test_checkpoints_of_one_name_are_told_apart(tmp_path, monkeypatch):
 # What may be replaced
 
 OLD = folders.Subject(
-    "talks", {"a": "d1", "b": "d2"}, frozenset("c"), (("x (step 1)", "w1"),), {"--every": 3}, frozenset({"the arm off"})
+    "talks",
+    {"a": "d1", "b": "d2"},
+    frozenset("c"),
+    (("x (step 1)", "w1"),),
+    {"--every": 3},
+    frozenset({"the arm off"}),
+    {"a": 7, "b": 8},
 )
 
 
@@ -116,11 +123,15 @@ def test_the_same_again_replaces_results(tmp_path, changes):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"data": "other", "files": {"a": "d1"}}, "on talks, not on other as asked for, which has no b"),
-        ({"files": {**OLD.files, "new": "d3"}}, "on talks, not on talks as asked for, which has new besides"),
+        ({"data": "other", "files": {"a": "d1"}}, "on talks with b, but other, as asked for, does not have that file"),
+        ({"files": {**OLD.files, "new": "d3"}}, "on talks without new, but talks, as asked for, has that file"),
         (
             {"files": {"a": "d1", "b": "d9"}},
-            "on talks, .* as asked for, where other tokens, more or fewer of b are streamed",
+            "on talks, but b has other tokens in talks, as asked for",
+        ),
+        (
+            {"files": {"a": "d1", "b": "d9"}, "frames": {"a": 7, "b": 9}},
+            "of 8 frames of b, but 9 of them are asked for",
         ),
         ({"checkpoints": (("x (step 2)", "w2"),)}, r"of x \(step 1\), not of x \(step 2\)"),
         ({"checkpoints": (*OLD.checkpoints, ("y", "w2"))}, r"of x \(step 1\), not of x \(step 1\), y"),
@@ -143,7 +154,7 @@ MODEL = model()
 
 
 def speech(*files):
-    return [SimpleNamespace(name=file.name, digest=file.digest) for file in files]
+    return [SimpleNamespace(name=file.name, digest=file.digest, frames=np.zeros((1, file.frames))) for file in files]
 
 
 @pytest.fixture
@@ -176,8 +187,8 @@ def test_stored_results_are_replaced_by_the_same_again_alone(stored):
         stored, asked=evaluate.Asked(window=9, chunk=3, weighting="kyutai")
     )  # numbers are the same, and there are more
     for said, changes in {
-        "which has c besides": {"files": FILES[:3]},
-        "which has no b": {"files": FILES[:1]},
+        "without c, but .* has that file": {"files": FILES[:3]},
+        "with b, but .* does not have that file": {"files": FILES[:1]},
         "of tiny .*weights w1.*not of tiny .*weights w2": {"models": (model("w2"),)},
         "not of tiny .*, other ": {"models": (model(), model("w2", "other"))},
         f"with --reset-every {CFG.data.chunk}, not 5": {"asked": evaluate.Asked(ARMS.arms, reset_every=5)},
@@ -194,9 +205,9 @@ def test_training_replaces_its_own_evaluation_of_any_step(stored):
     for own in (later, elsewhere):
         assert replaced(stored, (own,), FILES, evaluate.Asked(), of_its_run=True)
     for other in (model("w2", run=micro.config(seed=99)), model("w2", train={"digest": "other"})):
-        with pytest.raises(InputError, match="which has c besides"):
+        with pytest.raises(InputError, match="without c, but .* has that file"):
             replaced(stored, (other,), FILES, evaluate.Asked(), of_its_run=True)
-    with pytest.raises(InputError, match="which has c besides"):
+    with pytest.raises(InputError, match="without c, but .* has that file"):
         replaced(stored, (later,), FILES, evaluate.Asked())
 
 
@@ -208,11 +219,24 @@ def test_what_lies_there_and_is_no_result_is_not_replaced(tmp_path, name):
     assert (tmp_path / name).read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"format": 2}', "[1]", '{"command": "python -m eval persistence"}'])
-def test_results_of_another_command_are_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "is not JSON"),
+        ("{}", "does not say of which command and format it is, but format 2 of python -m eval stream is read"),
+        ('{"format": 2}', "does not say of which command and format it is"),
+        ("[1]", "does not say of which command and format it is"),
+        ('{"command": "python -m eval persistence", "format": 3}', "is of format 3 of python -m eval persistence, but"),
+        ('{"command": "python -m eval stream", "format": 2}', "is not as it was written"),
+    ],
+)
+def test_results_of_another_command_are_refused(tmp_path, content, said):
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(InputError, match="results.json that is not this command's, or damaged"):
+    with pytest.raises(
+        InputError, match="results.json that is not this command's, or damaged .*: give another"
+    ) as caught:
         replaced(tmp_path)
+    assert f"{tmp_path / 'results.json'} {said}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +319,7 @@ def test_an_experiment_is_replaced_by_the_same_again_alone(tmp_path, monkeypatch
     renamed = [replace(one, name=f"new {one.name}") for one in experiment.conditions]
     persistence._check_replaced(tmp_path, subject(renamed))
     for said, other in {
-        "which has no file2": subject(files=experiment.files[:2]),
+        "with file2, but .* does not have that file": subject(files=experiment.files[:2]),
         "not of .* under persist, .* under off:": subject(experiment.conditions[::2]),
         "under reset, .* under persist, ": subject([experiment.conditions[i] for i in (1, 0, 2)]),
         "weights v": subject(about=[{**one, "weights": f"v{one['weights']}"} for one in about]),
@@ -323,7 +347,7 @@ def test_records_say_what_they_are_of(tmp_path):
     assert [weights for _, weights in same.checkpoints] == ["w1", "w2"]
     diagnose._check_replaced(tmp_path, same)
     for said, other in {
-        "on x, not on y as asked for, where other tokens": same._replace(data="y", files={"f": "e"}),
+        "on x, but f has other tokens in y, as asked for": same._replace(data="y", files={"f": "e"}),
         r"of a \(step 3.*, b \(step 4.*\), not of a \(step 3, weights w1\):": same._replace(
             checkpoints=same.checkpoints[:1]
         ),
@@ -332,7 +356,9 @@ def test_records_say_what_they_are_of(tmp_path):
         with pytest.raises(InputError, match=said):
             diagnose._check_replaced(tmp_path, other)
     (tmp_path / "records.jsonl").write_text(json.dumps({"frame": 1}) + "\n")
-    with pytest.raises(InputError, match="records.jsonl that is not this command's, or damaged"):
+    with pytest.raises(
+        InputError, match=r"records.jsonl that is not this command's, or damaged \(.* not as it was written"
+    ):
         diagnose._check_replaced(tmp_path, same)
 
 

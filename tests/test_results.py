@@ -358,8 +358,9 @@ def test_other_results_are_refused(run, tmp_path):
     path = made.write_results(tmp_path, run[2], {})
     stored = json.loads(path.read_text())
     for change, problem in [
-        ({"format": 99}, "is of .*, 99.*format 2 of python -m eval stream is read"),
-        ({"format": None}, "is of .*, None"),
+        ({"format": 99}, "is of format 99 of python -m eval stream, but format 2 of python -m eval stream is read"),
+        ({"format": None}, "does not say of which command and format it is"),
+        ({"command": ["x"]}, "does not say of which command and format it is"),
         ({"checkpoints": [{}]}, "not as it was written"),
         ({"setting": None}, "not as it was written"),
     ]:

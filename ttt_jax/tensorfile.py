@@ -138,26 +138,28 @@ _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 """Bits of infinity by type; those of NaN, without the sign, are a larger number, those of all others a smaller one."""
 
 
-def watched(piece: Piece, dtype: str, where: str) -> Piece:
-    """`piece` of type `dtype` as it is. Reading it warns, naming `where`, if a number is NaN or infinite."""
+def watched(piece: Piece, dtype: str, where: str, told: set[str]) -> Piece:
+    """`piece` of type `dtype` as it is. Reading it warns, naming `where`, if a number is NaN or infinite, unless `where` is in `told`."""
     bits = np.dtype(f"u{DTYPES[dtype].itemsize}")
     unsigned = np.array(np.iinfo(bits).max >> 1, bits)
 
     def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
-        told = False
         for view in piece.blocks(ring, max(unit, bits.itemsize)):
-            if not told and (np.frombuffer(view, bits) & unsigned).max(initial=0) >= _INFINITY[dtype]:
-                told = True
+            if where not in told and (np.frombuffer(view, bits) & unsigned).max(initial=0) >= _INFINITY[dtype]:
+                told.add(where)
                 _log.warning("%s holds NaN or infinite numbers, which are kept: the model may give no others.", where)
             yield view
 
     return Piece(piece.nbytes, blocks)
 
 
-def cast(piece: Piece, source: str, target: str, where: str) -> Piece:
+OTHER_TYPE = "write another type, such as float32"
+
+
+def cast(piece: Piece, source: str, target: str, where: str, mend: str = OTHER_TYPE) -> Piece:
     """`piece` of type `source` as `target`, rounded to the nearest value.
 
-    Reading it raises `InputError` naming `where` if a number is beyond the range of `target`.
+    Reading it raises `InputError` naming `where` and what `mend`s it if a number is beyond the range of `target`.
     """
     if source == target:
         return piece
@@ -165,19 +167,17 @@ def cast(piece: Piece, source: str, target: str, where: str) -> Piece:
 
     def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
         for view in piece.blocks(ring, max(1, unit // new.itemsize) * old.itemsize):
-            yield as_bytes(rounded(np.frombuffer(view, old), target, where))
+            yield as_bytes(rounded(np.frombuffer(view, old), target, where, mend))
 
     return Piece(piece.nbytes // old.itemsize * new.itemsize, blocks)
 
 
-def rounded(values: np.ndarray, target: str, where: str) -> np.ndarray:
-    """`values` as type `target`, to nearest. Raises `InputError` naming `where` if a number is beyond its range."""
+def rounded(values: np.ndarray, target: str, where: str, mend: str) -> np.ndarray:
+    """`values` as type `target`, to nearest. Raises `InputError` as `cast` does."""
     with np.errstate(over="ignore"):
         result = values.astype(DTYPES[target])
     if (np.isinf(result) & np.isfinite(values)).any():
-        raise InputError(
-            f"{where} holds a number beyond the range of {NAMES[target]}: write another type, such as float32."
-        )
+        raise InputError(f"{where} holds a number beyond the range of {NAMES[target]}: {mend}.")
     return result
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 UNKNOWN = "unknown"
 FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?\n)---", re.DOTALL)
-FOLDED = re.compile(r"[>|][+-]?")
+WORD = re.compile(r"(?!null$)[\w.-]+")
+"""A licence of the hub's list; null would be none."""
+QUOTED = re.compile(r"""'((?:[^']|'')*)'|("(?:[^"\\]|\\.)*")""")
+FOLDED = re.compile(r"[>|][+-]?\s*(#.*)?")
 """Starts a value that stands on the following lines."""
 
 
@@ -30,18 +34,21 @@ def front_matter(licence: str) -> str:
     """The front matter of a card, from which `licence` reads `licence` again; "" if it is unknown."""
     if licence == UNKNOWN:
         return ""
-    if re.fullmatch(r"[\w.-]+", licence):
-        return f"---\nlicense: {licence}\n---\n\n"
-    return f"---\nlicense: other\nlicense_name: '{licence}'\n---\n\n"
+    names = licence.split(", ")
+    if all(WORD.fullmatch(name) for name in names):
+        value = f" {licence}" if len(names) == 1 else "".join(f"\n- {name}" for name in names)
+        return f"---\nlicense:{value}\n---\n\n"
+    quoted = licence.replace("'", "''")
+    return f"---\nlicense: other\nlicense_name: '{quoted}'\n---\n\n"
 
 
 def _values(front: str, key: str) -> list[str]:
     """What the top-level `key` holds: one value or those of a list."""
     lines = front.splitlines()
-    start = next((i for i, line in enumerate(lines) if re.match(rf"{key}\s*:(\s|$)", line)), None)
+    start = next((i for i, line in enumerate(lines) if re.match(rf"(['\"]?){key}\1\s*:(\s|$)", line)), None)
     if start is None:
         return []
-    first = _scalar(lines[start].split(":", 1)[1])
+    first = lines[start].split(":", 1)[1].strip()
     below = []
     for line in lines[start + 1 :]:
         if line.strip() and not re.match(r"\s|-", line):
@@ -53,13 +60,19 @@ def _values(front: str, key: str) -> list[str]:
         inside = " ".join([first, *below]).removeprefix("[").split("]")[0]
         return [value for part in inside.split(",") if (value := _scalar(part))]
     items = [_scalar(line.removeprefix("-")) for line in below if re.match(r"-(\s|$)", line)]
-    return [value for value in [first, *items] if value]
+    return [value for value in [_scalar(first), *items] if value]
 
 
 def _scalar(text: str) -> str:
     """A plain or quoted value without quotes and comment; "" for null."""
     text = text.strip()
-    if text[:1] in ("'", '"') and text.find(text[0], 1) > 0:
-        return text[1 : text.find(text[0], 1)]
+    if quoted := QUOTED.match(text):
+        single, double = quoted.groups()
+        if double is None:
+            return single.replace("''", "'")
+        try:
+            return " ".join(json.loads(double).split())
+        except ValueError:  # one of YAML's escapes that JSON does not have
+            return double[1:-1]
     text = re.sub(r"(^|\s)#.*", "", text).strip()
     return "" if text in ("~", "null") else text

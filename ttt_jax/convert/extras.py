@@ -16,7 +16,7 @@ from ttt_jax import record, weights
 from ttt_jax.config import MoshiConfig, TTTConfig
 from ttt_jax.differences import differences
 from ttt_jax.errors import InputError
-from ttt_jax.tensorfile import TensorFile, of_array
+from ttt_jax.tensorfile import Piece, TensorFile, of_array, watched
 from ttt_jax.tensorwriter import Spec
 from ttt_jax.weights import Tensor
 
@@ -58,10 +58,14 @@ def check_ttt(cfg: MoshiConfig, file: TensorFile) -> None:
 def ttt_spec(tensor: Tensor, make: Callable[[int], dict[str, Any]] | TensorFile) -> Spec:
     """A tensor of a TTT layer for our folder: out of a file that was exported, or made by `make` from the layer's number."""
     if isinstance(make, TensorFile):
-        return Spec(tensor.name, "F32", tensor.shape, (make.piece(exported_name(tensor)),))
+        return Spec(tensor.name, "F32", tensor.shape, (_watched(make, exported_name(tensor)),))
     layer = int(tensor.file.removesuffix(".safetensors").rsplit("_", 1)[1])
     nbytes = 4 * int(np.prod(tensor.shape, dtype=int))
     return Spec(tensor.name, "F32", tensor.shape, (of_array(nbytes, lambda: np.asarray(make(layer)[tensor.name])),))
+
+
+def _watched(file: TensorFile, name: str) -> Piece:
+    return watched(file.piece(name), "F32", f"{file.path}: {name}", set())
 
 
 def fresh(cfg: MoshiConfig, seed: int) -> Callable[[int], dict[str, Any]]:

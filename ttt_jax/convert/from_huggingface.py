@@ -29,6 +29,8 @@ COMMON = {
     "head_dim": None,
     "rms_norm_eps": 1e-8,
     "tie_word_embeddings": False,
+    "attention_bias": False,
+    "partial_rotary_factor": 1.0,
 }
 DEFAULTS: dict[str, Any] = COMMON | {
     "hidden_size": 4096,
@@ -97,14 +99,30 @@ def architecture(raw: Mapping[str, Any], where: str) -> MoshiConfig:
         return record.conform(kind, depth[key], where, f"depth_decoder_config.{key}")
 
     values = {**DEFAULTS, **raw}
-    depth = {**DEPTH_DEFAULTS, **(get("depth_decoder_config", dict | None) or {})}
+    given = get("depth_decoder_config", dict | None) or {}
+    depth = {**DEPTH_DEFAULTS, **given}
     codec = {"codebook_size": CODES, **(get("audio_encoder_config", dict | None) or {})}
     card = get("audio_vocab_size", int | None)
     rope = get("rope_parameters", dict | None) or {}
     codebooks = get("num_codebooks")
+    codes = record.conform(int, codec["codebook_size"] if card is None else card, where, "codebook_size")
+    _check_numbers(get, where, "")
+    _check_numbers(deep, where, "depth_decoder_config.")
+    for key, wanted, of in (
+        ("num_codebooks", codebooks, "num_codebooks"),
+        ("vocab_size", get("vocab_size"), "vocab_size"),
+        ("audio_vocab_size", codes, "audio_vocab_size" if card is not None else "audio_encoder_config.codebook_size"),
+        ("input_size", get("hidden_size"), "hidden_size"),
+    ):
+        if given.get(key) is not None and deep(key) != wanted:
+            raise InputError(
+                f"{where} contradicts itself: depth_decoder_config.{key} is {depth[key]}, but {of} is {wanted}; correct it there."
+            )
     told = [*_unsupported(get, ""), *_unsupported(deep, "depth_decoder_config.")]
     if (kind := rope.get("rope_type", "default")) != "default" or values["rope_scaling"] is not None:
         told.append(f"scaled positions ({values['rope_scaling'] or kind!r})")
+    if (share := record.conform(float, rope.get("partial_rotary_factor", 1.0), where, "partial_rotary_factor")) != 1:
+        told.append(f"positions on a part of each head (rope_parameters.partial_rotary_factor={share})")
     if values["quantization_config"] is not None:
         told.append("quantised weights (quantization_config)")
     if codebooks > CODEBOOKS:
@@ -125,7 +143,7 @@ def architecture(raw: Mapping[str, Any], where: str) -> MoshiConfig:
             max_period=record.conform(float, rope.get("rope_theta", values["rope_theta"]), where, "rope_theta"),
             n_q=2 * codebooks,
             dep_q=codebooks,
-            card=record.conform(int, codec["codebook_size"] if card is None else card, where, "codebook_size"),
+            card=codes,
             text_card=get("vocab_size"),
             delays=(0, *(0, *(1,) * (codebooks - 1)) * 2),  # fixed in transformers: `build_delay_pattern_mask`
             depth=DepthConfig(
@@ -145,15 +163,28 @@ def architecture(raw: Mapping[str, Any], where: str) -> MoshiConfig:
         raise InputError(f"{where} describes no model that can be: {error}") from None
 
 
+def _check_numbers(get: Callable[..., Any], where: str, prefix: str) -> None:
+    """Raise `InputError` if one of the two transformers has heads or widths that none can have."""
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim"):
+        if get(key) < 1:
+            raise InputError(f"{where}: {prefix}{key} is {get(key)}, but must be 1 or more; correct it there.")
+    if get("ffn_dim") % 2:
+        raise InputError(
+            f"{where}: {prefix}ffn_dim is {get('ffn_dim')}, but must be even, as gate and values share it; correct it there."
+        )
+
+
 def _unsupported(get: Callable[..., Any], prefix: str) -> Iterator[str]:
     """What one of the two transformers has that we do not; `get` gives its values by key and type."""
     heads, width = get("num_attention_heads"), get("hidden_size")
     expected = {
         "num_key_value_heads": (int | None, heads),
-        "head_dim": (int | None, width // heads if heads > 0 else None),
+        "head_dim": (int | None, width // heads),
         "hidden_act": (str, "silu"),
         "rms_norm_eps": (float, 1e-8),
         "tie_word_embeddings": (bool, False),
+        "attention_bias": (bool, False),
+        "partial_rotary_factor": (float, 1.0),
     }
     for key, (kind, wanted) in expected.items():
         value = get(key, kind)
@@ -237,7 +268,7 @@ def _joined(parts: tuple[Taken, ...], used: Mapping[str, Held]) -> Held:
     """What `parts` make up, as Kyutai shapes it."""
     first = used[parts[0].name]
     if len(first.shape) == 1:
-        return Held(first.path, first.dtype, (1, 1, *first.shape), first.piece)
+        return Held(first.path, first.name, first.dtype, (1, 1, *first.shape), first.piece)
     rows, columns = parts[0].shape[-2:]
     size = SIZES[first.dtype]
 
@@ -254,7 +285,7 @@ def _joined(parts: tuple[Taken, ...], used: Mapping[str, Held]) -> Held:
 
         return Piece(sum(got.nbytes for got in pieces), blocks)
 
-    return Held(first.path, first.dtype, (len(parts) * rows, columns), piece)
+    return Held(first.path, first.name, first.dtype, (len(parts) * rows, columns), piece)
 
 
 def _interleaved(piece: Piece, heads: int, row: int) -> Piece:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ttt_jax import record, weights
 from ttt_jax.config import LoRAConfig, MoshiConfig, TTTConfig, model_preset
 from ttt_jax.convert import extras, from_huggingface, names, original, settings, support
@@ -21,11 +23,12 @@ from ttt_jax.differences import group
 from ttt_jax.errors import InputError
 from ttt_jax.files import check_new
 from ttt_jax.paths import local
-from ttt_jax.tensorfile import DTYPES, NAMES, TensorFile, cast, watched
+from ttt_jax.tensorfile import DTYPES, NAMES, TensorFile, cast
 from ttt_jax.tensorwriter import Spec
 
 NO_TTT = TTTConfig(layers="none")
 DEFAULT_SCALING = 2.0  # Kyutai's loader's
+LARGEST_SCALING = float(np.finfo(np.float32).max)
 
 
 def kyutai(
@@ -69,7 +72,10 @@ def kyutai(
 
 
 def _with_config(found: Source, config: str | Path | None) -> Source:
-    return found if config is None else found._replace(config=read_config(Path(config)), where=str(config))
+    if config is None:
+        return found
+    path = local(config)
+    return found._replace(config=read_config(path), where=str(path))
 
 
 def _configuration(found: Source) -> dict[str, Any] | None:
@@ -109,7 +115,7 @@ def _plan(found, raw, out, lora, merge_lora, ttt, seed, opened):
     for one in base.found:
         files.setdefault(one.tensor.file, []).append(_spec(one, base.dtype))
     if adapters is not None and merge_lora:
-        _merge(files, base, adapters, rank, scaling)
+        _merge(files, base, adapters, rank, scaling, adapters_view.path)
     elif adapters is not None:
         files[weights.LORA] = [_spec(one, adapters.dtype) for one in adapters.found]
     for tensor in weights.ttt(cfg):
@@ -156,9 +162,10 @@ def _weights(found: Source, opened: contextlib.ExitStack, notes: list[str]) -> t
     """The tensors of the base, under Kyutai's names, and TTT layers of the original among them."""
     path, beside = found.weights()
     view, layers = original.split(open_view(path, beside, opened, notes))
+    view = view.watched()
     if layers is not None:
         original.check_base(view)
-    if path.name == FINE_TUNED and found.file is None:
+    if path.name == FINE_TUNED and found.file is None and not original.is_checkpoint(found):
         notes.append(
             f"{FINE_TUNED}, moshi-finetune's name of a full fine-tune, is taken, as no other weights are there"
         )
@@ -212,7 +219,7 @@ def _base(
             key for key, one in replaced.items() if one.dtype != dtype and {one.dtype, dtype} <= DTYPES.keys()
         ]:
             notes.append(f"{group(others)} of the LoRA file are cast to {NAMES[dtype]}, the type of the weights")
-        held |= {key: _cast(key, one, dtype) if key in others else one for key, one in replaced.items()}
+        held |= {key: _cast(one, dtype) if key in others else one for key, one in replaced.items()}
     matched = match(wanted, held, view.path)
     if not matched.problems:
         if found.config is None:
@@ -242,12 +249,18 @@ def _lora(
     """The adapters' file, None if there is none, and TTT layers of the original in it."""
     path = _lora_path(found, lora)
     if path is None:
+        if found.folder is not None and found.fetch(weights.LORA) is not None:
+            notes.append(
+                f"{weights.LORA} lies beside the weights, but {found.where} does not tell of adapters (lora), so it is left out: give it"
+                " by --lora to have it"
+            )
         return None, None
 
     def beside(name: str) -> Path | None:
         return one if (one := path.parent / name).is_file() else None
 
-    return original.split(open_view(path, beside, opened, notes), base.tensors)
+    view, layers = original.split(open_view(path, beside, opened, notes), base.tensors)
+    return view.watched(), layers
 
 
 def _has_adapters(view: View) -> bool:
@@ -287,6 +300,10 @@ def _adapters(found: Source, cfg: MoshiConfig, file: View, notes: list[str]) -> 
             f"{where} says lora_rank {raw['lora_rank']!r}, but the adapters in {file.path} have rank {rank}: correct it there."
         )
     scaling = record.conform(float, raw.get("lora_scaling", DEFAULT_SCALING), where, "lora_scaling")
+    if not abs(scaling) <= LARGEST_SCALING:
+        raise InputError(
+            f"{where}: lora_scaling is {scaling}, but must be a number within the range of float32; correct it there."
+        )
     if "lora_scaling" not in raw:
         notes.append(f"no lora_scaling is given, so that of Kyutai's loader is taken ({DEFAULT_SCALING:g})")
     wanted = []
@@ -299,14 +316,28 @@ def _adapters(found: Source, cfg: MoshiConfig, file: View, notes: list[str]) -> 
     return rank, scaling, matched
 
 
-def _merge(files: dict[str, list[Spec]], base: Matched, adapters: Matched, rank: int, scaling: float) -> None:
-    """Put merged pieces in place of the base's."""
+def _merge(
+    files: dict[str, list[Spec]], base: Matched, adapters: Matched, rank: int, scaling: float, path: Path
+) -> None:
+    """Put pieces with the adapters of the file `path` merged in place of the base's."""
+    mend = "keep the adapters apart (leave out --merge-lora)"
     linear = [one for one in base.found if one.tensor.inputs]
     pairs: Iterator[Found] = iter(adapters.found)
     for one, a, b in zip(linear, pairs, pairs, strict=True):
         parts = tuple(
-            merged(w, base.dtype, down, up, adapters.dtype, rank, scaling, base.dtype, one.tensor.name)
-            for w, down, up in zip(one.parts, a.parts, b.parts, strict=True)
+            merged(
+                w,
+                base.dtype,
+                down,
+                up,
+                adapters.dtype,
+                rank,
+                scaling,
+                base.dtype,
+                f"{key.name} with {path} merged",
+                mend,
+            )
+            for key, w, down, up in zip(one.names.parts, one.parts, a.parts, b.parts, strict=True)
         )
         specs = files[one.tensor.file]
         at = next(i for i, spec in enumerate(specs) if spec.name == one.tensor.name)
@@ -338,20 +369,22 @@ def _ttt(
     if path is None:
         cfg = dataclasses.replace(cfg, ttt=ttt)
         return cfg, extras.fresh(cfg, seed)
-    cfg = dataclasses.replace(cfg, ttt=extras.read_ttt_config(path))
+    try:
+        cfg = dataclasses.replace(cfg, ttt=extras.read_ttt_config(path))
+    except InputError as error:
+        raise (error if str(error).startswith(str(path)) else InputError(f"{path}: {error}")) from None
     exported = opened.enter_context(TensorFile(found.need(extras.TTT, "the TTT layers")))
     extras.check_ttt(cfg, exported)
     return cfg, exported
 
 
-def _cast(key: str, held: Held, dtype: str) -> Held:
-    return held._replace(dtype=dtype, piece=lambda *share: cast(held.piece(*share), held.dtype, dtype, key))
+def _cast(held: Held, dtype: str) -> Held:
+    where, mend = f"{held.path}: {held.name}", "give weights of another type, such as float32"
+    return held._replace(dtype=dtype, piece=lambda *share: cast(held.piece(*share), held.dtype, dtype, where, mend))
 
 
 def _spec(found: Found, dtype: str) -> Spec:
-    keys = [key.name for key in found.names.parts]
-    parts = tuple(watched(part, dtype, key) for part, key in zip(found.parts, keys, strict=True))
-    return Spec(found.tensor.name, dtype, found.tensor.shape, parts)
+    return Spec(found.tensor.name, dtype, found.tensor.shape, found.parts)
 
 
 def _refuse(where: str, told: list[str]) -> None:

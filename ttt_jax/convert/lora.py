@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ttt_jax.tensorfile import DTYPES, Piece, Ring, as_bytes, rounded
+from ttt_jax.errors import InputError
+from ttt_jax.tensorfile import DTYPES, OTHER_TYPE, Piece, Ring, as_bytes, rounded
 
 
 def merged(
@@ -19,13 +20,15 @@ def merged(
     scaling: float,
     target: str,
     where: str,
+    mend: str = OTHER_TYPE,
 ) -> Piece:
     """W + scaling * B A of one linear map, computed in float32 and rounded once.
 
     Args:
       weight: W [out, in] of type `dtype`.
       a, b: A [rank, in] and B [out, rank] of type `adapter_dtype`.
-      target: type of the result; where: what it is called in the message if a number is beyond its range.
+      target: type of the result; where: what it is called in the message if a number is beyond its range, or beyond that of
+        float32 in between; mend: what to do then.
     """
     kind = DTYPES[dtype]
 
@@ -39,12 +42,19 @@ def merged(
 
     def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
         columns = a.nbytes // DTYPES[adapter_dtype].itemsize // rank
-        down, up = whole(a, columns), np.float32(scaling) * whole(b, rank)
+        down, up = whole(a, columns), whole(b, rank)
+        sound = np.isfinite(down).all() and np.isfinite(up).all()
+        with np.errstate(over="ignore", invalid="ignore"):
+            up *= np.float32(scaling)
         row = 0
         for view in weight.blocks(ring, columns * kind.itemsize):
             block = np.frombuffer(view, kind).reshape(-1, columns).astype(np.float32)
-            block += up[row : row + len(block)] @ down
+            finite = sound and np.isfinite(block).all()
+            with np.errstate(over="ignore", invalid="ignore"):
+                block += up[row : row + len(block)] @ down
+            if finite and not np.isfinite(block).all():
+                raise InputError(f"{where} holds a number beyond the range of float32: {mend}.")
             row += len(block)
-            yield as_bytes(rounded(block, target, where))
+            yield as_bytes(rounded(block, target, where, mend))
 
     return Piece(weight.nbytes // kind.itemsize * DTYPES[target].itemsize, blocks)

@@ -157,7 +157,7 @@ def configure(layers: Layers, found: Source, cfg: MoshiConfig, notes: list[str])
     inner = _inner_widths(layers)
     _check_tensors(layers, cfg, inner)
     inside, outside = (
-        get(key, int | None, None) or cfg.context for key in ("ttt_layer_context", "non_ttt_layer_context")
+        _window(path, key, get(key, int | None, None), cfg) for key in ("ttt_layer_context", "non_ttt_layer_context")
     )
     windows = ((layer, inside if layer in layers.tensors else outside) for layer in range(cfg.num_layers))
     try:
@@ -224,6 +224,13 @@ def _settings(path: Path) -> Callable[..., Any]:
         return record.conform(kind, ttt.get(key, *default), str(path), f"ttt.{key}")
 
     return get
+
+
+def _window(path: Path, key: str, frames: int | None, cfg: MoshiConfig) -> int:
+    """The attention window that the settings in `path` give by `key`: that of `cfg` if they give none or 0."""
+    if frames is not None and frames < 0:
+        raise InputError(f"{path}: ttt.{key} is {frames}, but must be a window of 1 frame or more; correct it there.")
+    return frames or cfg.context
 
 
 def _list(numbers: Collection[int]) -> str:

@@ -23,7 +23,7 @@ from ttt_jax.convert.source import CONFIG, MOSHI
 from ttt_jax.errors import InputError
 from ttt_jax.files import check_new, run_and_step
 from ttt_jax.paths import local
-from ttt_jax.tensorfile import DTYPES, NAMES, Piece, cast, of_array
+from ttt_jax.tensorfile import DTYPES, NAMES, Piece, cast, of_array, watched
 from ttt_jax.tensorwriter import Spec
 from ttt_jax.weights import Tensor
 
@@ -67,7 +67,7 @@ def export(
     out = local(out)
     check_new(out)
     with contextlib.ExitStack() as stack:
-        found = _open(local(checkpoint), stack)
+        found = _watched(_open(local(checkpoint), stack), checkpoint)
         cfg = found.cfg
         if merge_lora and not cfg.lora.rank:
             raise InputError(f"{checkpoint} has no adapters that could be merged: leave out --merge-lora.")
@@ -125,6 +125,17 @@ def _open(path: Path, stack: contextlib.ExitStack) -> Opened:
         return folder.files[tensor.file].piece(tensor.name, number, count)
 
     return Opened(folder.cfg, *_origin(folder), part, folder.dtype)
+
+
+def _watched(found: Opened, checkpoint: str | Path) -> Opened:
+    """`found`, reading which warns once of each tensor that holds NaN or infinity."""
+    told: set[str] = set()
+
+    def part(tensor: Tensor, number: int, count: int) -> Piece:
+        where = f"{checkpoint}: {tensor.file.removesuffix('.safetensors')}/{tensor.name}"
+        return watched(found.part(tensor, number, count), found.dtype(tensor), where, told)
+
+    return found._replace(part=part)
 
 
 def _origin(folder: weights.Folder) -> tuple[dict[str, Any], tuple[Path, ...]]:

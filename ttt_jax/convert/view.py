@@ -14,7 +14,7 @@ from ttt_jax import record
 from ttt_jax.convert.names import TOP
 from ttt_jax.differences import group
 from ttt_jax.errors import InputError
-from ttt_jax.tensorfile import Piece, TensorFile
+from ttt_jax.tensorfile import DTYPES, Piece, TensorFile, watched
 
 INDEX = ".index.json"
 """Ending of the file beside shards that tells which tensor is in which, after the name that the whole would have."""
@@ -32,6 +32,8 @@ class Held(NamedTuple):
     """A tensor, and the file that it lies in."""
 
     path: Path
+    name: str
+    """What it is called there."""
     dtype: str
     """As files name it."""
     shape: tuple[int, ...]
@@ -45,6 +47,18 @@ class View(NamedTuple):
     path: Path
     """The file, or the index of the shards; names them in messages."""
     tensors: dict[str, Held]
+
+    def watched(self) -> View:
+        """The same; reading a tensor that holds NaN or infinity warns once, with its file and its name there."""
+        told: set[str] = set()
+
+        def watch(held: Held) -> Held:
+            where = f"{held.path}: {held.name}"
+            return held._replace(piece=lambda *share: watched(held.piece(*share), held.dtype, where, told))
+
+        return View(
+            self.path, {key: watch(held) if held.dtype in DTYPES else held for key, held in self.tensors.items()}
+        )
 
 
 def open_view(path: Path, beside: Beside, opened: contextlib.ExitStack, notes: list[str]) -> View:
@@ -72,7 +86,7 @@ def open_view(path: Path, beside: Beside, opened: contextlib.ExitStack, notes: l
 
 def _held(file: TensorFile) -> dict[str, Held]:
     return {
-        key: Held(file.path, info.dtype, info.shape, functools.partial(file.piece, key))
+        key: Held(file.path, key, info.dtype, info.shape, functools.partial(file.piece, key))
         for key, info in file.tensors.items()
     }
 
@@ -85,7 +99,7 @@ def _of_shards(index: Path, beside: Beside, opened: contextlib.ExitStack) -> Vie
             f"{index} holds no weight_map from tensors to files: give the index that belongs to the shards."
         )
     names = sorted(set(listed.values()))
-    if elsewhere := [name for name in names if Path(name).name != name]:
+    if elsewhere := [name for name in names if Path(name).name != name or name in ("", ".", "..")]:
         raise InputError(f"{index} names {elsewhere[0]!r}, which is no file beside it: correct it there.")
     paths = {name: beside(name) for name in names}
     if missing := [name for name, path in paths.items() if path is None]:
@@ -118,8 +132,9 @@ def _bare(view: View, notes: list[str]) -> View:
         rest = key.split(".")[known:]
         name = ".".join(word for word in rest if word not in WRAPPERS)
         if name in bare:
+            twice = sorted((bare[name].name, held.name), key=lambda one: not WRAPPERS & {*one.split(".")})
             raise InputError(
-                f"{held.path} holds {name} twice, once as {key}, with a wrapper's word in its name: keep one of them."
+                f"{view.path} holds {name} twice, once as {twice[0]}, with a wrapper's word in its name: keep one of them."
             )
         bare[name] = held
     if wrapped := sorted(WRAPPERS & {word for key in view.tensors for word in key.split(".")[known:]}):
