@@ -43,26 +43,15 @@ def x64():
 
 
 MOST = 1.2e9
-"""Bytes of memory of a worker from which on it forgets its compiled programs between two tests."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def programs_of_one_file():
-    """Forgets compiled programs when a file of tests is done: kept, they would take gigabytes."""
-    yield
-    _forget_programs()
+"""Bytes of memory from which on a worker forgets its compiled programs between two tests: kept, they would take gigabytes."""
 
 
 @pytest.fixture(autouse=True)
-def programs_of_one_test():
-    """Forgets compiled programs within a file, too, where they are many."""
+def memory_stays_small():
+    """Forgets compiled programs where they have become many."""
     yield
     if psutil.Process().memory_info().rss > MOST:
-        _forget_programs()
-
-
-def _forget_programs() -> None:
-    jax.clear_caches()
-    gc.collect()
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what was freed, unless asked
-        ctypes.CDLL(None).malloc_trim(0)
+        jax.clear_caches()
+        gc.collect()
+        if hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what was freed, unless asked
+            ctypes.CDLL(None).malloc_trim(0)

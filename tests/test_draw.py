@@ -310,5 +310,5 @@ def test_the_command_says_what_is_wrong(run, tmp_path, figures):
         command(folder, window=0)
     stored = json.loads((folder / "results.json").read_text())
     (tmp_path / "results.json").write_text(json.dumps(stored | {"format": 1}))
-    with pytest.raises(InputError, match="eval stream', 1.*, but format 2"):
+    with pytest.raises(InputError, match="is of format 1 of python -m eval stream, .*format 2"):
         command(tmp_path)
