@@ -18,7 +18,7 @@ import numpy as np
 from ttt_jax.codec import DEFAULT_FILE
 from ttt_jax.codec.kmeans import KMeansCodec
 from ttt_jax.data.alignments import Word, read_alignments
-from ttt_jax.data.audio import read_audio
+from ttt_jax.data.audio.reader import read_audio
 from ttt_jax.data.manifest import Entry, read_manifest
 
 DECIBEL = 10 / np.log(10)  # of a natural logarithm of power

@@ -21,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ttt_jax import record, weights
+from ttt_jax.checkpoints import weights
+from ttt_jax.checkpoints.safetensors_reader import BLOCK, Piece, Ring, TensorFile
+from ttt_jax.checkpoints.safetensors_writer import Spec, write_files
 from ttt_jax.config import MODEL_PRESETS
-from ttt_jax.convert import names, settings
-from ttt_jax.tensorfile import BLOCK, Piece, Ring, TensorFile
-from ttt_jax.tensorwriter import Spec, write_files
+from ttt_jax.convert import kyutai_config, kyutai_names
+from ttt_jax.utils import config_json
 
 NEEDED = 50e9
 
@@ -66,10 +67,10 @@ def make_checkpoint(folder: Path) -> None:
     """A random model of the 7B's shape, as Kyutai releases it."""
     folder.mkdir()
     cfg = MODEL_PRESETS["moshi-7b"]
-    keys = [key for tensor in weights.base(cfg) for key in names.released(names.weight(tensor))]
+    keys = [key for tensor in weights.base(cfg) for key in kyutai_names.released(kyutai_names.weight(tensor))]
     specs = [Spec(key.name, "BF16", key.shape, (random(i, key.shape),)) for i, key in enumerate(keys)]
     write_files(folder, {"model.safetensors": sorted(specs)})
-    record.write_json(folder / "config.json", settings.export(cfg, {}))
+    config_json.write_json(folder / "config.json", kyutai_config.export(cfg, {}))
 
 
 def random(seed: int, shape: tuple[int, ...]) -> Piece:

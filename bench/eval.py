@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.stream import in_use, peak, random_params, spread
-from eval.arms import DEFAULT
-from eval.stream import stream
+from eval.streaming.arms import DEFAULT
+from eval.streaming.runner import stream
 from ttt_jax.config import MODEL_PRESETS, MoshiConfig, TTTConfig
 
 HOUR = 43_060
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def run(params: Any, codes: np.ndarray, cfg: MoshiConfig, arms: tuple, chunk: int, period: int, measured: bool = False):
-    """One file through `eval.stream.stream`."""
+    """One file through `eval.streaming.runner.stream`."""
     return stream(params, [codes], cfg, arms, chunk=chunk, period=period, measured=measured)[0]
 
 

@@ -89,7 +89,7 @@ def theirs(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], np.n
     """Arguments of the model, the codes, and PyTorch's traces; leaves the weights in `folder`."""
     import torch
 
-    from tests import torch_moshi
+    from tests.helpers import torch_moshi
 
     torch.backends.cuda.matmul.allow_tf32 = False
     kwargs = torch_moshi.loaders._lm_kwargs | {"num_layers": args.layers} | (TINY if args.tiny else {})
@@ -129,7 +129,8 @@ def ours(folder: Path, codes: np.ndarray) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from ttt_jax import convert, weights
+    from ttt_jax import convert
+    from ttt_jax.checkpoints import weights
     from ttt_jax.moshi import model
 
     convert.kyutai(folder / "kyutai", folder / "ours")

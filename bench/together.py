@@ -21,10 +21,10 @@ import numpy as np
 
 from bench.stream import spread
 from experiments.memory import TASK
+from train.batches import Batch
 from train.config import PRESETS, TrainConfig
 from train.step import make_steps_together
 from train.together import fresh
-from train.windows import Batch
 
 
 def main() -> None:

@@ -23,18 +23,18 @@ import numpy as np
 
 from bench.eval import product_rate
 from bench.stream import peak, random_params, spread
-from train.config import PRESETS, TrainConfig, TrainsConfig
+from train.batches import Batch
+from train.config import PRESETS, TrainableConfig, TrainConfig
 from train.flops import flops_per_frame
+from train.partition import fit, split
 from train.step import init_state, make_train_step
-from train.trained import fit, split
-from train.windows import Batch
-from ttt_jax import sharding
+from ttt_jax.distributed import sharding
 
 CELLS = {
-    "lora+ttt": TrainsConfig(base=False),
-    "lora": TrainsConfig(base=False, ttt=False),
-    "ttt": TrainsConfig(base=False, lora=False),
-    "all": TrainsConfig(),
+    "lora+ttt": TrainableConfig(base=False),
+    "lora": TrainableConfig(base=False, ttt=False),
+    "ttt": TrainableConfig(base=False, lora=False),
+    "all": TrainableConfig(),
 }
 NOMINAL = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12, "NVIDIA A100-SXM4-80GB": 311.9e12}
 """Dense bfloat16 operations a second, from the makers' data sheets."""
@@ -63,7 +63,7 @@ def configuration(shape: str, name: str, changes: list[str]) -> TrainConfig:
     model = dataclasses.replace(cfg.model, lora=dataclasses.replace(cfg.model.lora, rank=rank))
     if name == "lora":
         model = dataclasses.replace(model, ttt=dataclasses.replace(model.ttt, layers="none"))
-    cfg = dataclasses.replace(cfg, model=model, trains=CELLS[name])
+    cfg = dataclasses.replace(cfg, model=model, trainable=CELLS[name])
     if shape == "7b":
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch=1), accumulate=1)
     for change in changes:
@@ -85,10 +85,10 @@ def changed(config: Any, path: list[str], value: str) -> Any:
 def cell(name: str, cfg: TrainConfig, steps: int, trace: str | None) -> dict[str, Any]:
     """Times the steps of one configuration."""
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
-    trained, frozen = split(random_params(cfg.model), cfg)
-    trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained)
-    trained, frozen = (jax.device_put(tree, sharding.params_shardings(mesh, tree)) for tree in (trained, frozen))
-    state = init_state(cfg, mesh, trained)
+    trainable, frozen = split(random_params(cfg.model), cfg)
+    trainable = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trainable)
+    trainable, frozen = (jax.device_put(tree, sharding.params_shardings(mesh, tree)) for tree in (trainable, frozen))
+    state = init_state(cfg, mesh, trainable)
     rng, shape = np.random.default_rng(0), (cfg.bptt, cfg.data.batch, cfg.model.num_streams, cfg.data.chunk)
     batch = Batch(
         rng.integers(0, min(cfg.model.card, cfg.model.text_card), shape, np.int32),
@@ -115,7 +115,7 @@ def cell(name: str, cfg: TrainConfig, steps: int, trace: str | None) -> dict[str
     peak_rate = NOMINAL.get(jax.devices()[0].device_kind, float("nan")) * len(jax.devices())
     sizes = {
         what: sum(leaf.size for leaf in jax.tree.leaves(tree))
-        for what, tree in (("trained", trained), ("frozen", frozen))
+        for what, tree in (("trained", trainable), ("frozen", frozen))
     }
     print(
         f"{name:9s} {jax.devices()[0].device_kind} x {len(jax.devices())}, jax {jax.__version__}: {cfg.bptt} x {cfg.data.batch} x"

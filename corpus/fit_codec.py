@@ -19,7 +19,7 @@ import numpy as np
 
 from ttt_jax.codec import DEFAULT_FILE
 from ttt_jax.codec.kmeans import FORMAT, KMeansCodec, mel_filters
-from ttt_jax.data.audio import read_audio
+from ttt_jax.data.audio.reader import read_audio
 from ttt_jax.data.manifest import read_manifest
 from ttt_jax.errors import InputError
 

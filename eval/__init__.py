@@ -5,6 +5,6 @@ stream              checkpoints x files x arms: `evaluate.py` is the command; it
                     `stream.py` (the scan and the scores) under `arms.py`, stores `scores.py`
 draw                stored results to numbers, table and figures: `results.py`, `report.py`, `draw.py`, `statistics.py`,
                     `unigram.py` (no jax)
-check-persistence   `persistence_check.py`
+check-state   `check_state.py`
 diagnose            `diagnose.py`, `diagnose_report.py`
 """

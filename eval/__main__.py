@@ -7,21 +7,21 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from eval.sources import LAYOUTS
-from ttt_jax.command import run
+from ttt_jax.data.sources import LAYOUTS
+from ttt_jax.utils.command import run
 
 TASK_NAMES = {
     "recall": "facts told early are asked for later",
     "speaker": "a speaker's few tokens are learned once",
     "control": "nothing to remember",
 }
-"""Names in `eval.tasks.TASKS`."""
+"""Names in `eval.benchmarks.tasks.TASKS`."""
 OUT = (
     "folder for the results; unset: {kind}, or {kind}-DATA with --data, in {whose} folder, DATA being the whole name; results of the"
     " same data, checkpoints and question are replaced, a folder with others is refused"
 )
 WEIGHTINGS = ("equal", "kyutai", "semantic", "acoustic")
-"""Names in `eval.results.WEIGHTINGS`, whose module takes a while to load."""
+"""Names in `eval.streaming.summary.WEIGHTINGS`, whose module takes a while to load."""
 
 
 def _prepare(parser: argparse.ArgumentParser) -> None:
@@ -153,8 +153,8 @@ def _draw(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, metavar="N", help="frames that a position averages; unset: as stored")
 
 
-def _check_persistence(parser: argparse.ArgumentParser) -> None:
-    """Flags of `check-persistence`."""
+def _check_state(parser: argparse.ArgumentParser) -> None:
+    """Flags of `check-state`."""
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", nargs="?", help="a run or converted weights; unset: an untrained tiny"
     )
@@ -202,8 +202,8 @@ def _diagnose(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _persistence(parser: argparse.ArgumentParser) -> None:
-    """Flags of `persistence`."""
+def _compare(parser: argparse.ArgumentParser) -> None:
+    """Flags of `compare`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = """a condition is [NAME=]CHECKPOINT[,CHECKPOINT...][@ARM]: several checkpoints are the seeds of one setting; ARM is one of
   persist   memory kept from the first frame to the last (unset: this)
@@ -214,8 +214,8 @@ What exists as a path is a path, whatever =, commas and @ it has: runs/x@reset i
 The first condition is under test, each other is compared with it: better, equivalent, worse or undecided, by the file, or by the
 speaker where the manifest names them (docs/evaluation.md). A single one without @ARM stands for all four. Seeds pair in their order.
 
-  python -m eval persistence runs/NAME
-  python -m eval persistence kept=runs/kept-0,runs/kept-1 none=runs/none-0,runs/none-1 --data prepared --out results
+  python -m eval compare runs/NAME
+  python -m eval compare kept=runs/kept-0,runs/kept-1 none=runs/none-0,runs/none-1 --data prepared --out results
 
 exit code: 0 done, 1 broken (persist and reset differ in the first chunk), 2 an input to mend, 3 done but some files were
 skipped"""
@@ -238,7 +238,7 @@ skipped"""
     add("--threshold", type=float, metavar="P", help="effect worth having, percent of the loss; unset: 10")
     add(
         "--out",
-        help=OUT.format(kind="persistence", whose="the first checkpoint's"),
+        help=OUT.format(kind="compare", whose="the first checkpoint's"),
     )
     add(
         "--again",
@@ -249,20 +249,20 @@ skipped"""
 
 COMMANDS = {
     "prepare": ("eval.prepare", _prepare, "audio to cached codes"),
-    "tasks": ("eval.tasks", _tasks, "data sets in which what memory is worth is known"),
-    "stream": ("eval.evaluate", _stream, "speech frame by frame, memory kept, reset, frozen and off"),
-    "draw": ("eval.draw", _draw, "the table and the figures of stored results again"),
-    "persistence": (
-        "eval.persistence",
-        _persistence,
+    "tasks": ("eval.benchmarks.tasks", _tasks, "data sets in which what memory is worth is known"),
+    "stream": ("eval.streaming.command", _stream, "speech frame by frame, memory kept, reset, frozen and off"),
+    "draw": ("eval.streaming.plots", _draw, "the table and the figures of stored results again"),
+    "compare": (
+        "eval.compare.command",
+        _compare,
         "does memory help? conditions compared by file, with statistics and a verdict",
     ),
-    "check-persistence": (
-        "eval.persistence_check",
-        _check_persistence,
+    "check-state": (
+        "eval.check_state",
+        _check_state,
         "whether the fast weights persist: PASS or FAIL",
     ),
-    "diagnose": ("eval.diagnose", _diagnose, "what TTT layers do beside attention, record by record"),
+    "diagnose": ("eval.diagnose.command", _diagnose, "what TTT layers do beside attention, record by record"),
 }
 """By name: the module whose `main(options)` returns the exit code, its flags, and what it is for."""
 

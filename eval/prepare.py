@@ -25,21 +25,21 @@ from typing import Any
 
 import numpy as np
 
-from eval import sources
-from eval.sources import Recording, Stream
 from ttt_jax.codec import Codec
-from ttt_jax.command import PARTIAL
+from ttt_jax.data import sources
 from ttt_jax.data.alignments import MAIN_SPEAKER
-from ttt_jax.data.audio import read_blocks
+from ttt_jax.data.audio.reader import read_blocks
 from ttt_jax.data.codes import Codes, Source, read_codes, write_codes
 from ttt_jax.data.corpus import CorpusConfig, load_coders
 from ttt_jax.data.frames import too_short, warn
 from ttt_jax.data.manifest import MANIFEST, Entry, check_duration
+from ttt_jax.data.sources import Recording, Stream
 from ttt_jax.data.text import ABSENT, Tokenizer, read_text
 from ttt_jax.errors import InputError
-from ttt_jax.files import file_digest, write_atomically
-from ttt_jax.jsonl import read_lines
-from ttt_jax.paths import local, place, portable, printable
+from ttt_jax.utils.command import PARTIAL
+from ttt_jax.utils.files import file_digest, write_atomically
+from ttt_jax.utils.jsonl import read_lines
+from ttt_jax.utils.paths import local, place, portable, printable
 
 SETTINGS = "prepare.json"
 _VERSION = "ttt_jax.prepare/3"  # to change whenever the same input would give other codes

@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from eval.__main__ import main as evaluate
-from eval.tasks import Settings, make
+from eval.benchmarks.tasks import Settings, make
 from train import together
 from train.config import PRESETS, DataConfig, LossConfig, TrainConfig
-from ttt_jax import record
-from ttt_jax.command import run
+from ttt_jax.checkpoints.parameter_counts import TTT, parameter_counts
 from ttt_jax.config import check
 from ttt_jax.data import corpus
-from ttt_jax.paths import local
-from ttt_jax.sizes import TTT, parameter_counts
+from ttt_jax.utils import config_json
+from ttt_jax.utils.command import run
+from ttt_jax.utils.paths import local
 
 TINY = PRESETS["tiny"]
 CHUNK = 128
@@ -192,14 +192,14 @@ class Experiment:
         usual = self._seeds in (SEEDS, SPEECH_SEEDS)
         out = self._folder / "results" / (name if usual else f"{name}-seeds-{'-'.join(map(str, self._seeds))}")
         on = ["--data", str(data), "--batch", "64"] if data is not None else []
-        self.code = max(self.code, evaluate(["persistence", *conditions, *on, "--out", str(out)]))
+        self.code = max(self.code, evaluate(["compare", *conditions, *on, "--out", str(out)]))
 
 
 def _remove_rest(place: Path, steps: int) -> None:
     """Remove what an interrupted run of `steps` has left. Raises `InputError` if it is a run of another length."""
     config = place / "config.json"
     if config.is_file():
-        had = record.read_json(config, "the config.json of a run").get("steps")
+        had = config_json.read_json(config, "the config.json of a run").get("steps")
         check(had == steps, f"{place} holds a run of {had} steps, not {steps}: give another folder, or --steps {had}.")
     shutil.rmtree(place, ignore_errors=True)
 

@@ -10,7 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
     # Nearly all of the time is compiling; programs that run a few times need no optimising. XLA_FLAGS= pytest: as users compile.
     # Another process asks which flags XLA knows, since asking fixes those of the process that asks.
-    asked = subprocess.run([sys.executable, "-m", "ttt_jax.xla"], stdout=subprocess.PIPE, text=True, check=True)
+    asked = subprocess.run([sys.executable, "-m", "ttt_jax.utils.xla"], stdout=subprocess.PIPE, text=True, check=True)
     os.environ["XLA_FLAGS"] = asked.stdout.strip()
 
 import jax

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from train import config
-from ttt_jax import launch
-from ttt_jax.command import run
+from ttt_jax.distributed import launch
+from ttt_jax.utils.command import run
 
 
 def main(args: Sequence[str]) -> int:

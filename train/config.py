@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ttt_jax import record
-from ttt_jax.command import plain_input_errors
 from ttt_jax.config import MODEL_PRESETS, LoRAConfig, MoshiConfig, check
 from ttt_jax.config import preset as find_preset
 from ttt_jax.data.corpus import CorpusConfig
+from ttt_jax.distributed.launch import Launch
+from ttt_jax.distributed.launch import take as take_launch
 from ttt_jax.errors import InputError
-from ttt_jax.launch import Launch
-from ttt_jax.launch import take as take_launch
-from ttt_jax.paths import local
+from ttt_jax.utils import config_json
+from ttt_jax.utils.command import plain_input_errors
+from ttt_jax.utils.paths import local
 
 DESCRIPTION = """Train a Moshi with TTT layers on speech; the layers' state is carried along each file.
 
@@ -24,7 +24,7 @@ DESCRIPTION = """Train a Moshi with TTT layers on speech; the layers' state is c
   python -m train PRESET --optim.lr 1e-3       a preset, fields overridden; presets: {presets}
   python -m train PRESET --dry-run             what it would take: parameters, memory, operations; no weights needed
   python -m train PRESET --seeds 0,1,2         runs of several seeds side by side in one program, in folders that end in the
-                                               seed; python -m eval persistence compares them
+                                               seed; python -m eval compare compares them
   python -m train --from RUN/config.json       a stored configuration again, in a new run folder; fields can follow
   python -m train --resume RUN                 go on from the latest checkpoint in the run folder RUN; --mesh.*, --remat
                                                and --accumulate can follow
@@ -64,13 +64,13 @@ class DataConfig(CorpusConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainsConfig:
+class TrainableConfig:
     """What trains, in any combination; all else is frozen and kept in the type it is loaded in."""
 
     base: bool = True
     """Moshi's own weights, all of them."""
     attention: str = "none"
-    """Layers whose attention trains though the rest of the base is frozen (--trains.no-base), named as in model.ttt.layers: "29,30,31", "25-30", "all"."""
+    """Layers whose attention trains though the rest of the base is frozen (--trainable.no-base), named as in model.ttt.layers: "29,30,31", "25-30", "all"."""
     ttt: bool = True
     """TTT layers, W0 and gates included."""
     lora: bool = True
@@ -167,7 +167,7 @@ class TrainConfig:
     """Moshi's language model; card and text_card follow the codec and the tokenizer."""
     data: DataConfig = DataConfig()
     """Speech to train on and how it is cut."""
-    trains: TrainsConfig = TrainsConfig()
+    trainable: TrainableConfig = TrainableConfig()
     """What trains, in any combination; all else is frozen and kept in the type it is loaded in."""
     optim: OptimConfig = OptimConfig()
     """AdamW with linear warm-up and cosine decay, clipped by the global norm."""
@@ -223,8 +223,8 @@ class TrainConfig:
             f"bptt={self.bptt} has no effect with state=reset, where nothing crosses the end of a chunk: leave one of them out.",
         )
         check(
-            self.trains != TrainsConfig(False, "none", False, False),
-            "trains names nothing that trains: give --trains.ttt, --trains.lora, --trains.attention or --trains.base.",
+            self.trainable != TrainableConfig(False, "none", False, False),
+            "trainable names nothing that trains: give --trainable.ttt, --trainable.lora, --trainable.attention or --trainable.base.",
         )
         check(
             self.model.dtype != "float64",
@@ -247,7 +247,7 @@ PRESETS: dict[str, TrainConfig] = {
     "moshi-7b": TrainConfig(
         model=dataclasses.replace(MODEL_PRESETS["moshi-7b"], lora=LoRAConfig(rank=128)),
         data=DataConfig(chunk=1250, batch=4, codec="files"),
-        trains=TrainsConfig(base=False),
+        trainable=TrainableConfig(base=False),
         optim=OptimConfig(lr=2e-6, ttt_lr=1e-4, gate_lr=1e-3, warmup_steps=100),
         loss=LossConfig(text=107.0, text_padding=0.5, codebooks=(100.0, 1.0)),
         accumulate=4,
@@ -327,8 +327,8 @@ def parse(args: Sequence[str]) -> Command:
 
 def load(path: Path) -> TrainConfig:
     """The configuration stored in `path`, without its run folder, so that running it starts a new one."""
-    values = record.read_json(path, "the config.json of a run")
-    return dataclasses.replace(record.from_dict(TrainConfig, values, str(path)), run_dir=None)
+    values = config_json.read_json(path, "the config.json of a run")
+    return dataclasses.replace(config_json.from_dict(TrainConfig, values, str(path)), run_dir=None)
 
 
 def _take_seeds(words: list[str]) -> tuple[tuple[int, ...], list[str]]:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import jax
 
 from train.config import TrainConfig
-from train.trained import trains
+from train.partition import is_trainable
 from ttt_jax.config import MoshiConfig
 from ttt_jax.moshi import model
-from ttt_jax.trees import named
 from ttt_jax.ttt import network
+from ttt_jax.utils.trees import named
 
 BY_SET = ("input", "qkv", "out", "gate_up", "down")
 """Maps of the depth transformer that codebooks can share."""
@@ -44,9 +44,9 @@ def flops_per_frame(cfg: TrainConfig) -> Flops:
     """
     shapes = jax.eval_shape(lambda key: model.init_params(cfg.model, key), jax.random.key(0))
     starts = {run.name: run.start for run in cfg.model.runs}
-    trained = {path for path in named(shapes) if trains(path, cfg)}
-    lowest = min((_level(path, starts) for path in trained), default=math.inf)
-    depth_trains = any(path.startswith("depth/") for path in trained)
+    trainable = {path for path in named(shapes) if is_trainable(path, cfg)}
+    lowest = min((_level(path, starts) for path in trainable), default=math.inf)
+    depth_trains = any(path.startswith("depth/") for path in trainable)
     forward = backward = 0.0
     for path, leaf in named(shapes).items():
         name = path.split("/")[-1].partition("_lora_")[0]
@@ -62,7 +62,7 @@ def flops_per_frame(cfg: TrainConfig) -> Flops:
             else lowest < math.inf or (in_depth and depth_trains) or path.endswith("_lora_b")
         )
         forward += operations
-        backward += operations * (below + (path in trained))
+        backward += operations * (below + (path in trainable))
     for run in cfg.model.runs:
         whole, recent = _seen(cfg, run.context)
         inner = _inner(cfg.model, cfg.data.chunk) if run.has_ttt else 0.0

@@ -15,32 +15,35 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from eval.evaluate import of_run
-from eval.models import Model
-from train import announce, parameters, plan, plots, sinks
+from eval.inputs.checkpoints import Model
+from eval.streaming.command import of_run
+from train import dry_run as train_dry_run
+from train import initial_params, messages, plots, trackers
+from train.batches import Batches
 from train.config import Changes, TrainConfig
 from train.metrics import MetricsLog, read
-from train.run import Run, arrays, check_data, compiling, find_mesh, interrupts, make_folder, memory, prepare, rest
+from train.partition import fit, split
 from train.samples import Sampler
+from train.setup import Run, arrays, check_data, compiling, find_mesh, interrupts, make_folder, memory, prepare, rest
 from train.step import Metrics, TrainState, init_state, make_train_step, state_like
-from train.trained import fit, split
 from train.validate import Validation, on_mesh
-from train.windows import Windows
-from ttt_jax import integrity, launch, record, sharding
-from ttt_jax.checkpoint import Checkpoints, open_run
-from ttt_jax.command import PARTIAL, keep_compiled, machine
+from ttt_jax.checkpoints import checksums
+from ttt_jax.checkpoints.run_checkpoints import Checkpoints, open_run
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
+from ttt_jax.distributed import launch, sharding
 from ttt_jax.errors import InputError
-from ttt_jax.paths import local
-from ttt_jax.trees import Tree, merge
+from ttt_jax.utils import config_json
+from ttt_jax.utils.command import PARTIAL, keep_compiled, machine
+from ttt_jax.utils.paths import local
+from ttt_jax.utils.trees import Tree, merge
 
 log = logging.getLogger("train")
 
 
 def dry_run(cfg: TrainConfig) -> int:
     """Print what a run of `cfg` takes, without weights or data; the exit code."""
-    print("\n".join(plan.lines(plan.plan(fit(cfg)))))
+    print("\n".join(train_dry_run.lines(train_dry_run.plan(fit(cfg)))))
     return 0
 
 
@@ -49,11 +52,11 @@ def start(cfg: TrainConfig) -> int:
     keep_compiled(cfg.data.cache_dir / "compiled")
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(launch.agreed(int(time.time()))))
     run = prepare(cfg, local(cfg.run_dir or f"runs/{cfg.name}-{stamp}"))
-    announce.run(run)
+    messages.run(run)
     with memory(run.cfg):
-        found = parameters.initial(run.cfg, run.mesh)
-        state = init_state(run.cfg, run.mesh, found.trained)
-    announce.weights(found)
+        found = initial_params.initial(run.cfg, run.mesh)
+        state = init_state(run.cfg, run.mesh, found.trainable)
+    messages.weights(found)
     launch.agreed(0)  # all have looked at the folder
     if launch.is_first():
         make_folder(run)
@@ -65,10 +68,10 @@ def resume(run_dir: Path, changes: Changes | None = None) -> int:
     """Go on with the run in `run_dir` from its latest whole checkpoint, with `changes` if asked to; the exit code. Raises `InputError`."""
     with open_run(run_dir) as checkpoints:
         meta = checkpoints.meta()
-    cfg = record.from_dict(TrainConfig, meta.pop("config"), f"the checkpoint in {run_dir}")
+    cfg = config_json.from_dict(TrainConfig, meta.pop("config"), f"the checkpoint in {run_dir}")
     cfg = dataclasses.replace(cfg, run_dir=str(run_dir), **(vars(changes) if changes else {}))
     keep_compiled(cfg.data.cache_dir / "compiled")
-    sinks.check(cfg.tensorboard, cfg.wandb)
+    trackers.check(cfg.tensorboard, cfg.wandb)
     devices = find_mesh(cfg)
     corpus = corpora.load(cfg.data, *corpora.load_coders(cfg.data, cfg.model.card, cfg.model.text_card))
     check_data(cfg, corpus)
@@ -80,7 +83,7 @@ def resume(run_dir: Path, changes: Changes | None = None) -> int:
             f"the data, codec or tokenizer differ from those that {run_dir} was trained on (see its meta.json): bring"
             " the old ones back, or start a new run with --from."
         )
-    if parameters.base_of(cfg) != meta["base"]:
+    if initial_params.base_of(cfg) != meta["base"]:
         raise InputError(
             f"the weights in {cfg.base} are not those that {run_dir} started from (digest {meta['base']['digest'][:12]}): bring the old"
             " ones back."
@@ -90,14 +93,14 @@ def resume(run_dir: Path, changes: Changes | None = None) -> int:
     checkpoints = Checkpoints(run_dir, keep=cfg.keep)
     try:
         with memory(cfg):
-            saved = checkpoints.restore(lambda _: (parameters.stored_like(cfg, devices), rest(like)))
-            trained, frozen = split(merge(saved.params, parameters.frozen_base(cfg, devices)), cfg)
+            saved = checkpoints.restore(lambda _: (initial_params.stored_like(cfg, devices), rest(like)))
+            trainable, frozen = split(merge(saved.params, initial_params.frozen_base(cfg, devices)), cfg)
     except BaseException:
         checkpoints.close()
         raise
-    announce.run(run)
+    messages.run(run)
     log.info("resuming after step %d", saved.step)
-    return _run(run, TrainState(trained=trained, **saved.state), frozen, saved.data, checkpoints)
+    return _run(run, TrainState(trainable=trainable, **saved.state), frozen, saved.data, checkpoints)
 
 
 def _run(run: Run, state: TrainState, frozen: Tree, position: Any, checkpoints: Checkpoints) -> int:
@@ -105,7 +108,7 @@ def _run(run: Run, state: TrainState, frozen: Tree, position: Any, checkpoints: 
     with contextlib.ExitStack() as opened:
         opened.enter_context(memory(cfg))
         opened.enter_context(contextlib.closing(checkpoints))
-        windows = Windows(
+        windows = Batches(
             run.corpus.train, cfg.data.batch, cfg.data.chunk, cfg.seed, cfg.bptt, run.rows, cfg.data.from_start
         )
         opened.enter_context(contextlib.closing(windows))
@@ -125,16 +128,16 @@ def _run(run: Run, state: TrainState, frozen: Tree, position: Any, checkpoints: 
     elif jax.process_count() > 1:
         log.info("evaluate it in one process: python -m eval stream %s", run_dir)
     else:
-        about = {"path": str(run_dir), "config": record.to_dict(cfg), "step": cfg.steps, **run.meta}
+        about = {"path": str(run_dir), "config": config_json.to_dict(cfg), "step": cfg.steps, **run.meta}
         with open_run(run_dir) as saved:
             about["weights"] = saved.digest(cfg.steps)
-        model = Model(run_dir.resolve().name, cfg.model, merge(state.trained, frozen), cfg, about)
+        model = Model(run_dir.resolve().name, cfg.model, merge(state.trainable, frozen), cfg, about)
         of_run(model, run.corpus, run_dir / "eval")
     return PARTIAL if run.corpus.missing else 0
 
 
 def _train(
-    run: Run, state: TrainState, frozen: Tree, windows: Windows, checkpoints: Checkpoints
+    run: Run, state: TrainState, frozen: Tree, windows: Batches, checkpoints: Checkpoints
 ) -> tuple[TrainState, int]:
     """Steps until the end or an interrupt; the state, and the exit code: 0 at the end."""
     from tqdm import tqdm
@@ -147,14 +150,16 @@ def _train(
     validation = None
     if cfg.eval_every:
         with compiling("validation"):
-            validation = Validation(cfg, mesh, run.corpus.validation, run.rows, state.trained, frozen)
+            validation = Validation(cfg, mesh, run.corpus.validation, run.rows, state.trainable, frozen)
     with compiling("checksums of checkpoints"):
-        integrity.sums(arrays(run, state, frozen))
+        checksums.sums(arrays(run, state, frozen))
     sampler = None
     if cfg.sample_every:
         sampler = Sampler(cfg.model, run.corpus.validation, run.corpus.codec, run.corpus.tokenizer, run_dir, cfg.seed)
     first = launch.is_first()
-    others = sinks.open_sinks(cfg.tensorboard, cfg.wandb, run_dir, record.to_dict(cfg), done) if first else []
+    others = (
+        trackers.open_trackers(cfg.tensorboard, cfg.wandb, run_dir, config_json.to_dict(cfg), done) if first else []
+    )
     metrics_log = MetricsLog(
         run_dir / "metrics.jsonl" if first else None,
         list(cfg.model.target_streams),
@@ -184,7 +189,7 @@ def _train(
         told = int(pending[1].stop)
         with tqdm.external_write_mode():
             if pending[0] == 1:
-                announce.initial_loss(cfg, pending[1])
+                messages.initial_loss(cfg, pending[1])
             if "skipped_for" in line:
                 log.warning("skipped %s", line["skipped_for"])
         rate, loss = metrics_log.rate, "skipped" if line["loss"] is None else f"{line['loss']:.3f}"
@@ -209,7 +214,7 @@ def _train(
                 score = values["loss"]
             if step % cfg.checkpoint_every == 0 or step == cfg.steps or ending or score is not None:
                 settle()  # refuses to save what is not finite
-                meta = {"config": record.to_dict(cfg), **run.meta}
+                meta = {"config": config_json.to_dict(cfg), **run.meta}
                 with metrics_log.paused():
                     checkpoints.save(
                         step, **arrays(run, state, frozen), data=windows.get_state(), meta=meta, validation=score
@@ -217,7 +222,7 @@ def _train(
             if sampler is not None and (step % cfg.sample_every == 0 or step == cfg.steps) and not ending:
                 settle()
                 with metrics_log.paused():
-                    sampler(step, merge(state.trained, frozen))
+                    sampler(step, merge(state.trainable, frozen))
             if ending:
                 return state, 128 + ending
     return state, 0
@@ -225,7 +230,7 @@ def _train(
 
 def _validated(validation: Validation, state: TrainState, frozen: Tree, bar: Any) -> dict[str, Any]:
     bar.set_postfix_str("validating ...")
-    values = validation(state.trained, frozen)
+    values = validation(state.trainable, frozen)
     if values["loss"] is None:
         raise InputError(
             f"the validation after step {int(state.step)} gives a loss that is not finite: start anew (--from) with a lower"
@@ -235,7 +240,7 @@ def _validated(validation: Validation, state: TrainState, frozen: Tree, bar: Any
     return values
 
 
-def _compile(run: Run, state: TrainState, frozen: Tree, windows: Windows) -> Callable:
+def _compile(run: Run, state: TrainState, frozen: Tree, windows: Batches) -> Callable:
     position = windows.get_state()
     batch = on_mesh(next(windows).batch, run.mesh, run.cfg.data.batch)
     windows.set_state(position)

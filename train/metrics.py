@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.sinks import Sink, flatten
+from train.trackers import Tracker, flatten
 from ttt_jax.errors import InputError
-from ttt_jax.files import write_atomically
-from ttt_jax.jsonl import read_lines
+from ttt_jax.utils.files import write_atomically
+from ttt_jax.utils.jsonl import read_lines
 
 if TYPE_CHECKING:  # `python -m train.plot` reads metrics without jax
     from train.step import Metrics
@@ -95,7 +95,7 @@ class MetricsLog:
         last_step: int,
         done: int,
         skips: int = 0,
-        sinks: Sequence[Sink] = (),
+        sinks: Sequence[Tracker] = (),
     ):
         self._streams, self._every, self._last_step, self._skips = streams, every, last_step, skips
         self._sinks, self._file, self._before = sinks, None, 0.0

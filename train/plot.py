@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from train import metrics, plots
-from ttt_jax import record
-from ttt_jax.command import run
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.errors import InputError
-from ttt_jax.paths import local
+from ttt_jax.utils import config_json
+from ttt_jax.utils.command import run
+from ttt_jax.utils.paths import local
 
 
 def main(args: Sequence[str]) -> int:
@@ -66,7 +66,7 @@ def _check_out(out: Path) -> Path:
 def _unigram(folder: Path) -> dict[str, float | None] | None:
     """Losses of the unigram model by stream, from a run's meta.json; None where metrics.jsonl came alone."""
     path = folder / "meta.json"
-    stored = record.read_json(path, "a run's meta.json") if path.exists() else {}
+    stored = config_json.read_json(path, "a run's meta.json") if path.exists() else {}
     found = stored.get("unigram") if isinstance(stored, dict) else stored
     if not isinstance(found, dict | None) or not all(
         isinstance(one, float | int | None) for one in (found or {}).values()
@@ -80,7 +80,7 @@ def _hours(folder: Path) -> float | None:
     path = folder / "config.json"
     if not path.exists():
         return None
-    stored = record.read_json(path, "a run's config.json")
+    stored = config_json.read_json(path, "a run's config.json")
     try:
         frames = stored["data"]["batch"] * stored["data"]["chunk"] * stored.get("bptt", 1)
         return frames / FRAME_RATE / 3600

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ttt_jax.config import FRAME_RATE
-from ttt_jax.files import write_atomically
+from ttt_jax.utils.files import write_atomically
 
 Line = dict[str, Any]
 
@@ -30,7 +30,7 @@ INNER = {
     "loss_before": ("#000000", "l(W before)"),
     "loss_after": ("#CC79A7", "l(W after)"),
 }
-"""As in the figures of `eval.draw`."""
+"""As in the figures of `eval.streaming.plots`."""
 
 
 class Run(NamedTuple):

@@ -19,8 +19,8 @@ from ttt_jax.data.frames import ABSENT, Recording
 from ttt_jax.data.stated import StatedCodec, StatedTokenizer
 from ttt_jax.data.text import Tokenizer
 from ttt_jax.errors import InputError
-from ttt_jax.files import write_atomically
 from ttt_jax.moshi import generate, model
+from ttt_jax.utils.files import write_atomically
 
 RECORDINGS = 2
 """Recordings that are gone on with, the first of the validation."""

@@ -16,14 +16,14 @@ import optax
 from jax.sharding import Mesh
 
 from train import optim
+from train.batches import Batch
 from train.config import LossConfig, TrainConfig
-from train.trained import split
-from train.windows import Batch
-from ttt_jax import sharding
+from train.partition import split
 from ttt_jax.data.text import EPAD, PAD
+from ttt_jax.distributed import sharding
 from ttt_jax.moshi import model
 from ttt_jax.moshi.loss import score
-from ttt_jax.trees import Tree, merge
+from ttt_jax.utils.trees import Tree, merge
 
 
 class TrainState(NamedTuple):
@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
     """Steps done, int32 []."""
     skipped: jax.Array
     """Steps of them that were left out because something was not finite, int32 []."""
-    trained: Tree
+    trainable: Tree
     """The parameters that train, float32: the optimiser's masters."""
     opt_state: Any
     """Of the optimiser."""
@@ -112,7 +112,7 @@ def chunk_sums(
     if cfg.state == "reset":
         stream = model.reset_ttt_rows(stream, jnp.ones(batch.reset.shape, bool))
     if not cfg.carry_attention:
-        stream = model.clear_rings(stream)
+        stream = model.clear_kv_caches(stream)
     encoded, stream = model.encode(params, batch.frames, batch.mask, stream, cfg.model, measured, cfg.remat)
     scores = score(params, encoded, cfg.model, block, cfg.remat)
     weights = token_weights(encoded.targets, cfg.loss) * encoded.target_mask
@@ -145,7 +145,7 @@ def step_sums(
 
 
 def gradient(
-    trained: Tree, frozen: Tree, batch: Batch, stream: model.State, cfg: TrainConfig, block: int
+    trainable: Tree, frozen: Tree, batch: Batch, stream: model.State, cfg: TrainConfig, block: int
 ) -> tuple[Tree, Sums, model.State]:
     """Gradient of the weighted mean loss in what trains, float32; the sums of the step, the state after it.
 
@@ -153,28 +153,28 @@ def gradient(
     weight of the whole batch, so the parts change nothing but the order of additions.
     """
 
-    def loss(trained: Tree, batch: Batch, stream: model.State):
+    def loss(trainable: Tree, batch: Batch, stream: model.State):
         # The one place where gradients through time are cut. A step's state is its input, so nothing could flow back here;
         # whoever chains steps under one gradient relies on it.
-        sums, stream = step_sums(merge(trained, frozen), batch, jax.lax.stop_gradient(stream), cfg, block)
+        sums, stream = step_sums(merge(trainable, frozen), batch, jax.lax.stop_gradient(stream), cfg, block)
         return sums.loss, (sums, stream)
 
     differentiate = jax.grad(loss, has_aux=True)
     parts = cfg.accumulate
     if parts == 1:
-        grads, (sums, stream) = differentiate(trained, batch, stream)
+        grads, (sums, stream) = differentiate(trainable, batch, stream)
     else:
 
         def part(carry: tuple[Tree, model.State], i: jax.Array):
             total, stream = carry
             own = Batch(*(_take(x, 1, parts, i) for x in batch))
             grads, (sums, after) = differentiate(
-                trained, own, _map_rows(lambda x, axis: _take(x, axis, parts, i), stream)
+                trainable, own, _map_rows(lambda x, axis: _take(x, axis, parts, i), stream)
             )
             stream = _map_rows(lambda x, axis, new: _put(x, axis, parts, i, new), stream, after)
             return (jax.tree.map(jnp.add, total, grads), stream), sums
 
-        zeros = jax.tree.map(jnp.zeros_like, trained)
+        zeros = jax.tree.map(jnp.zeros_like, trainable)
         (grads, stream), sums = jax.lax.scan(part, (zeros, stream), jnp.arange(parts))
         rows = jnp.moveaxis(sums.rows, 0, 2).reshape(batch.reset.shape)
         sums = jax.tree.map(lambda leaf: leaf.sum(0), sums)._replace(rows=rows)
@@ -210,12 +210,12 @@ def _train_step(cfg: TrainConfig, block: int) -> Callable:
     schedules = optim.schedules(cfg)
 
     def train_step(state: TrainState, frozen: Tree, batch: Batch, stop: jax.Array) -> tuple[TrainState, Metrics]:
-        grads, sums, stream = gradient(state.trained, frozen, batch, state.stream, cfg, block)
+        grads, sums, stream = gradient(state.trainable, frozen, batch, state.stream, cfg, block)
         groups = optim.groups(grads)
         norms = {name: _group_norm(grads, groups, name) for name in optim.GROUPS if name in jax.tree.leaves(groups)}
         norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-        new = optax.apply_updates(state.trained, updates), opt_state, stream
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        new = optax.apply_updates(state.trainable, updates), opt_state, stream
         skipped = state.skipped
         # A state that is not finite would spoil all later steps of its row.
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm) & _all_finite(stream)
@@ -232,7 +232,7 @@ def _train_step(cfg: TrainConfig, block: int) -> Callable:
             grad_norm=norm,
             grad_norms=norms,
             rates={group: schedules[group](state.step - state.skipped) for group in norms},
-            ttt=model.ttt_summary(merge(state.trained, frozen), stream, cfg.model),
+            ttt=model.ttt_summary(merge(state.trainable, frozen), stream, cfg.model),
             skipped=skipped,
             finite=finite,
             stop=stop.max(),
@@ -242,24 +242,24 @@ def _train_step(cfg: TrainConfig, block: int) -> Callable:
     return train_step
 
 
-def init_state(cfg: TrainConfig, mesh: Mesh, trained: Tree) -> TrainState:
+def init_state(cfg: TrainConfig, mesh: Mesh, trainable: Tree) -> TrainState:
     """The state before the first step, on the mesh."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_like(cfg, mesh)._replace(trained=None))
-    rest = jax.jit(partial(fresh_state, cfg), out_shardings=shardings)(trained)
-    return rest._replace(trained=trained)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_like(cfg, mesh)._replace(trainable=None))
+    rest = jax.jit(partial(fresh_state, cfg), out_shardings=shardings)(trainable)
+    return rest._replace(trainable=trainable)
 
 
 def state_like(cfg: TrainConfig, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of a run's state. Raises `InputError` where the mesh does not fit the model."""
     params = jax.eval_shape(lambda key: model.init_params(cfg.model, key), jax.random.key(0))
-    trained = split(params, cfg)[0]
-    shapes = jax.eval_shape(partial(fresh_state, cfg), trained)
-    of_params = sharding.params_shardings(mesh, trained)
+    trainable = split(params, cfg)[0]
+    shapes = jax.eval_shape(partial(fresh_state, cfg), trainable)
+    of_params = sharding.params_shardings(mesh, trainable)
     whole = sharding.replicated(mesh)
     shardings = TrainState(
         step=whole,
         skipped=whole,
-        trained=of_params,
+        trainable=of_params,
         opt_state=optax.tree.map_params(
             optim.make_optimizer(cfg), lambda _, s: s, shapes.opt_state, of_params, transform_non_params=lambda _: whole
         ),
@@ -267,16 +267,16 @@ def state_like(cfg: TrainConfig, mesh: Mesh) -> TrainState:
     )
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        shapes._replace(trained=trained),
+        shapes._replace(trainable=trainable),
         shardings,
     )
 
 
-def fresh_state(cfg: TrainConfig, trained: Tree) -> TrainState:
+def fresh_state(cfg: TrainConfig, trainable: Tree) -> TrainState:
     """The state before the first step but for what trains: None."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
-        zero, zero, None, optim.make_optimizer(cfg).init(trained), model.init_state(cfg.model, cfg.data.batch)
+        zero, zero, None, optim.make_optimizer(cfg).init(trainable), model.init_state(cfg.model, cfg.data.batch)
     )
 
 

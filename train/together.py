@@ -21,24 +21,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train import announce, plots
+from train import messages, plots
+from train.batches import Batch, Batches
 from train.config import DataConfig, TrainConfig
 from train.metrics import MetricsLog, read
-from train.run import Run, arrays, compiling, interrupts, make_folder, memory, prepare
+from train.partition import split
+from train.setup import Run, arrays, compiling, interrupts, make_folder, memory, prepare
 from train.step import TrainState, fresh_state, make_steps_together
-from train.trained import split
-from train.windows import Batch, Windows
-from ttt_jax import record
-from ttt_jax.checkpoint import Checkpoints
-from ttt_jax.command import PARTIAL, keep_compiled
+from ttt_jax.checkpoints.run_checkpoints import Checkpoints
 from ttt_jax.data import corpus as corpora
 from ttt_jax.data.corpus import Corpus, CorpusConfig
 from ttt_jax.data.frames import Recording
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import model
-from ttt_jax.paths import local
-from ttt_jax.trees import Tree
-from ttt_jax.xla import known_options
+from ttt_jax.utils import config_json
+from ttt_jax.utils.command import PARTIAL, keep_compiled
+from ttt_jax.utils.paths import local
+from ttt_jax.utils.trees import Tree
+from ttt_jax.utils.xla import known_options
 
 log = logging.getLogger("train")
 
@@ -58,7 +58,7 @@ def start(cfgs: Sequence[TrainConfig], load: Callable[..., Corpus] | None = None
     cfg = runs[0].cfg
     log.info("%d runs side by side: %s", len(runs), ", ".join(run.cfg.run_dir for run in runs))
     for corpus in {id(run.corpus): run.corpus for run in runs}.values():
-        announce.absent(corpus)
+        messages.absent(corpus)
     with contextlib.ExitStack() as opened:
         opened.enter_context(memory(cfg))
         with compiling("first weights"):
@@ -82,10 +82,10 @@ def fresh(cfg: TrainConfig, seeds: Sequence[int]) -> tuple[TrainState, Tree]:
     """States and frozen parameters of runs of these seeds before their first step, leading axis runs."""
 
     def one(seed: jax.Array) -> tuple[TrainState, Tree]:
-        trained, frozen = split(model.init_params(cfg.model, jax.random.key(seed)), cfg)
-        return fresh_state(cfg, trained)._replace(trained=trained), frozen
+        trainable, frozen = split(model.init_params(cfg.model, jax.random.key(seed)), cfg)
+        return fresh_state(cfg, trainable)._replace(trainable=trainable), frozen
 
-    # Random draws of many shapes take long to optimise and run once, as in `train.parameters`.
+    # Random draws of many shapes take long to optimise and run once, as in `train.initial_params`.
     draw = jax.jit(jax.vmap(one), compiler_options=known_options({"xla_backend_optimization_level": 0}))
     return draw(jnp.array(seeds, jnp.uint32))
 
@@ -128,7 +128,7 @@ def _train(
     runs: Sequence[Run],
     states: TrainState,
     frozen: Tree,
-    windows: Sequence[Windows],
+    windows: Sequence[Batches],
     checkpoints: Sequence[Checkpoints],
 ) -> int:
     """Steps until the end or an interrupt; the exit code. A run whose numbers are not finite is no longer looked at, the others go on."""
@@ -182,7 +182,7 @@ def _train(
                 for i, (run, window, own) in enumerate(zip(runs, windows, checkpoints, strict=True)):
                     if i in failed:
                         continue
-                    meta = {"config": record.to_dict(run.cfg), **run.meta}
+                    meta = {"config": config_json.to_dict(run.cfg), **run.meta}
                     own.save(step, **arrays(run, _of(states, i), _of(frozen, i)), data=window.get_state(), meta=meta)
             if asked:
                 log.info("interrupted after step %d; each run goes on by itself: python -m train --resume RUN", step)
@@ -216,9 +216,9 @@ def loader() -> Callable[[DataConfig, Any, Any], Corpus]:
     return load
 
 
-def _windows(run: Run) -> Windows:
+def _windows(run: Run) -> Batches:
     data = run.cfg.data
-    return Windows(run.corpus.train, data.batch, data.chunk, run.cfg.seed, run.cfg.bptt, None, data.from_start)
+    return Batches(run.corpus.train, data.batch, data.chunk, run.cfg.seed, run.cfg.bptt, None, data.from_start)
 
 
 def _metrics_log(run: Run) -> MetricsLog:

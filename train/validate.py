@@ -10,14 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from train.batches import Batch, validation_batches
 from train.config import TrainConfig
 from train.metrics import finite
 from train.step import Sums, chunk_sums
-from train.windows import Batch, validation_batches
-from ttt_jax import sharding
 from ttt_jax.data.frames import Recording
+from ttt_jax.distributed import sharding
 from ttt_jax.moshi import model
-from ttt_jax.trees import Tree, merge
+from ttt_jax.utils.trees import Tree, merge
 
 
 def on_mesh(batch: Batch, mesh: Mesh, rows: int) -> Batch:
@@ -30,7 +30,7 @@ class Validation:
     """Scores `recordings` whenever it is called."""
 
     def __init__(
-        self, cfg: TrainConfig, mesh: Mesh, recordings: Sequence[Recording], rows: range, trained: Tree, frozen: Tree
+        self, cfg: TrainConfig, mesh: Mesh, recordings: Sequence[Recording], rows: range, trainable: Tree, frozen: Tree
     ):
         """Compiles for parameters of the shapes of `trained` and `frozen`; `rows` are those of this process."""
         self._cfg, self._mesh, self._recordings, self._rows = cfg, mesh, recordings, rows
@@ -39,16 +39,16 @@ class Validation:
         self._fresh = jax.jit(fresh, out_shardings=where)
         score = jax.jit(self._score, donate_argnums=2, out_shardings=(where, sharding.replicated(mesh)))
         batch = next(validation_batches(recordings, cfg.data.batch, cfg.data.chunk, rows)).batch
-        self._chunk = score.lower(trained, frozen, self._fresh(), on_mesh(batch, mesh, cfg.data.batch)).compile()
+        self._chunk = score.lower(trainable, frozen, self._fresh(), on_mesh(batch, mesh, cfg.data.batch)).compile()
 
-    def __call__(self, trained: Tree, frozen: Tree) -> dict[str, Any]:
+    def __call__(self, trainable: Tree, frozen: Tree) -> dict[str, Any]:
         """What metrics.jsonl holds of a validation: the minimised loss, its streams, and the TTT layers' inner losses.
 
         Means over all targets, frames and heads of all files.
         """
         stream, total = self._fresh(), None
         for batch, _ in validation_batches(self._recordings, self._cfg.data.batch, self._cfg.data.chunk, self._rows):
-            stream, sums = self._chunk(trained, frozen, stream, on_mesh(batch, self._mesh, self._cfg.data.batch))
+            stream, sums = self._chunk(trainable, frozen, stream, on_mesh(batch, self._mesh, self._cfg.data.batch))
             sums = jax.device_get(sums._replace(rows=None))
             total = sums if total is None else jax.tree.map(np.add, total, sums)
         streams = {
@@ -68,9 +68,9 @@ class Validation:
             "ttt": ttt,
         }
 
-    def _score(self, trained: Tree, frozen: Tree, stream: model.State, batch: Batch) -> tuple[model.State, Sums]:
+    def _score(self, trainable: Tree, frozen: Tree, stream: model.State, batch: Batch) -> tuple[model.State, Sums]:
         block = self._cfg.loss.block * self._mesh.shape["data"] * self._mesh.shape["fsdp"]
         with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
             chunk = jax.tree.map(lambda x: x[0], batch)
-            sums, stream = chunk_sums(merge(trained, frozen), chunk, stream, self._cfg, block, measured=True)
+            sums, stream = chunk_sums(merge(trainable, frozen), chunk, stream, self._cfg, block, measured=True)
         return stream, sums

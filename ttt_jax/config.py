@@ -13,8 +13,8 @@ import re
 from collections.abc import Mapping
 from typing import Literal, TypeVar, get_args, get_type_hints
 
-from ttt_jax import record
 from ttt_jax.errors import InputError
+from ttt_jax.utils import config_json
 
 Preset = TypeVar("Preset")
 
@@ -33,7 +33,9 @@ def _conform(config: object, prefix: str) -> None:
     """Refuse values of another type than their field's, and turn lists into tuples, so that a configuration can be hashed."""
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value = record.conform(hints[field.name], getattr(config, field.name), "the configuration", prefix + field.name)
+        value = config_json.conform(
+            hints[field.name], getattr(config, field.name), "the configuration", prefix + field.name
+        )
         object.__setattr__(config, field.name, value)
 
 

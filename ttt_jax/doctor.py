@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from ttt_jax.command import PACKAGES, run, version
+from ttt_jax.utils.command import PACKAGES, run, version
 
 PYTHON = (3, 11)
 """Oldest Python: `tomllib`, which reads the other bounds, came with it."""

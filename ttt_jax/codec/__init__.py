@@ -1,7 +1,7 @@
 """Audio to code frames and back.
 
 ttt_jax.codec.kmeans   the embedded codec: residual k-means over log-mel frames
-ttt_jax.codec.phase    its way back from energies to a waveform
+ttt_jax.codec.griffin_lim    its way back from energies to a waveform
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.errors import InputError
-from ttt_jax.paths import local
+from ttt_jax.utils.paths import local
 
 DEFAULT_FILE = Path(__file__).resolve().parents[2] / "corpus" / "codec" / "melkmeans-8x64.safetensors"
 

@@ -3,7 +3,7 @@
 A frame is 80 ms of 16 kHz audio. Its features are the log-mel energies of a few short windows (the sub-frames), which see
 the frame's own samples and at most one window of samples before it, never later ones. The features are quantised by
 ``num_codebooks`` codebooks one after the other, each coding what the ones before it left over (greedy residual k-means).
-Decoding adds the entries up again, undoes the mel filters and finds a phase (`ttt_jax.codec.phase`): speech one can
+Decoding adds the entries up again, undoes the mel filters and finds a phase (`ttt_jax.codec.griffin_lim`): speech one can
 recognise, not speech one would want to listen to.
 
 Two things hold by construction. *Streaming equals offline, bit by bit*: the arithmetic on a frame, in float64, is the same
@@ -31,9 +31,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ttt_jax.codec import phase
+from ttt_jax.codec import griffin_lim
 from ttt_jax.errors import InputError
-from ttt_jax.files import write_atomically
+from ttt_jax.utils.files import write_atomically
 
 FORMAT = "ttt_jax.kmeans/1"
 _BLOCK = 128  # frames computed at a time: bounds memory
@@ -184,7 +184,7 @@ class KMeansCodec:
             InputError: The codes have another shape or leave [0, cardinality).
         """
         logmel = (self.quantised_features(codes) + self._mean_F).reshape(-1, self.num_bands)
-        return phase.waveform(logmel, self._filters, self.floor, self._taper, self._hop)
+        return griffin_lim.waveform(logmel, self._filters, self.floor, self._taper, self._hop)
 
     def _blocks(self, samples: np.ndarray) -> Iterator[np.ndarray]:
         """Yields the features [T, F] of some frames at a time; `samples` begins with the state before them.

@@ -11,10 +11,10 @@ from typing import Annotated
 
 import tyro
 
-from ttt_jax.command import plain_input_errors, run
 from ttt_jax.config import TTTConfig
-from ttt_jax.convert.incoming import kyutai
-from ttt_jax.convert.outgoing import Dtype, export
+from ttt_jax.convert.from_kyutai import kyutai
+from ttt_jax.convert.to_kyutai import Dtype, export
+from ttt_jax.utils.command import plain_input_errors, run
 
 DESCRIPTION = """Bring Kyutai's weights in, and ours out in their layout.
 

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttt_jax import record
+from ttt_jax.checkpoints.safetensors_reader import SIZES, Piece, Ring, as_bytes
 from ttt_jax.config import DepthConfig, LoRAConfig, MoshiConfig, TTTConfig
-from ttt_jax.convert import settings
+from ttt_jax.convert import kyutai_config
 from ttt_jax.convert.matching import misfits, refuse_misfits
-from ttt_jax.convert.view import Held, View
+from ttt_jax.convert.tensor_view import Held, View
 from ttt_jax.errors import InputError
-from ttt_jax.tensorfile import SIZES, Piece, Ring, as_bytes
+from ttt_jax.utils import config_json
 
 CLASS = "MoshiForConditionalGeneration"
 COMMON = {
@@ -93,10 +93,10 @@ def architecture(raw: Mapping[str, Any], where: str) -> MoshiConfig:
     """
 
     def get(key: str, kind: Any = int) -> Any:
-        return record.conform(kind, values[key], where, key)
+        return config_json.conform(kind, values[key], where, key)
 
     def deep(key: str, kind: Any = int) -> Any:
-        return record.conform(kind, depth[key], where, f"depth_decoder_config.{key}")
+        return config_json.conform(kind, depth[key], where, f"depth_decoder_config.{key}")
 
     values = {**DEFAULTS, **raw}
     given = get("depth_decoder_config", dict | None) or {}
@@ -105,7 +105,7 @@ def architecture(raw: Mapping[str, Any], where: str) -> MoshiConfig:
     card = get("audio_vocab_size", int | None)
     rope = get("rope_parameters", dict | None) or {}
     codebooks = get("num_codebooks")
-    codes = record.conform(int, codec["codebook_size"] if card is None else card, where, "codebook_size")
+    codes = config_json.conform(int, codec["codebook_size"] if card is None else card, where, "codebook_size")
     _check_numbers(get, where, "")
     _check_numbers(deep, where, "depth_decoder_config.")
     for key, wanted, of in (
@@ -121,7 +121,9 @@ def architecture(raw: Mapping[str, Any], where: str) -> MoshiConfig:
     told = [*_unsupported(get, ""), *_unsupported(deep, "depth_decoder_config.")]
     if (kind := rope.get("rope_type", "default")) != "default" or values["rope_scaling"] is not None:
         told.append(f"scaled positions ({values['rope_scaling'] or kind!r})")
-    if (share := record.conform(float, rope.get("partial_rotary_factor", 1.0), where, "partial_rotary_factor")) != 1:
+    if (
+        share := config_json.conform(float, rope.get("partial_rotary_factor", 1.0), where, "partial_rotary_factor")
+    ) != 1:
         told.append(f"positions on a part of each head (rope_parameters.partial_rotary_factor={share})")
     if values["quantization_config"] is not None:
         told.append("quantised weights (quantization_config)")
@@ -140,7 +142,7 @@ def architecture(raw: Mapping[str, Any], where: str) -> MoshiConfig:
             num_heads=get("num_attention_heads"),
             hidden=get("ffn_dim") // 2,
             context=get("sliding_window"),
-            max_period=record.conform(float, rope.get("rope_theta", values["rope_theta"]), where, "rope_theta"),
+            max_period=config_json.conform(float, rope.get("rope_theta", values["rope_theta"]), where, "rope_theta"),
             n_q=2 * codebooks,
             dep_q=codebooks,
             card=codes,
@@ -205,7 +207,7 @@ def as_kyutais(view: View, cfg: MoshiConfig, where: str, notes: list[str]) -> Vi
     if buffers:
         notes.append(f"*{BUFFER} ({len(buffers)} tensors) follows from the configuration and is left out")
     used = {key: held for key, held in view.tensors.items() if key not in {*codec, *buffers}}
-    settings.check_counts(cfg, len(used), view.path, where)
+    kyutai_config.check_counts(cfg, len(used), view.path, where)
     moved = dict(_moved(cfg))
     expected = {taken.name: taken.shape for parts in moved.values() for taken in parts}
     if problems := misfits(expected, used, view.path):

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ttt_jax.checkpoints.safetensors_reader import DTYPES, OTHER_TYPE, Piece, Ring, as_bytes, rounded
 from ttt_jax.errors import InputError
-from ttt_jax.tensorfile import DTYPES, OTHER_TYPE, Piece, Ring, as_bytes, rounded
 
 
 def merged(

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from ttt_jax.convert.names import Key, Names
-from ttt_jax.convert.view import Held
-from ttt_jax.differences import differences, group
+from ttt_jax.checkpoints.differences import differences, group
+from ttt_jax.checkpoints.safetensors_reader import DTYPES, Piece
+from ttt_jax.checkpoints.weights import Tensor
+from ttt_jax.convert.kyutai_names import Key, Names
+from ttt_jax.convert.tensor_view import Held
 from ttt_jax.errors import InputError
-from ttt_jax.tensorfile import DTYPES, Piece
-from ttt_jax.weights import Tensor
 
 Problems = dict[Path, list[str]]
 """What is wrong with each file, in words."""

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ttt_jax.checkpoints.safetensors_reader import NAMES
+from ttt_jax.checkpoints.safetensors_writer import Spec, digest, header, write_files
 from ttt_jax.config import MoshiConfig
 from ttt_jax.errors import InputError
-from ttt_jax.files import check_new, new_folder
-from ttt_jax.tensorfile import NAMES
-from ttt_jax.tensorwriter import Spec, digest, header, write_files
+from ttt_jax.utils.files import check_new, new_folder
 
 log = logging.getLogger("convert")
 SMALL = 1 << 20  # bytes kept free for config.json and the like

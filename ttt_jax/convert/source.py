@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ttt_jax import record
-from ttt_jax.convert import card
-from ttt_jax.convert.view import INDEX, SHARD, Beside
+from ttt_jax.checkpoints.weights import LORA
+from ttt_jax.convert import model_card
+from ttt_jax.convert.tensor_view import INDEX, SHARD, Beside
 from ttt_jax.errors import InputError
-from ttt_jax.paths import local
-from ttt_jax.weights import LORA
+from ttt_jax.utils import config_json
+from ttt_jax.utils.paths import local
 
 CONFIG = "config.json"
 MOSHI = "model.safetensors"
@@ -118,7 +118,7 @@ class Source(NamedTuple):
         names = LICENCES if self.folder is not None else LICENCES[:1]
         readme = self.fetch("README.md")
         text = readme.read_text(encoding="utf-8", errors="replace") if readme else ""
-        return card.licence(text), [path for name in names if (path := self.fetch(name))]
+        return model_card.licence(text), [path for name in names if (path := self.fetch(name))]
 
 
 def find(name: str) -> Source:
@@ -237,11 +237,11 @@ def _known_absent(repository: str, name: str, revision: str | None) -> bool:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Kyutai's config.json in `path`. Raises `InputError` if that is no object or names files by anything but strings, or the like."""
-    raw = record.read_json(path, "a config.json of Kyutai's")
+    raw = config_json.read_json(path, "a config.json of Kyutai's")
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds no object: give the config.json that belongs to the weights.")
     for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name"):
-        record.conform(str | None, raw.get(key), str(path), key)
-    record.conform(bool | None, raw.get("lora"), str(path), "lora")
-    record.conform(dict | None, raw.get("lm_gen_config"), str(path), "lm_gen_config")
+        config_json.conform(str | None, raw.get(key), str(path), key)
+    config_json.conform(bool | None, raw.get("lora"), str(path), "lora")
+    config_json.conform(dict | None, raw.get("lm_gen_config"), str(path), "lm_gen_config")
     return raw

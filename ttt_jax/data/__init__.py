@@ -1,6 +1,6 @@
 """Recordings, transcripts and alignments on disk to frames of 17 streams.
 
-ttt_jax.data.audio        sound files at any rate to float32 samples
+ttt_jax.data.audio.reader        sound files at any rate to float32 samples
 ttt_jax.data.manifest     moshi-finetune's manifests
 ttt_jax.data.alignments   the JSON beside a recording: its words, or something else
 ttt_jax.data.text         SentencePiece tokens and the text row

@@ -34,7 +34,7 @@ import safetensors.numpy
 
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.errors import InputError
-from ttt_jax.files import write_atomically
+from ttt_jax.utils.files import write_atomically
 
 FORMAT = "ttt_jax.codes/1"
 

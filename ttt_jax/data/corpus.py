@@ -19,7 +19,7 @@ from ttt_jax.data.manifest import MANIFEST, Absent, read_manifest
 from ttt_jax.data.stated import StatedCodec, StatedTokenizer
 from ttt_jax.data.text import Tokenizer, load_tokenizer
 from ttt_jax.errors import InputError
-from ttt_jax.paths import exists, listed, local
+from ttt_jax.utils.paths import exists, listed, local
 
 EMBEDDED = Path(__file__).resolve().parent.parent.parent / "corpus"
 """Folder of the embedded corpus in a checkout."""

@@ -33,14 +33,14 @@ import safetensors.numpy
 
 from ttt_jax.codec import Codec
 from ttt_jax.data.alignments import Kind, read_beside
-from ttt_jax.data.audio import read_audio
+from ttt_jax.data.audio.reader import read_audio
 from ttt_jax.data.codes import Codes, Header, read_codes, read_header
 from ttt_jax.data.manifest import Entry, check_duration, read_manifest
 from ttt_jax.data.stated import StatedCodec, StatedTokenizer
 from ttt_jax.data.text import ABSENT, Text, Tokenizer, read_text
 from ttt_jax.errors import InputError
-from ttt_jax.files import file_digest, write_atomically
-from ttt_jax.paths import printable
+from ttt_jax.utils.files import file_digest, write_atomically
+from ttt_jax.utils.paths import printable
 
 _VERSION = "ttt_jax.frames/3"  # to change whenever the same input would give other frames
 

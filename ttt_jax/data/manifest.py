@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ttt_jax.data import formats
+from ttt_jax.data.audio import formats
 from ttt_jax.errors import InputError
-from ttt_jax.jsonl import GZIP, read_lines
-from ttt_jax.paths import Missing, beside, missing, native, spelled
+from ttt_jax.utils.jsonl import GZIP, read_lines
+from ttt_jax.utils.paths import Missing, beside, missing, native, spelled
 
 MANIFEST = "manifest.jsonl"
 """In a folder that `python -m eval prepare` made."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from ttt_jax.data.alignments import MAIN_SPEAKER, Word, read_alignments
 from ttt_jax.errors import InputError
-from ttt_jax.paths import local
+from ttt_jax.utils.paths import local
 
 EPAD = 0
 PAD = 3

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 NEGATIVE = -1e30  # finite: a query without any key must not turn into NaN
 
 
-class Ring(NamedTuple):
+class KVCache(NamedTuple):
     """Keys (rotated) and values of the last S valid frames of each row, frame at position p in slot p % S: [..., B, H, S, K]."""
 
     k: jax.Array
@@ -36,10 +36,10 @@ class Positions(NamedTuple):
     """bool [B, T, T]."""
 
 
-def init_ring(batch: int, slots: int, heads: int, width: int, dtype: jnp.dtype) -> Ring:
+def init_kv_cache(batch: int, slots: int, heads: int, width: int, dtype: jnp.dtype) -> KVCache:
     """An empty ring of S = `slots` frames."""
     empty = jnp.zeros((batch, heads, slots, width), dtype)
-    return Ring(empty, empty)
+    return KVCache(empty, empty)
 
 
 def positions(start: jax.Array, mask: jax.Array, context: int) -> Positions:
@@ -55,13 +55,13 @@ def positions(start: jax.Array, mask: jax.Array, context: int) -> Positions:
     return Positions(query, in_ring, in_call & jnp.tril(jnp.ones(in_call.shape[1:], bool)))
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring, where: Positions) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: KVCache, where: Positions) -> jax.Array:
     """Attention of the call's queries over ring and call; [B, T, H, K] each; softmax in float32 or wider.
 
     Ring and call are scored apart, so that the ring is read in place and never copied.
     """
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    keys, values, seen = (ring.k, k.swapaxes(1, 2)), (ring.v, v.swapaxes(1, 2)), (where.in_ring, where.in_call)
+    keys, values, seen = (kv_cache.k, k.swapaxes(1, 2)), (kv_cache.v, v.swapaxes(1, 2)), (where.in_ring, where.in_call)
 
     def score(key: jax.Array, seen: jax.Array) -> jax.Array:
         s = jnp.einsum("BTHK,BHSK->BHTS", q, key, preferred_element_type=wide) * q.shape[-1] ** -0.5
@@ -124,19 +124,19 @@ def line_up(start: jax.Array, mask: jax.Array, context: int) -> Line:
     return Line(start[:, None] + rank, *(x.astype(jnp.int32) for x in (source, frame, held + rank, slot, to, keeper)))
 
 
-def attend_fused(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring, where: Line) -> tuple[jax.Array, Ring]:
+def attend_fused(q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: KVCache, where: Line) -> tuple[jax.Array, KVCache]:
     """`attend` and `write` by cuDNN's flash attention with a sliding window: scores are not stored, what is out of reach is skipped.
 
     Returns:
       What is read [B, T, H, K] and the ring after the call.
     """
-    context = ring.k.shape[2]
+    context = kv_cache.k.shape[2]
     frames = k.shape[1]
 
     def line(held: jax.Array, new: jax.Array) -> jax.Array:
         return _move(jnp.concatenate([held.swapaxes(1, 2), new], 1), where.source, where.to)
 
-    keys, values = line(ring.k, k), line(ring.v, v)
+    keys, values = line(kv_cache.k, k), line(kv_cache.v, v)
     read = jax.nn.dot_product_attention(
         _move(q, jnp.minimum(where.frame, frames - 1), where.to[:, context:]),
         keys,
@@ -145,7 +145,7 @@ def attend_fused(q: jax.Array, k: jax.Array, v: jax.Array, ring: Ring, where: Li
         local_window_size=(context - 1, 0),
         implementation="cudnn",
     )
-    kept = Ring(*(_move(x, where.slot, where.keeper).swapaxes(1, 2) for x in (keys, values)))
+    kept = KVCache(*(_move(x, where.slot, where.keeper).swapaxes(1, 2) for x in (keys, values)))
     return _move(read, where.place, where.frame), kept
 
 
@@ -171,14 +171,14 @@ def _move_backward(to: jax.Array, grad: jax.Array):
 _move.defvjp(_move_forward, _move_backward)
 
 
-def write(rings: Ring, k: jax.Array, v: jax.Array, start: jax.Array, mask: jax.Array) -> Ring:
+def write(kv_caches: KVCache, k: jax.Array, v: jax.Array, start: jax.Array, mask: jax.Array) -> KVCache:
     """Puts the valid frames of a call into the rings of a run of layers.
 
     Args:
       rings: [L, B, H, S, K]; k, v: [L, B, T, H, K]; start, mask as in `positions`. Where more than S frames arrive only the
         last S stay.
     """
-    slots = rings.k.shape[3]
+    slots = kv_caches.k.shape[3]
     rank = jnp.cumsum(mask, 1) - 1
     stays = mask & (rank >= mask.sum(1, keepdims=True) - slots)
     slot = jnp.where(stays, (start[:, None] + rank) % slots, slots)
@@ -187,12 +187,12 @@ def write(rings: Ring, k: jax.Array, v: jax.Array, start: jax.Array, mask: jax.A
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[:, rows, :, slot].set(jnp.moveaxis(new, 0, 2), mode="drop")
 
-    return Ring(put(rings.k, k), put(rings.v, v))
+    return KVCache(put(kv_caches.k, k), put(kv_caches.v, v))
 
 
 def attend_one(
-    q: jax.Array, k: jax.Array, v: jax.Array, rings: Ring, layer: int, position: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, Ring]:
+    q: jax.Array, k: jax.Array, v: jax.Array, kv_caches: KVCache, layer: int, position: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, KVCache]:
     """`attend` and `write` for a call of one frame in one of the layers whose rings are stacked.
 
     Args:
@@ -202,10 +202,10 @@ def attend_one(
       What is read, [B, 1, H, K], and the rings with the frame in the rows where `mask`.
     """
     q, k, v = q[:, 0], k[:, 0], v[:, 0]
-    slots, wide = rings.k.shape[3], jnp.promote_types(q.dtype, jnp.float32)
+    slots, wide = kv_caches.k.shape[3], jnp.promote_types(q.dtype, jnp.float32)
     slot = jnp.where(mask, position % slots, slots)
-    rings = Ring(_put(rings.k, k, layer, slot), _put(rings.v, v, layer, slot))
-    keys, values = rings.k[layer], rings.v[layer]
+    kv_caches = KVCache(_put(kv_caches.k, k, layer, slot), _put(kv_caches.v, v, layer, slot))
+    keys, values = kv_caches.k[layer], kv_caches.v[layer]
 
     # XLA's GPU products copy the rings out of their stack first, reductions read them in place.
     def dot_keys(q: jax.Array, keys: jax.Array) -> jax.Array:
@@ -226,26 +226,26 @@ def attend_one(
     held = (jnp.arange(slots) <= position[:, None])[:, None]
     weights = jax.nn.softmax(jnp.where(held, scores, NEGATIVE), axis=-1)
     read = jax.lax.platform_dependent(weights, values, cuda=reduce_values, default=dot_values)
-    return read[:, None], rings
+    return read[:, None], kv_caches
 
 
-def _put(rings: jax.Array, new: jax.Array, layer: int, slot: jax.Array) -> jax.Array:
+def _put(kv_caches: jax.Array, new: jax.Array, layer: int, slot: jax.Array) -> jax.Array:
     """`rings` [L, B, H, S, K] with `new` [B, H, K] in the slots int32 [B] of a layer; slot S is nowhere."""
-    rows, slots = new.shape[0], rings.shape[3]
+    rows, slots = new.shape[0], kv_caches.shape[3]
 
-    def row_by_row(rings: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-        def put(row: int | jax.Array, rings: jax.Array) -> jax.Array:
+    def row_by_row(kv_caches: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+        def put(row: int | jax.Array, kv_caches: jax.Array) -> jax.Array:
             at = tuple(jnp.int32(i) for i in (layer, row, 0, jnp.minimum(slot[row], slots - 1), 0))
-            held = jax.lax.dynamic_slice(rings, at, (1, 1, new.shape[1], 1, new.shape[2]))
+            held = jax.lax.dynamic_slice(kv_caches, at, (1, 1, new.shape[1], 1, new.shape[2]))
             coming = jax.lax.dynamic_slice_in_dim(new, row, 1)[None, :, :, None]
-            return jax.lax.dynamic_update_slice(rings, jnp.where(slot[row] < slots, coming, held), at)
+            return jax.lax.dynamic_update_slice(kv_caches, jnp.where(slot[row] < slots, coming, held), at)
 
-        return jax.lax.fori_loop(0, rows, put, rings) if rows > 1 else put(0, rings)
+        return jax.lax.fori_loop(0, rows, put, kv_caches) if rows > 1 else put(0, kv_caches)
 
-    def scatter(rings: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-        return rings.at[layer, jnp.arange(rows), :, slot].set(new, mode="drop")
+    def scatter(kv_caches: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+        return kv_caches.at[layer, jnp.arange(rows), :, slot].set(new, mode="drop")
 
     if rows == 1:
-        return row_by_row(rings, new, slot)
+        return row_by_row(kv_caches, new, slot)
     # On a CPU XLA copies all that it scatters into.
-    return jax.lax.platform_dependent(rings, new, slot, cpu=row_by_row, default=scatter)
+    return jax.lax.platform_dependent(kv_caches, new, slot, cpu=row_by_row, default=scatter)

@@ -9,10 +9,10 @@ import flax.linen as nn
 import jax
 
 from ttt_jax.config import MoshiConfig
-from ttt_jax.init import linear_kernel
-from ttt_jax.linear import declare, linear
-from ttt_jax.norms import rms_norm
-from ttt_jax.rotary import rotate
+from ttt_jax.nn.init import linear_kernel
+from ttt_jax.nn.linear import declare, linear
+from ttt_jax.nn.norms import rms_norm
+from ttt_jax.nn.rotary import rotate
 from ttt_jax.ttt.inner import TTTState
 from ttt_jax.ttt.layer import Measurement, TTTLayer
 

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.config import MoshiConfig
-from ttt_jax.init import embedding, fan_in_normal, fan_in_uniform
-from ttt_jax.linear import Kernel, init_kernel, kernel, linear
 from ttt_jax.moshi.embed import lookup
-from ttt_jax.norms import rms_norm
+from ttt_jax.nn.init import embedding, fan_in_normal, fan_in_uniform
+from ttt_jax.nn.linear import Kernel, init_kernel, kernel, linear
+from ttt_jax.nn.norms import rms_norm
 
 Params = dict[str, Any]
 STACKED = ("input", "qkv", "out", "gate_up", "down", "heads")

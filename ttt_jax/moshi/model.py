@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.config import MoshiConfig, Run
+from ttt_jax.distributed.sharding import by_rows
 from ttt_jax.errors import InputError
-from ttt_jax.init import embedding, linear_kernel
-from ttt_jax.linear import init_kernel, kernel, linear
 from ttt_jax.moshi import attention, depth
 from ttt_jax.moshi.blocks import REMAT, Block, Remat
 from ttt_jax.moshi.delays import columns, init_history
 from ttt_jax.moshi.embed import lookup
-from ttt_jax.norms import rms_norm
-from ttt_jax.sharding import by_rows
+from ttt_jax.nn.init import embedding, linear_kernel
+from ttt_jax.nn.linear import init_kernel, kernel, linear
+from ttt_jax.nn.norms import rms_norm
 from ttt_jax.ttt import inner
 from ttt_jax.ttt import layer as ttt_layer
 
@@ -33,7 +33,7 @@ PRNG = "threefry2x32"
 class RunState(NamedTuple):
     """State of a run of L equal layers, leaves [L, B, ...]."""
 
-    ring: attention.Ring
+    kv_cache: attention.KVCache
     ttt: inner.TTTState | None
 
 
@@ -122,7 +122,7 @@ def init_state(cfg: MoshiConfig, batch: int, seeds: Sequence[int] | None = None)
 
     def run_state(run: Run) -> RunState:
         one = RunState(
-            attention.init_ring(batch, run.context, cfg.num_heads, cfg.head_dim, cfg.dtype),
+            attention.init_kv_cache(batch, run.context, cfg.num_heads, cfg.head_dim, cfg.dtype),
             ttt_layer.init_state(cfg, batch) if run.has_ttt else None,
         )
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (run.stop - run.start, *leaf.shape)), one)
@@ -168,7 +168,7 @@ def fork_rows(state: State, rows: Sequence[int], seeds: Sequence[int] | None = N
     return forked if seeds is None else forked._replace(key=_keys(seeds, len(rows)))
 
 
-def clear_rings(state: State) -> State:
+def clear_kv_caches(state: State) -> State:
     """The state with empty attention rings and all else kept: fast weights, delayed tokens, random keys.
 
     Positions start again, and what a ring holds is known by them; rotary positions are relative, so nothing else reads them.
@@ -243,28 +243,28 @@ def _over_layers(
     """
     block, length = Block(cfg, run.has_ttt, remat if run.has_ttt else "none"), run.stop - run.start
     if x.shape[1] == 1:
-        rings, ttts, measurements = state.ring, state.ttt, []
+        kv_caches, ttts, measurements = state.kv_cache, state.ttt, []
         for i in range(length):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], params, is_leaf=lambda leaf: isinstance(leaf, tuple))
-            attend = partial(attention.attend_one, rings=rings, layer=i, position=start, mask=mask[:, 0])
+            attend = partial(attention.attend_one, kv_caches=kv_caches, layer=i, position=start, mask=mask[:, 0])
             ttt = jax.tree.map(lambda leaf, i=i: leaf[i], ttts)
-            x, (rings, ttt, measurement) = block.apply(
+            x, (kv_caches, ttt, measurement) = block.apply(
                 {"params": layer}, x, mask, start[:, None], attend, ttt, measured
             )
             ttts = jax.tree.map(lambda leaf, new, i=i: leaf.at[i].set(new), ttts, ttt)
             measurements.append(measurement)
-        return x, RunState(rings, ttts), jax.tree.map(lambda *leaves: jnp.stack(leaves), *measurements)
+        return x, RunState(kv_caches, ttts), jax.tree.map(lambda *leaves: jnp.stack(leaves), *measurements)
 
     fused = attention.can_fuse(x.shape[1], run.context, cfg.head_dim, x.dtype)
     where = (attention.line_up if fused else attention.positions)(start, mask, run.context)
 
     def body(x: jax.Array, layer: tuple[Params, RunState]):
-        params, (ring, ttt) = layer
+        params, (kv_cache, ttt) = layer
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array):
             if fused:
-                return attention.attend_fused(q, k, v, ring, where)
-            return attention.attend(q, k, v, ring, where), (k, v)
+                return attention.attend_fused(q, k, v, kv_cache, where)
+            return attention.attend(q, k, v, kv_cache, where), (k, v)
 
         x, kept = block.apply({"params": params}, x, mask, where.query, attend, ttt, measured)
         return by_rows(x), kept
@@ -277,8 +277,8 @@ def _over_layers(
         kept, ttt, measurement = jax.tree.map(lambda leaf: leaf[None], ys)
     else:
         x, (kept, ttt, measurement) = jax.lax.scan(body, x, (params, state))
-    ring = kept if fused else attention.write(state.ring, *kept, start, mask)
-    return x, RunState(ring, ttt), measurement
+    kv_cache = kept if fused else attention.write(state.kv_cache, *kept, start, mask)
+    return x, RunState(kv_cache, ttt), measurement
 
 
 def text_logits(params: Params, hidden: jax.Array, cfg: MoshiConfig) -> jax.Array:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.config import TTTConfig
-from ttt_jax.sharding import per_row
+from ttt_jax.distributed.sharding import per_row
 from ttt_jax.ttt.measure import InnerMeasurement, measure
 from ttt_jax.ttt.network import (
     Affine,

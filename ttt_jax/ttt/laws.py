@@ -1,6 +1,6 @@
 """The laws of the TTT layer, each tried once with the programs that XLA compiles on this machine.
 
-`python -m ttt_jax.doctor` prints them. They are numbered as in `tests/test_ttt_laws.py`, which tries more sizes.
+`python -m ttt_jax.doctor` prints them. They are numbered as in `tests/ttt/test_ttt_laws.py`, which tries more sizes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from ttt_jax.config import MoshiConfig, TTTConfig
 from ttt_jax.ttt.inner import Network, TTTState
 from ttt_jax.ttt.layer import TTTLayer, init_state
-from ttt_jax.xla import QUICK, known_options
+from ttt_jax.utils.xla import QUICK, known_options
 
 ROWS, FRAMES, WIDTH, HEADS = 2, 24, 16, 2
 TTT = TTTConfig(layers="0", mini_batch=4, horizon=40.0)

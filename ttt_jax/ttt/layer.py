@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.config import MoshiConfig
-from ttt_jax.init import fan_in_normal, fan_in_uniform, linear_kernel
-from ttt_jax.linear import Kernel, linear
-from ttt_jax.norms import rms_norm
-from ttt_jax.rotary import rotate
-from ttt_jax.sharding import by_rows
+from ttt_jax.distributed.sharding import by_rows
+from ttt_jax.nn.init import fan_in_normal, fan_in_uniform, linear_kernel
+from ttt_jax.nn.linear import Kernel, linear
+from ttt_jax.nn.norms import rms_norm
+from ttt_jax.nn.rotary import rotate
 from ttt_jax.ttt import inner, network
 from ttt_jax.ttt.measure import InnerMeasurement
 

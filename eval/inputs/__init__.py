@@ -1,0 +1,1 @@
+"""What is evaluated: checkpoints, and recordings as frames of tokens."""

@@ -1,0 +1,1 @@
+"""Results on disk: results.json and the folder around it."""

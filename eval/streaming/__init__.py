@@ -1,0 +1,1 @@
+"""`python -m eval stream`: files through checkpoints, scored frame by frame."""

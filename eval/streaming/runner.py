@@ -1,0 +1,248 @@
+"""Files through the model under every arm: all frames scored once, in calls of any length, the state carried along."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eval.streaming import arms as arms_
+from eval.streaming.scores import Against, ArmScores, FileScores, Inner
+from ttt_jax.config import MoshiConfig
+from ttt_jax.moshi import model
+
+SEGMENT = 512
+"""Frames that one dispatch scans at least, so that short calls do not wait for the host."""
+
+
+class Scored(NamedTuple):
+    """Scores of a call, leading axis arms, A; streams S = 1 + Q: text, then the own codebooks."""
+
+    nats: jax.Array  # [A, B, S, T]
+    entropy: jax.Array
+    rank: jax.Array
+    against_off: Against | None
+    inner: Inner | None  # [A, L, B, T]
+
+
+def score(outputs: model.Outputs, off: int | None) -> Scored:
+    """Scores predictions of several arms, leading axis A, against the targets that they share; what is masked means nothing.
+
+    Args:
+      outputs: of `model.forward`, leaves with a leading axis of arms; off: which of the arms is `off`, for the comparison with it.
+    """
+
+    def of_streams(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:  # [A, B, T, ..., V], [A, B, T, ...]
+        logp = jax.nn.log_softmax(logits)
+        index = jnp.clip(targets, 0, logits.shape[-1] - 1)[..., None]
+        found = jnp.take_along_axis(logp, index, -1)
+        p = jnp.exp(logp)
+        parts = [-found[..., 0], -(p * logp).sum(-1), (logp > found).sum(-1).astype(jnp.float32)]
+        if off is not None:
+            best = logp.argmax(-1)
+            parts += [(p * (logp - logp[off])).sum(-1), (best != best[off]).astype(jnp.float32)]
+        return tuple(parts)
+
+    text = of_streams(outputs.text_logits, outputs.targets[:, :, 0])
+    audio = of_streams(outputs.audio_logits, jnp.moveaxis(outputs.targets[:, :, 1:], 2, 3))
+    both = [jnp.concatenate([t[:, :, None], jnp.moveaxis(a, 3, 2)], 2) for t, a in zip(text, audio, strict=True)]
+    inner = None
+    if outputs.ttt is not None:
+        measured = (*outputs.ttt.inner, outputs.ttt.rate)
+        inner = Inner(*(y.mean(-1) for y in measured))
+    return Scored(*both[:3], Against(*both[3:]) if off is not None else None, inner)
+
+
+@partial(jax.jit, static_argnames=("cfg", "arms", "measured"), donate_argnames="state")
+def scan_calls(
+    params: model.Params,
+    frames: jax.Array,
+    mask: jax.Array,
+    begins: jax.Array,
+    partners: jax.Array,
+    state: model.State,
+    cfg: MoshiConfig,
+    arms: tuple[str, ...],
+    measured: bool,
+) -> tuple[model.State, tuple[Scored, jax.Array, jax.Array]]:
+    """N calls of T frames, one after the other.
+
+    Args:
+      params, state: of `arms.set_params`, `arms.init_state`; frames: int32 [N, B, K, T]; mask: bool [N, B, T].
+      begins: bool [N], calls at whose start a period begins; partners: of `arms.begin_period`; arms: names; measured: whether to measure inner losses.
+
+    Returns:
+      The state and by call: scores, targets int32 [B, S, T], whether scored bool [B, S, T].
+    """
+    off = arms.index("off") if "off" in arms and len(arms) > 1 else None
+
+    def body(state: model.State, call: tuple[jax.Array, ...]):
+        frames, mask, begins = call
+        state = arms_.begin_period(state, begins, partners, arms)
+
+        def forward(params: model.Params, state: model.State):
+            return model.forward(params, frames, mask, state, cfg, measured)
+
+        outputs, state = arms_.over_arms(forward, cfg, arms)(params, state)
+        return state, (score(outputs, off), outputs.targets[0], outputs.target_mask[0])
+
+    return jax.lax.scan(body, state, (frames, mask, begins))
+
+
+class Plan(NamedTuple):
+    """How streams are cut into calls of equal shape."""
+
+    starts: np.ndarray
+    """First frame of each call, int [N]."""
+    lengths: np.ndarray
+    """Its frames, int [N], at most `frames`: where a period ends the call before may be shorter, filled up with masked frames."""
+    frames: int
+    begins: np.ndarray
+    """Whether a period begins with it, bool [N]; the first is none, there is nothing to clear yet."""
+
+
+def plan(length: int, chunk: int, period: int | None) -> Plan:
+    """Cuts a stream of `length` frames into calls of at most `chunk` frames that do not reach over the end of a period of `period`.
+
+    Calls of streams of all lengths have few shapes, so that few programs are compiled: what is left at the end is masked.
+    """
+    frames = math.ceil(period / math.ceil(period / chunk)) if period else chunk
+    frames = min(frames, _bucket(length))
+    whole = period or math.ceil(length / frames) * frames
+    starts = np.array([at + i for at in range(0, length, whole) for i in range(0, min(whole, length - at), frames)])
+    ends = np.minimum(np.append(starts[1:], length), (starts // whole + 1) * whole)
+    return Plan(starts, ends - starts, frames, (starts % whole == 0) & (starts > 0))
+
+
+def _bucket(count: int) -> int:
+    """The least power of two that is not below `count`."""
+    return 1 << (count - 1).bit_length()
+
+
+def stream(
+    params: model.Params,
+    files: Sequence[np.ndarray],
+    cfg: MoshiConfig,
+    arms: Sequence[str],
+    *,
+    chunk: int,
+    period: int,
+    measured: bool = False,
+    partners: Sequence[int] | None = None,
+    on_frames: Callable[[int], None] = lambda frames: None,
+) -> list[FileScores]:
+    """Streams a batch of files side by side, each from a fresh state, under every arm; ends are masked, nothing crosses files.
+
+    Args:
+      params: of the model; files: int32 [K, T_i] each; arms: names in `ARMS`, that `arms.check` let pass.
+      chunk: most frames of a call; it does not change the numbers beyond rounding. period: frames after which `reset` clears and
+        `permuted` exchanges memories.
+      measured: whether to measure inner losses; partners: for each file the one whose memory it takes in `permuted`, which counts
+        as long as that one goes on. on_frames: told how many frames of all files have been scored since it was last.
+
+    Returns:
+      Scores of every file; `unigram` is left None.
+    """
+    arms, lengths = tuple(arms), np.array([file.shape[1] for file in files])
+    calls = plan(int(lengths.max()), chunk, period if arms_.resets(arms) else None)
+    per_scan = min(max(1, SEGMENT // calls.frames), _bucket(len(calls.starts)))
+    edited, state = arms_.set_params(params, arms), arms_.init_state(cfg, len(files), arms)
+    others = jnp.asarray(range(len(files)) if partners is None else partners, jnp.int32)
+    gathered = _Gathered(lengths, calls)
+    waiting: tuple[int, tuple] | None = None
+    try:
+        for first in range(0, len(calls.starts), per_scan):
+            block = _block(files, calls, first, per_scan)
+            state, out = scan_calls(edited, *block, others, state, cfg=cfg, arms=arms, measured=measured)
+            if waiting is not None:
+                on_frames(gathered.add(*waiting))  # the scan before, while this one computes
+            waiting = first, out
+        on_frames(gathered.add(*waiting))
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # of a state that has just been donated
+            jax.block_until_ready(state)  # an interpreter that ends while a program runs would crash
+        raise
+    found = [gathered.file(row, arms) for row in range(len(files))]
+    if "permuted" in arms:
+        ends = [(lengths[other] // period + 1) * period for other in partners]
+        found = [one._replace(arms=_until(one.arms, "permuted", end)) for one, end in zip(found, ends, strict=True)]
+    return found
+
+
+def _until(arms: dict[str, ArmScores], name: str, end: int) -> dict[str, ArmScores]:
+    """The scores with those of an arm left out from frame `end` on."""
+
+    def cut(values: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(values.shape[1]) < end, values, np.float32(np.nan))
+
+    return arms | {name: jax.tree.map(cut, arms[name])}
+
+
+def _block(files: Sequence[np.ndarray], calls: Plan, first: int, count: int) -> tuple[jax.Array, ...]:
+    """Frames [N, B, K, T], masks [N, B, T] and beginnings [N] of `count` calls from `first` on; calls beyond the last are masked."""
+    frames = np.full((count, len(files), files[0].shape[0], calls.frames), -1, np.int32)
+    mask = np.zeros((count, len(files), calls.frames), bool)
+    begins = np.zeros(count, bool)
+    for i, call in enumerate(range(first, min(first + count, len(calls.starts)))):
+        begins[i] = calls.begins[call]
+        for row, file in enumerate(files):
+            part = file[:, calls.starts[call] : calls.starts[call] + calls.lengths[call]]
+            frames[i, row, :, : part.shape[1]] = part
+            mask[i, row, : part.shape[1]] = True
+    return jnp.asarray(frames), jnp.asarray(mask), jnp.asarray(begins)
+
+
+class _Gathered:
+    """Scores of all calls, put in their place in time."""
+
+    def __init__(self, lengths: np.ndarray, calls: Plan):
+        self._lengths, self._calls = lengths, calls
+        self._length = int(lengths.max())
+        self._arrays: list[np.ndarray] = []
+        self._tree: jax.tree_util.PyTreeDef | None = None
+
+    def add(self, first: int, out: tuple) -> int:
+        """Takes the scores of calls from `first` on; how many frames of files they covered."""
+        leaves, self._tree = jax.tree.flatten(jax.device_get(out))
+        if not self._arrays:
+            self._arrays = [np.zeros((*leaf.shape[1:-1], self._length), leaf.dtype) for leaf in leaves]
+        for i, call in enumerate(range(first, min(first + len(leaves[0]), len(self._calls.starts)))):
+            start, length = self._calls.starts[call], self._calls.lengths[call]
+            for array, leaf in zip(self._arrays, leaves, strict=True):
+                array[..., start : start + length] = leaf[i][..., :length]
+        begun, ended = self._calls.starts[first], start + length
+        return int(np.clip(self._lengths - begun, 0, ended - begun).sum())
+
+    def file(self, row: int, arms: tuple[str, ...]) -> FileScores:
+        """The scores of one file, its own frames only."""
+        scored, targets, present = jax.tree.unflatten(self._tree, self._arrays)
+        length = self._lengths[row]
+        present = present[row, :, :length]
+
+        def of_streams(values: np.ndarray, arm: int) -> np.ndarray:
+            return np.where(present, values[arm, row, :, :length], np.float32(np.nan))
+
+        def of_arm(i: int) -> ArmScores:
+            against = inner = None
+            if scored.against_off is not None and arms[i] != "off":
+                against = Against(*(of_streams(values, i) for values in scored.against_off))
+            if scored.inner is not None:
+                inner = Inner(*(values[i, :, row, :length] for values in scored.inner))
+            return ArmScores(*(of_streams(values, i) for values in scored[:3]), against, inner)
+
+        tokens = np.where(present, targets[row, :, :length], -1)
+        return FileScores(tokens, {arm: of_arm(i) for i, arm in enumerate(arms)}, None)
+
+
+def batches(lengths: Sequence[int], rows: int, least: int = 1) -> Iterator[list[int]]:
+    """Files in batches of at most `rows` (but never fewer than `least`), like lengths together; sizes differ by one at most."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    count = min(math.ceil(len(order) / rows), len(order) // least)
+    for part in np.array_split(np.array(order), count):
+        yield part.tolist()

@@ -1,0 +1,238 @@
+"""The embedded codec: streaming, causality, silence, decoding and its file."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from ttt_jax.codec import DEFAULT_FILE, load_codec
+from ttt_jax.codec.kmeans import KMeansCodec, mel_filters
+from ttt_jax.data.audio.reader import read_audio
+from ttt_jax.errors import InputError
+
+VOICES = DEFAULT_FILE.parents[1] / "voices"
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return load_codec()
+
+
+@pytest.fixture(scope="module")
+def speech(codec):
+    """Six seconds of a held-out recording, a few samples short of whole frames."""
+    path = sorted(VOICES.glob("*/heldout-*.ogg"))[0]
+    return read_audio(path, codec.sample_rate)[0, 32000 : 32000 + 75 * codec.frame_size - 100]
+
+
+def stream(codec, audio, frames):
+    state, blocks = codec.init_state(), []
+    for start in range(0, len(audio), frames * codec.frame_size):
+        codes, state = codec.encode_step(audio[start : start + frames * codec.frame_size], state)
+        blocks.append(codes)
+    return np.concatenate(blocks, axis=1)
+
+
+def parts(codec):
+    """The tensors and metadata of a codec, free to be changed."""
+    tensors = {key: value.copy() for key, value in codec.tensors.items()}
+    return tensors, dict(codec.metadata)
+
+
+@pytest.mark.parametrize("frames", [1, 3, 7])
+def test_streaming_in_blocks_gives_the_codes_of_offline_encoding(codec, speech, frames):
+    padded = np.pad(speech, (0, 100))
+    offline = codec.encode(speech)
+    assert offline.shape == (8, 75)
+    assert offline.dtype == np.int32
+    np.testing.assert_array_equal(stream(codec, padded, frames), offline)
+
+
+def test_features_have_the_same_bits_for_any_number_of_frames(codec, speech):
+    # codes could agree by luck where features differ in the last bit
+    size, offline = codec.frame_size, codec.features(speech)
+    for frames in (1, 3, 7):
+        for start in range(1, 70, frames):
+            # the frame before gives the left context; its own features lack theirs
+            block = codec.features(speech[(start - 1) * size : (start + frames) * size])
+            np.testing.assert_array_equal(block[1:], offline[start : start + frames])
+
+
+def test_state_is_a_value(codec, speech):
+    state = codec.init_state()
+    block = speech[: 3 * codec.frame_size].copy()
+    _, after = codec.encode_step(block, state)
+    kept = after.copy()
+    block[:] = 0.5
+    codec.encode_step(block, after)
+    assert not state.any()
+    np.testing.assert_array_equal(after, kept)
+
+
+def test_later_samples_change_no_earlier_code(codec, speech):
+    changed = speech.copy()
+    changed[40 * codec.frame_size :] = np.random.default_rng(0).uniform(-0.5, 0.5, len(speech) - 40 * codec.frame_size)
+    before, after = codec.encode(speech), codec.encode(changed)
+    np.testing.assert_array_equal(after[:, :40], before[:, :40])
+    assert (after[:, 40] != before[:, 40]).any()
+
+
+def test_silence_is_one_code_vector_and_faint_noise_does_not_scatter_it(codec):
+    samples = 40 * codec.frame_size
+    silence = codec.encode(np.zeros(samples, np.float32))
+    assert (silence == silence[:, :1]).all()
+    hiss = np.random.default_rng(0).normal(0, 1e-4, samples).astype(np.float32)  # -80 dB of full scale
+    np.testing.assert_array_equal(codec.encode(hiss), silence)
+    assert (codec.encode(500 * hiss) != silence).any()
+
+
+def test_silence_decodes_to_silence(codec):
+    assert np.abs(codec.decode(codec.encode(np.zeros(10 * codec.frame_size, np.float32)))).max() < 1e-3
+
+
+def test_decoded_audio_has_whole_frames_and_is_reproducible(codec, speech):
+    codes = codec.encode(speech)[:, :20]
+    audio = codec.decode(codes)
+    assert audio.shape == (20 * codec.frame_size,)
+    assert audio.dtype == np.float32
+    np.testing.assert_array_equal(codec.decode(codes), audio)
+    assert codec.decode(codes[:, :1]).shape == (codec.frame_size,)
+    assert codec.decode(codes[:, :0]).shape == (0,)
+
+
+def test_decoded_speech_is_far_nearer_to_the_original_than_shuffled_codes(codec, speech):
+    def distance(codes):
+        """Log-spectral distance in dB."""
+        gap = codec.features(codec.decode(codes)) - codec.features(speech)
+        return 10 / np.log(10) * np.sqrt(np.square(gap).mean())
+
+    codes = codec.encode(speech)
+    shuffled = np.random.default_rng(0).permutation(codes, axis=1)
+    assert distance(codes) < 0.5 * distance(shuffled)
+    assert distance(codes) < 7
+
+
+def test_every_codebook_lowers_the_error(codec, speech):
+    features, codes = codec.features(speech), codec.encode(speech)
+    silence = codec.encode(np.zeros(1, np.float32))
+    errors = []
+    for used in range(9):
+        # the entry of silence is zero in every codebook but the first
+        kept = np.where(np.arange(8)[:, None] < used, codes, silence)
+        errors.append(np.square(features - codec.quantised_features(kept)).mean())
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors))
+
+
+def test_the_shipped_file_is_small_and_named_for_what_it_is(codec):
+    assert DEFAULT_FILE.stat().st_size <= 1_000_000
+    assert codec.name == f"melkmeans-{codec.num_codebooks}x{codec.cardinality}"
+    assert (codec.num_codebooks, codec.frame_rate, codec.sample_rate) == (8, 12.5, 16000)
+    assert "SA" in codec.metadata["licence"]
+    assert (DEFAULT_FILE.parent / "NOTICE").is_file()
+
+
+def test_digest_follows_the_parameters_and_nothing_else(codec):
+    tensors, metadata = parts(codec)
+    assert KMeansCodec(tensors, metadata | {"licence": "another"}).digest == codec.digest
+    assert KMeansCodec(tensors, metadata | {"floor": "1e-6"}).digest != codec.digest
+    for key in tensors:
+        tensors, _ = parts(codec)
+        tensors[key].flat[-1] += 1e-3
+        assert KMeansCodec(tensors, metadata).digest != codec.digest
+
+
+def test_saved_codec_is_the_same_codec(codec, speech, tmp_path):
+    codec.save(tmp_path / "copy.safetensors")
+    copy = load_codec(tmp_path / "copy.safetensors")
+    assert copy.digest == codec.digest
+    assert copy.metadata == codec.metadata
+    assert [path.name for path in tmp_path.iterdir()] == ["copy.safetensors"]
+    np.testing.assert_array_equal(copy.encode(speech[:5000]), codec.encode(speech[:5000]))
+
+
+def test_mel_filters_average_power():
+    mel = mel_filters(40, 512, 16000, 60, 7600)
+    np.testing.assert_allclose(mel.sum(axis=1), 1, rtol=1e-6)
+    centres = mel.argmax(axis=1)
+    assert (np.diff(centres) >= 1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mimi", ["mimi", "not available", "'kmeans'"]),
+        ("opus", ["'opus'", "'kmeans'"]),
+        ("no/such.safetensors", ["no/such", "'kmeans'"]),
+    ],
+)
+def test_unknown_codec_is_refused_with_what_exists(name, words):
+    with pytest.raises(InputError) as error:
+        load_codec(name)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_file_that_is_no_codec_is_refused_by_name(codec, tmp_path):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"not a codec")
+    with pytest.raises(InputError, match="bad.safetensors cannot be read"):
+        load_codec(bad)
+    bad.write_bytes(DEFAULT_FILE.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="bad.safetensors cannot be read"):
+        load_codec(bad)
+
+
+@pytest.mark.parametrize(
+    ("sample_rate", "frame_size", "rate"), [(32000, 1280, "25"), (16000, 1600, "10"), (24000, 1280, "18.75")]
+)
+def test_a_codec_of_another_frame_rate_is_refused(codec, tmp_path, sample_rate, frame_size, rate):
+    tensors, metadata = parts(codec)
+    sizes = {"sample_rate": str(sample_rate), "frame_size": str(frame_size)}
+    KMeansCodec(tensors, metadata | sizes).save(tmp_path / "fast.safetensors")
+    with pytest.raises(InputError, match=rf"fast.safetensors gives {rate} frames a second .*but models read 12\.5"):
+        load_codec(tmp_path / "fast.safetensors")
+
+
+def test_a_codec_of_another_sample_rate_is_taken(codec, tmp_path):
+    tensors, metadata = parts(codec)
+    KMeansCodec(tensors, metadata | {"sample_rate": "24000", "frame_size": "1920"}).save(tmp_path / "hifi.safetensors")
+    assert load_codec(tmp_path / "hifi.safetensors").frame_rate == 12.5
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-1", "0", "1280.5", "1e400"])
+@pytest.mark.parametrize("key", ["frame_size", "sample_rate", "window"])
+def test_sizes_that_are_none_are_refused(codec, key, value):
+    tensors, metadata = parts(codec)
+    with pytest.raises(InputError, match="do not fit together"):
+        KMeansCodec(tensors, metadata | {key: value})
+
+
+def test_codec_with_missing_or_misshapen_parameters_is_refused(codec):
+    tensors, metadata = parts(codec)
+    with pytest.raises(InputError, match="format 'other'"):
+        KMeansCodec(tensors, metadata | {"format": "other"})
+    with pytest.raises(InputError, match="floor"):
+        KMeansCodec(tensors, {key: value for key, value in metadata.items() if key != "floor"})
+    with pytest.raises(InputError, match="no number"):
+        KMeansCodec(tensors, metadata | {"window": "wide"})
+    with pytest.raises(InputError, match="lacks mel"):
+        KMeansCodec({key: tensors[key] for key in ("codebooks", "mean")}, metadata)
+    with pytest.raises(InputError, match="do not fit together"):
+        KMeansCodec(tensors | {"mean": tensors["mean"][:-1]}, metadata)
+    with pytest.raises(InputError, match="do not fit together"):
+        KMeansCodec(tensors | {"mean": np.full_like(tensors["mean"], np.nan)}, metadata)
+
+
+def test_bad_audio_and_bad_codes_are_refused(codec):
+    frame = np.zeros(codec.frame_size, np.float32)
+    with pytest.raises(InputError, match="sample 7 is not finite"):
+        codec.encode(np.where(np.arange(codec.frame_size) == 7, np.nan, frame))
+    with pytest.raises(InputError, match=r"shape \(2, 1280\)"):
+        codec.encode(np.stack([frame, frame]))
+    with pytest.raises(InputError, match="int16"):
+        codec.encode(frame.astype(np.int16))
+    with pytest.raises(InputError, match="whole frames"):
+        codec.encode_step(frame[:-1], codec.init_state())
+    with pytest.raises(InputError, match="from -1 to 0"):
+        codec.decode(np.repeat([[0, -1]], 8, axis=0))
+    with pytest.raises(InputError, match=r"shape \[8, T\]"):
+        codec.decode(np.zeros((7, 3), np.int32))

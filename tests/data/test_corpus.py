@@ -1,0 +1,580 @@
+"""The embedded corpus keeps what its README says, and the steps of its build do what they claim."""
+
+import dataclasses
+import gzip
+import json
+import re
+import weakref
+
+import numpy as np
+import pytest
+import soundfile
+from safetensors.numpy import save_file
+
+from corpus import fit_codec
+from corpus.align import HOP, spread, voiced_frames
+from corpus.prompts import Prompt, alike, clean_words, drop_similar, share_out, trim
+from tests.helpers.places import CORPUS
+from ttt_jax.codec import DEFAULT_FILE, load_codec
+from ttt_jax.data import codes as codefiles
+from ttt_jax.data import corpus as corpora
+from ttt_jax.data import unigram
+from ttt_jax.data.alignments import read_alignments
+from ttt_jax.data.audio.reader import read_audio
+from ttt_jax.data.manifest import check_duration, read_manifest
+from ttt_jax.data.text import load_tokenizer, text_stream
+from ttt_jax.errors import InputError
+
+RATE = 16000
+READER = "en_librivox"  # one short file, held out
+
+
+def entries(split):
+    return read_manifest(CORPUS / f"{split}.jsonl").entries
+
+
+def by_voice(split):
+    voices = {}
+    for entry in entries(split):
+        voices.setdefault(entry.path.parent.name, []).append(entry)
+    return voices
+
+
+def prompts_of(split):
+    """(voice, prompt name, its words) of every prompt in a split."""
+    for entry in entries(split):
+        content = json.loads(entry.alignment.read_text(encoding="utf-8"))
+        for prompt in content["prompts"]:
+            end = prompt["start"] + prompt["seconds"] + 0.02
+            words = [row[0] for row in content["alignments"] if prompt["start"] - 0.02 <= row[1][0] < end]
+            yield entry.path.parent.name, prompt["name"], [word.lower().strip(".,!?") for word in words]
+
+
+@pytest.fixture(scope="module")
+def recordings():
+    """Every recording at its own rate, float32 [2, samples], with its entry."""
+    return [(entry, read_audio(entry.path, RATE)) for split in ("train", "heldout") for entry in entries(split)]
+
+
+def test_each_voice_has_five_to_six_minutes_in_files_of_one_to_three():
+    train, heldout = by_voice("train"), by_voice("heldout")
+    assert len(train) == 5
+    assert set(heldout) == {*train, READER}
+    for voice in train:
+        files = train[voice] + heldout[voice]
+        assert 300 <= sum(entry.duration for entry in files) <= 360
+        assert all(60 <= entry.duration <= 180 for entry in files)
+
+
+def test_the_readme_states_the_length_of_the_recordings():
+    minutes = {split: sum(entry.duration for entry in entries(split)) / 60 for split in ("train", "heldout")}
+    said = " ".join((CORPUS / "README.md").read_text(encoding="utf-8").split())
+    parts = f"({minutes['train']:.1f} for training, {minutes['heldout']:.1f} held out)"
+    assert f"{sum(minutes.values()):.0f} minutes in all {parts}" in said
+
+
+def test_the_audio_fits_in_eight_megabytes():
+    files = list((CORPUS / "voices").rglob("*.ogg"))
+    assert sum(file.stat().st_size for file in files) <= 8e6
+    assert {entry.path for split in ("train", "heldout") for entry in entries(split)} == set(files)
+
+
+def test_every_voice_states_licence_author_source_and_changes():
+    for voice in by_voice("heldout"):
+        notice = (CORPUS / "voices" / voice / "NOTICE").read_text(encoding="utf-8")
+        assert all(part in notice for part in ("Author: ", "Terms: ", "Source packages:", "Changes made: ")), voice
+        license_text = (CORPUS / "voices" / voice / "LICENSE").read_text(encoding="utf-8")
+        assert len(license_text.splitlines()) > (20 if voice == READER else 250), voice
+        assert license_text.startswith(notice.split("Terms: ")[1].split(" (")[0]) or voice == READER
+    assert "CC-BY-SA-3.0" in (CORPUS / "tokenizer" / "NOTICE").read_text()
+
+
+def test_left_speaks_and_right_is_silent(recordings):
+    for entry, audio in recordings:
+        left, right = audio
+        check_duration(entry, audio.shape[1] / RATE)
+        assert 0.03 < np.sqrt(np.mean(left**2)) < 0.25, entry.path
+        assert np.abs(left).max() < 1, entry.path
+        assert np.sqrt(np.mean(right**2)) < 1e-5, entry.path
+        assert np.abs(right).max() < 2e-3, entry.path
+
+
+def test_words_lie_on_the_speech(recordings):
+    for entry, audio in recordings:
+        voiced = voiced_frames(audio[0])
+        spoken = np.zeros(len(voiced), bool)
+        for word in read_alignments(entry.alignment, entry.duration).words:
+            spoken[round(word.start * 100) : round(word.end * 100)] = True
+        agreement = {shift: np.mean(np.roll(spoken, shift) == voiced) for shift in (-30, 0, 30)}
+        assert agreement[0] > 0.85, entry.path
+        assert agreement[0] > 0.03 + max(agreement[-30], agreement[30]), entry.path
+
+
+def test_alignments_say_how_they_were_made():
+    for split in ("train", "heldout"):
+        for entry in entries(split):
+            method = json.loads(entry.alignment.read_text(encoding="utf-8"))["alignment_method"]
+            assert method == ("pocketsphinx" if entry.path.parent.name.startswith("en_") else "spread")
+
+
+def test_no_held_out_prompt_has_a_twin_in_training():
+    train = list(prompts_of("train"))
+    assert len(train) > 100
+    for voice, name, words in prompts_of("heldout"):
+        assert len(words) >= 4, name
+        twins = [other for place, other, text in train if place == voice and (other == name or alike(words, text))]
+        assert not twins, (voice, name, twins)
+
+
+def test_the_tokenizer_covers_every_word_and_leaves_the_special_ids_free():
+    tokenizer = load_tokenizer(CORPUS / "tokenizer" / "spm512.model")
+    assert tokenizer.cardinality == 512
+    words = {word for split in ("train", "heldout") for _, _, text in prompts_of(split) for word in text}
+    words |= {"Zürich", "ça", "ящик", "1234", "d'été"}
+    for word in words:
+        assert tokenizer.decode(tokenizer.encode(word)) == word.lower()
+        assert min(tokenizer.encode(word)) > 3
+
+
+def test_most_tokens_find_room_in_the_text_row():
+    tokenizer = load_tokenizer(CORPUS / "tokenizer" / "spm512.model")
+    for entry in entries("train"):
+        words = read_alignments(entry.alignment, entry.duration).words
+        tokens = [tokenizer.encode(word.text) for word in words]
+        row = text_stream(words, tokens, int(entry.duration * 12.5), 12.5)
+        wanted = sum(map(len, tokens))
+        assert (row > 3).sum() > 0.95 * wanted, entry.path
+
+
+def test_sources_are_pinned_by_hash():
+    packages = json.loads((CORPUS / "sources.json").read_text())["packages"]
+    assert len(packages) == 11
+    assert all(len(bytes.fromhex(source["sha256"])) == 32 and source["version"] for source in packages.values())
+
+
+@pytest.fixture
+def other_manifest(tmp_path):
+    """Fifteen seconds of noise that changes its level, as another's recordings."""
+    rng = np.random.default_rng(0)
+    level = np.repeat(10 ** rng.uniform(-3, -0.5, 150), RATE // 10)
+    soundfile.write(tmp_path / "a.wav", (level * rng.normal(size=len(level))).clip(-1, 1), RATE, subtype="FLOAT")
+    (tmp_path / "m.jsonl").write_text(json.dumps({"path": "a.wav", "duration": 15.0}))
+    return tmp_path / "m.jsonl"
+
+
+ABOUT = {"--name": "mine-8x64", "--licence": "CC0-1.0", "--fitted-to": "noise"}
+
+
+def test_a_codec_of_other_recordings_says_what_it_is_told(other_manifest, tmp_path):
+    out = tmp_path / "new" / "mine.safetensors"
+    told = [part for pair in ABOUT.items() for part in pair]
+    fit_codec.main(["--manifest", str(other_manifest), "--out", str(out), *told])
+    codec = load_codec(out)
+    assert (codec.name, codec.metadata["licence"], codec.metadata["fitted_to"]) == tuple(ABOUT.values())
+
+
+@pytest.mark.parametrize("missing", ["--out", *ABOUT])
+def test_a_codec_of_other_recordings_never_claims_the_embedded_corpus(other_manifest, tmp_path, capsys, missing):
+    before = DEFAULT_FILE.read_bytes()
+    told = {**ABOUT, "--out": str(tmp_path / "mine.safetensors")}
+    del told[missing]
+    with pytest.raises(SystemExit) as stop:
+        fit_codec.main(["--manifest", str(other_manifest), *[part for pair in told.items() for part in pair]])
+    assert stop.value.code == 2
+    assert re.search(rf"m\.jsonl is not the embedded corpus.*give {missing}\.", capsys.readouterr().err)
+    assert DEFAULT_FILE.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"a.wav", "m.jsonl"}
+
+
+def speech(*spans, seconds=4.0):
+    """Noise inside the spans (in seconds), nothing elsewhere: float32 [samples]."""
+    audio = np.zeros(int(seconds * RATE), np.float32)
+    for start, end in spans:
+        part = slice(int(start * RATE), int(end * RATE))
+        audio[part] = np.random.default_rng(0).normal(0, 0.1, audio[part].shape)
+    return audio
+
+
+def test_voiced_frames_are_those_with_energy():
+    voiced = voiced_frames(speech((1.0, 1.5), (1.55, 2.0), (3.0, 3.5)))
+    expected = np.zeros(400, bool)
+    expected[100:200] = expected[300:350] = True  # the gap of 50 ms is bridged
+    assert (voiced != expected).sum() <= 8
+
+
+def test_trimming_keeps_a_margin_around_the_speech():
+    assert len(trim(speech((1.0, 2.0)))) == pytest.approx(1.16 * RATE, abs=4 * HOP)
+
+
+def test_spread_words_share_the_voiced_part_by_their_letters():
+    voiced = np.zeros(300, bool)
+    voiced[50:100] = voiced[200:250] = True
+    timed = spread(["aa", "bbb,", "ccccc"], voiced)
+    assert [(word.text, word.start, word.end) for word in timed] == [
+        ("aa", 0.5, 0.7),
+        ("bbb,", 0.7, 1.0),
+        ("ccccc", 2.0, 2.5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "words"),
+    [
+        ("Press 1 to “stop”...", "en", ("Press", "one", "to", "stop")),
+        (
+            "Appuyez sur 4 ou 6, s'il vous plaît!",
+            "fr",
+            ["Appuyez", "sur", "quatre", "ou", "six,", "s'il", "vous", "plaît!"],
+        ),
+        ("Нажмите «решётку» - или 7.", "ru", ["Нажмите", "решётку", "или", "семь."]),
+        ("Press * now", "en", ()),
+        ("dial 1234 now", "en", ()),
+        ("[sound of monkeys]", "en", ()),
+        ("connect to the PBX", "en", ()),
+        ("La chiamata non pu? essere", "it", ()),
+        ("это Asterisk", "ru", ()),
+    ],
+)
+def test_only_plain_speech_is_taken(text, language, words):
+    assert clean_words(text, language) == tuple(words)
+
+
+def test_similar_prompts_leave_only_the_longest():
+    def prompt(name, text, seconds):
+        return Prompt(name, tuple(text.split()), np.zeros(int(seconds * RATE), np.float32))
+
+    first = prompt("a", "please press one to hear the message", 2)
+    longer = prompt("b", "Please press two to hear the message.", 3)
+    other = prompt("c", "your call cannot be completed", 1)
+    assert drop_similar([first, other, longer]) == [longer, other]
+
+
+def test_files_share_the_prompts_without_overlap():
+    prompts = [Prompt(str(i), ("w",), np.zeros(RATE * (3 + i % 5), np.float32)) for i in range(80)]
+    heldout, files = share_out(prompts, 300.0, 60.0, 4, 0.3, seed=1)
+    names = [prompt.name for group in (heldout, *files) for prompt in group]
+    assert len(names) == len(set(names))
+    lengths = [sum(prompt.seconds + 0.3 for prompt in file) for file in files]
+    assert max(lengths) - min(lengths) < 10
+    assert sum(lengths) + sum(prompt.seconds + 0.3 for prompt in heldout) == pytest.approx(304, abs=4.5)
+    assert share_out(prompts, 300.0, 60.0, 4, 0.3, seed=1) == (heldout, files)
+
+
+def write_codes(folder, codes, made_by, name="a", **metadata):
+    """A code file as somebody else may write it, and its line of a manifest."""
+    metadata = {"frame_rate": "12.5", "codec": made_by} | metadata
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.safetensors"
+    save_file({"codes": codes}, path, metadata={key: value for key, value in metadata.items() if value is not None})
+    return json.dumps({"path": path.name, "duration": codes.shape[1] / 12.5, "speaker": f"speaker of {name}"})
+
+
+def write_manifest(folder, *lines, name="manifest.jsonl"):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("\n".join(lines) + "\n")
+    return folder / name
+
+
+def codes_of(rows=16, frames=20, seed=0):
+    return np.random.default_rng(seed).integers(0, 64, (rows, frames), dtype=np.int16)
+
+
+def prepared(folder, *files, **metadata):
+    """A folder of code files with a manifest, one of each array."""
+    lines = [
+        write_codes(folder, codes, metadata.get("codec", MADE_BY), str(i), **metadata) for i, codes in enumerate(files)
+    ]
+    write_manifest(folder, *lines)
+    return folder
+
+
+EMBEDDED_DESCRIPTION = {
+    "codec": {
+        "name": "melkmeans-8x64",
+        "digest": "ae66c5be10645ee4dea7a6ee2c27662a77061f9ac182bec93d531cf860feacdf",
+    },
+    "tokenizer": {"digest": "75d8fe2c18433f45f287b4297fb87fa5914f162e2ddda2e9000f109252443470", "pieces": 512},
+    "train": {
+        "files": 20,
+        "frames": 16197,
+        "digest": "5912cc85a42a299553b84262facdd9a278c1c76f1c2a34d3b513acec6d9906a6",
+    },
+    "heldout": {
+        "files": 6,
+        "frames": 5898,
+        "digest": "dfeed32081601da9131061483402f33ed220a62394e37d1958a93ac1cc0d37cf",
+    },
+}
+MADE_BY = "c" * 64
+FILES = corpora.CorpusConfig(codec="files")
+
+
+def load(cfg, *cards):
+    return corpora.load(cfg, *corpora.load_coders(cfg, *cards))
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """The embedded corpus, encoded."""
+    return load(corpora.CorpusConfig(cache=str(tmp_path_factory.mktemp("cache"))))
+
+
+def test_the_embedded_corpus_is_what_stored_runs_were_trained_on(embedded):
+    # evaluating a stored run compares these; computed by the version before recordings were read when needed
+    assert embedded.describe() == EMBEDDED_DESCRIPTION
+    assert embedded.validation is embedded.heldout
+    (source,) = embedded.train
+    assert (source.weight, len(source.recordings)) == (1.0, EMBEDDED_DESCRIPTION["train"]["files"])
+    assert [one.name for one in embedded.heldout][-1].startswith(READER)
+
+
+def test_unigrams_are_counted_file_by_file(embedded):
+    cards, alive, most = [512] + 8 * [64], [], []
+
+    def files():
+        for recording in embedded.recordings:
+            frames = recording.read()
+            alive.append(weakref.ref(frames))
+            most.append(sum(one() is not None for one in alive))
+            yield frames
+            del frames
+
+    tables = unigram.fit(files(), cards)
+    together = unigram.fit([np.concatenate([one.read() for one in embedded.recordings], 1)], cards)
+    for one, other in zip(tables, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert max(most) <= 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.jsonl", [("a.jsonl", 1)]),
+        ("a.jsonl:3", [("a.jsonl", 3)]),
+        ("a.jsonl:3,b.jsonl:0.25", [("a.jsonl", 3), ("b.jsonl", 0.25)]),
+        ("a.jsonl,b.jsonl:2e2", [("a.jsonl", 1), ("b.jsonl", 200)]),
+        ("gone.jsonl", [("gone.jsonl", 1)]),
+        ("gone.jsonl:2,a.jsonl", [("gone.jsonl", 2), ("a.jsonl", 1)]),
+        ("odd:7", [("odd:7", 1)]),
+        ("a.jsonl, b.jsonl", [("a.jsonl", 1), ("b.jsonl", 1)]),
+        (" a.jsonl : 3 ,\tb.jsonl:0.25 ", [("a.jsonl", 3), ("b.jsonl", 0.25)]),
+        ("gone.jsonl :2, a.jsonl", [("gone.jsonl", 2), ("a.jsonl", 1)]),
+        (" blank, b.jsonl", [(" blank", 1), ("b.jsonl", 1)]),
+        (" blank:2,a.jsonl", [(" blank", 2), ("a.jsonl", 1)]),
+        ("odd:7:2,a.jsonl", [("odd:7", 2), ("a.jsonl", 1)]),
+        ("odd,more:1.jsonl", [("odd,more:1.jsonl", 1)]),
+        ("a.jsonl,odd,more:1.jsonl:5,b.jsonl", [("a.jsonl", 1), ("odd,more:1.jsonl", 5), ("b.jsonl", 1)]),
+    ],
+)
+def test_sources_are_paths_with_weights(tmp_path, monkeypatch, text, expected):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl", "odd:7", "odd,more:1.jsonl", " blank"):
+        (tmp_path / name).touch()
+    assert corpora.parse_sources(text) == expected
+    resolved = corpora.CorpusConfig(train=text).resolved()
+    monkeypatch.chdir("/")
+    absolute = [(str(tmp_path / name), weight) for name, weight in expected]
+    assert corpora.parse_sources(resolved.train) == ([(absolute[0][0], 1)] if len(absolute) == 1 else absolute)
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "x", "", "1e-9"])
+def test_a_weight_that_is_none_is_refused(tmp_path, weight):
+    (tmp_path / "a").touch()
+    with pytest.raises(InputError, match=rf"neither exists nor ends in a weight .*\('{weight}'\).*PATH:WEIGHT"):
+        corpora.parse_sources(f"{tmp_path / 'a'}:{weight},b")
+
+
+@pytest.mark.parametrize("text", ["", "a,", ",a", "a,,b", ":3", " ", "a, ", "a, :3"])
+def test_an_empty_path_is_refused(text):
+    with pytest.raises(InputError, match="names an empty path"):
+        corpora.parse_sources(text)
+
+
+def test_sources_manifests_and_folders_are_opened_with_their_weights(tmp_path):
+    one, two = prepared(tmp_path / "one", codes_of(17)), prepared(tmp_path / "two", codes_of(), codes_of(frames=9))
+    heldout, validation = prepared(tmp_path / "h", codes_of(seed=1)), prepared(tmp_path / "v", codes_of(seed=2))
+    corpus = load(
+        dataclasses.replace(
+            FILES,
+            train=f"{one}:3,{two}/manifest.jsonl",
+            heldout=str(heldout),
+            validation=str(validation / "manifest.jsonl"),
+        ),
+        64,
+        300,
+    )
+    assert [source[:2] for source in corpus.train] == [(str(one), 3), (f"{two}/manifest.jsonl", 1)]
+    assert [r.name for r in corpus.recordings] == ["one/0", "two/0", "two/1"]
+    assert [r.speaker for r in corpus.recordings] == ["speaker of 0", "speaker of 0", "speaker of 1"]
+    np.testing.assert_array_equal(corpus.train[0].recordings[0].read(), codes_of(17))
+    np.testing.assert_array_equal(corpus.validation[0].read()[1:], codes_of(seed=2))
+    np.testing.assert_array_equal(corpus.heldout[0].read()[1:], codes_of(seed=1))
+    described = corpus.describe()
+    assert described == json.loads(json.dumps(described))
+    assert {key: described["train"][key] for key in ("files", "frames")} == {"files": 3, "frames": 49}
+    assert [part["weight"] for part in described["train"]["sources"]] == [3, 1]
+    assert described["validation"]["frames"] == 20
+    assert described["codec"] == {"name": f"codec {MADE_BY[:12]}", "digest": MADE_BY}
+
+
+def test_absent_files_are_left_out_by_part_and_of_the_description(tmp_path):
+    names = {"train": "one", "more": "two", "heldout": "h", "validation": "v"}
+    folders = {part: prepared(tmp_path / name, codes_of(), codes_of(seed=1)) for part, name in names.items()}
+    cfg = dataclasses.replace(
+        FILES,
+        train=f"{folders['train']}:3, {folders['more']}:1",
+        heldout=str(folders["heldout"]),
+        validation=str(folders["validation"]),
+    )
+    whole = load(cfg, 64, 300)
+    assert whole.absent == {"train": [], "heldout": [], "validation": []}
+    for part in ("more", "heldout"):
+        (folders[part] / "1.safetensors").rename(folders[part] / "away")
+    some = load(cfg, 64, 300)
+    assert {part: [one.path for one in gone] for part, gone in some.absent.items()} == {
+        "train": [folders["more"] / "1.safetensors"],
+        "heldout": [folders["heldout"] / "1.safetensors"],
+        "validation": [],
+    }
+    assert [r.name for r in some.recordings] == ["one/0", "one/1", "two/0"]
+    for part, same in (("train", False), ("heldout", False), ("validation", True)):
+        assert (some.describe()[part] == whole.describe()[part]) == same
+    # what is described is what is there: a manifest that never named them describes the same
+    for part in ("more", "heldout"):
+        manifest = folders[part] / "manifest.jsonl"
+        manifest.write_text(manifest.read_text().split("\n")[0])
+    assert load(cfg, 64, 300).describe() == some.describe()
+
+
+@pytest.mark.parametrize("field", ["train", "heldout", "validation"])
+def test_a_manifest_may_be_gzip_wherever_one_is_given(tmp_path, field):
+    folder = prepared(tmp_path / "a", codes_of(17))
+    packed = folder / "m.jsonl.gz"
+    packed.write_bytes(gzip.compress((folder / "manifest.jsonl").read_bytes()))
+    corpus = load(dataclasses.replace(FILES, **{"train": str(folder), field: str(packed)}), 64, 300)
+    assert [len(corpus.train[0].recordings), len(corpus.heldout), len(corpus.validation)] == [
+        1,
+        int(field == "heldout"),
+        int(field in ("heldout", "validation")),
+    ]
+
+
+def test_a_description_tells_codes_apart_and_reads_none_that_state_a_checksum(tmp_path, monkeypatch):
+    def description(seed):
+        codefiles.write_codes(tmp_path / "a.safetensors", codefiles.Codes(codes_of(seed=seed), 12.5, MADE_BY))
+        write_manifest(tmp_path, json.dumps({"path": "a.safetensors", "duration": 1.6}))
+        return load(dataclasses.replace(FILES, train=str(tmp_path))).describe()
+
+    monkeypatch.setattr("ttt_jax.data.frames.read_codes", None)
+    assert description(0) == description(0) != description(1)
+
+
+def test_files_say_which_codec_and_tokenizer_they_need(tmp_path):
+    folder = prepared(tmp_path / "a", codes_of(), codes_of(17), cardinality=None)
+    write_manifest(
+        folder,
+        write_codes(folder, codes_of(), MADE_BY, "0"),
+        write_codes(folder, codes_of(17), MADE_BY, "1", tokenizer="t" * 64),
+        write_codes(folder, codes_of(17), MADE_BY, "2", cardinality="64", codec_name="theirs"),
+    )
+    cfg = dataclasses.replace(FILES, train=str(folder))
+    codec, tokenizer = corpora.load_coders(cfg, 2048, 32000)
+    assert (codec.digest, codec.cardinality, codec.num_codebooks, codec.frame_rate) == (MADE_BY, 64, 8, 12.5)
+    assert (tokenizer.digest, tokenizer.cardinality) == ("t" * 64, 32000)
+    assert len(corpora.load(cfg, codec, tokenizer).train[0].recordings) == 3
+    prepared(folder, codes_of())
+    assert corpora.load_coders(cfg)[0].cardinality is None
+    assert corpora.load_coders(cfg, 2048)[0].cardinality == 2048
+    assert corpora.load_coders(cfg)[1].digest is None
+
+
+def test_a_given_tokenizer_must_be_that_of_the_code_files(tmp_path):
+    spm = CORPUS / "tokenizer" / "spm512.model"
+    cfg = dataclasses.replace(FILES, train=str(tmp_path / "a"), tokenizer=str(spm))
+    prepared(tmp_path / "a", codes_of(17), tokenizer=load_tokenizer(spm).digest)
+    assert load(cfg).tokenizer.cardinality == 512
+    prepared(tmp_path / "a", codes_of(17), tokenizer="0" * 64)
+    with pytest.raises(InputError, match="states tokenizer '0000.*give data.tokenizer the one that made them"):
+        load(cfg)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"made_by": "d" * 64}, r"b\.safetensors states codec 'dddd.*other files of the data state 'cccc"),
+        ({"made_by": None}, r"b\.safetensors (does not state its codec|states codec None)"),
+        ({"frame_rate": "25"}, r"b\.safetensors states frame_rate '25' .*models read 12\.5 frames"),
+        ({"tokenizer": "u" * 64}, r"b\.safetensors states tokenizer 'uuuu.*other files of the data state 'tttt"),
+        ({"cardinality": "32"}, r"b\.safetensors states cardinality 32 .*has 64"),
+        ({"codes": codes_of(8)}, r"b\.safetensors holds 8 rows.*write both voices"),
+    ],
+)
+@pytest.mark.parametrize("other", ["same manifest", "other source", "heldout", "validation"])
+def test_files_that_do_not_go_together_are_refused(tmp_path, second, message, other):
+    about = {"tokenizer": "t" * 64, "cardinality": "64"}
+    lines = [write_codes(tmp_path, codes_of(17), MADE_BY, "a", **about)]
+    changed = {"codes": codes_of(17), "made_by": MADE_BY} | about | second
+    lines.append(write_codes(tmp_path, changed.pop("codes"), changed.pop("made_by"), "b", **changed))
+    one, two = (write_manifest(tmp_path, line, name=f"{i}.jsonl") for i, line in enumerate(lines))
+    both = write_manifest(tmp_path, *lines)
+    places = {
+        "same manifest": {"train": str(both)},
+        "other source": {"train": f"{one},{two}:2"},
+        "heldout": {"train": str(one), "heldout": str(two)},
+        "validation": {"train": str(one), "validation": str(two)},
+    }
+    with pytest.raises(InputError, match=message):
+        load(dataclasses.replace(FILES, **places[other]))
+
+
+@pytest.mark.parametrize("rate", ["25", "50", "6.25"])
+def test_codes_of_another_rate_alone_are_refused_as_beside_others(tmp_path, rate):
+    folder = prepared(tmp_path / "fast", codes_of(17, 20), codes_of(17, 20), frame_rate=rate)
+    with pytest.raises(InputError, match=rf"states frame_rate '{rate}' .*models read 12\.5 frames"):
+        load(dataclasses.replace(FILES, train=str(folder)))
+
+
+def test_audio_is_refused_where_the_codec_is_that_of_code_files(other_manifest, tmp_path):
+    cfg = dataclasses.replace(FILES, train=str(other_manifest))
+    with pytest.raises(InputError, match=r"a\.wav is audio, but data\.codec='files'"):
+        load(cfg)
+    folder = prepared(tmp_path / "codes", codes_of())
+    with pytest.raises(InputError, match=r"a\.wav is audio, but data\.codec='files'"):
+        load(dataclasses.replace(cfg, train=f"{folder},{other_manifest}"))
+    with pytest.raises(InputError, match="is audio"):
+        load(FILES)  # the embedded corpus
+
+
+def test_a_folder_without_a_manifest_an_empty_and_a_missing_one_are_refused(tmp_path):
+    good = prepared(tmp_path / "good", codes_of())
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for path, message in (
+        (tmp_path, "is a folder without manifest.jsonl"),
+        (tmp_path / "empty.jsonl", "empty.jsonl is empty"),
+        (tmp_path / "gone.jsonl", "gone.jsonl does not exist"),
+    ):
+        for field in ("train", "heldout", "validation"):
+            with pytest.raises(InputError, match=message):
+                load(dataclasses.replace(FILES, **({"train": str(good)} | {field: str(path)})))
+
+
+def test_resolving_leaves_names_that_are_no_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "mine.codec").touch()
+    cfg = dataclasses.replace(FILES, heldout="h", validation="v.jsonl", cache="c")
+    found = cfg.resolved()
+    assert (found.codec, found.heldout, found.validation) == ("files", str(tmp_path / "h"), str(tmp_path / "v.jsonl"))
+    assert (found.train, found.tokenizer, found.cache) == (None, None, str(tmp_path / "c"))
+    assert corpora.CorpusConfig(codec="mine.codec").resolved().codec == str(tmp_path / "mine.codec")
+
+
+def test_a_run_on_code_files_reads_others_without_its_own(tmp_path):
+    folder = prepared(tmp_path / "a", codes_of(17), tokenizer="t" * 64)
+    cfg = dataclasses.replace(FILES, train=str(folder))
+    meta = json.loads(json.dumps(load(cfg, 64, 300).describe()))
+    (folder / "manifest.jsonl").unlink()
+    codec, tokenizer = corpora.stored_coders(cfg, meta, 64, 300)
+    assert (codec.name, codec.digest, codec.cardinality) == (meta["codec"]["name"], MADE_BY, 64)
+    assert (tokenizer.digest, tokenizer.cardinality) == ("t" * 64, 300)
+    assert corpora.stored_coders(corpora.CorpusConfig(), {}, 64, 512)[0].digest == load_codec().digest

@@ -1,0 +1,282 @@
+"""The persistence check passes on the model and fails, in the right line, on every way of not persisting."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eval import __main__ as command
+from eval import check_state as check
+from tests.helpers import eval_models, micro
+from tests.helpers.drawing import quick_jit
+from tests.helpers.micro import MODEL
+from ttt_jax.checkpoints import stream_state
+from ttt_jax.config import TTTConfig
+from ttt_jax.errors import InputError
+from ttt_jax.moshi import model
+
+FRAMES = 16
+LINES = {
+    "changes": "the fast weights change at every frame",
+    "builds": "each frame starts from what the last one left",
+    "saved": "saved and loaded, the state is the same to the bit",
+    "reset": "a reset clears its own row and no other",
+    "rows": "a row does not depend on its neighbour",
+    "parameters": "the checkpoint's parameters stay as they are",
+    "calls": "frame by frame equals calls of 7 and 16 frames",
+}
+RUN = "layers_01_01"
+quick = quick_jit(check.forward.__wrapped__, static_argnames="cfg")
+forward = partial(quick, cfg=MODEL)
+
+
+def run(call=forward, params=None, cfg=MODEL):
+    return check.check(params or eval_models.params(), eval_models.tokens(FRAMES), cfg, call)
+
+
+def failed(report) -> set[str]:
+    assert [found.what for found in report.checks] == list(LINES.values())
+    return {name for name, found in zip(LINES, report.checks, strict=True) if not found.passed}
+
+
+def edit_ttt(params, **leaves):
+    """Parameters with leaves of the TTT layer replaced; the rest is shared."""
+    ttt = {**params["layers"][RUN]["ttt"], **leaves}
+    return {**params, "layers": {**params["layers"], RUN: {**params["layers"][RUN], "ttt": ttt}}}
+
+
+def with_ttt(state, change):
+    """The state with the displacement and open sums of the TTT layer changed."""
+    run_state = state.layers[RUN]
+    ttt = run_state.ttt._replace(
+        displacement=jax.tree.map(change, run_state.ttt.displacement),
+        open_sum=jax.tree.map(change, run_state.ttt.open_sum),
+    )
+    return state._replace(layers={**state.layers, RUN: run_state._replace(ttt=ttt)})
+
+
+def test_the_model_passes():
+    report = run(call=None)
+    assert failed(report) == set()
+    assert report.passed
+    assert "persist:" in report.meaning
+
+
+# Ways of not persisting: a call that stands in for `forward`, and the lines that must say so.
+
+
+def keeps_the_old_state(params, frames, mask, state):
+    return forward(params, frames, mask, state)[0], state
+
+
+def keeps_the_old_fast_weights(params, frames, mask, state):
+    nats, new = forward(params, frames, mask, state)
+    old = state.layers[RUN].ttt
+    ttt = new.layers[RUN].ttt._replace(displacement=old.displacement, open_sum=old.open_sum)
+    return nats, new._replace(layers={**new.layers, RUN: new.layers[RUN]._replace(ttt=ttt)})
+
+
+def resets_at_every_call(params, frames, mask, state):
+    return forward(params, frames, mask, model.reset_ttt_rows(state, np.array([True, True])))
+
+
+def misses_a_frame(params, frames, mask, state):
+    missed = frames.shape[2] == 1 and int(state.position[0]) == 5
+    return (keeps_the_old_fast_weights if missed else forward)(params, frames, mask, state)
+
+
+def leaks_rows(params, frames, mask, state):
+    nats, state = forward(params, frames, mask, state)
+    return nats, with_ttt(state, lambda leaf: leaf + 1e-6 * leaf[:, ::-1])
+
+
+def learns_into_the_parameters(params, frames, mask, state):
+    found = forward(params, frames, mask, state)
+    params["text_head"] = params["text_head"] * (1 + 1e-7)
+    return found
+
+
+def depends_on_the_call(params, frames, mask, state):
+    nats, state = forward(params, frames, mask, state)
+    return nats, state if frames.shape[2] == 1 else with_ttt(state, lambda leaf: leaf * 1.001)
+
+
+def loses_numbers(params, frames, mask, state):
+    nats, state = forward(params, frames, mask, state)
+    return nats * (jnp.nan if frames.shape[2] == 1 else 1), state
+
+
+@pytest.mark.parametrize(
+    ("call", "lines", "said"),
+    [
+        (keeps_the_old_state, {"changes", "builds", "calls"}, "do not persist"),
+        (keeps_the_old_fast_weights, {"changes", "builds", "calls"}, "do not persist"),
+        (resets_at_every_call, {"builds", "calls"}, "are reset"),
+        (misses_a_frame, {"changes", "calls"}, "do not persist"),
+        (leaks_rows, {"rows"}, "cannot be relied on"),
+        (learns_into_the_parameters, {"parameters"}, "cannot be relied on"),
+        (depends_on_the_call, {"calls"}, "cannot be relied on"),
+        (loses_numbers, {"calls"}, "cannot be relied on"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_broken_step_fails_in_its_line(call, lines, said):
+    own = edit_ttt(eval_models.params())  # dictionaries of its own, which a step may spoil
+    report = run(call, own)
+    assert failed(report) == lines
+    assert not report.passed
+    assert said in report.meaning
+
+
+def test_a_step_that_misses_one_frame_is_told_which():
+    (changes, *_) = run(misses_a_frame).checks
+    assert changes.figure == "layer 1: no change at 1 of 16 frames, first at frame 6"
+
+
+@pytest.mark.parametrize("rate", [pytest.param("no base rate", marks=pytest.mark.slow), "no learned rate"])
+def test_no_inner_rate_fails(rate):
+    cfg, params = MODEL, eval_models.params()
+    if rate == "no base rate":
+        cfg = dataclasses.replace(cfg, ttt=dataclasses.replace(cfg.ttt, base_lr=0.0))
+    else:
+        params = edit_ttt(params, rate_bias=jnp.full_like(params["layers"][RUN]["ttt"]["rate_bias"], -jnp.inf))
+    report = run(partial(quick, cfg=cfg), params, cfg)
+    assert failed(report) == {"changes", "builds"}
+    assert "layer 1: no change at 16 of 16 frames, first at frame 1" in report.checks[0].figure
+
+
+def test_a_state_that_loses_bits_in_its_file_fails(monkeypatch):
+    load = stream_state.load_state
+
+    def narrow(path, cfg):
+        return with_ttt(load(path, cfg), lambda leaf: leaf.astype(jnp.bfloat16).astype(leaf.dtype))
+
+    monkeypatch.setattr(stream_state, "load_state", narrow)
+    assert failed(run()) == {"saved"}
+
+
+@pytest.mark.parametrize(
+    "reset",
+    [
+        lambda state, cfg: state,
+        lambda state, cfg: check.fresh_state(cfg, 2),
+        lambda state, cfg: model.reset_rows(state, np.array([False, True]), cfg),
+        lambda state, cfg: with_ttt(model.reset_rows(state, np.array([True, False]), cfg), lambda leaf: leaf + 1e-8),
+    ],
+    ids=["nothing", "both rows", "the other row", "not to the start"],
+)
+def test_a_broken_reset_fails(monkeypatch, reset):
+    monkeypatch.setattr(check, "reset_first", reset)
+    assert failed(run()) == {"reset"}
+
+
+@pytest.mark.slow
+def test_every_layer_is_looked_at():
+    cfg = dataclasses.replace(MODEL, ttt=TTTConfig(layers="all", mini_batch=1, hidden=()))
+    params = eval_models.params(cfg)
+    report = run(partial(quick, cfg=cfg), params, cfg)
+    assert failed(report) == set()
+    assert report.trace.digest.shape == (FRAMES + 1, 2, 2)
+    ttt = params["layers"]["layers_00_01"]["ttt"]
+    still = {**ttt, "rate_bias": ttt["rate_bias"].at[1].set(-jnp.inf)}
+    report = run(
+        partial(quick, cfg=cfg),
+        {**params, "layers": {"layers_00_01": {**params["layers"]["layers_00_01"], "ttt": still}}},
+        cfg,
+    )
+    assert failed(report) == {"changes", "builds"}
+    assert report.checks[0].figure.startswith("layer 1: no change at 16 of 16 frames")
+
+
+def test_the_trace_is_that_of_the_state():
+    trace = run().trace
+    frames, state = eval_models.tokens(FRAMES), model.init_state(MODEL, 1)
+    base = eval_models.params()["layers"][RUN]["ttt"]
+    norm = lambda leaves: np.sqrt(sum((np.asarray(leaf, np.float64) ** 2).sum() for leaf in leaves))  # noqa: E731
+    base = norm(leaf for name, leaf in base.items() if name.startswith("inner_"))
+    before = None
+    for t in range(FRAMES):
+        _, state = model.forward(eval_models.params(), frames[None, :, t : t + 1], np.ones((1, 1), bool), state, MODEL)
+        ttt = state.layers[RUN].ttt
+        now = [np.asarray(a - b) for a, b in zip(*map(jax.tree.leaves, (ttt.displacement, ttt.open_sum)), strict=True)]
+        assert trace.displacement[t + 1, 0, 0] == pytest.approx(norm(now) / base, rel=1e-4)
+        step = now if before is None else [a - b for a, b in zip(now, before, strict=True)]
+        assert trace.step[t + 1, 0, 0] == pytest.approx(norm(step) / base, rel=1e-4)
+        before = now
+
+
+def test_the_digest_does_not_see_the_count():
+    (ttt,) = check.fast_weights(model.init_state(MODEL, 2), MODEL)
+    counted = ttt._replace(count=ttt.count + 1)
+    moved = ttt._replace(open_sum=jax.tree.map(lambda leaf: leaf + 1, ttt.open_sum))
+    assert check.digests_of([ttt]) == check.digests_of([counted]) != check.digests_of([moved])
+
+
+def test_the_table_is_shortened_in_the_middle_and_shows_few_of_many_layers():
+    layers, frames = 5, 51
+    digest = np.char.add("d", np.arange(frames * layers * 2).astype(str)).reshape(frames, layers, 2)
+    zeros = np.zeros(digest.shape)
+    lines = check.table(check.Trace(digest, zeros, zeros, zeros, None), (3, 4, 5, 6, 7))
+    assert len(lines) == 1 + 3 * (1 + check.HEAD + check.TAIL) + 1 + 2
+    assert sum(" NO" in line for line in lines) == 0
+    assert "(3 of 5 TTT layers)" in lines
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("persistence")
+    eval_models.write_run(folder / "run")
+    eval_models.write_codes(folder / "speech.safetensors", eval_models.tokens(FRAMES))
+    return folder
+
+
+def main(*args):
+    return command.main(["check-state", *map(str, args)])
+
+
+def test_the_command_passes(folder, capsys):
+    assert main(folder / "run", "--audio", folder / "speech.safetensors", "--frames", FRAMES) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("run: TTT layers 1, mini-batch 4, float32; 16 frames (1.3 s) of ")
+    assert said[-1] == "PASS"
+    assert [line for line in said if "  PASS  " in line] == [
+        line for line in said if line.startswith(tuple(LINES.values()))
+    ]
+
+
+def test_the_command_fails(folder, capsys, monkeypatch):
+    monkeypatch.setattr(check, "forward", lambda *call, cfg: keeps_the_old_state(*call))
+    assert main(folder / "run", "--audio", folder / "speech.safetensors", "--frames", FRAMES) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "FAIL"
+    assert sum("  FAIL  " in line for line in said) == 3
+    assert sum(line.endswith(" NO") for line in said) == check.HEAD + check.TAIL
+
+
+def test_without_a_checkpoint_an_untrained_tiny_is_checked(monkeypatch):
+    monkeypatch.setattr(model, "init_params", lambda cfg, key: cfg.dim)
+    tiny = check.fresh_tiny()
+    assert (tiny.name, tiny.params, tiny.cfg.ttt_layers) == ("tiny, freshly initialised", 128, (0,))
+
+
+def test_mistakes_are_told(folder, tmp_path):
+    plain = dataclasses.replace(MODEL, ttt=dataclasses.replace(MODEL.ttt, layers="none"))
+    speech = folder / "speech.safetensors"
+    eval_models.write_run(tmp_path / "plain", micro.config(model=plain))
+    eval_models.write_codes(tmp_path / "foreign.safetensors", eval_models.tokens(FRAMES), "another")
+    for args, said in (
+        ((tmp_path / "nowhere",), "is no checkpoint"),
+        ((tmp_path / "plain",), "plain has no TTT layers"),
+        ((folder / "run", "--frames", 1), "--frames 1 cannot show persistence"),
+        ((folder / "run", "--audio", speech, "--frames", 17), "lasts 16 frames"),
+        ((folder / "run", "--audio", tmp_path / "foreign.safetensors"), "but run was trained with"),
+        ((folder / "run", "--audio", tmp_path / "no.wav"), "no.wav does not exist"),
+    ):
+        with pytest.raises(InputError, match=said):
+            main(*args)

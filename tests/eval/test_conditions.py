@@ -1,0 +1,106 @@
+"""What a condition of `python -m eval compare` names: paths that exist, whatever they are called, seeds, arms."""
+
+import pytest
+
+from eval.compare import conditions
+from ttt_jax.errors import InputError
+from ttt_jax.utils import paths
+
+HERE = (
+    "runs/lr=0.1,seed@2:a",
+    "runs/x",
+    "runs/x@reset",
+    "runs/y",
+    "a=b",
+    "a=b@off",
+    "one,two",
+    "one,two,three",
+    "one",
+    "kept",
+    "~odd",
+    "with blank ",
+    "b",
+    "-dash",
+)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    for name in HERE:
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "runs"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("runs/lr=0.1,seed@2:a", (None, ["runs/lr=0.1,seed@2:a"], None)),
+        ("runs/lr=0.1,seed@2:a@frozen", (None, ["runs/lr=0.1,seed@2:a"], "frozen")),
+        ("kept=runs/lr=0.1,seed@2:a,runs/y@off", ("kept", ["runs/lr=0.1,seed@2:a", "runs/y"], "off")),
+        ("lr=0.1=runs/y,runs/lr=0.1,seed@2:a", ("lr=0.1", ["runs/y", "runs/lr=0.1,seed@2:a"], None)),
+        # A folder that ends like an arm is a folder; a slash makes the arm one.
+        ("runs/x@reset", (None, ["runs/x@reset"], None)),
+        ("runs/x/@reset", (None, ["runs/x"], "reset")),
+        ("runs/x@reset@reset", (None, ["runs/x@reset"], "reset")),
+        ("runs/y,runs/x@reset", (None, ["runs/y", "runs/x@reset"], None)),
+        ("runs/y@reset", (None, ["runs/y"], "reset")),
+        # So is one that begins like a name.
+        ("a=b", (None, ["a=b"], None)),
+        ("a=b@off", (None, ["a=b@off"], None)),
+        ("a=b@persist", (None, ["a=b"], "persist")),
+        ("c=b", ("c", ["b"], None)),
+        ("kept=kept", ("kept", ["kept"], None)),
+        ("kept = one", ("kept", ["one"], None)),
+        (" kept = one, b@off", ("kept", ["one", "b"], "off")),
+        (" = one", (None, ["one"], None)),
+        ("new = gone", ("new", ["gone"], None)),
+        ("a=./b", ("a", ["b"], None)),
+        # And one that is like a list; the longest comes first.
+        ("one,two", (None, ["one,two"], None)),
+        ("one,two,three", (None, ["one,two,three"], None)),
+        ("one,kept", (None, ["one", "kept"], None)),
+        ("one,two,one", (None, ["one,two", "one"], None)),
+        ("n=b, one,two ,kept@off", ("n", ["b", "one,two", "kept"], "off")),
+        ("with blank ,b", (None, ["with blank ", "b"], None)),
+        ("~odd", (None, ["~odd"], None)),
+        ("n=~/x", ("n", ["HOME/x"], None)),
+        ("runs/y/", (None, ["runs/y"], None)),
+        ("runs/../kept", (None, ["runs/../kept"], None)),
+        ("-dash@off", (None, ["-dash"], "off")),
+        ("a\nb=b", ("a\\nb", ["b"], None)),
+        # Where nothing exists, as it is written: what is missing is told by who opens it.
+        ("gone=gone,b@off", ("gone", ["gone", "b"], "off")),
+        ("new/lr=3/x@2/y@off", (None, ["new/lr=3/x@2/y"], "off")),
+        ("~nobody-here/x", (None, ["~nobody-here/x"], None)),
+    ],
+)
+def test_what_exists_is_a_path(here, text, expected):
+    name, found, arm = expected
+    assert conditions.parse(text) == (name, tuple(path.replace("HOME", str(here / "runs")) for path in found), arm)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("runs/y@sideways", "runs/y@sideways is no path, and its arm 'sideways' cannot be compared"),
+        ("runs/lr=0.1,seed@2:b", "its arm '2:b' cannot be compared"),
+        ("runs/y,,b", "names no checkpoint where one is expected"),
+        ("x=", "names no checkpoint where one is expected"),
+        ("@off", "names no checkpoint where one is expected"),
+        ("", "names no checkpoint where one is expected"),
+    ],
+)
+def test_what_is_none_is_one_sentence(here, text, said):
+    with pytest.raises(InputError, match=said) as refused:
+        conditions.parse(text)
+    assert "\n" not in str(refused.value)
+
+
+def test_names_become_names_of_files_that_differ():
+    names = ["a.1", "a.2", "A/x", "B/x", "A%2Fx", "A_x", "é" * 200, "é" * 200 + "x", "x" * 400, "..x"]
+    made = [paths.file_name(name) for name in names]
+    assert len(set(made)) == len(names)
+    assert made[:3] == ["a.1", "a.2", "A%2Fx"]
+    assert all("/" not in name and len(name.encode()) <= 150 for name in made)

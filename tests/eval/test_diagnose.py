@@ -1,0 +1,458 @@
+"""Diagnosis: every figure against NumPy over one forward, records in any split, what is printed, stored and drawn."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from eval import __main__ as command
+from eval.diagnose import command as diagnose_command
+from eval.diagnose import records as report
+from eval.inputs import checkpoints
+from tests.helpers import eval_models, micro
+from tests.helpers.drawing import quick_jit
+from tests.helpers.micro import MODEL
+from ttt_jax.config import TTTConfig
+from ttt_jax.errors import InputError
+from ttt_jax.moshi import model
+
+CFG = dataclasses.replace(MODEL, num_layers=4, ttt=TTTConfig(layers="0,2,3", mini_batch=4))
+PLACES = {0: ("layers_00_00", 0), 2: ("layers_02_03", 0), 3: ("layers_02_03", 1)}
+FRAMES, EVERY = 23, 5
+quick_forward = quick_jit(model.forward.__wrapped__, static_argnames=("cfg", "measured"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_programs():
+    """Programs that compile quickly."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("advance", "measure"):
+            patch.setattr(
+                diagnose_command, name, quick_jit(getattr(diagnose_command, name).__wrapped__, static_argnames="cfg")
+            )
+        yield
+
+
+def walk(params=None, cfg=CFG, frames=FRAMES, every=EVERY, chunk=None):
+    return list(diagnose_command.walk(params or eval_models.params(cfg), eval_models.tokens(frames), cfg, every, chunk))
+
+
+@pytest.fixture(scope="module")
+def records():
+    return walk()
+
+
+def size(v):
+    return np.sqrt((v * v).sum())
+
+
+def cosine(a, b):
+    return (a * b).sum() / size(a) / size(b)
+
+
+def near(v):
+    return 100 * sum(abs(c) < 0.01 for c in v) / len(v)
+
+
+def by_hand():
+    """The figures of every record from one measured forward over all frames, in float64: {(frame, layer): {name: value}}."""
+    params, mask = eval_models.params(CFG), np.ones((1, FRAMES), bool)
+    outputs, _ = quick_forward(
+        params, eval_models.tokens(FRAMES)[None], mask, model.init_state(CFG, 1), cfg=CFG, measured=True
+    )
+    ttt = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64)[:, 0], outputs.ttt)
+    found = {}
+    for i, (layer, (run, place)) in enumerate(PLACES.items()):
+        of_layer = params["layers"][run]["ttt"]
+        gate = np.tanh(np.asarray(of_layer["gate"][place], np.float64))
+        inner = [np.asarray(leaf[place], np.float64) for name, leaf in of_layer.items() if name.startswith("inner_")]
+        base = np.array([np.sqrt(sum((leaf[h] ** 2).sum() for leaf in inner)) for h in range(CFG.num_heads)])
+        for t in range(EVERY - 1, FRAMES, EVERY):
+            x, y = ttt.read[i, t], ttt.output[i, t]
+            together = x + gate * y
+            figures = {
+                "stream_norm": size(x),
+                "ttt_norm": size(y),
+                "gated_norm": size(gate * y),
+                "combined_norm": size(together),
+                "ttt_to_stream": size(y) / size(x),
+                "gated_to_stream": size(gate * y) / size(x),
+                "gated_share_percent": 100 * size(gate * y) / (size(gate * y) + size(x)),
+                "gate_mean": gate.sum() / CFG.dim,
+                "gate_mean_abs": abs(gate).sum() / CFG.dim,
+                "gate_std": np.sqrt(((gate - gate.sum() / CFG.dim) ** 2).sum() / CFG.dim),
+                "gate_min": min(gate),
+                "gate_max": max(gate),
+                "gate_open_percent": 100 * sum(abs(g) > 0.01 for g in gate) / CFG.dim,
+                "cosine_stream_ttt": cosine(x, y),
+                "cosine_stream_combined": cosine(x, together),
+                "cosine_ttt_combined": cosine(y, together),
+                "stream_change": size(x - ttt.read[i, t - EVERY]),
+                "stream_change_relative": size(x - ttt.read[i, t - EVERY]) / size(x),
+                "ttt_change": size(y - ttt.output[i, t - EVERY]),
+                "ttt_change_relative": size(y - ttt.output[i, t - EVERY]) / size(y),
+                "displacement": (ttt.inner.displacement[i, t] * base).mean(),
+                "displacement_largest_head": (ttt.inner.displacement[i, t] * base).max(),
+                "base": base.mean(),
+                "base_largest_head": base.max(),
+                "displacement_to_base": ttt.inner.displacement[i, t].mean(),
+                "displacement_to_base_largest_head": ttt.inner.displacement[i, t].max(),
+                "loss_base": ttt.inner.loss_base[i, t].mean(),
+                "loss_before": ttt.inner.loss_before[i, t].mean(),
+                "loss_after": ttt.inner.loss_after[i, t].mean(),
+                "inner_rate": ttt.rate[i, t].mean(),
+            }
+            for name, v in (("stream", x), ("ttt", y), ("combined", together)):
+                mean = v.sum() / len(v)
+                spread = np.sqrt(((v - mean) ** 2).sum() / len(v))
+                figures |= {f"{name}_mean": mean, f"{name}_std": spread, f"{name}_near_zero_percent": near(v)}
+            if t < EVERY:
+                figures |= {name: None for name in figures if "change" in name}
+            found[t + 1, layer] = figures
+    return found
+
+
+def close(got, expected, tolerance=2e-3):
+    """Figures that agree; nothing where nothing is expected."""
+    if expected is None or got is None:
+        return got is expected
+    return got == pytest.approx(expected, rel=tolerance, abs=tolerance)
+
+
+def test_every_figure_is_that_of_one_forward(records):
+    expected = by_hand()
+    assert [(r["frame"], r["layer"]) for r in records] == [(t, layer) for t in (5, 10, 15, 20) for layer in PLACES]
+    assert len(expected) == len(records)
+    assert all(set(figures) == set(report.FIGURES) for figures in expected.values())
+    for record in records:
+        assert record["seconds"] == pytest.approx(record["frame"] * 0.08)
+        figures = expected[record["frame"], record["layer"]]
+        wrong = {name: (record[name], value) for name, value in figures.items() if not close(record[name], value)}
+        assert not wrong
+
+
+def test_layers_and_frames_differ(records):
+    """What is compared above would also agree if all records were one."""
+    for name in ("stream_norm", "ttt_norm", "cosine_stream_ttt", "loss_before", "displacement", "inner_rate"):
+        assert len({round(record[name], 5) for record in records}) == len(records)
+
+
+@pytest.mark.parametrize("chunk", [1, pytest.param(3, marks=pytest.mark.slow), 400])
+def test_records_do_not_depend_on_the_calls_between(records, chunk):
+    for record, other in zip(records, walk(chunk=chunk), strict=True):
+        assert not [name for name in record if not close(other[name], record[name])]
+
+
+def test_a_record_of_every_frame():
+    found = walk(frames=4, every=1)
+    assert [record["frame"] for record in found] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    knows = [record["loss_before"] != pytest.approx(record["loss_base"], rel=1e-4) for record in found]
+    assert knows == 3 * [False] + 9 * [True]  # there is no memory before the first frame
+
+
+def edited(**values):
+    """Random weights with leaves of the TTT layers replaced by one number."""
+    params = eval_models.params(CFG)
+    layers = dict(params["layers"])
+    for run in {run for run, _ in PLACES.values()}:
+        ttt = layers[run]["ttt"]
+        layers[run] = {**layers[run], "ttt": {**ttt, **{n: np.full_like(ttt[n], v) for n, v in values.items()}}}
+    return {**params, "layers": layers}
+
+
+def test_a_layer_that_says_nothing_yet_has_no_direction():
+    for record in walk(edited(out_kernel=0, out_bias=0), frames=10):
+        assert record["ttt_norm"] == record["ttt_to_stream"] == record["gated_share_percent"] == 0
+        assert record["cosine_stream_ttt"] is record["cosine_ttt_combined"] is record["ttt_change_relative"] is None
+        assert record["cosine_stream_combined"] == pytest.approx(1)
+        assert record["ttt_near_zero_percent"] == 100
+        assert "stream-TTT -, stream-combined +1.0000, TTT-combined -" in report.block(record)
+
+
+def test_a_closed_gate_shows():
+    for record in walk(edited(gate=0.005), frames=5):
+        assert record["gate_open_percent"] == 0
+        assert record["gate_mean"] == pytest.approx(np.tanh(0.005))
+        assert record["gated_to_stream"] == pytest.approx(record["ttt_to_stream"] * np.tanh(0.005), rel=1e-4)
+        assert record["ttt_norm"] > 0
+
+
+def test_without_an_inner_rate_the_fast_weights_stay():
+    for record in walk(edited(rate_bias=-np.inf), frames=10):
+        assert record["displacement"] == record["displacement_to_base_largest_head"] == record["inner_rate"] == 0
+        assert record["loss_base"] == pytest.approx(record["loss_before"], rel=1e-5)
+
+
+def test_between_records_nothing_is_measured(monkeypatch):
+    calls = []
+    for name in ("advance", "measure"):
+        one = getattr(diagnose_command, name)
+        monkeypatch.setattr(
+            diagnose_command, name, lambda *a, one=one, name=name: calls.append((name, a[1].shape[2])) or one(*a)
+        )
+    walk(chunk=3)
+    assert calls == 4 * [("advance", 3), ("advance", 3), ("measure", 1)]
+
+
+# What is printed, stored and drawn
+
+
+def made(checkpoints=("a", "b"), layers=(0, 2), count=3):
+    """Records of numbers that tell where they stand."""
+    return [
+        {"checkpoint": name, "frame": t + 1, "seconds": float(t), "layer": layer}
+        | {figure: 1000.0 * c + 100 * layer + 10 * t + k / 100 for k, figure in enumerate(report.FIGURES)}
+        for c, name in enumerate(checkpoints)
+        for t in range(count)
+        for layer in layers
+    ]
+
+
+def test_a_block_holds_every_headline_figure(records):
+    text = report.block(records[3])
+    assert text.startswith("layer 0, frame 10 (0.8 s)")
+    assert text.isascii()
+    for name in ("ttt_norm", "gated_to_stream", "displacement", "loss_before", "inner_rate"):
+        assert format(records[3][name], ".4g") in text
+
+
+def test_what_attention_leaves_is_called_the_stream(records):
+    """The layer reads x + attention's update: it is not attention's output."""
+    said = [report.block(records[3]), report.comparison(made()), *report.FIGURES.values(), *report.PANELS.values()]
+    assert "attention" not in " ".join(said).replace("stream after attention", "")
+    assert "stream: the residual stream after attention (x + attention's update" in report.explanation()
+
+
+def test_the_comparison_is_of_means_and_their_difference():
+    some = made()
+    some[0]["ttt_norm"] = None  # undefined in one record: the mean is over the others
+    lines = report.comparison(some).splitlines()
+    assert lines[0] == "means over records: A is a, B is b"
+    row = next(line for line in lines if line.startswith("stream_norm ")).split()
+    assert row[1:] == ["10", "1010", "+1000"]
+    row = next(line for line in lines if line.startswith("ttt_norm ")).split()
+    assert row[1:] == ["15.01", "1010", "+995"]
+    assert sum(line.startswith("layer ") for line in lines) == 2
+
+
+def test_a_layer_of_one_checkpoint_alone_has_no_difference():
+    some = made(("a",), (0, 2)) + made(("b",), (2,))
+    text = report.comparison(some)
+    assert "(a TTT layer in A only)" in text
+    row = next(line for line in text.splitlines() if line.startswith("stream_norm ")).split()
+    assert row[1:] == ["10", "-", "-"]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u0085"])
+def test_a_record_ends_at_its_line_feed_only(tmp_path, character):
+    some = [{**record, "checkpoint": f"a{character}"} for record in made()]
+    lines = [json.dumps(record, ensure_ascii=False) for record in some]
+    text = "".join(line + "\n" for line in (*lines, report._checksum(lines)))
+    (tmp_path / report.RECORDS).write_text(text, encoding="utf-8")
+    assert report.read(tmp_path) == some
+
+
+def test_records_come_back_from_their_file(tmp_path):
+    some = made()
+    some[0]["ttt_norm"] = None
+    report.write_records(some, tmp_path)
+    assert report.read(tmp_path) == some
+    assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [lines[0].replace('"stream_norm": ', '"stream_norm": NaN, "x": '), *lines[1:]],
+        lambda lines: [lines[0].replace('"frame": 1', '"frame": 2'), *lines[1:]],
+        lambda lines: [lines[0].replace('"frame": 1', '"frame": "x"'), *lines[1:]],
+        lambda lines: [lines[0].replace('"checkpoint": "a"', '"checkpoint": null'), *lines[1:]],
+        lambda lines: lines[1:],
+        lambda lines: [lines[0], *lines],
+        lambda lines: [lines[1], lines[0], *lines[2:]],
+        lambda lines: lines[:-1],
+        lambda lines: [*lines[:-1], '{"checksum": null}'],
+        lambda lines: lines[-1:],
+        lambda lines: [],
+        lambda lines: ["[" * 100_000],
+        lambda lines: [*lines, ""],
+    ],
+)
+def test_records_that_are_not_as_written_are_refused(tmp_path, damage):
+    path = report.write_records(made(), tmp_path)
+    before = path.read_text().splitlines()
+    after = damage(before)
+    assert after != before
+    path.write_text("".join(line + "\n" for line in after))
+    with pytest.raises(
+        InputError, match=r"records.jsonl is not as it was written \(its checksum .*\): run .* again\.$"
+    ):
+        report.read(tmp_path)
+
+
+@pytest.mark.parametrize("lines", [[], ["{}"], ["[1]"], ["[" * 100_000], ["NaN {"]])
+def test_lines_that_are_no_records_are_refused_whatever_their_checksum(tmp_path, lines):
+    path = report.write_records([], tmp_path)
+    path.write_text("".join(line + "\n" for line in (*lines, report._checksum(lines))))
+    with pytest.raises(
+        InputError, match=r"records.jsonl holds no records of python -m eval diagnose .*: run it again\.$"
+    ):
+        report.read(tmp_path)
+
+
+def test_figures_show_every_layer_and_checkpoint():
+    some = made()
+    some[0]["loss_base"] = None
+    figure = report.draw(some)
+    axes = [axis for axis in figure.axes if axis.lines]
+    assert len(axes) == len(report.PANELS)
+    assert all(len(axis.lines) == 4 for axis in axes)
+    np.testing.assert_allclose(
+        axes[0].lines[3].get_ydata(), [r["stream_norm"] for r in some if (r["checkpoint"], r["layer"]) == ("b", 2)]
+    )
+    memory = [axis for axis in axes if axis.get_title() == report.PANELS["memory"]][0]
+    assert np.isnan(memory.lines[0].get_ydata()[0])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a, layer 0", "b, layer 0", "a, layer 2", "b, layer 2"]
+
+
+def test_lines_keep_off_the_frame():
+    for axis in report.draw(made(("a",), (2,))).axes[: len(report.PANELS)]:
+        low, high = axis.get_ylim()
+        drawn = axis.lines[0].get_ydata()
+        assert min(drawn) - low > 0.03 * (high - low)
+        assert high - max(drawn) > 0.03 * (high - low)
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("diagnose")
+    config = micro.config(model=CFG)
+    eval_models.write_run(folder / "one", config)
+    eval_models.write_run(folder / "two", config, seed=1)
+    eval_models.write_codes(folder / "speech.safetensors", eval_models.tokens(FRAMES))
+    return folder
+
+
+def main(*args):
+    return command.main(["diagnose", *map(str, args)])
+
+
+def test_the_command_prints_stores_and_draws(folder, tmp_path, capsys, records):
+    speech = folder / "speech.safetensors"
+    assert main(folder / "one", "--data", speech, "--every", EVERY, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "one: TTT layers 0,2,3; 23 frames (1.8 s) of " in said
+    assert said.count("  cosine  ") == len(records)
+    assert report.block(records[-1]) in said
+    stored = report.read(tmp_path / "out")
+    (weights,) = {record["weights"] for record in stored}
+    assert len(weights) == 64
+    of = {"checkpoint": "one", "step": 1, "weights": weights, "data": str(speech)}
+    of |= {"file": f"{folder.name}/speech", "frames": FRAMES, "tokens": stored[0]["tokens"]}
+    assert stored == [of | record for record in records]
+    assert main(folder / "one", "--data", speech, "--every", EVERY, "--out", tmp_path / "out") == 0
+    before = (tmp_path / "out" / "records.jsonl").read_bytes()
+    for more in (("--compare", folder / "two"), ("--every", EVERY + 1), ("--frames", EVERY)):
+        with pytest.raises(InputError, match="out holds results .*: give another folder by --out"):
+            main(folder / "one", "--data", speech, "--every", EVERY, "--out", tmp_path / "out", *more)
+    with pytest.raises(InputError, match=r"out holds results of one \(step 1, .*, not of two \(step 1, "):
+        main(folder / "two", "--data", speech, "--every", EVERY, "--out", tmp_path / "out")
+    with pytest.raises(
+        InputError, match=f"holds results of {FRAMES} frames of .*/speech, but {EVERY} of them are asked"
+    ):
+        main(folder / "one", "--data", speech, "--every", EVERY, "--out", tmp_path / "out", "--frames", EVERY)
+    assert (tmp_path / "out" / "records.jsonl").read_bytes() == before
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"records.jsonl", "diagnose.png", "diagnose.pdf"}
+    assert (tmp_path / "out" / "diagnose.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_figures_are_drawn_again_without_a_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoints, "load", lambda path: pytest.fail("a model was loaded"))
+    report.write_records(made(), tmp_path)
+    assert main("--draw", tmp_path) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / f"diagnose.{kind}") for kind in ("png", "pdf")]
+    first = (tmp_path / "diagnose.png").read_bytes()
+    main("--draw", tmp_path)
+    assert (tmp_path / "diagnose.png").read_bytes() == first
+
+
+def test_two_checkpoints_stand_side_by_side(folder, tmp_path, capsys, records):
+    speech = folder / "speech.safetensors"
+    main(folder / "one", "--compare", folder / "two", "--data", speech, "--every", EVERY, "--out", tmp_path)
+    said = capsys.readouterr().out
+    stored = report.read(tmp_path)
+    assert [r["checkpoint"] for r in stored] == len(records) * ["one"] + len(records) * ["two"]
+    assert "means over records: A is one, B is two" in said
+    means = [
+        np.mean([r["ttt_norm"] for r in stored if (r["checkpoint"], r["layer"]) == (c, 0)]) for c in ("one", "two")
+    ]
+    row = next(line for line in said.splitlines() if line.startswith("ttt_norm ")).split()
+    assert row[1:3] == [f"{value:.4g}" for value in means]
+    assert float(row[3]) == pytest.approx(means[1] - means[0], rel=1e-3)
+    assert "  cosine  " not in said
+
+
+def test_checkpoints_of_one_name_are_told_apart(monkeypatch):
+    monkeypatch.setattr(checkpoints, "load", lambda path: checkpoints.Model("run", CFG, {}, None, {}))
+    assert [one.name for one in diagnose_command.load("a/run", "b/run")] == ["a/run", "b/run"]
+    assert [one.name for one in diagnose_command.load("a/run", None)] == ["run"]
+
+
+def test_converted_weights_take_codes_alone(folder, tmp_path, monkeypatch):
+    converted = checkpoints.Model("converted", CFG, eval_models.params(CFG), None, {})
+    monkeypatch.setattr(checkpoints, "load", lambda path: converted)
+    codes = eval_models.tokens(FRAMES)
+    eval_models.write_codes(tmp_path / "codes.safetensors", codes[1:], "any")
+    assert main("converted", "--data", tmp_path / "codes.safetensors", "--every", EVERY, "--out", tmp_path / "out") == 0
+    eval_models.write_codes(tmp_path / "large.safetensors", codes + 2000, "any")
+    with pytest.raises(InputError, match="knows 0 to 63"):
+        main("converted", "--data", tmp_path / "large.safetensors", "--out", tmp_path / "out", "--every", EVERY)
+    (tmp_path / "sound.wav").touch()
+    with pytest.raises(InputError, match="sound.wav is audio, but converted weights do not say which codec"):
+        main("converted", "--data", tmp_path / "sound.wav", "--out", tmp_path / "out")
+
+
+def test_text_that_is_not_known_is_fed_as_nothing(folder, tmp_path):
+    from eval.inputs import dataset
+
+    eval_models.write_codes(tmp_path / "codes.safetensors", eval_models.tokens(FRAMES)[1:])
+    heard = dataset.first(tmp_path / "codes.safetensors", [checkpoints.load(folder / "one")], 1)
+    assert (heard.frames[0] == -1).all()
+    np.testing.assert_array_equal(heard.frames[1:], eval_models.tokens(FRAMES)[1:])
+
+
+def test_mistakes_are_told(folder, tmp_path):
+    plain = dataclasses.replace(MODEL, ttt=TTTConfig(layers="none"))
+    speech, run = folder / "speech.safetensors", folder / "one"
+    eval_models.write_run(tmp_path / "plain", micro.config(model=plain))
+    eval_models.write_codes(tmp_path / "foreign.safetensors", eval_models.tokens(FRAMES), "another")
+    (tmp_path / "file").touch()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "records.jsonl").write_text(json.dumps({"frame": 1}) + "\n")
+    out = ("--out", tmp_path / "out")
+    for args, said in (
+        ((), "there is no CHECKPOINT"),
+        ((tmp_path / "nowhere",), "is no checkpoint"),
+        ((tmp_path / "plain",), "plain has no TTT layers"),
+        ((run, "--compare", tmp_path / "plain"), "plain has no TTT layers"),
+        ((run, "--compare", folder / "." / "one"), "is the checkpoint itself"),
+        ((run, "--every", 0), "--every 0 is out of range"),
+        ((run, "--chunk", 0), "--chunk 0 is out of range"),
+        ((run, "--frames", 50), "--frames 50 end before the first record"),
+        ((run, "--data", speech, *out), "lasts 23 frames .1.8 s., 100 are needed"),
+        ((run, "--data", speech, "--frames", 30, "--every", 5, *out), "lasts 23 frames .1.8 s., 30 are needed"),
+        ((run, "--data", tmp_path / "foreign.safetensors", *out), "but one was trained with"),
+        ((run, "--data", tmp_path / "no.wav", *out), "no.wav does not exist"),
+        ((run, "--data", tmp_path / "file", *out), "file is an empty file"),
+        ((run, "--data", speech, "--out", tmp_path / "file"), "--out .*file cannot be made"),
+        (("--draw", tmp_path), "records.jsonl cannot be read"),
+        (("--draw", tmp_path / "damaged"), "records.jsonl is not as it was written"),
+    ):
+        with pytest.raises(InputError, match=said):
+            main(*args)

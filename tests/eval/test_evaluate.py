@@ -1,0 +1,405 @@
+"""`python -m eval stream`: which files and arms, what is stored where, what is skipped or refused."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from eval.__main__ import main
+from eval.streaming import command as module
+from eval.streaming.scores import load
+from tests.helpers import micro
+from tests.helpers.eval_models import DIGEST, tokens, write_run
+from ttt_jax.data.frames import open_manifest
+from ttt_jax.errors import InputError
+from ttt_jax.utils.command import PARTIAL
+
+LENGTHS = (60, 45, 52)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("checkpoints") / "memory")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A checkpoint without TTT layers."""
+    ttt = micro.MODEL.ttt.__class__(layers="none")
+    cfg = micro.config(model=micro.MODEL.__class__(**vars(micro.MODEL) | {"ttt": ttt}))
+    return write_run(tmp_path_factory.mktemp("checkpoints") / "plain", cfg)
+
+
+def write_data(folder, codes, digest=DIGEST, **extra):
+    """A manifest of code files: with a text row, except the last, which has none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i, array in enumerate(codes):
+        path = folder / f"{i}.safetensors"
+        save_file({"codes": array}, path, metadata={"frame_rate": "12.5", "codec": digest})
+        lines.append(json.dumps({"path": path.name, "duration": array.shape[1] / 12.5, **extra}))
+    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    codes = [tokens(length, i) for i, length in enumerate(LENGTHS)]
+    return write_data(tmp_path / "speech", [*codes[:2], codes[2][1:]])
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_checkpoints_times_files_times_arms(run, plain, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["stream", str(run), str(plain), "--data", str(data), "--out", str(out), "--window", "20"]) == 0
+    found = results(out)
+    assert [one["info"]["name"] for one in found["checkpoints"]] == ["memory", "plain"]
+    assert [one["arms"] for one in found["checkpoints"]] == [["persist", "reset", "frozen", "off"], ["off"]]
+    assert [file["name"] for file in found["files"]] == ["0", "1", "2"]
+    assert [file["frames"] for file in found["files"]] == list(LENGTHS)
+    assert found["setting"]["reset_every"] == micro.CONFIG.data.chunk
+    assert found["checkpoints"][0]["losses"]["persist"]["text"]["n"] == 2  # the third has none
+    assert found["checkpoints"][0]["losses"]["persist"]["equal"]["n"] == 3
+    scores = {name: load(out / "frames" / name / found["files"][2]["npz"]) for name in ("memory", "plain")}
+    assert scores["memory"].arms["persist"].inner is not None
+    assert scores["plain"].arms["off"].inner is None
+    for one in scores.values():
+        for own in one.arms.values():
+            assert np.isnan(own.nats[0]).all()
+            assert np.isfinite(own.nats[1]).all()
+    for name in ("memory.png", "figure5.pdf", "checkpoints.png"):
+        assert any(path.name.startswith(name.split(".")[0]) for path in out.iterdir()), name
+    shown = capsys.readouterr().out
+    assert "memory" in shown
+    assert "plain" in shown
+
+
+def test_a_text_that_is_not_known_is_fed_as_nothing(run, data):
+    from eval.inputs import checkpoints, dataset
+
+    files, skipped = dataset.read(data, [checkpoints.load(run)])
+    assert not skipped
+    assert [file.text_known.mean() for file in files] == [1, 1, 0]
+    assert (files[2].frames[0] == -1).all()
+    np.testing.assert_array_equal(files[2].frames[1:], tokens(LENGTHS[2], 2)[1:])
+    np.testing.assert_array_equal(files[0].frames, tokens(LENGTHS[0], 0))
+
+
+def test_evaluation_feeds_what_training_reads(run, tmp_path):
+    from eval.inputs import checkpoints, dataset
+    from ttt_jax.codec import load_codec
+    from ttt_jax.data.corpus import CorpusConfig, load_coders
+
+    words = [["yes", [0.3, 0.5], "SPEAKER_MAIN"], ["\u4e2d", [1.0, 1.2], "SPEAKER_MAIN"]]
+    beside = {"words": {"alignments": words}, "book": {"book_meta": {}}, "emilia": {"id": "x"}, "nothing": None}
+    beside["labels"] = {"alignments": [["yes", [0.3, 0.5], "SPEAKER_00"]]}
+    data = write_data(tmp_path / "data", [tokens(25, i)[1:] for i in range(len(beside))], load_codec().digest)
+    for i, content in enumerate(beside.values()):
+        if content is not None:
+            (data / f"{i}.json").write_text(json.dumps(content))
+    part = tokens(25, 0)
+    part[0, 3:9] = -1
+    data2 = write_data(tmp_path / "part", [part], load_codec().digest)
+    for folder in (data, data2):
+        files, skipped = dataset.read(folder, [checkpoints.load(run)])
+        assert not skipped
+        coders = load_coders(CorpusConfig())
+        trained = open_manifest(folder / "manifest.jsonl", *coders, tmp_path / "cache", progress=False)
+        for file, recording in zip(files, trained, strict=True):
+            np.testing.assert_array_equal(file.frames, recording.read())
+            np.testing.assert_array_equal(file.text_known, file.frames[0] >= 0)
+        known = [file.text_known.sum() for file in files]
+        assert known == ([25 - 4, 0, 0, 0, 0] if folder == data else [19])
+
+
+def test_speakers_are_the_units(run, tmp_path):
+    from eval.inputs import checkpoints, dataset
+
+    data = write_data(tmp_path / "s", [tokens(20, 0), tokens(20, 1)], speaker="one", group="a/b")
+    assert {file.group for file in dataset.read(data, [checkpoints.load(run)])[0]} == {"one"}
+
+
+def test_a_bad_file_among_good_ones_is_skipped_counted_and_told(run, data, tmp_path, capsys):
+    (data / "1.safetensors").write_bytes(b"nothing")
+    out = tmp_path / "out"
+    assert main(["stream", str(run), "--data", str(data), "--out", str(out), "--arms", "persist"]) == PARTIAL
+    found = results(out)
+    assert [file["name"] for file in found["files"]] == ["0", "2"]
+    (one,) = found["skipped"]
+    assert one["name"] == "1"
+    assert "1.safetensors" in one["reason"]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert len(told) == 1
+
+
+def test_absent_files_are_skipped_counted_and_told_briefly(run, tmp_path, capsys):
+    data = write_data(tmp_path / "speech", [tokens(16, i) for i in range(2)])
+    gone = "".join(json.dumps({"path": f"gone{i}.safetensors", "duration": 1.0}) + "\n" for i in range(30))
+    packed = data / "some.jsonl.gz"
+    packed.write_bytes(gzip.compress((gone + (data / "manifest.jsonl").read_text()).encode()))
+    out = tmp_path / "out"
+    assert main(["stream", str(run), "--data", str(packed), "--out", str(out), "--arms", "persist"]) == PARTIAL
+    found = results(out)
+    assert [file["name"] for file in found["files"]] == ["0", "1"]
+    assert [one["name"] for one in found["skipped"]] == [f"gone{i}" for i in range(30)]
+    assert all(f"line {i + 1} names" in one["reason"] for i, one in enumerate(found["skipped"]))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert len(told) == 11
+    assert told[-1].startswith(
+        f"skipped: 20 more, the last: {packed} line 30 names {data}/gone29.safetensors, which is not"
+    )
+
+
+def test_files_are_called_by_the_names_of_their_links(run, tmp_path):
+    from eval.inputs import checkpoints, dataset
+
+    (tmp_path / "blobs").mkdir()
+    data = write_data(tmp_path / "snapshot", [tokens(16, i) for i in range(2)])
+    for i in range(2):
+        (data / f"{i}.safetensors").rename(tmp_path / "blobs" / f"{i:064x}")
+        (data / f"{i}.safetensors").symlink_to(f"../blobs/{i:064x}")
+    (data / "twin.safetensors").symlink_to(f"../blobs/{0:064x}")
+    with (data / "manifest.jsonl").open("a") as file:
+        file.write(json.dumps({"path": "twin.safetensors", "duration": 16 / 12.5}))
+    files, skipped = dataset.read(data, [checkpoints.load(run)])
+    assert [file.name for file in files] == ["0", "1", "twin"]
+    assert not skipped
+
+
+def test_results_on_other_speech_do_not_replace_the_runs_own(run, data):
+    assert main(["stream", str(run), "--data", str(data), "--arms", "persist", "--frames", "16"]) == 0
+    assert not (run / "eval").exists()
+    found = results(run / "eval-speech")
+    assert [file["frames"] for file in found["files"]] == [16, 16, 16]
+    # Names alike up to the last dot, and two folders of one name.
+    other = write_data(data.parent / "speech.1", [tokens(20, 5)])
+    assert main(["stream", str(run), "--data", str(other), "--arms", "persist", "--frames", "16"]) == 0
+    assert results(run / "eval-speech") == found
+    assert results(run / "eval-speech.1")["setting"]["about"]["data"] == str(other)
+    namesake = write_data(data.parent / "x" / "speech", [tokens(20, 5)])
+    refused("eval-speech holds results on .*speech,? .*but .*x/speech, as asked for", run, "--data", namesake)
+    assert results(run / "eval-speech") == found
+
+
+def test_an_interrupted_evaluation_leaves_the_one_before(run, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    asked = ["stream", str(run), "--data", str(data), "--arms", "persist", "--frames", "16", "--out", str(out)]
+    assert main(asked) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "stream", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(asked)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def refused(said, *args):
+    with pytest.raises(InputError, match=said):
+        main(["stream", *map(str, args)])
+
+
+def test_what_cannot_be_is_one_sentence(run, plain, data, tmp_path):
+    out = tmp_path / "out"
+    refused("has no TTT layers, so there are no inner losses", plain, "--data", data, "--figure5", "--out", out)
+    refused("has no TTT layers, so the arms persist", plain, "--data", data, "--arms", "persist", "--out", out)
+    refused("'sideways' does not exist", run, "--data", data, "--arms", "sideways", "--out", out)
+    for flag in ("--chunk", "--frames", "--reset-every", "--batch", "--window"):
+        refused(f"{flag} 0 is out of range", run, "--data", data, flag, "0", "--out", out)
+    refused("the arm '' does not exist", run, "--data", data, "--arms", "", "--out", out)
+    refused("no checkpoint", tmp_path, "--data", data, "--out", out)
+    refused("does not exist", run, "--data", tmp_path / "nothing.jsonl", "--out", out)
+    refused("memory is given twice", run, run, "--data", data, "--out", out)
+    refused("there is no --data", run, plain, "--out", out)
+    alone = write_data(tmp_path / "alone", [tokens(20)])
+    refused("exchanges memories between speakers", run, "--data", alone, "--arms", "persist,permuted", "--out", out)
+    (tmp_path / "raw").mkdir()
+    refused("make codes of the recordings in it first", run, "--data", tmp_path / "raw", "--out", out)
+    (tmp_path / "file").touch()
+    refused("--out .*file cannot be made", run, "--data", data, "--out", tmp_path / "file")
+    (data / "manifest.jsonl").write_text('{"path": "0.safetensors", "duration": 4.8}\n{"path"\n')
+    refused("manifest.jsonl line 2 is not JSON", run, "--data", data, "--out", out)
+    assert not out.exists() or not any(out.iterdir())
+
+
+def test_a_run_on_code_files_needs_neither_its_codec_nor_its_data(tmp_path):
+    from eval.inputs import dataset
+
+    gone = micro.CONFIG.data.__class__(train="gone.jsonl", codec="files")
+    about = {"codec": {"name": "theirs", "digest": "1" * 64}, "tokenizer": {"digest": "2" * 64, "pieces": None}}
+    run = types.SimpleNamespace(data=gone)
+    trained = types.SimpleNamespace(name="trained", cfg=micro.MODEL, run=run, codec=about["codec"], about=about)
+    data = write_data(tmp_path / "codes", [tokens(20), tokens(20)[1:], tokens(20)[1:9]], digest="1" * 64)
+    files, (skipped,) = dataset.read(data, [trained])
+    assert [file.text_known.mean() for file in files] == [1, 0]
+    np.testing.assert_array_equal(files[0].frames, tokens(20))
+    assert "holds 8 rows of codes" in skipped.reason
+    with pytest.raises(InputError, match="was encoded with .*but trained was trained with theirs"):
+        dataset.read(write_data(tmp_path / "other", [tokens(20)], digest="3" * 64), [trained])
+    (data / "a.wav").write_bytes(b"RIFF")
+    (data / "manifest.jsonl").write_text('{"path": "a.wav", "duration": 4.8}\n')
+    with pytest.raises(InputError, match=r"a\.wav is audio, but data\.codec='files'"):
+        dataset.read(data, [trained])
+
+
+def test_codes_of_another_codec_are_refused(run, tmp_path):
+    other = write_data(tmp_path / "other", [tokens(20)], digest="0" * 64)
+    refused("was encoded with a codec .digest 000000000000.*was trained with a codec", run, "--data", other)
+    large = write_data(tmp_path / "large", [tokens(20) + 40])
+    refused("expected -1 to 63", run, "--data", large)
+
+
+@pytest.mark.parametrize("rate", ["25", "12.50001", "6.25"])
+def test_codes_of_another_rate_are_refused_for_converted_weights_too(run, tmp_path, rate):
+    from eval.inputs import checkpoints, dataset
+
+    weights = types.SimpleNamespace(name="moshi", cfg=micro.MODEL, run=None, codec=None)
+    data = write_data(tmp_path / "fast", [tokens(20)])
+    metadata = {"frame_rate": rate, "codec": DIGEST}
+    save_file({"codes": tokens(20)}, data / "0.safetensors", metadata=metadata)
+    (data / "manifest.jsonl").write_text(json.dumps({"path": "0.safetensors", "duration": 20 / float(rate)}))
+    for model in (weights, checkpoints.load(run)):
+        for place in (data, data / "0.safetensors"):
+            with pytest.raises(InputError, match=f"0.safetensors states frame_rate '{rate}' .*models read 12.5 frames"):
+                dataset.read(place, [model])
+
+
+def test_codes_of_several_codecs_and_of_other_sizes_do_not_pass_with_converted_weights(tmp_path):
+    from eval.inputs import dataset
+    from ttt_jax.data.codes import Codes, write_codes
+
+    weights = types.SimpleNamespace(name="moshi", cfg=micro.MODEL, run=None, codec=None)
+    data = write_data(tmp_path / "mixed", [tokens(20), tokens(20)], digest="1" * 64)
+    save_file({"codes": tokens(20)}, data / "1.safetensors", metadata={"frame_rate": "12.5", "codec": "2" * 64})
+    with pytest.raises(InputError, match="holds codes of 2 codecs, such as 0 .codec 1111.* and 1 .codec 2222"):
+        dataset.read(data, [weights])
+    write_codes(data / "1.safetensors", Codes(tokens(20), 12.5, "1" * 64, "small", cardinality=32))
+    files, (skipped,) = dataset.read(data, [weights])
+    assert "small of 32 entries a codebook, but moshi has 64" in skipped.reason
+    assert files[0].codec == {"name": None, "digest": "1" * 64}
+
+
+def test_every_file_has_a_name_of_its_own(run, tmp_path):
+    from eval.inputs import checkpoints, dataset
+
+    lines = []
+    for folder in ("a", "b"):
+        data = write_data(tmp_path / folder / "audio", [tokens(20)])
+        lines.append(json.dumps({"path": str(data / "0.safetensors"), "duration": 1.6}))
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (other / "m.jsonl").write_text("\n".join([*lines, lines[0]]) + "\n")
+    files, (twice,) = dataset.read(other / "m.jsonl", [checkpoints.load(run)])
+    assert len({file.name for file in files}) == len({file.group for file in files}) == 2
+    assert "twice" in twice.reason
+
+
+def test_a_model_that_leaves_the_numbers_is_no_result(run, data, tmp_path, monkeypatch, capsys):
+    from eval.streaming import runner as module_stream
+
+    whole = module_stream.stream
+
+    def spoilt(*args, **rest):
+        found = whole(*args, **rest)
+        first = found[0].arms["persist"]
+        first.nats[:, 10:] = np.nan
+        return found
+
+    monkeypatch.setattr(module, "stream", spoilt)
+    out = tmp_path / "out"
+    assert (
+        main(["stream", str(run), "--data", str(data), "--arms", "persist", "--frames", "16", "--out", str(out)])
+        == PARTIAL
+    )
+    found = results(out)
+    assert len(found["files"]) == 2
+    (one,) = found["skipped"]
+    assert "under persist gives no finite predictions" in one["reason"]
+    assert "from frame 10 on" in one["reason"]
+    assert len(list((out / "frames" / "memory").iterdir())) == 2
+    assert "skipped: memory under persist" in capsys.readouterr().err
+
+
+def test_the_same_again_replaces_everything_and_less_is_refused(run, data, tmp_path):
+    out = tmp_path / "out"
+    asked = ["stream", str(run), "--data", str(data), "--arms", "persist", "--frames", "16", "--out", str(out)]
+    main([*asked, "--no-figure5"])
+    assert not (out / "figure5.png").exists()
+    (out / "state.pdf").write_bytes(b"of before")
+    (out / "notes.txt").write_text("mine")
+    names = {path.name for path in out.iterdir()}
+    main(asked)
+    made = {f"{name}.{kind}" for name in ("memory", "figure5", "state") for kind in ("png", "pdf")}
+    assert {path.name for path in out.iterdir()} == names | made
+    assert (out / "state.pdf").read_bytes() != b"of before"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    refused("of inner losses, which would not be measured again", *asked[1:], "--no-figure5")
+    refused("frames of 0, but 17 of them are asked for", *asked[1:], "--frames", "17")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_interrupting_ends_as_it_should(run, data, tmp_path):
+    """With a program on its way: an interpreter that ended under it would crash."""
+    code = """
+import os, signal, sys
+from eval import stream
+from eval.__main__ import main
+from ttt_jax.utils.command import run
+
+block, calls = stream._block, []
+
+
+def interrupting(*args):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+    return block(*args)
+
+
+stream._block, stream.SEGMENT = interrupting, 1
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do without
+sys.exit(run(lambda: main(sys.argv[1:])))
+"""
+    asked = ["stream", str(run), "--data", str(data), "--arms", "persist", "--chunk", "8", "--out", str(tmp_path / "o")]
+    env = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(tmp_path),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    }
+    done = subprocess.run([sys.executable, "-c", code, *asked], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 130, done.stderr
+    assert not any((tmp_path / "o").iterdir())
+
+
+def test_frames_of_something_else_are_not_replaced(run, data, tmp_path):
+    out = tmp_path / "out"
+    (out / "frames").mkdir(parents=True)
+    (out / "frames" / "holiday.jpg").write_bytes(b"dear to someone")
+    refused("holds frames, but no results.json that says", run, "--data", data, "--out", out)
+    assert (out / "frames" / "holiday.jpg").exists()
+
+
+def test_converted_weights_take_code_files_only(tmp_path):
+    from eval.inputs import dataset
+
+    weights = types.SimpleNamespace(name="moshi", cfg=micro.MODEL, run=None, codec=None)
+    data = write_data(tmp_path / "codes", [tokens(20), tokens(20)[1:], tokens(20)[1:9]], digest="1" * 64)
+    files, (skipped,) = dataset.read(data, [weights])
+    assert [file.text_known.mean() for file in files] == [1, 0]
+    assert "has 8 rows of codes" in skipped.reason
+    (data / "a.wav").write_bytes(b"RIFF")
+    (data / "manifest.jsonl").write_text('{"path": "a.wav", "duration": 4.8}\n')
+    with pytest.raises(InputError, match="converted weights do not say which codec"):
+        dataset.read(data, [weights])

@@ -1,0 +1,401 @@
+"""Folders of results: names, what may be replaced in them, and what is there when it goes wrong. No model is run."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from eval.compare import command as compare_command
+from eval.compare import plots as compare_plots
+from eval.compare.analysis import analyse
+from eval.compare.analysis import write as write_experiment
+from eval.diagnose import records
+from eval.inputs import checkpoints
+from eval.results import folder as folders
+from eval.streaming import command as streaming_command
+from eval.streaming import plots as streaming_plots
+from eval.streaming.summary import CheckpointInfo, Results, Setting, read_results, summarise, write_results
+from tests.eval.test_compare import made
+from tests.eval.test_diagnose import made as made_records
+from tests.helpers import made_scores, micro
+from tests.helpers.made_scores import FILES
+from ttt_jax.errors import InputError
+
+CFG = micro.CONFIG
+
+
+def touched(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("talks-1.1", "eval-talks-1.1"),
+        ("talks-1.2", "eval-talks-1.2"),
+        ("talks-1.1/manifest.jsonl", "eval-talks-1.1"),
+        ("talks-1.1/manifest.jsonl.gz", "eval-talks-1.1"),
+        ("talks-1.1/other.jsonl", "eval-other.jsonl"),
+        ("talks-1.1/a.wav", "eval-a.wav"),
+        ("talks-1.1/a.flac", "eval-a.flac"),
+        ("talks-1.1/", "eval-talks-1.1"),
+        ("talks-1.1/../talks-1.2/.", "eval-talks-1.2"),
+        ("talks-1.1/..", "eval-HERE"),
+        (".", "eval-HERE"),
+        ("manifest.jsonl", "eval-HERE"),
+        ("link", "eval-link"),  # the name that was given: what a link leads to may be called by a digest
+        ("a=b,c@d:e", "eval-a=b,c@d:e"),
+        (None, "eval"),
+    ],
+)
+def test_results_are_called_by_the_whole_name_of_the_data(tmp_path, monkeypatch, data, name):
+    for part in ("talks-1.1", "talks-1.2", "a=b,c@d:e", "run"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "talks-1.1")
+    monkeypatch.chdir(tmp_path)
+    found = folders.find(None, "eval", "run", data)
+    assert (str(found.parent), found.name) == ("run", name.replace("HERE", tmp_path.name))
+    assert str(folders.find("x/y.1", "eval", "run", data)) == "x/y.1"
+
+
+@pytest.mark.parametrize("given", ["run/checkpoints/5", "run/checkpoints/5/", "~/run/checkpoints/5", "link", "."])
+def test_a_checkpoint_of_several_has_its_step_in_the_runs_folder(tmp_path, monkeypatch, given):
+    (tmp_path / "run" / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "run" / "checkpoints" / "5")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "run" / "checkpoints" / "5" if given == "." else tmp_path)
+    assert folders.find(None, "eval", given, "x/talks").resolve() == tmp_path / "run" / "eval-talks-5"
+
+
+def test_checkpoints_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        checkpoints, "load", lambda path: checkpoints.Model(checkpoints._name(path, 1), None, {}, None, {})
+    )
+    for name in ("A/x", "B/x", "B/C/x", "a.1", "a.2", "x-5", "x/checkpoints/5", "new\nline", "new\\nline"):
+        (tmp_path / name).mkdir(parents=True)
+
+    def names(*paths):
+        return [one.name for one in checkpoints.load_all([tmp_path / path for path in paths])]
+
+    assert names("a.1", "a.2") == ["a.1", "a.2"]
+    assert names("A/x", "B/x", "a.1") == ["A/x", "B/x", "a.1"]
+    assert names("B/x", "A/../B/C/x") == ["B/x", "C/x"]
+    assert names("x-5", "x/checkpoints/5") == [f"{tmp_path.name}/x-5", "x/checkpoints/5"]
+    assert names("new\nline", "new\\nline") == ["new\\nline", "new\\\\nline"]
+    (tmp_path / "link").symlink_to(tmp_path / "a.1")
+    for same in ("a.1", "a.1/", "A/../a.1", "link"):
+        with pytest.raises(InputError, match="is given twice: leave it out once"):
+            names("a.1", same)
+    infos = [CheckpointInfo(name, 9, ()) for name in names("A/x", "B/x")]
+    assert streaming_plots.figures([info.name for info in infos])[:2] == ["memory-A%2Fx.png", "memory-A%2Fx.pdf"]
+    file = FILES[0]
+    assert len({streaming_command.scores_path(tmp_path, info, file) for info in infos}) == 2
+
+
+# What may be replaced
+
+OLD = folders.Subject(
+    "talks",
+    {"a": "d1", "b": "d2"},
+    frozenset("c"),
+    (("x (step 1)", "w1"),),
+    {"--every": 3},
+    frozenset({"the arm off"}),
+    {"a": 7, "b": 8},
+)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data": "elsewhere/talks"},
+        {"checkpoints": (("y (step 1)", "w1"),)},
+        {"files": {"a": "d1"}, "skipped": frozenset("bc")},
+        {"files": {"a": "d1", "b": "d2", "c": "d3"}, "skipped": frozenset()},
+        {"measured": frozenset({"the arm off", "inner losses"})},
+    ],
+)
+def test_the_same_again_replaces_results(tmp_path, changes):
+    folders.check(tmp_path, OLD, OLD._replace(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": "other", "files": {"a": "d1"}}, "on talks with b, but other, as asked for, does not have that file"),
+        ({"files": {**OLD.files, "new": "d3"}}, "on talks without new, but talks, as asked for, has that file"),
+        (
+            {"files": {"a": "d1", "b": "d9"}},
+            "on talks, but b has other tokens in talks, as asked for",
+        ),
+        (
+            {"files": {"a": "d1", "b": "d9"}, "frames": {"a": 7, "b": 9}},
+            "of 8 frames of b, but 9 of them are asked for",
+        ),
+        ({"checkpoints": (("x (step 2)", "w2"),)}, r"of x \(step 1\), not of x \(step 2\)"),
+        ({"checkpoints": (*OLD.checkpoints, ("y", "w2"))}, r"of x \(step 1\), not of x \(step 1\), y"),
+        ({"setting": {"--every": 4}}, "with --every 3, not 4"),
+        ({"measured": frozenset({"inner losses"})}, "of the arm off, which would not be measured again"),
+    ],
+)
+def test_results_of_something_else_are_refused(tmp_path, changes, said):
+    with pytest.raises(InputError, match=f"holds results {said}.*: give another folder by --out, or remove this one"):
+        folders.check(tmp_path, OLD, OLD._replace(**changes))
+
+
+def model(weights="w1", name="tiny", run=CFG, **about):
+    config = streaming_command.models_.record.to_dict(run)
+    about = {"step": 7, "weights": weights, "config": config, "train": {"digest": "t"}, **about}
+    return checkpoints.Model(name, run.model, None, run, about)
+
+
+MODEL = model()
+
+
+def speech(*files):
+    return [SimpleNamespace(name=file.name, digest=file.digest, frames=np.zeros((1, file.frames))) for file in files]
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A folder of results of the arms persist and reset; beside them a file of the user's."""
+    checkpoint = CheckpointInfo("tiny", 60, micro.MODEL.ttt_layers, model().about)
+    arms = {name: made_scores.ARMS[name] for name in ("persist", "reset")}
+    made_scores.write(tmp_path, checkpoint, FILES[:2], arms=("persist", "reset"))
+    setting = Setting(made_scores.STREAMS, arms, reset_every=CFG.data.chunk, chunk=20, window=25)
+    results = summarise(setting, [checkpoint], FILES[:2], [], tmp_path)
+    write_results(tmp_path, results, {})
+    (tmp_path / "memory.png").write_bytes(b"old")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "memory-of-a-day.png").write_text("mine")
+    return tmp_path
+
+
+ARMS = streaming_command.Asked(arms=("persist", "reset"))
+
+
+def replaced(folder, models=(MODEL,), files=FILES[:2], asked=ARMS, of_its_run=False):
+    return streaming_command._check_replaced(folder, models, speech(*files), [], asked, of_its_run)
+
+
+def test_stored_results_are_replaced_by_the_same_again_alone(stored):
+    assert isinstance(read_results(stored), Results)
+    assert {"frames", "memory.png", "state.pdf"} <= set(replaced(stored))
+    assert "memory-of-a-day.png" not in replaced(stored)
+    replaced(
+        stored, asked=streaming_command.Asked(window=9, chunk=3, weighting="kyutai")
+    )  # numbers are the same, and there are more
+    for said, changes in {
+        "without c, but .* has that file": {"files": FILES[:3]},
+        "with b, but .* does not have that file": {"files": FILES[:1]},
+        "of tiny .*weights w1.*not of tiny .*weights w2": {"models": (model("w2"),)},
+        "not of tiny .*, other ": {"models": (model(), model("w2", "other"))},
+        f"with --reset-every {CFG.data.chunk}, not 5": {"asked": streaming_command.Asked(ARMS.arms, reset_every=5)},
+        "of the arm reset, which would not": {"asked": streaming_command.Asked(("persist",))},
+        "of inner losses, which would not": {"asked": streaming_command.Asked(ARMS.arms, inner=False)},
+    }.items():
+        with pytest.raises(InputError, match=said):
+            replaced(stored, **changes)
+
+
+def test_training_replaces_its_own_evaluation_of_any_step(stored):
+    later = model("w2", step=9)
+    elsewhere = model("w2", run=micro.config(run_dir="moved"))
+    for own in (later, elsewhere):
+        assert replaced(stored, (own,), FILES, streaming_command.Asked(), of_its_run=True)
+    for other in (model("w2", run=micro.config(seed=99)), model("w2", train={"digest": "other"})):
+        with pytest.raises(InputError, match="without c, but .* has that file"):
+            replaced(stored, (other,), FILES, streaming_command.Asked(), of_its_run=True)
+    with pytest.raises(InputError, match="without c, but .* has that file"):
+        replaced(stored, (later,), FILES, streaming_command.Asked())
+
+
+@pytest.mark.parametrize("name", ["frames", "memory.png", "figure5.pdf"])
+def test_what_lies_there_and_is_no_result_is_not_replaced(tmp_path, name):
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(InputError, match=f"holds {name}, but no results.json that says what it is of"):
+        replaced(tmp_path)
+    assert (tmp_path / name).read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "is not JSON"),
+        ("{}", "does not say of which command and format it is, but format 2 of python -m eval stream is read"),
+        ('{"format": 2}', "does not say of which command and format it is"),
+        ("[1]", "does not say of which command and format it is"),
+        ('{"command": "python -m eval compare", "format": 3}', "is of format 3 of python -m eval compare, but"),
+        ('{"command": "python -m eval stream", "format": 2}', "is not as it was written"),
+    ],
+)
+def test_results_of_another_command_are_refused(tmp_path, content, said):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(
+        InputError, match="results.json that is not this command's, or damaged .*: give another"
+    ) as caught:
+        replaced(tmp_path)
+    assert f"{tmp_path / 'results.json'} {said}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda stored: stored["setting"].update(about=None),
+        lambda stored: stored.update(skipped=[{}]),
+        lambda stored: stored.update(checkpoints=[]),
+        lambda stored: stored["checkpoints"][0]["info"].update(about=[]),
+        lambda stored: stored.update(files=["a"]),
+    ],
+)
+def test_damaged_results_are_refused(stored, damage):
+    content = json.loads((stored / "results.json").read_text())
+    damage(content)
+    (stored / "results.json").write_text(json.dumps(content))
+    for of_its_run in (False, True):
+        with pytest.raises(InputError, match="damaged|holds results of"):
+            replaced(stored, of_its_run=of_its_run)
+
+
+def test_files_among_the_scores_are_not_replaced(stored):
+    for name in ("frames/holiday.jpg", "frames/tiny/mine.npz", "frames/other/a.npz"):
+        touched(stored / name)
+        with pytest.raises(InputError, match=f"holds {name}, which is no result"):
+            replaced(stored)
+        (stored / name).unlink()
+    replaced(stored)
+
+
+def test_replacing_leaves_other_files_alone_and_nothing_between(stored, tmp_path_factory):
+    new = stored / ".new"
+    touched(new / "frames" / "tiny" / "new.npz")
+    (new / "results.json").write_text("new")
+    folders.replace(stored, new, replaced(stored))
+    found = {str(path.relative_to(stored)) for path in stored.rglob("*") if path.is_file()}
+    assert found == {"results.json", "frames/tiny/new.npz", "notes.txt", "memory-of-a-day.png"}
+    assert (stored / "results.json").read_text() == "new"
+
+
+def test_a_crash_between_old_and_new_leaves_no_mixture(stored, monkeypatch):
+    before = (stored / "results.json").read_bytes()
+    scores = sorted(path.name for path in (stored / "frames" / "tiny").iterdir())
+    touched(stored / ".new" / "frames" / "tiny" / "new.npz")
+    (stored / ".new" / "results.json").write_text("new")
+    old, whole = replaced(stored), folders.Path.rename
+
+    def rename(path, target):
+        if path.parent.name == ".new":
+            raise OSError(28, "No space left on device")
+        return whole(path, target)
+
+    monkeypatch.setattr(folders.Path, "rename", rename)
+    with pytest.raises(OSError, match="No space"):
+        folders.replace(stored, stored / ".new", old)
+    assert not (stored / "results.json").exists()
+    (aside,) = stored.glob(".old.*")
+    assert (aside / "results.json").read_bytes() == before
+    assert sorted(path.name for path in (aside / "frames" / "tiny").iterdir()) == scores
+
+
+# The other commands
+
+
+def test_an_experiment_is_replaced_by_the_same_again_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_plots, "draw_all", lambda *_: [])
+    experiment = made({"reset": 0.05, "off": 0.1}, files=3)
+    names = experiment.conditions[0].checkpoints
+    about = [{"name": name, "weights": f"w{i}", "step": 1} for i, name in enumerate(names)]
+    experiment = compare_command.dataclasses.replace(experiment, checkpoints=about)
+    write_experiment(tmp_path, experiment, analyse(experiment), {})
+
+    def subject(conditions=experiment.conditions, files=experiment.files, about=about, **setting):
+        setting = compare_command.dataclasses.replace(experiment.setting, **setting)
+        return compare_command._subject(None, files, [], conditions, about, setting)
+
+    replace = compare_command.dataclasses.replace
+    compare_command._check_replaced(tmp_path, subject())
+    compare_command._check_replaced(tmp_path, subject(margin=0.5, threshold=1.0))
+    renamed = [replace(one, name=f"new {one.name}") for one in experiment.conditions]
+    compare_command._check_replaced(tmp_path, subject(renamed))
+    for said, other in {
+        "with file2, but .* does not have that file": subject(files=experiment.files[:2]),
+        "not of .* under persist, .* under off:": subject(experiment.conditions[::2]),
+        "under reset, .* under persist, ": subject([experiment.conditions[i] for i in (1, 0, 2)]),
+        "weights v": subject(about=[{**one, "weights": f"v{one['weights']}"} for one in about]),
+        "with --weighting equal, not kyutai": subject(weighting="kyutai"),
+        "with --reset-every .*, not 7": subject(chunk=7),
+    }.items():
+        with pytest.raises(InputError, match=said):
+            compare_command._check_replaced(tmp_path, other)
+
+
+def test_reports_of_somebody_else_are_not_replaced(tmp_path):
+    (tmp_path / "report.md").write_text("mine")
+    with pytest.raises(InputError, match="holds report.md, but no results.json"):
+        compare_command._check_replaced(tmp_path, OLD)
+
+
+def test_records_say_what_they_are_of(tmp_path):
+    from eval.diagnose import command as diagnose_command
+
+    of = {"a": {"weights": "w1", "step": 3}, "b": {"weights": "w2", "step": 4}}
+    made = [{**one, **of[one["checkpoint"]], "data": "x", "file": "f", "tokens": "d"} for one in made_records()]
+    records.write_records(made, tmp_path)
+    same = diagnose_command._subject_of(records.read(tmp_path))
+    assert same.files == {"f": "d"}
+    assert [weights for _, weights in same.checkpoints] == ["w1", "w2"]
+    diagnose_command._check_replaced(tmp_path, same)
+    for said, other in {
+        "on x, but f has other tokens in y, as asked for": same._replace(data="y", files={"f": "e"}),
+        r"of a \(step 3.*, b \(step 4.*\), not of a \(step 3, weights w1\):": same._replace(
+            checkpoints=same.checkpoints[:1]
+        ),
+        "with --every 1, not 5": same._replace(setting={"--every": 5}),
+    }.items():
+        with pytest.raises(InputError, match=said):
+            diagnose_command._check_replaced(tmp_path, other)
+    (tmp_path / "records.jsonl").write_text(json.dumps({"frame": 1}) + "\n")
+    with pytest.raises(
+        InputError, match=r"records.jsonl that is not this command's, or damaged \(.* not as it was written"
+    ):
+        diagnose_command._check_replaced(tmp_path, same)
+
+
+# Checkpoints
+
+
+def test_weights_are_known_by_what_they_are_and_not_by_where_they_lie(tmp_path):
+    import shutil
+
+    from tests.helpers.eval_models import write_run
+    from ttt_jax.checkpoints.run_checkpoints import Checkpoints
+
+    first, other = write_run(tmp_path / "first"), write_run(tmp_path / "other", seed=1)
+    shutil.copytree(first, tmp_path / "copy.1")
+    known = {path.name: checkpoints.load(path).about["weights"] for path in (first, tmp_path / "copy.1", other)}
+    assert known["first"] == known["copy.1"] != known["other"]
+    assert Checkpoints(first).digest(1) == known["first"]  # without reading the weights
+    assert checkpoints.load(first / "checkpoints" / "1").about["weights"] == known["first"]
+    (first / "checkpoints" / "1" / "integrity" / "metadata").write_text("{}")
+    with pytest.raises(InputError, match="checkpoints/1 is damaged"):
+        Checkpoints(first).digest(1)
+
+
+def test_added_layers_make_other_weights_on_the_same_base():
+    from ttt_jax.checkpoints import weights
+
+    cfg = micro.MODEL
+    files = {tensor.file: {"sha256": "0" * 64} for tensor in weights.tensors(cfg)}
+    ttt = next(name for name in files if name.startswith("ttt"))
+    changed = {**files, ttt: {"sha256": "1" * 64}}
+    beside = {**files, "LICENSE": {"sha256": "2" * 64}}
+    assert weights.base_digest(cfg, changed) == weights.base_digest(cfg, files)
+    assert weights.whole_digest(cfg, changed) != weights.whole_digest(cfg, files)
+    assert weights.whole_digest(cfg, beside) == weights.whole_digest(cfg, files)

@@ -1,0 +1,226 @@
+"""Paired statistics against formulas, tables, simulations and SciPy's own; false positives as often as promised."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from eval.compare.experiment import pooled
+from eval.stats import paired
+
+D = np.array([0.031, -0.012, 0.044, 0.052, 0.007, 0.019, 0.038, -0.004, 0.027, 0.061])
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    """No warning reaches a user."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def compare(d, reference=3.0, margin=0.02, threshold=0.1):
+    return paired.compare(np.asarray(d, float), reference, margin, threshold)
+
+
+def test_all_numbers_by_formula():
+    found, n = compare(D), len(D)
+    mean, sd = D.sum() / n, math.sqrt(((D - D.mean()) ** 2).sum() / (n - 1))
+    assert (found.n, found.reference) == (n, 3)
+    assert found.mean == pytest.approx(mean)
+    assert found.sd == pytest.approx(sd)
+    assert found.relative == pytest.approx(mean / 3)
+    assert found.above == 0.8
+    t = mean / (sd / math.sqrt(n))
+    assert found.p.t == pytest.approx(2 * stats.t.sf(t, n - 1))
+    assert found.p.t == pytest.approx(stats.ttest_rel(D + 5, np.full(n, 5.0)).pvalue)
+    assert found.p.wilcoxon == pytest.approx(stats.wilcoxon(D, method="exact").pvalue)
+    # Hedges' J for nine degrees of freedom is 0.9139 (his table; 1 - 3 / (4 * 9 - 1) = 0.9143 is the approximation).
+    assert paired.correction(9) == pytest.approx(0.9139, abs=5e-5)
+    assert found.dz == pytest.approx(mean / sd * paired.correction(9))
+    assert found.power.of_threshold == pytest.approx(paired.power_of(n, 0.3 / sd))
+    assert found.power.for_effect == paired.needed(found.dz)
+    assert found.power.for_equivalence == paired.needed_equivalence(sd, 0.02)
+
+
+def test_sign_flips_go_through_all_patterns():
+    signs = 1 - 2 * (np.arange(1024)[:, None] >> np.arange(10) & 1)
+    means = (signs * D).mean(1)
+    expected = (np.abs(means) >= D.mean() - 1e-12).mean()
+    assert paired.p_values(D).sign_flip == pytest.approx(expected)
+
+
+def test_many_units_draw_their_flips_with_a_fixed_seed():
+    rng = np.random.default_rng(3)
+    d = rng.normal(0.2, 1, 60)
+    once, again, other = (paired.p_values(d, seed).sign_flip for seed in (0, 0, 1))
+    assert once == again
+    assert once == pytest.approx(other, abs=0.03)
+    assert once == pytest.approx(paired.p_values(d).t, abs=0.03)
+
+
+def test_side_by_side_is_one_by_one():
+    rng = np.random.default_rng(4)
+    d = rng.normal(0.5, 1, (5, 8))
+    d[2] = 0
+    together = paired.p_values(d)
+    for name in together._fields:
+        each = [getattr(paired.p_values(row), name) for row in d]
+        np.testing.assert_allclose(getattr(together, name), each)
+    assert together.t[2] == together.wilcoxon[2] == together.sign_flip[2] == 1
+
+
+def test_bca_is_scipys_and_covers():
+    expected = stats.bootstrap((D,), np.mean, n_resamples=9999, method="BCa", random_state=np.random.default_rng(0))
+    found = compare(D)
+    assert (found.low, found.high) == tuple(expected.confidence_interval)
+    rng = np.random.default_rng(5)
+    covered = 0
+    for _ in range(300):
+        own = paired.bootstrap((rng.normal(0.3, 1, 25),), np.mean)
+        covered += own.low <= 0.3 <= own.high
+    assert 0.89 <= covered / 300 <= 0.98
+
+
+def test_the_share_of_a_gap_is_a_ratio_of_sums_with_its_interval():
+    rng = np.random.default_rng(6)
+    gap = rng.uniform(0.5, 2, 40)
+    closed = 0.6 * gap + rng.normal(0, 0.05, 40)
+    found = paired.share(closed, gap)
+    assert found.mean == pytest.approx(closed.sum() / gap.sum())
+    assert found.low < 0.6 < found.high
+    assert found.high - found.low < 0.05
+    assert all(math.isnan(value) for value in paired.share(closed, 0 * gap))
+
+
+def test_equivalence_is_two_one_sided_tests():
+    n, error = len(D), stats.sem(D)
+    for margin in (0.02, 0.05):
+        found = paired.equivalence(D, margin)
+        above = stats.ttest_1samp(D, -margin, alternative="greater").pvalue
+        below = stats.ttest_1samp(D, margin, alternative="less").pvalue
+        assert found.p == pytest.approx(max(above, below))
+        half = stats.t.ppf(0.95, n - 1) * error
+        assert (found.low, found.high) == pytest.approx((D.mean() - half, D.mean() + half))
+        assert (found.p < 0.05) == (-margin < found.low and found.high < margin)
+        assert paired.equivalence(-D, margin).p == pytest.approx(found.p)
+
+
+def test_holm_by_hand():
+    np.testing.assert_allclose(paired.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(paired.holm([0.5, 0.9]), [1, 1])
+    np.testing.assert_allclose(paired.holm([0.02, 0.021]), [0.04, 0.04])  # never below that of a smaller p
+    np.testing.assert_allclose(paired.holm([0.02, math.nan, 0.5]), [0.04, math.nan, 0.5])
+
+
+@pytest.mark.parametrize(("dz", "units"), [(0.2, 199), (0.3, 90), (0.4, 52), (0.5, 34), (0.8, 15), (1.0, 10)])
+def test_sample_sizes_are_those_of_the_tables(dz, units):
+    assert paired.needed(dz) == paired.needed(-dz) == units
+    assert paired.power_of(units, dz) >= 0.8 > paired.power_of(units - 1, dz)
+
+
+def test_power_is_what_simulated_experiments_have():
+    rng = np.random.default_rng(7)
+    found = np.mean(paired.t_test(rng.normal(0.6, 1, (4000, 15))) < 0.05)
+    assert found == pytest.approx(paired.power_of(15, 0.6), abs=0.025)
+    units = paired.needed_equivalence(0.05, 0.02)
+    found = [paired.equivalence(d, 0.02).p < 0.05 for d in rng.normal(0, 0.05, (2000, units))]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.03)
+    assert paired.power_of_equivalence(units, 0.05, 0.02) >= 0.8 > paired.power_of_equivalence(units - 1, 0.05, 0.02)
+    assert paired.needed(0.5, 0.05 / 3) > paired.needed(0.5)  # a stricter test needs more
+
+
+def test_what_cannot_be_known_is_nan():
+    for d in ([], [0.1]):
+        found = compare(d)
+        unknown = (found.sd, found.low, found.dz, *found.p, *found.equivalence, *found.power)
+        assert found.n == len(d)
+        assert all(math.isnan(value) for value in unknown)
+    two = compare([0.1, 0.2])
+    assert math.isnan(two.low)
+    assert math.isnan(two.dz)
+    assert two.p.t == pytest.approx(0.2048, abs=1e-4)
+    assert paired.needed(0.0) == paired.needed(1e-4) == math.inf
+
+
+def test_equal_differences():
+    none = compare(np.zeros(5))
+    assert (none.mean, none.sd, none.low, none.high, none.dz) == (0, 0, 0, 0, 0)
+    assert tuple(none.p) == (1, 1, 1)
+    assert none.equivalence.p == 0
+    assert none.power.for_effect == math.inf
+    same = compare(np.full(6, 0.1))
+    assert same.mean == same.low == same.high == pytest.approx(0.1)
+    assert same.equivalence.p == 1
+    assert same.dz == math.inf
+    assert same.p.sign_flip == 2 / 64
+
+
+def test_slopes_are_weighted_least_squares():
+    rng = np.random.default_rng(8)
+    values, weight = rng.normal(0, 1, (3, 7)), rng.uniform(0.1, 2, (3, 7))
+    values[0, 2] = math.nan
+    weight[1, 5:] = 0
+    values[2, 1:] = math.nan
+    found = paired.slopes(values, weight)
+    for i in (0, 1):
+        used = np.isfinite(values[i]) & (weight[i] > 0)
+        expected = np.polyfit(np.arange(7)[used], values[i][used], 1, w=np.sqrt(weight[i][used]))[0]
+        assert found[i] == pytest.approx(expected)
+    assert math.isnan(found[2])
+    slope = paired.mean_slope(np.append(D, math.nan))
+    low, high = stats.t.interval(0.95, 9, D.mean(), stats.sem(D))
+    assert slope == pytest.approx((D.mean(), low, high, stats.ttest_1samp(D, 0).pvalue, 10))
+
+
+# Without an effect p < 0.05 must come in 5 % of experiments: what the whole command rests on.
+
+EXPERIMENTS, FILES, CHUNKS = 2000, 12, 8
+
+
+def no_effect(seed, conditions=2):
+    """Losses of conditions that do not differ, [conditions, experiments, files, chunks], and tokens [files, chunks].
+
+    Files are hard or easy and drift, which all conditions share; each condition has noise of its own by file and by chunk, larger in
+    some files, and chunks follow from each other.
+    """
+    rng = np.random.default_rng(seed)
+    shape = (EXPERIMENTS, FILES, CHUNKS)
+    shared = rng.normal(3, 0.4, (*shape[:2], 1)) + 0.05 * rng.normal(0, 1, shape).cumsum(-1)
+    each = [
+        rng.normal(0, 0.01, (*shape[:2], 1))
+        + rng.normal(0, 0.02, shape).cumsum(-1) * rng.uniform(0.5, 1.5, (1, FILES, 1))
+        for _ in range(conditions)
+    ]
+    losses = np.stack([shared + own for own in each])
+    losses[..., 0] = shared[..., 0]  # the first chunk does not differ
+    weight = rng.uniform(500, 1000, (FILES, CHUNKS))
+    weight[0, 5:] = 0
+    return np.where(weight > 0, losses, np.nan), weight
+
+
+@pytest.mark.parametrize("seed", [11, 12])
+def test_false_positives(seed):
+    losses, weight = no_effect(seed)
+    one, other = (pooled(own, weight, np.arange(CHUNKS) > 0) for own in losses)
+    found = paired.p_values(other - one)
+    for name in found._fields:
+        assert 0.035 <= np.mean(getattr(found, name) < 0.05) <= 0.065, name
+
+
+def test_false_positives_of_a_family():
+    losses, weight = no_effect(13, conditions=4)
+    first, *others = (pooled(own, weight, np.arange(CHUNKS) > 0) for own in losses)
+    p = np.stack([paired.t_test(other - first) for other in others], -1)
+    assert np.mean((p < 0.05).any(-1)) > 0.08  # three chances, unadjusted
+    assert 0.02 <= np.mean([(paired.holm(family) < 0.05).any() for family in p]) <= 0.065
+
+
+def test_false_equivalence():
+    """A difference as large as the margin is called equivalent in at most 5 %."""
+    rng = np.random.default_rng(14)
+    found = [paired.equivalence(d, 0.02).p < 0.05 for d in rng.normal(0.02, 0.02, (EXPERIMENTS, FILES))]
+    assert 0.035 <= np.mean(found) <= 0.065

@@ -1,0 +1,403 @@
+"""Streaming evaluation: arms mean what they say, every frame is scored once and in place, and the guards can fail.
+
+One batch of two files, all arms side by side; the model has learned a rule that only the order of frames shows.
+"""
+
+import contextlib
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eval.streaming import arms
+from eval.streaming import runner as module
+from eval.streaming.runner import _block, batches, plan, score, stream
+from eval.streaming.scores import load, not_finite, save
+from tests.helpers import micro, quick, small_step
+from tests.helpers.drawing import quick_jit
+from tests.helpers.micro import CONFIG, MODEL
+from train import initial_params, step
+from train.batches import Windows
+from ttt_jax.data import unigram
+from ttt_jax.errors import InputError
+from ttt_jax.moshi import model
+from ttt_jax.moshi.delays import columns, init_history
+from ttt_jax.moshi.loss import token_losses
+
+PERIOD, LENGTHS = 8, (270, 133)
+UNKNOWN = slice(40, 60)
+CARDS = np.array([*MODEL.target_streams.values()])
+ALL = tuple(arms.ARMS)
+quick_forward = quick_jit(model.forward.__wrapped__, static_argnames=("cfg", "measured"))
+
+
+def walk(length, seed):
+    """Each stream counts 0 1 2 3 0 ..., now and then leaving one out: the order of frames is all there is to learn."""
+    rng = np.random.default_rng(seed)
+    steps = 1 + (rng.random((17, length)) < 0.1)
+    return ((rng.integers(0, 4, (17, 1)) + np.cumsum(steps, 1)) % 4).astype(np.int32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    """Programs that run a few times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "scan_calls", quick.scan_calls)
+        yield
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Of a model that has learned `walk` for some steps."""
+    mesh = small_step.one_device()
+    state = step.init_state(CONFIG, mesh, initial_params.initial(CONFIG, mesh).trained)
+    source = micro.source([walk(400, i) for i in range(8)])
+    with contextlib.closing(Windows([source], CONFIG.data.batch, CONFIG.data.chunk, 0)) as windows:
+        lowered = quick.quickly(step.make_train_step)(CONFIG, mesh).lower(
+            state, {}, next(windows).batch, small_step.NO_STOP
+        )
+        train = lowered.compile()
+        for _ in range(CONFIG.steps):
+            state, _ = train(state, {}, next(windows).batch, small_step.NO_STOP)
+    return state.trained
+
+
+@pytest.fixture(scope="module")
+def files():
+    """The second file's text is not known in some frames."""
+    found = [walk(length, 100 + i) for i, length in enumerate(LENGTHS)]
+    found[1][0, UNKNOWN] = -1
+    return found
+
+
+run = functools.partial(stream, cfg=MODEL, arms=ALL, chunk=7, period=PERIOD, measured=True, partners=(1, 0))
+
+
+@pytest.fixture(scope="module")
+def scores(params, files):
+    return run(params, files)
+
+
+def forward(params, files):
+    """One call over whole files."""
+    frames = np.stack([np.pad(file, ((0, 0), (0, max(LENGTHS) - file.shape[1]))) for file in files])
+    mask = jnp.arange(max(LENGTHS)) < jnp.array([[file.shape[1]] for file in files])
+    return quick_forward(params, frames, mask, model.init_state(MODEL, len(files)), MODEL)[0]
+
+
+def largest(a, b):
+    """Largest difference of two score trees; NaN must stand in the same places."""
+    same = jax.tree.map(lambda x, y: np.array_equal(np.isnan(x), np.isnan(y)), a, b)
+    assert all(jax.tree.leaves(same))
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.nanmax(np.abs(x - y), initial=0)), a, b)))
+
+
+# What is scored
+
+
+def test_scores_are_those_of_one_forward_over_the_whole_file(params, files, scores):
+    outputs = forward(params, files)
+    expected = np.where(outputs.target_mask, token_losses(outputs), np.nan)
+    for row, got in enumerate(scores):
+        np.testing.assert_allclose(got.arms["persist"].nats, expected[row, :, : LENGTHS[row]], atol=1e-4)
+
+
+def test_entropy_rank_and_comparison_with_off_are_those_of_the_predictions(params, files, scores):
+    def predictions(arm):
+        outputs = forward(arms.set_params(params, (arm,)), files)
+        logits = np.asarray(outputs.audio_logits, np.float64)[1, : LENGTHS[1]]
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))  # [T, Q, V]
+
+    logp, off = predictions("persist"), predictions("off")
+    got, target = scores[1].arms["persist"], scores[1].tokens[1:].T
+    scored = target >= 0
+    own = np.take_along_axis(logp, np.maximum(target, 0)[..., None], -1)
+    expected = {
+        "entropy": -(np.exp(logp) * logp).sum(-1),
+        "rank": (logp > own).sum(-1),
+        "kl": (np.exp(logp) * (logp - off)).sum(-1),
+        "changed": logp.argmax(-1) != off.argmax(-1),
+    }
+    found = got._asdict() | got.against_off._asdict()
+    np.testing.assert_allclose(found["entropy"][1:].T[scored], expected["entropy"][scored], atol=1e-4)
+    np.testing.assert_allclose(found["kl"][1:].T[scored], expected["kl"][scored], atol=1e-4)
+    assert np.mean(found["rank"][1:].T[scored] == expected["rank"][scored]) > 0.99  # ties within rounding may turn
+    assert np.mean(found["changed"][1:].T[scored] == expected["changed"][scored]) > 0.99
+    assert found["changed"][1:].T[scored].mean() > 0.01
+
+
+def test_each_token_is_scored_once_and_against_itself(files, scores):
+    for file, got in zip(files, scores, strict=True):
+        for k, delay in enumerate(MODEL.delays[: 1 + MODEL.dep_q]):
+            n = file.shape[1]
+            np.testing.assert_array_equal(got.tokens[k, delay:n], file[k, : n - delay])
+            assert (got.tokens[k, :delay] == -1).all()
+            assert np.isnan(got.arms["persist"].nats[k, :delay]).all()
+
+
+def test_text_that_is_not_known_is_not_scored_and_all_else_is(scores):
+    unknown = np.isnan(scores[1].arms["persist"].nats)
+    expected = np.zeros_like(unknown)
+    expected[0, UNKNOWN] = True
+    expected[2:, 0] = True  # codebooks that come late
+    np.testing.assert_array_equal(unknown, expected)
+
+
+def test_a_file_ends_where_it_ends(files, scores):
+    for file, got in zip(files, scores, strict=True):
+        shapes = {leaf.shape[1] for leaf in jax.tree.leaves(got)}
+        assert shapes == {file.shape[1]}
+        assert np.isfinite(got.arms["persist"].nats[1:, MODEL.max_delay :]).all()
+
+
+@pytest.mark.parametrize("chunk", [1, pytest.param(250, marks=pytest.mark.slow), 1000])
+def test_the_length_of_calls_changes_no_number(params, files, scores, chunk):
+    other = stream(params, files, MODEL, ("persist",), chunk=chunk, period=PERIOD)
+    for got, own in zip(scores, other, strict=True):
+        assert largest(got.arms["persist"].nats, own.arms["persist"].nats) < 1e-4
+
+
+def test_with_resets_too(params, files, scores):
+    for got, other in zip(scores, run(params, files, chunk=1000), strict=True):
+        for arm in ALL:
+            assert largest(got.arms[arm].nats, other.arms[arm].nats) < 1e-4
+            assert largest(got.arms[arm].inner, other.arms[arm].inner) < 1e-3
+
+
+def test_an_arm_alone_gives_what_it_gives_beside_others(params, files, scores):
+    for got, own in zip(scores, stream(params, files, MODEL, ("reset",), chunk=7, period=PERIOD), strict=True):
+        assert largest(got.arms["reset"].nats, own.arms["reset"].nats) < 1e-5
+        assert own.arms["reset"].against_off is None
+
+
+def test_nothing_crosses_from_file_to_file_unless_asked(params, files, scores):
+    other = run(params, [files[0], walk(LENGTHS[1], 9)])
+    for arm in ALL:
+        apart = largest(scores[0].arms[arm].nats, other[0].arms[arm].nats)
+        assert apart < 1e-6 if arm != "permuted" else apart > 1e-4
+
+
+def test_a_long_stream_is_scanned_part_by_part_and_progress_counts_every_frame_once(params, files, scores, monkeypatch):
+    monkeypatch.setattr(module, "SEGMENT", 50)
+    told = []
+    found = stream(params, files, MODEL, ("persist",), chunk=7, period=PERIOD, on_frames=told.append)
+    assert len(told) == 6  # 39 calls, 7 a scan
+    assert sum(told) == sum(LENGTHS)
+    for got, own in zip(scores, found, strict=True):
+        assert largest(got.arms["persist"].nats, own.arms["persist"].nats) < 1e-5
+
+
+def test_an_interrupt_waits_for_the_program_on_its_way(params, files, monkeypatch):
+    """An interpreter that ended under it would crash."""
+    monkeypatch.setattr(module, "SEGMENT", 50)
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
+
+    def interrupt(frames):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stream(params, files, MODEL, ("persist",), chunk=7, period=PERIOD, on_frames=interrupt)
+    assert len(waited) == 1
+
+
+# Arms
+
+
+def test_arms_differ_only_after_the_first_period(scores):
+    for got in scores:
+        persist = got.arms["persist"].nats
+        for arm in ("reset", "permuted"):
+            nats = got.arms[arm].nats
+            np.testing.assert_allclose(nats[:, :PERIOD], persist[:, :PERIOD], atol=5e-6)
+            assert np.nanmax(np.abs(nats - persist)[:, PERIOD:]) > 1e-4
+
+
+def test_permuted_is_what_persist_has_learned_on_the_other_file(params, files, scores):
+    """By hand: a stream of its own, which at every period takes the memory of the other row of the stream that persists."""
+    frames, mask = np.stack([file[:, : 3 * PERIOD] for file in files]), jnp.ones((2, PERIOD), bool)
+    kept = own = model.init_state(MODEL, 2)
+    for start in range(0, 3 * PERIOD, PERIOD):
+        layers = {
+            name: layer._replace(ttt=jax.tree.map(lambda x: x[:, ::-1], kept.layers[name].ttt))
+            for name, layer in own.layers.items()
+        }
+        call = frames[..., start : start + PERIOD]
+        outputs, own = quick_forward(params, call, mask, own._replace(layers=layers), MODEL)
+        _, kept = quick_forward(params, call, mask, kept, MODEL)
+        expected = np.where(outputs.target_mask, token_losses(outputs), np.nan)
+        for row, got in enumerate(scores):
+            found = got.arms["permuted"].nats[:, start : start + PERIOD]
+            np.testing.assert_allclose(found, expected[row], atol=1e-4)
+
+
+def test_permuted_counts_as_long_as_the_other_file_goes_on(scores):
+    """After that its memory would not grow older: it is no control for one that does."""
+    last = (LENGTHS[1] // PERIOD + 1) * PERIOD
+    nats = scores[0].arms["permuted"].nats
+    assert np.isfinite(nats[0, :last]).all()
+    assert np.isnan(nats[:, last:]).all()
+    assert np.isnan(scores[0].arms["permuted"].inner.loss_before[:, last:]).all()
+    assert np.isfinite(scores[1].arms["permuted"].nats[1]).all()
+
+
+def test_frozen_fast_weights_stay_at_their_base(scores):
+    for got in scores:
+        inner = got.arms["frozen"].inner
+        assert np.max(inner.displacement) == 0
+        assert np.max(inner.rate) == 0
+        # With an inner rate of 0 the three inner losses are one.
+        np.testing.assert_allclose(inner.loss_before, inner.loss_base, rtol=1e-5)
+        np.testing.assert_allclose(inner.loss_after, inner.loss_base, rtol=1e-5)
+        assert np.max(got.arms["persist"].inner.displacement) > 1e-3
+
+
+def test_off_does_not_depend_on_the_ttt_layers(params, files, scores):
+    def scramble(path, leaf):
+        name = jax.tree_util.keystr(path)
+        return leaf + 0.1 if "ttt" in name and "gate" not in name else leaf
+
+    other = run(jax.tree_util.tree_map_with_path(scramble, params), files)
+    for got, changed in zip(scores, other, strict=True):
+        assert largest(got.arms["off"].nats, changed.arms["off"].nats) < 1e-6
+        assert largest(got.arms["persist"].nats, changed.arms["persist"].nats) > 1e-3
+
+
+def test_arms_leave_the_parameters_as_they_are(params):
+    before = jax.tree.map(np.array, params)
+    arms.set_params(params, ALL)
+    jax.tree.map(np.testing.assert_array_equal, before, params)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("persist", "sideways"), "the arm 'sideways' does not exist"),
+        (("persist", "persist"), "name one twice"),
+        (("permuted",), "add persist"),
+    ],
+)
+def test_arms_that_cannot_be_run_are_refused(names, said):
+    with pytest.raises(InputError, match=said):
+        arms.check(names, MODEL, "a checkpoint")
+
+
+# Guards
+
+
+def oracle(file, known, sure):
+    """Outputs of one arm that put all but 1 - `sure` on the tokens of the grid's column that is `known` columns later."""
+    grid, _ = columns(init_history(MODEL, 1), file[None], jnp.ones((1, file.shape[1]), bool), MODEL)
+    targets = np.asarray(grid.targets[0, :, : 1 + MODEL.dep_q])  # [T, S]
+    told = np.roll(targets, -known, axis=0)
+    logits = [
+        np.where(np.eye(card + 1)[told[:, i]][:, :card], np.log(sure), np.log((1 - sure) / (card - 1)))
+        for i, card in enumerate(CARDS)
+    ]
+    mask = (targets < CARDS).T & (targets >= 0).T
+    lead = lambda x: jnp.asarray(x)[None, None]  # noqa: E731
+    return model.Outputs(lead(logits[0]), lead(np.stack(logits[1:], 1)), lead(targets.T), lead(mask), None, None), mask
+
+
+def test_an_oracle_of_the_next_codes_is_right_in_place_and_at_chance_one_or_two_frames_off():
+    file = np.random.default_rng(0).integers(0, 64, (17, 4000), np.int32)
+    for known in (0, 1, 2, -1, -2):
+        outputs, mask = oracle(file, known, sure=0.999)
+        found = jax.tree.map(lambda x: np.asarray(x)[0, 0], score(outputs, None)[:3])
+        nats, hits = found[0][1:][mask[1:]], (found[2] == 0)[1:][mask[1:]]
+        if known == 0:
+            assert nats.max() < 1.1e-3  # -ln 0.999
+            assert hits.all()
+        else:
+            assert abs(hits.mean() - 1 / 64) < 0.003  # 32,000 tokens: four standard errors
+            assert nats.mean() > np.log(64)
+
+
+def test_a_model_without_knowledge_scores_the_logarithm_of_the_cardinality(params, files):
+    blank = jax.tree.map(jnp.array, params)
+    blank["text_head"] = jnp.zeros_like(blank["text_head"])
+    blank["depth"]["heads"] = jnp.zeros_like(blank["depth"]["heads"])
+    for got in run(blank, files):
+        for arm in ALL:
+            expected = np.where(got.tokens >= 0, np.log(CARDS)[:, None], np.nan)[:, : LENGTHS[1]]
+            np.testing.assert_allclose(got.arms[arm].nats[:, : LENGTHS[1]], expected, rtol=1e-5)
+
+
+def test_a_memory_that_is_reset_every_frame_knows_what_its_base_knows(params, files):
+    """The original's bug as a measurement: l(W before) = l(W0) at every frame."""
+    short = [file[:, :40] for file in files]
+    for got in stream(params, short, MODEL, ("persist", "reset"), chunk=7, period=1, measured=True):
+        reset, persist = got.arms["reset"].inner, got.arms["persist"].inner
+        np.testing.assert_allclose(reset.loss_before, reset.loss_base, rtol=1e-5)
+        assert np.abs(reset.loss_after / reset.loss_base - 1).max() > 1e-3
+        assert np.abs(persist.loss_before / persist.loss_base - 1)[:, 1:].max() > 1e-3
+
+
+def test_shuffled_frames_raise_the_loss_of_a_trained_model(params, files, scores):
+    shuffled = [np.random.default_rng(0).permutation(file, axis=1) for file in files]
+    for got, wrong in zip(scores, run(params, shuffled), strict=True):
+        ordered, disordered = (np.nanmean(one.arms["persist"].nats[1:]) for one in (got, wrong))
+        assert ordered < np.log(4) - 0.1
+        assert disordered > ordered + 0.1
+
+
+# Cutting, batching, storing
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 9, 64])
+@pytest.mark.parametrize("chunk", [1, 3, 8, 100])
+@pytest.mark.parametrize("period", [None, 1, 5, 8, 70])
+def test_a_plan_covers_every_frame_once_and_no_call_reaches_over_a_period(length, chunk, period):
+    calls = plan(length, chunk, period)
+    covered = [start + i for start, n in zip(calls.starts, calls.lengths, strict=True) for i in range(n)]
+    assert covered == list(range(length))
+    assert calls.lengths.max() <= calls.frames <= chunk
+    assert calls.frames < 2 * length
+    for start, n, begins in zip(calls.starts, calls.lengths, calls.begins, strict=True):
+        if period:
+            assert start // period == (start + n - 1) // period
+        assert begins == (period is not None and start > 0 and start % period == 0)
+
+
+@pytest.mark.parametrize("period", [None, 250])
+def test_streams_of_many_lengths_need_few_programs(period):
+    assert len({plan(length, 1000, period).frames for length in range(1, 5000)}) <= 11
+
+
+def test_frames_past_the_end_of_a_file_are_masked(files):
+    """Nobody would see it in the file's own scores, but the memory that it leaves to others would have learned from them."""
+    calls = plan(max(LENGTHS), 7, PERIOD)
+    frames, mask, _ = _block(files, calls, 0, len(calls.starts))
+    np.testing.assert_array_equal(mask.sum((0, 2)), LENGTHS)
+    assert (np.moveaxis(frames, 2, 0)[:, ~mask] == -1).all()
+
+
+def test_batches_hold_every_file_once_and_leave_none_alone_where_two_are_needed():
+    for count, rows in itertools.product(range(2, 9), (2, 3)):
+        found = list(batches(list(range(count)), rows, least=2))
+        assert sorted(i for batch in found for i in batch) == list(range(count))
+        assert min(map(len, found)) >= 2
+    assert [len(batch) for batch in batches([5, 1, 9], 2)] == [2, 1]
+
+
+def test_predictions_that_are_no_numbers_are_found(scores):
+    assert not_finite(scores[0]) is None
+    nats = scores[0].arms["frozen"].nats.copy()
+    nats[3, 20:] = np.nan
+    spoilt = scores[0].arms | {"frozen": scores[0].arms["frozen"]._replace(nats=nats)}
+    assert not_finite(scores[0]._replace(arms=spoilt)) == ("frozen", 20)
+
+
+def test_stored_scores_come_back(scores, tmp_path):
+    for one in (scores[0], scores[1]._replace(unigram=scores[1].arms["off"].nats)):
+        save(tmp_path / "a.npz", one)
+        jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "a.npz"), one)
+
+
+def test_unigram_nats_are_those_of_smoothed_counts():
+    tables = unigram.fit([np.array([[0, 0, 1, -1]])], [3])
+    np.testing.assert_allclose(np.exp(tables[0]), [3 / 6, 2 / 6, 1 / 6])
+    np.testing.assert_allclose(unigram.nats(tables, np.array([[2, -1]])), [[np.log(6), np.nan]])

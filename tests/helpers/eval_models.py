@@ -1,0 +1,45 @@
+"""Small checkpoints on disk and recordings for them: tests of the evaluation commands build on these."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from tests.helpers import micro
+from tests.helpers.drawing import random_params
+from ttt_jax.checkpoints.run_checkpoints import Checkpoints
+from ttt_jax.codec import load_codec
+from ttt_jax.moshi import model
+from ttt_jax.utils import config_json
+
+DIGEST = load_codec().digest
+
+
+@cache
+def params(cfg=micro.MODEL, seed=0):
+    """Random weights, gates open and TTT layers' outputs far from 0."""
+    shapes = jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0))
+    return random_params(shapes, np.random.default_rng(seed), cfg.dtype)
+
+
+def write_run(folder: Path, cfg=micro.CONFIG, seed=0, codec=DIGEST) -> Path:
+    """A run's folder with one checkpoint of random weights."""
+    checkpoints = Checkpoints(folder, keep=1)
+    meta = {"config": config_json.to_dict(cfg), "codec": {"name": "a codec", "digest": codec}}
+    checkpoints.save(1, params(cfg.model, seed), {"none": np.zeros(1)}, {"none": 0}, json.loads(json.dumps(meta)))
+    checkpoints.close()
+    return folder
+
+
+def tokens(frames=60, seed=0) -> np.ndarray:
+    """int32 [17, frames] as the embedded codec could give them."""
+    return micro.files((frames,), seed)[0]
+
+
+def write_codes(path: Path, codes: np.ndarray, codec=DIGEST) -> Path:
+    """Codes in a file, of the embedded codec unless another digest is given."""
+    save_file({"codes": codes}, path, metadata={"frame_rate": "12.5", "codec": codec})
+    return path

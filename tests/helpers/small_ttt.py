@@ -1,0 +1,145 @@
+"""One small TTT layer, its settings and what the tests of its laws call."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import reference_ttt
+from tests.helpers.drawing import pieces, quick_jit, random_like, random_params
+from ttt_jax.config import MoshiConfig, TTTConfig
+from ttt_jax.ttt.layer import TTTLayer, init_state
+
+TOL = 1e-10
+ROWS, FRAMES, DIM, HEADS = 2, 32, 16, 2
+NETWORKS = {"linear": (), "mlp2": (4,), "mlp3": (2, 2), "mlp5": (2, 1, 3, 2)}
+VARIANTS = {
+    "as trained from scratch": {},
+    "no decay": {"horizon": None},
+    "bound": {"max_displacement": 0.5},
+    "bound, no decay": {"max_displacement": 0.2, "horizon": None},
+    "rope": {"rope": True},
+    "no norms around": {"pre_norm": False, "post_norm": False, "base_lr": 0.3},
+}
+
+networks = pytest.mark.parametrize("hidden", NETWORKS.values(), ids=NETWORKS.keys())
+shallow_networks = pytest.mark.parametrize(
+    "hidden",
+    [
+        pytest.param(hidden, id=name, marks=() if len(hidden) < 2 else pytest.mark.slow)
+        for name, hidden in NETWORKS.items()
+    ],
+)
+# Every pair compiles for seconds, deep networks for the most: those left out of the default run are slow.
+DEFAULT = {((), 1), ((4,), 4), ((4,), 16), ((2, 1, 3, 2), 4)}
+# Every length of a call compiles anew, so splits are drawn for these; the whole grid is slow.
+SPLIT = {((), 1), ((4,), 4), ((4,), 16)}
+
+
+def _grid(default):
+    return pytest.mark.parametrize(
+        ("hidden", "mini_batch"),
+        [
+            pytest.param(hidden, b, id=f"{name}-{b}", marks=() if (hidden, b) in default else pytest.mark.slow)
+            for name, hidden in NETWORKS.items()
+            for b in (1, 4, 16, 64)
+        ],
+    )
+
+
+grid, split_grid = _grid(DEFAULT), _grid(SPLIT)
+# Laws that hold by the same lines of code for every network are tried on one pair each of b = 1 and of more.
+pairs = _grid({((), 1), ((4,), 4)})
+
+
+def config(hidden=(4,), mini_batch=4, dtype="float64", **ttt) -> MoshiConfig:
+    """A layer whose memory decays within the test; narrow heads take the rate of wide ones."""
+    ttt = {"horizon": 100.0, "base_lr": min(1.0, 8 / mini_batch), **ttt}
+    return MoshiConfig(
+        dim=DIM,
+        num_heads=HEADS,
+        num_layers=1,
+        dtype=dtype,
+        ttt=TTTConfig(layers="0", hidden=hidden, mini_batch=mini_batch, **ttt),
+    )
+
+
+def apply(params, x, mask, state, cfg):
+    return TTTLayer(cfg).apply({"params": params}, x, mask, state)[:2]
+
+
+def measure(params, x, mask, state, cfg, measured=True):
+    """Output, state and measurement."""
+    return TTTLayer(cfg).apply({"params": params}, x, mask, state, measured)
+
+
+call = quick_jit(apply, static_argnames="cfg")
+measured_call = quick_jit(measure, static_argnames="cfg")
+
+
+@partial(quick_jit, static_argnames="cfg")
+def value_and_grads(params, x, mask, state, weights, cfg):
+    """A loss that reads outputs and state alike, and its gradients to parameters, x and the carried weights."""
+
+    def loss(params, x, moved):
+        out, new = apply(params, x, mask, state._replace(displacement=moved[0], open_sum=moved[1]), cfg)
+        return sum(
+            (a * b).sum() for a, b in zip(jax.tree.leaves((out, new[:2])), jax.tree.leaves(weights), strict=True)
+        )
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2))(params, x, state[:2])
+
+
+@cache
+def init_shapes(cfg):
+    x, mask = jnp.zeros((1, 1, cfg.dim), cfg.dtype), jnp.ones((1, 1), bool)
+    return jax.eval_shape(lambda key: TTTLayer(cfg).init(key, x, mask, init_state(cfg, 1))["params"], jax.random.key(0))
+
+
+def setting(cfg, seed, frames=FRAMES, rows=ROWS):
+    """Random parameters and hidden vectors (NumPy: slicing them compiles nothing), and the generator for more."""
+    rng = np.random.default_rng(seed)
+    return (
+        random_params(init_shapes(cfg), rng, cfg.dtype),
+        rng.standard_normal((rows, frames, cfg.dim)).astype(jnp.dtype(cfg.dtype)),
+        rng,
+    )
+
+
+def carried_state(cfg, rng, rows=ROWS):
+    """A state that a stream could have left, in NumPy: weights moved, rows at phases of their own."""
+    b = cfg.ttt.mini_batch
+    state = init_state(cfg, rows)
+    count = rng.integers(0, 3 * b, rows)
+    small = lambda leaf: 0.2 * np.asarray(leaf)  # noqa: E731
+    inside = lambda leaf: leaf * (count % b > 0).reshape(-1, *(1,) * (leaf.ndim - 1))  # noqa: E731
+    moved = jax.tree.map(small, random_like(state.displacement, rng))
+    open_sum = jax.tree.map(inside, jax.tree.map(small, random_like(state.open_sum, rng)))
+    return state._replace(displacement=moved, open_sum=open_sum, count=np.asarray(count, np.int32))
+
+
+def run_split(params, x, mask, state, cfg, parts):
+    outs = []
+    for piece in pieces(parts):
+        out, state = call(params, x[:, piece], mask[:, piece], state, cfg=cfg)
+        outs.append(np.asarray(out))
+    return np.concatenate(outs, 1), state
+
+
+def reference(params, x, mask, state, cfg):
+    """Output and state of the written-out descent."""
+    return measured_reference(params, x, mask, state, cfg)[:2]
+
+
+def measured_reference(params, x, mask, state, cfg):
+    return reference_ttt.ttt_layer(
+        params,
+        np.asarray(x, np.float64),
+        np.asarray(mask),
+        state,
+        heads=cfg.num_heads,
+        base_lr=cfg.inner_lr,
+        ttt=cfg.ttt,
+    )

@@ -1,0 +1,98 @@
+"""cuDNN's attention over a line of ring and call reads and keeps what the plain form does, by its XLA twin where there is no GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers.drawing import quick_jit
+from ttt_jax.moshi import attention
+
+SLOTS, HEADS, WIDTH, ROWS = 8, 2, 4, 3
+library = jax.nn.dot_product_attention
+
+
+@quick_jit
+def both_forms(q, k, v, kv_cache, start, mask):
+    """Where the frames lie, what is read and what the ring keeps: of the fused form, of the plain one."""
+    where, line = attention.positions(start, mask, SLOTS), attention.line_up(start, mask, SLOTS)
+    written = attention.write(jax.tree.map(lambda leaf: leaf[None], kv_cache), k[None], v[None], start, mask)
+    fused, plain = attention.attend_fused(q, k, v, kv_cache, line), attention.attend(q, k, v, kv_cache, where)
+    return (where, line), fused, (plain, written)
+
+
+@pytest.mark.parametrize(
+    ("frames", "starts", "masked"),
+    [(20, (0, 3, 30), False), (5, (0, 3, 30), True), (20, (0, 3, 30), True), (20, (8, 100, 7), True)],
+)
+def test_fused_attention_equals_the_plain_form(monkeypatch, frames, starts, masked):
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation, **rest: library(*args, **rest))
+    rng = np.random.default_rng(frames)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    start = np.array(starts, np.int32)
+    mask = rng.random((ROWS, frames)) < 0.6 if masked else np.ones((ROWS, frames), bool)
+    q, k, v = (draw(ROWS, frames, HEADS, WIDTH) for _ in range(3))
+    kv_cache = attention.KVCache(draw(ROWS, HEADS, SLOTS, WIDTH), draw(ROWS, HEADS, SLOTS, WIDTH))
+    (where, line), (read, kept), (expected, written) = both_forms(q, k, v, kv_cache, start, mask)
+    np.testing.assert_array_equal(line.query, where.query)
+    np.testing.assert_allclose(
+        np.where(mask[..., None, None], read, 0), np.where(mask[..., None, None], expected, 0), atol=1e-6
+    )
+    for row, seen in enumerate(start + mask.sum(1)):
+        held = (seen - 1 - np.arange(min(seen, SLOTS))) % SLOTS
+        for new, old in zip(kept, written, strict=True):
+            np.testing.assert_array_equal(np.asarray(new)[row][:, held], np.asarray(old)[0, row][:, held])
+
+
+@pytest.mark.parametrize(("frames", "masked"), [(20, False), (5, True), (20, True)])
+def test_fused_attention_has_the_gradients_of_the_plain_form(monkeypatch, frames, masked):
+    """Of queries, keys, values and the ring, through what is read and through what the ring keeps for the next call."""
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation, **rest: library(*args, **rest))
+    rng = np.random.default_rng(frames)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    start = np.array((0, 3, 30), np.int32)
+    mask = rng.random((ROWS, frames)) < 0.6 if masked else np.ones((ROWS, frames), bool)
+    inputs = [draw(ROWS, frames, HEADS, WIDTH) for _ in range(3)]
+    kv_cache = attention.KVCache(draw(ROWS, HEADS, SLOTS, WIDTH), draw(ROWS, HEADS, SLOTS, WIDTH))
+    of_read, of_ring = draw(ROWS, frames, HEADS, WIDTH), draw(ROWS, HEADS, SLOTS, WIDTH)
+    held = np.arange(SLOTS)[None] < (start + mask.sum(1))[:, None]  # slots that hold anything after the call
+
+    def loss(inputs, kv_cache, fused):
+        where, line = attention.positions(start, mask, SLOTS), attention.line_up(start, mask, SLOTS)
+        if fused:
+            read, kept = attention.attend_fused(*inputs, kv_cache, line)
+        else:
+            read = attention.attend(*inputs, kv_cache, where)
+            kept = attention.write(
+                jax.tree.map(lambda x: x[None], kv_cache), *(x[None] for x in inputs[1:]), start, mask
+            )
+            kept = attention.KVCache(*(x[0] for x in kept))
+        seen = jnp.where(mask[..., None, None], read, 0)
+        return (of_read * seen).sum() + sum((jnp.where(held[:, None, :, None], x, 0) * of_ring).sum() for x in kept)
+
+    gradients = quick_jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    found, expected = (gradients(inputs, kv_cache, fused) for fused in (True, False))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert float(jnp.abs(b).max()) > 0.1
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("frames", "context", "width", "dtype", "fits"),
+    [
+        (1250, 3000, 128, "bfloat16", True),
+        (1250, 3000, 128, "float32", False),
+        (1250, 3000, 256, "bfloat16", False),
+        (100, 3000, 128, "bfloat16", False),
+    ],
+)
+def test_the_library_serves_long_calls_in_its_types_on_a_gpu(monkeypatch, frames, context, width, dtype, fits):
+    assert not attention.can_fuse(frames, context, width, jnp.dtype(dtype))  # tests run on a CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert attention.can_fuse(frames, context, width, jnp.dtype(dtype)) == fits

@@ -1,0 +1,344 @@
+"""Streaming generation: forced tokens, seeds by row, the scan, first-frame conventions, saved and forked states."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from tests.helpers.drawing import quick_jit
+from tests.helpers.micro import MODEL
+from ttt_jax.checkpoints import stream_state
+from ttt_jax.config import DepthConfig, LoRAConfig, MoshiConfig, TTTConfig
+from ttt_jax.errors import InputError
+from ttt_jax.moshi import generate, model
+from ttt_jax.moshi.generate import FREE, Sampling
+
+CFG = dataclasses.replace(MODEL, n_q=6, dep_q=3, delays=(0, 0, 1, 1, 0, 1, 1), card=16, text_card=20)
+ROWS, CALLS = 3, 20
+step = quick_jit(generate.stream_step.__wrapped__, static_argnames=("cfg", "sampling"), donate_argnames="state")
+scan = quick_jit(
+    generate.generate.__wrapped__, static_argnames=("cfg", "sampling", "first_frame"), donate_argnames="state"
+)
+reset_rows = quick_jit(partial(model.reset_rows, cfg=CFG, seeds=[7]))
+HOT = Sampling(temperature=2.0, top_k=12, text_temperature=2.0, text_top_k=15)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return quick_jit(model.init_params, static_argnums=0)(CFG, jax.random.key(0))
+
+
+def codes(seed=0, calls=CALLS, rows=ROWS):
+    return np.random.default_rng(seed).integers(0, CFG.card, (rows, CFG.n_q - CFG.dep_q, calls)).astype(np.int32)
+
+
+def run(params, other, state=None, mask=None, forced=None, cfg=CFG, sampling=HOT):
+    """Own tokens of each call, [B, 1 + Q, calls], and the state."""
+    rows, _, calls = other.shape
+    state = model.init_state(cfg, rows) if state is None else state
+    mask = np.ones((rows, calls), bool) if mask is None else mask
+    outs = []
+    for call in range(calls):
+        given = None if forced is None else jnp.asarray(forced[..., call])
+        own, state = step(
+            params, jnp.asarray(other[..., call]), jnp.asarray(mask[:, call]), state, cfg, sampling, given
+        )
+        outs.append(np.asarray(own))
+    return np.stack(outs, -1), state
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_forced_tokens_come_out_and_the_others_do_not_know(params):
+    forced = np.full((ROWS, 1 + CFG.dep_q, CALLS), FREE, np.int32)
+    rng = np.random.default_rng(1)
+    forced[0, 0] = rng.integers(0, CFG.text_card, CALLS)  # text of row 0
+    forced[1, 2, 5:9] = rng.integers(0, CFG.card, 4)  # a delayed codebook of row 1, in four frames
+    forced[1, 1, 7] = -1  # silence of the model's input
+    own, _ = run(params, codes(), forced=forced)
+    free, _ = run(params, codes())
+    shift = CFG.max_delay  # call s completes frame s - max_delay
+    for row in range(2):
+        given = forced[row, :, : CALLS - shift]
+        np.testing.assert_array_equal(own[row, :, shift:][given != FREE], given[given != FREE])
+    np.testing.assert_array_equal(own[2], free[2])
+    np.testing.assert_array_equal(own[1, :, : 5 + shift], free[1, :, : 5 + shift])
+    assert (own[0, 1:, shift:] != free[0, 1:, shift:]).any()  # what is forced is heard by the other streams
+
+
+def test_forcing_what_was_generated_changes_nothing(params):
+    """Forced tokens take the place that sampled ones have, in the depth transformer's input and in the history."""
+    own, state = run(params, codes())
+    forced = np.full((ROWS, 1 + CFG.dep_q, CALLS), FREE, np.int32)
+    forced[..., : CALLS - CFG.max_delay] = own[..., CFG.max_delay :]
+    again, forced_state = run(params, codes(), forced=forced)
+    np.testing.assert_array_equal(again, own)
+    equal(forced_state, state)
+
+
+def test_a_rows_draws_depend_on_its_seed_alone(params):
+    both, _ = run(params, np.repeat(codes(rows=1), 3, 0), model.init_state(CFG, 3, seeds=[7, 8, 7]))
+    np.testing.assert_array_equal(both[0], both[2])
+    assert (both[0] != both[1]).any()
+    alone, _ = run(params, codes(rows=1), model.init_state(CFG, 1, seeds=[7]))
+    np.testing.assert_array_equal(alone[0], both[2])
+    state = reset_rows(run(params, codes(rows=1))[1], jnp.ones(1, bool))
+    np.testing.assert_array_equal(run(params, codes(rows=1), state)[0], alone)
+
+
+def test_wrong_number_of_seeds():
+    for seeds in ([1, 2], [1, 2, -1], [1, 2, 2**32]):
+        with pytest.raises(InputError, match="for each of the 3 rows"):
+            model.init_state(CFG, 3, seeds=seeds)
+
+
+def test_values_that_cannot_be(params):
+    state, other = model.init_state(CFG, 1), jnp.asarray(codes(rows=1))
+    for sampling in (Sampling(temperature=-1.0), Sampling(top_k=-1), Sampling(text_temperature=float("nan"))):
+        with pytest.raises(InputError, match="cannot be"):
+            generate.stream_step(params, other[..., 0], jnp.ones(1, bool), state, CFG, sampling)
+    with pytest.raises(InputError, match='first_frame="Twice"'):
+        generate.generate(params, other, jnp.ones((1, CALLS), bool), state, CFG, HOT, first_frame="Twice")
+    with pytest.raises(InputError, match="name rows 0 to 0"):
+        model.fork_rows(state, [0, 1])
+
+
+@pytest.mark.slow
+def test_top_k_of_0_is_all(params):
+    every = HOT._replace(top_k=CFG.card, text_top_k=CFG.text_card)
+    expected, _ = run(params, codes(), sampling=every)
+    got, _ = run(params, codes(), sampling=every._replace(top_k=0, text_top_k=0))
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_draws_follow_the_softmax_over_the_likeliest():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=12), jnp.float32)
+    k, temperature, draws = 5, 0.7, 20_000
+    noise = jax.random.gumbel(jax.random.key(0), (draws, k))
+    tokens = np.asarray(generate.sample(jnp.broadcast_to(logits, (draws, 12)), noise, temperature))
+    likeliest = np.argsort(-np.asarray(logits))[:k]
+    expected = np.exp(np.asarray(logits)[likeliest] / temperature)
+    expected /= expected.sum()
+    counts = np.array([(tokens == token).sum() for token in likeliest])
+    assert counts.sum() == draws
+    assert ((counts - draws * expected) ** 2 / (draws * expected)).sum() < 18.5  # chi-squared, 4 degrees: p = 0.001
+
+
+def test_generate_is_the_scan_of_steps(params):
+    other, mask = codes(), np.random.default_rng(2).random((ROWS, CALLS)) < 0.7
+    expected, state = run(params, other, mask=mask)
+    got, scanned = scan(
+        params, jnp.asarray(other), jnp.asarray(mask), model.init_state(CFG, ROWS), CFG, HOT, first_frame="once"
+    )
+    np.testing.assert_array_equal(got, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), scanned, state)
+
+
+def test_first_frame_twice_is_for_fresh_rows_only(params):
+    other = codes()
+    twice = np.concatenate([other[..., :1], other], -1)
+    expected, _ = run(params, twice)
+    args = params, jnp.asarray(other), jnp.ones((ROWS, CALLS), bool)
+    got, state = scan(*args, model.init_state(CFG, ROWS), CFG, HOT)
+    np.testing.assert_array_equal(got, expected)
+    # Rows that have begun hear each frame once: a stream in two pieces is the stream.
+    half = CALLS // 2
+    first, state = scan(args[0], *(x[..., :half] for x in args[1:]), model.init_state(CFG, ROWS), CFG, HOT)
+    second, state = scan(args[0], *(x[..., half:] for x in args[1:]), state, CFG, HOT)
+    assert (second[..., 0] == -1).all()
+    np.testing.assert_array_equal(np.concatenate([first, second[..., 1:]], -1), expected)
+
+
+def test_forced_frames_of_generate_are_those_that_each_row_makes(params):
+    other, mask = codes(), np.ones((ROWS, CALLS), bool)
+    mask[1, 3:6] = False  # a pause
+    forced = np.random.default_rng(3).integers(0, CFG.card, (ROWS, 1 + CFG.dep_q, 8)).astype(np.int32)
+    got, _ = scan(
+        params, jnp.asarray(other), jnp.asarray(mask), model.init_state(CFG, ROWS), CFG, HOT, jnp.asarray(forced)
+    )
+    got = np.asarray(got)
+    for row in range(ROWS):
+        complete = got[row][:, (got[row] != -1).all(0)]
+        np.testing.assert_array_equal(complete[:, :8], forced[row])
+
+
+def test_a_stream_goes_on_after_a_prompt(params):
+    """`forward` over a prompt and then steps give what steps with the prompt forced give."""
+    other = codes()
+    prompt = 6
+    own = np.random.default_rng(4).integers(0, CFG.card, (ROWS, 1 + CFG.dep_q, prompt)).astype(np.int32)
+    forced = np.concatenate([own, np.full((ROWS, 1 + CFG.dep_q, CALLS - prompt), FREE, np.int32)], -1)
+    # Call s takes the other voice's frame s - 1; call 0 ignores what it is given.
+    expected, _ = run(params, np.concatenate([other[..., :1], other[..., :-1]], -1), forced=forced)
+    frames = np.concatenate([own, other[..., :prompt]], 1)
+    read = quick_jit(partial(model.forward, cfg=CFG))
+    _, state = read(params, frames, np.ones((ROWS, prompt), bool), model.init_state(CFG, ROWS))
+    got, _ = run(params, other[..., prompt - 1 : -1], state)
+    np.testing.assert_array_equal(got, expected[..., prompt:])
+
+
+def test_a_saved_stream_goes_on_to_the_bit(params, tmp_path):
+    cfg, other = dataclasses.replace(CFG, dtype="bfloat16"), codes()
+    expected, end = run(params, other, cfg=cfg)
+    _, state = run(params, other[..., :9], cfg=cfg)
+    stream_state.save_state(tmp_path / "state", state, cfg)
+    loaded = stream_state.load_state(tmp_path / "state", cfg)
+    equal(loaded, state)
+    assert [leaf.dtype for leaf in jax.tree.leaves(loaded)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
+    got, went = run(params, other[..., 9:], loaded, cfg=cfg)
+    np.testing.assert_array_equal(got, expected[..., 9:])
+    equal(went, end)
+
+
+def test_forks_share_the_past_and_nothing_else(params):
+    other = codes()
+    _, state = run(params, other[..., :9])
+    fork = model.fork_rows(state, [1, 1, 0])
+    before = jax.tree.map(np.asarray, state)
+    both, _ = run(params, other[[1, 1, 0], :, 9:], fork)
+    np.testing.assert_array_equal(both[0], both[1])  # the same draws
+    equal(before, state)  # the fork was donated, not what it was made of
+    apart, _ = run(params, other[[1, 1, 0], :, 9:], model.fork_rows(state, [1, 1, 0], seeds=[5, 6, 7]))
+    assert (apart[0] != apart[1]).any()
+    expected, _ = run(params, other[..., 9:], state)
+    np.testing.assert_array_equal(both[0], expected[1])
+    np.testing.assert_array_equal(both[2], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "is not a file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-5]), "is damaged or no safetensors file"),
+        (lambda path: path.write_bytes(b"{}"), "is damaged or no safetensors file"),
+    ],
+)
+def test_damaged_state(tmp_path, damage, message):
+    path = tmp_path / "state"
+    stream_state.save_state(path, model.init_state(CFG, 1), CFG)
+    damage(path)
+    with pytest.raises(InputError, match=message):
+        stream_state.load_state(path, CFG)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda leaves, about: about.clear(), "does not say what model it is from"),
+        (lambda leaves, about: about.update(model="{"), "does not say what model it is from"),
+        (lambda leaves, about: leaves.update(position=leaves["position"].astype(np.int64)), "has position of shape"),
+        (lambda leaves, about: leaves.pop("history"), "lacks history"),
+    ],
+)
+def test_state_with_something_else_in_it(tmp_path, change, message):
+    path = tmp_path / "state"
+    stream_state.save_state(path, model.init_state(CFG, 1), CFG)
+    with safe_open(path, "np") as file:
+        leaves, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    change(leaves, about)
+    save_file(leaves, path, about)
+    with pytest.raises(InputError, match=message):
+        stream_state.load_state(path, CFG)
+
+
+def test_state_of_another_model(tmp_path):
+    stream_state.save_state(tmp_path / "state", model.init_state(CFG, 1), CFG)
+    with pytest.raises(InputError, match="whose context is 8 where this one's is 9"):
+        stream_state.load_state(tmp_path / "state", dataclasses.replace(CFG, context=9))
+
+
+def test_state_that_is_not_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "state"
+    stream_state.save_state(path, model.init_state(CFG, 1), CFG)
+    old = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(InputError, match="could not be written .No space left on device."):
+        stream_state.save_state(path, model.init_state(CFG, 2), CFG)
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def rich():
+    """A configuration with all that converted weights can have."""
+    return MoshiConfig(
+        dim=32, num_layers=2, num_heads=2, hidden=48, context=8, n_q=4, dep_q=4, card=16, text_card=20,
+        delays=(0, 0, 1, 1, 1), extra_heads=2, extra_heads_dim=3, ttt=TTTConfig(layers="1", mini_batch=4),
+        depth=DepthConfig(dim=16, num_layers=2, num_heads=2, hidden=24, schedule=(0, 1, 1, 0), low_rank=6),
+        lora=LoRAConfig(rank=3, scaling=0.5),
+    )  # fmt: skip
+
+
+def with_adapters(params, key):
+    """Adapters that do something: B starts at 0."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.random.normal(key, leaf.shape) * 0.2 if path[-1].key.endswith("_lora_b") else leaf,
+        params,
+    )
+
+
+@pytest.mark.slow
+def test_streamed_tokens_are_the_likeliest_that_forward_gives():
+    """With shared weight sets, low-rank tables, adapters: each generated token is the teacher-forced argmax given those before."""
+    cfg = rich()
+    params = with_adapters(quick_jit(model.init_params, static_argnums=0)(cfg, jax.random.key(1)), jax.random.key(2))
+    other = np.zeros((2, 0, 14), np.int32)
+    own, _ = run(params, other, cfg=cfg, sampling=Sampling(temperature=0, text_temperature=0))
+    frames = own[..., cfg.max_delay :]
+    outputs, _ = model.forward(
+        params, jnp.asarray(frames), jnp.ones((2, frames.shape[-1]), bool), model.init_state(cfg, 2), cfg
+    )
+    likeliest = np.concatenate(
+        [outputs.text_logits.argmax(-1)[:, None], outputs.audio_logits.argmax(-1).swapaxes(1, 2)], 1
+    )
+    scored = np.asarray(outputs.target_mask)
+    np.testing.assert_array_equal(likeliest[scored], np.asarray(outputs.targets)[scored])
+
+
+@pytest.mark.slow
+def test_adapters_are_what_they_add_to_the_weights():
+    cfg = rich()
+    params = with_adapters(quick_jit(model.init_params, static_argnums=0)(cfg, jax.random.key(1)), jax.random.key(2))
+
+    def merge(tree):
+        if not isinstance(tree, dict):
+            return tree
+        out = {name: merge(leaf) for name, leaf in tree.items() if "_lora_" not in name}
+        for name in out:
+            if f"{name}_lora_a" in tree:
+                a, b = tree[f"{name}_lora_a"], tree[f"{name}_lora_b"]
+                flat = b.reshape(*a.shape[:-2], -1, a.shape[-2])
+                out[name] = out[name] + cfg.lora.scaling * (flat @ a).reshape(out[name].shape)
+        return out
+
+    frames = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, 5, 12)), jnp.int32)
+    mask = jnp.ones((2, 12), bool)
+    apart, _ = model.forward(params, frames, mask, model.init_state(cfg, 2), cfg)
+    plain = dataclasses.replace(cfg, lora=LoRAConfig())
+    merged, _ = model.forward(merge(params), frames, mask, model.init_state(plain, 2), plain)
+    for name in ("text_logits", "audio_logits", "hidden"):
+        np.testing.assert_allclose(getattr(apart, name), getattr(merged, name), atol=2e-5)
+    np.testing.assert_allclose(
+        model.extra_logits(params, apart.hidden, cfg),
+        model.extra_logits(merge(params), merged.hidden, plain),
+        atol=2e-5,
+    )
+
+
+def test_streaming_params_give_the_same_bits(params):
+    """On a CPU in float32 they are the same numbers in other arrays."""
+    other = codes()
+    expected, state = run(params, other)
+    got, streamed = run(generate.streaming_params(params, CFG), other)
+    np.testing.assert_array_equal(got, expected)
+    equal(streamed, state)

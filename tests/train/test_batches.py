@@ -1,0 +1,389 @@
+"""Rows follow files chunk by chunk; positions restore exactly, in any number of processes."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.helpers.micro import source
+from train.batches import Batches, validation_batches
+from train.config import DataConfig
+from ttt_jax.errors import InputError
+
+CHUNK = 8
+
+
+def numbered(lengths, first=0):
+    """Files whose tokens are file number * 1000 + frame number, in every stream."""
+    return [np.tile(1000 * i + np.arange(n, dtype=np.int32), (3, 1)) for i, n in enumerate(lengths, first)]
+
+
+FILES = numbered([30, 9, 16, 1, 21])
+SOURCE = source(FILES)
+
+
+def windows(batch=2, seed=0, sources=(SOURCE,), **changes):
+    return Batches(sources, batch, CHUNK, seed, **changes)
+
+
+def take(iterator, count):
+    """The next windows of an iterator that is closed behind them."""
+    with contextlib.closing(iterator):
+        return [next(iterator) for _ in range(count)]
+
+
+def rows_in_order(taken):
+    """Per row the list of (reset, tokens that are not masked), chunk by chunk."""
+    chunks = [(b.frames[k], b.mask[k], b.reset[k]) for b, _ in taken for k in range(len(b.reset))]
+    rows = range(len(chunks[0][2]))
+    return [[(bool(reset[r]), frames[r, 0, mask[r]]) for frames, mask, reset in chunks] for r in rows]
+
+
+def same(some, others):
+    for one, other in zip(some, others, strict=True):
+        assert one.files == other.files
+        for a, b in zip(one.batch, other.batch, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def order(row):
+    """Numbers of the files that a row took."""
+    return [int(tokens[0] // 1000) for reset, tokens in row if reset]
+
+
+def test_shapes_and_types_are_those_of_the_rows_and_chunks():
+    (window,) = take(windows(batch=5, chunks=3, rows=range(1, 3)), 1)
+    assert window.batch.frames.shape == (3, 2, 3, CHUNK)
+    assert window.batch.mask.shape == (3, 2, CHUNK)
+    assert window.batch.reset.shape == (3, 2)
+    assert [array.dtype for array in window.batch] == [np.int32, bool, bool]
+    assert [len(names) for names in window.files] == [2, 2, 2]
+
+
+def test_a_chunk_never_holds_two_files_and_is_named():
+    for batch, files in take(windows(chunks=2), 40):
+        for frames, mask, name in zip(
+            batch.frames.reshape(-1, 3, CHUNK), batch.mask.reshape(-1, CHUNK), sum(files, ()), strict=True
+        ):
+            assert {f"micro/{i}" for i in frames[0, mask] // 1000} == {name}
+
+
+def test_a_row_follows_its_file_to_the_end_without_gap():
+    for chunks in rows_in_order(take(windows(seed=3), 60)):
+        last = None
+        for reset, tokens in chunks:
+            np.testing.assert_array_equal(np.diff(tokens), 1)
+            if reset:
+                ended = last is None or last % 1000 == FILES[last // 1000].shape[1] - 1
+                assert ended
+                assert tokens[0] % 1000 < CHUNK
+            else:
+                assert tokens[0] == last + 1
+            last = tokens[-1]
+
+
+def test_only_the_tail_is_masked_and_it_is_absent():
+    for (frames, mask, _), _ in take(windows(batch=3), 40):
+        assert mask[..., 0].all()
+        assert (np.diff(mask.astype(int), axis=-1) <= 0).all()
+        assert (np.moveaxis(frames, 2, -1)[~mask] == -1).all()
+        assert (np.moveaxis(frames, 2, -1)[mask] >= 0).all()
+
+
+def test_first_batch_resets_every_row():
+    assert take(windows(batch=3), 1)[0].batch.reset.all()
+
+
+def test_every_pass_gives_every_file_once_in_an_order_of_its_own():
+    taken = order(rows_in_order(take(windows(batch=1), 60))[0])
+    passes = [taken[i : i + len(FILES)] for i in range(0, 4 * len(FILES), len(FILES))]
+    assert all(sorted(one) == list(range(len(FILES))) for one in passes)
+    assert len({tuple(one) for one in passes}) > 1
+
+
+def test_offsets_vary_between_passes():
+    chunks = rows_in_order(take(windows(batch=1), 100))[0]
+    starts = {int(tokens[0]) for reset, tokens in chunks if reset and tokens[0] < 1000}
+    assert len(starts) > 2
+
+
+def test_from_start_every_file_is_read_from_its_first_frame_to_its_last():
+    for row in rows_in_order(take(windows(seed=3, from_start=True), 60)):
+        read = [[int(token) for token in tokens] for _, tokens in row]
+        starts = [i for i, (reset, _) in enumerate(row) if reset]
+        for start, end in itertools.pairwise(starts):
+            tokens = sum(read[start:end], [])
+            assert tokens == list(FILES[tokens[0] // 1000][0])
+        assert len(starts) > 2 * len(FILES)
+
+
+def test_from_start_the_order_is_that_of_a_row_by_the_seed_and_every_pass_has_one_of_its_own():
+    one, same, other = (
+        order(rows_in_order(take(windows(batch=1, seed=seed, from_start=True), 70))[0]) for seed in (1, 1, 2)
+    )
+    passes = [one[i : i + len(FILES)] for i in range(0, 3 * len(FILES), len(FILES))]
+    assert one == same != other
+    assert all(sorted(files) == list(range(len(FILES))) for files in passes)
+    assert len({tuple(files) for files in passes}) > 1
+
+
+def test_unless_asked_for_files_are_not_read_from_the_start():
+    assert not DataConfig().from_start
+    firsts = [int(tokens[0]) % 1000 for reset, tokens in rows_in_order(take(windows(batch=1), 60))[0] if reset]
+    assert any(firsts)
+    same(take(windows(), 5), take(windows(from_start=False), 5))
+
+
+@pytest.mark.parametrize("before", [0, 7])
+def test_a_position_restores_exactly_from_the_start_of_files_too(before):
+    with contextlib.closing(windows(chunks=2, from_start=True)) as stopped:
+        for _ in range(before):
+            next(stopped)
+        position = json.loads(json.dumps(stopped.get_state()))
+        expected = [next(stopped) for _ in range(20)]
+    resumed = windows(chunks=2, from_start=True)
+    resumed.set_state(position)
+    same(expected, take(resumed, 20))
+
+
+def test_seed_decides_the_order():
+    def tokens(seed):
+        return np.stack([window.batch.frames for window in take(windows(seed=seed), 8)])
+
+    np.testing.assert_array_equal(tokens(1), tokens(1))
+    assert (tokens(1) != tokens(2)).any()
+
+
+def test_the_order_of_a_seed_is_no_later_pass_of_another():
+    # Grain takes seed + pass, so with seeds as they are a run would read what its neighbour reads one pass later
+    def passes(seed):
+        many = source(numbered([1] * 12))
+        taken = order(rows_in_order(take(windows(batch=1, seed=seed, sources=[many]), 36))[0])
+        return {tuple(taken[i : i + 12]) for i in range(0, 36, 12)}
+
+    assert not passes(0) & passes(1)
+
+
+def test_order_and_offsets_stay_those_of_stored_runs():
+    # a resumed run would read other speech if these moved; computed by the first version that has Grain
+    rows = rows_in_order(take(windows(seed=5), 24))
+    starts = [[int(tokens[0]) for reset, tokens in row if reset] for row in rows]
+    first = [2005, 1, 2001, 4007, 4005, 2006, 3000, 1001, 0, 4003, 1005]
+    assert starts == [first, [4007, 3000, 1001, 3000, 1006, 2, 1003, 1, 4002, 3000, 2002, 0]]
+
+
+def test_sources_give_files_in_proportion_to_their_weights():
+    one, two = source(numbered([1] * 3), 3.0, "a"), source(numbered([1] * 7, 3), 1.5, "b")
+    taken = order(rows_in_order(take(windows(batch=1, sources=[one, two]), 600))[0])
+    counts = np.bincount(taken)
+    assert counts[:3].sum() == 400
+    assert counts[3:].sum() == 200
+    assert np.ptp(counts[:3]) <= 1  # within a source all files alike
+    assert np.ptp(counts[3:]) <= 1
+    # mixed all along, not one after the other
+    assert all(8 <= sum(number < 3 for number in taken[i : i + 15]) <= 12 for i in range(585))
+
+
+@pytest.mark.parametrize("before", [0, 1, 7, 23])
+def test_position_restores_exactly_through_json(before):
+    with contextlib.closing(windows(chunks=2)) as stopped:
+        for _ in range(before):
+            next(stopped)
+        position = json.dumps(stopped.get_state())
+        expected = [next(stopped) for _ in range(20)]
+        assert json.dumps(stopped.get_state()) != position
+        # in the same iterator, which has read ahead, and in a new one
+        stopped.set_state(json.loads(position))
+        assert json.dumps(stopped.get_state()) == position
+        same(expected, [next(stopped) for _ in range(20)])
+    resumed = windows(chunks=2)
+    resumed.set_state(json.loads(position))
+    same(expected, take(resumed, 20))
+
+
+def test_chunks_of_a_window_continue_each_other_as_windows_of_one_chunk():
+    single, whole = take(windows(batch=3), 36), take(windows(batch=3, chunks=4), 9)
+    for i, (one, other) in enumerate(zip(single, [w for w in whole for _ in range(4)], strict=True)):
+        assert one.files[0] == other.files[i % 4]
+        for a, b in zip(one.batch, other.batch, strict=True):
+            np.testing.assert_array_equal(a[0], b[i % 4])
+
+
+def halves(batch, **changes):
+    """Windows of two processes that share the rows unequally."""
+    return [windows(batch, rows=rows, **changes) for rows in (range(2), range(2, batch))]
+
+
+def joined(parts):
+    """One process's windows made of those of several."""
+    found = []
+    for some in zip(*parts, strict=True):
+        batch = type(some[0].batch)(
+            *(np.concatenate(arrays, 1) for arrays in zip(*(w.batch for w in some), strict=True))
+        )
+        names = tuple(sum(files, ()) for files in zip(*(w.files for w in some), strict=True))
+        found.append(type(some[0])(batch, names))
+    return found
+
+
+def test_processes_read_together_what_one_reads_alone():
+    alone = take(windows(5, chunks=2), 30)
+    same(alone, joined([take(half, 30) for half in halves(5, chunks=2)]))
+
+
+def test_a_run_goes_on_with_another_number_of_processes():
+    with contextlib.closing(windows(5)) as alone:
+        for _ in range(11):
+            next(alone)
+        position = json.loads(json.dumps(alone.get_state()))
+        expected = [next(alone) for _ in range(15)]
+        later = alone.get_state()
+    parts, positions = [], []
+    for half in halves(5):
+        with contextlib.closing(half):
+            half.set_state(position)
+            parts.append([next(half) for _ in range(15)])
+            positions.append(half.get_state())
+    same(expected, joined(parts))
+    assert positions == [later, later]
+
+
+def counted(arrays, reads, name="counted"):
+    """A source that notes in `reads` which file is read."""
+
+    def reading(recording):
+        def read():
+            reads.append(recording.name)
+            return recording.read()
+
+        return dataclasses.replace(recording, read=read)
+
+    made = source(arrays, name=name)
+    return made._replace(recordings=tuple(map(reading, made.recordings)))
+
+
+def test_nothing_is_read_before_it_is_asked_for():
+    reads = []
+    iterator = windows(4, sources=[counted(FILES, reads)])
+    iterator.set_state(iterator.get_state())
+    iterator.close()
+    assert reads == []
+
+
+def test_the_next_windows_are_read_before_they_are_asked_for():
+    reads = []
+    with contextlib.closing(windows(1, sources=[counted(numbered([1] * 9), reads)])) as iterator:
+        next(iterator)
+        until = time.monotonic() + 30
+        while len(reads) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+    assert len(reads) >= 3
+
+
+def test_a_row_reads_its_file_once_and_other_processes_rows_are_not_read():
+    reads = []
+    long = numbered([400] * 6)
+    taken = take(windows(6, sources=[counted(long, reads)], rows=range(2, 4)), 20)
+    assert sorted(reads) == sorted(name for name in taken[0].files[0])
+    assert len(reads) == 2
+
+
+def damaged(damage):
+    """`SOURCE`, whose file 2 cannot be read as long as `damage` holds something."""
+    sound = SOURCE.recordings[2]
+
+    def read():
+        if damage:
+            raise InputError("file 2 is damaged: make it again.")
+        return sound.read()
+
+    broken = dataclasses.replace(sound, read=read)
+    return SOURCE._replace(recordings=(*SOURCE.recordings[:2], broken, *SOURCE.recordings[3:]))
+
+
+@pytest.mark.parametrize("chunks", [1, 3])  # of three the damaged file is not the first
+def test_a_damaged_file_is_told_to_who_takes_the_window(chunks):
+    damage = ["a hole"]
+    sound, broken = (windows(1, 2, [one], chunks=chunks) for one in (SOURCE, damaged(damage)))
+    with contextlib.closing(broken) as iterator, contextlib.closing(sound) as whole:
+        expected = next(whole)
+        while ("micro/2",) not in expected.files:
+            same([expected], [next(iterator)])
+            expected = next(whole)
+        assert chunks == 1 or expected.files[0] != ("micro/2",)
+        position = iterator.get_state()
+        for _ in range(2):  # it is not passed over
+            with pytest.raises(InputError, match="file 2 is damaged"):
+                next(iterator)
+            assert iterator.get_state() == position
+        damage.clear()
+        same([expected, next(whole)], [next(iterator), next(iterator)])
+
+
+@pytest.mark.parametrize("sources", [[], [SOURCE, source([], name="none.jsonl")]])
+def test_no_files_is_an_input_error(sources):
+    with pytest.raises(InputError, match="names no files" if not sources else r"none\.jsonl names no files"):
+        windows(sources=sources)
+
+
+def test_a_position_of_other_rows_or_another_order_is_refused():
+    with contextlib.closing(windows(3)) as other:
+        with pytest.raises(InputError, match=r"position.*one of 2 rows, but data\.batch is 3"):
+            other.set_state(windows(2).get_state())
+        position = other.get_state()
+        position["rows"][1][3] = (position["rows"][1][3] + 1) % len(FILES)
+        for wrong in (position, {"taken": 3, "rows": [[0, 1], [1, 3], [2, 0]]}):  # the second: before Grain
+            with pytest.raises(InputError, match="another order of files"):
+                other.set_state(wrong)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 7])
+def test_validation_covers_every_frame_once_from_the_start(batch):
+    found = list(validation_batches(SOURCE.recordings, batch, CHUNK))
+    assert {window.batch.frames.shape for window in found} == {(1, batch, 3, CHUNK)}
+    rows = rows_in_order(found)
+    tokens = np.concatenate([tokens for row in rows for _, tokens in row])
+    assert sorted(tokens) == sorted(np.concatenate([file[0] for file in FILES]))
+    for row in rows:
+        for i, (reset, tokens) in enumerate(row):
+            if len(tokens):
+                assert reset == (tokens[0] % 1000 == 0)
+                assert reset or tokens[0] == row[i - 1][1][-1] + 1
+            else:
+                assert not reset
+
+
+def test_validation_rows_without_a_file_are_masked_and_nameless():
+    *_, ((frames, mask, reset), files) = validation_batches(SOURCE.recordings, 7, CHUNK)
+    idle = [row for row, name in enumerate(files[0]) if not name]
+    assert idle[-2:] == [5, 6]
+    assert (frames[0, idle] == -1).all()
+    assert not mask[0, idle].any()
+    assert not reset[0, idle].any()
+    assert mask.any()
+
+
+def test_validation_is_split_by_rows_into_equally_many_windows():
+    parts = [list(validation_batches(SOURCE.recordings, 6, CHUNK, rows)) for rows in (range(4), range(4, 6))]
+    same(list(validation_batches(SOURCE.recordings, 6, CHUNK)), joined(parts))
+    assert not list(validation_batches((), 6, CHUNK))
+
+
+def test_a_program_that_ends_without_closing_ends_in_silence():
+    program = (
+        "from tests.helpers.micro import files, source; from train.batches import Windows\n"
+        "windows = Windows([source(files())], 4, 32, 0); next(windows)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_asking_what_training_can_do_loads_no_grain():
+    program = "import sys, train.config, train.batches; sys.exit('grain' in sys.modules or 'jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,165 @@
+"""Operations by formula are those of the products in the program."""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.helpers.micro import config
+from train import flops, partition
+from train.batches import Batch
+from train.config import TrainableConfig
+from train.step import gradient, step_sums
+from ttt_jax.config import DepthConfig, LoRAConfig, MoshiConfig, TTTConfig
+from ttt_jax.moshi import model
+from ttt_jax.ttt import network
+from ttt_jax.utils import trees
+
+MODEL = MoshiConfig(
+    dim=64,
+    num_layers=5,
+    num_heads=2,
+    hidden=176,
+    context=48,
+    card=50,
+    text_card=90,
+    n_q=4,
+    dep_q=4,
+    delays=(0, 0, 1, 1, 1),
+    extra_heads=2,
+    depth=DepthConfig(dim=32, num_layers=2, num_heads=2, hidden=48),
+    ttt=TTTConfig(layers="none", mini_batch=16),
+)
+LORA = dataclasses.replace(MODEL, lora=LoRAConfig(rank=4))
+MLP, LINEAR = (TTTConfig(layers="3,4", mini_batch=16, hidden=hidden) for hidden in ((4,), ()))
+ALL = TrainableConfig()
+
+CASES = {
+    "all": (MODEL, ALL, {}),
+    "shared and low-rank depth": (
+        dataclasses.replace(MODEL, depth=dataclasses.replace(MODEL.depth, schedule=(0, 1, 1, 1), low_rank=8)), ALL, {},
+    ),
+    "adapters": (LORA, TrainableConfig(base=False), {}),
+    "adapters of the heads": (
+        dataclasses.replace(MODEL, lora=LoRAConfig(rank=4, maps=("heads",))), TrainableConfig(base=False), {},
+    ),
+    "attention of the upper layers": (MODEL, TrainableConfig(base=False, attention="3,4"), {}),
+    "no ring": (MODEL, ALL, {"carry_attention": False}),
+    "MLP": (dataclasses.replace(MODEL, ttt=MLP), ALL, {}),
+    "MLP alone": (dataclasses.replace(MODEL, ttt=MLP), TrainableConfig(base=False), {}),
+    "linear": (dataclasses.replace(MODEL, ttt=LINEAR), ALL, {}),
+}  # fmt: skip
+
+
+def build(name):
+    net, trainable, others = CASES[name]
+    cfg = config(model=net, trainable=trainable, **others)
+    return partition.fit(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch=2, chunk=128)))
+
+
+def inputs(cfg):
+    """Shapes of what `gradient` takes."""
+    params = jax.eval_shape(lambda key: model.init_params(cfg.model, key), jax.random.key(0))
+    rows, chunk = cfg.data.batch, cfg.data.chunk
+    shape = jax.ShapeDtypeStruct
+    batch = Batch(
+        shape((1, rows, cfg.model.num_streams, chunk), jnp.int32), shape((1, rows, chunk), bool), shape((1, rows), bool)
+    )
+    return *partition.split(params, cfg), batch, jax.eval_shape(lambda: model.init_state(cfg.model, rows))
+
+
+def products(jaxpr):
+    """Operations of all matrix products of a program, those in loops as often as they run."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            contracted = eqn.params["dimension_numbers"][0][0]
+            total += (
+                2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+            )
+        inner = [value for value in eqn.params.values() if hasattr(value, "eqns") or hasattr(value, "jaxpr")]
+        total += eqn.params.get("length", 1) * sum(products(getattr(value, "jaxpr", value)) for value in inner)
+        total += max((products(branch.jaxpr) for branch in eqn.params.get("branches", ())), default=0)
+    return total
+
+
+def counted(cfg):
+    """Products of a frame forward, and what the gradient adds to them."""
+    tr, fr, batch, stream = inputs(cfg)
+    frames = cfg.data.batch * cfg.data.chunk
+    forward = partial(step_sums, cfg=cfg, block=10**6)
+    whole = partial(gradient, cfg=cfg, block=10**6)
+    found = [
+        products(jax.make_jaxpr(forward)(trees.merge(tr, fr), batch, stream).jaxpr) / frames,
+        products(jax.make_jaxpr(whole)(tr, fr, batch, stream).jaxpr) / frames,
+    ]
+    return found[0], found[1] - found[0]
+
+
+def unseen(cfg):
+    """Products of a frame's attention that the program computes and masks, forward and backward; a ring gets no gradient."""
+    kv_cache, call, (whole, recent) = cfg.model.context, cfg.data.chunk, flops._seen(cfg, cfg.model.context)
+    return 4 * cfg.model.dim * (kv_cache + call - whole), 4 * cfg.model.dim * (kv_cache + 2 * call - whole - recent)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("MLP", "MLP alone", "linear")])
+def test_products_are_those_of_the_program(name):
+    cfg = build(name)
+    layers = cfg.model.num_layers
+    reached = {"adapters of the heads": 0, "attention of the upper layers": 2}.get(name, layers)
+    forward, backward = flops.flops_per_frame(cfg)
+    counted_forward, counted_backward = counted(cfg)
+    net = cfg.model
+    depth = 4 * net.depth.dim * net.dep_q**2 * net.depth.num_layers  # its attention, which the formula leaves out
+    assert forward + layers * unseen(cfg)[0] + depth == pytest.approx(counted_forward, rel=1e-3)
+    assert backward + reached * unseen(cfg)[1] + (2 * depth if reached else 0) == pytest.approx(
+        counted_backward, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("hidden", [(), (4,), (4, 2)])
+def test_the_inner_loop_is_one_network_forward_twice_back_once_and_its_steps(hidden):
+    net = dataclasses.replace(MODEL, ttt=TTTConfig(layers="3", mini_batch=16, hidden=hidden))
+    heads, width, b = net.num_heads, net.head_dim, net.ttt.mini_batch
+    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    base = tuple(
+        network.Affine(shape((1, heads, i, o)), shape((1, heads, o))) for i, o in network.widths(width, hidden)
+    )
+    vectors = shape((1, heads, b, width))
+
+    def mini_batch(base, k, q, t, eta, scale):
+        first, overlap = partial(network.apply, affine=base[0]), jnp.einsum("BHCI,BHSI->BHCS", q, k)
+        frames = network.Frames(jnp.concatenate([k, q], -2), t, eta, None, overlap)
+        descent = network.descend(base, first(k), scale, scale, frames)
+        read = network.read(base, first(q), overlap, descent, network.causal(overlap))
+        return read, network.total(descent, jnp.ones(1))
+
+    traced = jax.make_jaxpr(mini_batch)(base, vectors, vectors, vectors, shape((1, heads, b)), shape((heads, 1, width)))
+    assert flops._inner(net, chunk=128) == products(traced.jaxpr) / b
+    assert flops._inner(net, chunk=8) < flops._inner(net, chunk=128)
+
+
+@pytest.mark.parametrize("name", ["MLP", "MLP alone", "linear"])
+def test_ttt_layers_count_and_not_what_is_computed_again(name):
+    cfg = build(name)
+    without = dataclasses.replace(
+        cfg, model=dataclasses.replace(cfg.model, ttt=TTTConfig(layers="none")), trainable=ALL
+    )
+    ttt = flops.flops_per_frame(cfg).forward - flops.flops_per_frame(without).forward
+    computed = counted(cfg)[0] - counted(without)[0]
+    # The program forms the first map's base product apart, and up to two mini-batches more than the frames fill.
+    assert 0.6 * computed < ttt < computed
+
+
+def test_the_forward_pass_is_what_xla_counts():
+    """One layer, so that no loop hides its repetitions from XLA, and wide, so that products are nearly all."""
+    net = dataclasses.replace(MODEL, dim=256, num_layers=1, hidden=704, extra_heads=0)
+    cfg = config(model=net)
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch=2, chunk=32))
+    tr, fr, batch, stream = inputs(cfg)
+    step = jax.jit(partial(step_sums, cfg=cfg, block=10**6))
+    found = step.lower(trees.merge(tr, fr), batch, stream).cost_analysis()["flops"] / 64
+    assert flops.flops_per_frame(cfg).forward + unseen(cfg)[0] == pytest.approx(found, rel=0.05)

@@ -1,0 +1,99 @@
+"""Runs that are killed or stopped at any moment, also while they save, and go on to exactly the losses of one that never was."""
+
+import random
+import signal
+import time
+
+import pytest
+
+from tests.helpers import commands, small_tasks
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The configuration, and the metrics of a run of it that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("killed")
+    model = small_tasks.CONFIG.model
+    asked = commands.write_config(folder, model=model, steps=STEPS, checkpoint_every=2, eval_every=5, keep=2)
+    said, code = commands.finish(commands.start("--from", asked, "--run-dir", folder / "whole"))
+    assert code == 0, said
+    assert (folder / "whole" / "loss.png").is_file()
+    return folder, asked, commands.lines(folder / "whole")
+
+
+def wait_for(condition, process):
+    while process.poll() is None and not condition():
+        time.sleep(0.005)
+
+
+def saved(run):
+    """Steps of the checkpoints that are whole."""
+    return [path.name for path in (run / "checkpoints").glob("*") if path.name.isdecimal()]
+
+
+def half_written(run):
+    return list((run / "checkpoints").glob("*tmp*"))
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_ends_like_one_never_killed(whole, times):
+    folder, asked, expected = whole
+    rng, run = random.Random(0), folder / f"victim of {times}"
+    words, kills, saving = ["--from", asked, "--run-dir", run], 0, 0
+    for _ in range(12):
+        process = commands.start(*words)
+        if kills < times:
+            steps = run / "metrics.jsonl"
+            before = steps.stat().st_size if steps.exists() else 0
+            # The file is first cut to the steps that a checkpoint holds; wait until new steps are done.
+            wait_for(lambda steps=steps, before=before: steps.exists() and steps.stat().st_size != before, process)
+            if kills % 2 == 0:  # while a checkpoint is being written
+                wait_for(lambda run=run: half_written(run), process)
+                saving += bool(half_written(run))
+            else:
+                time.sleep(rng.random() * 0.5)
+            process.kill()
+            commands.finish(process)
+            kills += 1
+        else:
+            said, code = commands.finish(process)
+            assert code == 0, said
+            break
+        if saved(run):
+            words = ["--resume", run]
+        else:  # killed before its first checkpoint: it starts anew, in a new folder
+            run = folder / f"victim of {times}, {kills}"
+            words = ["--from", asked, "--run-dir", run]
+    assert kills == times
+    assert saving, "no kill met a save"
+    assert commands.lines(run) == expected
+    left = {path.name for path in (run / "checkpoints").iterdir()}
+    assert all(name.isdecimal() for name in left), left
+    assert len(left) <= 3
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],  # test_resume presses Ctrl-C, too
+)
+def test_a_signal_saves_and_the_exit_code_says_so(whole, number, code):
+    folder, asked, expected = whole
+    run = folder / f"stopped{code}"
+    process = commands.start("--from", asked, "--run-dir", run)
+    wait_for((run / "metrics.jsonl").exists, process)
+    wait_for(lambda: (run / "metrics.jsonl").read_text().count("\n") >= 3, process)
+    process.send_signal(number)
+    said, found = commands.finish(process)
+    assert found == code, said
+    assert f"--resume {run}" in said
+    done = commands.lines(run)[-1]["step"]
+    assert done < STEPS
+    assert (run / "checkpoints" / str(done)).is_dir()  # nothing that was done is lost
+    said, found = commands.finish(commands.start("--resume", run))
+    assert found == 0, said
+    assert commands.lines(run) == expected

@@ -1,0 +1,134 @@
+"""What the command line means, and what a stored configuration gives back."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+
+from train import config
+from train.config import PRESETS, TrainConfig, parse
+from ttt_jax.errors import InputError
+from ttt_jax.utils import config_json
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_survives_json(name):
+    stored = json.loads(json.dumps(config_json.to_dict(PRESETS[name])))
+    assert config_json.from_dict(TrainConfig, stored, "x.json") == PRESETS[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_run_of_a_preset_bears_its_name(name):
+    assert PRESETS[name].name == name
+    assert parse([name]).config == PRESETS[name]
+
+
+def test_no_arguments_mean_tiny():
+    assert parse([]).config == PRESETS["tiny"]
+
+
+def test_fields_override_the_preset():
+    cfg = parse(["small", "--optim.lr", "0.5", "--model.ttt.layers", "0,1", "--model.ttt.hidden", "2", "3"]).config
+    assert (cfg.optim.lr, cfg.model.ttt_layers, cfg.model.ttt.hidden) == (0.5, (0, 1), (2, 3))
+    assert cfg.model.dim == PRESETS["small"].model.dim
+
+
+def test_maps_of_adapters_are_named_one_after_another():
+    lora = parse(["--model.lora.rank", "4", "--model.lora.maps", "attention", "ffn", "--steps", "7"]).config.model.lora
+    assert (lora.rank, lora.maps) == (4, ("attention", "ffn"))
+
+
+def test_fields_without_preset_override_tiny():
+    assert parse(["--steps", "7"]).config == dataclasses.replace(PRESETS["tiny"], steps=7)
+
+
+def test_a_stored_configuration_runs_again_in_a_new_folder(tmp_path):
+    stored = dataclasses.replace(PRESETS["small"], run_dir="old", steps=33)
+    path = tmp_path / "config.json"
+    config_json.write_json(path, config_json.to_dict(stored))
+    cfg = parse(["--from", str(path), "--seed", "5"]).config
+    assert cfg == dataclasses.replace(stored, run_dir=None, seed=5)
+
+
+def test_resume_names_the_run():
+    command = parse(["--resume", "runs/x"])
+    assert command.config is None
+    assert str(command.resume) == "runs/x"
+
+
+def test_seeds_are_taken_from_anywhere_on_the_line():
+    for words in (["tiny", "--seeds", "3,1", "--steps", "7"], ["tiny", "--steps", "7", "--seeds=3,1"]):
+        command = parse(words)
+        assert command.seeds == (3, 1)
+        assert command.config == dataclasses.replace(PRESETS["tiny"], steps=7)
+    assert parse(["tiny"]).seeds == ()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["smal"], 'unknown preset "smal".*"small"'),
+        (["--model.ttt.layers", "9"], "names layer 9.*layers 0 to 2"),
+        (["--model.ttt.mini-batch", "0"], "mini_batch=0"),
+        (["--data.batch", "0"], "data.batch=0"),
+        (["--optim.beta2", "1.5"], "optim.beta2=1.5"),
+        (["--loss.text", "-1"], "loss.text=-1"),
+        (["--steps", "0"], "steps=0"),
+        (["--resume"], "--resume has no path"),
+        (["--resume", "x", "--steps", "3"], "takes no --steps"),
+        (["--steps", "3", "--resume", "x"], "put it first"),
+        (["--from", "nowhere.json"], "nowhere.json is not a file"),
+        (["--seed", "-1"], "seed=-1"),
+        (["--seed", str(2**32)], "seed=4294967296"),
+        (["--seeds"], "--seeds '' are no seeds"),
+        (["--seeds", "0,1,0"], "--seeds '0,1,0'"),
+        (["--seeds=1,x"], "--seeds '1,x'"),
+        (["--seeds", "0,1", "--dry-run"], "leave --seeds out"),
+        (["--resume", "x", "--seeds", "0,1"], "--seeds names"),
+    ],
+)
+def test_a_mistake_is_one_sentence(args, said):
+    with pytest.raises(InputError, match=said) as error:
+        parse(args)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stepz": 3}, 'key "stepz".*"steps"'),
+        ({"steps": "many"}, "steps is 'many'"),
+        ({"steps": True}, "steps is True"),
+        ({"optim": {"lr": None}}, "optim.lr is None"),
+        ({"model": {"dtype": "float8"}}, "model.dtype is 'float8'"),
+        ({"model": {"layer_context": [[1]]}}, "model.layer_context is"),
+        ({"data": 3}, "data is 3"),
+    ],
+)
+def test_a_spoiled_stored_configuration_is_refused_by_key(tmp_path, change, said):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**config_json.to_dict(PRESETS["tiny"]), **change}))
+    with pytest.raises(InputError, match=said):
+        config.load(path)
+
+
+def test_not_json_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("{")
+    with pytest.raises(InputError, match="is not JSON"):
+        config.load(path)
+
+
+def test_json_is_written_at_once_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    config_json.write_json(path, {"a": 1})
+
+    def fail(*_):
+        raise OSError("killed")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="killed"):
+        config_json.write_json(path, {"a": 2})
+    assert config_json.read_json(path, "x") == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,104 @@
+"""Numbers and shapes of the TTT layer: finite, of their type, of one program, whatever the memory plan."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers.drawing import assert_close, quick_jit, random_like, random_mask
+from tests.helpers.small_ttt import (
+    DIM,
+    FRAMES,
+    ROWS,
+    apply,
+    call,
+    carried_state,
+    config,
+    grid,
+    init_shapes,
+    pairs,
+    reference,
+    setting,
+    value_and_grads,
+)
+from ttt_jax.ttt.layer import TTTLayer, init_state
+
+
+@pairs
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "trained"])
+def test_silence_gives_finite_gradients(hidden, mini_batch, fresh):
+    # With biases of 0 nothing but the epsilons would bound the slopes at 0, and every further mini-batch multiplies them.
+    cfg = config(hidden, mini_batch, dtype="float32")
+    x, mask, state = jnp.zeros((ROWS, FRAMES, DIM)), jnp.ones((ROWS, FRAMES), bool), init_state(cfg, ROWS)
+    init = quick_jit(TTTLayer(cfg).init)
+    params = init(jax.random.key(0), x, mask, state)["params"] if fresh else setting(cfg, 14)[0]
+    weights = random_like((x, state[:2]), np.random.default_rng(0))
+    leaves = jax.tree.leaves(value_and_grads(params, x, mask, state, weights, cfg=cfg))
+    assert max(np.abs(leaf).max() for leaf in leaves) < 1e9  # NaN fails too
+
+
+@pytest.mark.parametrize("frames", [1, 3, 21])
+@grid
+def test_state_keeps_structure_shapes_and_dtypes(hidden, mini_batch, frames):
+    for dtype in ("float32", "bfloat16"):
+        cfg = config(hidden, mini_batch, dtype=dtype)
+        state = init_state(cfg, ROWS)
+        x = jax.ShapeDtypeStruct((ROWS, frames, DIM), cfg.dtype)
+        mask = jax.ShapeDtypeStruct((ROWS, frames), bool)
+        out, new = jax.eval_shape(partial(apply, cfg=cfg), init_shapes(cfg), x, mask, state)
+        assert (out.shape, out.dtype) == (x.shape, x.dtype)
+        assert new == jax.eval_shape(lambda s: s, state)
+        assert {leaf.dtype for leaf in jax.tree.leaves(new[:2])} == {jnp.dtype("float32")}
+
+
+def test_streaming_compiles_once():
+    cfg = config(mini_batch=2, dtype="float32")
+    params, x, _ = setting(cfg, 10)
+    step = jax.jit(TTTLayer(cfg).apply)
+    state = init_state(cfg, ROWS)
+    for frame in range(3):
+        _, state, _ = step({"params": params}, x[:, frame : frame + 1], jnp.ones((ROWS, 1), bool), state)
+    assert step._cache_size() == 1
+
+
+def test_displacement_is_finer_than_bfloat16_in_a_bfloat16_model():
+    cfg = config(dtype="bfloat16")
+    params, x, _ = setting(cfg, 11)
+    _, state = call(params, x, jnp.ones((ROWS, FRAMES), bool), init_state(cfg, ROWS), cfg=cfg)
+    for leaf in jax.tree.leaves(state.displacement):
+        assert leaf.dtype == jnp.float32
+        assert (leaf != leaf.astype(jnp.bfloat16).astype(jnp.float32)).any()
+
+
+def test_small_updates_are_not_lost_to_rounding():
+    cfg = config(dtype="float32", mini_batch=1, base_lr=1e-4)
+    params, x, _ = setting(cfg, 12)
+    mask = jnp.ones((ROWS, FRAMES), bool)
+    _, (got, *_) = call(params, x, mask, init_state(cfg, ROWS), cfg=cfg)
+    _, (expected, *_) = reference(params, x, mask, init_state(cfg, ROWS), cfg)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(a - b) <= 2e-5 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("group", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_rematerialised_groups_change_nothing(group, x64):
+    cfg = config(mini_batch=5, remat_group=group)  # 8 mini-batches: groups with and without a rest
+    params, x, rng = setting(cfg, 13)
+    state, mask = carried_state(cfg, rng), jnp.asarray(random_mask(rng, (ROWS, FRAMES)))
+    weights = random_like((x, state[:2]), rng)
+    plain = dataclasses.replace(cfg, ttt=dataclasses.replace(cfg.ttt, remat_group=16))
+    got, expected = (value_and_grads(params, x, mask, state, weights, cfg=c) for c in (cfg, plain))
+    assert_close(got, expected, 1e-12)
+    assert_close(call(params, x, mask, state, cfg=cfg), call(params, x, mask, state, cfg=plain), 1e-12)
+
+
+def test_a_bound_on_a_base_of_zeros_has_finite_gradients(x64):
+    cfg = config(max_displacement=0.5)
+    params, x, rng = setting(cfg, 15)
+    params |= {name: jnp.zeros_like(p) for name, p in params.items() if name.startswith("inner_")}
+    state, mask = carried_state(cfg, rng), jnp.ones((ROWS, FRAMES), bool)
+    grads = value_and_grads(params, x, mask, state, random_like((x, state[:2]), rng), cfg=cfg)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))

@@ -1,0 +1,73 @@
+"""What a run says of itself before it starts and after its first step."""
+
+from __future__ import annotations
+
+import logging
+
+import jax
+import numpy as np
+
+from train.config import TrainConfig
+from train.initial_params import Parameters
+from train.setup import Run
+from train.step import Metrics
+from ttt_jax.config import FRAME_RATE
+from ttt_jax.data.corpus import Corpus
+from ttt_jax.utils.command import shortened
+
+log = logging.getLogger("train")
+
+
+def run(run: Run) -> None:
+    """Devices, data and layers of a run."""
+    cfg, corpus, devices = run.cfg, run.corpus, jax.devices()
+    sizes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1)
+    log.info(
+        "device    %d x %s (%s)%s", len(devices), devices[0].device_kind, devices[0].platform, sizes and f": {sizes}"
+    )
+    chunks = f"{cfg.bptt} x {cfg.data.chunk}" if cfg.bptt > 1 else cfg.data.chunk
+    log.info("run       %s: %d steps of %d rows x %s frames", cfg.run_dir, cfg.steps, cfg.data.batch, chunks)
+    parts = {"": list(corpus.recordings), "; held out ": corpus.heldout}
+    if corpus.validation is not corpus.heldout:
+        parts["; validation "] = corpus.validation
+    told = [
+        f"{part}{len(files)} files, {sum(file.num_frames for file in files) / FRAME_RATE / 60:.1f} minutes"
+        for part, files in parts.items()
+    ]
+    log.info("speech    %s", "".join(told))
+    absent(corpus)
+    log.info("codec     %s, %d x %d codes", corpus.codec.name, corpus.codec.num_codebooks, corpus.codec.cardinality)
+    log.info("text      %d pieces", corpus.tokenizer.cardinality)
+    layers = ", ".join(map(str, cfg.model.ttt_layers)) or "none"
+    kept = {"persist": "kept along each file", "reset": "cleared at every chunk"}[cfg.state]
+    log.info(
+        "TTT       layers %s, mini-batch %d, inner rate %g, %s",
+        layers,
+        cfg.model.ttt.mini_batch,
+        cfg.model.inner_lr,
+        kept,
+    )
+
+
+def absent(corpus: Corpus) -> None:
+    """Files that manifests name and that are not there; the run ends with exit code 3."""
+    for reason in shortened([one.reason for one in corpus.missing]):
+        log.warning("skipped: %s", reason)
+
+
+def weights(found: Parameters) -> None:
+    """How many parameters train, and how many are frozen."""
+    trainable, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in found)
+    log.info("weights   %s: %s train, %s are frozen", f"{trainable + frozen:,}", f"{trainable:,}", f"{frozen:,}")
+
+
+def initial_loss(cfg: TrainConfig, metrics: Metrics) -> None:
+    """How far the untrained model is from what random logits give: ln(cardinality) + half their variance."""
+    if cfg.base is not None:
+        return
+    log.info("before training, nats per token (expected of random logits: ln cardinality + half their variance)")
+    rows = zip(cfg.model.target_streams.items(), metrics.streams, metrics.half_variance, strict=True)
+    for (name, card), loss, half in rows:
+        if np.isfinite(loss):  # speech without transcripts has no text to score
+            expected = np.log(card) + float(half)
+            log.info("  %-12s %6.3f   expected %6.3f = ln %d + %.3f", name, float(loss), expected, card, float(half))

@@ -1,0 +1,53 @@
+"""What trains and what is frozen: two trees that together are the model's parameters.
+
+The optimiser, gradients and masters exist for the first alone. A stack of layers trains as a whole or not at all, so
+`fit` has layers whose attention alone trains stacked apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from train.config import TrainConfig
+from ttt_jax.config import parse_layers
+from ttt_jax.errors import InputError
+from ttt_jax.utils.trees import Tree, named, pick
+
+
+def fit(cfg: TrainConfig) -> TrainConfig:
+    """`cfg` with layers stacked apart as `cfg.trainable` needs. Raises `InputError` if it names nothing that there is."""
+    trainable, model = cfg.trainable, cfg.model
+    named_layers = _attention(cfg)
+    layers = () if trainable.base else named_layers
+    if not (trainable.base or layers or (trainable.ttt and model.ttt_layers) or (trainable.lora and model.lora.rank)):
+        raise InputError(
+            f"nothing trains: trainable={trainable}, but model.ttt.layers={model.ttt.layers!r} and model.lora.rank={model.lora.rank}: give TTT"
+            " layers, adapters, --trainable.attention or --trainable.base."
+        )
+    return dataclasses.replace(cfg, model=dataclasses.replace(model, apart=layers))
+
+
+def is_trainable(path: str, cfg: TrainConfig) -> bool:
+    """Whether the parameter at `path` ("layers/layers_29_31/ttt/gate") trains under a configuration that `fit` gave."""
+    if "/ttt/" in path:
+        return cfg.trainable.ttt
+    if "_lora_" in path:
+        return cfg.trainable.lora
+    if cfg.trainable.base:
+        return True
+    return "/attention/" in path and path.split("/")[1] in {
+        run.name for run in cfg.model.runs if run.start in cfg.model.apart
+    }
+
+
+def split(params: Tree, cfg: TrainConfig) -> tuple[Tree, Tree]:
+    """(what trains, what is frozen) of `params`; `ttt_jax.utils.trees.merge` puts them together again."""
+    wanted = {path for path in named(params) if is_trainable(path, cfg)}
+    return pick(params, wanted), pick(params, named(params).keys() - wanted)
+
+
+def _attention(cfg: TrainConfig) -> tuple[int, ...]:
+    try:
+        return parse_layers(cfg.trainable.attention, cfg.model.num_layers)
+    except InputError as error:
+        raise InputError(str(error).replace("ttt.layers", "trainable.attention")) from None

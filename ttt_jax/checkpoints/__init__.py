@@ -1,0 +1,1 @@
+"""Weights, checkpoints of runs and states of streams on disk."""

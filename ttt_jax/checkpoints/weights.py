@@ -1,0 +1,341 @@
+"""Base weights on disk: a folder of safetensors, one file per layer, with a `config.json` (docs/checkpoints.md).
+
+`tensors` says which tensor of which file goes where in the parameters; `load` reads a folder. `python -m ttt_jax.convert`
+writes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ttt_jax.checkpoints.differences import differences
+from ttt_jax.checkpoints.safetensors_reader import DTYPES, TensorFile
+from ttt_jax.checkpoints.safetensors_writer import digest
+from ttt_jax.config import MoshiConfig, Part
+from ttt_jax.errors import InputError
+from ttt_jax.utils import config_json
+
+FORMAT = 1
+CONFIG = "config.json"
+LORA = "lora.safetensors"
+
+
+class Tensor(NamedTuple):
+    """A tensor of the folder and its place in the parameters."""
+
+    file: str
+    name: str
+    path: tuple[str, ...]
+    """Keys of its leaf in the parameters."""
+    index: int | None
+    """Layer within the leaf, whose first axis then counts layers (layers and what `lead` stacks, layer by layer); None: the leaf
+    itself."""
+    shape: tuple[int, ...]
+    lead: int = 0
+    """Leading axes that stack equal maps or tables."""
+    inputs: int = 0
+    """Trailing axes that a linear map sums over; 0: not a linear map."""
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Output axes of a linear map."""
+        return self.shape[self.lead : len(self.shape) - self.inputs]
+
+    @property
+    def part(self) -> tuple[int, ...]:
+        """Shape without the stacking axes."""
+        return self.shape[self.lead :]
+
+
+class Weights(NamedTuple):
+    """A folder's content."""
+
+    cfg: MoshiConfig
+    params: dict[str, Any]
+    """As `ttt_jax.moshi.model.init_params` makes them, in the types of the files."""
+    info: dict[str, Any]
+    """All of `config.json`: "source" tells where the weights are from, "digest" names the base."""
+
+
+def base(cfg: MoshiConfig) -> list[Tensor]:
+    """Tensors of the model without adapters and TTT layers, in the order of the files."""
+    d, heads, width, depth = cfg.dim, cfg.num_heads, cfg.head_dim, cfg.depth
+    e, depth_width, narrow = depth.dim, depth.dim // depth.num_heads, depth.low_rank or depth.dim
+    sets, q, texts, codes = max(cfg.depth_sets) + 1, cfg.dep_q, cfg.text_card + 1, cfg.card + 1
+    found = []
+
+    def add(
+        file: str, prefix: tuple[str, ...], name: str, shape: tuple[int, ...], lead=0, inputs=0, index=None
+    ) -> None:
+        found.append(Tensor(f"{file}.safetensors", name, (*prefix, *name.split("/")), index, shape, lead, inputs))
+
+    add("embeddings", (), "text_emb", (texts, d))
+    add("embeddings", (), "audio_emb", (cfg.n_q, codes, d), 1)
+    for run in cfg.runs:
+        for i in range(run.start, run.stop):
+            layer = functools.partial(add, f"layer_{i:02d}", ("layers", run.name), index=i - run.start)
+            layer("attention/qkv", (3, heads, width, d), inputs=1)
+            layer("attention/out", (d, d), inputs=1)
+            layer("ffn/gate_up", (2, cfg.hidden, d), inputs=1)
+            layer("ffn/down", (d, cfg.hidden), inputs=1)
+            layer("norm1", (d,))
+            layer("norm2", (d,))
+    add("head", (), "out_norm", (d,))
+    add("head", (), "text_head", (cfg.text_card, d), inputs=1)
+    if cfg.extra_heads:
+        add("head", (), "extra_heads", (cfg.extra_heads, cfg.extra_heads_dim, d), 1, 1)
+    add("depth", (), "depth/input", (sets, e, d), 1, 1)
+    add("depth", (), "depth/text_emb", (texts, narrow))
+    add("depth", (), "depth/audio_emb", (q - 1, codes, narrow), 1)
+    if depth.low_rank is not None:
+        add("depth", (), "depth/text_emb_up", (e, narrow), inputs=1)
+        add("depth", (), "depth/audio_emb_up", (q - 1, e, narrow), 1, 1)
+    add("depth", (), "depth/heads", (q, cfg.card, e), 1, 1)
+    for i in range(depth.num_layers):
+        layer = functools.partial(add, f"depth_layer_{i:02d}", ("depth",), index=i)
+        layer("qkv", (sets, 3, depth.num_heads, depth_width, e), 1, 1)
+        layer("out", (sets, e, e), 1, 1)
+        layer("gate_up", (sets, 2, depth.hidden, e), 1, 1)
+        layer("down", (sets, e, depth.hidden), 1, 1)
+        layer("norm1", (e,))
+        layer("norm2", (e,))
+    return found
+
+
+def adapters(cfg: MoshiConfig) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The linear maps that have adapters, each with its two tensors A and B."""
+    return [(t, *adapter(t, cfg.lora.rank)) for t in base(cfg) if t.inputs and cfg.lora.of(owner(t)).rank]
+
+
+def owner(tensor: Tensor) -> Part:
+    """The part of the base that a linear map belongs to, as `LoRAConfig.maps` names it."""
+    name = tensor.path[2] if tensor.path[0] == "layers" else tensor.path[0]
+    return name if name in ("attention", "ffn", "depth") else "heads"
+
+
+def adapter(tensor: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A [*lead, rank, *inputs] and B [*lead, *rows, rank] of a linear map."""
+    lead, columns = tensor.shape[: tensor.lead], tensor.shape[len(tensor.shape) - tensor.inputs :]
+    stem = "" if tensor.index is None else Path(tensor.file).stem + "/"
+
+    def one(letter: str, shape: tuple[int, ...], inputs: int) -> Tensor:
+        path = (*tensor.path[:-1], f"{tensor.path[-1]}_lora_{letter}")
+        return Tensor(LORA, f"{stem}{tensor.name}_lora_{letter}", path, tensor.index, shape, tensor.lead, inputs)
+
+    return one("a", (*lead, rank, *columns), tensor.inputs), one("b", (*lead, *tensor.rows, rank), 1)
+
+
+def ttt(cfg: MoshiConfig) -> list[Tensor]:
+    """Tensors of the TTT layers."""
+    if not cfg.ttt_layers:
+        return []
+    shapes = {name: tuple(leaf.shape) for name, leaf in _ttt_shapes(cfg).items()}
+    return [
+        Tensor(f"ttt_{i:02d}.safetensors", name, ("layers", run.name, "ttt", name), i - run.start, shape)
+        for run in cfg.runs
+        if run.has_ttt
+        for i in range(run.start, run.stop)
+        for name, shape in shapes.items()
+    ]
+
+
+def tensors(cfg: MoshiConfig) -> list[Tensor]:
+    """All tensors of a folder: base, adapters kept apart, TTT layers."""
+    return base(cfg) + [t for _, *pair in adapters(cfg) for t in pair] + ttt(cfg)
+
+
+def by_file(some: Iterable[Tensor]) -> dict[str, list[Tensor]]:
+    """Tensors by the file that they stand in."""
+    files: dict[str, list[Tensor]] = {}
+    for tensor in some:
+        files.setdefault(tensor.file, []).append(tensor)
+    return files
+
+
+def base_digest(cfg: MoshiConfig, files: Mapping[str, Mapping[str, Any]]) -> str:
+    """What names a base: SHA-256 over the names and digests of its files, TTT layers and adapters left out."""
+    return _digest_of(base(cfg), files)
+
+
+def whole_digest(cfg: MoshiConfig, files: Mapping[str, Mapping[str, Any]]) -> str:
+    """What names weights, TTT layers and adapters included: SHA-256 over the names and digests of their files."""
+    return _digest_of(tensors(cfg), files)
+
+
+def _digest_of(some: Iterable[Tensor], files: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = "".join(f"{files[name]['sha256']}  {name}\n" for name in sorted(by_file(some)))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+class Folder:
+    """A folder of weights, checked and open for reading tensor by tensor."""
+
+    def __init__(self, folder: str | Path, verify: bool = False):
+        """Opens all files of `folder`.
+
+        Args:
+          folder: what `python -m ttt_jax.convert kyutai` wrote.
+          verify: whether to read all files once and compare their SHA-256 with `config.json`.
+
+        Raises `InputError` if `folder` is none, or a file, tensor, shape or type differs from what its `config.json` says;
+        all differences are told at once.
+        """
+        self.path = Path(folder)
+        self.info = _read_config(self.path)
+        self.cfg = config_json.from_dict(MoshiConfig, self.info["model"], f"{self.path / CONFIG}: model")
+        self.tensors = tensors(self.cfg)
+        self.files: dict[str, TensorFile] = {}
+        try:
+            problems = list(self._problems(verify))
+            if problems:
+                raise InputError(
+                    f"{self.path} differs from what its {CONFIG} tells: {'; '.join(problems)}: convert it again."
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self.files.values():
+            file.close()
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def dtype(self, tensor: Tensor) -> str:
+        """Type of a tensor as files name it."""
+        return self.files[tensor.file].tensors[tensor.name].dtype
+
+    def array(self, tensor: Tensor) -> np.ndarray:
+        """A tensor."""
+        return self.files[tensor.file].array(tensor.name)
+
+    def _problems(self, verify: bool) -> Iterator[str]:
+        listed, grouped = self.info["files"], by_file(self.tensors)
+        for name in sorted(grouped.keys() - listed.keys()):
+            yield f'{CONFIG} lists no "{name}"'
+        for name, about in listed.items():
+            path = self.path / name
+            if not path.is_file():
+                yield f"{name} is missing"
+            elif path.stat().st_size != about["bytes"]:
+                yield f"{name} has {path.stat().st_size} bytes instead of {about['bytes']}"
+            elif verify and digest(path) != about["sha256"]:
+                yield f"{name} has another SHA-256 than when it was written"
+            elif name in grouped:
+                self.files[name] = TensorFile(path)
+        whole = {name: some for name, some in grouped.items() if name in self.files}
+        for name, some in whole.items():
+            found = {key: info.shape for key, info in self.files[name].tensors.items()}
+            expected = {t.name: t.shape for t in some}
+            yield from (f"{name} {problem}" for problem in differences(expected, found))
+        for kind in (base(self.cfg), [t for t in self.tensors if t.file == LORA]):
+            types = {
+                (name, info.dtype)
+                for name in sorted(by_file(kind).keys() & self.files.keys())
+                for info in self.files[name].tensors.values()
+            }
+            if len({dtype for _, dtype in types}) > 1 or any(dtype not in DTYPES for _, dtype in types):
+                yield "types are mixed (" + ", ".join(sorted(f"{name}: {dtype}" for name, dtype in types)) + ")"
+        for name in sorted(by_file(t for t in self.tensors if "ttt" in t.path).keys() & self.files.keys()):
+            for key, info in self.files[name].tensors.items():
+                if info.dtype != "F32":
+                    yield f"{name} has {key} as {info.dtype} instead of F32"
+
+
+Place = Callable[[tuple[str, ...], np.ndarray], Any]
+"""From a leaf's keys and its content to the array that stands in the parameters."""
+
+
+def load(folder: str | Path, verify: bool = False) -> Weights:
+    """The weights in `folder`, stacked as the model takes them; beside them one leaf at a time lies in memory twice.
+
+    Args and errors as for `Folder`.
+    """
+    with Folder(folder, verify) as found:
+        return Weights(found.cfg, read(found, found.cfg), found.info)
+
+
+def read(
+    folder: Folder, cfg: MoshiConfig, names: Collection[str] | None = None, place: Place | None = None
+) -> dict[str, Any]:
+    """The leaves of `cfg`'s parameters that are in `folder`; `cfg` may stack layers otherwise and have layers or adapters more.
+
+    Args:
+      names: the leaves wanted, as "layers/layers_00_28/norm1"; None: all.
+      place: puts a leaf where it belongs; None: on the first device.
+
+    Returns:
+      Nested as in the parameters; a leaf of which a layer is missing is left out.
+    """
+    import jax.numpy as jnp
+
+    place = place or (lambda _, array: jnp.asarray(array))
+    here = {(tensor.file, tensor.name): tensor for tensor in folder.tensors}
+    leaves: dict[tuple[str, ...], list[Tensor]] = {}
+    for tensor in tensors(cfg):
+        if names is None or "/".join(tensor.path) in names:
+            leaves.setdefault(tensor.path, []).append(tensor)
+    params: dict[str, Any] = {}
+    for path, parts in leaves.items():
+        found = [here.get((tensor.file, tensor.name)) for tensor in parts]
+        if None in found or any(a.shape != b.shape for a, b in zip(parts, found, strict=True)):
+            continue
+        *parents, name = path
+        branch = params
+        for key in parents:
+            branch = branch.setdefault(key, {})
+        if parts[0].index is None:
+            branch[name] = place(path, folder.array(parts[0]))
+            continue
+        stacked = np.empty((len(parts), *parts[0].shape), DTYPES[folder.dtype(parts[0])])
+        for tensor in parts:
+            stacked[tensor.index] = folder.array(tensor)
+        branch[name] = place(path, stacked.reshape(-1, *parts[0].part) if parts[0].lead else stacked)
+    return params
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():
+        raise InputError(
+            f"{folder} is not a folder of weights (it has no {CONFIG}): give one that python -m ttt_jax.convert kyutai made."
+        )
+    info = config_json.read_json(folder / CONFIG, f"the {CONFIG} of converted weights")
+    if not isinstance(info, dict) or not {"format", "model", "files", "source", "digest"} <= info.keys():
+        raise InputError(
+            f"{folder / CONFIG} is not that of converted weights: give a folder that python -m ttt_jax.convert kyutai made."
+        )
+    if info["format"] != FORMAT:
+        raise InputError(
+            f"{folder / CONFIG} has format {info['format']}, this version reads {FORMAT}: convert the weights again."
+        )
+    return info
+
+
+def _ttt_shapes(cfg: MoshiConfig) -> dict[str, Any]:
+    import jax
+
+    return jax.eval_shape(lambda key: init_ttt(cfg, key), jax.random.key(0))
+
+
+def init_ttt(cfg: MoshiConfig, key: Any) -> dict[str, Any]:
+    """Parameters of a TTT layer to be added to a trained model: float32, its output projection 0."""
+    import jax
+    import jax.numpy as jnp
+
+    from ttt_jax.ttt import layer
+
+    x, mask = jax.ShapeDtypeStruct((1, 1, cfg.dim), jnp.float32), jax.ShapeDtypeStruct((1, 1), bool)
+    state = jax.eval_shape(lambda: layer.init_state(cfg, 1))
+    params = layer.TTTLayer(cfg).lazy_init(key, x, mask, state)["params"]  # runs the initialisers, not the layer
+    return {**params, "out_kernel": 0 * params["out_kernel"], "out_bias": 0 * params["out_bias"]}

@@ -1,0 +1,274 @@
+"""Kyutai's `config.json` as our configuration and back, and what of it is not supported.
+
+Keys and defaults are those of PyPI `moshi` 0.2.13; a key that its `LMModel` would take but that stands in neither list here
+is unknown and refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from ttt_jax.config import DepthConfig, LoRAConfig, MoshiConfig, TTTConfig
+from ttt_jax.errors import InputError
+from ttt_jax.utils import config_json
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+DEFAULTS: dict[str, Any] = {
+    "dim": 128,
+    "n_q": 8,
+    "dep_q": 8,
+    "card": 1024,
+    "text_card": 32000,
+    "max_period": 10000,
+    "extra_heads_num_heads": 0,
+    "extra_heads_dim": 6,
+    "hidden_scale": 4,
+    "depformer_dim": 256,
+    "depformer_dim_feedforward": None,
+    "depformer_weights_per_step_schedule": None,
+    "depformer_low_rank_embeddings": None,
+    "norm": "layer_norm",
+    "gating": "none",
+    "positional_embedding": "sin",
+    "depformer_pos_emb": "sin",
+    "causal": True,
+    "kv_repeat": 1,
+}
+"""What `LMModel` takes for keys that a file leaves out, where it is not None or false."""
+
+REQUIRED = ("num_layers", "num_heads", "context", "depformer_num_heads", "delays")
+BESIDE = {
+    "moshi_name",
+    "mimi_name",
+    "mimi_config_name",
+    "tokenizer_name",
+    "lora_name",
+    "model_type",
+    "lm_gen_config",
+    "tts_config",
+    "stt_config",
+    "model_id",
+}
+"""Keys that tell of more than the language model; they travel along."""
+NO_EFFECT = {
+    "existing_text_padding_id",
+    "existing_text_end_padding_id",
+    "depformer_context",
+    "depformer_causal",
+    "depformer_max_period",
+    "gradient_checkpointing",
+}
+"""Keys that change no weight and no score; they travel along."""
+LORA = {"lora", "lora_rank", "lora_scaling"}
+
+
+def architecture(raw: Mapping[str, Any], shapes: Shapes, dtype: str, where: str) -> MoshiConfig:
+    """The model that `raw` describes, without adapters and TTT layers.
+
+    Args:
+      raw: a `config.json` that `unsupported` has nothing to say about.
+      shapes: of the tensors; they give the hidden widths, for which Kyutai's PyTorch, MLX and Rust have different rules.
+      dtype: of the tensors: "BF16", "F16" or "F32".
+      where: names the file in messages.
+
+    Raises `InputError` naming the key if one is missing or its value cannot be.
+    """
+    if missing := [key for key in REQUIRED if key not in raw]:
+        raise InputError(f"{where} has no {', '.join(missing)}: give the config.json that belongs to these weights.")
+    values = {**DEFAULTS, **raw}
+
+    def get(key: str, kind: Any = int) -> Any:
+        return config_json.conform(kind, values[key], where, key)
+
+    values.setdefault("depformer_num_layers", values["num_layers"])
+    schedule = get("depformer_weights_per_step_schedule", tuple[int, ...] | None) or ()
+    several = isinstance(values["depformer_dim_feedforward"], list)
+    wide = get("depformer_dim_feedforward", tuple[int, ...] if several else int | None)
+    scale = get("hidden_scale", float)
+    for key, number in (("hidden_scale", scale), ("depformer_dim_feedforward", wide[0] if several else wide)):
+        if number is not None and not 0 < number < math.inf:
+            raise InputError(f"{where}: {key} is {values[key]!r}, but must be a number above 0; correct it there.")
+    for key in ("causal", "depformer_multi_linear", "depformer_weights_per_step"):
+        get(key, bool)
+    try:
+        return MoshiConfig(
+            dim=get("dim"),
+            num_layers=get("num_layers"),
+            num_heads=get("num_heads"),
+            hidden=_width(shapes, r"transformer\.layers\.\d+\.gating\.linear_out\.weight")
+            or hidden_width(get("dim"), int(scale * get("dim"))),
+            context=get("context"),
+            max_period=get("max_period", float),
+            n_q=get("n_q"),
+            dep_q=get("dep_q"),
+            card=get("card"),
+            text_card=get("text_card"),
+            delays=get("delays", tuple[int, ...]),
+            dtype="bfloat16" if dtype == "BF16" else "float32",
+            extra_heads=get("extra_heads_num_heads"),
+            extra_heads_dim=get("extra_heads_dim"),
+            depth=DepthConfig(
+                dim=get("depformer_dim"),
+                num_layers=get("depformer_num_layers"),
+                num_heads=get("depformer_num_heads"),
+                hidden=_width(shapes, r"depformer\.layers\.\d+\.gating\.\d+\.linear_out\.weight")
+                or hidden_width(get("depformer_dim"), _depth_feed_forward(values)),
+                schedule=schedule,
+                low_rank=get("depformer_low_rank_embeddings", int | None),
+            ),
+            lora=LoRAConfig(),
+            ttt=TTTConfig(layers="none"),
+        )
+    except InputError as error:
+        if str(error).startswith(where):
+            raise
+        raise InputError(f"{where} describes no model that can be: {error}") from None
+
+
+def check_counts(cfg: MoshiConfig, tensors: int, path: object, where: str) -> None:
+    """Raise `InputError` if `cfg`, from `where`, has more layers or heads than `path` has tensors, before they are gone through."""
+    counts = {
+        "layers": cfg.num_layers,
+        "layers in the depth transformer": cfg.depth.num_layers,
+        "extra heads": cfg.extra_heads,
+    }
+    for name, count in counts.items():
+        if count > tensors:
+            raise InputError(
+                f"{path} does not fit {where}, which tells of {count} {name}, as it has {tensors} tensors in all: give weights and a"
+                " config.json that belong together."
+            )
+
+
+def hidden_widths(raw: Mapping[str, Any], cfg: MoshiConfig) -> dict[str, tuple[int, int]]:
+    """By key: the hidden width that PyPI `moshi` would give it, and that of `cfg`."""
+    values = {**DEFAULTS, **raw}
+    temporal = hidden_width(cfg.dim, int(values["hidden_scale"] * cfg.dim))
+    depth = hidden_width(cfg.depth.dim, _depth_feed_forward(values))
+    return {"hidden_scale": (temporal, cfg.hidden), "depformer_dim_feedforward": (depth, cfg.depth.hidden)}
+
+
+def contradictions(cfg: MoshiConfig, shapes: Shapes) -> list[str]:
+    """Sizes that the tensors tell otherwise than `cfg`, in words; for messages, so it may miss some."""
+
+    def axis(key: str, number: int) -> int | None:
+        shape = shapes.get(key, ())
+        return shape[number] if len(shape) > number else None
+
+    def count(pattern: str) -> int | None:
+        numbers = [int(match[1]) for key in shapes if (match := re.match(pattern, key))]
+        return max(numbers) + 1 if numbers else None
+
+    rows = axis("text_emb.weight", 0)
+    codes = axis("emb.0.weight", 0)
+    pairs = {
+        "dim": (cfg.dim, axis("text_emb.weight", 1)),
+        "text_card": (cfg.text_card, rows and rows - 1),
+        "card": (cfg.card, codes and codes - 1),
+        "n_q": (cfg.n_q, count(r"emb\.(\d+)\.")),
+        "dep_q": (cfg.dep_q, count(r"linears\.(\d+)\.")),
+        "num_layers": (cfg.num_layers, count(r"transformer\.layers\.(\d+)\.")),
+        "depformer_dim": (cfg.depth.dim, axis("linears.0.weight", 1)),
+        "depformer_num_layers": (cfg.depth.num_layers, count(r"depformer\.layers\.(\d+)\.")),
+        "extra_heads_num_heads": (cfg.extra_heads, count(r"extra_heads\.(\d+)\.") or 0),
+        "depformer weight sets": (max(cfg.depth_sets) + 1, count(r"depformer_in\.(\d+)\.")),
+    }
+    return [
+        f"{name} {said} where the tensors say {has}" for name, (said, has) in pairs.items() if has not in (None, said)
+    ]
+
+
+def export(cfg: MoshiConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Kyutai's configuration of `cfg`; `raw` is that of its source ({}: none) and keeps its other keys.
+
+    Raises `InputError` by name for what theirs cannot express.
+    """
+    if cfg.layer_context:
+        raise InputError(
+            f"model.layer_context={cfg.layer_context} gives layers windows of their own, which Kyutai's layout cannot express:"
+            " export a model with one window."
+        )
+    kept = {key: value for key, value in raw.items() if key in BESIDE | NO_EFFECT}
+    depth = cfg.depth
+    scale, wide = raw.get("hidden_scale", 4.125), raw.get("depformer_dim_feedforward")
+    if hidden_width(cfg.dim, int(scale * cfg.dim)) != cfg.hidden:
+        temporal = _feed_forward(cfg.dim, cfg.hidden, "hidden")
+        scale = temporal / cfg.dim
+        if int(scale * cfg.dim) != temporal:  # rounded down below it
+            scale = (temporal + 0.5) / cfg.dim
+    if not isinstance(wide, int) or hidden_width(depth.dim, wide) != depth.hidden:
+        wide = _feed_forward(depth.dim, depth.hidden, "depth.hidden")
+    period = int(cfg.max_period) if cfg.max_period == int(cfg.max_period) else cfg.max_period
+    made = {
+        "dim": cfg.dim,
+        "num_layers": cfg.num_layers,
+        "num_heads": cfg.num_heads,
+        "hidden_scale": scale,
+        "context": cfg.context,
+        "max_period": period,
+        "n_q": cfg.n_q,
+        "dep_q": cfg.dep_q,
+        "card": cfg.card,
+        "text_card": cfg.text_card,
+        "delays": list(cfg.delays),
+        "causal": True,
+        "gating": "silu",
+        "norm": "rms_norm_f32",
+        "positional_embedding": "rope",
+        "layer_scale": None,
+        "existing_text_padding_id": 3,
+        "depformer_dim": depth.dim,
+        "depformer_dim_feedforward": wide,
+        "depformer_num_layers": depth.num_layers,
+        "depformer_num_heads": depth.num_heads,
+        "depformer_layer_scale": None,
+        "depformer_gating": "silu",
+        "depformer_pos_emb": "none",
+        "depformer_multi_linear": True,
+        "depformer_weights_per_step": True,
+        "depformer_context": cfg.dep_q,
+        "depformer_max_period": 10000,
+    }
+    if depth.schedule:
+        made["depformer_weights_per_step_schedule"] = list(depth.schedule)
+    if depth.low_rank is not None:
+        made["depformer_low_rank_embeddings"] = depth.low_rank
+    if cfg.extra_heads:
+        made |= {"extra_heads_num_heads": cfg.extra_heads, "extra_heads_dim": cfg.extra_heads_dim}
+    if cfg.lora.rank:
+        made |= {"lora": True, "lora_rank": cfg.lora.rank, "lora_scaling": cfg.lora.scaling}
+    return made | kept
+
+
+def hidden_width(dim: int, feed_forward: int) -> int:
+    """Hidden width that PyPI `moshi` gives a SwiGLU layer of nominal width `feed_forward`."""
+    return 21 * dim // 8 if feed_forward == 4 * dim else 2 * feed_forward // 3
+
+
+def _feed_forward(dim: int, hidden: int, name: str) -> int:
+    """Nominal width for which `hidden_width` gives `hidden`."""
+    for width in (4 * dim, (3 * hidden + 1) // 2, (3 * hidden + 1) // 2 + 1):
+        if hidden_width(dim, width) == hidden:
+            return width
+    raise InputError(
+        f"model.{name}={hidden} at width {dim} cannot be expressed in Kyutai's layout, whose rule for hidden widths leaves it"
+        " out: export a model of another hidden width."
+    )
+
+
+def _depth_feed_forward(values: Mapping[str, Any]) -> int:
+    width = values["depformer_dim_feedforward"]
+    if isinstance(width, list):
+        width = width[0]
+    return int(values["hidden_scale"] * values["depformer_dim"]) if width is None else width
+
+
+def _width(shapes: Shapes, pattern: str) -> int | None:
+    """Input width that most matrices matching `pattern` have."""
+    found = Counter(shape[1] for key, shape in shapes.items() if re.fullmatch(pattern, key) and len(shape) == 2)
+    return found.most_common(1)[0][0] if found else None

@@ -1,0 +1,88 @@
+"""TTT layers in files of their own: new ones, and those that travel beside a model in Kyutai's layout.
+
+`ttt.safetensors` holds float32 tensors "layer_29/NAME"; `ttt_config.json` the settings, {"format": 1, "ttt": {...}}.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ttt_jax.checkpoints import weights
+from ttt_jax.checkpoints.differences import differences
+from ttt_jax.checkpoints.safetensors_reader import Piece, TensorFile, of_array, watched
+from ttt_jax.checkpoints.safetensors_writer import Spec
+from ttt_jax.checkpoints.weights import Tensor
+from ttt_jax.config import MoshiConfig, TTTConfig
+from ttt_jax.errors import InputError
+from ttt_jax.utils import config_json
+
+TTT = "ttt.safetensors"
+TTT_CONFIG = "ttt_config.json"
+FORMAT = 1
+
+
+def exported_name(tensor: Tensor) -> str:
+    """Name in `ttt.safetensors` of a tensor of a TTT layer."""
+    return f"layer_{tensor.file.removesuffix('.safetensors').rsplit('_', 1)[1]}/{tensor.name}"
+
+
+def write_ttt_config(path: Path, cfg: MoshiConfig) -> None:
+    """Write the settings of the TTT layers of `cfg`."""
+    layers = ",".join(map(str, cfg.ttt_layers))
+    config_json.write_json(path, {"format": FORMAT, "ttt": {**config_json.to_dict(cfg.ttt), "layers": layers}})
+
+
+def read_ttt_config(path: Path) -> TTTConfig:
+    """What `write_ttt_config` wrote. Raises `InputError` if that is not what `path` holds."""
+    raw = config_json.read_json(path, "the settings of TTT layers")
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise InputError(f"{path} is not of format {FORMAT}: export the model again, or take the file away.")
+    return config_json.from_dict(TTTConfig, raw.get("ttt"), f"{path}: ttt")
+
+
+def check_ttt(cfg: MoshiConfig, file: TensorFile) -> None:
+    """Raise `InputError` unless `file` holds the TTT layers of `cfg` and nothing else, in float32."""
+    expected = {exported_name(tensor): tensor.shape for tensor in weights.ttt(cfg)}
+    problems = list(differences(expected, {key: info.shape for key, info in file.tensors.items()}))
+    problems += [
+        f"has {key} as {info.dtype} instead of F32" for key, info in file.tensors.items() if info.dtype != "F32"
+    ]
+    if problems:
+        raise InputError(f"{file.path} does not fit {TTT_CONFIG}, as it {'; '.join(problems)}: export the model again.")
+
+
+def ttt_spec(tensor: Tensor, make: Callable[[int], dict[str, Any]] | TensorFile) -> Spec:
+    """A tensor of a TTT layer for our folder: out of a file that was exported, or made by `make` from the layer's number."""
+    if isinstance(make, TensorFile):
+        return Spec(tensor.name, "F32", tensor.shape, (_watched(make, exported_name(tensor)),))
+    layer = int(tensor.file.removesuffix(".safetensors").rsplit("_", 1)[1])
+    nbytes = 4 * int(np.prod(tensor.shape, dtype=int))
+    return Spec(tensor.name, "F32", tensor.shape, (of_array(nbytes, lambda: np.asarray(make(layer)[tensor.name])),))
+
+
+def _watched(file: TensorFile, name: str) -> Piece:
+    return watched(file.piece(name), "F32", f"{file.path}: {name}", set())
+
+
+def fresh(cfg: MoshiConfig, seed: int) -> Callable[[int], dict[str, Any]]:
+    """Parameters of new TTT layers by the layer's number, on the CPU; those of the last layer asked for are kept."""
+
+    @functools.cache
+    def program() -> Callable[[Any], dict[str, Any]]:
+        import jax
+
+        return jax.jit(functools.partial(weights.init_ttt, cfg))
+
+    @functools.lru_cache(maxsize=1)
+    def make(layer: int) -> dict[str, Any]:
+        import jax
+
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return program()(jax.random.fold_in(jax.random.key(seed), layer))
+
+    return make
