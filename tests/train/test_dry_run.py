@@ -128,7 +128,7 @@ def test_the_text_is_short_and_adds_up(name):
     assert len(text) <= 25
     assert max(map(len, text)) <= 130
     parameters = sum(found.parameters.values())
-    assert f"{parameters / 1e6:,.2f} M, of which {found.trained / 1e6:,.2f} M train" in text[0]
+    assert f"{parameters / 1e6:,.2f} M, of which {found.trainable / 1e6:,.2f} M train" in text[0]
     assert sum("estimate" in line for line in text) == 2
     assert "rank" in next(line for line in text if "TTT layers" in line)
 
