@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.helpers import micro, small_step
+from tests.helpers import golden, micro, small_step
 from tests.helpers.drawing import assert_same_bits, quick_jit
 from tests.helpers.small_step import LORA, NO_STOP, ROWS, batch, config, own, some_params, start
 from train import initial_params, optim, step
@@ -41,6 +41,22 @@ def program():
 @pytest.fixture(scope="module")
 def train_step(program):
     return lambda state, batch: program(state, {}, batch, NO_STOP)
+
+
+def test_two_steps_give_the_golden_numbers(train_step):
+    state, numbers = start(CONFIG), {}
+    for i in (1, 2):
+        before = jax.tree.map(np.array, state.trainable)
+        state, metrics = train_step(state, batch(seed=i))
+        squares = dict.fromkeys(optim.GROUPS, 0.0)
+        groups = optim.groups(before)
+        for group, old, new in zip(*map(jax.tree.leaves, (groups, before, state.trainable)), strict=True):
+            squares[group] += float(np.square(np.asarray(new, np.float64) - old).sum())
+        numbers[f"step {i}: loss"] = float(metrics.loss)
+        numbers[f"step {i}: gradient norm"] = float(metrics.grad_norm)
+        numbers |= {f"step {i}: gradient norm, {group}": float(n) for group, n in metrics.grad_norms.items()}
+        numbers |= {f"step {i}: update norm, {group}": float(np.sqrt(square)) for group, square in squares.items()}
+    golden.check("train_step", numbers, rtol=1e-4)
 
 
 def chunk(batch, k=0):
