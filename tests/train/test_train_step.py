@@ -56,7 +56,7 @@ def test_two_steps_give_the_golden_numbers(train_step):
         numbers[f"step {i}: gradient norm"] = float(metrics.grad_norm)
         numbers |= {f"step {i}: gradient norm, {group}": float(n) for group, n in metrics.grad_norms.items()}
         numbers |= {f"step {i}: update norm, {group}": float(np.sqrt(square)) for group, square in squares.items()}
-    golden.check("train_step", numbers, rtol=1e-4)
+    golden.check("train_step", numbers, rtol=1e-5)
 
 
 def chunk(batch, k=0):
