@@ -1,4 +1,4 @@
-"""The commands from a shell in another folder: help, and mistakes that end in one sentence and leave nothing."""
+"""The commands in another folder: help, and mistakes that end in one sentence and leave nothing."""
 
 import json
 import os
@@ -10,35 +10,63 @@ import numpy as np
 import pytest
 import soundfile
 
+from tests.helpers import in_process
 from tests.helpers.places import ROOT
 
 
-def run(folder, *args, module="train"):
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Runs a command in an empty folder, in this process; its cache is in `cache`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return in_process.command
+
+
+def start(folder, *args, module="train"):
+    """Runs a command as a shell in `folder` would."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": str(folder / "cache"), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", module, *args]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    words = [sys.executable, "-m", module, *args]
+    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.integration
 def test_help_is_complete_and_quick(tmp_path):
-    run(tmp_path, "--help")  # the first one compiles Python files
+    start(tmp_path, "--help")  # the first one compiles Python files
     before = os.times()
-    done = run(tmp_path, "--help")
+    done = start(tmp_path, "--help")
     after = os.times()
     assert done.returncode == 0
-    for said in ("--model.ttt.mini-batch", "--optim.gate-lr", "--run-dir", "--from", "--resume", "moshi-7b", "small"):
-        assert said in done.stdout
+    for word in ("--model.ttt.mini-batch", "--optim.gate-lr", "--run-dir", "--from", "--resume", "moshi-7b", "small"):
+        assert word in done.stdout
     used = after.children_user + after.children_system - before.children_user - before.children_system
     assert used < 2
 
 
+@pytest.mark.integration
 def test_the_command_line_is_read_without_jax():
-    code = "import sys, train.config; train.config.parse(['small', '--steps', '3']); sys.exit('jax' in sys.modules)"
+    code = (
+        "import sys; from train.__main__ import parse; parse(['small', '--steps', '3']); sys.exit('jax' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("module", "args", "message"),
+    [
+        ("train", ["tinny"], 'unknown preset "tinny"'),
+        ("train", ["--data.train", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        ("eval", ["stream", "nowhere"], "nowhere is no checkpoint"),
+    ],
+)
+def test_a_mistake_in_a_shell_is_one_sentence_and_leaves_nothing(tmp_path, module, args, message):
+    assert_one_sentence(start(tmp_path, *args, module=module), message)
+    assert left(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
     [
         (["tinny"], 'unknown preset "tinny"'),
         (["--model.ttt.layers", "9"], "names layer 9, but the model has layers 0 to 2"),
@@ -52,17 +80,16 @@ def test_the_command_line_is_read_without_jax():
         (["--run-dir", "taken"], "taken is taken"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_leaves_nothing(tmp_path, args, said):
+def test_a_mistake_is_one_sentence_and_leaves_nothing(command, tmp_path, args, message):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "config.json").touch()
-    done = run(tmp_path, *args)
-    assert_one_sentence(done, said)
+    assert_one_sentence(command("train", *args), message)
     assert left(tmp_path) == {"empty.jsonl", "taken"}
 
 
 def write_bad(folder, kind):
-    """A manifest of one recording of 4 s with one thing wrong; its name."""
+    """Writes a manifest of one recording of 4 s with one thing wrong and returns its name."""
     sound = folder / "bad.wav"
     samples = np.random.default_rng(0).uniform(-0.3, 0.3, 0 if kind == "length zero" else 4 * 16000)
     soundfile.write(sound, samples, 16000, subtype="PCM_16")
@@ -82,7 +109,7 @@ def write_bad(folder, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "message"),
     [
         ("not audio", "bad.wav is not audio"),
         ("cut off", "bad.wav is cut off"),
@@ -91,31 +118,25 @@ def write_bad(folder, kind):
         ("other words", "bad.json does not match its audio"),
     ],
 )
-def test_a_bad_recording_is_one_sentence_and_leaves_no_run_and_nothing_cached(tmp_path, kind, said):
+def test_a_bad_recording_is_one_sentence_and_leaves_no_run_and_nothing_cached(command, tmp_path, kind, message):
     manifest = write_bad(tmp_path, kind)
     before = left(tmp_path)
-    assert_one_sentence(run(tmp_path, "--data.train", manifest), said)
+    assert_one_sentence(command("train", "--data.train", manifest), message)
     assert left(tmp_path) == before
     # frames/ holds what was encoded; a half-written entry would lie there
     assert not [path for path in (tmp_path / "cache" / "ttt_jax").rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [
-        (["stream", "nowhere"], "nowhere is no checkpoint"),
-        (["stream", "nowhere", "--out", "results"], "nowhere is no checkpoint"),
-    ],
-)
-def test_evaluating_what_is_no_run_is_one_sentence_and_leaves_nothing(tmp_path, args, said):
-    assert_one_sentence(run(tmp_path, *args, module="eval"), said)
+@pytest.mark.parametrize("args", [["nowhere"], ["nowhere", "--out", "results"]])
+def test_evaluating_what_is_no_run_is_one_sentence_and_leaves_nothing(command, tmp_path, args):
+    assert_one_sentence(command("eval", "stream", *args), "nowhere is no checkpoint")
     assert left(tmp_path) == set()
 
 
-def assert_one_sentence(done, said):
+def assert_one_sentence(done, message):
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert said in line
+    assert message in line
     assert "Traceback" not in done.stderr
 
 
@@ -124,8 +145,8 @@ def left(folder):
     return {path.name for path in folder.iterdir()} - {"cache"}
 
 
-def test_a_mistyped_field_gets_a_suggestion(tmp_path):
-    done = run(tmp_path, "--data.chonk", "3")
+def test_a_mistyped_field_gets_a_suggestion(command, tmp_path):
+    done = command("train", "--data.chonk", "3")
     assert done.returncode == 2
     assert "--data.chunk" in done.stderr
     assert not list(tmp_path.iterdir())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import shutil
 import time
 import traceback
@@ -13,8 +11,7 @@ from unittest import mock
 
 from matplotlib.figure import Figure
 
-from tests.helpers import micro
-from train.__main__ import main
+from tests.helpers import in_process, micro
 from ttt_jax.codec import load_codec
 from ttt_jax.convert import export, kyutai
 from ttt_jax.utils import config_json
@@ -112,28 +109,14 @@ def _make(tiny: TinyRun) -> None:
     )
     cfg = micro.config(data=data, steps=STEPS, checkpoint_every=CHECKPOINT_EVERY, name="tiny")
     config_json.write_json(tiny.config, config_json.to_dict(cfg))
-    # Drawing takes as long as training. tests/train/test_plot.py and tests/eval/test_draw.py look at figures.
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.multiple(Figure, savefig=_nothing, draw_without_rendering=_nothing))
-        stack.enter_context(_logging_as_before())
-        output = stack.enter_context(tiny.output.open("w"))
-        stack.enter_context(contextlib.redirect_stdout(output))
-        stack.enter_context(contextlib.redirect_stderr(output))
-        assert main(["--from", str(tiny.config), "--run-dir", str(tiny.run)]) == 0
+    # Drawing takes as long as training; tests/train/test_plot.py and tests/eval/test_draw.py look at figures.
+    with mock.patch.multiple(Figure, savefig=_nothing, draw_without_rendering=_nothing):
+        done = in_process.command("train", "--from", tiny.config, "--run-dir", tiny.run)
+    tiny.output.write_text(done.stdout)
+    assert done.returncode == 0, done.stderr
     export(tiny.run, tiny.exported)
     kyutai(tiny.exported, tiny.weights)
 
 
 def _nothing(*args, **options) -> None:
     """Draws no figure."""
-
-
-@contextlib.contextmanager
-def _logging_as_before():
-    """Takes back what the command does to its logger: handlers and propagation."""
-    log = logging.getLogger("train")
-    handlers, level, propagates = log.handlers[:], log.level, log.propagate
-    try:
-        yield
-    finally:
-        log.handlers[:], log.level, log.propagate = handlers, level, propagates
