@@ -8,10 +8,10 @@ import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
-    # Nearly all of the time is compiling; programs that run a few times need no optimising. XLA_FLAGS= pytest: as users compile.
-    # Another process asks which flags XLA knows, since asking fixes those of the process that asks.
-    asked = subprocess.run([sys.executable, "-m", "ttt_jax.utils.xla"], stdout=subprocess.PIPE, text=True, check=True)
-    os.environ["XLA_FLAGS"] = asked.stdout.strip()
+    # Nearly all of the time is compiling, and programs that run a few times need no optimising.
+    # XLA_FLAGS= pytest compiles as users do. Another process finds the flags, since finding them out fixes them.
+    flags = subprocess.run([sys.executable, "-m", "ttt_jax.utils.xla"], stdout=subprocess.PIPE, text=True, check=True)
+    os.environ["XLA_FLAGS"] = flags.stdout.strip()
 
 import jax
 import psutil
@@ -44,7 +44,7 @@ def x64():
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory):
-    """Paths of a small run, trained, exported and evaluated once for all workers (`tests.helpers.tiny_run`): do not write into them."""
+    """A `tests.helpers.tiny_run.TinyRun`: paths of a run that is made once for all workers. Copy before writing."""
     from tests.helpers import tiny_run
 
     base = tmp_path_factory.getbasetemp()
@@ -52,15 +52,15 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory):
 
 
 MOST = 1.2e9
-"""Bytes of memory from which on a worker forgets its compiled programs between two tests: kept, they would take gigabytes."""
+"""Bytes of memory above which a worker forgets its compiled programs between two tests."""
 
 
 @pytest.fixture(autouse=True)
 def memory_stays_small():
-    """Forgets compiled programs where they have become many."""
+    """Forgets compiled programs when they have become many: they would take gigabytes."""
     yield
     if psutil.Process().memory_info().rss > MOST:
         jax.clear_caches()
         gc.collect()
-        if hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what was freed, unless asked
+        if hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc keeps freed memory otherwise
             ctypes.CDLL(None).malloc_trim(0)

@@ -1,19 +1,30 @@
-"""Damage to files as disks, networks, editors and other programs do it; everything follows from a random generator."""
+"""Damage to files as disks, networks, editors and other programs do it, and what tests of damaged inputs share.
+
+All damage follows from a random generator.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import logging
+import shutil
+import signal
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ttt_jax.errors import InputError
 
 WRONG = (None, True, -1, 0, float("nan"), float("inf"), 10**30, "", "x", "8", [], {}, [[1]], {"a": None})
 """Values that hardly any field takes."""
 
 
 def of_bytes(data: bytes, rng: np.random.Generator, start: int = 0, stop: int | None = None) -> bytes:
-    """`data`, not empty, with one damage in the bytes from `start` to `stop`; it always differs."""
+    """Returns `data`, not empty, with one damage in the bytes from `start` to `stop`; it always differs."""
     stop = len(data) if stop is None else min(stop, len(data))
     while True:
         at = int(rng.integers(start, max(stop, start + 1)))
@@ -39,7 +50,7 @@ def of_bytes(data: bytes, rng: np.random.Generator, start: int = 0, stop: int | 
 
 
 def of_json(content: Any, rng: np.random.Generator) -> tuple[Any, tuple[str | int, ...]]:
-    """`content` with one value replaced or left out, and the path to it."""
+    """Returns `content` with one value replaced or left out, and the path to that value."""
     content = copy.deepcopy(content)
     paths = list(_paths(content))
     path = paths[int(rng.integers(len(paths)))]
@@ -61,3 +72,90 @@ def _paths(content: Any, before: tuple[str | int, ...] = ()):
     for step in steps:
         yield (*before, step)
         yield from _paths(content[step], (*before, step))
+
+
+SECONDS = 20
+"""A case that takes longer hangs."""
+
+
+def attempt(call, *arguments):
+    """Returns what a call returns, or None if it ended in one sentence for the user."""
+    try:
+        return call(*arguments)
+    except InputError as error:
+        message = str(error)
+        assert message.endswith("."), message
+        assert "\n" not in message
+        return None
+
+
+@contextlib.contextmanager
+def warnings():
+    """Collects the library's warnings as log records."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("ttt_jax").addHandler(handler)
+    try:
+        yield records
+    finally:
+        logging.getLogger("ttt_jax").removeHandler(handler)
+
+
+def one_file(folder: Path, rng: np.random.Generator) -> Path:
+    """Returns one of the files below a folder that are not empty."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+    return files[int(rng.integers(len(files)))]
+
+
+def spoil(path: Path, rng: np.random.Generator) -> None:
+    """Damages a file: a value of its JSON, or its bytes."""
+    if path.suffix == ".json" and rng.random() < 0.6:
+        path.write_text(json.dumps(of_json(json.loads(path.read_text()), rng)[0]))
+    else:
+        path.write_bytes(of_bytes(path.read_bytes(), rng))
+
+
+def copied(sound: Path, folder: Path) -> Path:
+    """Copies a sound input into `folder`, to be damaged."""
+    return Path(shutil.copytree(sound, folder / sound.name, symlinks=True))
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int):
+    """Raises `TimeoutError` in what takes longer."""
+
+    def stop(*_):
+        raise TimeoutError(f"more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+FEW, MANY, PARTS = 7, 63, 4
+"""Cases of each kind of input, more of them with -m slow, and parts that those are tested in."""
+
+
+def try_cases(number: int, kind, seeds: Iterable[int], root: Path, folder: Path) -> None:
+    """Runs cases of a kind of input, each in a folder of its own.
+
+    Args:
+      number: of the kind; with the seed it decides the damage.
+      kind: called with a generator, `root` and the case's folder.
+      root: folder of the sound inputs.
+    """
+    for seed in seeds:
+        case = folder / str(seed)
+        case.mkdir()
+        with time_limit(SECONDS):
+            try:
+                kind(np.random.default_rng([number, seed]), root, case)
+            except BaseException as error:
+                error.add_note(f"{kind.__name__}, seed {seed}")
+                raise
+        shutil.rmtree(case)

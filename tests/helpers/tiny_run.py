@@ -1,4 +1,4 @@
-"""One run for all tests: trained, checkpointed, exported and evaluated once for each start of pytest (fixture `tiny_run`)."""
+"""The fixture `tiny_run`: a run that is trained, checkpointed, exported and evaluated once each time pytest runs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,245 @@
+"""Damaged output of the commands: each ends in one sentence for the user, or does no harm.
+
+No traceback, no hang, no damaged value taken for a sound one, nothing left behind. Each kind of input makes a sound
+one, damages it by a generator and a seed, and states what a reader may make of it at most.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from matplotlib import pyplot
+
+from eval.__main__ import main as eval_main
+from eval.compare import analysis, command, report
+from eval.diagnose import records
+from eval.inputs import checkpoints
+from eval.streaming import summary, table
+from tests.commands.test_damaged_inputs import sound_file
+from tests.eval.test_compare import made as made_experiment
+from tests.eval.test_diagnose import made as diagnosed
+from tests.helpers import damage, eval_models, made_scores, micro
+from tests.train.test_plot import STREAMS, lines_of
+from train import metrics, plot
+from train.config import TrainConfig
+from ttt_jax.checkpoints import stream_state
+from ttt_jax.data.codes import read_codes
+from ttt_jax.moshi import model
+from ttt_jax.utils import config_json
+from ttt_jax.utils.files import file_digest
+
+
+@cache
+def _run(root: Path) -> tuple[Path, dict]:
+    made = eval_models.write_run(root / "run")
+    (made / "config.json").write_text(json.dumps(config_json.to_dict(micro.CONFIG)))
+    (made / "meta.json").write_text(json.dumps({"unigram": dict.fromkeys(STREAMS, 3.5)}))
+    lines = lines_of(3, (1,), every=2)
+    (made / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return made, jax.tree.map(np.asarray, checkpoints.load(made).params)
+
+
+def a_run(rng, root, folder):
+    """Parameters that are read from a run have the bits that were saved."""
+    sound, params = _run(root)
+    copied = damage.copied(sound, folder)
+    path = damage.one_file(copied / "checkpoints", rng)
+    if rng.random() < 0.2:
+        path.unlink()
+    else:
+        damage.spoil(path, rng)
+    found = damage.attempt(checkpoints.load, copied)
+    if found is not None:
+        jax.tree.map(np.testing.assert_array_equal, found.params, params)
+
+
+def metrics_and_configuration_of_a_run(rng, root, folder):
+    """Metrics, configuration and meta data are read whole, but for a line of metrics that may have been cut off."""
+    sound, _ = _run(root)
+    for name in ("metrics.jsonl", "config.json", "meta.json"):
+        shutil.copy(sound / name, folder)
+    path = folder / ("metrics.jsonl", "config.json", "meta.json")[int(rng.integers(3))]
+    a_value = path.suffix == ".jsonl" and rng.random() < 0.7
+    if a_value:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        at = int(rng.integers(len(lines)))
+        lines[at], _ = damage.of_json(lines[at], rng)
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    else:
+        damage.spoil(path, rng)
+    found = damage.attempt(metrics.read, folder / "metrics.jsonl")
+    if found is not None and a_value:
+        assert len(found) == len(lines)
+    with mock.patch("train.plots._save", lambda figure, path: (pyplot.close(figure), [path])[1]):
+        damage.attempt(plot.main, [str(folder)])
+        damage.attempt(plot.main, [str(folder), str(sound)])
+    pyplot.close("all")
+    damage.attempt(
+        config_json.from_dict,
+        TrainConfig,
+        damage.attempt(config_json.read_json, folder / "config.json", "a configuration"),
+        "it",
+    )
+
+
+@cache
+def _results(root: Path) -> tuple[Path, str]:
+    made = root / "results"
+    made_scores.write(made)
+    found = summary.summarise(made_scores.SETTING, [made_scores.CHECKPOINT], made_scores.FILES, [], made)
+    summary.write_results(made, found, {})
+    return made, table.table(summary.read_results(made))
+
+
+def a_results_folder(rng, root, folder):
+    """A table that is shown, from the summary or again from the frames, is that of the evaluation."""
+    sound, table = _results(root)
+    copied = damage.copied(sound, folder)
+    damage.spoil(copied / "results.json" if rng.random() < 0.6 else damage.one_file(copied / "frames", rng), rng)
+
+    def shown():
+        found = summary.read_results(copied)
+        infos = [stored.info for stored in found.checkpoints]
+        again = summary.summarise(found.setting, infos, found.files, found.skipped, copied)
+        return table.table(found), table.table(again)
+
+    assert damage.attempt(shown) in (None, (table, table))
+
+
+@cache
+def _comparison(root: Path) -> tuple[Path, str]:
+    made = root / "comparison"
+    made.mkdir()
+    command.tell(made_experiment({"reset": 0.05}), {}, made)
+    return made, report.table(*_analysed(made))
+
+
+def _analysed(folder: Path):
+    experiment, _ = analysis.read(folder)
+    return experiment, analysis.analyse(experiment)
+
+
+def a_comparison(rng, root, folder):
+    """Statistics are done again on what was measured, or not at all."""
+    sound, table = _comparison(root)
+    copied = damage.copied(sound, folder)
+    damage.spoil(copied / "results.json", rng)
+    found = damage.attempt(_analysed, copied)
+    assert found is None or report.table(*found) == table
+
+
+@cache
+def _records(root: Path) -> Path:
+    made = root / "records"
+    made.mkdir()
+    records.write_records(diagnosed(), made)
+    return made
+
+
+def records_of_a_diagnosis(rng, root, folder):
+    """Records that are read are those that were written."""
+    copied = damage.copied(_records(root), folder)
+    damage.spoil(copied / records.RECORDS, rng)
+    found = damage.attempt(records.read, copied)
+    assert found is None or found == diagnosed()
+
+
+@cache
+def _prepared(root: Path) -> Path:
+    made = root / "prepared"
+    talks = root / "talks"
+    talks.mkdir()
+    (talks / "talk.wav").write_bytes(sound_file("pcm16.wav"))
+    words = [[f"word{i}", [0.2 * i, 0.2 * i + 0.1], "SPEAKER_MAIN"] for i in range(12)]
+    (talks / "talk.json").write_text(json.dumps({"alignments": words}))
+    assert eval_main(["prepare", str(talks), "--out", str(made)]) == 0
+    return made
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    """Returns all files of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def made_of(folder: Path) -> list:
+    """Returns what a prepared folder holds; bytes of code files differ, as safetensors orders metadata at random."""
+    entries = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    assert all(entry.pop("sha256") == file_digest(folder / entry["path"]) for entry in entries)
+    codes = [read_codes(folder / entry["path"]) for entry in entries]
+    return [(folder / "prepare.json").read_text(), entries, [file.codes.tolist() for file in codes]]
+
+
+def a_prepared_folder(rng, root, folder):
+    """`prepare` that runs again mends what is damaged, or refuses the folder as it is."""
+    sound = _prepared(root)
+    copied = damage.copied(sound, folder)
+    damage.spoil(damage.one_file(copied, rng), rng)
+    before = content_of(copied)
+    if damage.attempt(eval_main, ["prepare", str(root / "talks"), "--out", str(copied)]) is None:
+        assert content_of(copied) == before
+    else:
+        assert made_of(copied) == made_of(sound)
+
+
+@cache
+def _conversation(root: Path) -> tuple[Path, bytes]:
+    made = root / "conversation.safetensors"
+    state = model.init_state(micro.MODEL, 1)
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda x: x if x.dtype != np.float32 else rng.normal(size=x.shape).astype(x.dtype), state)
+    stream_state.save_state(made, state, micro.MODEL)
+    return made, _bits(stream_state.load_state(made, micro.MODEL))
+
+
+def _bits(state) -> bytes:
+    return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state))
+
+
+def a_conversation(rng, root, folder):
+    """A stream goes on from the state that was saved, or not at all."""
+    sound, bits = _conversation(root)
+    path = folder / sound.name
+    path.write_bytes(damage.of_bytes(sound.read_bytes(), rng))
+    found = damage.attempt(stream_state.load_state, path, micro.MODEL)
+    assert found is None or _bits(found) == bits
+
+
+KINDS = (
+    a_run,
+    metrics_and_configuration_of_a_run,
+    a_results_folder,
+    a_comparison,
+    records_of_a_diagnosis,
+    a_prepared_folder,
+    a_conversation,
+)
+NUMBERS = 9
+"""Number of the first kind; tests/commands/test_damaged_inputs.py has those before."""
+CASES = [pytest.param(number, kind, id=kind.__name__) for number, kind in enumerate(KINDS, NUMBERS)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Folder of the sound inputs, which are made once."""
+    return tmp_path_factory.mktemp("sound")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("number", "kind"), CASES)
+def test_damage_gives_one_sentence_or_does_no_harm(number, kind, root, tmp_path):
+    damage.try_cases(number, kind, range(damage.FEW), root, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(damage.PARTS))
+@pytest.mark.parametrize(("number", "kind"), CASES)
+def test_more_damage_gives_one_sentence_or_does_no_harm(number, kind, part, root, tmp_path):
+    first, last = (damage.FEW + i * damage.MANY // damage.PARTS for i in (part, part + 1))
+    damage.try_cases(number, kind, range(first, last), root, tmp_path)
