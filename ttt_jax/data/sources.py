@@ -24,7 +24,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 from ttt_jax.data.alignments import Kind, read_beside
 from ttt_jax.data.audio import formats
@@ -32,7 +32,7 @@ from ttt_jax.data.manifest import Absent, Entry, is_manifest, read_manifest
 from ttt_jax.errors import InputError
 from ttt_jax.utils.paths import absolute, beside, local, missing, place, portable
 
-LAYOUTS = ("auto", "folder", "manifest", "librilight", "librispeech-long")
+Layout = Literal["auto", "folder", "manifest", "librilight", "librispeech-long"]
 _FEW = 3  # problems of a kind that are told one by one
 _JUDGED = 100  # files of a folder by which a layout is judged; bounds what is read of a large one
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +58,16 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of a row of ids; EPAD, PAD, begin and end marks and absent (negative) ids are skipped."""
         return self._processor.decode([int(i) for i in ids if i >= 0 and int(i) not in self._silent])
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """A tokenizer that is not here, as code files state it: enough to read their text rows, not to encode words."""
+
+    digest: str | None = None
+    """SHA-256, hex; None if no file states it."""
+    cardinality: int | None = None
+    """Number of ids; None if it is not known."""
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
