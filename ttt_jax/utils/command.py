@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import io
 import logging
 import os
@@ -131,6 +132,14 @@ def run(command: Callable[[], int]) -> int:
         return INTERRUPTED
     print(f"error: {printable(problem)}", file=sys.stderr)
     return BAD_INPUT
+
+
+def call(package: str, args: Sequence[str]) -> int:
+    """Runs the command line of `python -m PACKAGE ARGS` in this process and returns its exit code.
+
+    The package is imported by name, so that a package can call another without depending on it.
+    """
+    return importlib.import_module(f"{package}.__main__").main(args)
 
 
 @contextlib.contextmanager
