@@ -9,6 +9,7 @@ import pytest
 
 from eval import __main__ as command
 from eval.diagnose import command as diagnose_command
+from eval.diagnose import measure
 from eval.diagnose import records as report
 from eval.inputs import checkpoints
 from tests.helpers import eval_models, micro
@@ -29,14 +30,12 @@ def quick_programs():
     """Programs that compile quickly."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("advance", "measure"):
-            patch.setattr(
-                diagnose_command, name, quick_jit(getattr(diagnose_command, name).__wrapped__, static_argnames="cfg")
-            )
+            patch.setattr(measure, name, quick_jit(getattr(measure, name).__wrapped__, static_argnames="cfg"))
         yield
 
 
 def walk(params=None, cfg=CFG, frames=FRAMES, every=EVERY, chunk=None):
-    return list(diagnose_command.walk(params or eval_models.params(cfg), eval_models.tokens(frames), cfg, every, chunk))
+    return list(measure.walk(params or eval_models.params(cfg), eval_models.tokens(frames), cfg, every, chunk))
 
 
 @pytest.fixture(scope="module")
@@ -188,9 +187,9 @@ def test_without_an_inner_rate_the_fast_weights_stay():
 def test_between_records_nothing_is_measured(monkeypatch):
     calls = []
     for name in ("advance", "measure"):
-        one = getattr(diagnose_command, name)
+        one = getattr(measure, name)
         monkeypatch.setattr(
-            diagnose_command, name, lambda *a, one=one, name=name: calls.append((name, a[1].shape[2])) or one(*a)
+            measure, name, lambda *a, one=one, name=name: calls.append((name, a[1].shape[2])) or one(*a)
         )
     walk(chunk=3)
     assert calls == 4 * [("advance", 3), ("advance", 3), ("measure", 1)]
@@ -399,13 +398,13 @@ def test_two_checkpoints_stand_side_by_side(folder, tmp_path, capsys, records):
 
 
 def test_checkpoints_of_one_name_are_told_apart(monkeypatch):
-    monkeypatch.setattr(checkpoints, "load", lambda path: checkpoints.Model("run", CFG, {}, None, {}))
+    monkeypatch.setattr(checkpoints, "load", lambda path: checkpoints.Checkpoint("run", CFG, {}, {}))
     assert [one.name for one in diagnose_command.load("a/run", "b/run")] == ["a/run", "b/run"]
     assert [one.name for one in diagnose_command.load("a/run", None)] == ["run"]
 
 
 def test_converted_weights_take_codes_alone(folder, tmp_path, monkeypatch):
-    converted = checkpoints.Model("converted", CFG, eval_models.params(CFG), None, {})
+    converted = checkpoints.Checkpoint("converted", CFG, eval_models.params(CFG), {})
     monkeypatch.setattr(checkpoints, "load", lambda path: converted)
     codes = eval_models.tokens(FRAMES)
     eval_models.write_codes(tmp_path / "codes.safetensors", codes[1:], "any")
