@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ttt_jax.data import sources
 from ttt_jax.data.manifest import MANIFEST
+from ttt_jax.data.sources import Layout, Recording, Stream, find, streams
 from ttt_jax.errors import InputError
 from ttt_jax.utils.command import PARTIAL
 from ttt_jax.utils.paths import local, printable
@@ -47,7 +47,7 @@ class Options:
     """Stream of the left or only channel."""
     join: bool = False
     """Make one stream of each book, speaker or folder."""
-    layout: sources.Layout = "auto"
+    layout: Layout = "auto"
     """Layout of the sources; auto: seen from their files."""
 
     def __post_init__(self) -> None:
@@ -65,16 +65,16 @@ def main(options: Options) -> int:
     from ttt_jax.data.encode import Encoder
     from ttt_jax.data.prepare import PreparedFolder
 
-    found = sources.find(options.sources, options.layout)
+    found = find(options.sources, options.layout)
     codec, tokenizer = load_coders(CorpusConfig(codec=options.codec, tokenizer=options.tokenizer))
     folder = PreparedFolder(local(options.out), Encoder(codec, tokenizer, options.voice), options.join)
     failed: dict[str, InputError] = {}
     for problem in found.problems:
         print(printable(f"skipped: {problem}"), file=sys.stderr)
-    streams = sources.streams(found, options.join)
+    todo = streams(found, options.join)
     with _Progress(found.recordings) as progress:
         try:
-            for stream in streams:
+            for stream in todo:
                 try:
                     folder.add(stream, lambda blocks: progress.watch(blocks, codec.sample_rate))
                 except InputError as error:
@@ -89,16 +89,18 @@ def main(options: Options) -> int:
     if not folder.entries:
         if len(found.recordings) == 1:
             raise next(iter(failed.values()))
-        raise InputError(f"none of {len(found.recordings)} recordings could be encoded, for the reasons above: mend them.")
-    skipped = found.skipped + sum(len(stream.recordings) for stream in streams if stream.name in failed)
-    _summarise([stream for stream in streams if stream.name not in failed], skipped, folder)
+        raise InputError(
+            f"none of {len(found.recordings)} recordings could be encoded, for the reasons above: mend them."
+        )
+    skipped = found.skipped + sum(len(stream.recordings) for stream in todo if stream.name in failed)
+    _summarise([stream for stream in todo if stream.name not in failed], skipped, folder)
     return PARTIAL if skipped else 0
 
 
 class _Progress:
     """A bar over the seconds of audio of all recordings, with the speed of encoding."""
 
-    def __init__(self, recordings: Sequence[sources.Recording]) -> None:
+    def __init__(self, recordings: Sequence[Recording]) -> None:
         from tqdm import tqdm
 
         self._expected = {recording.path: _expected_seconds(recording.path) for recording in recordings}
@@ -123,7 +125,7 @@ class _Progress:
             self._current += block.shape[1] / sample_rate
             self._show()
 
-    def finish(self, stream: sources.Stream, speed: float) -> None:
+    def finish(self, stream: Stream, speed: float) -> None:
         """Counts a stream as finished; `speed` is in seconds of audio a second."""
         self._current = 0.0
         self._finished += sum(self._expected.pop(recording.path, 0.0) for recording in stream.recordings)
@@ -150,7 +152,7 @@ def _expected_seconds(path: Path) -> float:
     return info.duration if info.frames < 1 << 48 else 0.0  # a streamed flac states no length
 
 
-def _summarise(done: list[sources.Stream], skipped: int, folder: PreparedFolder) -> None:
+def _summarise(done: list[Stream], skipped: int, folder: PreparedFolder) -> None:
     recordings = [recording.path for stream in done for recording in stream.recordings]
     hours = sum(entry["duration"] for entry in folder.entries.values()) / 3600
     before = sum(path in folder.reused for path in recordings)

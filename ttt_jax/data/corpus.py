@@ -211,7 +211,9 @@ def fit_model(
 def load(cfg: CorpusConfig, codec: Codec | CodecInfo, tokenizer: Tokenizer | TokenizerInfo) -> Corpus:
     """Opens the files of `cfg`; audio that is not in the cache is encoded. Raises `InputError`."""
     manifests = _by_part(cfg)  # all are read before the first file is encoded, so that mistakes show at once
-    absent = {part: [file for path in paths for file in read_manifest(path).absent] for part, paths in manifests.items()}
+    absent = {
+        part: [file for path in paths for file in read_manifest(path).absent] for part, paths in manifests.items()
+    }
 
     def opened(manifest: Path | None) -> tuple[Recording, ...]:
         return open_manifest(manifest, codec, tokenizer, cfg.cache_dir / "frames") if manifest is not None else ()

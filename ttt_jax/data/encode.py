@@ -21,7 +21,7 @@ from ttt_jax.errors import InputError
 
 Voice = Literal["moshi", "user"]
 """The stream of the left or only channel."""
-_BLOCK = 1024  # frames of silence encoded at a time; bounds memory
+_BLOCK = 256  # frames of silence encoded at a time; bounds memory
 
 log = logging.getLogger("ttt_jax")
 

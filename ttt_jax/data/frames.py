@@ -107,9 +107,7 @@ class FrameReader:
         cache_dir: folder of the cache for audio, made if it is missing.
     """
 
-    def __init__(
-        self, codec: Codec | CodecInfo, tokenizer: Tokenizer | TokenizerInfo, cache_dir: str | Path
-    ) -> None:
+    def __init__(self, codec: Codec | CodecInfo, tokenizer: Tokenizer | TokenizerInfo, cache_dir: str | Path) -> None:
         self.codec, self.tokenizer, self._cache_dir = codec, tokenizer, Path(cache_dir)
         self._encoder = Encoder(codec, tokenizer)
 
@@ -247,9 +245,7 @@ def _is_codes(entry: Entry) -> bool:
 
 
 def _changed(entry: Entry) -> InputError:
-    return InputError(
-        f"{entry.path} has changed since it was opened: bring the old file back, or start a new run."
-    )
+    return InputError(f"{entry.path} has changed since it was opened: bring the old file back, or start a new run.")
 
 
 def _read_cached(path: Path, codebooks: int) -> tuple[np.ndarray, float] | None:
