@@ -109,7 +109,7 @@ class _Progress:
             total=math.ceil(sum(self._expected.values())),
             desc="encoding",
             mininterval=0.5,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} s of audio [{elapsed}<{remaining}{postfix}]",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} s [{elapsed}<{remaining}{postfix}]",
         )
 
     def __enter__(self) -> _Progress:

@@ -1,4 +1,5 @@
-"""`python -m eval prepare`: layouts, codes to the bit, boundaries, going on after an interrupt, and every kind of bad input."""
+"""`python -m eval prepare`: layouts, codes to the bit, boundaries, going on after an interrupt, and every kind of bad
+input."""
 
 import hashlib
 import json
@@ -565,8 +566,8 @@ def test_a_book_without_chapters_among_others_is_told_and_left_out(tmp_path, cap
     assert [entry["group"] for entry in lines_of(tmp_path / "out")] == ["9/a", "9/z"]
     said = [line for line in re.split(r"[\r\n]", shown.err) if line.startswith("skipped")]
     assert said == [
-        f"skipped: {tree / '9' / 'empty'} is a book without chapters (it holds no audio): complete the download, remove the"
-        " folder or give --layout folder."
+        f"skipped: {tree / '9' / 'empty'} is a book without chapters (it holds no audio): complete the download,"
+        " remove the folder or give --layout folder."
     ]
     assert "2 code files of 2 recordings" in shown.out
     assert "; 1 recording skipped" in shown.out

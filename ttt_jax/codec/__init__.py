@@ -96,8 +96,8 @@ def load_codec(name_or_path: str | Path = "kmeans") -> Codec:
         raise InputError("codec 'mimi' is not available in this version: use codec 'kmeans'.")
     if name == "kmeans" and not DEFAULT_FILE.is_file():
         raise InputError(
-            f"codec 'kmeans' is expected at {DEFAULT_FILE}, which does not exist: run from a checkout of the project, or give the"
-            " path of a codec file."
+            f"codec 'kmeans' is expected at {DEFAULT_FILE}, which does not exist: run from a checkout of the project,"
+            " or give the path of a codec file."
         )
     path = DEFAULT_FILE if name == "kmeans" else local(name_or_path)
     if not path.is_file():

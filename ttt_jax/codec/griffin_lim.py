@@ -1,7 +1,7 @@
 """From log-mel energies back to a waveform: spectrum by non-negative inversion, phase by fast Griffin-Lim, in NumPy.
 
-Griffin & Lim 1984 with the momentum of Perraudin, Balazs & Søndergaard 2013. The first phase comes from a fixed seed, so
-equal input gives equal samples.
+Griffin & Lim 1984 with the momentum of Perraudin, Balazs & Søndergaard 2013. The first phase comes from a fixed seed,
+so equal input gives equal samples.
 """
 
 from __future__ import annotations

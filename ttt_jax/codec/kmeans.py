@@ -1,13 +1,14 @@
 """Residual k-means over log-mel frames: the small codec that comes with the project, in NumPy.
 
 A frame is 80 ms of 16 kHz audio. Its features are the log-mel energies of a few short windows (the sub-frames) over the
-samples of the frame and at most one window of samples before it, never later ones. ``num_codebooks`` codebooks quantise the
-features one after the other, each the residual of those before it (greedy residual k-means). Decoding sums the entries,
-inverts the mel filters and finds a phase (`ttt_jax.codec.griffin_lim`). The speech is intelligible, but rough.
+samples of the frame and at most one window of samples before it, never later ones. ``num_codebooks`` codebooks quantise
+the features one after the other, each the residual of those before it (greedy residual k-means). Decoding sums the
+entries, inverts the mel filters and finds a phase (`ttt_jax.codec.griffin_lim`). The speech is intelligible, but rough.
 
-Two laws hold by construction. *Streaming equals offline, bit by bit*: the arithmetic on a frame, in float64, does not depend
-on the other frames of the call. *Silence is one code vector*: energies far below `floor` vanish in the logarithm, one entry
-of the first codebook is exactly the silent frame, and one entry of every later codebook is exactly zero.
+Two laws hold by construction. *Streaming equals offline, bit by bit*: the arithmetic on a frame, in float64, does not
+depend on the other frames of the call. *Silence is one code vector*: energies far below `floor` vanish in the
+logarithm, one entry of the first codebook is exactly the silent frame, and one entry of every later codebook is exactly
+zero.
 
 File format: safetensors, written by `KMeansCodec.save`.
 

@@ -1,7 +1,7 @@
 """The JSON beside a recording: its kind, and the words that lie in the audio.
 
 Word alignments are those of moshi-finetune: ``{"alignments": [[word, [start, end], speaker], ...]}``, times in seconds;
-other keys are ignored. Many corpora put another JSON there, such as LibriLight's book data. `read_beside` tells them apart.
+other keys are ignored. Many corpora put another JSON there, such as LibriLight's book data: see `read_beside`.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ class Alignment(NamedTuple):
     notice: str | None = None
     """Warning to log behind the file's path: why its words are not used."""
     between: tuple[Word, ...] = ()
-    """Spans in which words without times were spoken, each as its first word. A span reaches from the end of the word before
-    (or the beginning of the audio) to the start of the word behind (or the end), both of the same speaker."""
+    """Spans in which words without times were spoken, each as its first word. A span reaches from the end of the word
+    before (or the beginning of the audio) to the start of the word behind (or the end), both of the same speaker."""
 
 
 def read_beside(path: str | Path) -> tuple[Kind, Any]:
     """Returns the kind of the JSON beside a recording, and its content.
 
-    An object with the key "alignments" is an alignment. Whisper's output ("segments", "words") and a bare list of rows hold
-    words in a form that is not read. Any other JSON is metadata.
+    An object with the key "alignments" is an alignment. Whisper's output ("segments", "words") and a bare list of rows
+    hold words in a form that is not read. Any other JSON is metadata.
 
     Raises:
         InputError: the file cannot be read or is not JSON.
@@ -98,8 +98,8 @@ def read_alignments(path: str | Path, seconds: float) -> Alignment:
         seconds: length of the audio.
 
     Raises:
-        InputError: as `read_beside`; the value of "alignments" has another structure; or more than half of the words with
-            times lie outside the audio or end before they begin: they belong to another recording or are in another unit.
+        InputError: as `read_beside`; the value of "alignments" has another structure; or more than half of the words
+            with times lie outside the audio or end before they begin, so that they are of another recording or unit.
     """
     path = Path(path)
     kind, content = read_beside(path)
@@ -113,8 +113,8 @@ def read_alignments(path: str | Path, seconds: float) -> Alignment:
     rows = content["alignments"]
     if not isinstance(rows, list):
         raise InputError(
-            f'{path} has {_short(rows)} under the key "alignments", expected a list [[word, [start, end], speaker], ...]: write'
-            " the alignments again or remove the file."
+            f'{path} has {_short(rows)} under "alignments", expected a list [[word, [start, end], speaker], ...]: write the'
+            " alignments again or remove the file."
         )
     words = [word for index, row in enumerate(rows) if (word := _parse_word(path, index, row)).text]
     placed: list[Word] = []
@@ -166,8 +166,8 @@ def _check_times(path: Path, seconds: float, timed: int, dropped: dict[str, list
         first = wrong[0]
         raise InputError(
             f"{path} does not match its audio of {seconds:.2f} s: {len(wrong)} of {timed} words lie outside it or end"
-            f" before they start (such as {_short(first.text)} from {first.start:g} to {first.end:g}), so align the recording"
-            " again, [start, end] in seconds, or remove the file."
+            f" before they start (such as {_short(first.text)} from {first.start:g} to {first.end:g}), so align the"
+            " recording again, [start, end] in seconds, or remove the file."
         )
 
 
@@ -175,8 +175,8 @@ def _no_main_speaker(words: Sequence[Word]) -> str:
     labels = list(dict.fromkeys("no label" if word.speaker is None else repr(word.speaker[:30]) for word in words))
     named = ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
     return (
-        f"of {len(words)} words none is of {MAIN_SPEAKER} (but of {named}), so that the text counts as not known: give the"
-        f" words of Moshi's stream the label {MAIN_SPEAKER} and all others {OTHER_SPEAKER}."
+        f"of {len(words)} words none is of {MAIN_SPEAKER} (but of {named}), so that the text counts as not known: give"
+        f" the words of Moshi's stream the label {MAIN_SPEAKER} and all others {OTHER_SPEAKER}."
     )
 
 
@@ -193,8 +193,8 @@ def _parse_word(path: Path, index: int, row: object) -> Word:
         ):
             return Word(_plain(text), *map(_seconds, times), None if speaker is None else _plain(str(speaker)))
     raise InputError(
-        f"{path}, alignments[{index}] is {_short(row)}, expected [word, [start, end], speaker]: write the alignments again"
-        " or remove the file."
+        f"{path}, alignments[{index}] is {_short(row)}, expected [word, [start, end], speaker]: write the alignments"
+        " again or remove the file."
     )
 
 

@@ -1,8 +1,8 @@
 """Code files: the codes of a stream of speech.
 
-A safetensors file with one tensor ``codes``, int [K, T], as int16 if the values fit, else int32. For a codec of 8 codebooks
-K is 8 (Moshi's stream), 16 (Moshi's and the user's) or 17 (the text as row 0, then both); a token that is not known is -1.
-Metadata, all strings:
+A safetensors file with one tensor ``codes``, int [K, T], as int16 if the values fit, else int32. For a codec of 8
+codebooks K is 8 (Moshi's stream), 16 (Moshi's and the user's) or 17 (the text as row 0, then both); a token that is not
+known is -1. Metadata, all strings:
 
     frame_rate    frames a second, "12.5"; files of another rate are refused
     codec         the codec's digest; its name is not unique
@@ -192,8 +192,8 @@ def _parse(path: Path, num_frames: int, metadata: dict[str, str]) -> dict[str, A
     """Returns the fields of `Codes` in the metadata."""
     if metadata.get("format", FORMAT) != FORMAT:
         raise InputError(
-            f"{path} has the format {metadata['format']!r}, but this version reads {FORMAT!r}: make the file again (python -m"
-            " eval prepare)."
+            f"{path} has the format {metadata['format']!r}, but this version reads {FORMAT!r}: make the file again"
+            " (python -m eval prepare)."
         )
     rate = metadata.get("frame_rate")
     try:

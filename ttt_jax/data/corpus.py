@@ -36,8 +36,8 @@ class CorpusConfig:
     """Training files: a manifest (JSONL with path and duration, plain or gzip) or a prepared folder, or several with
     weights: a.jsonl:3,b.jsonl:1 takes three files of a for one of b; unset: the embedded corpus."""
     heldout: str | None = None
-    """Manifest or prepared folder of the files that are evaluated at the end; unset: the embedded corpus's if `train` is
-    unset, else none."""
+    """Manifest or prepared folder of the files that are evaluated at the end; unset: the embedded corpus's if `train`
+    is unset, else none."""
     validation: str | None = None
     """Manifest or prepared folder of the files that are scored during training; unset: the held-out files."""
     codec: str = "kmeans"
@@ -190,20 +190,21 @@ def fit_model(
     codebooks = codec.num_codebooks
     if (model.n_q, model.dep_q) != (2 * codebooks, codebooks):
         raise InputError(
-            f"model.n_q={model.n_q} and model.dep_q={model.dep_q} do not fit the codec {codec.name}: give {2 * codebooks}"
-            f" and {codebooks}, two streams of {codebooks} codebooks of which Moshi's is predicted."
+            f"model.n_q={model.n_q} and model.dep_q={model.dep_q} do not fit the codec {codec.name}: give"
+            f" {2 * codebooks} and {codebooks}, two streams of {codebooks} codebooks of which Moshi's is predicted."
         )
     cards = model.card if codec.cardinality is None else codec.cardinality, tokenizer.cardinality or model.text_card
     if weights is not None and cards != (model.card, model.text_card):
         raise InputError(
-            f"{weights} has {model.card} codes and {model.text_card} text pieces, but the codec {codec.name} has {cards[0]}"
-            f" and the tokenizer {cards[1]}: give the codec and the tokenizer that the weights were trained with."
+            f"{weights} has {model.card} codes and {model.text_card} text pieces, but the codec {codec.name} has"
+            f" {cards[0]} and the tokenizer {cards[1]}: give the codec and the tokenizer that the weights were trained"
+            " with."
         )
     if trained_with is not None and trained_with["digest"] != codec.digest:
         raise InputError(
-            f"{weights} was trained with the codec {trained_with['name']} (digest {trained_with['digest'][:12]}), but the"
-            f" speech was encoded with {codec.name} (digest {(codec.digest or 'not stated')[:12]}): encode it with the"
-            " checkpoint's codec."
+            f"{weights} was trained with the codec {trained_with['name']} (digest {trained_with['digest'][:12]}), but"
+            f" the speech was encoded with {codec.name} (digest {(codec.digest or 'not stated')[:12]}): encode it with"
+            " the checkpoint's codec."
         )
     return dataclasses.replace(model, card=cards[0], text_card=cards[1])
 
@@ -248,8 +249,8 @@ def _header(path: Path) -> Header:
     header = read_header(path)
     if header.codec is None:
         raise InputError(
-            f"{path} does not state its codec, which data.codec='files' relies on: write the codec's digest under 'codec'"
-            " in its metadata."
+            f"{path} does not state its codec, which data.codec='files' relies on: write the codec's digest under"
+            " 'codec' in its metadata."
         )
     return header
 

@@ -1,9 +1,9 @@
 """A manifest's entry to frames, int32 [17, T]; frames of audio are cached on disk.
 
 Rows, for a codec of 8 codebooks: 0 the text, 1 to 8 Moshi's stream (the left or only channel), 9 to 16 the user's (the
-right channel; of a mono file the codes of silence). -1 is a token that is not known: an entry without alignments has text
--1 in every frame, which the model reads as a zero vector and no loss counts. A warning on dropped words or poor sound is
-logged when a recording is encoded, not when its frames come from the cache.
+right channel; of a mono file the codes of silence). -1 is a token that is not known: an entry without alignments has
+text -1 in every frame, which the model reads as a zero vector and no loss counts. A warning on dropped words or poor
+sound is logged when a recording is encoded, not when its frames come from the cache.
 
 An entry may also name a code file (`ttt_jax.data.codes`), from `python -m eval prepare` or made elsewhere: codes, int
 [K, T]. K is 8 for Moshi's stream alone, 16 for both streams, 17 for both below the text. Without a text row the text
@@ -12,8 +12,8 @@ comes from the alignments, as for audio.
 A `Recording` is an entry that was checked; its frames are read when they are needed, so hours of speech cost no memory.
 Opening a code file reads its header only; opening audio encodes it into the cache.
 
-The cache holds one safetensors file per entry, named by a SHA-256 over the contents of the audio and alignment files and
-the digests of codec and tokenizer. A cached file whose checksum does not match is made again.
+The cache holds one safetensors file per entry, named by a SHA-256 over the contents of the audio and alignment files
+and the digests of codec and tokenizer. A cached file whose checksum does not match is made again.
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ class FrameReader:
         path, codec, codebooks = entry.path, self.codec, self.codec.num_codebooks
         if stored.codec != codec.digest:
             raise InputError(
-                f"{path} states codec {stored.codec!r} in its metadata, but the codec of the data, {codec.name}, has the"
-                f" digest {codec.digest}: use code files of this codec, or give data.codec the one that made them."
+                f"{path} states codec {stored.codec!r} in its metadata, but the codec of the data, {codec.name}, has"
+                f" the digest {codec.digest}: use code files of this codec, or give data.codec the one that made them."
             )
         if None not in (stored.cardinality, codec.cardinality) and stored.cardinality != codec.cardinality:
             raise InputError(
@@ -218,8 +218,8 @@ class FrameReader:
         if stored.rows not in (codebooks, 2 * codebooks, 1 + 2 * codebooks):
             raise InputError(
                 f"{path} holds codes of shape {[stored.rows, stored.num_frames]}, expected [K, T] with K = {codebooks}"
-                f" (Moshi's stream), {2 * codebooks} (Moshi's and the user's) or {1 + 2 * codebooks} (text first): write"
-                " them so."
+                f" (Moshi's stream), {2 * codebooks} (Moshi's and the user's) or {1 + 2 * codebooks} (text first):"
+                " write them so."
             )
         if stored.rows == codebooks and isinstance(codec, CodecInfo):
             raise InputError(

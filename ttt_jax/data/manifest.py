@@ -1,8 +1,8 @@
 """Manifests in moshi-finetune's format.
 
-A manifest is a JSONL file, plain or gzip, one recording a line: ``{"path": ..., "duration": seconds}``. Paths are absolute
-or relative to the manifest's folder, with "/" between folders. "speaker" is read too; other keys are ignored. Beside a
-recording a JSON of the same stem may hold its words (`ttt_jax.data.alignments`). Audio is not opened here.
+A manifest is a JSONL file, plain or gzip, one recording a line: ``{"path": ..., "duration": seconds}``. Paths are
+absolute or relative to the manifest's folder, with "/" between folders. "speaker" is read too; other keys are ignored.
+Beside a recording a JSON of the same stem may hold its words (`ttt_jax.data.alignments`). Audio is not opened here.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Manifest(NamedTuple):
 
 
 def is_manifest(path: Path) -> bool:
-    """Whether a file is meant as a manifest: its name ends in .jsonl or .jsonl.gz, or in nothing of sound or codes and it is text."""
+    """Returns whether a file is a manifest: named .jsonl or .jsonl.gz, or text with no ending of audio or codes."""
     if path.name.lower().endswith((".jsonl", ".jsonl.gz")):
         return True
     if formats.is_read(path) or formats.is_other(path) or path.suffix == ".safetensors" or not path.is_file():
@@ -84,8 +84,8 @@ def read_manifest(path: str | Path) -> Manifest:
     """Returns the recordings of a JSONL manifest, plain or gzip; blank lines are skipped.
 
     Raises:
-        InputError: the manifest is missing, empty or not JSONL, a line lacks a field or has a bad one, or none of the audio
-            files exists. The message names the line.
+        InputError: the manifest is missing, empty or not JSONL, a line lacks a field or has a bad one, or none of the
+            audio files exists. The message names the line.
     """
     path = Path(path)
     lines = enumerate(_read(path), start=1)

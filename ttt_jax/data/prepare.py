@@ -5,7 +5,7 @@
     FOLDER/parts/NAME.safetensors    with joining, a recording of a stream, so that a later run need not encode it again
     FOLDER/manifest.jsonl            a manifest for training and evaluation, with the sources of each stream
 
-Every file is written atomically, and a code file states what it was made of, so an interrupted run is simply started again.
+Every file is written atomically, and a code file states what it was made of, so an interrupted run is started again.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class PreparedFolder:
         spent: seconds of time that this took.
 
     Raises:
-        InputError: the folder cannot be made, is not of `prepare`, is damaged, or has another codec or choice of joining.
+        InputError: the folder cannot be made, is not of `prepare`, is damaged, or has another codec or choice of
+            joining.
     """
 
     def __init__(self, path: Path, encoder: Encoder, joined: bool) -> None:
@@ -133,7 +134,7 @@ class PreparedFolder:
         if stream.gap is not None:
             count = len(stream.recordings)
             others = f"{count} other {'recording' if count == 1 else 'recordings'}"
-            raise InputError(f"{stream.gap} is left out, so {others} cannot be joined: mend it as said above.")
+            raise InputError(f"{stream.gap} is left out, so {others} cannot be joined: mend it first.")
         path = self._codes_path(stream.name)
         if not self._joined:
             return self._encode(stream.recordings[0], path, watch)
@@ -158,7 +159,7 @@ class PreparedFolder:
             raise InputError(f"{str(error).removesuffix('.')}; {hint}.") from None
 
     def _encode(self, recording: Recording, path: Path, watch: Watch) -> Codes:
-        """Returns the codes of a recording, from `path` if they were made of the same, else encoded and written there."""
+        """Returns the codes of a recording: those in `path` if made of the same input, else new ones, written there."""
         identity = self._identity(recording)
         if (codes := _read_made(path, identity)) is not None:
             self.reused.add(recording.path)
@@ -258,9 +259,9 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
         raise InputError(f"{folder / SETTINGS} is damaged: give another folder for --out, or remove this one.")
     if (earlier["format"], earlier["codec"]) != (settings["format"], settings["codec"]):
         raise InputError(
-            f"{folder} holds codes of {earlier['codec_name']} ({earlier['format']}, digest {earlier['codec']}), but this"
-            f" run uses {settings['codec_name']} ({settings['format']}, digest {settings['codec']}): give another folder"
-            " for --out, or the codec of this one."
+            f"{folder} holds codes of {earlier['codec_name']} ({earlier['format']}, digest {earlier['codec']}), but"
+            f" this run uses {settings['codec_name']} ({settings['format']}, digest {settings['codec']}): give another"
+            " folder for --out, or the codec of this one."
         )
     if earlier["join"] != settings["join"]:
         raise InputError(

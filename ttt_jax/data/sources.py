@@ -7,12 +7,12 @@ A source is an audio file, a folder, a manifest of moshi-finetune, or the tree o
     librilight        speaker/book/chapter.flac, beside each a JSON with `book_meta` (no alignment)
     librispeech-long  split/speaker/chapter/recording.flac, transcripts beside them (not used: they have no times)
 
-Recordings come in the order of the manifest, else in the natural order of paths: chapter_2 before chapter_10. Hidden files
-and folders (names that begin with a dot) are ignored.
+Recordings come in the order of the manifest, else in the natural order of paths: chapter_2 before chapter_10. Hidden
+files and folders (names that begin with a dot) are ignored.
 
-Links are followed and keep their own names, as trees of git-annex and Hugging Face's cache need: speaker, book and chapter
-are the folders of the path by which a recording is reached. Two links to one content are two recordings. A folder that
-several paths reach comes once, by a path without links if there is one.
+Links are followed and keep their own names, as trees of git-annex and Hugging Face's cache need: speaker, book and
+chapter are the folders of the path by which a recording is reached. Two links to one content are two recordings. A
+folder that several paths reach comes once, by a path without links if there is one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Recording(NamedTuple):
     path: Path
     """As given by the user."""
     group: str
-    """Name, for people, of the recordings that joining makes one stream: of a book, speaker, folder, or speaker in a folder."""
+    """Name for people of a book, speaker, folder, or speaker in a folder; joining makes one stream of a group."""
     group_key: str
     """Key of the group, unique among all sources."""
     speaker: str | None
@@ -186,7 +186,7 @@ def _find(source: Path, layout: str, problems: dict[Path, _Problem]) -> list[Rec
             left[path] = f"{path} has {alignment.name} beside it, which {': '.join(problem)}."
     read = {path.with_suffix("") for path in sounds}
     for path, sentence in left.items():
-        # A possible link to a folder is no gap in a stream, nor is a file with a converted copy (the same stem) beside it.
+        # No gap in a stream: a possible link to a folder, and a file with a converted copy (the same stem) beside it.
         is_gap = path.suffix and (formats.is_read(path) or path.with_suffix("") not in read)
         kind = f"{path.suffix.lower()} files below {source}" if path.suffix else f"links below {source}"
         problems[place(path)] = _Problem(sentence, kind, make(path).group_key if is_gap else None)

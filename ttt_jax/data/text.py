@@ -1,11 +1,11 @@
 """Text tokens: a SentencePiece model and the text row of a stream.
 
 Moshi's ids: EPAD (0) on the frame before a word's first token, PAD (3) where no text is due. A SentencePiece model
-trained with unk_id=0, bos_id=1, eos_id=2, pad_id=3 leaves both free. Any other model works too: `Tokenizer.encode` drops a
-word's tokens 0 and 3, which would read as EPAD and PAD.
+trained with unk_id=0, bos_id=1, eos_id=2, pad_id=3 leaves both free. Any other model works too: `Tokenizer.encode`
+drops a word's tokens 0 and 3, which would read as EPAD and PAD.
 
-A word that the model cannot write, such as one of another script, has no tokens. While it is spoken the text is not known
-(-1): the unknown piece would be noise, and PAD would mean that nothing is spoken.
+A word that the model cannot write, such as one of another script, has no tokens. While it is spoken the text is not
+known (-1): the unknown piece would be noise, and PAD would mean that nothing is spoken.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Tokenizer:
     def encode(self, word: str) -> list[int]:
         """Returns the ids of one word, without begin or end marks.
 
-        Unknown pieces are dropped; byte pieces (<0xE4>) are known. A partly known word keeps its known pieces if they have a
-        letter or a digit, else it has no ids. The mark of a word's beginning alone is no token.
+        Unknown pieces are dropped; byte pieces (<0xE4>) are known. A partly known word keeps its known pieces if they
+        have a letter or a digit, else it has no ids. The mark of a word's beginning alone is no token.
         """
         tokens = self._processor.encode(word.strip())
         left = [token for token in tokens if token not in (EPAD, PAD, self._processor.unk_id())]
@@ -136,8 +136,8 @@ def read_text(
     tokens = [tokenizer.encode(word.text) for word in words]
     if words and not any(tokens):
         raise InputError(
-            f"{path}: the text tokenizer has no token for any of {len(words)} words (the first is {words[0].text[:30]!r}):"
-            " give a SentencePiece model fitted to this language, or remove the file."
+            f"{path}: the text tokenizer has no token for any of {len(words)} words (the first is"
+            f" {words[0].text[:30]!r}): give a SentencePiece model fitted to this language, or remove the file."
         )
     dropped = {reason: [word for word in several if speaks(word)] for reason, several in alignment.dropped.items()}
     dropped["without a token"] = [word for word, ids in zip(words, tokens, strict=True) if not ids]
@@ -165,8 +165,8 @@ def text_stream(
     seconds; a new word replaces the tokens that the one before has not placed yet; a word's tokens follow one a frame,
     all other frames hold PAD, and a PAD right before a word's first token becomes EPAD.
 
-    A word without tokens makes its frames, to its end or to the next word, -1. So is a PAD right before them, which would be
-    EPAD if the word were known.
+    A word without tokens makes its frames, to its end or to the next word, -1. So is a PAD right before them, which
+    would be EPAD if the word were known.
 
     Args:
         words: ordered by start.

@@ -9,9 +9,60 @@ READ = (".wav", ".wave", ".bwf", ".rf64", ".flac", ".fla", ".ogg", ".oga", ".opu
 """Endings of files that `ttt_jax.data.audio.reader` reads."""
 
 OTHER = tuple(
-    " .3gp .8svx .aac .ac3 .ac4 .aif .aifc .aiff .alac .amr .ape .asf .au .avi .avr .caf .dff .dsf .dts .eac3 .flv .gsm"
-    " .m2ts .m4a .m4b .m4v .mka .mkv .mov .mp4 .mpc .mpeg .mpg .mts .pcm .qt .ra .raw .rm .sd2 .shn .snd .sph .spx .tta .voc"
-    " .w64 .weba .webm .wma .wmv .wv".split()
+    [
+        ".3gp",
+        ".8svx",
+        ".aac",
+        ".ac3",
+        ".ac4",
+        ".aif",
+        ".aifc",
+        ".aiff",
+        ".alac",
+        ".amr",
+        ".ape",
+        ".asf",
+        ".au",
+        ".avi",
+        ".avr",
+        ".caf",
+        ".dff",
+        ".dsf",
+        ".dts",
+        ".eac3",
+        ".flv",
+        ".gsm",
+        ".m2ts",
+        ".m4a",
+        ".m4b",
+        ".m4v",
+        ".mka",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpc",
+        ".mpeg",
+        ".mpg",
+        ".mts",
+        ".pcm",
+        ".qt",
+        ".ra",
+        ".raw",
+        ".rm",
+        ".sd2",
+        ".shn",
+        ".snd",
+        ".sph",
+        ".spx",
+        ".tta",
+        ".voc",
+        ".w64",
+        ".weba",
+        ".webm",
+        ".wma",
+        ".wmv",
+        ".wv",
+    ]
 )
 """Endings of other sound and video, which must be converted first."""
 

@@ -57,8 +57,8 @@ class Levels:
                     " 1): copy or encode the file again."
                 )
             raise InputError(
-                f"{self._path} holds samples of {peak:.6g} near second {second}, where full scale is 1: divide them by the"
-                " full scale of the original integers, 32768 for 16 bits."
+                f"{self._path} holds samples of {peak:.6g} near second {second}, where full scale is 1: divide them by"
+                " the full scale of the original integers, 32768 for 16 bits."
             )
         self._peak = max(self._peak, peak)
         self._full += int((size >= FULL).sum())

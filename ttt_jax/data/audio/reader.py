@@ -1,7 +1,8 @@
 """Sound files to float32 samples at one rate: wav, flac, ogg (Opus, Vorbis) and mp3 through libsndfile and soxr.
 
-The content of a file decides, not its name nor the lengths in its headers: `ttt_jax.data.audio.containers` finds the parts
-of a file and their true lengths, and libsndfile decodes each part. `ttt_jax.data.audio.levels` checks the samples.
+The content of a file decides, not its name nor the lengths in its headers: `ttt_jax.data.audio.containers` finds the
+parts of a file and their true lengths, and libsndfile decodes each part. `ttt_jax.data.audio.levels` checks the
+samples.
 """
 
 from __future__ import annotations

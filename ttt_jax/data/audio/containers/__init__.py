@@ -1,8 +1,8 @@
 """The parts of a sound file with their true lengths, found by walking its container.
 
-Lengths in headers are wrong in files that were written to a pipe, whose recorder crashed, that are over 4 GB, or that `cat`
-joined of several. Decoders trust them and stop early. So each container is walked here, and the decoder gets every part as a
-file with a true header (`Window`). Impossible lengths are refused; corrected lengths are logged.
+Lengths in headers are wrong in files that were written to a pipe, whose recorder crashed, that are over 4 GB, or that
+`cat` joined of several. Decoders trust them and stop early. So each container is walked here, and the decoder gets
+every part as a file with a true header (`Window`). Impossible lengths are refused; corrected lengths are logged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """FLAC files (RFC 9639): their length from the last frame, as that in STREAMINFO may be missing or wrong.
 
-Each frame states its number (or that of its first sample) and its length, and ends with a checksum over the frame. So the
-last frame shows the length of the stream, and that it is whole.
+Each frame states its number (or that of its first sample) and its length, and ends with a checksum over the frame. So
+the last frame shows the length of the stream, and that it is whole.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """MPEG audio (mp3; ISO/IEC 11172-3, 13818-3 and MPEG-2.5): its length by counting frames.
 
-A frame states its own length only. Without a header that counts the frames (Xing, Info, VBRI), decoders guess their number
-from the first bit rates and stop there. So the frames are counted here, and every part gets a true Info header
+A frame states its own length only. Without a header that counts the frames (Xing, Info, VBRI), decoders guess their
+number from the first bit rates and stop there. So the frames are counted here, and every part gets a true Info header
 (http://gabriel.mp3-tech.org/mp3infotag.html). A part ends at the next such header, at a tag, and where rate or channels
 change.
 """
@@ -204,7 +204,7 @@ def _made_info(header: bytes, count: int) -> bytes:
 def _count(source: Source, at: int, kind: tuple[int, int, int, bool]) -> tuple[int, int, bool, int]:
     """Counts the frames of a kind from `at` on up to the next header.
 
-    Returns the number of whole frames, their end, whether the file ends within one more, and the number of damaged ones.
+    Returns the number of whole frames, their end, whether the file ends within one more, and how many are damaged.
     """
     count, broken, block, base = 0, 0, b"", at
     while True:

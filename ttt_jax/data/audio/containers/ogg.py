@@ -1,8 +1,8 @@
 """Ogg files: their links (RFC 3533), which are files joined one behind the other, checked page by page.
 
-A link is whole if its pages are numbered without a gap, their checksums are right, their positions (granules) never go back,
-and each of its streams ends with a page that has the end mark. The position of that page is the length of the stream. It may
-drop samples of the last page only, and the decoder must reach it.
+A link is whole if its pages are numbered without a gap, their checksums are right, their positions (granules) never go
+back, and each of its streams ends with a page that has the end mark. The position of that page is the length of the
+stream. It may drop samples of the last page only, and the decoder must reach it.
 """
 
 from __future__ import annotations

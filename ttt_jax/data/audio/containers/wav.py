@@ -3,13 +3,13 @@
 The size S of the data chunk is compared with the A bytes that follow its header. Every correction is logged.
 
 - S <= A, and behind S bytes the file ends, or there are chunks, tags or another wav file: S is true.
-- S > A, and S is within 64 KiB of 2**32 or 2**31, or missing: the mark of a writer that could not go back to the header (a
-  pipe, a crash). All A bytes are sound. Any other S > A is refused: the copy may be broken.
+- S > A, and S is within 64 KiB of 2**32 or 2**31, or missing: the mark of a writer that could not go back to the header
+  (a pipe, a crash). All A bytes are sound. Any other S > A is refused: the copy may be broken.
 - S = 0 with other bytes behind it: such a mark too.
 - A exceeds S by 2**32 or more: S was counted in 32 bits; the multiples of 2**32 are added.
-- 0 < S < A, and the size of the whole (the RIFF field) does not end where S does: S is wrong. The sound goes on to the end of
-  the RIFF chunk, or of the file; zeros there are silence. If both sizes agree, zeros are padding, and other bytes are stray:
-  less than 1 KiB is ignored with a warning, more is refused.
+- 0 < S < A, and the size of the whole (the RIFF field) does not end where S does: S is wrong. The sound goes on to the
+  end of the RIFF chunk, or of the file; zeros there are silence. If both sizes agree, zeros are padding, and other
+  bytes are stray: less than 1 KiB is ignored with a warning, more is refused.
 
 Chunks of metadata are skipped. A second data chunk, or 1 KiB or more in unknown chunks, may be sound: refused.
 """
@@ -157,8 +157,8 @@ def _end(source: Source, header: _Header) -> tuple[int, int]:
 
 def _wrong_size(source: Source, size: int, there: int) -> InputError:
     return InputError(
-        f"{source.path} is cut off or damaged (its header states {size} bytes of sound, {there} are there): copy the file"
-        " again or, if the sound is whole, write it anew, for example by"
+        f"{source.path} is cut off or damaged (its header states {size} bytes of sound, {there} are there): copy the"
+        " file again or, if the sound is whole, write it anew, for example by"
         f" {conversion(source.path, '-ignore_length 1 ')}."
     )
 
@@ -168,7 +168,7 @@ def _unknown_chunk(source: Source, name: bytes, length: int, at: int) -> InputEr
 
 
 def _mended(source: Source, header: _Header, limit: int) -> tuple[int, int]:
-    """Returns the end of sound of wrong or missing size: the next wav header, chunks or a tag at the end, or `limit`."""
+    """Returns the end of sound of unknown size: the next wav header, chunks or a tag at the end, or `limit`."""
     start, end = header.start, limit
     at = start
     while (found := source.find(b"WAVEfmt ", at)) >= 0:
@@ -204,7 +204,7 @@ def _fits(source: Source, at: int) -> bool:
 
 
 def _after(source: Source, start: int, size: int) -> int | None:
-    """Returns the end of the chunks behind `size` bytes of sound; None if the bytes there show that the size is wrong."""
+    """Returns the end of the chunks behind `size` bytes of sound; None if the bytes there prove the size wrong."""
     for at in dict.fromkeys((start + size + size % 2, start + size)):  # some writers leave out the padding
         after = _skip_chunks(source, at)
         behind = skip_tags(source, after)
