@@ -1,5 +1,4 @@
-"""The sound file reader believes what a file holds: wrong lengths in headers, joined files, bytes behind the sound,
-levels."""
+"""Containers of sound: wrong lengths in headers, joined files, bytes behind the sound, levels."""
 
 import io
 import logging
@@ -103,7 +102,7 @@ MARKS = (0, 0xFFFFFFFF, 0xFFFFFFFF - 36, 0x7FFFFFFF, 0x7FFFF000, 0x7FFFFFFF - 36
 
 @pytest.mark.parametrize("size", MARKS)
 @pytest.mark.parametrize("magic", [b"RIFF", b"RIFX"])
-def test_a_wav_with_a_mark_for_its_size_is_read_whole_and_that_is_said(read, caplog, magic, size):
+def test_a_wav_with_a_mark_for_its_size_is_read_whole_and_that_is_logged(read, caplog, magic, size):
     for whole in (size, 0, None):
         caplog.clear()
         assert read(wav(size, whole, magic)).shape == (1, COUNT)
@@ -240,7 +239,7 @@ def test_a_size_of_more_than_4_gb_that_was_counted_in_32_bits(tmp_path, caplog):
     assert "counted in 32 bits" in caplog.text
 
 
-def test_a_wav_whose_rate_contradicts_itself_is_told(read, caplog):
+def test_a_wav_whose_rate_contradicts_itself_is_reported(read, caplog):
     content = bytearray(wav(48000))
     content[28:32] = struct.pack("<I", 88200)
     assert read(bytes(content)).shape == (1, COUNT)
@@ -312,7 +311,7 @@ def test_damage_in_the_middle_of_a_flac_is_named_so_whatever_the_block(read, fil
     refused(read, content[:at] + rest + content[at + 3000 :], r"cut off or damaged \(.*: copy or encode the file again")
 
 
-def test_what_the_decoder_does_not_open_is_told_of_with_both_remedies(read, files):
+def test_what_the_decoder_does_not_open_is_reported_with_both_remedies(read, files):
     codec, bits = bytearray(wav(48000)), bytearray(encoded(noise(), format="WAV", subtype="IMA_ADPCM"))
     codec[20:22], bits[34:36] = b"\x45\0", b"\x05\0"
     streaminfo = bytearray(files["flac"])
@@ -418,7 +417,7 @@ def test_an_mp3_is_as_long_with_and_without_its_header(read, rate, channels, mod
     frame = 1152 if rate > 24000 else 576
     assert read(content, rate).shape == (channels, 2 * rate)
     bare = without_info(content)
-    # Every frame is decoded; 529 samples are the decoder's own delay.
+    # Every frame is decoded; 529 samples are the decoder's delay.
     assert read(bare, rate).shape == (channels, count_of(content) * frame - 529)
 
 
@@ -464,7 +463,7 @@ def test_a_frame_that_has_hardly_begun_is_cut_off_and_no_stray_bytes(read, files
     refused(read, without_info(files["mp3"]) + without_info(files["mp3"])[:kept], "its last frame is incomplete")
 
 
-def test_zeros_behind_an_mp3_that_nothing_counts_are_told_where_few_and_refused_where_many(read, files, caplog):
+def test_zeros_behind_an_mp3_that_nothing_counts_are_reported_where_few_and_refused_where_many(read, files, caplog):
     bare, counted = without_info(files["mp3"]), files["mp3"]
     for few in (1, 500, 1023):
         caplog.clear()
@@ -480,7 +479,7 @@ def test_zeros_behind_an_mp3_that_nothing_counts_are_told_where_few_and_refused_
     layer_2 = 20 * tone_of_layer(2, 1)
     refused(read, layer_2 + bytes(len(layer_2)), "7680 zeros from byte 7680 on are no MPEG frame")
     caplog.clear()
-    assert read(counted + bytes(9000)).shape == (1, COUNT)  # the count says that nothing is missing
+    assert read(counted + bytes(9000)).shape == (1, COUNT)  # by its count nothing is missing
     assert not caplog.text
 
 
@@ -493,7 +492,7 @@ def test_bytes_within_an_mp3_that_are_no_frames_are_refused(read, files):
 
 
 @pytest.mark.parametrize("form", [(16000, 1), (24000, 2), (44100, 1), (48000, 2)])
-def test_frames_of_an_mp3_that_promise_what_no_frame_holds_are_told(read, caplog, form):
+def test_frames_of_an_mp3_that_promise_what_no_frame_holds_are_reported(read, caplog, form):
     rate, channels = form
     content = bytearray(encoded(noise(rate, channels), rate, format="MP3"))
     assert read(bytes(content), rate).shape == form[::-1]
@@ -517,7 +516,7 @@ def source(content):
     return Source(Path("made"), io.BytesIO(content), len(content))
 
 
-def test_the_rest_of_a_frame_before_the_first_one_is_told(read, files, caplog):
+def test_the_rest_of_a_frame_before_the_first_one_is_reported(read, files, caplog):
     bare = without_info(files["mp3"])
     first = mpeg._parse(bare[:4])
     assert read(bare[100:]).shape == (1, read(bare).shape[1] - first.samples)
@@ -615,7 +614,7 @@ def test_tags_and_zeros_behind_the_sound_are_no_sound(read, files, caplog, name,
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_few_stray_bytes_are_left_out_and_told_many_are_refused(read, files, caplog, name):
+def test_few_stray_bytes_are_left_out_and_reported_many_are_refused(read, files, caplog, name):
     assert read(files[name] + b"hello\n").shape == (1, COUNT)
     assert "ends with 6 bytes that are neither sound nor a tag" in caplog.text
     refused(read, files[name] + RANDOM, "cut off or damaged")
@@ -703,20 +702,20 @@ def test_a_sample_beyond_all_integers_is_damage(read, value):
     ]
     + [(0.003, "is nearly silent: its peak is -61 dB of full scale")],
 )
-def test_doubtful_levels_are_told(read, caplog, scale, message):
+def test_doubtful_levels_are_reported(read, caplog, scale, message):
     samples = noise() * scale
     np.testing.assert_allclose(read(encoded(samples, format="WAV", subtype="FLOAT"))[0], samples[:, 0], atol=1e-6)
     assert message in caplog.text if message else "peak" not in caplog.text
 
 
-@pytest.mark.parametrize(("share", "told"), [(0.002, False), (0.02, True), (0.6, True)])
+@pytest.mark.parametrize(("share", "warned"), [(0.002, False), (0.02, True), (0.6, True)])
 @pytest.mark.parametrize("name", ["wav", "float", "flac"])
-def test_clipped_recordings_are_told(read, caplog, name, share, told):
+def test_clipped_recordings_are_reported(read, caplog, name, share, warned):
     samples = noise()
     samples[: int(share * COUNT) : 2] = 1
     samples[1 : int(share * COUNT) : 2] = -1
     read(encoded(samples, **FORMATS[name]))
-    assert (f"is clipped: {100 * share:.0f} % of its samples are at full scale" in caplog.text) == told
+    assert (f"is clipped: {100 * share:.0f} % of its samples are at full scale" in caplog.text) == warned
 
 
 # What is no wav, flac, ogg or mp3
@@ -801,7 +800,7 @@ def test_a_broken_link_a_pipe_and_a_device_are_refused(tmp_path):
             read_audio(path, RATE)
 
 
-def test_an_error_of_the_disk_is_told(tmp_path, files, monkeypatch):
+def test_an_error_of_the_disk_is_reported(tmp_path, files, monkeypatch):
     path = tmp_path / "a.wav"
     path.write_bytes(files["wav"])
     before = Source.read

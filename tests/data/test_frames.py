@@ -194,10 +194,10 @@ def test_codes_made_elsewhere_are_accepted(codec, tmp_path, rows):
     frames = frames_of(manifest, codec, tmp_path / "cache")
     assert frames.shape == (17, 30)
     assert frames.dtype == np.int32
-    own, other = (codes[1:9], codes[9:]) if rows == 17 else (codes[:8], codes[8:])
-    np.testing.assert_array_equal(frames[1:9], own)
+    moshi, user = (codes[1:9], codes[9:]) if rows == 17 else (codes[:8], codes[8:])
+    np.testing.assert_array_equal(frames[1:9], moshi)
     silence = codec.encode(np.zeros(30 * codec.frame_size, np.float32))
-    np.testing.assert_array_equal(frames[9:], silence if rows == 8 else other)
+    np.testing.assert_array_equal(frames[9:], silence if rows == 8 else user)
     if rows == 17:
         np.testing.assert_array_equal(frames[0], codes[0])
     else:
@@ -252,7 +252,7 @@ def test_codes_file_that_is_not_one_or_does_not_match_its_duration_is_refused(co
         frames_of(write_manifest(tmp_path, "a.safetensors", 1.6), codec, tmp_path)
 
 
-def test_recordings_of_one_name_are_told_apart(codec, tmp_path):
+def test_recordings_of_one_name_are_distinguished(codec, tmp_path):
     write_codes(tmp_path, np.zeros((8, 20), np.int32), codec, duration=1.6)
     names, lines = ("x/en/a", "y/en/a", "x/en/b"), []
     for name in names:
@@ -353,7 +353,7 @@ def test_what_is_no_alignment_beside_a_code_file_changes_nothing(codec, tmp_path
     assert [message.split(": ")[1][:12] for message in caplog.messages] == ["holds words ", "of 1 words n"]
 
 
-def test_what_was_dropped_is_told_once_however_often_codes_are_read(codec, tmp_path, caplog):
+def test_what_was_dropped_is_reported_once_however_often_codes_are_read(codec, tmp_path, caplog):
     manifest = write_stated(tmp_path, random_codes(), codec)
     words = [["x", [0.4, 0.5], "SPEAKER_MAIN"], ["y", [1.0, 1.0], "SPEAKER_MAIN"]]
     (tmp_path / "a.json").write_text(json.dumps({"alignments": words}))
@@ -427,7 +427,7 @@ def test_without_codec_and_tokenizer_both_voices_are_taken_as_they_are(tmp_path)
     assert (frames[0] == -1).all()
 
 
-def test_tokens_are_bounded_where_somebody_says_by_what(tmp_path):
+def test_tokens_are_bounded_where_their_number_is_known(tmp_path):
     big = random_codes(17)
     big[3, 4] = 5000
     with pytest.raises(InputError, match="from .* to 5000 in row 3 of its codes, expected -1 to 63 .it"):
@@ -475,7 +475,9 @@ def test_words_and_audio_are_refused_where_nothing_can_encode_them(tmp_path):
 
 @pytest.mark.parametrize("fault", ["silent", "word"])
 @pytest.mark.parametrize("way", ["read", "open", "prepare"])
-def test_what_is_wrong_with_a_recording_is_told_when_it_is_encoded_and_not_again(codec, tmp_path, caplog, fault, way):
+def test_what_is_wrong_with_a_recording_is_reported_when_it_is_encoded_and_not_again(
+    codec, tmp_path, caplog, fault, way
+):
     audio, words = (np.zeros(RATE), []) if fault == "silent" else (babble(1.0), [["x", [0.2, 0.4], "SPEAKER_MAIN"]])
     words = words and [*words, ["y", [0.5, 0.5], "SPEAKER_MAIN"]]
     manifest = write_entry(tmp_path, audio, words=words)

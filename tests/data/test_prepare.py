@@ -1,5 +1,4 @@
-"""`python -m eval prepare`: layouts, codes to the bit, boundaries, going on after an interrupt, and every kind of bad
-input."""
+"""`python -m eval prepare`: layouts, equal codes, boundaries, resuming, and every kind of bad input."""
 
 import hashlib
 import json
@@ -26,8 +25,8 @@ from ttt_jax.codec import load_codec
 from ttt_jax.codec.kmeans import KMeansCodec
 from ttt_jax.data import encode, sources
 from ttt_jax.data.audio import reader
-from ttt_jax.data.audio.reader import read_audio, read_blocks
-from ttt_jax.data.codes import Codes, Source, read_codes, write_codes
+from ttt_jax.data.audio.reader import read_audio
+from ttt_jax.data.codes import Source, read_codes, write_codes
 from ttt_jax.data.corpus import EMBEDDED, CorpusConfig, load_coders
 from ttt_jax.data.frames import FrameReader, open_manifest
 from ttt_jax.data.manifest import Entry, read_manifest
@@ -116,15 +115,6 @@ def test_codes_equal_offline_encoding_to_the_bit(tmp_path, monkeypatch, rate, ch
     assert len(np.unique(codes.codes[0])) > 3
 
 
-def test_blocks_are_the_samples_of_read_audio(tmp_path, monkeypatch):
-    path = record(tmp_path / "a.flac", 2.0, channels=2)
-    monkeypatch.setattr(reader, "_BLOCK", 3000)
-    blocks = list(read_blocks(path, 24000))
-    assert len(blocks) > 5
-    assert {block.dtype.name for block in blocks} == {"float32"}
-    np.testing.assert_array_equal(np.concatenate(blocks, axis=1), read_audio(path, 24000))
-
-
 def test_memory_does_not_grow_with_length(tmp_path):
     peaks = []
     for minutes in (1, 5):
@@ -141,7 +131,7 @@ def test_memory_does_not_grow_with_length(tmp_path):
 
 @pytest.mark.parametrize("voice", ["moshi", "user"])
 @pytest.mark.parametrize("channels", [1, 2])
-def test_voice_says_where_the_left_channel_goes(tmp_path, voice, channels):
+def test_voice_decides_where_the_left_channel_goes(tmp_path, voice, channels):
     words = [["yes", [0.3, 0.5], "SPEAKER_MAIN"], ["no", [0.6, 0.8], "SPEAKER_OTHER"]]
     path = record(tmp_path / "a.wav", 2.0, channels=channels, words=words)
     assert run(path, "--out", tmp_path / "out", "--voice", voice) == 0
@@ -153,7 +143,7 @@ def test_voice_says_where_the_left_channel_goes(tmp_path, voice, channels):
     moshi, user = (left, right) if voice == "moshi" else (right, left)
     np.testing.assert_array_equal(codes.codes[1:9], moshi)
     np.testing.assert_array_equal(codes.codes[9:], user)
-    # The text is what the model's voice says: the swapped channel's words, none where it is silent.
+    # The text is that of Moshi's stream: with --voice user that of the right channel, none if it is silent.
     spoken = {("moshi", 1): "yes", ("moshi", 2): "yes", ("user", 2): "no", ("user", 1): ""}[voice, channels]
     expected = np.full(25, PAD)
     if spoken:
@@ -181,7 +171,7 @@ YES = ["yes", [0.3, 0.5], "SPEAKER_MAIN"]
 
 
 @pytest.mark.parametrize(
-    ("content", "known", "told"),
+    ("content", "known", "warning"),
     [
         ({"alignments": [YES]}, 25, None),
         ({"alignments": []}, 25, None),
@@ -201,7 +191,7 @@ YES = ["yes", [0.3, 0.5], "SPEAKER_MAIN"]
     ],
 )
 def test_training_takes_the_json_beside_a_recording_for_what_prepare_takes_it(
-    tmp_path, capsys, caplog, content, known, told
+    tmp_path, capsys, caplog, content, known, warning
 ):
     path = record(tmp_path / "a.wav", 2.0)
     path.with_suffix(".json").write_text(json.dumps(content))
@@ -216,9 +206,9 @@ def test_training_takes_the_json_beside_a_recording_for_what_prepare_takes_it(
     ]
     np.testing.assert_array_equal(frames[0], frames[1])
     assert (frames[0][0] >= 0).sum() == known
-    assert shown == ([] if told is None else [caplog.messages[0]])
-    assert caplog.messages == shown  # of frames from the cache and from code files nothing is said again
-    assert told is None or caplog.messages[0].startswith(f"{tmp_path / 'a.json'}: {told}")
+    assert shown == ([] if warning is None else [caplog.messages[0]])
+    assert caplog.messages == shown  # of frames from the cache and from code files nothing is logged again
+    assert warning is None or caplog.messages[0].startswith(f"{tmp_path / 'a.json'}: {warning}")
 
 
 @pytest.mark.parametrize(("label", "rows"), [("SPEAKER_01", 16), ("SPEAKER_OTHER", 17), ("SPEAKER_MAIN", 17)])
@@ -280,12 +270,6 @@ def test_a_folder_is_read_recursively_in_natural_order(tmp_path):
     assert found == ["1.mp3", "a/x.OGG", "b/2.wav", "b/10.flac"]
     groups = [(s.group, len(s.recordings)) for s in sources.streams(sources.find([tmp_path / "in"]), True)]
     assert groups == [("in", 1), ("a", 1), ("b", 2)]
-
-
-def test_a_recording_named_twice_comes_once(tmp_path, monkeypatch):
-    path = record(tmp_path / "in" / "a.wav")
-    monkeypatch.chdir(tmp_path)
-    assert len(sources.find([path, "in", "in/../in/a.wav"]).recordings) == 1
 
 
 def test_librilight_chapters_join_to_books_in_natural_order(tmp_path):
@@ -438,6 +422,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch, encoded,
     np.testing.assert_array_equal(whole, np.concatenate(each, axis=1))
 
 
+@pytest.mark.integration
 def test_a_killed_run_leaves_only_whole_files(tmp_path, encoded):
     for index in range(40):
         record(tmp_path / "in" / f"{index}.wav", 4.0)
@@ -476,7 +461,7 @@ def test_earlier_entries_stay_while_their_file_is_intact(tmp_path, capsys):
 
 
 def damage(path, kind):
-    """Makes the recording at `path` bad; what is said of it."""
+    """Makes the recording at `path` bad; returns a part of the error."""
     content = path.read_bytes()
     if kind == "text":
         path.write_text("no audio")
@@ -509,7 +494,7 @@ KINDS = ("text", "empty", "cut off", "short", "channels", "nan", "alignment", "j
 def test_bad_files_among_good_ones_are_named_and_left_out(tmp_path, capsys):
     for index, _ in enumerate(KINDS):
         record(tmp_path / "in" / f"bad{index}.wav")
-    said = [damage(tmp_path / "in" / f"bad{index}.wav", kind) for index, kind in enumerate(KINDS)]
+    messages = [damage(tmp_path / "in" / f"bad{index}.wav", kind) for index, kind in enumerate(KINDS)]
     for name in ("a", "z"):
         record(tmp_path / "in" / f"{name}.wav")
     assert run(tmp_path / "in", "--out", tmp_path / "out") == command.PARTIAL == 3
@@ -517,7 +502,7 @@ def test_bad_files_among_good_ones_are_named_and_left_out(tmp_path, capsys):
     assert stems(tmp_path / "out") == [["a"], ["z"]]
     lines = [line for line in re.split(r"[\r\n]", shown.err) if line.startswith("skipped")]
     assert len(lines) == len(KINDS)
-    for index, (line, what) in enumerate(zip(lines, said, strict=True)):
+    for index, (line, what) in enumerate(zip(lines, messages, strict=True)):
         assert f"bad{index}." in line
         assert what in line
     assert "2 code files of 2 recordings, 0.00 hours of audio; 0 encoded before, the others at " in shown.out
@@ -530,12 +515,12 @@ def test_bad_files_among_good_ones_are_named_and_left_out(tmp_path, capsys):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_single_bad_file_ends_in_its_sentence(tmp_path, capsys, kind):
     path = record(tmp_path / "bad.wav")
-    said = damage(path, kind)
+    message = damage(path, kind)
     assert run(path, "--out", tmp_path / "out") == command.BAD_INPUT
     error = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.startswith("error: ")]
     assert len(error) == 1
     assert "bad." in error[0]
-    assert said in error[0]
+    assert message in error[0]
     assert not (tmp_path / "out" / "manifest.jsonl").exists()
 
 
@@ -557,15 +542,15 @@ def test_a_stream_with_a_bad_recording_is_left_out_whole(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("join", [False, True])
-def test_a_book_without_chapters_among_others_is_told_and_left_out(tmp_path, capsys, join):
+def test_a_book_without_chapters_among_others_is_reported_and_left_out(tmp_path, capsys, join):
     tree = librilight(tmp_path / "small", "9/a/c_1", "9/z/c_1")
     (tree / "9" / "empty").mkdir()
     args = (tree, tree / "9", "--out", tmp_path / "out", *(["--join"] if join else []))
     assert run(*args) == command.PARTIAL
     shown = capsys.readouterr()
     assert [entry["group"] for entry in lines_of(tmp_path / "out")] == ["9/a", "9/z"]
-    said = [line for line in re.split(r"[\r\n]", shown.err) if line.startswith("skipped")]
-    assert said == [
+    lines = [line for line in re.split(r"[\r\n]", shown.err) if line.startswith("skipped")]
+    assert lines == [
         f"skipped: {tree / '9' / 'empty'} is a book without chapters (it holds no audio): complete the download,"
         " remove the folder or give --layout folder."
     ]
@@ -580,7 +565,7 @@ def test_nothing_usable_at_all_is_an_error(tmp_path, capsys):
     assert "none of 2 recordings could be encoded" in capsys.readouterr().err
 
 
-def test_a_duration_that_the_manifest_states_wrongly_is_told(tmp_path, capsys):
+def test_a_duration_that_the_manifest_states_wrongly_is_reported(tmp_path, capsys):
     record(tmp_path / "a.wav")
     (tmp_path / "m.jsonl").write_text(json.dumps({"path": "a.wav", "duration": 5.0}))
     assert run(tmp_path / "m.jsonl", "--out", tmp_path / "out") == command.BAD_INPUT
@@ -620,7 +605,7 @@ def foreign_manifest(folder):
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda folder: [folder / "nowhere"], "nowhere does not exist: give an audio file, a folder"),
         (manifest_of_garbage, "m.jsonl line 2 is not JSON"),
@@ -637,13 +622,13 @@ def foreign_manifest(folder):
         (lambda folder: [folder / "a.wav", "--tokenizer", folder / "no.model"], "no.model cannot be read"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_makes_nothing(tmp_path, capsys, make, said):
+def test_a_mistake_is_one_sentence_and_makes_nothing(tmp_path, capsys, make, message):
     record(tmp_path / "a.wav")
     args = make(tmp_path)
     before = set(tmp_path.rglob("*"))
     assert run("--out", tmp_path / "out", *args) == command.BAD_INPUT
     err = capsys.readouterr().err
-    assert said in err
+    assert message in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert set(tmp_path.rglob("*")) == before
@@ -683,46 +668,6 @@ def test_a_run_that_made_nothing_leaves_nothing_and_does_not_bind_the_next(tmp_p
     assert run(good, "--out", folder) == command.BAD_INPUT  # now the choice holds
 
 
-def test_code_files_of_others_need_only_rate_and_codec(tmp_path):
-    metadata = {"frame_rate": "12.5", "codec": "d" * 64}
-    safetensors.numpy.save_file({"codes": np.zeros((8, 5), np.int64)}, tmp_path / "a.safetensors", metadata=metadata)
-    codes = read_codes(tmp_path / "a.safetensors")
-    assert codes[1:] == (12.5, "d" * 64, None, None, None, None, (), (), None)
-    assert codes.codes.dtype == np.int32
-    assert (codes.num_frames, codes.seconds, codes.has_text) == (5, 0.4, False)
-
-
-def test_code_files_return_what_was_written(tmp_path):
-    source = Source("\u00e9\udcff.wav", "0" * 64, 0.25, 4, 0)
-    tokens = np.full((17, 9), 40000, np.int32)  # no int16
-    codes = Codes(tokens, 12.5, "d", "name", 50000, "t", "moshi", (source, source._replace(start=4)), (4,), "i")
-    write_codes(tmp_path / "sub" / "a.safetensors", codes)
-    found = read_codes(tmp_path / "sub" / "a.safetensors")
-    np.testing.assert_array_equal(found.codes, tokens)
-    assert found[1:] == codes[1:]
-    assert found.has_text
-    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["a.safetensors"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"boundaries": "[5]"}, r"states boundaries \[5\]"),
-        ({"boundaries": "[3, 2]"}, r"states boundaries \[3, 2\]"),
-        ({"boundaries": "{"}, "metadata that cannot be read"),
-        ({"sources": '[{"path": "a"}]'}, "metadata that cannot be read"),
-        ({"cardinality": "many"}, "metadata that cannot be read"),
-        ({"frame_rate": "0"}, "states frame_rate '0'"),
-        ({"checksum": "0" * 64}, "is damaged"),
-    ],
-)
-def test_metadata_that_make_no_sense_are_refused(tmp_path, changes, said):
-    metadata = {"frame_rate": "12.5", "codec": "d" * 64} | changes
-    safetensors.numpy.save_file({"codes": np.zeros((8, 5), np.int16)}, tmp_path / "a.safetensors", metadata=metadata)
-    with pytest.raises(InputError, match=said):
-        read_codes(tmp_path / "a.safetensors")
-
-
 def test_a_text_row_of_another_tokenizer_is_refused(tmp_path):
     record(tmp_path / "a.wav", words=[["yes", [0.3, 0.5], "SPEAKER_MAIN"]])
     assert run(tmp_path / "a.wav", "--out", tmp_path / "out") == 0
@@ -735,6 +680,7 @@ def test_a_text_row_of_another_tokenizer_is_refused(tmp_path):
     assert FrameReader(CODEC, TOKENIZER, tmp_path / "cache").read(entry).shape == (17, 13)
 
 
+@pytest.mark.integration
 def test_prepare_loads_no_jax():
     code = "import sys, eval.prepare, eval.__main__; sys.exit('jax' in sys.modules)"
     root = ROOT

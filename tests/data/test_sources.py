@@ -51,7 +51,7 @@ def link(path, target):
 
 
 def found(*where, layout="auto", below=None):
-    """The recordings' paths, below the first source unless told otherwise."""
+    """The recordings' paths, below the first source or `below`."""
     return [r.path.relative_to(below or where[0]).as_posix() for r in sources.find(where, layout).recordings]
 
 
@@ -63,8 +63,8 @@ def lines_of(folder):
     return [json.loads(line) for line in (folder / "manifest.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 
-def said(capsys):
-    """What was skipped, and the last line but two of the output."""
+def reported(capsys):
+    """Lines on skipped files, and the output."""
     shown = capsys.readouterr()
     return [line for line in re.split(r"[\r\n]", shown.err) if line.startswith(("skipped", "error"))], shown.out
 
@@ -73,12 +73,12 @@ def said(capsys):
 
 
 @pytest.mark.parametrize("ending", [".m4a", ".SPH", ".webm", ".aiff", ".Caf", ".mp4"])
-def test_a_format_that_is_not_read_is_named_counted_and_told_what_converts_it(tmp_path, sounds, capsys, ending):
+def test_a_format_that_is_not_read_is_named_and_counted_with_what_converts_it(tmp_path, sounds, capsys, ending):
     put(tmp_path / "in" / "a.wav", sounds[0])
     put(tmp_path / "in" / "sub" / f"my talk{ending}")
     put(tmp_path / "in" / "notes.txt")
     assert run(tmp_path / "in", "--out", tmp_path / "out") == command.PARTIAL
-    skipped, out = said(capsys)
+    skipped, out = reported(capsys)
     assert skipped == [
         f"skipped: {tmp_path}/in/sub/my talk{ending} is in a format that is not read: convert it first, for example by"
         f" ffmpeg -i 'my talk{ending}' 'my talk.flac'."
@@ -111,10 +111,10 @@ def test_files_of_overlapping_sources_are_counted_once(tmp_path):
     assert sources.find([tmp_path, tmp_path / "sub"]).skipped == 1
 
 
-def test_a_folder_with_other_formats_only_is_one_error_that_says_so(tmp_path, capsys):
+def test_a_folder_with_other_formats_only_is_one_error(tmp_path, capsys):
     put(tmp_path / "in" / "a.m4a")
     assert run(tmp_path / "in", "--out", tmp_path / "out") == command.BAD_INPUT
-    assert said(capsys)[0] == [
+    assert reported(capsys)[0] == [
         f"error: {tmp_path}/in/a.m4a is in a format that is not read: convert it first, for example by ffmpeg -i a.m4a"
         " a.flac."
     ]
@@ -137,7 +137,7 @@ def test_a_joined_stream_with_a_gap_is_left_out_whole(tmp_path, sounds, capsys, 
     put(tmp_path / "in" / "a" / name)  # 1.m4a is what 1.wav was converted from
     assert run(tmp_path / "in", "--out", tmp_path / "out", "--join") == command.PARTIAL
     assert [line["group"] for line in lines_of(tmp_path / "out")] == (["a", "b"] if is_whole else ["b"])
-    skipped, _ = said(capsys)
+    skipped, _ = reported(capsys)
     assert sum("2.m4a is in a format" in line for line in skipped) == (not is_whole)
     gap = f"skipped the stream a: {tmp_path}/in/a/2.m4a is left out, so 2 other recordings cannot be joined: mend it first."
     assert (gap in skipped) == (not is_whole)
@@ -249,7 +249,7 @@ def test_a_link_to_what_is_not_here_is_named_and_counted(tmp_path, sounds, capsy
     put(tmp_path / "in" / "a.wav", sounds[0])
     link(tmp_path / "in" / name, target)
     assert run(tmp_path / "in", "--out", tmp_path / "out") == (command.PARTIAL if counts else 0)
-    skipped, out = said(capsys)
+    skipped, out = reported(capsys)
     assert len(skipped) == counts
     assert f"; {'1 recording' if counts else '0 recordings'} skipped" in out
     if counts and target != name:
@@ -310,8 +310,8 @@ def test_names_in_any_bytes_are_prepared_found_again_and_printed_in_any_locale(t
     counts = []
     for changes in reversed(LOCALES):  # the one that knows least writes
         env = {**os.environ, "LC_ALL": "C.UTF-8", "PYTHONPATH": str(ROOT)} | changes
-        asked = [sys.executable, "-m", "eval", "prepare", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
-        done = subprocess.run(asked, capture_output=True, env=env, cwd=tmp_path)
+        command_line = [sys.executable, "-m", "eval", "prepare", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+        done = subprocess.run(command_line, capture_output=True, env=env, cwd=tmp_path)
         skipped = [line for line in re.split(rb"[\r\n]", done.stderr) if line.startswith(b"skipped: ")]
         assert done.returncode == command.PARTIAL, done.stderr
         assert [line.split(b" is ")[0].split(b"/")[-1] for line in skipped] == [
@@ -390,14 +390,14 @@ def test_names_come_back_from_json(name):
 # Manifests as sources
 
 
-def test_absent_files_of_a_manifest_are_told_briefly_counted_and_leave_gaps(tmp_path, sounds, capsys):
+def test_absent_files_of_a_manifest_are_reported_briefly_counted_and_leave_gaps(tmp_path, sounds, capsys):
     put(tmp_path / "x" / "a.wav", sounds[0])
     put(tmp_path / "y" / "b.wav", sounds[1])
     rows = ["x/a.wav", "y/b.wav", *(f"y/gone{index}.wav" for index in range(2000))]
     text = "".join(json.dumps({"path": row, "duration": 1.0}) + "\n" for row in rows)
     (tmp_path / "m.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     assert run(tmp_path / "m.jsonl.gz", "--out", tmp_path / "out") == command.PARTIAL
-    skipped, out = said(capsys)
+    skipped, out = reported(capsys)
     (line,) = skipped
     assert line.startswith(f"skipped: {tmp_path}/m.jsonl.gz line 3 names {tmp_path}/y/gone0.wav, which is not there")
     assert line.endswith(f"; the same holds for 1,999 more lines of {tmp_path}/m.jsonl.gz.")
@@ -492,7 +492,7 @@ def test_a_large_tree_is_judged_without_reading_all_its_json(tmp_path, monkeypat
     assert len(read) == 3
 
 
-# Names that say nothing
+# Empty names
 
 
 @pytest.mark.parametrize("args", [("", "--out", "o"), ("a.wav", "", "--out", "o"), ("a.wav", "--out", "")])
@@ -500,7 +500,7 @@ def test_an_empty_name_is_refused(tmp_path, sounds, capsys, monkeypatch, args):
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "a.wav", sounds[0])
     assert run(*args) == command.BAD_INPUT
-    (line,), _ = said(capsys)
+    (line,), _ = reported(capsys)
     assert line.startswith("error: an empty name was given")
     assert os.listdir() == ["a.wav"]
 
@@ -509,7 +509,7 @@ def test_an_empty_name_is_refused(tmp_path, sounds, capsys, monkeypatch, args):
 def test_an_empty_name_of_a_coder_is_refused(tmp_path, sounds, capsys, option):
     put(tmp_path / "a.wav", sounds[0])
     assert run(tmp_path / "a.wav", "--out", tmp_path / "out", option, "") == command.BAD_INPUT
-    assert said(capsys)[0][0].startswith("error: an empty name was given")
+    assert reported(capsys)[0][0].startswith("error: an empty name was given")
 
 
 @pytest.mark.parametrize("name", ["", Path("")])
@@ -525,7 +525,9 @@ def test_a_path_may_be_the_current_folder_and_a_name_may_not_be_empty(name):
 
 
 @pytest.mark.parametrize("kind", ["link", "other format", "damaged"])
-def test_of_a_stream_with_a_gap_all_recordings_are_counted_and_the_reason_is_told_once(tmp_path, sounds, capsys, kind):
+def test_of_a_stream_with_a_gap_all_recordings_are_counted_and_the_reason_is_reported_once(
+    tmp_path, sounds, capsys, kind
+):
     for number in (1, 2, 3):
         put(tmp_path / "in" / "a" / f"{number}.wav", sounds[0])
     put(tmp_path / "in" / "b" / "1.wav", sounds[0])
@@ -534,7 +536,7 @@ def test_of_a_stream_with_a_gap_all_recordings_are_counted_and_the_reason_is_tol
     else:
         put(tmp_path / "in" / "a" / ("4.m4a" if kind == "other format" else "4.wav"))
     assert run(tmp_path / "in", "--out", tmp_path / "out", "--join") == command.PARTIAL
-    lines, out = said(capsys)
+    lines, out = reported(capsys)
     reason = {"link": "a link to what", "other format": "in a format", "damaged": "is not audio"}[kind]
     assert sum(reason in line for line in lines) == 1
     assert any("the stream a: " in line for line in lines)
@@ -549,7 +551,7 @@ def test_a_mislabelled_file_that_was_converted_is_named_as_what_to_remove(tmp_pa
     soundfile.write(tmp_path / "in" / "2.flac", np.zeros(16000), 16000)
     args = (tmp_path / "in", "--out", tmp_path / "out", *(["--join"] if join else []))
     assert run(*args) == (command.BAD_INPUT if join else command.PARTIAL)
-    line = said(capsys)[0][0]
+    line = reported(capsys)[0][0]
     assert line.endswith("; 2.flac stands beside it: if that was made from it, remove 2.wav.") == join
     (tmp_path / "in" / "2.wav").unlink()
     assert run(*args) == 0
