@@ -11,6 +11,7 @@ from eval import __main__ as command
 from eval.diagnose import command as diagnose_command
 from eval.diagnose import measure
 from eval.diagnose import records as report
+from eval.diagnose.figure import PANELS, draw
 from eval.inputs import checkpoints
 from tests.helpers import eval_models, micro
 from tests.helpers.drawing import quick_jit
@@ -74,39 +75,25 @@ def by_hand():
             figures = {
                 "stream_norm": size(x),
                 "ttt_norm": size(y),
-                "gated_norm": size(gate * y),
                 "combined_norm": size(together),
                 "ttt_to_stream": size(y) / size(x),
                 "gated_to_stream": size(gate * y) / size(x),
-                "gated_share_percent": 100 * size(gate * y) / (size(gate * y) + size(x)),
-                "gate_mean": gate.sum() / CFG.dim,
                 "gate_mean_abs": abs(gate).sum() / CFG.dim,
-                "gate_std": np.sqrt(((gate - gate.sum() / CFG.dim) ** 2).sum() / CFG.dim),
-                "gate_min": min(gate),
-                "gate_max": max(gate),
-                "gate_open_percent": 100 * sum(abs(g) > 0.01 for g in gate) / CFG.dim,
                 "cosine_stream_ttt": cosine(x, y),
                 "cosine_stream_combined": cosine(x, together),
                 "cosine_ttt_combined": cosine(y, together),
-                "stream_change": size(x - ttt.read[i, t - EVERY]),
                 "stream_change_relative": size(x - ttt.read[i, t - EVERY]) / size(x),
-                "ttt_change": size(y - ttt.output[i, t - EVERY]),
                 "ttt_change_relative": size(y - ttt.output[i, t - EVERY]) / size(y),
                 "displacement": (ttt.inner.displacement[i, t] * base).mean(),
-                "displacement_largest_head": (ttt.inner.displacement[i, t] * base).max(),
                 "base": base.mean(),
-                "base_largest_head": base.max(),
                 "displacement_to_base": ttt.inner.displacement[i, t].mean(),
-                "displacement_to_base_largest_head": ttt.inner.displacement[i, t].max(),
                 "loss_base": ttt.inner.loss_base[i, t].mean(),
                 "loss_before": ttt.inner.loss_before[i, t].mean(),
                 "loss_after": ttt.inner.loss_after[i, t].mean(),
-                "inner_rate": ttt.rate[i, t].mean(),
             }
-            for name, v in (("stream", x), ("ttt", y), ("combined", together)):
-                mean = v.sum() / len(v)
-                spread = np.sqrt(((v - mean) ** 2).sum() / len(v))
-                figures |= {f"{name}_mean": mean, f"{name}_std": spread, f"{name}_near_zero_percent": near(v)}
+            mean = y.sum() / len(y)
+            spread = np.sqrt(((y - mean) ** 2).sum() / len(y))
+            figures |= {"ttt_mean": mean, "ttt_std": spread, "ttt_near_zero_percent": near(y)}
             if t < EVERY:
                 figures |= {name: None for name in figures if "change" in name}
             found[t + 1, layer] = figures
@@ -134,7 +121,7 @@ def test_every_figure_is_that_of_one_forward(records):
 
 def test_layers_and_frames_differ(records):
     """What is compared above would also agree if all records were one."""
-    for name in ("stream_norm", "ttt_norm", "cosine_stream_ttt", "loss_before", "displacement", "inner_rate"):
+    for name in ("stream_norm", "ttt_norm", "cosine_stream_ttt", "loss_before", "displacement"):
         assert len({round(record[name], 5) for record in records}) == len(records)
 
 
@@ -163,7 +150,7 @@ def edited(**values):
 
 def test_a_layer_that_says_nothing_yet_has_no_direction():
     for record in walk(edited(out_kernel=0, out_bias=0), frames=10):
-        assert record["ttt_norm"] == record["ttt_to_stream"] == record["gated_share_percent"] == 0
+        assert record["ttt_norm"] == record["ttt_to_stream"] == record["gated_to_stream"] == 0
         assert record["cosine_stream_ttt"] is record["cosine_ttt_combined"] is record["ttt_change_relative"] is None
         assert record["cosine_stream_combined"] == pytest.approx(1)
         assert record["ttt_near_zero_percent"] == 100
@@ -172,15 +159,14 @@ def test_a_layer_that_says_nothing_yet_has_no_direction():
 
 def test_a_closed_gate_shows():
     for record in walk(edited(gate=0.005), frames=5):
-        assert record["gate_open_percent"] == 0
-        assert record["gate_mean"] == pytest.approx(np.tanh(0.005))
+        assert record["gate_mean_abs"] == pytest.approx(np.tanh(0.005))
         assert record["gated_to_stream"] == pytest.approx(record["ttt_to_stream"] * np.tanh(0.005), rel=1e-4)
         assert record["ttt_norm"] > 0
 
 
 def test_without_an_inner_rate_the_fast_weights_stay():
     for record in walk(edited(rate_bias=-np.inf), frames=10):
-        assert record["displacement"] == record["displacement_to_base_largest_head"] == record["inner_rate"] == 0
+        assert record["displacement"] == record["displacement_to_base"] == 0
         assert record["loss_base"] == pytest.approx(record["loss_before"], rel=1e-5)
 
 
@@ -213,13 +199,13 @@ def test_a_block_holds_every_headline_figure(records):
     text = report.block(records[3])
     assert text.startswith("layer 0, frame 10 (0.8 s)")
     assert text.isascii()
-    for name in ("ttt_norm", "gated_to_stream", "displacement", "loss_before", "inner_rate"):
+    for name in ("ttt_norm", "gated_to_stream", "displacement", "loss_before"):
         assert format(records[3][name], ".4g") in text
 
 
 def test_what_attention_leaves_is_called_the_stream(records):
     """The layer reads x + attention's update: it is not attention's output."""
-    said = [report.block(records[3]), report.comparison(made()), *report.FIGURES.values(), *report.PANELS.values()]
+    said = [report.block(records[3]), report.comparison(made()), *report.FIGURES.values(), *PANELS.values()]
     assert "attention" not in " ".join(said).replace("stream after attention", "")
     assert "stream: the residual stream after attention (x + attention's update" in report.explanation()
 
@@ -304,21 +290,21 @@ def test_lines_that_are_no_records_are_refused_whatever_their_checksum(tmp_path,
 def test_figures_show_every_layer_and_checkpoint():
     some = made()
     some[0]["loss_base"] = None
-    figure = report.draw(some)
+    figure = draw(some)
     axes = [axis for axis in figure.axes if axis.lines]
-    assert len(axes) == len(report.PANELS)
+    assert len(axes) == len(PANELS)
     assert all(len(axis.lines) == 4 for axis in axes)
     np.testing.assert_allclose(
         axes[0].lines[3].get_ydata(), [r["stream_norm"] for r in some if (r["checkpoint"], r["layer"]) == ("b", 2)]
     )
-    memory = [axis for axis in axes if axis.get_title() == report.PANELS["memory"]][0]
+    memory = [axis for axis in axes if axis.get_title() == PANELS["memory"]][0]
     assert np.isnan(memory.lines[0].get_ydata()[0])
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["a, layer 0", "b, layer 0", "a, layer 2", "b, layer 2"]
 
 
 def test_lines_keep_off_the_frame():
-    for axis in report.draw(made(("a",), (2,))).axes[: len(report.PANELS)]:
+    for axis in draw(made(("a",), (2,))).axes[: len(PANELS)]:
         low, high = axis.get_ylim()
         drawn = axis.lines[0].get_ydata()
         assert min(drawn) - low > 0.03 * (high - low)
