@@ -12,7 +12,7 @@ from eval.diagnose import command as diagnose_command
 from eval.diagnose import measure
 from eval.diagnose import records as report
 from eval.diagnose.figure import PANELS, draw
-from eval.inputs import checkpoints
+from eval.inputs import checkpoints, dataset
 from tests.helpers import eval_models, micro
 from tests.helpers.drawing import quick_jit
 from tests.helpers.micro import MODEL
@@ -125,7 +125,7 @@ def test_layers_and_frames_differ(records):
         assert len({round(record[name], 5) for record in records}) == len(records)
 
 
-@pytest.mark.parametrize("chunk", [1, pytest.param(3, marks=pytest.mark.slow), 400])
+@pytest.mark.parametrize("chunk", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_records_do_not_depend_on_the_calls_between(records, chunk):
     for record, other in zip(records, walk(chunk=chunk), strict=True):
         assert not [name for name in record if not close(other[name], record[name])]
@@ -173,12 +173,12 @@ def test_without_an_inner_rate_the_fast_weights_stay():
 def test_between_records_nothing_is_measured(monkeypatch):
     calls = []
     for name in ("advance", "measure"):
-        one = getattr(measure, name)
+        step = getattr(measure, name)
         monkeypatch.setattr(
-            measure, name, lambda *a, one=one, name=name: calls.append((name, a[1].shape[2])) or one(*a)
+            measure, name, lambda *a, step=step, name=name: calls.append((name, a[1].shape[2])) or step(*a)
         )
-    walk(chunk=3)
-    assert calls == 4 * [("advance", 3), ("advance", 3), ("measure", 1)]
+    walk(chunk=1)
+    assert calls == 4 * [*4 * [("advance", 1)], ("measure", 1)]
 
 
 # What is printed, stored and drawn
@@ -211,9 +211,9 @@ def test_what_attention_leaves_is_called_the_stream(records):
 
 
 def test_the_comparison_is_of_means_and_their_difference():
-    some = made()
-    some[0]["ttt_norm"] = None  # undefined in one record: the mean is over the others
-    lines = report.comparison(some).splitlines()
+    entries = made()
+    entries[0]["ttt_norm"] = None  # undefined in one record: the mean is over the others
+    lines = report.comparison(entries).splitlines()
     assert lines[0] == "means over records: A is a, B is b"
     row = next(line for line in lines if line.startswith("stream_norm ")).split()
     assert row[1:] == ["10", "1010", "+1000"]
@@ -223,8 +223,8 @@ def test_the_comparison_is_of_means_and_their_difference():
 
 
 def test_a_layer_of_one_checkpoint_alone_has_no_difference():
-    some = made(("a",), (0, 2)) + made(("b",), (2,))
-    text = report.comparison(some)
+    entries = made(("a",), (0, 2)) + made(("b",), (2,))
+    text = report.comparison(entries)
     assert "(a TTT layer in A only)" in text
     row = next(line for line in text.splitlines() if line.startswith("stream_norm ")).split()
     assert row[1:] == ["10", "-", "-"]
@@ -232,18 +232,18 @@ def test_a_layer_of_one_checkpoint_alone_has_no_difference():
 
 @pytest.mark.parametrize("character", ["\u2028", "\u0085"])
 def test_a_record_ends_at_its_line_feed_only(tmp_path, character):
-    some = [{**record, "checkpoint": f"a{character}"} for record in made()]
-    lines = [json.dumps(record, ensure_ascii=False) for record in some]
+    entries = [{**record, "checkpoint": f"a{character}"} for record in made()]
+    lines = [json.dumps(record, ensure_ascii=False) for record in entries]
     text = "".join(line + "\n" for line in (*lines, report._checksum(lines)))
     (tmp_path / report.RECORDS).write_text(text, encoding="utf-8")
-    assert report.read(tmp_path) == some
+    assert report.read(tmp_path) == entries
 
 
 def test_records_come_back_from_their_file(tmp_path):
-    some = made()
-    some[0]["ttt_norm"] = None
-    report.write_records(some, tmp_path)
-    assert report.read(tmp_path) == some
+    entries = made()
+    entries[0]["ttt_norm"] = None
+    report.write_records(entries, tmp_path)
+    assert report.read(tmp_path) == entries
     assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
 
 
@@ -288,14 +288,14 @@ def test_lines_that_are_no_records_are_refused_whatever_their_checksum(tmp_path,
 
 
 def test_figures_show_every_layer_and_checkpoint():
-    some = made()
-    some[0]["loss_base"] = None
-    figure = draw(some)
+    entries = made()
+    entries[0]["loss_base"] = None
+    figure = draw(entries)
     axes = [axis for axis in figure.axes if axis.lines]
     assert len(axes) == len(PANELS)
     assert all(len(axis.lines) == 4 for axis in axes)
     np.testing.assert_allclose(
-        axes[0].lines[3].get_ydata(), [r["stream_norm"] for r in some if (r["checkpoint"], r["layer"]) == ("b", 2)]
+        axes[0].lines[3].get_ydata(), [r["stream_norm"] for r in entries if (r["checkpoint"], r["layer"]) == ("b", 2)]
     )
     memory = [axis for axis in axes if axis.get_title() == PANELS["memory"]][0]
     assert np.isnan(memory.lines[0].get_ydata()[0])
@@ -313,6 +313,8 @@ def test_lines_keep_off_the_frame():
 
 # The command
 
+integration = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -328,6 +330,7 @@ def main(*args):
     return command.main(["diagnose", *map(str, args)])
 
 
+@integration
 def test_the_command_prints_stores_and_draws(folder, tmp_path, capsys, records):
     speech = folder / "speech.safetensors"
     assert main(folder / "one", "--data", speech, "--every", EVERY, "--out", tmp_path / "out") == 0
@@ -357,6 +360,7 @@ def test_the_command_prints_stores_and_draws(folder, tmp_path, capsys, records):
     assert (tmp_path / "out" / "diagnose.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@integration
 def test_figures_are_drawn_again_without_a_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoints, "load", lambda path: pytest.fail("a model was loaded"))
     report.write_records(made(), tmp_path)
@@ -367,6 +371,7 @@ def test_figures_are_drawn_again_without_a_model(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "diagnose.png").read_bytes() == first
 
 
+@integration
 def test_two_checkpoints_stand_side_by_side(folder, tmp_path, capsys, records):
     speech = folder / "speech.safetensors"
     main(folder / "one", "--compare", folder / "two", "--data", speech, "--every", EVERY, "--out", tmp_path)
@@ -383,12 +388,13 @@ def test_two_checkpoints_stand_side_by_side(folder, tmp_path, capsys, records):
     assert "  cosine  " not in said
 
 
-def test_checkpoints_of_one_name_are_told_apart(monkeypatch):
+def test_checkpoints_of_one_name_get_longer_names(monkeypatch):
     monkeypatch.setattr(checkpoints, "load", lambda path: checkpoints.Checkpoint("run", CFG, {}, {}))
     assert [one.name for one in diagnose_command.load("a/run", "b/run")] == ["a/run", "b/run"]
     assert [one.name for one in diagnose_command.load("a/run", None)] == ["run"]
 
 
+@integration
 def test_converted_weights_take_codes_alone(folder, tmp_path, monkeypatch):
     converted = checkpoints.Checkpoint("converted", CFG, eval_models.params(CFG), {})
     monkeypatch.setattr(checkpoints, "load", lambda path: converted)
@@ -403,16 +409,15 @@ def test_converted_weights_take_codes_alone(folder, tmp_path, monkeypatch):
         main("converted", "--data", tmp_path / "sound.wav", "--out", tmp_path / "out")
 
 
-def test_text_that_is_not_known_is_fed_as_nothing(folder, tmp_path):
-    from eval.inputs import dataset
-
+def test_text_that_is_not_known_is_minus_one(tmp_path):
     eval_models.write_codes(tmp_path / "codes.safetensors", eval_models.tokens(FRAMES)[1:])
-    heard = dataset.first(tmp_path / "codes.safetensors", [checkpoints.load(folder / "one")], 1)
-    assert (heard.frames[0] == -1).all()
-    np.testing.assert_array_equal(heard.frames[1:], eval_models.tokens(FRAMES)[1:])
+    file = dataset.first(tmp_path / "codes.safetensors", [eval_models.checkpoint(CFG)], 1)
+    assert (file.frames[0] == -1).all()
+    np.testing.assert_array_equal(file.frames[1:], eval_models.tokens(FRAMES)[1:])
 
 
-def test_mistakes_are_told(folder, tmp_path):
+@integration
+def test_mistakes_are_reported(folder, tmp_path):
     plain = dataclasses.replace(MODEL, ttt=TTTConfig(layers="none"))
     speech, run = folder / "speech.safetensors", folder / "one"
     eval_models.write_run(tmp_path / "plain", micro.config(model=plain))
@@ -421,7 +426,7 @@ def test_mistakes_are_told(folder, tmp_path):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "records.jsonl").write_text(json.dumps({"frame": 1}) + "\n")
     out = ("--out", tmp_path / "out")
-    for args, said in (
+    for args, message in (
         ((), "there is no CHECKPOINT"),
         ((tmp_path / "nowhere",), "is no checkpoint"),
         ((tmp_path / "plain",), "plain has no TTT layers"),
@@ -439,5 +444,5 @@ def test_mistakes_are_told(folder, tmp_path):
         (("--draw", tmp_path), "records.jsonl cannot be read"),
         (("--draw", tmp_path / "damaged"), "records.jsonl is not as it was written"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             main(*args)
