@@ -1,7 +1,8 @@
 """The checks of `python -m eval check-state`.
 
-A recording goes through `forward` frame by frame in row 0 of two rows. Row 1 is, in three streams, other audio; the same audio with its
-TTT states cleared before every frame; and idle. Digests (SHA-256) of the TTT states show whether they change.
+A recording goes through `forward` frame by frame in row 0 of two rows. Row 1 is, in three streams, other audio; the
+same audio with its TTT states cleared before every frame; and idle. Digests (SHA-256) of the TTT states show whether
+they change.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from ttt_jax.ttt.inner import TTTState
 CALL = 7
 """Frames of the shorter calls that streaming is compared with; no divisor of the usual mini-batches."""
 TOLERANCES = {"float64": (1e-9, 1e-9), "float32": (1e-4, 1e-4), "bfloat16": (1.0, 0.1)}
-"""Differences allowed between calls of other lengths, by the type of the activations: nats, and relative difference of the states.
+"""By type of the activations: nats, and relative difference of the states, that calls of other lengths may differ by.
 
-In bfloat16 a sum in another order changes the last of 8 bits of a hidden vector, and every layer passes that on: random weights of 12
-layers gave differences of up to 0.15 nats and 0.012.
+In bfloat16 a sum in another order changes the last of 8 bits of a hidden vector, and every layer passes that on: random
+weights of 12 layers gave differences of up to 0.15 nats and 0.012.
 """
 
 Call = Callable[[Params, np.ndarray, np.ndarray, State], tuple[jax.Array, State]]
-"""From parameters, frames [B, K, T], mask [B, T] and state to losses in nats [B, 1 + Q, T] and the state after the call."""
+"""From parameters, frames [B, K, T], mask [B, T] and state to losses in nats [B, 1 + Q, T] and the next state."""
 
 
 class Check(NamedTuple):
@@ -75,7 +76,7 @@ class Report(NamedTuple):
 def forward(
     params: Params, frames: np.ndarray, mask: np.ndarray, state: State, cfg: MoshiConfig
 ) -> tuple[jax.Array, State]:
-    """`ttt_jax.moshi.model.forward` as a `Call`; products in the highest precision, so that calls of other lengths compare."""
+    """`ttt_jax.moshi.model.forward` as a `Call`, in the highest precision so that calls of other lengths compare."""
     with jax.default_matmul_precision("highest"):
         outputs, state = model.forward(params, frames, mask, state, cfg)
     return token_losses(outputs), state
@@ -95,7 +96,8 @@ def check(params: Params, frames: np.ndarray, cfg: MoshiConfig, call: Call | Non
     """Runs all checks on one recording.
 
     Args:
-      params: weights of a model with TTT layers; frames: int32 [K, T], T of at least 2; call: the function to check, default `forward`.
+      params: weights of a model with TTT layers; frames: int32 [K, T], T of at least 2; call: the function to check,
+        default `forward`.
     """
     call = call or partial(forward, cfg=cfg)
     length = frames.shape[1]
@@ -181,7 +183,7 @@ def digests_of(weights: list[TTTState]) -> list[list[str]]:
 
 
 def vectors(state: State, cfg: MoshiConfig) -> list[np.ndarray]:
-    """Returns the fast weights minus the base of each TTT layer, [B, weights], after the steps of the open mini-batch."""
+    """Returns fast weights minus base of each TTT layer, [B, weights], after the steps of the open mini-batch."""
     layers = []
     for w in fast_weights(state, cfg):
         now = jax.tree.map(np.subtract, w.displacement, w.open_sum) if w.open_sum else w.displacement
@@ -261,9 +263,11 @@ def interpretation(checks: list[Check]) -> str:
     """Returns the meaning of the checks in one sentence."""
     (changes, builds, *_), failed = checks, [check.what for check in checks if not check.passed]
     if not changes.passed:
-        return "The fast weights do not persist: frames pass and leave them unchanged, so nothing is learned or kept."
+        return "The fast weights do not persist: frames leave them unchanged, so nothing is learned or kept."
     if not builds.passed:
-        return "The fast weights are reset: every frame changes them, but from the same start, and the next frame forgets it."
+        return "The fast weights are reset: every frame changes them, but always from the same start."
     if failed:
-        return f"The fast weights change from frame to frame, but cannot be relied on; this does not hold: {'; '.join(failed)}."
+        return (
+            f"The fast weights change from frame to frame, but cannot be relied on, as this fails: {'; '.join(failed)}."
+        )
     return "The fast weights persist: every frame changes them, from where the frame before left them."

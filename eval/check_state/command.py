@@ -22,15 +22,16 @@ SHOWN_LAYERS, HEAD, TAIL = 3, 4, 3
 class Options:
     """Check whether the fast weights persist: PASS or FAIL.
 
-    Streams a recording frame by frame. Prints digests of the fast weights, then a line for each property: they change at every frame,
-    build on the frame before, survive saving, are cleared by a reset of their row alone, do not depend on other rows, leave the
-    parameters alone, and are the same in calls of any length. The last line is PASS (exit code 0) or FAIL (1).
+    Streams a recording frame by frame. Prints digests of the fast weights, then a line for each property: they change
+    at every frame, build on the frame before, survive saving, are cleared by a reset of their row alone, do not depend
+    on other rows, leave the parameters alone, and are the same in calls of any length. The last line is PASS (exit code
+    0) or FAIL (1).
     """
 
     checkpoint: Annotated[Positional[str | None], arg(metavar="[CHECKPOINT]")] = None
     """Folder of a run or of converted weights; unset: the model tiny, untrained."""
     audio: str | None = None
-    """Audio, codes (.safetensors) or a manifest, of which the first file is read; unset: embedded speech, held out of training."""
+    """Audio, codes (.safetensors) or a manifest, whose first file is read; unset: the held-out embedded speech."""
     frames: int = 50
     """Frames to stream, 80 ms each."""
 
@@ -56,8 +57,8 @@ def main(options: Options) -> int:
         )
     file = dataset.first(options.audio or dataset.embedded(), [checkpoint], options.frames)
     print(
-        f"{checkpoint.name}: TTT layers {','.join(map(str, cfg.ttt_layers))}, mini-batch {cfg.ttt.mini_batch}, {cfg.dtype};"
-        f" {options.frames} frames ({options.frames / FRAME_RATE:.1f} s) of {file.name}, one at a time\n",
+        f"{checkpoint.name}: TTT layers {','.join(map(str, cfg.ttt_layers))}, mini-batch {cfg.ttt.mini_batch},"
+        f" {cfg.dtype}; {options.frames} frames ({options.frames / FRAME_RATE:.1f} s) of {file.name}, one at a time\n",
         flush=True,
     )
     report = check(checkpoint.params, file.frames[:, : options.frames], cfg)

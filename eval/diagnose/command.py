@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 class Options:
     """Record what the TTT layers do beside attention.
 
-    A record of a frame and a TTT layer gives the norms of the stream after attention, which the layer reads, and of the layer's
-    output, their cosines, how far the gate is open, the change since the record before, the displacement of the fast weights and the
-    inner losses. Records are printed, stored as records.jsonl and drawn as diagnose.png and diagnose.pdf. Between records nothing is
-    measured, so records cost next to nothing.
+    A record of a frame and a TTT layer gives the norms of the stream after attention, which the layer reads, and of the
+    layer's output, their cosines, how far the gate is open, the change since the record before, the displacement of the
+    fast weights and the inner losses. Records are printed, stored as records.jsonl and drawn as diagnose.png and
+    diagnose.pdf. Between records nothing is measured, so records cost next to nothing.
     """
 
     checkpoint: Annotated[Positional[str | None], arg(metavar="[CHECKPOINT]")] = None
@@ -46,8 +46,8 @@ class Options:
     compare: str | None = None
     """A second checkpoint, measured on the same audio; both are shown side by side."""
     out: str | None = None
-    """Folder for the results; unset: diagnose in CHECKPOINT's folder, diagnose-DATA with --data, diagnose-OTHER with --compare.
-    Records of the same data and checkpoints are replaced; a folder with others is refused."""
+    """Folder for the results; unset: diagnose in CHECKPOINT's folder, diagnose-DATA with --data, diagnose-OTHER with
+    --compare. Records of the same data and checkpoints are replaced; a folder with others is refused."""
     draw: str | None = None
     """Draws the figure again from the records in this folder, and does nothing else."""
 
@@ -62,8 +62,8 @@ class Options:
                 raise InputError(f"--{name} {value} is out of range: give 1 or more.")
         if self.frames is not None and self.frames < self.every:
             raise InputError(
-                f"--frames {self.frames} end before the first record, which --every {self.every} makes: give more frames or records"
-                " more often."
+                f"--frames {self.frames} end before the first record, which --every {self.every} makes: give more"
+                " frames or records more often."
             )
 
 
@@ -91,12 +91,13 @@ def main(options: Options) -> int:
     _check_replaced(folder, subject)
     made: list[Record] = []
     for checkpoint in checkpoints:
-        source = {"checkpoint": checkpoint.name, **{name: checkpoint.about.get(name) for name in ("step", "weights")}}
+        about = checkpoint.about
+        source = {"checkpoint": checkpoint.name, "step": about.get("step"), "weights": about.get("weights")}
         source |= {"data": options.data, "file": file.name, "frames": length, "tokens": file.digest}
         layers = checkpoint.cfg.ttt_layers
         print(
-            f"{checkpoint.name}: TTT layers {','.join(map(str, layers))}; {length} frames ({length / FRAME_RATE:.1f} s) of"
-            f" {file.name}, a record every {options.every} frames",
+            f"{checkpoint.name}: TTT layers {','.join(map(str, layers))}; {length} frames ({length / FRAME_RATE:.1f} s)"
+            f" of {file.name}, a record every {options.every} frames",
             flush=True,
         )
         measured = walk(checkpoint.params, file.frames, checkpoint.cfg, options.every, options.chunk)

@@ -44,7 +44,7 @@ def write_figures(records: Sequence[Record], folder: Path) -> list[Path]:
 
 
 def draw(records: Sequence[Record]) -> Any:
-    """Returns one figure with a panel for each of `PANELS`, a colour for each layer and a line style for each checkpoint."""
+    """Returns a figure with a panel for each of `PANELS`, a colour for each layer, a line style for each checkpoint."""
     from matplotlib import pyplot as plt
 
     rows = -(-len(PANELS) // COLUMNS)

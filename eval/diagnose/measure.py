@@ -1,7 +1,7 @@
 """Measures the TTT layers on a stream: a record every N frames of a recording.
 
-Between two records the stream goes on in longer calls that measure nothing; the frame of a record goes through alone. The state is
-carried through all calls, and memory does not grow with the recording.
+Between two records the stream goes on in longer calls that measure nothing; the frame of a record goes through alone.
+The state is carried through all calls, and memory does not grow with the recording.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def walk(
 
     Args:
       params: weights of a model with TTT layers; frames: int32 [K, T]; every: frames from one record to the next.
-      chunk: most frames of a call between records, default `CHUNK`; it changes figures by rounding only; 1 is a live stream.
+      chunk: most frames of a call between records, default `CHUNK`; it changes figures by rounding only; 1 is a live
+        stream.
 
     Yields:
       The record of each TTT layer, layer by layer, frame by frame.
@@ -59,14 +60,14 @@ def walk(
 
 
 def fresh(cfg: MoshiConfig) -> tuple[State, Vectors]:
-    """Returns the state before the first frame, placed on the device for good, and NaN as the vectors of the record before."""
+    """Returns the state before the first frame, committed to the device, and NaN as the vectors before it."""
     nothing = Vectors(*(jnp.full((len(cfg.ttt_layers), cfg.dim), jnp.nan, jnp.float32) for _ in range(2)))
     return jax.device_put((model.init_state(cfg, 1), nothing), jax.devices()[0])
 
 
 @partial(jax.jit, static_argnames="cfg", donate_argnames="state")
 def advance(params: Params, frames: jax.Array, mask: jax.Array, state: State, cfg: MoshiConfig) -> State:
-    """Returns the state after a call that measures nothing; frames int32 [1, K, T], mask bool [1, T]. Donates the state."""
+    """Returns the state after a call without measurement; frames int32 [1, K, T], mask [1, T]. Donates the state."""
     return model.forward(params, frames, mask, state, cfg)[1]
 
 
@@ -77,8 +78,8 @@ def measure(
     """Measures one frame, int32 [1, K, 1]. Donates state and vectors.
 
     Returns:
-      The figures in the order of `FIGURES`, [figures, L], in one array so that the host waits for one transfer; the vectors, for the
-      next record; the state.
+      The figures in the order of `FIGURES`, [figures, L], in one array so that the host waits for one transfer; the
+      vectors, for the next record; the state.
     """
     outputs, state = model.forward(params, frame, jnp.ones((1, 1), bool), state, cfg, measured=True)
     ttt = jax.tree.map(lambda leaf: leaf[:, 0, 0].astype(jnp.promote_types(leaf.dtype, jnp.float32)), outputs.ttt)

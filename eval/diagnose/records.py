@@ -60,11 +60,14 @@ def block(record: Record) -> str:
             f"  gate          mean |tanh(alpha)| {n('gate_mean_abs', '.4f')}",
             f"  cosine        stream-TTT {n('cosine_stream_ttt', '+.4f')}, stream-combined"
             f" {n('cosine_stream_combined', '+.4f')}, TTT-combined {n('cosine_ttt_combined', '+.4f')}",
-            f"  TTT output    mean {n('ttt_mean', '+.4f')}, std {n('ttt_std', '.4f')}, near zero"
-            f" {n('ttt_near_zero_percent', '.1f')} %",
-            f"  change        stream {n('stream_change_relative', '.4f')}, TTT {n('ttt_change_relative', '.4f')} (relative)",
-            f"  fast weights  displacement {n('displacement')}, base {n('base')}, ratio {n('displacement_to_base', '.4f')}",
-            f"  inner loss    at the base {n('loss_base')}, before the frame {n('loss_before')}, after {n('loss_after')}",
+            f"  TTT output    mean {n('ttt_mean', '+.4f')}, std {n('ttt_std', '.4f')},"
+            f" near zero {n('ttt_near_zero_percent', '.1f')} %",
+            f"  change        stream {n('stream_change_relative', '.4f')},"
+            f" TTT {n('ttt_change_relative', '.4f')} (relative)",
+            f"  fast weights  displacement {n('displacement')}, base {n('base')},"
+            f" ratio {n('displacement_to_base', '.4f')}",
+            f"  inner loss    at the base {n('loss_base')}, before the frame {n('loss_before')},"
+            f" after {n('loss_after')}",
         ]
     )
 
@@ -72,8 +75,9 @@ def block(record: Record) -> str:
 def explanation() -> str:
     """Returns how to read the records."""
     return (
-        "stream: the residual stream after attention (x + attention's update, not the update alone), which the TTT layer reads; it\n"
-        "grows with depth, and ratios and cosines are against it. combined: the stream with the gated TTT output added.\n"
+        "stream: the residual stream after attention (x + attention's update, not the update alone), which the TTT\n"
+        "layer reads; it grows with depth, and ratios and cosines are against it. combined: the stream with the gated\n"
+        "TTT output added. "
         "change: since the record before. inner loss: at the base minus before the frame is the gain from memory."
     )
 
@@ -124,7 +128,7 @@ def _checksum(lines: Sequence[str]) -> str:
 
 
 def read(folder: Path) -> list[Record]:
-    """Returns the records in `folder`. Raises `InputError` if there are none or the file was changed since it was written."""
+    """Returns the records in `folder`. Raises `InputError` if there are none or their checksum is another."""
     path = folder / RECORDS
     try:
         lines = read_lines(path)
@@ -133,7 +137,8 @@ def read(folder: Path) -> list[Record]:
     lines = lines[:-1] if not lines[-1] else lines  # the last line ends in a line feed
     if not lines or lines[-1] != _checksum(lines[:-1]):
         raise InputError(
-            f"{path} is not as it was written (its checksum does not match its records): run python -m eval diagnose again."
+            f"{path} is not as it was written (its checksum does not match its records): run python -m eval diagnose"
+            " again."
         )
     keys = {"checkpoint", "frame", "seconds", "layer", *FIGURES}
     try:

@@ -1,4 +1,4 @@
-"""Means with intervals over units. A unit is a file or a speaker, never a frame: frames of one file are not independent."""
+"""Means with intervals over units: files or speakers, never frames, since frames of one file are not independent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Band(NamedTuple):
 
 
 def band(values: np.ndarray) -> Band:
-    """Returns means and intervals over the first axis, [U, ...] -> arrays [...]; NaN entries (nothing measured) are left out."""
+    """Returns means and intervals over the first axis, [U, ...] -> arrays [...], without NaN entries (not measured)."""
     from scipy import stats
 
     values = np.asarray(values, np.float64)
@@ -44,7 +44,7 @@ def band(values: np.ndarray) -> Band:
 
 
 def group_means(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
-    """Returns means within each group, [F, ...] -> [G, ...], groups in the order of their first file; NaN entries are left out.
+    """Returns means within groups without NaN entries, [F, ...] -> [G, ...], groups in the order of their first file.
 
     Files of one speaker are not independent, so intervals take one value per speaker.
     """
@@ -68,7 +68,7 @@ def slope(values: np.ndarray) -> np.ndarray:
 
 
 def windows(values: np.ndarray, size: int) -> np.ndarray:
-    """Returns means over windows of `size` frames, [..., T] -> [..., windows]; NaN frames are left out, empty windows are NaN.
+    """Returns means over windows of `size` frames without NaN frames, [..., T] -> [..., windows]; NaN if empty.
 
     A last window that is less than half full is left out.
     """

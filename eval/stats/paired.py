@@ -1,7 +1,7 @@
 """Statistics of paired differences: tests, effect sizes, equivalence, power, trends.
 
-Arrays hold one difference d for each unit (a file or a speaker) on the last axis, without NaN. d is the loss of another condition minus the
-loss of the condition under test, so that d > 0 means that the condition under test is better.
+Arrays hold one difference d for each unit (a file or a speaker) on the last axis, without NaN. d is the loss of another
+condition minus the loss of the condition under test, so that d > 0 means that the condition under test is better.
 """
 
 from __future__ import annotations
@@ -178,7 +178,8 @@ def t_test(d: np.ndarray) -> np.ndarray:
 def hedges(d: np.ndarray) -> float:
     """Returns Cohen's d_z with Hedges' exact correction for n - 1 degrees of freedom; NaN of fewer than three units.
 
-    Without the correction d_z of ten units is too large by 9 %. Source: Hedges 1981, doi 10.3102/10769986006002107, equation 6e.
+    Without the correction d_z of ten units is too large by 9 %. Source: Hedges 1981, doi 10.3102/10769986006002107,
+    equation 6e.
     """
     sd = spread(d)
     if math.isnan(sd):
@@ -197,7 +198,7 @@ def correction(df: int) -> float:
 
 
 def bootstrap(samples: Sequence[np.ndarray], statistic: Callable, seed: int = 0) -> Interval:
-    """Returns a statistic of paired samples [n] with its 95 % interval over units, bias-corrected and accelerated (BCa).
+    """Returns a statistic of paired samples [n] with its 95 % BCa (bias-corrected, accelerated) interval over units.
 
     Args:
       statistic: function of the samples and `axis`; seed: of the `RESAMPLES` draws.
@@ -228,7 +229,7 @@ def bootstrap(samples: Sequence[np.ndarray], statistic: Callable, seed: int = 0)
 
 
 def share(closed: np.ndarray, gap: np.ndarray) -> Interval:
-    """Returns the closed share of a gap, sum of `closed` [n] over sum of `gap` [n], with its BCa interval over units."""
+    """Returns the closed share of a gap, sum of `closed` [n] / sum of `gap` [n], with its BCa interval over units."""
     if not len(gap) or not gap.sum():
         return Interval(math.nan, math.nan, math.nan)
     return bootstrap((closed, gap), lambda a, b, axis: a.sum(axis) / b.sum(axis))
@@ -259,7 +260,8 @@ def power_of(n: int, dz: float, alpha: float = ALPHA) -> float:
 def power_of_equivalence(n: int, sd: float, margin: float, alpha: float = ALPHA) -> float:
     """Returns the power of n units to establish equivalence if there is no difference.
 
-    The noncentral t ignores that both one-sided tests share a standard deviation, which does not matter at a power of `POWER`.
+    The noncentral t ignores that both one-sided tests share a standard deviation, which does not matter at a power of
+    `POWER`.
     """
     edge = stats.t.ppf(1 - alpha, n - 1)
     shift = _shift(margin * math.sqrt(n) / sd, edge)
@@ -273,7 +275,8 @@ def _shift(noncentrality: float, edge: float) -> float:
 
 
 def needed(dz: float, alpha: float = ALPHA) -> float:
-    """Returns the units that find an effect dz with a power of `POWER`; inf of more than `MOST`, NaN of an unknown effect."""
+    """Returns the units that find an effect dz with a power of `POWER`; inf of more than `MOST`, NaN of an unknown
+    effect."""
     if math.isnan(dz):
         return math.nan
     if dz == 0:
@@ -282,7 +285,8 @@ def needed(dz: float, alpha: float = ALPHA) -> float:
 
 
 def needed_equivalence(sd: float, margin: float, alpha: float = ALPHA) -> float:
-    """Returns the units that establish equivalence within the margin (nats) if there is no difference; NaN of an unknown sd."""
+    """Returns the units that establish equivalence within the margin (nats) if there is no difference; NaN of an
+    unknown sd."""
     if math.isnan(sd):
         return math.nan
     return 2 if sd == 0 else _least(lambda n: power_of_equivalence(n, sd, margin, alpha))
@@ -302,7 +306,8 @@ def _least(power: Callable[[int], float]) -> float:
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
-    """Returns p-values adjusted for their family (Holm 1979), so that the family errs in at most 5 %; NaN stay out of the family."""
+    """Returns p-values adjusted for their family (Holm 1979), so that the family errs in at most 5 %; NaN stay out of
+    the family."""
     p = np.asarray(p, np.float64)
     adjusted = np.full(p.shape, np.nan)
     order = np.flatnonzero(np.isfinite(p))[np.argsort(p[np.isfinite(p)], kind="stable")]
@@ -312,7 +317,8 @@ def holm(p: Sequence[float]) -> np.ndarray:
 
 
 def slopes(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Returns the change per step along the last axis by weighted least squares, [..., C] -> [...]; NaN entries are left out.
+    """Returns the change per step along the last axis by weighted least squares, [..., C] -> [...]; NaN entries are
+    left out.
 
     NaN where fewer than two entries are left.
     """

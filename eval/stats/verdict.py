@@ -65,8 +65,8 @@ def verdict(
 ) -> Verdict:
     """Returns the verdict on a comparison.
 
-    Tests over files do not generalise to other seeds. Of several seeds all must point the same way or lie within the margin; of `FIRM`
-    or more, a test of their means must show it.
+    Tests over files do not generalise to other seeds. Of several seeds all must point the same way or lie within the
+    margin; of `FIRM` or more, a test of their means must show it.
 
     Args:
       comparison: statistics of the comparison; p, p_equivalent: of the paired t and of the equivalence test, adjusted.

@@ -57,7 +57,8 @@ def near(v):
 
 
 def by_hand():
-    """The figures of every record from one measured forward over all frames, in float64: {(frame, layer): {name: value}}."""
+    """The figures of every record from one measured forward over all frames, in float64: {(frame, layer): {name:
+    value}}."""
     params, mask = eval_models.params(CFG), np.ones((1, FRAMES), bool)
     outputs, _ = quick_forward(
         params, eval_models.tokens(FRAMES)[None], mask, model.init_state(CFG, 1), cfg=CFG, measured=True

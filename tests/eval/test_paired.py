@@ -74,10 +74,14 @@ def test_side_by_side_is_one_by_one():
     assert together.t[2] == together.wilcoxon[2] == together.sign_flip[2] == 1
 
 
-def test_bca_is_scipys_and_covers():
+def test_bca_is_scipys():
     expected = stats.bootstrap((D,), np.mean, n_resamples=9999, method="BCa", random_state=np.random.default_rng(0))
     found = compare(D)
     assert (found.low, found.high) == tuple(expected.confidence_interval)
+
+
+@pytest.mark.slow
+def test_bca_covers():
     rng = np.random.default_rng(5)
     covered = 0
     for _ in range(300):
@@ -199,8 +203,8 @@ EXPERIMENTS, FILES, CHUNKS = 2000, 12, 8
 def no_effect(seed, conditions=2):
     """Losses of conditions that do not differ, [conditions, experiments, files, chunks], and tokens [files, chunks].
 
-    Files are hard or easy and drift, which all conditions share; each condition has noise of its own by file and by chunk, larger in
-    some files, and chunks follow from each other.
+    Files are hard or easy and drift, which all conditions share; each condition has noise of its own by file and by
+    chunk, larger in some files, and chunks follow from each other.
     """
     rng = np.random.default_rng(seed)
     shape = (EXPERIMENTS, FILES, CHUNKS)
@@ -217,7 +221,7 @@ def no_effect(seed, conditions=2):
     return np.where(weight > 0, losses, np.nan), weight
 
 
-@pytest.mark.parametrize("seed", [11, 12])
+@pytest.mark.parametrize("seed", [11, pytest.param(12, marks=pytest.mark.slow)])
 def test_false_positives(seed):
     losses, weight = no_effect(seed)
     one, other = (pooled(own, weight, np.arange(CHUNKS) > 0) for own in losses)
