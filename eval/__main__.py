@@ -7,7 +7,6 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from ttt_jax.data.sources import LAYOUTS
 from ttt_jax.errors import InputError
 from ttt_jax.utils.command import parse, run
 
@@ -50,37 +49,6 @@ OUT = (
 )
 WEIGHTINGS = ("equal", "kyutai", "semantic", "acoustic")
 """Names in `eval.streaming.summary.WEIGHTINGS`, whose module takes a while to load."""
-
-
-def _prepare(parser: argparse.ArgumentParser) -> None:
-    """Flags of `prepare`."""
-    add = parser.add_argument
-    add(
-        "sources",
-        metavar="SOURCE",
-        nargs="+",
-        help="audio file, folder of audio, or manifest (JSON Lines, as moshi-finetune)",
-    )
-    add("--out", metavar="FOLDER", required=True, help="where codes and manifest.jsonl go; may hold earlier ones")
-    add("--codec", default="kmeans", help='"kmeans" (the embedded one) or a codec file; unset: kmeans')
-    add("--tokenizer", metavar="FILE", help="SentencePiece model for alignments; unset: the embedded one")
-    add(
-        "--voice",
-        choices=("own", "other"),
-        default="own",
-        help="which voice speaks on the left or only channel: the model's own or the other; unset: own",
-    )
-    add("--join", action="store_true", help="one stream for each book, speaker or folder")
-    add(
-        "--layout",
-        choices=LAYOUTS,
-        default="auto",
-        help="how sources are laid out; unset: seen from their files",
-    )
-    parser.epilog = (
-        "Interrupted? Run the same again: what is encoded stays. Exit code: 0 all is encoded; 2 nothing is, an input is to"
-        " be mended; 3 some recordings were unusable, were named and left out; 130 interrupted. See docs/data.md."
-    )
 
 
 def _stream(parser: argparse.ArgumentParser) -> None:
@@ -196,7 +164,7 @@ skipped"""
 
 def _legacy(name: str, args: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m eval {name}")
-    {"prepare": _prepare, "stream": _stream, "draw": _draw, "compare": _compare}[name](parser)
+    {"stream": _stream, "draw": _draw, "compare": _compare}[name](parser)
     return parser.parse_args(args)
 
 

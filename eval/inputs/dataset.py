@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -11,13 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 from eval.inputs.checkpoints import Checkpoint
-from ttt_jax.codec import Codec
+from ttt_jax.codec import Codec, CodecInfo
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
-from ttt_jax.data.codes import Codes, read_codes
-from ttt_jax.data.frames import load_frames
+from ttt_jax.data.codes import read_header
+from ttt_jax.data.frames import FrameReader
 from ttt_jax.data.manifest import MANIFEST, Entry, Manifest, is_manifest, read_manifest
-from ttt_jax.data.text import ABSENT, Tokenizer
+from ttt_jax.data.text import ABSENT, Tokenizer, TokenizerInfo
 from ttt_jax.errors import InputError
 from ttt_jax.utils.paths import absolute, beside, local, printable
 
@@ -76,13 +78,13 @@ def read(
     (entries, absent), root = _entries(local(data))
     names = _names([one.path for one in (*entries, *absent)], root)
     names, gone = names[: len(entries)], names[len(entries) :]
-    coders = _Coders(models)
+    reader = _Reader(models)
     found, skipped = [], [_skipped(name, one.reason) for name, one in zip(gone, absent, strict=True)]
     for entry, name in zip(entries, names, strict=True):
         try:
             if name in [one.name for one in found]:
                 raise InputError(f"{data} names {entry.path} twice: it is taken once.")
-            found.append(_speech(entry, name, coders, most))
+            found.append(_eval_file(entry, name, reader, most))
         except InputError as error:
             if len(entries) == 1 and not absent:
                 raise
@@ -100,7 +102,7 @@ def read(
 def first(data: str | Path, models: Sequence[Checkpoint], least: int) -> EvalFile:
     """The first stream that `data` names and that is there, as `read` gives it; it must have `least` frames. Raises `InputError`."""
     (entries, _), root = _entries(local(data))
-    found = _speech(entries[0], _names([entries[0].path], root)[0], _Coders(models), None)
+    found = _eval_file(entries[0], _names([entries[0].path], root)[0], _Reader(models), None)
     frames = found.frames.shape[1]
     if frames < least:
         raise InputError(
@@ -142,98 +144,60 @@ def _skipped(name: str, reason: str) -> Skipped:
     return Skipped(printable(name), printable(reason))
 
 
-def _speech(entry: Entry, name: str, coders: _Coders, most: int | None) -> EvalFile:
-    frames, joints, codec = _load(entry, coders)
-    check_tokens(str(entry.path), frames, coders.models)
+def _eval_file(entry: Entry, name: str, reader: _Reader, most: int | None) -> EvalFile:
+    frames, boundaries, codec = reader.read(entry)
     frames = frames[:, :most]
-    joints = tuple(joint for joint in joints if joint < frames.shape[1])
-    return EvalFile(name, printable(entry.speaker or name), frames, joints, codec)
+    boundaries = tuple(frame for frame in boundaries if frame < frames.shape[1])
+    return EvalFile(name, printable(entry.speaker or name), frames, boundaries, codec)
 
 
-def check_tokens(name: str, frames: np.ndarray, models: Sequence[Checkpoint]) -> None:
-    """Raise `InputError` if a checkpoint has no such tokens, so that the codes must be another codec's."""
-    for model in models:
-        cfg = model.cfg
-        if frames.shape[0] != cfg.num_streams:
-            raise InputError(
-                f"{name} has {frames.shape[0]} token streams, but {model.name} reads {cfg.num_streams}: encode it with the codec that"
-                " the checkpoint was trained with."
-            )
-        for what, part, card in (("codes", frames[1:], cfg.card), ("text", frames[:1], cfg.text_card)):
-            if part.max() >= card:
-                raise InputError(
-                    f"{name} has {what} up to {part.max()}, but {model.name} knows 0 to {card - 1}: encode it with the codec and"
-                    " the tokenizer that the checkpoint was trained with."
-                )
+class _Reader:
+    """Reads files with the codec and the tokenizer of the checkpoints, which are loaded when the first file needs them."""
 
+    def __init__(self, checkpoints: Sequence[Checkpoint]):
+        self._checkpoints = checkpoints
+        self._run = next((checkpoint for checkpoint in checkpoints if checkpoint.corpus is not None), None)
 
-class _Coders:
-    """Codec and tokenizer of the checkpoints, loaded when the first file needs them."""
+    def read(self, entry: Entry) -> tuple[np.ndarray, tuple[int, ...], dict[str, str | None]]:
+        """Returns tokens int32 [17, T], boundaries, and name and digest of the codec.
 
-    def __init__(self, models: Sequence[Checkpoint]):
-        self.models = models
-        self._loaded: tuple[Codec, Tokenizer, Path] | None = None
+        Converted weights do not record their codec. They read code files with both streams, and no words beside them.
 
-    @property
-    def unknown(self) -> bool:
-        """Whether no checkpoint says which codec it needs: converted weights do not."""
-        return all(model.corpus is None for model in self.models)
-
-    def check(self, path: Path, digest: str | None, name: str | None, cardinality: int | None) -> None:
-        """Raise `InputError` unless codes made by the codec with this digest are those of all checkpoints.
-
-        Converted weights do not say which codec they need; the number of its entries is all that can be compared.
+        Raises `InputError` if the file cannot be read, or if a checkpoint was trained with another codec.
         """
-        for model in self.models:
-            if cardinality is not None and cardinality != model.cfg.card:
+        if entry.path.suffix != ".safetensors":
+            if self._run is None:
                 raise InputError(
-                    f"{path} was encoded with {name or 'a codec'} of {cardinality} entries a codebook, but {model.name} has"
-                    f" {model.cfg.card}: encode the speech with the checkpoint's codec."
+                    f"{entry.path} is audio, but converted weights do not say which codec they need: prepare code files first"
+                    " (docs/data.md)."
                 )
-            if model.codec is not None and model.codec["digest"] != digest:
-                raise InputError(
-                    f"{path} was encoded with {name or 'a codec'} (digest {(digest or 'not stated')[:12]}), but {model.name} was trained with"
-                    f" {model.codec['name']} (digest {model.codec['digest'][:12]}): encode the speech with the checkpoint's codec."
-                )
+            codec = self._frame_reader.codec
+            self._check(entry.path, codec, self._frame_reader.tokenizer)
+            return self._frame_reader.read(entry), (), {"name": codec.name, "digest": codec.digest}
+        header, configs = read_header(entry.path), [checkpoint.cfg for checkpoint in self._checkpoints]
+        codec = CodecInfo(header.codec_name or "a codec", header.codec, header.cardinality, configs[0].dep_q)
+        self._check(entry.path, codec, TokenizerInfo())
+        if self._run is not None:
+            self._check(entry.path, self._frame_reader.codec, self._frame_reader.tokenizer)
+            frames = self._frame_reader.read(entry)
+        else:
+            codec = dataclasses.replace(codec, cardinality=min(cfg.card for cfg in configs))
+            tokenizer = TokenizerInfo(cardinality=min(cfg.text_card for cfg in configs))
+            frames = FrameReader(codec, tokenizer, "").read(dataclasses.replace(entry, alignment=None))
+        return frames, header.boundaries, {"name": header.codec_name, "digest": header.codec}
 
-    def get(self, path: Path) -> tuple[Codec, Tokenizer, Path]:
-        """Codec, tokenizer and folder of cached frames."""
-        if self.unknown:
-            raise InputError(
-                f"{path} is audio, but converted weights do not say which codec they need: prepare code files first (docs/data.md)."
-            )
-        if self._loaded is None:
-            model = next(model for model in self.models if model.corpus is not None)
-            cfg = model.cfg
-            coders = corpora.stored_coders(model.corpus, model.about, cfg.card, cfg.text_card)
-            self._loaded = *coders, model.cache_dir / "frames"
-            codec = self._loaded[0]
-            self.check(path, codec.digest, codec.name, codec.cardinality)
-        return self._loaded
+    @functools.cached_property
+    def _frame_reader(self) -> FrameReader:
+        run = self._run
+        coders = corpora.load_coders(run.corpus, run.cfg.card, run.cfg.text_card, run.about)
+        return FrameReader(*coders, run.cache_dir / "frames")
 
-
-def _load(entry: Entry, coders: _Coders) -> tuple[np.ndarray, tuple[int, ...], dict[str, str | None]]:
-    """Tokens [17, T] of an entry, text -1 where unknown, its joints and its codec."""
-    if entry.path.suffix != ".safetensors":
-        codec, tokenizer, cache = coders.get(entry.path)
-        return load_frames(entry, codec, tokenizer, cache), (), {"name": codec.name, "digest": codec.digest}
-    found = read_codes(entry.path)
-    coders.check(entry.path, found.codec, found.codec_name, found.cardinality)
-    codec = {"name": found.codec_name, "digest": found.codec}
-    if coders.unknown:
-        return _both_voices(entry.path, found, coders.models[0].cfg.dep_q), found.joints, codec
-    return load_frames(entry, *coders.get(entry.path)), found.joints, codec
-
-
-def _both_voices(path: Path, found: Codes, codebooks: int) -> np.ndarray:
-    """Tokens [17, T] of a code file for which there is no codec here to encode silence with."""
-    if len(found.codes) not in (2 * codebooks, 2 * codebooks + 1):
-        raise InputError(
-            f"{path} has {len(found.codes)} rows of codes, but converted weights need {2 * codebooks} (both voices) or"
-            f" {2 * codebooks + 1} (text first): write the other voice too (docs/data.md)."
-        )
-    text = [] if found.has_text else [np.full((1, found.num_frames), ABSENT, np.int32)]
-    return np.concatenate([*text, found.codes])
+    def _check(self, path: Path, codec: Codec | CodecInfo, tokenizer: Tokenizer | TokenizerInfo) -> None:
+        for checkpoint in self._checkpoints:
+            try:
+                corpora.fit_model(checkpoint.cfg, codec, tokenizer, checkpoint.name, checkpoint.codec)
+            except InputError as error:
+                raise InputError(f"{path} does not fit {checkpoint.name}: {error}") from None
 
 
 def _names(paths: Sequence[Path], root: Path) -> list[str]:
