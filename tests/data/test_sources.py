@@ -301,6 +301,7 @@ ODD = [
 LOCALES = [{}, {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}]
 
 
+@pytest.mark.integration
 def test_names_in_any_bytes_are_prepared_found_again_and_printed_in_any_locale(tmp_path, sounds):
     folder = os.fsencode(tmp_path) + b"/in/sp\xffeaker"
     for index, name in enumerate(ODD):
@@ -329,6 +330,7 @@ def test_names_in_any_bytes_are_prepared_found_again_and_printed_in_any_locale(t
     assert {source.path for source in stored} == {os.fsdecode(folder + b"/" + name) for name in ODD}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("locale", [LOCALES[0], LOCALES[2]])
 def test_a_manifest_may_name_any_bytes(tmp_path, sounds, locale):
     given = [name for name in ODD if len(name) < 200]
