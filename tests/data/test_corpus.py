@@ -289,13 +289,6 @@ def test_files_that_do_not_go_together_are_refused(tmp_path, second, message, ot
         load(dataclasses.replace(FILES, **places[other]))
 
 
-@pytest.mark.parametrize("rate", ["25", "50", "6.25"])
-def test_codes_of_another_rate_alone_are_refused_as_beside_others(tmp_path, rate):
-    folder = prepared(tmp_path / "fast", codes_of(17, 20), codes_of(17, 20), frame_rate=rate)
-    with pytest.raises(InputError, match=rf"states frame_rate '{rate}' .*models read 12\.5 frames"):
-        load(dataclasses.replace(FILES, train=str(folder)))
-
-
 def test_audio_is_refused_where_the_codec_is_that_of_code_files(tmp_path):
     manifest = write_manifest(tmp_path, '{"path": "a.wav", "duration": 1.0}', name="m.jsonl")
     (tmp_path / "a.wav").touch()

@@ -197,29 +197,6 @@ def test_tokens_are_bounded_where_their_number_is_known(tmp_path):
         read_stated(tmp_path, big, *nobody)
 
 
-@pytest.mark.parametrize(
-    ("rows", "changes", "message"),
-    [
-        (8, {}, "8 rows of codes.*write both streams, 16 rows"),
-        (
-            16,
-            {"codec": "d" * 64},
-            "states codec 'dddd.*the codec of the data, it, has the digest cccc.*use code files of this",
-        ),
-        (16, {"cardinality": 32}, "states cardinality 32 .*it has 64"),
-        (
-            17,
-            {"tokenizer": "u" * 64},
-            "states tokenizer 'uuuu.*the tokenizer of the data has the digest tttt.*of this tokenizer",
-        ),
-    ],
-)
-def test_code_files_that_do_not_go_together_are_refused(tmp_path, rows, changes, message):
-    manifest = write_stated(tmp_path, random_codes(rows), STATED, **changes)
-    with pytest.raises(InputError, match=message):
-        opened(manifest, STATED, tmp_path, TEXT)
-
-
 def test_words_and_audio_are_refused_where_nothing_can_encode_them(tmp_path):
     with pytest.raises(InputError, match=r"a\.wav is audio, but data\.codec='files'.*make codes"):
         opened(write_entry(tmp_path, babble(1.0)), STATED, tmp_path, TEXT)

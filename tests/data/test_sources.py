@@ -139,8 +139,8 @@ def test_a_joined_stream_with_a_gap_is_left_out_whole(tmp_path, sounds, capsys, 
     assert [line["group"] for line in lines_of(tmp_path / "out")] == (["a", "b"] if is_whole else ["b"])
     skipped, _ = reported(capsys)
     assert sum("2.m4a is in a format" in line for line in skipped) == (not is_whole)
-    gap = f"skipped the stream a: {tmp_path}/in/a/2.m4a is left out, so 2 other recordings cannot be joined: mend it first."
-    assert (gap in skipped) == (not is_whole)
+    gap = f"skipped the stream a: {tmp_path}/in/a/2.m4a is left out, so 2 other recordings cannot be joined: "
+    assert any(line.startswith(gap) for line in skipped) == (not is_whole)
 
 
 # Links
