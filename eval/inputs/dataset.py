@@ -30,7 +30,7 @@ class EvalFile(NamedTuple):
 
     name: str
     group: str
-    """Speaker, or the name if the speaker is not known: the unit of statistics, as files of a speaker are not independent."""
+    """Speaker, or the name if it is not known: the unit of statistics, as files of a speaker are not independent."""
     frames: np.ndarray
     """Tokens, int32 [17, T]; unknown tokens are -1: fed as a zero vector and not scored, as in training."""
     boundaries: tuple[int, ...]
