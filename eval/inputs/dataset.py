@@ -1,10 +1,11 @@
-"""Speech to evaluate on: recordings or code files, named by a manifest, by the folder that `python -m eval prepare` made, or one by one."""
+"""Files to evaluate on: recordings or code files, from a manifest, a prepared folder, or a single path."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,17 +30,17 @@ class EvalFile(NamedTuple):
 
     name: str
     group: str
-    """Its speaker, or its own name where that is not known: the unit of statistics, one speaker's streams are not independent."""
+    """Speaker, or the name if it is not known: the unit of statistics, as files of a speaker are not independent."""
     frames: np.ndarray
-    """Tokens, int32 [17, T]; what is not known is -1: fed as a zero vector and not scored, as in training."""
+    """Tokens, int32 [17, T]; unknown tokens are -1: fed as a zero vector and not scored, as in training."""
     boundaries: tuple[int, ...]
     """Frames at which another recording begins."""
     codec: dict[str, str | None]
-    """Name and digest of the codec that made the codes; the name is None where a code file does not state it."""
+    """Name and digest of the codec; the name is None if a code file does not give it."""
 
     @property
     def text_known(self) -> np.ndarray:
-        """Frames whose text is known, and so scored, bool [T]."""
+        """Frames whose text is known and so is scored, bool [T]."""
         return self.frames[0] != ABSENT
 
     @property
@@ -56,64 +57,61 @@ class Skipped(NamedTuple):
 
 
 def of_corpus(corpus: corpora.Corpus) -> tuple[list[EvalFile], list[Skipped]]:
-    """The held-out files of a run's own corpus, as it would train on them, and those that are not there."""
+    """Returns the held-out files of a run's corpus, and those that do not exist."""
     codec = {"name": corpus.codec.name, "digest": corpus.codec.digest}
-    files = ((recording, recording.read()) for recording in corpus.heldout)
-    found = [EvalFile(file.name, file.speaker or file.name, frames, (), codec) for file, frames in files]
-    return found, [_skipped(str(one.path), one.reason) for one in corpus.absent["heldout"]]
+    files = [EvalFile(file.name, file.speaker or file.name, file.read(), (), codec) for file in corpus.heldout]
+    return files, [_skipped(str(absent.path), absent.reason) for absent in corpus.absent["heldout"]]
 
 
 def read(
-    data: str | Path, models: Sequence[Checkpoint], most: int | None = None
+    data: str | Path, checkpoints: Sequence[Checkpoint], most: int | None = None
 ) -> tuple[list[EvalFile], list[Skipped]]:
-    """The streams that `data` names, and the files that could not be used.
+    """Returns the files that `data` names, and those that cannot be used.
 
     Args:
-      data: a manifest, a folder with one, or a single recording or code file; models: all must be able to read the files;
-        most: frames of a file that are taken.
+      data: a manifest, a folder with one, or a recording or code file; checkpoints: all must be able to read the files.
+      most: frames of a file that are read.
 
-    Raises:
-      InputError: the manifest cannot be read, or no file at all can be used.
+    Raises `InputError` if the manifest cannot be read, or no file can be used.
     """
     (entries, absent), root = _entries(local(data))
-    names = _names([one.path for one in (*entries, *absent)], root)
+    names = _names([entry.path for entry in (*entries, *absent)], root)
     names, gone = names[: len(entries)], names[len(entries) :]
-    reader = _Reader(models)
-    found, skipped = [], [_skipped(name, one.reason) for name, one in zip(gone, absent, strict=True)]
+    reader = _Reader(checkpoints)
+    files, skipped = [], [_skipped(name, entry.reason) for name, entry in zip(gone, absent, strict=True)]
     for entry, name in zip(entries, names, strict=True):
         try:
-            if name in [one.name for one in found]:
+            if name in [file.name for file in files]:
                 raise InputError(f"{data} names {entry.path} twice: it is taken once.")
-            found.append(_eval_file(entry, name, reader, most))
+            files.append(_eval_file(entry, name, reader, most))
         except InputError as error:
             if len(entries) == 1 and not absent:
                 raise
             skipped.append(_skipped(name, str(error)))
-    if not found:
+    if not files:
         raise InputError(f"none of the {len(skipped)} files of {data} can be used; the first: {skipped[0].reason}")
-    if len(codecs := {one.codec["digest"]: one for one in found}) > 1:
-        of = " and ".join(
-            f"{one.name} (codec {(digest or 'not stated')[:12]})" for digest, one in list(codecs.items())[:2]
-        )
+    if len(codecs := {file.codec["digest"]: file for file in files}) > 1:
+        examples = (f"{file.name} (codec {(digest or 'not stated')[:12]})" for digest, file in codecs.items())
+        of = " and ".join(itertools.islice(examples, 2))
         raise InputError(f"{data} holds codes of {len(codecs)} codecs, such as {of}: evaluate those of one at a time.")
-    return found, skipped
+    return files, skipped
 
 
-def first(data: str | Path, models: Sequence[Checkpoint], least: int) -> EvalFile:
-    """The first stream that `data` names and that is there, as `read` gives it; it must have `least` frames. Raises `InputError`."""
+def first(data: str | Path, checkpoints: Sequence[Checkpoint], least: int) -> EvalFile:
+    """Returns the first existing file that `data` names. Raises `InputError` if it has fewer than `least` frames."""
     (entries, _), root = _entries(local(data))
-    found = _eval_file(entries[0], _names([entries[0].path], root)[0], _Reader(models), None)
-    frames = found.frames.shape[1]
+    file = _eval_file(entries[0], _names([entries[0].path], root)[0], _Reader(checkpoints), None)
+    frames = file.frames.shape[1]
     if frames < least:
         raise InputError(
-            f"{entries[0].path} lasts {frames} frames ({frames / FRAME_RATE:.1f} s), {least} are needed: give a longer recording or ask"
-            " for fewer."
+            f"{entries[0].path} lasts {frames} frames ({frames / FRAME_RATE:.1f} s), {least} are needed: give a longer"
+            " recording or ask for fewer."
         )
-    return found
+    return file
 
 
 def embedded() -> Path:
-    """The manifest of the embedded corpus's held-out files."""
+    """Returns the manifest of the embedded corpus's held-out files."""
     return corpora.EMBEDDED / "heldout.jsonl"
 
 
@@ -124,10 +122,11 @@ def heldout(checkpoint: Checkpoint) -> Path:
 
 
 def _entries(path: Path) -> tuple[Manifest, Path]:
-    """The files that a path names, and the folder that their names are relative to."""
+    """Returns the files that a path names, and the folder that their names are relative to."""
     if path.is_dir() and not (path / MANIFEST).is_file():
         raise InputError(
-            f"{path} has no {MANIFEST}: make codes of the recordings in it first (python -m eval prepare {path} --out FOLDER)."
+            f"{path} has no {MANIFEST}: make codes of the recordings in it first (python -m eval prepare {path} --out"
+            " FOLDER)."
         )
     manifest = path / MANIFEST if path.is_dir() else path
     if is_manifest(manifest):
@@ -136,7 +135,7 @@ def _entries(path: Path) -> tuple[Manifest, Path]:
         raise InputError(
             f"{path} does not exist: give a manifest (.jsonl), a prepared folder, audio or codes (.safetensors)."
         )
-    # No manifest says how long it should be: of nan no length differs.
+    # The length is not known in advance: nan differs from no length.
     return Manifest([Entry(path, math.nan, beside(path, ".json"))], []), path.parent.parent
 
 
@@ -152,7 +151,7 @@ def _eval_file(entry: Entry, name: str, reader: _Reader, most: int | None) -> Ev
 
 
 class _Reader:
-    """Reads files with the codec and the tokenizer of the checkpoints, which are loaded when the first file needs them."""
+    """Reads files with the codec and the tokenizer of the checkpoints, loaded for the first file that needs them."""
 
     def __init__(self, checkpoints: Sequence[Checkpoint]):
         self._checkpoints = checkpoints
@@ -168,8 +167,8 @@ class _Reader:
         if entry.path.suffix != ".safetensors":
             if self._run is None:
                 raise InputError(
-                    f"{entry.path} is audio, but converted weights do not say which codec they need: prepare code files first"
-                    " (docs/data.md)."
+                    f"{entry.path} is audio, but converted weights do not say which codec they need: prepare code files"
+                    " first (docs/data.md)."
                 )
             codec = self._frame_reader.codec
             self._check(entry.path, codec, self._frame_reader.tokenizer)
@@ -201,7 +200,7 @@ class _Reader:
 
 
 def _names(paths: Sequence[Path], root: Path) -> list[str]:
-    """Of files, short and each its own: the path below the manifest's folder without suffix, or all of it where two would be alike."""
+    """Returns unique names: paths below the manifest's folder without suffix, or whole paths if two would be alike."""
 
     def short(path: Path) -> str:
         path, folder = absolute(path), absolute(root)
@@ -209,7 +208,7 @@ def _names(paths: Sequence[Path], root: Path) -> list[str]:
         parts = path.with_suffix("").parts
         return printable("/".join(parts[1:] if len(parts) > 1 and parts[0] == "codes" else parts))
 
-    named: dict[str, set[Path]] = {}
+    paths_of: dict[str, set[Path]] = {}
     for path in paths:
-        named.setdefault(short(path), set()).add(absolute(path))
-    return [short(path) if len(named[short(path)]) == 1 else printable(str(path)) for path in paths]
+        paths_of.setdefault(short(path), set()).add(absolute(path))
+    return [short(path) if len(paths_of[short(path)]) == 1 else printable(str(path)) for path in paths]

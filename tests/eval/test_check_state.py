@@ -274,7 +274,7 @@ def test_mistakes_are_reported(folder, tmp_path):
         ((tmp_path / "plain",), "plain has no TTT layers"),
         ((folder / "run", "--frames", 1), "--frames 1 cannot show persistence"),
         ((folder / "run", "--audio", speech, "--frames", 17), "lasts 16 frames"),
-        ((folder / "run", "--audio", tmp_path / "foreign.safetensors"), "but run was trained with"),
+        ((folder / "run", "--audio", tmp_path / "foreign.safetensors"), "does not fit run: run was trained with"),
         ((folder / "run", "--audio", tmp_path / "no.wav"), "no.wav does not exist"),
     ):
         with pytest.raises(InputError, match=message):

@@ -438,7 +438,7 @@ def test_mistakes_are_reported(folder, tmp_path):
         ((run, "--frames", 50), "--frames 50 end before the first record"),
         ((run, "--data", speech, *out), "lasts 23 frames .1.8 s., 100 are needed"),
         ((run, "--data", speech, "--frames", 30, "--every", 5, *out), "lasts 23 frames .1.8 s., 30 are needed"),
-        ((run, "--data", tmp_path / "foreign.safetensors", *out), "but one was trained with"),
+        ((run, "--data", tmp_path / "foreign.safetensors", *out), "does not fit one: one was trained with"),
         ((run, "--data", tmp_path / "no.wav", *out), "no.wav does not exist"),
         ((run, "--data", tmp_path / "file", *out), "file is an empty file"),
         ((run, "--data", speech, "--out", tmp_path / "file"), "--out .*file cannot be made"),
