@@ -2,7 +2,9 @@
 
 import logging
 
+import numpy as np
 import pytest
+import soundfile
 
 from tests.helpers.sounds import FORMATS, RATE, encoded, noise
 from ttt_jax.data.audio.reader import read_audio
@@ -29,3 +31,14 @@ def read(tmp_path):
 @pytest.fixture(autouse=True)
 def _warnings_are_seen(caplog):
     caplog.set_level(logging.WARNING, logger="ttt_jax")
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """Two recordings of a second: their bytes."""
+    path = tmp_path_factory.mktemp("sounds") / "a.wav"
+    contents = []
+    for seed in range(2):
+        soundfile.write(path, np.random.default_rng(seed).normal(size=16000) / 10, 16000)
+        contents.append(path.read_bytes())
+    return contents

@@ -49,7 +49,7 @@ def run(*args):
 
 def lines_of(folder):
     """The manifest of a prepared folder."""
-    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 
 def codes_of(folder):
