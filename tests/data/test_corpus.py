@@ -48,10 +48,7 @@ def prepared(folder, *files, **metadata):
 
 
 EMBEDDED_DESCRIPTION = {
-    "codec": {
-        "name": "melkmeans-8x64",
-        "digest": "ae66c5be10645ee4dea7a6ee2c27662a77061f9ac182bec93d531cf860feacdf",
-    },
+    "codec": {"name": "melkmeans-8x64", "digest": "ae66c5be10645ee4dea7a6ee2c27662a77061f9ac182bec93d531cf860feacdf"},
     "tokenizer": {"digest": "75d8fe2c18433f45f287b4297fb87fa5914f162e2ddda2e9000f109252443470", "pieces": 512},
     "train": {
         "files": 20,

@@ -2,16 +2,7 @@
 
 import pytest
 
-from tests.helpers.sounds import (
-    COUNT,
-    RANDOM,
-    encoded,
-    flac_with_total,
-    noise,
-    refused,
-    source,
-    wav,
-)
+from tests.helpers.sounds import COUNT, RANDOM, encoded, flac_with_total, noise, refused, source, wav
 from ttt_jax.data.audio import reader
 from ttt_jax.data.audio.containers import flac
 

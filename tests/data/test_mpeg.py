@@ -6,17 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers.sounds import (
-    COUNT,
-    RANDOM,
-    RATE,
-    TAG,
-    chunk,
-    encoded,
-    noise,
-    refused,
-    source,
-)
+from tests.helpers.sounds import COUNT, RANDOM, RATE, TAG, chunk, encoded, noise, refused, source
 from ttt_jax.data.audio import formats
 from ttt_jax.data.audio.containers import mpeg
 from ttt_jax.data.audio.reader import read_audio

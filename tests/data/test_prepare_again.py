@@ -11,15 +11,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.places import ROOT
-from tests.helpers.recordings import (
-    codes_of,
-    librilight,
-    lines_of,
-    offline,
-    record,
-    run,
-    stems,
-)
+from tests.helpers.recordings import codes_of, librilight, lines_of, offline, record, run, stems
 from ttt_jax.codec.kmeans import KMeansCodec
 from ttt_jax.data import encode
 from ttt_jax.data.codes import read_codes

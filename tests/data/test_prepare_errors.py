@@ -8,16 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.helpers.recordings import (
-    CODEC,
-    RATE,
-    babble,
-    librilight,
-    lines_of,
-    record,
-    run,
-    stems,
-)
+from tests.helpers.recordings import CODEC, RATE, babble, librilight, lines_of, record, run, stems
 from ttt_jax.codec import load_codec
 from ttt_jax.data import encode
 from ttt_jax.data.manifest import Entry

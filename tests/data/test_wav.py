@@ -5,19 +5,7 @@ import struct
 
 import pytest
 
-from tests.helpers.sounds import (
-    APE,
-    COUNT,
-    ID3,
-    RANDOM,
-    RATE,
-    TAG,
-    chunk,
-    encoded,
-    noise,
-    refused,
-    wav,
-)
+from tests.helpers.sounds import APE, COUNT, ID3, RANDOM, RATE, TAG, chunk, encoded, noise, refused, wav
 from ttt_jax.data.audio.containers import Source, find_parts
 from ttt_jax.data.audio.reader import read_audio
 from ttt_jax.errors import InputError
