@@ -27,6 +27,9 @@ ADVICE = {
 }
 """What to do where persist is compared with reset."""
 
+MARGIN, THRESHOLD = 0.02, 10.0
+"""Default margin of equivalence in nats, and default effect worth having in percent of the loss."""
+
 FIRM = 6
 """Units from which their spread is known well enough to say how many more would decide; seeds from which a test of them decides."""
 NOTHING = 5e-5
