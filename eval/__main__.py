@@ -1,4 +1,4 @@
-"""Entry of `python -m eval`: reads the command line first, loads jax only for what can start."""
+"""Entry of `python -m eval`: finds the command's module and imports that one only."""
 
 from __future__ import annotations
 
@@ -8,14 +8,42 @@ import sys
 from collections.abc import Sequence
 
 from ttt_jax.data.sources import LAYOUTS
-from ttt_jax.utils.command import run
+from ttt_jax.errors import InputError
+from ttt_jax.utils.command import parse, run
 
-TASK_NAMES = {
-    "recall": "facts told early are asked for later",
-    "speaker": "a speaker's few tokens are learned once",
-    "control": "nothing to remember",
+COMMANDS = {
+    "prepare": ("eval.prepare", "audio to files of codes"),
+    "tasks": ("eval.benchmarks.tasks", "data sets for which the best possible loss is known"),
+    "stream": (
+        "eval.streaming.command",
+        "losses on speech, frame by frame, with the memory kept, reset, frozen and off",
+    ),
+    "draw": ("eval.streaming.plots", "table and figures of stored results again"),
+    "compare": ("eval.compare.command", "does memory help? conditions by file, with statistics and a verdict"),
+    "check-state": ("eval.check_state.command", "whether the fast weights persist: PASS or FAIL"),
+    "diagnose": ("eval.diagnose.command", "what the TTT layers do beside attention, record by record"),
 }
-"""Names in `eval.benchmarks.tasks.TASKS`."""
+"""By name: the module, which has a dataclass `Options` and a function `main(options)` that returns the exit code; its help."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs the command line `args`; returns the exit code. Raises `InputError` if there is no such command."""
+    if not args or args[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("usage: python -m eval COMMAND [--help] ...\n\nEvaluate what `python -m train` made.\n")
+        print("\n".join(f"  {name:{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()))
+        return 0 if args else 2
+    name, *rest = args
+    if name not in COMMANDS:
+        raise InputError(f"there is no command {name}: give one of {', '.join(COMMANDS)}.")
+    module = importlib.import_module(COMMANDS[name][0])
+    if not hasattr(module, "Options"):
+        return module.main(_legacy(name, rest))
+    return module.main(parse(module.Options, f"python -m eval {name}", rest))
+
+
+# Builders for the modules that have no `Options` yet.
+
 OUT = (
     "folder for the results; unset: {kind}, or {kind}-DATA with --data, in {whose} folder, DATA being the whole name; results of the"
     " same data, checkpoints and question are replaced, a folder with others is refused"
@@ -52,38 +80,6 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Interrupted? Run the same again: what is encoded stays. Exit code: 0 all is encoded; 2 nothing is, an input is to"
         " be mended; 3 some recordings were unusable, were named and left out; 130 interrupted. See docs/data.md."
-    )
-
-
-def _tasks(parser: argparse.ArgumentParser) -> None:
-    """Flags of `tasks`."""
-    add = parser.add_argument
-    add("task", choices=tuple(TASK_NAMES), help="; ".join(f"{name}: {what}" for name, what in TASK_NAMES.items()))
-    add(
-        "--out",
-        metavar="FOLDER",
-        required=True,
-        help="where the code files, manifest.jsonl and task.json go; new or empty",
-    )
-    add("--files", type=int, default=64, metavar="N", help="%(default)s")
-    add("--frames", type=int, default=512, metavar="N", help="length of a file; %(default)s")
-    add(
-        "--every",
-        type=int,
-        default=16,
-        metavar="N",
-        help="behind the start, frames for each question (recall, control) or each token (speaker); %(default)s",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="give files to train on and files to test on different ones; %(default)s",
-    )
-    parser.epilog = (
-        "Train on the folder with --data.train FOLDER --data.codec files --data.from-start --loss.text 0: what there is to know"
-        " stands at the start of each file, and its text is padding. See docs/evaluation.md."
     )
 
 
@@ -153,55 +149,6 @@ def _draw(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, metavar="N", help="frames that a position averages; unset: as stored")
 
 
-def _check_state(parser: argparse.ArgumentParser) -> None:
-    """Flags of `check-state`."""
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", nargs="?", help="a run or converted weights; unset: an untrained tiny"
-    )
-    parser.add_argument(
-        "--audio",
-        metavar="FILE",
-        help="audio, codes (.safetensors) or a manifest, whose first file is taken; unset: embedded speech, held out",
-    )
-    parser.add_argument(
-        "--frames", type=int, default=50, metavar="N", help="frames to stream (80 ms each); %(default)s"
-    )
-    parser.epilog = (
-        "Streams a recording frame by frame and prints, frame by frame, a digest of the fast weights, then a line for each"
-        " property: they change at every frame, build on the frame before, survive saving, are cleared by a reset of their"
-        " row alone, do not depend on other rows, leave the parameters alone, and are the same in calls of any length."
-        " The last line is PASS (exit code 0) or FAIL (1)."
-    )
-
-
-def _diagnose(parser: argparse.ArgumentParser) -> None:
-    """Flags of `diagnose`."""
-    add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", nargs="?", help="folder of a run or of converted weights")
-    add(
-        "--data",
-        metavar="FILE",
-        help="audio, codes (.safetensors) or a manifest, whose first file is taken; unset: the run's held-out files, or the"
-        " embedded ones",
-    )
-    add("--every", type=int, default=100, metavar="N", help="frames from one record to the next; %(default)s")
-    add("--frames", type=int, metavar="N", help="first frames that are streamed; unset: all")
-    add("--chunk", type=int, metavar="N", help="most frames of a call between records, 1: a live stream; unset: 128")
-    add("--compare", metavar="OTHER", help="a second checkpoint, on the same audio: both side by side")
-    add(
-        "--out",
-        metavar="FOLDER",
-        help=OUT.format(kind="diagnose", whose="CHECKPOINT's") + "; with --compare diagnose-OTHER",
-    )
-    add("--draw", metavar="FOLDER", help="only draw the figures again from the records in FOLDER")
-    parser.epilog = (
-        "A record of a frame and TTT layer says how large the stream after attention, which the layer reads, and the layer's"
-        " output are and how they stand to each other, how far the gate is open, what has changed since the record before,"
-        " how far the fast weights have moved and what they know of the frame. Printed, stored as records.jsonl and drawn as"
-        " diagnose.png and diagnose.pdf. Between records nothing is measured, so they cost next to nothing."
-    )
-
-
 def _compare(parser: argparse.ArgumentParser) -> None:
     """Flags of `compare`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -247,34 +194,10 @@ skipped"""
     )
 
 
-COMMANDS = {
-    "prepare": ("eval.prepare", _prepare, "audio to cached codes"),
-    "tasks": ("eval.benchmarks.tasks", _tasks, "data sets in which what memory is worth is known"),
-    "stream": ("eval.streaming.command", _stream, "speech frame by frame, memory kept, reset, frozen and off"),
-    "draw": ("eval.streaming.plots", _draw, "the table and the figures of stored results again"),
-    "compare": (
-        "eval.compare.command",
-        _compare,
-        "does memory help? conditions compared by file, with statistics and a verdict",
-    ),
-    "check-state": (
-        "eval.check_state",
-        _check_state,
-        "whether the fast weights persist: PASS or FAIL",
-    ),
-    "diagnose": ("eval.diagnose.command", _diagnose, "what TTT layers do beside attention, record by record"),
-}
-"""By name: the module whose `main(options)` returns the exit code, its flags, and what it is for."""
-
-
-def main(args: Sequence[str]) -> int:
-    """Run the command line `args`; the exit code: 0 done, 2 an input to mend."""
-    parser = argparse.ArgumentParser(prog="python -m eval", description="Evaluate what `python -m train` made.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (_, add, purpose) in COMMANDS.items():
-        add(commands.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + "."))
-    options = parser.parse_args(args)
-    return importlib.import_module(COMMANDS[options.command][0]).main(options)
+def _legacy(name: str, args: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m eval {name}")
+    {"prepare": _prepare, "stream": _stream, "draw": _draw, "compare": _compare}[name](parser)
+    return parser.parse_args(args)
 
 
 if __name__ == "__main__":

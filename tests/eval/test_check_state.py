@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from eval import __main__ as command
-from eval import check_state as check
+from eval.check_state import checks as check
+from eval.check_state import command as check_command
 from tests.helpers import eval_models, micro
 from tests.helpers.drawing import quick_jit
 from tests.helpers.micro import MODEL
@@ -219,8 +220,8 @@ def test_the_table_is_shortened_in_the_middle_and_shows_few_of_many_layers():
     layers, frames = 5, 51
     digest = np.char.add("d", np.arange(frames * layers * 2).astype(str)).reshape(frames, layers, 2)
     zeros = np.zeros(digest.shape)
-    lines = check.table(check.Trace(digest, zeros, zeros, zeros, None), (3, 4, 5, 6, 7))
-    assert len(lines) == 1 + 3 * (1 + check.HEAD + check.TAIL) + 1 + 2
+    lines = check_command.table(check.Trace(digest, zeros, zeros, zeros, None), (3, 4, 5, 6, 7))
+    assert len(lines) == 1 + 3 * (1 + check_command.HEAD + check_command.TAIL) + 1 + 2
     assert sum(" NO" in line for line in lines) == 0
     assert "(3 of 5 TTT layers)" in lines
 
@@ -256,12 +257,12 @@ def test_the_command_fails(folder, capsys, monkeypatch):
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == "FAIL"
     assert sum("  FAIL  " in line for line in said) == 3
-    assert sum(line.endswith(" NO") for line in said) == check.HEAD + check.TAIL
+    assert sum(line.endswith(" NO") for line in said) == check_command.HEAD + check_command.TAIL
 
 
 def test_without_a_checkpoint_an_untrained_tiny_is_checked(monkeypatch):
     monkeypatch.setattr(model, "init_params", lambda cfg, key: cfg.dim)
-    tiny = check.fresh_tiny()
+    tiny = check_command.fresh_tiny()
     assert (tiny.name, tiny.params, tiny.cfg.ttt_layers) == ("tiny, freshly initialised", 128, (0,))
 
 

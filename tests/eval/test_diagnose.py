@@ -9,6 +9,7 @@ import pytest
 
 from eval import __main__ as command
 from eval.diagnose import command as diagnose_command
+from eval.diagnose import measure
 from eval.diagnose import records as report
 from eval.inputs import checkpoints
 from tests.helpers import eval_models, micro
@@ -29,14 +30,12 @@ def quick_programs():
     """Programs that compile quickly."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("advance", "measure"):
-            patch.setattr(
-                diagnose_command, name, quick_jit(getattr(diagnose_command, name).__wrapped__, static_argnames="cfg")
-            )
+            patch.setattr(measure, name, quick_jit(getattr(measure, name).__wrapped__, static_argnames="cfg"))
         yield
 
 
 def walk(params=None, cfg=CFG, frames=FRAMES, every=EVERY, chunk=None):
-    return list(diagnose_command.walk(params or eval_models.params(cfg), eval_models.tokens(frames), cfg, every, chunk))
+    return list(measure.walk(params or eval_models.params(cfg), eval_models.tokens(frames), cfg, every, chunk))
 
 
 @pytest.fixture(scope="module")
@@ -188,9 +187,9 @@ def test_without_an_inner_rate_the_fast_weights_stay():
 def test_between_records_nothing_is_measured(monkeypatch):
     calls = []
     for name in ("advance", "measure"):
-        one = getattr(diagnose_command, name)
+        one = getattr(measure, name)
         monkeypatch.setattr(
-            diagnose_command, name, lambda *a, one=one, name=name: calls.append((name, a[1].shape[2])) or one(*a)
+            measure, name, lambda *a, one=one, name=name: calls.append((name, a[1].shape[2])) or one(*a)
         )
     walk(chunk=3)
     assert calls == 4 * [("advance", 3), ("advance", 3), ("measure", 1)]

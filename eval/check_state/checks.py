@@ -1,4 +1,4 @@
-"""`python -m eval check-state`: whether the fast weights of a checkpoint persist from frame to frame, in seconds.
+"""The checks of `python -m eval check-state`.
 
 A recording goes through `forward` one frame at a time, in row 0 of two rows, beside three neighbours: other audio; the same
 audio with its TTT states cleared before every frame; and nothing at all. What the TTT states are is told by their SHA-256.
@@ -6,7 +6,6 @@ audio with its TTT states cleared before every frame; and nothing at all. What t
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import tempfile
 from collections.abc import Callable
@@ -18,17 +17,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from eval.inputs import checkpoints, dataset
-from train.config import TrainConfig
 from ttt_jax.checkpoints import stream_state
-from ttt_jax.config import FRAME_RATE, MoshiConfig
-from ttt_jax.data.corpus import CorpusConfig
-from ttt_jax.errors import InputError
+from ttt_jax.config import MoshiConfig
 from ttt_jax.moshi import model
 from ttt_jax.moshi.loss import token_losses
 from ttt_jax.moshi.model import Params, State
 from ttt_jax.ttt.inner import TTTState
-from ttt_jax.utils.command import keep_compiled
 
 CALL = 7
 """Frames of the shorter calls that streaming is compared with: no divisor of the usual mini-batches."""
@@ -37,7 +31,6 @@ TOLERANCES = {"float64": (1e-9, 1e-9), "float32": (1e-4, 1e-4), "bfloat16": (1.0
 
 In bfloat16 a sum in another order gives hidden vectors other last bits of their 8, which every layer carries on: up to 0.15 nats
 and 0.012 were seen on random weights of 12 layers."""
-SHOWN_LAYERS, HEAD, TAIL = 3, 4, 3
 
 Call = Callable[[Params, np.ndarray, np.ndarray, State], tuple[jax.Array, State]]
 """From parameters, frames [B, K, T], mask [B, T] and state to losses in nats [B, 1 + Q, T] and the state after the call."""
@@ -79,42 +72,6 @@ class Report(NamedTuple):
     def passed(self) -> bool:
         """Whether every check did."""
         return all(check.passed for check in self.checks)
-
-
-def main(options: argparse.Namespace) -> int:
-    """Run the check that `options` ask for and print what it finds; the exit code: 0 PASS, 1 FAIL. Raises `InputError`."""
-    keep_compiled(CorpusConfig().cache_dir / "compiled")
-    checkpoint = fresh_tiny() if options.checkpoint is None else checkpoints.load(options.checkpoint)
-    require_ttt(checkpoint)
-    if options.frames < 2:
-        raise InputError(f"--frames {options.frames} cannot show persistence: give 2 or more.")
-    heard = dataset.first(options.audio or dataset.embedded(), [checkpoint], options.frames)
-    print(
-        f"{checkpoint.name}: TTT layers {','.join(map(str, checkpoint.cfg.ttt_layers))}, mini-batch"
-        f" {checkpoint.cfg.ttt.mini_batch}, {checkpoint.cfg.dtype}; {options.frames} frames ({options.frames / FRAME_RATE:.1f} s) of"
-        f" {heard.name}, one at a time\n",
-        flush=True,
-    )
-    report = check(checkpoint.params, heard.frames[:, : options.frames], checkpoint.cfg)
-    print("\n".join([*table(report.trace, checkpoint.cfg.ttt_layers), "", *lines(report.checks), "", report.meaning]))
-    print("PASS" if report.passed else "FAIL")
-    return 0 if report.passed else 1
-
-
-def fresh_tiny() -> checkpoints.Model:
-    """The preset `tiny` with untrained weights."""
-    run = TrainConfig()
-    key = jax.random.key(0, impl="unsafe_rbg")  # for any weights will do, and these compile in a third of the time
-    return checkpoints.Model("tiny, freshly initialised", run.model, model.init_params(run.model, key), run, {})
-
-
-def require_ttt(checkpoint: checkpoints.Model) -> None:
-    """Raise `InputError` if there is no TTT layer to look at."""
-    if not checkpoint.cfg.ttt_layers:
-        raise InputError(
-            f"{checkpoint.name} has no TTT layers, so it has no fast weights: give a checkpoint with TTT layers"
-            " (python -m ttt_jax.convert kyutai --ttt-layers adds them)."
-        )
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -369,28 +326,3 @@ def interpretation(changes: bool, builds: bool, failed: list[str]) -> str:
     if changes:
         return "The fast weights are reset: every frame moves them, but from the same start, and what it taught is gone at the next."
     return "The fast weights do not persist: frames pass and leave them as they were, so nothing is learned or nothing of it is kept."
-
-
-def table(trace: Trace, layers: tuple[int, ...]) -> list[str]:
-    """Row 0 frame by frame, shortened in the middle; a few layers of many."""
-    picked = [*range(len(layers))] if len(layers) <= SHOWN_LAYERS else [0, len(layers) // 2, len(layers) - 1]
-    frames = len(trace.digest)
-    rows = [" frame  layer  digest        step     displacement  changed"]
-    for t in range(frames):
-        if HEAD < t < frames - TAIL:
-            if t == HEAD + 1:
-                rows.append("   ...")
-            continue
-        for i in picked:
-            changed = "yes" if t and trace.digest[t, i, 0] != trace.digest[t - 1, i, 0] else "NO" if t else "(fresh)"
-            figures = f"{trace.step[t, i, 0]:<9.5f}{trace.displacement[t, i, 0]:<14.5f}"
-            rows.append(f"{t:6}  {layers[i]:5}  {trace.digest[t, i, 0][:12]}  {figures}{changed}")
-    if len(picked) < len(layers):
-        rows.append(f"(3 of {len(layers)} TTT layers)")
-    return [*rows, "step and displacement in norms of the learned start"]
-
-
-def lines(checks: list[Check]) -> list[str]:
-    """A line for each."""
-    width = max(len(check.what) for check in checks)
-    return [f"{check.what:{width}}  {'PASS' if check.passed else 'FAIL'}  {check.figure}" for check in checks]
