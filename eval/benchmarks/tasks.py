@@ -35,7 +35,7 @@ from ttt_jax.utils.files import write_atomically
 from ttt_jax.utils.paths import local
 
 if TYPE_CHECKING:
-    from eval.inputs.dataset import Speech
+    from eval.inputs.dataset import EvalFile
 
 SETTINGS = "task.json"
 CODEC = hashlib.sha256(b"ttt_jax.tasks/1").hexdigest()
@@ -201,7 +201,7 @@ def _best(task: str, stream: np.ndarray, reach: int) -> np.ndarray:
     return nats
 
 
-def bounds_for(data: Path, files: Sequence[Speech], reach: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def bounds_for(data: Path, files: Sequence[EvalFile], reach: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """`best` of files of the data set in the folder `data`: with all memory, and with `reach` frames of it, float64 [T] each.
 
     Raises `InputError`: the folder's task.json is not what `python -m eval tasks` writes.

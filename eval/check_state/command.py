@@ -12,7 +12,7 @@ from ttt_jax.errors import InputError
 
 if TYPE_CHECKING:
     from eval.check_state.checks import Check, Trace
-    from eval.inputs.checkpoints import Model
+    from eval.inputs.checkpoints import Checkpoint
 
 SHOWN_LAYERS, HEAD, TAIL = 3, 4, 3
 """Layers in the table, and frames at its start and end."""
@@ -68,17 +68,17 @@ def main(options: Options) -> int:
     return 0 if report.passed else 1
 
 
-def fresh_tiny() -> Model:
+def fresh_tiny() -> Checkpoint:
     """Returns the model tiny with untrained weights."""
     import jax
 
-    from eval.inputs.checkpoints import Model
-    from train.config import TrainConfig
+    from eval.inputs.checkpoints import Checkpoint
+    from ttt_jax.data.corpus import CorpusConfig
     from ttt_jax.moshi import model
 
     cfg = MODEL_PRESETS["tiny"]
     key = jax.random.key(0, impl="unsafe_rbg")  # compiles in a third of the time of the default generator
-    return Model("tiny, freshly initialised", cfg, model.init_params(cfg, key), TrainConfig(), {})
+    return Checkpoint("tiny, freshly initialised", cfg, model.init_params(cfg, key), {}, CorpusConfig(), None)
 
 
 def table(trace: Trace, layers: tuple[int, ...]) -> list[str]:

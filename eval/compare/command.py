@@ -26,8 +26,8 @@ from ttt_jax.utils.paths import local
 
 if TYPE_CHECKING:  # --again needs neither jax nor models
     from eval.compare.conditions import Asked
-    from eval.inputs.checkpoints import Model
-    from eval.inputs.dataset import Speech
+    from eval.inputs.checkpoints import Checkpoint
+    from eval.inputs.dataset import EvalFile
     from eval.streaming.scores import FileScores
 
 BROKEN = 1
@@ -116,7 +116,9 @@ def _experiment(asked: Sequence[Asked], options: argparse.Namespace) -> tuple[Ex
         files = [
             file._replace(
                 frames=file.frames[:, : options.frames],
-                joints=tuple(joint for joint in file.joints if options.frames is None or joint < options.frames),
+                boundaries=tuple(
+                    joint for joint in file.boundaries if options.frames is None or joint < options.frames
+                ),
             )
             for file in files
         ]
@@ -166,7 +168,7 @@ def _experiment(asked: Sequence[Asked], options: argparse.Namespace) -> tuple[Ex
     ), folder
 
 
-def _described(paths: Sequence[str]) -> dict[str, Model]:
+def _described(paths: Sequence[str]) -> dict[str, Checkpoint]:
     """The checkpoints by path, each of a name of its own; of several the weights are let go until they are needed."""
     from eval.inputs import checkpoints as models_
 
@@ -181,12 +183,11 @@ def _spelled_alike(asked: Sequence[Asked]) -> list[Asked]:
     return [one._replace(paths=tuple(first[os.path.realpath(path)] for path in one.paths)) for one in asked]
 
 
-def _setting(models: Sequence[Model], files: Sequence[Speech], options: argparse.Namespace) -> Setting:
+def _setting(models: Sequence[Checkpoint], files: Sequence[EvalFile], options: argparse.Namespace) -> Setting:
     """What was asked for, completed by what the first run was trained with and by what models are."""
     from eval.streaming.command import PERIOD
 
-    run = models[0].run
-    chunk = options.reset_every or (run.data.chunk if run else PERIOD)
+    chunk = options.reset_every or models[0].chunk or PERIOD
     if all(file.frames.shape[1] <= chunk for file in files):
         raise InputError(
             f"no file is longer than a chunk of {chunk} frames, so nothing is left to compare: give longer files or a smaller --reset-every."
@@ -203,7 +204,7 @@ def _setting(models: Sequence[Model], files: Sequence[Speech], options: argparse
     )
 
 
-def reach(model: Model) -> int:
+def reach(model: Checkpoint) -> int:
     """Frames that attention can look back at most: each layer hands on what its window shows, and codebooks come with their delay."""
     return sum(context - 1 for context in model.cfg.contexts) + 1 + model.cfg.max_delay
 
@@ -224,7 +225,7 @@ def _subject_of(folder: Path) -> folders.Subject:
 
 def _subject(
     data: str | None,
-    files: Sequence[File | Speech],
+    files: Sequence[File | EvalFile],
     skipped: Sequence[dict[str, str]],
     compared: Sequence[Condition],
     checkpoints: Sequence[dict[str, Any]],
@@ -252,8 +253,8 @@ def _subject(
 
 def _stream(
     compared: Sequence[Condition],
-    models: dict[str, Model],
-    files: Sequence[Speech],
+    models: dict[str, Checkpoint],
+    files: Sequence[EvalFile],
     setting: Setting,
     batch: int | None,
 ) -> tuple[dict[tuple[str, str], np.ndarray], np.ndarray, dict[str, str]]:
@@ -333,7 +334,7 @@ def _sums(values: np.ndarray, pieces: np.ndarray) -> np.ndarray:
 
 
 def task_bounds(
-    data: str | None, files: Sequence[Speech], frames: int
+    data: str | None, files: Sequence[EvalFile], frames: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]] | None:
     """What could be reached at best on a controlled task; None where `data` is no such task.
 
@@ -359,7 +360,7 @@ def _bounds(found: tuple[list[np.ndarray], list[np.ndarray]], setting: Setting, 
     return Bounds(mean(ideal), mean(memoryless), weight)
 
 
-def _about(model: Model) -> dict:
+def _about(model: Checkpoint) -> dict:
     """What results.json says of a checkpoint."""
     own = {"name": model.name, "attention": list(model.cfg.contexts), "ttt_layers": list(model.cfg.ttt_layers)}
-    return own | ({"seed": model.run.seed} if model.run else {}) | model.about
+    return own | ({"seed": model.seed} if model.corpus else {}) | model.about

@@ -10,7 +10,7 @@ from ttt_jax.errors import InputError
 from ttt_jax.utils.paths import exists, listed, local, printable
 
 if TYPE_CHECKING:
-    from eval.inputs.checkpoints import Model
+    from eval.inputs.checkpoints import Checkpoint
 
 ARMS, WITHOUT_TTT = ("persist", "reset", "frozen", "off"), "off"
 """Those of `eval.streaming.arms` that can be compared, in their order, and the one of a model without TTT layers."""
@@ -68,7 +68,7 @@ def _items(text: str) -> tuple[str, ...]:
     return tuple(item if exists(item) else item.strip() for item in found)
 
 
-def conditions(asked: Sequence[Asked], models: dict[str, Model]) -> list[Condition]:
+def conditions(asked: Sequence[Asked], models: dict[str, Checkpoint]) -> list[Condition]:
     """The conditions that are asked for; `models` by path, each of another name.
 
     Raises `InputError` if they cannot be compared.

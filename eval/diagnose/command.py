@@ -18,8 +18,8 @@ from ttt_jax.errors import InputError
 from ttt_jax.utils.paths import file_name, local
 
 if TYPE_CHECKING:
-    from eval.inputs.checkpoints import Model
-    from eval.inputs.dataset import Speech
+    from eval.inputs.checkpoints import Checkpoint
+    from eval.inputs.dataset import EvalFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def main(options: Options) -> int:
     return 0
 
 
-def load(checkpoint: str, other: str | None) -> list[Model]:
+def load(checkpoint: str, other: str | None) -> list[Checkpoint]:
     """The checkpoint, and the one that it is compared with if there is one. Raises `InputError`."""
     from eval.inputs.checkpoints import load_all
 
@@ -135,7 +135,7 @@ def _check_replaced(folder: Path, subject: folders.Subject) -> None:
         folders.check(folder, old, subject)
 
 
-def _subject(options: Options, checkpoints: Sequence[Model], heard: Speech) -> folders.Subject:
+def _subject(options: Options, checkpoints: Sequence[Checkpoint], heard: EvalFile) -> folders.Subject:
     """What is asked for."""
     return folders.Subject(
         options.data or folders.OWN_DATA,

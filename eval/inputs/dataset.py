@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eval.inputs.checkpoints import Model
+from eval.inputs.checkpoints import Checkpoint
 from ttt_jax.codec import Codec
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
@@ -22,7 +22,7 @@ from ttt_jax.errors import InputError
 from ttt_jax.utils.paths import absolute, beside, local, printable
 
 
-class Speech(NamedTuple):
+class EvalFile(NamedTuple):
     """One stream of speech."""
 
     name: str
@@ -30,7 +30,7 @@ class Speech(NamedTuple):
     """Its speaker, or its own name where that is not known: the unit of statistics, one speaker's streams are not independent."""
     frames: np.ndarray
     """Tokens, int32 [17, T]; what is not known is -1: fed as a zero vector and not scored, as in training."""
-    joints: tuple[int, ...]
+    boundaries: tuple[int, ...]
     """Frames at which another recording begins."""
     codec: dict[str, str | None]
     """Name and digest of the codec that made the codes; the name is None where a code file does not state it."""
@@ -53,15 +53,17 @@ class Skipped(NamedTuple):
     reason: str
 
 
-def of_corpus(corpus: corpora.Corpus) -> tuple[list[Speech], list[Skipped]]:
+def of_corpus(corpus: corpora.Corpus) -> tuple[list[EvalFile], list[Skipped]]:
     """The held-out files of a run's own corpus, as it would train on them, and those that are not there."""
     codec = {"name": corpus.codec.name, "digest": corpus.codec.digest}
     files = ((recording, recording.read()) for recording in corpus.heldout)
-    found = [Speech(file.name, file.speaker or file.name, frames, (), codec) for file, frames in files]
+    found = [EvalFile(file.name, file.speaker or file.name, frames, (), codec) for file, frames in files]
     return found, [_skipped(str(one.path), one.reason) for one in corpus.absent["heldout"]]
 
 
-def read(data: str | Path, models: Sequence[Model], most: int | None = None) -> tuple[list[Speech], list[Skipped]]:
+def read(
+    data: str | Path, models: Sequence[Checkpoint], most: int | None = None
+) -> tuple[list[EvalFile], list[Skipped]]:
     """The streams that `data` names, and the files that could not be used.
 
     Args:
@@ -95,7 +97,7 @@ def read(data: str | Path, models: Sequence[Model], most: int | None = None) -> 
     return found, skipped
 
 
-def first(data: str | Path, models: Sequence[Model], least: int) -> Speech:
+def first(data: str | Path, models: Sequence[Checkpoint], least: int) -> EvalFile:
     """The first stream that `data` names and that is there, as `read` gives it; it must have `least` frames. Raises `InputError`."""
     (entries, _), root = _entries(local(data))
     found = _speech(entries[0], _names([entries[0].path], root)[0], _Coders(models), None)
@@ -113,9 +115,10 @@ def embedded() -> Path:
     return corpora.EMBEDDED / "heldout.jsonl"
 
 
-def heldout(model: Model) -> Path:
-    """The manifest of the held-out files of the run that made `model`; the embedded corpus's where there is none."""
-    return Path(model.run.data.heldout) if model.run is not None and model.run.data.heldout else embedded()
+def heldout(checkpoint: Checkpoint) -> Path:
+    """Returns the manifest of the run's held-out files; the embedded corpus's if there is none."""
+    corpus = checkpoint.corpus
+    return Path(corpus.heldout) if corpus is not None and corpus.heldout else embedded()
 
 
 def _entries(path: Path) -> tuple[Manifest, Path]:
@@ -139,15 +142,15 @@ def _skipped(name: str, reason: str) -> Skipped:
     return Skipped(printable(name), printable(reason))
 
 
-def _speech(entry: Entry, name: str, coders: _Coders, most: int | None) -> Speech:
+def _speech(entry: Entry, name: str, coders: _Coders, most: int | None) -> EvalFile:
     frames, joints, codec = _load(entry, coders)
     check_tokens(str(entry.path), frames, coders.models)
     frames = frames[:, :most]
     joints = tuple(joint for joint in joints if joint < frames.shape[1])
-    return Speech(name, printable(entry.speaker or name), frames, joints, codec)
+    return EvalFile(name, printable(entry.speaker or name), frames, joints, codec)
 
 
-def check_tokens(name: str, frames: np.ndarray, models: Sequence[Model]) -> None:
+def check_tokens(name: str, frames: np.ndarray, models: Sequence[Checkpoint]) -> None:
     """Raise `InputError` if a checkpoint has no such tokens, so that the codes must be another codec's."""
     for model in models:
         cfg = model.cfg
@@ -167,14 +170,14 @@ def check_tokens(name: str, frames: np.ndarray, models: Sequence[Model]) -> None
 class _Coders:
     """Codec and tokenizer of the checkpoints, loaded when the first file needs them."""
 
-    def __init__(self, models: Sequence[Model]):
+    def __init__(self, models: Sequence[Checkpoint]):
         self.models = models
         self._loaded: tuple[Codec, Tokenizer, Path] | None = None
 
     @property
     def unknown(self) -> bool:
         """Whether no checkpoint says which codec it needs: converted weights do not."""
-        return all(model.run is None for model in self.models)
+        return all(model.corpus is None for model in self.models)
 
     def check(self, path: Path, digest: str | None, name: str | None, cardinality: int | None) -> None:
         """Raise `InputError` unless codes made by the codec with this digest are those of all checkpoints.
@@ -200,10 +203,10 @@ class _Coders:
                 f"{path} is audio, but converted weights do not say which codec they need: prepare code files first (docs/data.md)."
             )
         if self._loaded is None:
-            model = next(model for model in self.models if model.run is not None)
-            data, cfg = model.run.data, model.cfg
-            coders = corpora.stored_coders(data, model.about, cfg.card, cfg.text_card)
-            self._loaded = *coders, data.cache_dir / "frames"
+            model = next(model for model in self.models if model.corpus is not None)
+            cfg = model.cfg
+            coders = corpora.stored_coders(model.corpus, model.about, cfg.card, cfg.text_card)
+            self._loaded = *coders, model.cache_dir / "frames"
             codec = self._loaded[0]
             self.check(path, codec.digest, codec.name, codec.cardinality)
         return self._loaded

@@ -17,8 +17,8 @@ import numpy as np
 
 from eval.inputs import checkpoints as models_
 from eval.inputs import dataset as speech_
-from eval.inputs.checkpoints import Model
-from eval.inputs.dataset import Skipped, Speech
+from eval.inputs.checkpoints import Checkpoint
+from eval.inputs.dataset import EvalFile, Skipped
 from eval.results import folder as folders
 from eval.streaming import arms as arms_
 from eval.streaming import plots, scores, table
@@ -111,7 +111,7 @@ def main(options: argparse.Namespace) -> int:
     return PARTIAL if evaluate(models, files, skipped, corpus, asked, found) else 0
 
 
-def of_run(model: Model, corpus: corpora.Corpus, folder: Path) -> None:
+def of_run(model: Checkpoint, corpus: corpora.Corpus, folder: Path) -> None:
     """Evaluate a run on its own held-out files, as `python -m train` does at its end.
 
     What an earlier evaluation of the same run has left in `folder` is replaced, of whatever step it was.
@@ -120,8 +120,8 @@ def of_run(model: Model, corpus: corpora.Corpus, folder: Path) -> None:
 
 
 def evaluate(
-    models: Sequence[Model],
-    files: Sequence[Speech],
+    models: Sequence[Checkpoint],
+    files: Sequence[EvalFile],
     skipped: Sequence[Skipped],
     corpus: corpora.Corpus | None,
     asked: Asked,
@@ -195,8 +195,8 @@ def evaluate(
 
 
 def _stream(
-    model: Model,
-    files: Sequence[Speech],
+    model: Checkpoint,
+    files: Sequence[EvalFile],
     infos: Sequence[FileInfo],
     tables: list[np.ndarray] | None,
     asked: Asked,
@@ -245,7 +245,7 @@ def _stream(
     return partner_of
 
 
-def diverged(model: Model, file: Speech, found: scores.FileScores) -> str | None:
+def diverged(model: Checkpoint, file: EvalFile, found: scores.FileScores) -> str | None:
     """A sentence if the predictions of a file are not all finite numbers; None if they are."""
     bad = scores.not_finite(found)
     return bad and (
@@ -254,7 +254,7 @@ def diverged(model: Model, file: Speech, found: scores.FileScores) -> str | None
     )
 
 
-def _partners(files: Sequence[Speech]) -> list[int]:
+def _partners(files: Sequence[EvalFile]) -> list[int]:
     """For each file of a batch the longest one of another speaker."""
     found = []
     for file in files:
@@ -270,8 +270,8 @@ def _partners(files: Sequence[Speech]) -> list[int]:
 
 def _check_replaced(
     folder: Path,
-    models: Sequence[Model],
-    files: Sequence[Speech],
+    models: Sequence[Checkpoint],
+    files: Sequence[EvalFile],
     skipped: Sequence[Skipped],
     asked: Asked,
     of_its_run: bool,
@@ -300,7 +300,7 @@ def _read(folder: Path) -> tuple[Results, folders.Subject]:
 
 
 def _subject(
-    models: Sequence[Model], files: Sequence[Speech], skipped: Sequence[Skipped], asked: Asked
+    models: Sequence[Checkpoint], files: Sequence[EvalFile], skipped: Sequence[Skipped], asked: Asked
 ) -> folders.Subject:
     """What is asked for."""
     return folders.Subject(
@@ -334,7 +334,7 @@ def _measured(arms: Sequence[Sequence[str]], inner: Sequence[bool]) -> frozenset
     return frozenset([*found, *(f"inner losses{one}" for one, is_there in zip(which, inner, strict=True) if is_there)])
 
 
-def _is_same_run(old: Results, model: Model) -> bool:
+def _is_same_run(old: Results, model: Checkpoint) -> bool:
     """Whether results are of the run that made `model` and no other, perhaps of another step, on its own held-out files.
 
     Where the run lies and how it is spread over devices may have changed.
@@ -351,29 +351,28 @@ def _is_same_run(old: Results, model: Model) -> bool:
     return of_run(old.checkpoints[0].info.about) == of_run(model.about)
 
 
-def _info(index: int, file: Speech) -> FileInfo:
+def _info(index: int, file: EvalFile) -> FileInfo:
     safe = re.sub(r"[^A-Za-z0-9._-]+", "_", file.name)
     npz = f"{index:04d}-{safe[-80:]}.npz"
-    return FileInfo(file.name, file.group, file.frames.shape[1], npz, file.joints, file.digest)
+    return FileInfo(file.name, file.group, file.frames.shape[1], npz, file.boundaries, file.digest)
 
 
-def _arms(model: Model, asked: Asked) -> tuple[str, ...]:
+def _arms(model: Checkpoint, asked: Asked) -> tuple[str, ...]:
     """In the order of reports."""
     names = asked.arms or (arms_.DEFAULT if model.cfg.ttt_layers else arms_.WITHOUT_TTT)
     return tuple(arm for arm in arms_.ARMS if arm in names)
 
 
-def _measures_inner(model: Model, asked: Asked) -> bool:
+def _measures_inner(model: Checkpoint, asked: Asked) -> bool:
     return bool(model.cfg.ttt_layers) if asked.inner is None else asked.inner
 
 
-def _period(models: Sequence[Model], asked: Asked) -> int:
+def _period(models: Sequence[Checkpoint], asked: Asked) -> int:
     """Frames between resets."""
-    run = models[0].run
-    return asked.reset_every or (run.data.chunk if run else PERIOD)
+    return asked.reset_every or models[0].chunk or PERIOD
 
 
-def _check(model: Model, asked: Asked) -> None:
+def _check(model: Checkpoint, asked: Asked) -> None:
     """Raise `InputError` if a checkpoint cannot be evaluated as asked."""
     if asked.arms is not None:
         arms_.check(asked.arms, model.cfg, model.name)
@@ -384,30 +383,29 @@ def _check(model: Model, asked: Asked) -> None:
         )
 
 
-def rows(model: Model) -> int:
+def rows(model: Checkpoint) -> int:
     """Files side by side that suit a model."""
     return 1 if model.cfg.dtype == "bfloat16" else ROWS
 
 
-def calls(models: Sequence[Model]) -> int:
+def calls(models: Sequence[Checkpoint]) -> int:
     """Frames of a call that suit the device: on a GPU long ones read the weights seldom, on a CPU short ones stay in its caches."""
     longest = max(max(model.cfg.contexts) for model in models)
     return 250 if jax.default_backend() == "cpu" else max(1000, 4 * longest)
 
 
-def own_corpus(models: Sequence[Model]) -> corpora.Corpus:
+def own_corpus(models: Sequence[Checkpoint]) -> corpora.Corpus:
     """The corpus of a single run, or of runs that share one, with its held-out files. Raises `InputError` if there is none or it has changed."""
     model = models[0]
     data = {
-        one.run and (one.run.data.train, one.run.data.heldout, one.run.data.codec, one.run.data.tokenizer)
-        for one in models
+        one.corpus and (one.corpus.train, one.corpus.heldout, one.corpus.codec, one.corpus.tokenizer) for one in models
     }
     if None in data or len(data) > 1:
         raise InputError(
             "there is no --data: give a manifest or a folder of python -m eval prepare (only runs of the same data bring their own held-out"
             " files)."
         )
-    corpus = corpora.load(model.run.data, *corpora.load_coders(model.run.data, model.cfg.card, model.cfg.text_card))
+    corpus = corpora.load(model.corpus, *corpora.load_coders(model.corpus, model.cfg.card, model.cfg.text_card))
     # The unigram model is fitted to the training data, the codes mean nothing with another codec.
     for part, found in corpus.describe().items():
         for one in models:
@@ -423,7 +421,7 @@ def own_corpus(models: Sequence[Model]) -> corpora.Corpus:
     return corpus
 
 
-def _text_policy(files: Sequence[Speech]) -> str:
+def _text_policy(files: Sequence[EvalFile]) -> str:
     known = [file.text_known.mean() for file in files]
     if min(known) == 1:
         return "text known and scored"

@@ -955,14 +955,14 @@ def test_runs_of_the_same_speech_bring_it(monkeypatch):
     from tests.helpers.micro import CONFIG
 
     def model(name, codec="c", **data):
-        run = argparse.Namespace(data=dataclasses.replace(CONFIG.data, **data))
-        return argparse.Namespace(name=name, run=run, about={"codec": codec}, cfg=CONFIG.model)
+        corpus = dataclasses.replace(CONFIG.data, **data)
+        return argparse.Namespace(name=name, corpus=corpus, about={"codec": codec}, cfg=CONFIG.model)
 
     corpus = argparse.Namespace(describe=lambda: {"codec": "c", "heldout": "h"}, heldout=["files"])
     monkeypatch.setattr(streaming_command.corpora, "load", lambda *_: corpus)
     monkeypatch.setattr(streaming_command.corpora, "load_coders", lambda *_: ())
     assert streaming_command.own_corpus([model("a"), model("b", chunk=99)]) is corpus
-    for others in ([model("b", heldout="else.jsonl")], [argparse.Namespace(run=None)]):
+    for others in ([model("b", heldout="else.jsonl")], [argparse.Namespace(corpus=None)]):
         with pytest.raises(InputError, match="there is no --data"):
             streaming_command.own_corpus([model("a"), *others])
     with pytest.raises(InputError, match="codec is not what b was trained with"):

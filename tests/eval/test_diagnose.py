@@ -398,13 +398,13 @@ def test_two_checkpoints_stand_side_by_side(folder, tmp_path, capsys, records):
 
 
 def test_checkpoints_of_one_name_are_told_apart(monkeypatch):
-    monkeypatch.setattr(checkpoints, "load", lambda path: checkpoints.Model("run", CFG, {}, None, {}))
+    monkeypatch.setattr(checkpoints, "load", lambda path: checkpoints.Checkpoint("run", CFG, {}, {}))
     assert [one.name for one in diagnose_command.load("a/run", "b/run")] == ["a/run", "b/run"]
     assert [one.name for one in diagnose_command.load("a/run", None)] == ["run"]
 
 
 def test_converted_weights_take_codes_alone(folder, tmp_path, monkeypatch):
-    converted = checkpoints.Model("converted", CFG, eval_models.params(CFG), None, {})
+    converted = checkpoints.Checkpoint("converted", CFG, eval_models.params(CFG), {})
     monkeypatch.setattr(checkpoints, "load", lambda path: converted)
     codes = eval_models.tokens(FRAMES)
     eval_models.write_codes(tmp_path / "codes.safetensors", codes[1:], "any")

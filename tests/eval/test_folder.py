@@ -75,7 +75,7 @@ def test_a_checkpoint_of_several_has_its_step_in_the_runs_folder(tmp_path, monke
 
 def test_checkpoints_of_one_name_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        checkpoints, "load", lambda path: checkpoints.Model(checkpoints._name(path, 1), None, {}, None, {})
+        checkpoints, "load", lambda path: checkpoints.Checkpoint(checkpoints._name(path, 1), None, {}, {})
     )
     for name in ("A/x", "B/x", "B/C/x", "a.1", "a.2", "x-5", "x/checkpoints/5", "new\nline", "new\\nline"):
         (tmp_path / name).mkdir(parents=True)
@@ -153,7 +153,7 @@ def test_results_of_something_else_are_refused(tmp_path, changes, said):
 def model(weights="w1", name="tiny", run=CFG, **about):
     config = streaming_command.models_.config_json.to_dict(run)
     about = {"step": 7, "weights": weights, "config": config, "train": {"digest": "t"}, **about}
-    return checkpoints.Model(name, run.model, None, run, about)
+    return checkpoints.Checkpoint(name, run.model, None, about, run.data, run.data.chunk)
 
 
 MODEL = model()

@@ -614,7 +614,7 @@ def test_what_ends_half_way_leaves_nothing_behind(failure, tmp_path, monkeypatch
 
 def model():
     """What reading of files asks of a model: its shape, and no codec."""
-    return argparse.Namespace(name="a", cfg=CONFIG.model, run=None, codec=None)
+    return argparse.Namespace(name="a", cfg=CONFIG.model, corpus=None, codec=None)
 
 
 @of_every_task
