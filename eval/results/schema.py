@@ -128,7 +128,11 @@ def read(folder: Path, kind: type[Kind]) -> Kind:
     Raises:
       InputError: there is no results.json, it is of another command or version, or it is not as it was written.
     """
-    content = content_of(folder, kind.COMMAND, kind.FORMAT)
+    return typed(kind, content_of(folder, kind.COMMAND, kind.FORMAT))
+
+
+def typed(kind: type[Kind], content: dict[str, Any]) -> Kind:
+    """Returns the fields of `kind` from the content of a results.json."""
     return restore(kind, {field.name: content[field.name] for field in dataclasses.fields(kind)})
 
 
