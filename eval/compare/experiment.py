@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,27 @@ class Setting:
         """Returns the first frames of the pieces of files of at most `frames` frames, int [K]."""
         edges = {*range(0, frames, self.chunk), *self.starts.values()}
         return np.array(sorted(edge for edge in edges if edge < frames))
+
+
+def setting_of(
+    checkpoints: Sequence[CheckpointInfo], files: Sequence[FileInfo], *, chunk: int, **fields: Any
+) -> Setting:
+    """Returns the setting for these checkpoints; `fields` are further ones of `Setting`.
+
+    Raises `InputError` if no file is longer than a chunk.
+    """
+    if all(file.frames <= chunk for file in files):
+        raise InputError(
+            f"no file is longer than a chunk of {chunk} frames, so nothing is left to compare: give longer files or a smaller"
+            " --reset-every."
+        )
+    return Setting(
+        chunk=chunk,
+        window=max(info.context for info in checkpoints),
+        reach=max(info.reach for info in checkpoints),
+        dtype="bfloat16" if any(info.dtype == "bfloat16" for info in checkpoints) else "float32",
+        **fields,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
