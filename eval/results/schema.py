@@ -162,7 +162,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 LEVELS, WIDTH = 4, 400
-"""Levels of nesting whose entries stand on lines of their own, and characters that stand on one line in any case."""
+"""Levels of nesting whose entries stand on lines of their own (of lists one level less), and characters that fit on one line anyway."""
 
 
 def as_json(content: Any) -> bytes:
@@ -172,8 +172,10 @@ def as_json(content: Any) -> bytes:
 
 def _lines(value: Any, level: int) -> str:
     flat = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    numbers = isinstance(value, list) and not any(isinstance(item, dict | list | str) for item in value)
-    if not isinstance(value, dict | list) or numbers or level and (level >= LEVELS or len(flat) <= WIDTH):
+    is_list = isinstance(value, list)
+    numbers = is_list and not any(isinstance(item, dict | list | str) for item in value)
+    deep = level >= LEVELS - is_list
+    if not isinstance(value, dict | list) or numbers or level and (deep or len(flat) <= WIDTH):
         return flat
     if isinstance(value, dict):
         items = [f"{json.dumps(name, ensure_ascii=False)}: {_lines(item, level + 1)}" for name, item in value.items()]

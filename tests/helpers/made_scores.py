@@ -1,9 +1,10 @@
-"""Made-up scores of streamed files with known means, slopes and distances, as `eval.streaming.summary` reads them."""
+"""Made-up scores of streamed files with known means, slopes and distances, as `eval.streaming.measure` reads them."""
 
 import numpy as np
 
+from eval.results.schema import CheckpointInfo, FileInfo, scores_path
 from eval.streaming import scores
-from eval.streaming.summary import CheckpointInfo, FileInfo, Setting, scores_path
+from eval.streaming.results import Setting
 
 Q = 3
 STREAMS = ("text", "codebook 1", "codebook 2", "codebook 3")
@@ -26,7 +27,7 @@ SETTING = Setting(
     text="own transcripts",
     about={"codec": {"name": "made", "digest": "d0"}, "voice": "left"},
 )
-CHECKPOINT = CheckpointInfo("tiny", context=60, ttt_layers=LAYERS, about={"step": 7})
+CHECKPOINT = CheckpointInfo("tiny", contexts=(60,), ttt_layers=LAYERS, about={"step": 7})
 FILES = [
     FileInfo("a", "a", 200, "a.npz", (50,), "d1"),
     FileInfo("b", "b", 110, "b.npz"),
@@ -104,7 +105,7 @@ def write(folder, checkpoint=CHECKPOINT, files=FILES, **options) -> list[scores.
     made = []
     for seed, file in enumerate(files):
         made.append(make(file.frames, seed, layers=checkpoint.ttt_layers, **options))
-        path = scores_path(folder, checkpoint, file)
+        path = scores_path(folder, checkpoint.name, file)
         path.parent.mkdir(parents=True, exist_ok=True)
         scores.save(path, made[-1])
     return made
