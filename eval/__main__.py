@@ -44,6 +44,7 @@ def main(args: Sequence[str]) -> int:
 
 # Builders for the modules that have no `Options` yet.
 
+
 def _prepare(parser: argparse.ArgumentParser) -> None:
     """Flags of `prepare`."""
     add = parser.add_argument

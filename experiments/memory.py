@@ -195,7 +195,10 @@ def _remove_rest(place: Path, steps: int) -> None:
     config = place / "config.json"
     if config.is_file():
         stored_steps = config_json.read_json(config, "the config.json of a run").get("steps")
-        check(stored_steps == steps, f"{place} holds a run of {stored_steps} steps, not {steps}: give another folder, or --steps {stored_steps}.")
+        check(
+            stored_steps == steps,
+            f"{place} holds a run of {stored_steps} steps, not {steps}: give another folder, or --steps {stored_steps}.",
+        )
     shutil.rmtree(place, ignore_errors=True)
 
 

@@ -19,6 +19,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 """Nats by which persist and reset may differ in a file's first chunk, by the model's type. There is nothing to reset yet, so both compute
 the same and only rounding is left: float32 gives 1e-6 in a chunk's mean, bfloat16, with 8 bits, at most 0.003 (docs/evaluation.md)."""
 
+
 class FirstChunk(NamedTuple):
     """Persist against reset in the first chunk, where nothing has been reset yet."""
 

@@ -52,7 +52,7 @@ def stored_tokens(data: str | None, files: Sequence[FileInfo]) -> list[Tokens]:
 
     tokens = []
     for file in files:
-        path = local(data) / f"{file.name}.safetensors"
+        path = local(data) / "codes" / f"{file.name}.safetensors"
         codes = np.ascontiguousarray(read_codes(path).codes[:, : file.frames], np.int32)
         if hashlib.sha256(codes.tobytes()).hexdigest() != file.digest:
             raise InputError(f"{path} has other tokens than those that were scored: bring the old file back.")

@@ -214,9 +214,7 @@ def _from_scores(options: Options) -> int:
         return _finish(experiment, evaluation.measured_with, folder, subject, new)
 
 
-def _finish(
-    experiment: Experiment, about: dict[str, Any], folder: Path, subject: folders.Subject, new: Path
-) -> int:
+def _finish(experiment: Experiment, about: dict[str, Any], folder: Path, subject: folders.Subject, new: Path) -> int:
     """Compares, moves results and what is in `new` to `folder`, and reports; returns the exit code."""
     from eval.compare import losses, results
     from eval.compare.analysis import analyse
@@ -224,7 +222,9 @@ def _finish(
     analysis = analyse(experiment)
     losses.write(new, experiment)
     results.write(new, experiment, analysis, about)
-    folders.replace(folder, new, replaced(folder, subject))  # checked again: another command may have written there meanwhile
+    folders.replace(
+        folder, new, replaced(folder, subject)
+    )  # checked again: another command may have written there meanwhile
     return report(experiment, analysis, about, folder)
 
 
@@ -258,7 +258,8 @@ def _spelled_alike(given: Sequence[Given]) -> list[Given]:
     for path in (path for condition in given for path in condition.paths):
         first.setdefault(os.path.realpath(path), path)
     return [
-        condition._replace(paths=tuple(first[os.path.realpath(path)] for path in condition.paths)) for condition in given
+        condition._replace(paths=tuple(first[os.path.realpath(path)] for path in condition.paths))
+        for condition in given
     ]
 
 

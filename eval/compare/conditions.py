@@ -84,7 +84,9 @@ def conditions(given: Sequence[Given], checkpoints: Mapping[str, CheckpointInfo]
     if len(spread) < 2:
         raise InputError(f"{given[0].paths[0]}@{given[0].arm} is a single condition: give another to compare it with.")
     if len(spread) > len(given):
-        spread = [condition._replace(name=condition.name and f"{condition.name} {condition.arm}") for condition in spread]
+        spread = [
+            condition._replace(name=condition.name and f"{condition.name} {condition.arm}") for condition in spread
+        ]
     for condition in spread[1:]:
         if len(condition.paths) != len(spread[0].paths):
             raise InputError(

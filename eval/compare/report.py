@@ -153,7 +153,9 @@ def _conditions(experiment: Experiment, analysis: Analysis) -> tuple[Row, list[R
     for one in experiment.conditions:
         found, seeds = analysis.losses[one.name], len(one.checkpoints)
         label = one.checkpoints[0] if seeds == 1 else f"{one.checkpoints[0]} and {seeds - 1} more"
-        rows.append([one.name, one.arm, label, *(interval(found.regions[region], 4) for region in _shown_regions(experiment))])
+        rows.append(
+            [one.name, one.arm, label, *(interval(found.regions[region], 4) for region in _shown_regions(experiment))]
+        )
     for name, found in analysis.bounds_by_region.items():
         rows.append([BOUND_NAMES[name], "", "", *(interval(found[region], 4) for region in _shown_regions(experiment))])
     return ["condition", "arm", "checkpoint", *(f"loss {region}" for region in _shown_regions(experiment))], rows

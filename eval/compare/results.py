@@ -107,11 +107,11 @@ def read(folder: Path) -> tuple[Experiment, dict[str, Any]]:
     """
     content = schema.content_of(folder, Results.COMMAND, Results.FORMAT)
     results = schema.typed(Results, content)
-    weight, by_condition, bounds = losses.read(folder, [condition.name for condition in results.conditions])
     if file_digest(folder / losses.LOSSES) != results.losses:
         raise InputError(
             f"{folder / losses.LOSSES} is not as it was written (its SHA-256 is not that in results.json): run {Results.COMMAND} again."
         )
+    weight, by_condition, bounds = losses.read(folder, [condition.name for condition in results.conditions])
     experiment = Experiment(
         results.setting,
         results.conditions,

@@ -37,8 +37,12 @@ class Evaluation:
 
 def read(folder: Path) -> Evaluation:
     """Returns what results.json in `folder` states. Raises `InputError` if it is not of `python -m eval stream` or `compare`."""
-    header = schema.command_of(config_json.read_json(folder / schema.RESULTS, "results.json in a folder of python -m eval stream"))
-    kind = compare_results.Results if header and header[0] == compare_results.Results.COMMAND else stream_results.Results
+    header = schema.command_of(
+        config_json.read_json(folder / schema.RESULTS, "results.json in a folder of python -m eval stream")
+    )
+    kind = (
+        compare_results.Results if header and header[0] == compare_results.Results.COMMAND else stream_results.Results
+    )
     content = schema.content_of(folder, kind.COMMAND, kind.FORMAT)
     results = schema.typed(kind, content)
     setting = results.setting

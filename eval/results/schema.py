@@ -142,7 +142,9 @@ def content_of(folder: Path, command: str, version: int) -> dict[str, Any]:
     stored = config_json.read_json(path, f"results.json in a folder that {command} wrote")
     header = command_of(stored)
     if header != (command, version):
-        what = f"is of format {header[1]} of {header[0]}" if header else "does not say of which command and format it is"
+        what = (
+            f"is of format {header[1]} of {header[0]}" if header else "does not say of which command and format it is"
+        )
         raise InputError(f"{path} {what}, but format {version} of {command} is read: run {command} again.")
     if stored.pop("checksum", None) != _checksum(stored):
         raise InputError(

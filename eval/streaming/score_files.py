@@ -53,7 +53,7 @@ def score_files(
       arms: names by the checkpoint's name; folder: of the results; reset_every: frames between resets.
       chunk: most frames of a call; None: by the device. batch: files side by side; None: by the model.
       inner: names of checkpoints whose inner losses are measured; baseline: unigram tables, which the scores then include.
-      losses_only: whether to store the codebooks' losses alone (`eval.streaming.scores.losses_only`).
+      losses_only: whether to store tokens and losses alone (`eval.streaming.scores.losses_only`).
 
     Raises:
       InputError: no file has finite predictions, or a file has no partner for the arm permuted.

@@ -77,9 +77,8 @@ def not_finite(scores: FileScores) -> tuple[str, int] | None:
 
 
 def losses_only(scores: FileScores) -> FileScores:
-    """Returns the scores without the text and without all but tokens and losses: what `python -m eval compare` needs."""
-    arms = {arm: ArmScores(values.nats[1:]) for arm, values in scores.arms.items()}
-    return FileScores(scores.tokens[1:], arms)
+    """Returns tokens and losses alone: all that `python -m eval compare` needs, in a third of the space or less."""
+    return FileScores(scores.tokens, {arm: ArmScores(values.nats) for arm, values in scores.arms.items()})
 
 
 def save(path: Path, scores: FileScores) -> None:

@@ -10,7 +10,7 @@ from eval.results.schema import CheckpointInfo, FileInfo
 from eval.streaming import draw, plots
 from eval.streaming import results as stream_results
 from eval.streaming.summary import summarise
-from tests.helpers.made_scores import ARMS, CHECKPOINT, FILES, LAYERS, SETTING, write
+from tests.helpers.made_scores import ARMS, CHECKPOINT, FILES, LAYERS, SETTING, write, write_results
 from ttt_jax.errors import InputError
 
 
@@ -41,7 +41,7 @@ def figures(monkeypatch):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     files = write(folder)
-    stream_results.write(folder, summarise(SETTING, [CHECKPOINT], FILES, [], folder), {})
+    write_results(folder, [CHECKPOINT], FILES)
     return folder, files
 
 
@@ -111,7 +111,7 @@ def test_losses_are_those_of_the_results_by_position(run, drawn):
 def test_an_attention_window_beyond_the_figure_is_told_not_drawn(tmp_path, figures):
     info = dataclasses.replace(CHECKPOINT, contexts=(3000,))
     write(tmp_path, info, arms=("persist",))
-    stream_results.write(tmp_path, summarise(SETTING, [info], FILES, [], tmp_path), {})
+    write_results(tmp_path, [info], FILES)
     plots.draw_all(tmp_path)
     (axis,) = figures["memory"].axes
     assert axis.get_title(loc="right").endswith("3,000 frames (not reached)")
@@ -218,7 +218,7 @@ def test_figure_5_averages_files_of_a_group_first(run, figures):
 def test_long_files_are_thinned_after_smoothing(tmp_path, figures):
     files = [FileInfo(name, name, 4000, f"{name}.npz") for name in "ab"]
     made = write(tmp_path, files=files, arms=("persist", "reset"))
-    stream_results.write(tmp_path, summarise(SETTING, [CHECKPOINT], files, [], tmp_path), {})
+    write_results(tmp_path, [CHECKPOINT], files)
     plots.draw_all(tmp_path)
     x, y = curve(figures["figure5"].axes[0], "l(W0)")
     assert len(x) == 1500
@@ -259,7 +259,7 @@ def test_several_checkpoints_have_figures_of_their_own_and_one_together(tmp_path
 @pytest.mark.parametrize("count", [1, 2])
 def test_few_files_can_be_drawn(tmp_path, figures, count):
     write(tmp_path, files=FILES[:count], arms=("persist", "off"), text=False, unigram=False)
-    stream_results.write(tmp_path, summarise(SETTING, [CHECKPOINT], FILES[:count], [], tmp_path), {})
+    write_results(tmp_path, [CHECKPOINT], FILES[:count])
     plots.draw_all(tmp_path)
     axis = figures["memory"].axes[0]
     drawn = np.concatenate([curve(axis, arm)[1] for arm in ("persist", "off")])
@@ -272,7 +272,7 @@ def test_few_files_can_be_drawn(tmp_path, figures, count):
 def test_a_file_shorter_than_the_delays_can_be_drawn(tmp_path, figures):
     files = [FileInfo("a", "a", 1, "a.npz")]
     write(tmp_path, files=files)
-    stream_results.write(tmp_path, summarise(SETTING, [CHECKPOINT], files, [], tmp_path), {})
+    write_results(tmp_path, [CHECKPOINT], files)
     plots.draw_all(tmp_path)
     figures["memory"].canvas.draw()
     figures["figure5"].canvas.draw()

@@ -13,7 +13,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from eval.__main__ import main
-from eval.streaming import command as module
 from eval.streaming.scores import load
 from tests.helpers import micro
 from tests.helpers.eval_models import DIGEST, tokens, write_run

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import subprocess
 import sys
 import typing
@@ -300,7 +299,11 @@ def test_results_are_read_as_they_were_written(several, run, tmp_path):
         assert stored["files"][0]["digest"] == "d1"
         assert stored["checkpoints"][0]["info"]["about"] == {"step": 7}
         assert stored["checkpoints"][0]["verdict"] == results.checkpoints[0].verdict
-        fields = {field.name for field in dataclasses.fields(stream_results.CheckpointResults)} - {"info", "arms", "main"}
+        fields = {field.name for field in dataclasses.fields(stream_results.CheckpointResults)} - {
+            "info",
+            "arms",
+            "main",
+        }
         assert fields - {"by_file", "verdict"} <= set(stored["notes"])
 
 

@@ -3,8 +3,10 @@
 import numpy as np
 
 from eval.results.schema import CheckpointInfo, FileInfo, scores_path
+from eval.streaming import results as stream_results
 from eval.streaming import scores
 from eval.streaming.results import Setting
+from eval.streaming.summary import summarise
 
 Q = 3
 STREAMS = ("text", "codebook 1", "codebook 2", "codebook 3")
@@ -109,3 +111,10 @@ def write(folder, checkpoint=CHECKPOINT, files=FILES, **options) -> list[scores.
         path.parent.mkdir(parents=True, exist_ok=True)
         scores.save(path, made[-1])
     return made
+
+
+def write_results(folder, checkpoints, files=FILES, skipped=(), setting=SETTING):
+    """Writes results.json for the scores in `folder`; returns the results."""
+    results = summarise(setting, checkpoints, files, list(skipped), folder)
+    stream_results.write(folder, results, {})
+    return results
