@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
@@ -13,16 +12,13 @@ from ttt_jax.utils.command import parse, run
 COMMANDS = {
     "prepare": ("eval.prepare", "audio to files of codes"),
     "tasks": ("eval.benchmarks.tasks", "data sets for which the best possible loss is known"),
-    "stream": (
-        "eval.streaming.command",
-        "losses on speech, frame by frame, with the memory kept, reset, frozen and off",
-    ),
-    "draw": ("eval.streaming.plots", "table and figures of stored results again"),
+    "stream": ("eval.streaming.command", "losses on speech, frame by frame, with memory kept, reset, frozen and off"),
+    "draw": ("eval.streaming.draw", "table and figures of stored results again"),
     "compare": ("eval.compare.command", "does memory help? conditions by file, with statistics and a verdict"),
     "check-state": ("eval.check_state.command", "whether the fast weights persist: PASS or FAIL"),
     "diagnose": ("eval.diagnose.command", "what the TTT layers do beside attention, record by record"),
 }
-"""By name: the module, which has a dataclass `Options` and a function `main(options)` that returns the exit code; its help."""
+"""Module and help of each command; a module has a dataclass `Options` and `main(options)`, which gives the exit code."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -36,136 +32,7 @@ def main(args: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise InputError(f"there is no command {name}: give one of {', '.join(COMMANDS)}.")
     module = importlib.import_module(COMMANDS[name][0])
-    if not hasattr(module, "Options"):
-        return module.main(_legacy(name, rest))
     return module.main(parse(module.Options, f"python -m eval {name}", rest))
-
-
-# Builders for the modules that have no `Options` yet.
-
-OUT = (
-    "folder for the results; unset: {kind}, or {kind}-DATA with --data, in {whose} folder, DATA being the whole name; results of the"
-    " same data, checkpoints and question are replaced, a folder with others is refused"
-)
-WEIGHTINGS = ("equal", "kyutai", "semantic", "acoustic")
-"""Names in `eval.streaming.summary.WEIGHTINGS`, whose module takes a while to load."""
-
-
-def _stream(parser: argparse.ArgumentParser) -> None:
-    """Flags of `stream`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = """arms (same weights, files, attention and tokens; only the fast weights differ):
-  persist   memory kept from the first frame to the last
-  reset     memory cleared every --reset-every frames
-  frozen    fast weights held at their learned start, no updates
-  off       gates closed, TTT layers add nothing
-  permuted  every --reset-every frames what persist has learned on another speaker's file, as long as that goes on
-            (a control; not among the default arms)
-
-exit code: 0 done, 2 an input to mend, 3 done but some files were skipped"""
-    parser.add_argument(
-        "checkpoints",
-        metavar="CHECKPOINT",
-        nargs="+",
-        help="folder of a run, of one of its checkpoints (RUN/checkpoints/STEP), or of converted weights; several are compared",
-    )
-    parser.add_argument(
-        "--data",
-        help="manifest, folder that `python -m eval prepare` made, audio or codes; unset: the run's own held-out files",
-    )
-    parser.add_argument("--arms", help="some of the arms below, joined by commas; unset: persist,reset,frozen,off")
-    parser.add_argument(
-        "--reset-every",
-        type=int,
-        metavar="N",
-        help="frames between resets; unset: a training chunk of the run, or 1250",
-    )
-    parser.add_argument(
-        "--frames", type=int, metavar="N", help="first frames of each file that are streamed; unset: all"
-    )
-    parser.add_argument(
-        "--chunk", type=int, metavar="N", help="most frames of a call, memory against time; it changes no number"
-    )
-    parser.add_argument(
-        "--batch", type=int, metavar="N", help="files side by side; unset: 8, or 1 in bfloat16 (permuted: at least 2)"
-    )
-    parser.add_argument(
-        "--window",
-        type=int,
-        metavar="N",
-        help="frames that a position averages; unset: 250, or 125 for files below 2,000",
-    )
-    parser.add_argument(
-        "--weighting",
-        choices=WEIGHTINGS,
-        default="equal",
-        help="how the codebooks become one loss in tables and figures (kyutai: 100 on the first); all are stored",
-    )
-    parser.add_argument(
-        "--figure5",
-        action=argparse.BooleanOptionalAction,
-        help="measure the inner losses; unset: where there are TTT layers",
-    )
-    parser.add_argument("--out", help=OUT.format(kind="eval", whose="the first checkpoint's"))
-
-
-def _draw(parser: argparse.ArgumentParser) -> None:
-    """Flags of `draw`."""
-    parser.epilog = "results.json stays as it is: it records the evaluation."
-    parser.add_argument("folder", metavar="OUT", help="folder of the results, such as runs/NAME/eval")
-    parser.add_argument("--weighting", choices=WEIGHTINGS, help="of the codebooks; unset: as stored")
-    parser.add_argument("--window", type=int, metavar="N", help="frames that a position averages; unset: as stored")
-
-
-def _compare(parser: argparse.ArgumentParser) -> None:
-    """Flags of `compare`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = """a condition is [NAME=]CHECKPOINT[,CHECKPOINT...][@ARM]: several checkpoints are the seeds of one setting; ARM is one of
-  persist   memory kept from the first frame to the last (unset: this)
-  reset     memory cleared at the start of every chunk
-  frozen    fast weights held at their learned start, no updates
-  off       gates closed, TTT layers add nothing (unset, without TTT layers: this)
-What exists as a path is a path, whatever =, commas and @ it has: runs/x@reset is a folder if there is one, runs/x/@reset never.
-The first condition is under test, each other is compared with it: better, equivalent, worse or undecided, by the file, or by the
-speaker where the manifest names them (docs/evaluation.md). A single one without @ARM stands for all four. Seeds pair in their order.
-
-  python -m eval compare runs/NAME
-  python -m eval compare kept=runs/kept-0,runs/kept-1 none=runs/none-0,runs/none-1 --data prepared --out results
-
-exit code: 0 done, 1 broken (persist and reset differ in the first chunk), 2 an input to mend, 3 done but some files were
-skipped"""
-    add = parser.add_argument
-    add("conditions", metavar="CONDITION", nargs="*", help="what is compared, see below")
-    add(
-        "--data",
-        help="manifest, folder that `python -m eval prepare` made, audio or codes; unset: the runs' own held-out files",
-    )
-    add(
-        "--reset-every",
-        type=int,
-        metavar="N",
-        help="frames of a chunk, between resets; unset: a training chunk of the first run, or 1250",
-    )
-    add("--frames", type=int, metavar="N", help="first frames of each file that are streamed; unset: all")
-    add("--batch", type=int, metavar="N", help="files side by side; unset: 8, or 1 in bfloat16")
-    add("--weighting", choices=WEIGHTINGS, default="equal", help="how the codebooks become one loss; %(default)s")
-    add("--margin", type=float, metavar="M", help="nats within which conditions are equivalent; unset: 0.02")
-    add("--threshold", type=float, metavar="P", help="effect worth having, percent of the loss; unset: 10")
-    add(
-        "--out",
-        help=OUT.format(kind="compare", whose="the first checkpoint's"),
-    )
-    add(
-        "--again",
-        metavar="FOLDER",
-        help="only do the statistics on the results in FOLDER again and write its report and figures anew; takes --margin, --threshold",
-    )
-
-
-def _legacy(name: str, args: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"python -m eval {name}")
-    {"stream": _stream, "draw": _draw, "compare": _compare}[name](parser)
-    return parser.parse_args(args)
 
 
 if __name__ == "__main__":

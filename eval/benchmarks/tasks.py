@@ -129,7 +129,7 @@ def _spread(rng: np.random.Generator, frames: int, every: int) -> np.ndarray:
 
 
 def _ask(rng: np.random.Generator, stream: np.ndarray, every: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Writes a value for each key, then questions for all keys in turn; returns their columns, their keys, the values."""
+    """Writes a value for each key, then questions for all keys in turn; returns questions, their keys, all values."""
     facts = rng.permutation(np.arange(1, FACTS))[:SYMBOLS]
     values = rng.integers(SYMBOLS, size=SYMBOLS)
     stream[USER, facts], stream[USER + 1, facts - 1] = np.arange(SYMBOLS), values

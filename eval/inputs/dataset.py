@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from eval.inputs.checkpoints import Checkpoint
+from eval.results.schema import Skipped
 from ttt_jax.codec import Codec, CodecInfo
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
@@ -47,13 +48,6 @@ class EvalFile(NamedTuple):
     def digest(self) -> str:
         """SHA-256 of the tokens, hex."""
         return hashlib.sha256(np.ascontiguousarray(self.frames, np.int32).tobytes()).hexdigest()
-
-
-class Skipped(NamedTuple):
-    """A file that could not be used."""
-
-    name: str
-    reason: str
 
 
 def of_corpus(corpus: corpora.Corpus) -> tuple[list[EvalFile], list[Skipped]]:

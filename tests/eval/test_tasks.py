@@ -34,8 +34,9 @@ from eval.benchmarks.tasks import (
     bounds_for,
     make,
 )
-from eval.compare import command
+from eval.compare.bounds import is_task
 from eval.inputs import dataset
+from eval.results.schema import CheckpointInfo
 from experiments import memory
 from tests.helpers.micro import CONFIG
 from ttt_jax.config import MoshiConfig
@@ -514,8 +515,8 @@ def test_what_lies_beyond_the_reach_changes_nothing_without_memory(task):
 
 def test_attention_of_the_models_of_the_report_does_not_reach_over_the_gap():
     for way in memory.WAYS.values():
-        model = argparse.Namespace(cfg=way(memory.TASK).model)
-        assert command.reach(model) <= GAP
+        cfg = way(memory.TASK).model
+        assert CheckpointInfo("a", cfg.contexts, cfg.ttt_layers, cfg.max_delay).reach <= GAP
 
 
 # The command
@@ -629,19 +630,21 @@ def test_persistence_finds_the_best_losses_of_a_data_set(task, tmp_path):
     make(settings(task=task), tmp_path / "data")
     files, skipped = dataset.read(tmp_path / "data", [model()])
     assert not skipped
-    found = command.task_bounds(str(tmp_path / "data"), files, 20)
+    found = bounds_for(tmp_path / "data", files, 20)
     for i, stream in enumerate(streams(task, 6, seed=3)):
         for side, expected in zip(found, best(task, stream, 20), strict=True):
             np.testing.assert_array_equal(side[i], expected)
     # Files of which the first frames alone are streamed have the same, as far as they go.
     short, _ = dataset.read(tmp_path / "data", [model()], 150)
-    for whole, part in zip(found, command.task_bounds(str(tmp_path / "data"), short, 20), strict=True):
+    for whole, part in zip(found, bounds_for(tmp_path / "data", short, 20), strict=True):
         np.testing.assert_array_equal(whole[0][:150], part[0])
 
 
-def test_data_that_is_no_task_has_no_best_losses(tmp_path):
-    assert command.task_bounds(None, [], 20) is None
-    assert command.task_bounds(str(tmp_path), [], 20) is None
+def test_a_folder_with_task_json_is_a_task(tmp_path):
+    assert not is_task(None)
+    assert not is_task(str(tmp_path))
+    make(settings(), tmp_path / "data")
+    assert is_task(str(tmp_path / "data"))
 
 
 @pytest.mark.parametrize(

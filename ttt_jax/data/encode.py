@@ -110,10 +110,12 @@ class Encoder:
         if self._silence is None:
             self._silence = np.empty((codec.num_codebooks, 0), np.int32)
             self._silence_state = codec.init_state()
-        while (missing := num_frames - self._silence.shape[1]) > 0:
-            zeros = np.zeros(min(missing, _BLOCK) * codec.frame_size, np.float32)
+        pieces = [self._silence]
+        for start in range(self._silence.shape[1], num_frames, _BLOCK):
+            zeros = np.zeros(min(num_frames - start, _BLOCK) * codec.frame_size, np.float32)
             codes, self._silence_state = codec.encode_step(zeros, self._silence_state)
-            self._silence = np.concatenate([self._silence, codes], axis=1)
+            pieces.append(codes)
+        self._silence = np.concatenate(pieces, axis=1)
         return self._silence[:, :num_frames]
 
 
