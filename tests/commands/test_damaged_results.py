@@ -18,14 +18,16 @@ import pytest
 from matplotlib import pyplot
 
 from eval.__main__ import main as eval_main
-from eval.compare import analysis, command, report
+from eval.compare import analysis, losses, report
+from eval.compare import results as compare_results
 from eval.diagnose import records
 from eval.inputs import checkpoints
+from eval.streaming import results as stream_results
 from eval.streaming import summary, table
 from tests.commands.test_damaged_inputs import sound_file
-from tests.eval.test_compare import made as made_experiment
 from tests.eval.test_diagnose import made as diagnosed
 from tests.helpers import damage, eval_models, made_scores, micro
+from tests.helpers.made_experiment import made as made_experiment
 from tests.train.test_plot import STREAMS, lines_of
 from train import metrics, plot
 from train.config import TrainConfig
@@ -93,9 +95,8 @@ def metrics_and_configuration_of_a_run(rng, root, folder):
 def _results(root: Path) -> tuple[Path, str]:
     made = root / "results"
     made_scores.write(made)
-    found = summary.summarise(made_scores.SETTING, [made_scores.CHECKPOINT], made_scores.FILES, [], made)
-    summary.write_results(made, found, {})
-    return made, table.table(summary.read_results(made))
+    made_scores.write_results(made, [made_scores.CHECKPOINT])
+    return made, table.table(stream_results.read(made))
 
 
 def a_results_folder(rng, root, folder):
@@ -105,7 +106,7 @@ def a_results_folder(rng, root, folder):
     damage.spoil(copied / "results.json" if rng.random() < 0.6 else damage.one_file(copied / "frames", rng), rng)
 
     def shown():
-        found = summary.read_results(copied)
+        found = stream_results.read(copied)
         infos = [stored.info for stored in found.checkpoints]
         again = summary.summarise(found.setting, infos, found.files, found.skipped, copied)
         return table.table(found), table.table(again)
@@ -117,12 +118,14 @@ def a_results_folder(rng, root, folder):
 def _comparison(root: Path) -> tuple[Path, str]:
     made = root / "comparison"
     made.mkdir()
-    command.tell(made_experiment({"reset": 0.05}), {}, made)
+    experiment = made_experiment({"reset": 0.05})
+    losses.write(made, experiment)
+    compare_results.write(made, experiment, analysis.analyse(experiment), {})
     return made, report.table(*_analysed(made))
 
 
 def _analysed(folder: Path):
-    experiment, _ = analysis.read(folder)
+    experiment, _ = compare_results.read(folder)
     return experiment, analysis.analyse(experiment)
 
 
@@ -130,7 +133,7 @@ def a_comparison(rng, root, folder):
     """Statistics are done again on what was measured, or not at all."""
     sound, table = _comparison(root)
     copied = damage.copied(sound, folder)
-    damage.spoil(copied / "results.json", rng)
+    damage.spoil(copied / ("results.json" if rng.random() < 0.6 else "losses.npz"), rng)
     found = damage.attempt(_analysed, copied)
     assert found is None or report.table(*found) == table
 

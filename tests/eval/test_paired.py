@@ -8,6 +8,7 @@ from scipy import stats
 
 from eval.compare.experiment import pooled
 from eval.stats import paired
+from eval.stats.verdict import BETTER, Rule, verdict
 
 D = np.array([0.031, -0.012, 0.044, 0.052, 0.007, 0.019, 0.038, -0.004, 0.027, 0.061])
 
@@ -73,10 +74,14 @@ def test_side_by_side_is_one_by_one():
     assert together.t[2] == together.wilcoxon[2] == together.sign_flip[2] == 1
 
 
-def test_bca_is_scipys_and_covers():
+def test_bca_is_scipys():
     expected = stats.bootstrap((D,), np.mean, n_resamples=9999, method="BCa", random_state=np.random.default_rng(0))
     found = compare(D)
     assert (found.low, found.high) == tuple(expected.confidence_interval)
+
+
+@pytest.mark.slow
+def test_bca_covers():
     rng = np.random.default_rng(5)
     covered = 0
     for _ in range(300):
@@ -176,6 +181,20 @@ def test_slopes_are_weighted_least_squares():
     assert slope == pytest.approx((D.mean(), low, high, stats.ttest_1samp(D, 0).pvalue, 10))
 
 
+@pytest.mark.parametrize(("p", "words"), [(0.04, None), (0.07, "p = 0.070"), (0.11, "p = 0.11")])
+def test_the_verdict_reports_seeds_that_do_not_show_what_the_files_show(p, words):
+    # Of three seeds p of the t test is 1 - t / sqrt(t^2 + 2), so that p fixes t and t the spread of the seeds.
+    t = math.sqrt(2 * (1 - p) ** 2 / (1 - (1 - p) ** 2))
+    seeds = 0.5 + 0.5 * math.sqrt(3) / t * np.array([-1, 0, 1])
+    assert paired.t_test(seeds) == pytest.approx(p)
+    assert (seeds > 0).all()
+    files = compare(10 * D + 0.24)
+    result = verdict(files, files.p.t, files.equivalence.p, Rule(0.02, 10, "files"), ("a", "b"), seeds.tolist())
+    assert result.kind == BETTER
+    caveat = f" For these 3 seeds: with the seed as unit {words}." if words else ""
+    assert result.text.endswith(f"at least the 10 % asked for.{caveat}")
+
+
 # Without an effect p < 0.05 must come in 5 % of experiments: what the whole command rests on.
 
 EXPERIMENTS, FILES, CHUNKS = 2000, 12, 8
@@ -184,8 +203,8 @@ EXPERIMENTS, FILES, CHUNKS = 2000, 12, 8
 def no_effect(seed, conditions=2):
     """Losses of conditions that do not differ, [conditions, experiments, files, chunks], and tokens [files, chunks].
 
-    Files are hard or easy and drift, which all conditions share; each condition has noise of its own by file and by chunk, larger in
-    some files, and chunks follow from each other.
+    Files are hard or easy and drift, which all conditions share; each condition has noise of its own by file and by
+    chunk, larger in some files, and chunks follow from each other.
     """
     rng = np.random.default_rng(seed)
     shape = (EXPERIMENTS, FILES, CHUNKS)
@@ -202,7 +221,7 @@ def no_effect(seed, conditions=2):
     return np.where(weight > 0, losses, np.nan), weight
 
 
-@pytest.mark.parametrize("seed", [11, 12])
+@pytest.mark.parametrize("seed", [11, pytest.param(12, marks=pytest.mark.slow)])
 def test_false_positives(seed):
     losses, weight = no_effect(seed)
     one, other = (pooled(own, weight, np.arange(CHUNKS) > 0) for own in losses)

@@ -1,4 +1,5 @@
-"""`python -m eval tasks`: what the files hold, that their best losses are the best, and that a folder is made whole or not at all."""
+"""`python -m eval tasks`: what the files hold, that their best losses are the best, and that a folder is made whole or
+not at all."""
 
 import argparse
 import dataclasses
@@ -8,32 +9,34 @@ import math
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import jax
 import numpy as np
 import pytest
 
-from eval.__main__ import TASK_NAMES, main
+from eval.__main__ import main
 from eval.benchmarks import tasks
 from eval.benchmarks.tasks import (
     CARDINALITY,
     CODEC,
+    FACTS,
     GAP,
     LEAST_EVERY,
-    OTHER,
-    OWN,
+    MOSHI,
     QUESTION,
     SYMBOLS,
     TASKS,
-    TOLD,
-    VOICE,
+    USER,
+    VOCABULARY,
     Settings,
     best,
     bounds_for,
     make,
 )
-from eval.compare import command
+from eval.compare.bounds import is_task
 from eval.inputs import dataset
+from eval.results.schema import CheckpointInfo
 from experiments import memory
 from tests.helpers.micro import CONFIG
 from ttt_jax.config import MoshiConfig
@@ -44,8 +47,8 @@ from ttt_jax.data.text import PAD
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import delays
 
-MOSHI = MoshiConfig(card=CARDINALITY, text_card=512)  # with Moshi's own delays
-columns = jax.jit(partial(delays.columns, cfg=MOSHI))
+CFG = MoshiConfig(card=CARDINALITY, text_card=512)  # with Moshi's own delays
+columns = jax.jit(partial(delays.columns, cfg=CFG))
 FRAMES = 512
 EVERY = 13
 """Frames a question: two rounds of questions and a part of a third in `FRAMES`."""
@@ -64,11 +67,12 @@ def streams(task, count, frames=FRAMES, every=EVERY, seed=0):
 
 def parts(frames, every):
     """How many questions or tokens a file holds behind the gap."""
-    return (frames - TOLD - GAP) // every
+    return (frames - FACTS - GAP) // every
 
 
 def content(folder):
-    """All files in a folder, by their names; of code files all that they say (safetensors writes metadata in any order)."""
+    """All files in a folder, by their names; of code files all that they say (safetensors writes metadata in any
+    order)."""
 
     def one(path):
         if path.suffix != ".safetensors":
@@ -87,29 +91,29 @@ def read(folder):
 
 
 def answers(stream):
-    """Frames at which the own voice says something."""
-    return np.flatnonzero(stream[OWN] >= 0)
+    """Frames at which Moshi speaks."""
+    return np.flatnonzero(stream[MOSHI] >= 0)
 
 
 def grid(stream):
     """What the model has read when it predicts the token of each frame, and what it predicts: columns [T, 17] each."""
-    history, mask = delays.init_history(MOSHI, 1), np.ones((1, stream.shape[1]), bool)
+    history, mask = delays.init_history(CFG, 1), np.ones((1, stream.shape[1]), bool)
     found, _ = columns(history, stream[None], mask)
     return np.asarray(found.inputs[0]), np.asarray(found.targets[0])
 
 
 def lessons(stream):
-    """(frame, key, value) of all that the other voice tells, as columns of the grid show it."""
+    """(frame, key, value) of the facts, as columns of the grid show it."""
     inputs, _ = grid(stream)
-    told = (inputs[:, OTHER] < SYMBOLS) & (inputs[:, OTHER + 1] < SYMBOLS)
-    return [(int(t), *map(int, inputs[t, OTHER : OTHER + 2])) for t in np.flatnonzero(told)]
+    told = (inputs[:, USER] < SYMBOLS) & (inputs[:, USER + 1] < SYMBOLS)
+    return [(int(t), *map(int, inputs[t, USER : USER + 2])) for t in np.flatnonzero(told)]
 
 
 def questions(stream):
-    """(frame of the answer, key) of all that the other voice asks, as columns of the grid show it."""
+    """(frame of the answer, key) of the questions, as columns of the grid show it."""
     inputs, _ = grid(stream)
-    asked = (inputs[:, OTHER] < SYMBOLS) & (inputs[:, OTHER + 1] == QUESTION)
-    return [(int(t), int(inputs[t, OTHER])) for t in np.flatnonzero(asked)]
+    asked = (inputs[:, USER] < SYMBOLS) & (inputs[:, USER + 1] == QUESTION)
+    return [(int(t), int(inputs[t, USER])) for t in np.flatnonzero(asked)]
 
 
 # What the files hold
@@ -149,11 +153,11 @@ def test_files_are_training_data_whose_only_targets_are_answers(task, tmp_path):
     for frames, generated in zip(found, streams(task, 6, seed=3), strict=True):
         np.testing.assert_array_equal(frames, generated)
         assert (frames[0] == PAD).all()
-        assert (frames[2:9] == -1).all()  # the other codebooks of the own voice
+        assert (frames[2:9] == -1).all()  # the other codebooks of Moshi
         assert (frames[11:] == -1).all()
         assert ((frames[9:11] >= 0) & (frames[9:11] < CARDINALITY)).all()
         assert 0 < len(answers(frames)) < FRAMES / 4
-        assert frames[OWN].max() < CARDINALITY
+        assert frames[MOSHI].max() < CARDINALITY
 
 
 def test_data_sets_of_several_tasks_can_be_trained_on_together(tmp_path):
@@ -164,17 +168,17 @@ def test_data_sets_of_several_tasks_can_be_trained_on_together(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["recall", "control"])
-@pytest.mark.parametrize("every", [3, 11, 27, 60])
+@pytest.mark.parametrize("every", [11, *(pytest.param(every, marks=pytest.mark.slow) for every in (3, 27, 60))])
 def test_each_key_is_told_once_at_the_start_and_all_are_asked_for_in_turn_behind_the_gap(task, every):
     for stream in streams(task, 12, every=every):
         told, asked = lessons(stream), questions(stream)
         count = parts(FRAMES, every)
-        # That much and nothing else: whatever else the other voice says is neither key nor question.
+        # That much and nothing else: the user's fillers are neither key nor question.
         assert sorted(key for _, key, _ in told) == list(range(SYMBOLS))
-        assert (stream[OTHER] < SYMBOLS).sum() == SYMBOLS + count
-        assert (stream[OTHER + 1] == QUESTION).sum() == count
-        assert max(t for t, _, _ in told) <= TOLD
-        assert min(t for t, _ in asked) > TOLD + GAP
+        assert (stream[USER] < SYMBOLS).sum() == SYMBOLS + count
+        assert (stream[USER + 1] == QUESTION).sum() == count
+        assert max(t for t, _, _ in told) <= FACTS
+        assert min(t for t, _ in asked) > FACTS + GAP
         assert len(asked) == count
         for start in range(0, count, SYMBOLS):
             turn = {key for _, key in asked[start : start + SYMBOLS]}
@@ -182,7 +186,7 @@ def test_each_key_is_told_once_at_the_start_and_all_are_asked_for_in_turn_behind
         # The token right behind a question is its answer.
         _, targets = grid(stream)
         np.testing.assert_array_equal(answers(stream), [t for t, _ in asked])
-        assert all(0 <= targets[t, OWN] < SYMBOLS for t, _ in asked)
+        assert all(0 <= targets[t, MOSHI] < SYMBOLS for t, _ in asked)
 
 
 @of_every_task
@@ -191,7 +195,7 @@ def test_what_is_asked_or_said_is_spread_over_the_whole_file(task, frames, every
     count = parts(frames, every)
     for stream in streams(task, 12, frames=frames, every=every):
         at = answers(stream) if task == "speaker" else answers(stream) - 1
-        later, width = at[at >= TOLD] - TOLD - GAP, (frames - TOLD - GAP) / count
+        later, width = at[at >= FACTS] - FACTS - GAP, (frames - FACTS - GAP) / count
         assert len(later) == count
         assert (later >= np.floor(np.arange(count) * width)).all()
         assert (later < np.floor(np.arange(1, count + 1) * width)).all()
@@ -210,7 +214,7 @@ def test_every_answer_of_recall_is_the_value_that_was_told():
     for stream in streams("recall", 12):
         value = {key: value for _, key, value in lessons(stream)}
         _, targets = grid(stream)
-        assert [value[key] for _, key in questions(stream)] == [int(targets[t, OWN]) for t, _ in questions(stream)]
+        assert [value[key] for _, key in questions(stream)] == [int(targets[t, MOSHI]) for t, _ in questions(stream)]
         orders.add(tuple(key for _, key in questions(stream)[:SYMBOLS]))
     assert len(orders) == 12
 
@@ -239,7 +243,7 @@ def test_answers_of_control_have_to_do_with_their_key_alone():
         value = {key: value for _, key, value in lessons(stream)}
         given = {}
         for t, key in questions(stream):
-            answer = int(stream[OWN, t])
+            answer = int(stream[MOSHI, t])
             told_hits.append(answer == value[key])
             key_hits.append(answer == key)
             if answer != key:
@@ -255,22 +259,22 @@ def test_answers_of_control_have_to_do_with_their_key_alone():
 def test_a_speaker_has_eight_tokens_all_alike_likely():
     used, counts, ranks = [], Counter(), []
     for stream in streams("speaker", 200):
-        spoken = stream[OWN, answers(stream)]
+        spoken = stream[MOSHI, answers(stream)]
         used.append(frozenset(spoken.tolist()))
         counts.update(used[-1])
         _, frequencies = np.unique(spoken, return_counts=True)
-        ranks.append(((frequencies - len(spoken) / VOICE) ** 2).sum() / (len(spoken) / VOICE))
+        ranks.append(((frequencies - len(spoken) / VOCABULARY) ** 2).sum() / (len(spoken) / VOCABULARY))
         # Through the start, not in the gap, then now and then.
         at = answers(stream)
-        np.testing.assert_array_equal(at[:TOLD], np.arange(TOLD))
-        assert at[TOLD:].min() >= TOLD + GAP
-        assert (stream[OTHER : OTHER + 2] >= 32).all()
-    assert max(map(len, used)) == VOICE
+        np.testing.assert_array_equal(at[:FACTS], np.arange(FACTS))
+        assert at[FACTS:].min() >= FACTS + GAP
+        assert (stream[USER : USER + 2] >= 32).all()
+    assert max(map(len, used)) == VOCABULARY
     assert len(set(used)) > 190
     assert set(counts) == set(range(CARDINALITY))
     expected = sum(counts.values()) / CARDINALITY
     assert max(abs(n - expected) for n in counts.values()) < 5 * math.sqrt(expected)
-    assert abs(np.mean(ranks) - (VOICE - 1)) < 4 * math.sqrt(2 * (VOICE - 1) / 200)
+    assert abs(np.mean(ranks) - (VOCABULARY - 1)) < 4 * math.sqrt(2 * (VOCABULARY - 1) / 200)
 
 
 # The best possible losses
@@ -283,8 +287,8 @@ class Recaller:
         self.value = {}
 
     def __call__(self, column):
-        """The chances of the next own token, given the column that is read now."""
-        key, value = int(column[OTHER]), int(column[OTHER + 1])
+        """The chances of the next token of Moshi, given the column that is read now."""
+        key, value = int(column[USER]), int(column[USER + 1])
         if key < SYMBOLS and value < SYMBOLS:
             self.value[key] = value
         if key < SYMBOLS and value == QUESTION:
@@ -299,13 +303,13 @@ class Listener:
         self.heard = set()
 
     def __call__(self, column):
-        if 0 <= column[OWN] < CARDINALITY:  # before the first column there is an initial token
-            self.heard.add(int(column[OWN]))
+        if 0 <= column[MOSHI] < CARDINALITY:  # before the first column there is an initial token
+            self.heard.add(int(column[MOSHI]))
         known = len(self.heard)
-        sets = math.comb(CARDINALITY - known, VOICE - known)
-        with_another = math.comb(CARDINALITY - known - 1, VOICE - known - 1) if known < VOICE else 0
-        chances = np.full(CARDINALITY, with_another / sets / VOICE)
-        chances[sorted(self.heard)] = 1 / VOICE
+        sets = math.comb(CARDINALITY - known, VOCABULARY - known)
+        with_another = math.comb(CARDINALITY - known - 1, VOCABULARY - known - 1) if known < VOCABULARY else 0
+        chances = np.full(CARDINALITY, with_another / sets / VOCABULARY)
+        chances[sorted(self.heard)] = 1 / VOCABULARY
         return chances
 
 
@@ -313,8 +317,8 @@ class Guesser:
     """Plays control: the key, or anything."""
 
     def __call__(self, column):
-        key = int(column[OTHER])
-        if key < SYMBOLS and column[OTHER + 1] == QUESTION:
+        key = int(column[USER])
+        if key < SYMBOLS and column[USER + 1] == QUESTION:
             chances = np.zeros(CARDINALITY)
             chances[:SYMBOLS] = 0.5 / SYMBOLS
             chances[key] += 0.5
@@ -326,7 +330,8 @@ PLAYERS = {"recall": Recaller, "speaker": Listener, "control": Guesser}
 
 
 def played(player, stream, reach=None):
-    """Nats of each own token by a player that reads the columns of the grid: all before, or the last `reach` ones alone."""
+    """Nats of each token of Moshi by a player that reads the columns of the grid: all before, or the last `reach` ones
+    alone."""
     inputs, targets = grid(stream)
     nats = np.full(stream.shape[1], np.nan)
     one = player()
@@ -336,8 +341,8 @@ def played(player, stream, reach=None):
             for column in inputs[max(0, t + 1 - reach) : t]:
                 one(column)
         chances = one(inputs[t])
-        if targets[t, OWN] >= 0:
-            chance = chances[targets[t, OWN]]
+        if targets[t, MOSHI] >= 0:
+            chance = chances[targets[t, MOSHI]]
             assert sum(chances) == pytest.approx(1)
             nats[t] = -math.log(chance)
     return nats
@@ -361,33 +366,35 @@ def test_who_has_seen_the_last_columns_scores_what_is_best_without_memory(task, 
 
 
 def by_enumeration(inputs, targets, t, symbols, reach):
-    """Nats of the answer in frame t by Bayes' rule over all that may have been told; what the last `reach` columns show is known."""
+    """Nats of the answer in frame t by Bayes' rule over all that may have been told; what the last `reach` columns show
+    is known."""
     seen = inputs[max(0, t + 1 - reach) : t + 1]
-    key = int(seen[-1, OTHER])
+    key = int(seen[-1, USER])
     chances = np.zeros(symbols)
     for values in itertools.product(range(symbols), repeat=symbols):
         possible = True
         for i, column in enumerate(seen):
-            shown, beside = int(column[OTHER]), int(column[OTHER + 1])
+            shown, beside = int(column[USER]), int(column[USER + 1])
             if shown < symbols and beside < symbols:
                 possible &= values[shown] == beside
             if shown < symbols and beside == QUESTION and i + 1 < len(seen):
-                possible &= values[shown] == seen[i + 1, OWN]
+                possible &= values[shown] == seen[i + 1, MOSHI]
         chances[values[key]] += possible
-    return -math.log(chances[targets[t, OWN]] / chances.sum())
+    return -math.log(chances[targets[t, MOSHI]] / chances.sum())
 
 
 @pytest.mark.parametrize("reach", [2, 9, 17, 200])
 def test_best_losses_of_recall_are_those_of_bayes_rule(reach, monkeypatch):
-    for name, value in {"SYMBOLS": 3, "TOLD": 8, "GAP": 10}.items():
+    for name, value in {"SYMBOLS": 3, "FACTS": 8, "GAP": 10}.items():
         monkeypatch.setattr(tasks, name, value)
     kinds = set()
     for stream in streams("recall", 8, frames=60, every=4):
         found, shown = best("recall", stream, reach), grid(stream)
         for t in answers(stream):
             expected = by_enumeration(*shown, t, 3, reach)
-            if stream[OWN, max(0, t - reach)] >= 0 and reach < t:
-                # An answer whose question is just out of reach: who guesses whose it is can be right, none can do better.
+            if stream[MOSHI, max(0, t - reach)] >= 0 and reach < t:
+                # An answer whose question is just out of reach: who guesses whose it is can be right, none can do
+                # better.
                 assert found.memoryless[t] <= expected + 1e-9
                 continue
             assert found.memoryless[t] == pytest.approx(expected, abs=1e-9)
@@ -399,19 +406,19 @@ def test_best_losses_of_recall_are_those_of_bayes_rule(reach, monkeypatch):
 @pytest.mark.parametrize("reach", [1, 3, 10])
 def test_best_losses_of_a_speaker_are_those_of_bayes_rule(reach, monkeypatch):
     # Small enough that all voices can be tried.
-    for name, value in {"CARDINALITY": 6, "VOICE": 3}.items():
+    for name, value in {"CARDINALITY": 6, "VOCABULARY": 3}.items():
         monkeypatch.setattr(tasks, name, value)
     for stream in streams("speaker", 6, frames=256):
         found = best("speaker", stream, reach)
         for t in answers(stream):
             for nats, start in ((found.memoryless[t], max(0, t - reach)), (found.with_memory[t], 0)):
-                heard = {int(token) for token in stream[OWN, start:t] if token >= 0}
+                heard = {int(token) for token in stream[MOSHI, start:t] if token >= 0}
                 voices = [set(voice) for voice in itertools.combinations(range(6), 3) if heard <= set(voice)]
-                chance = sum(int(stream[OWN, t]) in voice for voice in voices) / len(voices) / 3
+                chance = sum(int(stream[MOSHI, t]) in voice for voice in voices) / len(voices) / 3
                 assert nats == pytest.approx(-math.log(chance))
 
 
-@pytest.mark.parametrize("reach", [1, 20, 48])
+@pytest.mark.parametrize("reach", [20, *(pytest.param(reach, marks=pytest.mark.slow) for reach in (1, 48))])
 @of_every_task
 def test_memory_is_never_worth_less_than_nothing(task, reach):
     found = [best(task, stream, reach) for stream in streams(task, 100)]
@@ -461,7 +468,9 @@ def test_memory_of_control_is_worth_nothing_and_its_best_loss_is_its_entropy():
 
 
 def test_a_speakers_best_losses_are_their_expectations():
-    nats = np.stack([best("speaker", stream, GAP).with_memory[:TOLD] for stream in streams("speaker", 400, frames=128)])
+    nats = np.stack(
+        [best("speaker", stream, GAP).with_memory[:FACTS] for stream in streams("speaker", 400, frames=128)]
+    )
     # The first token may be any; the second is the first again, or one of 63.
     np.testing.assert_allclose(nats[:, 0], math.log(64))
     second = -1 / 8 * math.log(1 / 8) - 7 / 8 * math.log(7 / 8 / 63)
@@ -479,7 +488,7 @@ def test_what_comes_later_changes_no_best_loss(task, reach):
         whole = best(task, stream, reach)
         for t in rng.choice(answers(stream), 6, replace=False):
             changed = np.concatenate([stream[:, : t + 1], other[:, t + 1 :]], 1)
-            changed[1 + OWN :, t] = other[1 + OWN :, t]  # beside the target nothing of its own frame
+            changed[1 + MOSHI :, t] = other[1 + MOSHI :, t]  # beside the target nothing of its own frame
             found = best(task, changed, reach)
             for a, b in zip(whole, found, strict=True):
                 np.testing.assert_array_equal(a[: t + 1], b[: t + 1])
@@ -493,12 +502,12 @@ def test_what_lies_beyond_the_reach_changes_nothing_without_memory(task):
         for t in answers(stream)[-8:]:
             # Column c holds frame c, and of the later codebooks frame c - 1.
             cut = t - reach
-            if stream[OWN, cut] >= 0:
+            if stream[MOSHI, cut] >= 0:
                 continue  # an answer whose question is just out of reach
             changed = stream.copy()
-            changed[:9, :cut], changed[OTHER, :cut], changed[10:, : cut - 1] = (
+            changed[:9, :cut], changed[USER, :cut], changed[10:, : cut - 1] = (
                 other[:9, :cut],
-                other[OTHER, :cut],
+                other[USER, :cut],
                 other[10:, : cut - 1],
             )
             assert best(task, changed, reach).memoryless[t] == found[t]
@@ -506,8 +515,8 @@ def test_what_lies_beyond_the_reach_changes_nothing_without_memory(task):
 
 def test_attention_of_the_models_of_the_report_does_not_reach_over_the_gap():
     for way in memory.WAYS.values():
-        model = argparse.Namespace(cfg=way(memory.TASK).model)
-        assert command.reach(model) <= GAP
+        cfg = way(memory.TASK).model
+        assert CheckpointInfo("a", cfg.contexts, cfg.ttt_layers, cfg.max_delay).reach <= GAP
 
 
 # The command
@@ -538,7 +547,7 @@ def test_the_command_prints_the_best_losses_that_it_stores(task, tmp_path, capsy
 
 
 def test_the_command_knows_the_tasks_that_there_are():
-    assert list(TASK_NAMES) == list(TASKS)
+    assert get_args(get_type_hints(Settings)["task"]) == tuple(TASKS)
 
 
 def test_a_folder_that_is_empty_is_taken_as_new(tmp_path):
@@ -568,9 +577,9 @@ def test_settings_that_cannot_be_are_refused_in_one_sentence_and_nothing_is_made
 @of_every_task
 def test_the_fewest_frames_that_are_taken_are_enough(task):
     for every in (LEAST_EVERY, 50):
-        least = TOLD + GAP + every
+        least = FACTS + GAP + every
         for stream in streams(task, 5, frames=Settings(task, 1, least, every, 0).frames, every=every):
-            assert (answers(stream) >= TOLD + GAP).sum() == 1
+            assert (answers(stream) >= FACTS + GAP).sum() == 1
             assert task == "speaker" or len(questions(stream)) == 1
 
 
@@ -613,7 +622,7 @@ def test_what_ends_half_way_leaves_nothing_behind(failure, tmp_path, monkeypatch
 
 def model():
     """What reading of files asks of a model: its shape, and no codec."""
-    return argparse.Namespace(name="a", cfg=CONFIG.model, run=None, codec=None)
+    return argparse.Namespace(name="a", cfg=CONFIG.model, corpus=None, codec=None)
 
 
 @of_every_task
@@ -621,19 +630,21 @@ def test_persistence_finds_the_best_losses_of_a_data_set(task, tmp_path):
     make(settings(task=task), tmp_path / "data")
     files, skipped = dataset.read(tmp_path / "data", [model()])
     assert not skipped
-    found = command.task_bounds(str(tmp_path / "data"), files, 20)
+    found = bounds_for(tmp_path / "data", files, 20)
     for i, stream in enumerate(streams(task, 6, seed=3)):
         for side, expected in zip(found, best(task, stream, 20), strict=True):
             np.testing.assert_array_equal(side[i], expected)
     # Files of which the first frames alone are streamed have the same, as far as they go.
     short, _ = dataset.read(tmp_path / "data", [model()], 150)
-    for whole, part in zip(found, command.task_bounds(str(tmp_path / "data"), short, 20), strict=True):
+    for whole, part in zip(found, bounds_for(tmp_path / "data", short, 20), strict=True):
         np.testing.assert_array_equal(whole[0][:150], part[0])
 
 
-def test_data_that_is_no_task_has_no_best_losses(tmp_path):
-    assert command.task_bounds(None, [], 20) is None
-    assert command.task_bounds(str(tmp_path), [], 20) is None
+def test_a_folder_with_task_json_is_a_task(tmp_path):
+    assert not is_task(None)
+    assert not is_task(str(tmp_path))
+    make(settings(), tmp_path / "data")
+    assert is_task(str(tmp_path / "data"))
 
 
 @pytest.mark.parametrize(
