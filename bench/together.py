@@ -23,8 +23,7 @@ from bench.figures import spread
 from experiments.memory import TASK
 from train.batches import Batch
 from train.config import PRESETS, TrainConfig
-from train.step import make_steps_together
-from train.together import fresh
+from train.step import init_states, make_steps_together
 
 
 def main() -> None:
@@ -54,7 +53,7 @@ def main() -> None:
 
 def cell(cfg: TrainConfig, runs: int, steps: int) -> dict[str, Any]:
     """Times steps of so many runs."""
-    state, frozen = fresh(cfg, range(runs))
+    state, frozen = init_states(cfg, range(runs))
     rng, shape = np.random.default_rng(0), (runs, cfg.bptt, cfg.data.batch, cfg.model.num_streams, cfg.data.chunk)
     batch = Batch(
         jnp.asarray(rng.integers(0, cfg.model.card, shape, np.int32)),

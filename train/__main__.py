@@ -19,15 +19,13 @@ def main(args: Sequence[str]) -> int:
     log.propagate = False
     command = config.parse(args)
     launch.start(command.launch)
-    from train import loop
+    from train import loop, setup
 
     if command.config is None:
-        return loop.resume(command.resume, command.changes)
-    if command.seeds:
-        from train import together
-
-        return together.start(together.over_seeds(command.config, command.seeds))
-    return loop.dry_run(command.config) if command.dry_run else loop.start(command.config)
+        return loop.resume(command.resume, **command.changes or {})
+    if command.dry_run:
+        return loop.dry_run(command.config)
+    return loop.start(setup.over_seeds(command.config, command.seeds) if command.seeds else [command.config])
 
 
 if __name__ == "__main__":

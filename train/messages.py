@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -18,8 +19,22 @@ from ttt_jax.utils.command import shortened
 log = logging.getLogger("train")
 
 
-def run(run: Run) -> None:
-    """Devices, data and layers of a run."""
+def runs(runs: Sequence[Run]) -> None:
+    """Reports a run by itself, or the folders of several and their missing files."""
+    if len(runs) == 1:
+        return _run(runs[0])
+    log.info("%d runs side by side: %s", len(runs), ", ".join(run.cfg.run_dir for run in runs))
+    for corpus in {id(run.corpus): run.corpus for run in runs}.values():
+        _missing(corpus)
+
+
+def weights(params: Parameters) -> None:
+    """Reports how many parameters train, and how many are frozen."""
+    trainable, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in params)
+    log.info("weights   %s: %s train, %s are frozen", f"{trainable + frozen:,}", f"{trainable:,}", f"{frozen:,}")
+
+
+def _run(run: Run) -> None:
     cfg, corpus, devices = run.cfg, run.corpus, jax.devices()
     sizes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1)
     log.info(
@@ -35,7 +50,7 @@ def run(run: Run) -> None:
         for part, files in parts.items()
     ]
     log.info("speech    %s", "".join(told))
-    absent(corpus)
+    _missing(corpus)
     log.info("codec     %s, %d x %d codes", corpus.codec.name, corpus.codec.num_codebooks, corpus.codec.cardinality)
     log.info("text      %d pieces", corpus.tokenizer.cardinality)
     layers = ", ".join(map(str, cfg.model.ttt_layers)) or "none"
@@ -49,16 +64,10 @@ def run(run: Run) -> None:
     )
 
 
-def absent(corpus: Corpus) -> None:
-    """Files that manifests name and that are not there; the run ends with exit code 3."""
-    for reason in shortened([one.reason for one in corpus.missing]):
+def _missing(corpus: Corpus) -> None:
+    """Reports the files that manifests name and that are missing; the run ends with exit code 3."""
+    for reason in shortened([absent.reason for absent in corpus.missing]):
         log.warning("skipped: %s", reason)
-
-
-def weights(found: Parameters) -> None:
-    """How many parameters train, and how many are frozen."""
-    trainable, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in found)
-    log.info("weights   %s: %s train, %s are frozen", f"{trainable + frozen:,}", f"{trainable:,}", f"{frozen:,}")
 
 
 def initial_loss(cfg: TrainConfig, metrics: Metrics) -> None:

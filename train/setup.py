@@ -1,14 +1,15 @@
-"""A run before, between and behind its steps: what it needs to start, its folder, what its checkpoints hold."""
+"""A run before and between its steps: whether it can start or be resumed, its folder, the content of its checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,16 +21,17 @@ from train import dry_run, initial_params, trackers
 from train.config import TrainConfig
 from train.partition import fit
 from train.step import TrainState, state_like
-from ttt_jax.checkpoints.run_checkpoints import FOLDER
+from ttt_jax.checkpoints.run_checkpoints import FOLDER, open_run
 from ttt_jax.codec import Codec
 from ttt_jax.data import corpus as corpora
 from ttt_jax.data import unigram
-from ttt_jax.data.corpus import Corpus
+from ttt_jax.data.corpus import Corpus, CorpusConfig
+from ttt_jax.data.frames import Recording
 from ttt_jax.data.text import Tokenizer
 from ttt_jax.distributed import sharding
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
-from ttt_jax.utils.command import machine
+from ttt_jax.utils.command import keep_compiled, machine
 from ttt_jax.utils.paths import local
 from ttt_jax.utils.trees import Tree, merge, pick
 
@@ -67,6 +69,89 @@ def prepare(cfg: TrainConfig, run_dir: Path, load: Callable[..., Corpus] = corpo
     check_data(cfg, corpus)
     meta = {**machine(), **corpus.describe(), "base": initial_params.base_of(cfg), "stored": initial_params.stored(cfg)}
     return Run(cfg, mesh, sharding.local_rows(mesh, cfg.data.batch), corpus, meta)
+
+
+def reopen(run_dir: Path, **changes: Any) -> Run:
+    """The run in `run_dir` as its latest whole checkpoint describes it, with other values for the fields `changes`.
+
+    Raises `InputError` if there is none, or if its data, codec, tokenizer or base weights are not those it was trained on.
+    """
+    with open_run(run_dir) as checkpoints:
+        meta = checkpoints.meta()
+    cfg = config_json.from_dict(TrainConfig, meta.pop("config"), f"the checkpoint in {run_dir}")
+    cfg = dataclasses.replace(cfg, run_dir=str(run_dir), **changes)
+    keep_compiled(cfg.data.cache_dir / "compiled")
+    trackers.check(cfg.tensorboard, cfg.wandb)
+    mesh = find_mesh(cfg)
+    corpus = corpora.load(cfg.data, *corpora.load_coders(cfg.data, cfg.model.card, cfg.model.text_card))
+    check_data(cfg, corpus)
+    described = corpus.describe()
+    if {key: meta.get(key) for key in described} != described:
+        if corpus.missing:
+            raise InputError(f"the data differ from those that {run_dir} was trained on: {corpus.missing[0].reason}")
+        raise InputError(
+            f"the data, codec or tokenizer differ from those that {run_dir} was trained on (see its meta.json): bring"
+            " the old ones back, or start a new run with --from."
+        )
+    if initial_params.base_of(cfg) != meta["base"]:
+        raise InputError(
+            f"the weights in {cfg.base} are not those that {run_dir} started from (digest"
+            f" {meta['base']['digest'][:12]}): bring the old ones back."
+        )
+    return Run(cfg, mesh, sharding.local_rows(mesh, cfg.data.batch), corpus, {**meta, **machine()})
+
+
+def over_seeds(cfg: TrainConfig, seeds: Sequence[int]) -> list[TrainConfig]:
+    """`cfg` with each of `seeds`, in folders that end in the seed."""
+    folder = str(Path(cfg.run_dir)) if cfg.run_dir else f"runs/{cfg.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return [dataclasses.replace(cfg, seed=seed, run_dir=f"{folder}-{seed}") for seed in seeds]
+
+
+def check_alike(cfgs: Sequence[TrainConfig]) -> None:
+    """Raises `InputError` unless one program can train all of `cfgs` side by side."""
+    if len(cfgs) == 1:
+        return
+    shared, first = [_shared(cfg) for cfg in cfgs], cfgs[0]
+    for cfg, fields in zip(cfgs, shared, strict=True):
+        for name, value in fields.items():
+            if value != shared[0][name]:
+                raise InputError(
+                    f"{cfg.run_dir} and {first.run_dir} differ in {name}: give runs that train together the same but"
+                    " for seed and files."
+                )
+    folders = [cfg.run_dir for cfg in cfgs]
+    if None in folders or len(set(folders)) < len(folders):
+        raise InputError(
+            f"the run_dirs {folders} of runs that train together are not all given and different: give each its own."
+        )
+    for name in ("base", "eval_every", "sample_every", "tensorboard", "wandb"):
+        if getattr(first, name):
+            raise InputError(
+                f"{name}={getattr(first, name)} is for a run by itself: runs that train together do without, so leave"
+                " it out or give 0."
+            )
+    if jax.process_count() > 1:
+        raise InputError(
+            f"runs train together in one process, but there are {jax.process_count()}: start it without --launch."
+        )
+
+
+def keep_in_memory() -> Callable[..., Corpus]:
+    """`ttt_jax.data.corpus.load` that opens equal data once and keeps files in memory: steps of many small models would wait for them."""
+    opened: dict[CorpusConfig, Corpus] = {}
+
+    def kept(recording: Recording) -> Recording:
+        return dataclasses.replace(recording, read=functools.cache(recording.read))
+
+    def load(data: CorpusConfig, codec: Any, tokenizer: Any) -> Corpus:
+        key = CorpusConfig(**{field.name: getattr(data, field.name) for field in dataclasses.fields(CorpusConfig)})
+        if key not in opened:
+            corpus = corpora.load(data, codec, tokenizer)
+            train = (source._replace(recordings=tuple(map(kept, source.recordings))) for source in corpus.train)
+            opened[key] = corpus._replace(train=tuple(train))
+        return opened[key]
+
+    return load
 
 
 def make_folder(run: Run) -> None:
@@ -177,6 +262,12 @@ def _is_free(run_dir: Path) -> bool:
     inside = {path.name for path in run_dir.iterdir()}
     begun = {"config.json", "meta.json"} <= inside and (run_dir / FOLDER).is_dir()
     return not inside or (begun and not any(path.name.isdecimal() for path in (run_dir / FOLDER).iterdir()))
+
+
+def _shared(cfg: TrainConfig) -> dict[str, Any]:
+    """The fields in which runs that train together are equal."""
+    data = dataclasses.replace(cfg.data, train=None, heldout=None, validation=None)
+    return {**vars(cfg), "name": "", "run_dir": None, "seed": 0, "data": data}
 
 
 def _unigram(cfg: TrainConfig, corpus: Corpus) -> dict[str, float]:

@@ -6,7 +6,7 @@ step begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from ttt_jax.distributed import sharding
 from ttt_jax.moshi import model
 from ttt_jax.moshi.loss import score
 from ttt_jax.utils.trees import Tree, merge
+from ttt_jax.utils.xla import known_options
 
 
 class TrainState(NamedTuple):
@@ -247,6 +248,18 @@ def init_state(cfg: TrainConfig, mesh: Mesh, trainable: Tree) -> TrainState:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state_like(cfg, mesh)._replace(trainable=None))
     rest = jax.jit(partial(fresh_state, cfg), out_shardings=shardings)(trainable)
     return rest._replace(trainable=trainable)
+
+
+def init_states(cfg: TrainConfig, seeds: Sequence[int]) -> tuple[TrainState, Tree]:
+    """States and frozen parameters of runs of these seeds before the first step, with a leading axis of runs."""
+
+    def one(seed: jax.Array) -> tuple[TrainState, Tree]:
+        trainable, frozen = split(model.init_params(cfg.model, jax.random.key(seed)), cfg)
+        return fresh_state(cfg, trainable)._replace(trainable=trainable), frozen
+
+    # Random draws of many shapes take long to optimise and run once, as in `train.initial_params`.
+    draw = jax.jit(jax.vmap(one), compiler_options=known_options({"xla_backend_optimization_level": 0}))
+    return draw(jnp.array(seeds, jnp.uint32))
 
 
 def state_like(cfg: TrainConfig, mesh: Mesh) -> TrainState:

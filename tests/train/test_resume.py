@@ -49,7 +49,7 @@ def runs(tmp_path_factory):
     train = write_manifest(folder, "train", files(), load_codec().digest)
     heldout = write_manifest(folder, "heldout", files((70, 50), seed=1), load_codec().digest)
     data = dataclasses.replace(CONFIG.data, train=str(train), heldout=str(heldout), cache=str(folder / "cache"))
-    codes = [loop.start(dataclasses.replace(CONFIG, data=data, run_dir=str(folder / "whole")))]
+    codes = [loop.start([dataclasses.replace(CONFIG, data=data, run_dir=str(folder / "whole"))])]
 
     class Interrupted(Batches):
         """Presses Ctrl-C while step 5 is prepared; the loop looks at one batch before the first step."""
@@ -62,7 +62,7 @@ def runs(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Batches", Interrupted)
-        codes.append(loop.start(dataclasses.replace(CONFIG, data=data, run_dir=str(folder / "parts"))))
+        codes.append(loop.start([dataclasses.replace(CONFIG, data=data, run_dir=str(folder / "parts"))]))
     shutil.copytree(folder / "parts", folder / "stopped")
     codes.append(loop.resume(folder / "parts"))
     return folder, codes
@@ -198,7 +198,7 @@ def test_the_stored_configuration_is_the_one_that_ran(runs):
 
 def test_a_taken_run_folder_is_refused(runs):
     with pytest.raises(InputError, match="whole is taken.*--resume"):
-        loop.start(dataclasses.replace(CONFIG, run_dir=str(runs[0] / "whole")))
+        loop.start([dataclasses.replace(CONFIG, run_dir=str(runs[0] / "whole"))])
 
 
 def test_resume_refuses_other_data(runs, tmp_path):
@@ -224,7 +224,7 @@ def test_files_that_are_not_there_are_named_and_left_out_and_end_in_exit_code_3(
     cfg = of_runs(runs, tmp_path)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, train=str(manifest)))
     with caplog.at_level(logging.WARNING, "train"):
-        assert loop.start(cfg) == PARTIAL
+        assert loop.start([cfg]) == PARTIAL
     assert f"skipped: {manifest} line 1 names {tmp_path}/gone.safetensors, which is not there" in caplog.text
     assert metrics(tmp_path / "run") == metrics(runs[0] / "whole")
     assert loop.resume(tmp_path / "run") == PARTIAL
@@ -270,7 +270,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again_in_its_folder
     (folder / "checkpoints").mkdir(parents=True)
     for name in ("config.json", "meta.json", "metrics.jsonl"):
         shutil.copy(runs[0] / "whole" / name, folder)
-    assert loop.start(of_runs(runs, tmp_path)) == 0
+    assert loop.start([of_runs(runs, tmp_path)]) == 0
     assert metrics(folder) == metrics(runs[0] / "whole")
 
 
@@ -311,5 +311,5 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_named(runs, tmp_path, mon
     with pytest.raises(
         InputError, match="step 1: loss is nan and grad_norm is nan, the gradient of .*ttt.*, in .*train"
     ):
-        loop.start(of_runs(runs, tmp_path))
+        loop.start([of_runs(runs, tmp_path)])
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
