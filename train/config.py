@@ -1,38 +1,15 @@
-"""What `python -m train` can be told: frozen dataclasses, presets and the command line. Imports no jax."""
+"""The configuration of a training run: frozen dataclasses and presets. Imports no jax."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from ttt_jax.config import MODEL_PRESETS, LoRAConfig, MoshiConfig, check
-from ttt_jax.config import preset as find_preset
 from ttt_jax.data.corpus import CorpusConfig
-from ttt_jax.distributed.launch import Launch
-from ttt_jax.distributed.launch import take as take_launch
-from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
-from ttt_jax.utils.command import plain_input_errors
-from ttt_jax.utils.paths import local
-
-DESCRIPTION = """Train a Moshi with TTT layers on speech; the layers' state is carried along each file.
-
-  python -m train                              the preset "tiny" on the embedded corpus
-  python -m train PRESET --optim.lr 1e-3       a preset, fields overridden; presets: {presets}
-  python -m train PRESET --dry-run             what it would take: parameters, memory, operations; no weights needed
-  python -m train PRESET --seeds 0,1,2         runs of several seeds side by side in one program, in folders that end in the
-                                               seed; python -m eval compare compares them
-  python -m train --from RUN/config.json       a stored configuration again, in a new run folder; fields can follow
-  python -m train --resume RUN                 go on from the latest checkpoint in the run folder RUN; --mesh.*, --remat
-                                               and --accumulate can follow
-
-In several processes (docs/devices.md), with any of these: --launch auto under SLURM, Open MPI, TPU pods or GKE, or --launch manual
---coordinator HOST:PORT --processes N --process I.
-
-Defaults below are those of "{preset}"."""
 
 
 def _check_positive(prefix: str, config: object, *names: str) -> None:
@@ -261,125 +238,11 @@ PRESETS: dict[str, TrainConfig] = {
 """Named runs: `tiny` takes minutes on a laptop CPU, `small` a GPU, `moshi-7b` has the shape of Kyutai's model."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Changes:
-    """What a run that goes on may change: how it is computed, not what."""
-
-    mesh: MeshConfig
-    """Devices by axis of the mesh."""
-    accumulate: int
-    """Parts that the rows of a batch are split into."""
-    remat: Literal["none", "dots", "layers"]
-    """What the backward pass computes again."""
-
-
-class Command(NamedTuple):
-    """A command line, understood: start `config` (or tell what it takes), or go on with the run in `resume`."""
-
-    config: TrainConfig | None
-    resume: Path | None
-    launch: Launch
-    dry_run: bool = False
-    changes: Changes | None = None
-    """To a run that goes on; None: none."""
-    seeds: tuple[int, ...] = ()
-    """Of runs that train together, each `config` but for its seed; none: a run by itself."""
-
-
-def parse(args: Sequence[str]) -> Command:
-    """The command that `args` ask for. Raises `InputError`; exits on --help (0) and on what tyro refuses (2)."""
-    launch, words = take_launch(args)
-    dry_run = "--dry-run" in words
-    words = [word for word in words if word != "--dry-run"]
-    seeds, words = _take_seeds(words)
-    if words and words[0].split("=")[0] == "--resume":
-        path, rest = _take_path(words, "the folder of a run")
-        check(
-            not dry_run,
-            "--dry-run is for a new run: --resume goes on with one that is there, so leave out one of them.",
-        )
-        check(not seeds, f"--resume goes on with one run, but --seeds names {seeds}: go on with each by itself.")
-        allowed = ("--mesh.", "--accumulate", "--remat", "--help", "-h")
-        others = [word for word in rest if word.startswith("--") and not word.startswith(allowed)]
-        if others or (rest and not rest[0].startswith("-")):
-            raise InputError(
-                f"--resume goes on with the run's own configuration and takes no {(others or rest)[0]}: use --from to change it in a new run."
-            )
-        return Command(None, path, launch, changes=_changes(path, rest) if rest else None)
-    if words and words[0].split("=")[0] == "--from":
-        path, words = _take_path(words, "the config.json of a run")
-        preset, default = str(path), load(path)
-    else:
-        preset = words.pop(0) if words and not words[0].startswith("-") else "tiny"
-        default = find_preset(preset, PRESETS)
-    for word in words:
-        check(
-            word not in PRESETS,
-            f"the preset {word} stands behind other arguments: put it first, right after `python -m train`.",
-        )
-        check(
-            word.split("=")[0] not in ("--from", "--resume"),
-            f"{word.split('=')[0]} stands behind other arguments: put it first, right after `python -m train`.",
-        )
-    check(not (seeds and dry_run), "--dry-run tells what one run takes: leave --seeds out.")
-    return Command(_override(default, preset, words), None, launch, dry_run, seeds=seeds)
+CHANGEABLE = ("mesh", "accumulate", "remat")
+"""Fields that may change when a run is resumed: they decide how it is computed, not what."""
 
 
 def load(path: Path) -> TrainConfig:
     """The configuration stored in `path`, without its run folder, so that running it starts a new one."""
     values = config_json.read_json(path, "the config.json of a run")
     return dataclasses.replace(config_json.from_dict(TrainConfig, values, str(path)), run_dir=None)
-
-
-def _take_seeds(words: list[str]) -> tuple[tuple[int, ...], list[str]]:
-    """The seeds of --seeds, and the words without it."""
-    at = next((i for i, word in enumerate(words) if word.split("=")[0] == "--seeds"), None)
-    if at is None:
-        return (), words
-    _, equals, value = words[at].partition("=")
-    rest = words[:at] + words[at + 1 :]
-    if not equals:
-        value = rest.pop(at) if at < len(rest) else ""
-    seeds = value.split(",")
-    check(
-        all(seed.isdecimal() for seed in seeds) and len(set(seeds)) == len(seeds),
-        f"--seeds {value!r} are no seeds: give different whole numbers from 0 on, joined by commas, such as 0,1,2.",
-    )
-    return tuple(map(int, seeds)), rest
-
-
-def _take_path(words: list[str], what: str) -> tuple[Path, list[str]]:
-    flag, equals, value = words[0].partition("=")
-    rest = words[1:]
-    if not equals:
-        check(bool(rest) and not rest[0].startswith("--"), f"{flag} has no path behind it: give {what}.")
-        value, rest = rest[0], rest[1:]
-    return local(value), rest
-
-
-def _changes(run: Path, words: list[str]) -> Changes:
-    import tyro
-
-    stored = load(run / "config.json")
-    with plain_input_errors():
-        changes = tyro.cli(
-            Changes,
-            prog="python -m train --resume RUN",
-            default=Changes(stored.mesh, stored.accumulate, stored.remat),
-            args=words,
-        )
-    dataclasses.replace(stored, **vars(changes))  # refuses what does not fit
-    return changes
-
-
-def _override(default: TrainConfig, preset: str, words: list[str]) -> TrainConfig:
-    import tyro
-
-    with plain_input_errors():
-        return tyro.cli(
-            TrainConfig,
-            prog="python -m train",
-            description=DESCRIPTION.format(presets=", ".join(PRESETS), preset=preset),
-            default=default,
-            args=words,
-        )

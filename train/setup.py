@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +101,7 @@ def reopen(run_dir: Path, **changes: Any) -> Run:
     return Run(cfg, mesh, sharding.local_rows(mesh, cfg.data.batch), corpus, {**meta, **machine()})
 
 
-def over_seeds(cfg: TrainConfig, seeds: Sequence[int]) -> list[TrainConfig]:
+def over_seeds(cfg: TrainConfig, seeds: Iterable[int]) -> list[TrainConfig]:
     """`cfg` with each of `seeds`, in folders that end in the seed."""
     folder = str(Path(cfg.run_dir)) if cfg.run_dir else f"runs/{cfg.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return [dataclasses.replace(cfg, seed=seed, run_dir=f"{folder}-{seed}") for seed in seeds]

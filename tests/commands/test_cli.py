@@ -33,7 +33,9 @@ def test_help_is_complete_and_quick(tmp_path):
 
 
 def test_the_command_line_is_read_without_jax():
-    code = "import sys, train.config; train.config.parse(['small', '--steps', '3']); sys.exit('jax' in sys.modules)"
+    code = (
+        "import sys; from train.__main__ import parse; parse(['small', '--steps', '3']); sys.exit('jax' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tests.helpers.places import ROOT
-from train.config import parse
+from train.__main__ import parse
 
 README = (ROOT / "README.md").read_text()
 
@@ -27,7 +27,7 @@ def test_the_command_lines_are_understood():
     plain = [line.split() for line in lines if not any(word in line for word in ("--help", "--from", "--resume"))]
     assert len(plain) >= 2
     for words in plain:
-        assert parse(words).config is not None
+        assert parse(words)[1] is not None
 
 
 @pytest.mark.parametrize("page", ["training", "devices", "data", "checkpoints", "results/memory"])
@@ -37,7 +37,7 @@ def test_the_training_commands_of_the_documents_are_understood(page):
     assert commands or page in ("data", "checkpoints")
     for command in commands:
         words = [word for word in command.split() if word != "..."]
-        assert parse(words).config is not None
+        assert parse(words)[1] is not None
 
 
 def test_the_two_commands_are_there_for_ci():

@@ -13,7 +13,7 @@ from eval.benchmarks.tasks import CODEC
 from eval.inputs import checkpoints
 from tests.helpers.quick import quickly, remembering
 from tests.helpers.small_tasks import CONFIG, write_data
-from train import loop, plots, setup
+from train import loop, plots
 from train.batches import Batches
 from train.config import TrainConfig
 from ttt_jax.checkpoints.run_checkpoints import load_run
