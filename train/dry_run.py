@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,13 +34,8 @@ ARRAYS = ("frozen weights", "weights that train", "optimiser", "streams")
 STEP = ("gradients", "kept for the backward pass", "worked on at a time")
 
 
-NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|OUT_OF_MEMORY|out of memory|more memory than", re.IGNORECASE)
-SIZE = r"[\d.]+ ?(?:[KMGT]i?B?|bytes|B)\b"
-ASKED = (
-    rf"Used ({SIZE}) of ({SIZE})",
-    rf"allocat(?:e|ing)(?: request for)? ({SIZE})(?:.* (?:limit|available)\D*({SIZE}))?",
-)
-"""How XLA says how much is asked for and how much there is: TPUs when compiling; GPUs when running."""
+NO_MEMORY = ("resource_exhausted", "out_of_memory", "out of memory")
+"""Parts of XLA's messages when memory does not suffice, in lower case."""
 
 
 class Plan(NamedTuple):
@@ -119,19 +113,14 @@ def lines(plan: Plan) -> list[str]:
 
 
 def too_large(error: Exception, cfg: TrainConfig) -> InputError | None:
-    """What to tell where `error` says that memory does not suffice, for a program or for arrays; None for other errors."""
+    """Returns the `InputError` for an `error` that reports too little memory for a program or for arrays, None for others."""
     text = str(error)
-    if not isinstance(error, MemoryError) and not NO_MEMORY.search(text):
+    if not isinstance(error, MemoryError) and not any(part in text.lower() for part in NO_MEMORY):
         return None
-    found = next((match for pattern in ASKED if (match := re.search(pattern, text))), None)
-    asked, there = found.groups() if found else (None, None)
-    there = there or _limit()
-    told = f"{_gigabytes(asked)} more asked for" if asked else "how much is asked for is not told"
-    if there:
-        told = told.replace(" more", "") + f", the device has {_gigabytes(there)}"
+    reason = text.splitlines()[0].rstrip(".") if text else "out of memory"
     return InputError(
-        f"the run does not fit into the memory of a device ({told}): {', then '.join(_remedies(cfg))}; --dry-run shows what takes how"
-        " much."
+        f"the run does not fit into the memory of a device ({reason}): {', then '.join(_remedies(cfg))}; --dry-run"
+        " shows what takes how much."
     )
 
 
@@ -150,17 +139,6 @@ def _remedies(cfg: TrainConfig) -> list[str]:
         found.append(f"--model.ttt.remat-group below {cfg.model.ttt.remat_group}")
     found.append(f"with more devices raise --mesh.fsdp above {mesh.fsdp}" if mesh.fsdp > 0 else "take more devices")
     return found
-
-
-def _limit() -> str | None:
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return f"{stats['bytes_limit']} bytes" if "bytes_limit" in stats else None
-
-
-def _gigabytes(size: str) -> str:
-    """A size as XLA writes it, in GB."""
-    number, unit = re.fullmatch(r"([\d.]+) ?([KMGT]?)\w*", size).groups()
-    return f"{float(number) * 1024 ** ' KMGT'.index(unit or ' ') / 1e9:.3g} GB"
 
 
 def _mesh(cfg: TrainConfig, devices: int | None) -> AbstractMesh:

@@ -143,23 +143,19 @@ def test_frozen_weights_have_the_types_of_their_files():
     assert planned(half).memory["frozen weights"] == 2 * next(base) + 4 * ttt
 
 
-MESSAGES = {
-    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7406166528 bytes.\nBufferAssignment OOM Debugging.": "7.41 GB",
-    "RESOURCE_EXHAUSTED: Out of memory allocating 20029400304 bytes.": "20 GB",
-    "RESOURCE_EXHAUSTED: Failed to allocate request for 2.99GiB (3206250496B) on device ordinal 0": "3.21 GB",
-    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 63.80G of 30.75G hbm. Exceeded hbm"
-    " capacity by 33.05G.": "68.5 GB asked for, the device has 33 GB",
-    "RESOURCE_EXHAUSTED: The program requires more memory than the available 79.1GiB": "not told",
-    "INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory": "not told",
-}
+MESSAGES = (
+    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7406166528 bytes.\nBufferAssignment OOM Debugging.",
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 63.80G of 30.75G hbm.",
+    "RESOURCE_EXHAUSTED: The program requires more memory than the available 79.1GiB",
+    "INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory",
+)
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_too_little_memory_is_one_sentence(message):
-    told = dry_run.too_large(jax.errors.JaxRuntimeError(message), build(trainable=LORA))
-    assert isinstance(told, InputError)
-    assert MESSAGES[message] in str(told)
-    assert "\n" not in str(told)
+def test_too_little_memory_is_one_sentence_with_the_sizes_of_xla(message):
+    sentence = str(dry_run.too_large(jax.errors.JaxRuntimeError(message), build(trainable=LORA)))
+    assert message.splitlines()[0].rstrip(".") in sentence
+    assert "\n" not in sentence
 
 
 def test_what_to_lower_is_what_can_be_lowered():
