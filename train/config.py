@@ -26,15 +26,15 @@ def _check_not_negative(prefix: str, config: object, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(CorpusConfig):
-    """Speech to train on and how it is cut."""
+    """Speech to train on, and its chunks and batches."""
 
     chunk: int = 64
-    """Frames of a file that go through the model at once; what becomes of the state between chunks: state, bptt, carry_attention."""
+    """Frames of a file that go through the model at once."""
     batch: int = 16
     """Rows of a batch; each follows one file after another, chunk by chunk."""
     from_start: bool = False
-    """Whether rows begin each file with its first frame; else with a random one of the first chunk, so that chunks end elsewhere in
-    every pass."""
+    """Whether rows begin each file at its first frame; else at a random frame of the first chunk, so that chunks end
+    elsewhere in every pass."""
 
     def __post_init__(self) -> None:
         _check_positive("data.", self, "chunk", "batch")
@@ -42,26 +42,27 @@ class DataConfig(CorpusConfig):
 
 @dataclasses.dataclass(frozen=True)
 class TrainableConfig:
-    """What trains, in any combination; all else is frozen and kept in the type it is loaded in."""
+    """Parts that train, in any combination; all else is frozen in the type of its file."""
 
     base: bool = True
-    """Moshi's own weights, all of them."""
+    """All weights of Moshi."""
     attention: str = "none"
-    """Layers whose attention trains though the rest of the base is frozen (--trainable.no-base), named as in model.ttt.layers: "29,30,31", "25-30", "all"."""
+    """Layers whose attention trains while the rest of the base is frozen (--trainable.no-base), as in model.ttt.layers:
+    "29,30,31", "25-30", "all"."""
     ttt: bool = True
     """TTT layers, W0 and gates included."""
     lora: bool = True
-    """Low-rank adapters; model.lora gives their rank and the maps that have them."""
+    """Low-rank adapters; model.lora names their rank and their maps."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices by axis of the mesh (docs/devices.md); one axis may be -1: all devices that the others leave."""
+    """Devices along each axis of the mesh (docs/devices.md); one axis may be -1: all remaining devices."""
 
     data: int = -1
-    """Copies of the weights, each with rows of its own."""
+    """Copies of the weights; each works on other rows."""
     fsdp: int = 1
-    """Devices that share a copy of the weights; each gathers a layer when it needs it, and has rows of its own."""
+    """Devices that share a copy of the weights; each gathers a layer when needed and works on other rows."""
     tensor: int = 1
     """Devices that share each layer's heads and hidden units and work on the same rows."""
 
@@ -69,7 +70,8 @@ class MeshConfig:
         sizes = (self.data, self.fsdp, self.tensor)
         check(
             all(size == -1 or size >= 1 for size in sizes) and sizes.count(-1) <= 1,
-            f"mesh={sizes} (data, fsdp, tensor) is no mesh: give sizes of 1 or more, at most one of them -1 for all other devices.",
+            f"mesh={sizes} (data, fsdp, tensor) is no mesh: give sizes of 1 or more, at most one of them -1 for all"
+            " other devices.",
         )
 
 
@@ -78,13 +80,13 @@ class OptimConfig:
     """AdamW with linear warm-up and cosine decay, clipped by the global norm."""
 
     lr: float = 2e-3
-    """Highest learning rate of everything outside the TTT layers."""
+    """Highest learning rate of all weights outside the TTT layers."""
     ttt_lr: float = 2e-3
     """Highest learning rate of the TTT layers (inner initial weights W0 included), gates apart."""
     gate_lr: float = 1e-2
     """Highest learning rate of the TTT layers' gates."""
     warmup_steps: int = 50
-    """Steps of linear warm-up; half of the run's steps if it has fewer than twice as many."""
+    """Steps of linear warm-up; at most half of the run's steps."""
     final_fraction: float = 0.05
     """Learning rate of the last step as a fraction of the highest."""
     beta1: float = 0.9
@@ -96,7 +98,7 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Largest global norm of the gradient; longer ones are scaled down to it."""
     skips: int = 0
-    """Steps with a loss or gradient that is not finite that are left out and counted before the run stops."""
+    """Steps that may be skipped because loss or gradient is not finite, before the run stops."""
 
     def __post_init__(self) -> None:
         _check_positive("optim.", self, "lr", "clip_norm")
@@ -112,7 +114,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weight of a token in the mean cross-entropy that is minimised; with all at 1 every token counts the same.
+    """Weight of a token in the mean cross-entropy that is minimised; if all are 1, every token counts the same.
 
     Kyutai's fine-tuning (first codebook 100, other codebooks 1, text as much as all audio, text padding 0.5) is about
     text=107, text_padding=0.5, codebooks=100 1; it normalises text and audio apart, here all weights share one sum.
@@ -123,9 +125,10 @@ class LossConfig:
     text_padding: float = 1.0
     """Factor on the weight of text targets that are padding (PAD, EPAD); Kyutai uses 0.5."""
     codebooks: tuple[float, ...] = (1.0,)
-    """Weights of tokens of the first codebook, the second and so on; the last number is for all that follow. Kyutai uses 100 1."""
+    """Weights of tokens of the first codebook, the second and so on; the last number is for all that follow. Kyutai:
+    100 1."""
     block: int = 2048
-    """Frames on a device whose logits exist at once; memory against time, no effect on results."""
+    """Frames on a device whose logits exist at once: memory against time, without effect on results."""
 
     def __post_init__(self) -> None:
         _check_not_negative("loss.", self, "text", "text_padding")
@@ -143,32 +146,33 @@ class TrainConfig:
     model: MoshiConfig = MODEL_PRESETS["tiny"]
     """Moshi's language model; card and text_card follow the codec and the tokenizer."""
     data: DataConfig = DataConfig()
-    """Speech to train on and how it is cut."""
+    """Speech to train on, and its chunks and batches."""
     trainable: TrainableConfig = TrainableConfig()
-    """What trains, in any combination; all else is frozen and kept in the type it is loaded in."""
+    """Parts that train, in any combination; all else is frozen in the type of its file."""
     optim: OptimConfig = OptimConfig()
     """AdamW with linear warm-up and cosine decay, clipped by the global norm."""
     loss: LossConfig = LossConfig()
     """Weight of a token in the mean cross-entropy that is minimised; with all at 1 every token counts the same."""
     mesh: MeshConfig = MeshConfig()
-    """Devices by axis of the mesh (docs/devices.md); one axis may be -1: all devices that the others leave."""
+    """Devices along each axis of the mesh (docs/devices.md); one axis may be -1: all remaining devices."""
     base: str | None = None
     """Folder of converted weights to start from (python -m ttt_jax.convert); unset: weights at random."""
     state: Literal["persist", "reset"] = "persist"
-    """What becomes of the TTT layers' fast weights at the end of a chunk: kept along the file, or cleared."""
+    """Whether the TTT layers' fast weights are kept along the file or cleared at the end of each chunk."""
     bptt: int = 1
-    """Chunks that a step spans; gradients flow from one to the next through all of the state that is kept, and end where the step begins."""
+    """Chunks that a step spans; gradients flow through the kept state from chunk to chunk, back to the start of the
+    step."""
     carry_attention: bool = True
-    """Whether attention sees the chunks before, by its ring of keys and values, or each chunk alone."""
+    """Whether attention sees earlier chunks through its KV cache, or each chunk alone."""
     accumulate: int = 1
-    """Parts that the rows of a batch are split into, computed one after another: less memory, the same step."""
+    """Parts of a batch that are computed one after another: less memory, the same step."""
     remat: Literal["none", "dots", "layers"] = "none"
-    """What the backward pass computes again: nothing; all but the temporal transformer's products; all but its layers' inputs. The
-    depth transformer and the heads are computed again with either."""
+    """What the backward pass computes again: nothing; all but the temporal transformer's products; all but its layers'
+    inputs. Both also compute the depth transformer and the heads again."""
     name: str = "tiny"
     """Name of the run; its folder is runs/NAME-DATE-TIME unless run_dir is given."""
     run_dir: str | None = None
-    """Folder of the run's results; must not hold a run yet."""
+    """Folder of the run's results; it must not hold a run yet."""
     steps: int = 150
     """Optimiser steps."""
     seed: int = 0
@@ -178,13 +182,13 @@ class TrainConfig:
     eval_every: int = 0
     """Steps between validations on data.validation (unset: the held-out files); 0: none."""
     checkpoint_every: int = 50
-    """Steps between checkpoints; the last step always has one, and so has every validation."""
+    """Steps between checkpoints; the last step and every validation always have one."""
     keep: int = 2
-    """Latest checkpoints that are kept; the best by validation is kept beside them."""
+    """Latest checkpoints to keep; the best by validation is kept as well."""
     sample_every: int = 0
-    """Steps between samples: speech that the model makes up, 10 s after 10 s of a validation file; 0: none."""
+    """Steps between samples: 10 s of speech that the model generates after 10 s of a validation file; 0: none."""
     tensorboard: bool = False
-    """Whether to write metrics for TensorBoard, too (needs the package tensorboardX)."""
+    """Whether to write metrics for TensorBoard as well (needs the package tensorboardX)."""
     wandb: str | None = None
     """Project of Weights & Biases to send metrics to (needs the package wandb)."""
 
@@ -197,11 +201,13 @@ class TrainConfig:
         )
         check(
             self.state == "persist" or self.bptt == 1,
-            f"bptt={self.bptt} has no effect with state=reset, where nothing crosses the end of a chunk: leave one of them out.",
+            f"bptt={self.bptt} has no effect with state=reset, where nothing crosses the end of a chunk: leave one of"
+            " them out.",
         )
         check(
             self.trainable != TrainableConfig(False, "none", False, False),
-            "trainable names nothing that trains: give --trainable.ttt, --trainable.lora, --trainable.attention or --trainable.base.",
+            "trainable names nothing that trains: give --trainable.ttt, --trainable.lora, --trainable.attention or"
+            " --trainable.base.",
         )
         check(
             self.model.dtype != "float64",
@@ -235,7 +241,7 @@ PRESETS: dict[str, TrainConfig] = {
         checkpoint_every=100,
     ),
 }
-"""Named runs: `tiny` takes minutes on a laptop CPU, `small` a GPU, `moshi-7b` has the shape of Kyutai's model."""
+"""Named runs: `tiny` takes minutes on a laptop's CPU, `small` on a GPU; `moshi-7b` has the shape of Kyutai's model."""
 
 
 CHANGEABLE = ("mesh", "accumulate", "remat")

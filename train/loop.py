@@ -1,8 +1,8 @@
 """The training loop, of one run or of several side by side: steps, metrics, validation, samples, checkpoints, figures.
 
-Several runs differ in seed and training files alone. They share one program, `jax.vmap` of the step, on one device: it is compiled once,
-and small models fill a device together (`bench/together.py` measures it). Each run gets the folder and, to rounding, the weights that it
-would get alone, so each can be evaluated or resumed by itself.
+Several runs differ in seed and training files alone. They share one program, `jax.vmap` of the step, on one device: it
+is compiled once, and small models fill a device together (`bench/together.py` measures it). Each run gets the folder
+and, to rounding, the weights that it would get alone, so each can be evaluated or resumed by itself.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ def start(cfgs: Sequence[TrainConfig], load: Callable[..., Corpus] | None = None
     """Trains a new run of each of `cfgs` and returns the exit code; a run by itself is evaluated at its end.
 
     Args:
-      cfgs: one configuration, or several that differ in name, folder, seed and training files alone, each with its own folder.
+      cfgs: one configuration, or several that differ in name, folder, seed and training files alone.
       load: opens the speech; by default `ttt_jax.data.corpus.load`, for several runs `setup.keep_in_memory()`.
 
-    Raises `InputError` if a run cannot start, and then leaves nothing behind; and once the other runs have ended, if the losses of some
-    were not finite.
+    Raises `InputError` if a run cannot start, and then leaves nothing behind. Also raises it at the end if the losses of
+    some runs were not finite.
     """
     check_alike(cfgs)
     keep_compiled(cfgs[0].data.cache_dir / "compiled")
@@ -109,7 +109,7 @@ def resume(run_dir: Path, **changes: Any) -> int:
 
 
 def _first_state(runs: Sequence[Run]) -> tuple[TrainState, Tree]:
-    """State and frozen parameters before the first step; those of several runs have a leading axis of runs."""
+    """Returns state and frozen parameters before the first step; of several runs with a leading axis of runs."""
     cfg, mesh = runs[0].cfg, runs[0].mesh
     if len(runs) > 1:
         with compiling("first weights"):
@@ -120,7 +120,7 @@ def _first_state(runs: Sequence[Run]) -> tuple[TrainState, Tree]:
 
 
 def _stored_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, Tree, Any]:
-    """State, frozen parameters and position in the data as the latest checkpoint has them."""
+    """Returns state, frozen parameters and position in the data from the latest checkpoint."""
     cfg, mesh = run.cfg, run.mesh
     like = rest(state_like(cfg, mesh))
     saved = checkpoints.restore(lambda _: (initial_params.stored_like(cfg, mesh), like))
@@ -133,7 +133,7 @@ def _train(
 ) -> tuple[int, dict[int, str]]:
     """Steps until the end or a signal.
 
-    Returns the signal, 0 at the end, and for each of several runs whose numbers were not finite a sentence: the others go on.
+    Returns the signal, 0 at the end, and a sentence for each of several runs whose numbers were not finite.
     """
     from tqdm import tqdm
 
@@ -203,7 +203,7 @@ def _train(
             state, metrics = train_step(state, frozen, *_inputs(runs, windows, signals))
             settle()  # the step before, while this one computes
             pending = step, metrics, windows
-            # Of several processes one may get the signal, and all must stop after the same step: all hear of it in the step before.
+            # One of several processes may get the signal, but all must stop after the same step: the step before tells all.
             ending = heard if jax.process_count() > 1 else max(signals, default=0)
             score = None
             if validation is not None and (step % cfg.eval_every == 0 or step == cfg.steps):
@@ -264,15 +264,15 @@ def _validated(validation: Validation, state: TrainState, frozen: Tree, bar: Any
     values = validation(state.trainable, frozen)
     if values["loss"] is None:
         raise InputError(
-            f"the validation after step {int(state.step)} gives a loss that is not finite: start anew (--from) with a lower"
-            " optim.lr, optim.ttt_lr or model.ttt.base_lr."
+            f"the validation after step {int(state.step)} gives a loss that is not finite: start anew (--from) with a"
+            " lower optim.lr, optim.ttt_lr or model.ttt.base_lr."
         )
     bar.set_postfix_str(f"validation {values['loss']:.3f}")
     return values
 
 
 def _compile(runs: Sequence[Run], state: TrainState, frozen: Tree, batches: Sequence[Batches]) -> Callable:
-    """The step's program, for the shapes of the next batches, which stay to be taken."""
+    """Compiles the step for the shapes of the next batches and leaves `batches` where they are."""
     positions = [one.get_state() for one in batches]
     inputs = _inputs(runs, [next(one) for one in batches], [])
     for one, position in zip(batches, positions, strict=True):
@@ -284,7 +284,7 @@ def _compile(runs: Sequence[Run], state: TrainState, frozen: Tree, batches: Sequ
 
 
 def _inputs(runs: Sequence[Run], windows: Sequence[Window], signals: Sequence[int]) -> tuple[Batch, Any]:
-    """A step's batch and, for every device, the signal that its process got (0: none), int32 [devices]."""
+    """Returns a step's batch and, for every device, the signal that its process got (0: none), int32 [devices]."""
     signal, mesh = max(signals, default=0), runs[0].mesh
     if len(runs) > 1:
         return Batch(*map(np.stack, zip(*(window.batch for window in windows), strict=True))), np.array(
@@ -296,17 +296,17 @@ def _inputs(runs: Sequence[Run], windows: Sequence[Window], signals: Sequence[in
 
 
 def _of(tree: Any, i: int, runs: Sequence[Run]) -> Any:
-    """The part of `tree` that is of run `i`."""
+    """Returns the part of `tree` of run `i`."""
     return tree if len(runs) == 1 else jax.tree.map(lambda leaf: leaf[i], tree)
 
 
 def _frames(window: Window, run: Run) -> int:
-    """Valid frames of a step; over several processes those of this one times their number, which costs no message."""
+    """Valid frames of a step; those of the rows of other processes are estimated from the rows of this one."""
     return int(window.batch.mask.sum()) * run.cfg.data.batch // len(run.rows)
 
 
 def _by_row(window: Window, run: Run) -> dict[tuple[int, int], str]:
-    """Names of the files by chunk and row."""
+    """Returns the names of the files by chunk and row."""
     return {(k, row): name for k, names in enumerate(window.files) for row, name in zip(run.rows, names, strict=True)}
 
 

@@ -68,19 +68,18 @@ def _check_out(out: Path) -> Path:
 
 
 def _unigram(folder: Path) -> dict[str, float | None] | None:
-    """Losses of the unigram model by stream, from a run's meta.json; None where metrics.jsonl came alone."""
+    """Losses of the unigram model by stream from meta.json; None without it."""
     path = folder / "meta.json"
     stored = config_json.read_json(path, "a run's meta.json") if path.exists() else {}
-    found = stored.get("unigram") if isinstance(stored, dict) else stored
-    if not isinstance(found, dict | None) or not all(
-        isinstance(one, float | int | None) for one in (found or {}).values()
-    ):
+    losses = stored.get("unigram") if isinstance(stored, dict) else stored
+    sound = isinstance(losses, dict | None) and all(isinstance(x, float | int | None) for x in (losses or {}).values())
+    if not sound:
         raise InputError(f"{path} has no losses by stream under 'unigram': bring it back, or remove it.")
-    return found
+    return losses
 
 
 def _hours(folder: Path) -> float | None:
-    """Hours of speech that a step reads, from a run's config.json; None where metrics.jsonl came alone."""
+    """Hours of speech in a step from config.json; None without it."""
     path = folder / "config.json"
     if not path.exists():
         return None
@@ -95,7 +94,7 @@ def _hours(folder: Path) -> float | None:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, or their paths where two share a name."""
+    """The folders' names, or their paths if two share a name."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 

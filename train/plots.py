@@ -93,7 +93,7 @@ def draw_run(
 
 
 def draw_runs(runs: Sequence[Run], out: Path) -> list[Path]:
-    """Draws minimised and validation losses of runs over steps and over hours of speech; returns PNG and PDF as `draw_run`."""
+    """Draws minimised and validation losses of runs over steps and hours of speech; returns paths as `draw_run`."""
     plt = _pyplot()
     parts = [(run, *_split(run.lines)) for run in runs]
     validated = any(validation for _, _, validation in parts)

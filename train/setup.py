@@ -1,4 +1,4 @@
-"""A run before and between its steps: whether it can start or be resumed, its folder, the content of its checkpoints."""
+"""A run apart from its steps: checks before it starts or is resumed, its folder, the content of its checkpoints."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ log = logging.getLogger("train")
 
 
 class Run(NamedTuple):
-    """A run that is ready to go on."""
+    """A run that is ready to train."""
 
     cfg: TrainConfig
     mesh: Mesh
@@ -47,11 +47,11 @@ class Run(NamedTuple):
     """Rows of a batch that this process reads."""
     corpus: Corpus
     meta: dict[str, Any]
-    """What every checkpoint tells beside the configuration: versions, codec, data, base."""
+    """What every checkpoint stores beside the configuration: versions, codec, data, base."""
 
 
 def prepare(cfg: TrainConfig, run_dir: Path, load: Callable[..., Corpus] = corpora.load) -> Run:
-    """A new run of `cfg` in `run_dir`, of which nothing is written yet; `load` opens its files. Raises `InputError`."""
+    """Returns a new run of `cfg` in `run_dir` and writes nothing; `load` opens its files. Raises `InputError`."""
     if not _is_free(run_dir):
         raise InputError(
             f"run_dir {run_dir} is taken: give another --run-dir, or go on with the run in it by --resume {run_dir}."
@@ -72,9 +72,9 @@ def prepare(cfg: TrainConfig, run_dir: Path, load: Callable[..., Corpus] = corpo
 
 
 def reopen(run_dir: Path, **changes: Any) -> Run:
-    """The run in `run_dir` as its latest whole checkpoint describes it, with other values for the fields `changes`.
+    """Returns the run in `run_dir` as its latest whole checkpoint describes it, with `changes` of fields.
 
-    Raises `InputError` if there is none, or if its data, codec, tokenizer or base weights are not those it was trained on.
+    Raises `InputError` if there is none, or if data, codec, tokenizer or base weights are not those of its training.
     """
     with open_run(run_dir) as checkpoints:
         meta = checkpoints.meta()
@@ -102,7 +102,7 @@ def reopen(run_dir: Path, **changes: Any) -> Run:
 
 
 def over_seeds(cfg: TrainConfig, seeds: Iterable[int]) -> list[TrainConfig]:
-    """`cfg` with each of `seeds`, in folders that end in the seed."""
+    """Returns `cfg` with each of `seeds`, in folders that end in the seed."""
     folder = str(Path(cfg.run_dir)) if cfg.run_dir else f"runs/{cfg.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return [dataclasses.replace(cfg, seed=seed, run_dir=f"{folder}-{seed}") for seed in seeds]
 
@@ -137,7 +137,10 @@ def check_alike(cfgs: Sequence[TrainConfig]) -> None:
 
 
 def keep_in_memory() -> Callable[..., Corpus]:
-    """`ttt_jax.data.corpus.load` that opens equal data once and keeps files in memory: steps of many small models would wait for them."""
+    """Returns a `ttt_jax.data.corpus.load` that opens equal data once and keeps files in memory.
+
+    Otherwise steps of many small models would wait for files.
+    """
     opened: dict[CorpusConfig, Corpus] = {}
 
     def kept(recording: Recording) -> Recording:
@@ -155,7 +158,7 @@ def keep_in_memory() -> Callable[..., Corpus]:
 
 
 def make_folder(run: Run) -> None:
-    """Make the folder of a new run, with its configuration and what is known of its data."""
+    """Makes the folder of a new run, with its config.json and meta.json."""
     run.meta["unigram"] = _unigram(run.cfg, run.corpus)
     folder = Path(run.cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,27 +167,27 @@ def make_folder(run: Run) -> None:
 
 
 def fit_model(cfg: TrainConfig, codec: Codec, tokenizer: Tokenizer) -> TrainConfig:
-    """`cfg` with the model's cardinalities those of the codec and the tokenizer. Raises `InputError` on other misfits."""
+    """Returns `cfg` with the cardinalities of codec and tokenizer. Raises `InputError` on other misfits."""
     codebooks = codec.num_codebooks
     if (cfg.model.n_q, cfg.model.dep_q) != (2 * codebooks, codebooks):
         raise InputError(
             f"model.n_q={cfg.model.n_q} and model.dep_q={cfg.model.dep_q} do not fit the codec {codec.name}: give"
-            f" {2 * codebooks} and {codebooks}, two voices of {codebooks} codebooks of which one is predicted."
+            f" {2 * codebooks} and {codebooks}, two voices of {codebooks} codebooks, one of them predicted."
         )
     if cfg.base is not None and (cfg.model.card, cfg.model.text_card) != (codec.cardinality, tokenizer.cardinality):
         raise InputError(
-            f"the weights in {cfg.base} know {cfg.model.card} codes and {cfg.model.text_card} text pieces, but the codec {codec.name} has"
-            f" {codec.cardinality} and the tokenizer {tokenizer.cardinality}: give data.codec and data.tokenizer those that the"
-            " weights were trained with."
+            f"the weights in {cfg.base} know {cfg.model.card} codes and {cfg.model.text_card} text pieces, but the codec"
+            f" {codec.name} has {codec.cardinality} and the tokenizer {tokenizer.cardinality}: give data.codec and"
+            " data.tokenizer those that the weights were trained with."
         )
-    # The inner rate in force is stored: a default may change one day, this run's may not.
+    # The inner rate in force is stored, so that another default does not change this run.
     ttt = dataclasses.replace(cfg.model.ttt, base_lr=cfg.model.inner_lr)
     model = dataclasses.replace(cfg.model, card=codec.cardinality, text_card=tokenizer.cardinality, ttt=ttt)
     return dataclasses.replace(cfg, model=model)
 
 
 def find_mesh(cfg: TrainConfig) -> Mesh:
-    """The mesh of `cfg`. Raises `InputError` if it does not fit the devices, the rows or the model."""
+    """Returns the mesh of `cfg`. Raises `InputError` if it does not fit the devices, the rows or the model."""
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
     sharding.check_rows(mesh, cfg.data.batch, cfg.accumulate)
     state_like(cfg, mesh)
@@ -192,31 +195,32 @@ def find_mesh(cfg: TrainConfig) -> Mesh:
 
 
 def check_data(cfg: TrainConfig, corpus: Corpus) -> None:
-    """Raise `InputError` if the corpus lacks files that the run needs."""
+    """Raises `InputError` if the corpus lacks files that the run needs."""
     for name in ("eval_every", "sample_every"):
         if getattr(cfg, name) and not corpus.validation:
             raise InputError(
-                f"{name}={getattr(cfg, name)} needs files, but there are none to validate on: name some with --data.validation."
+                f"{name}={getattr(cfg, name)} needs files, but there are none to validate on: name some with"
+                " --data.validation."
             )
     if cfg.sample_every and jax.process_count() > 1:
         raise InputError(f"sample_every={cfg.sample_every} works in one process only: leave it out.")
 
 
 def arrays(run: Run, state: TrainState, frozen: Tree) -> dict[str, Any]:
-    """The arrays of a checkpoint."""
+    """Returns the arrays of a checkpoint."""
     params = merge(state.trainable, frozen)
     stored = params if run.meta["stored"] is None else pick(params, set(run.meta["stored"]))
     return {"params": stored, "state": rest(state)}
 
 
 def rest(state: TrainState) -> dict[str, Any]:
-    """All of the state but the weights, which have a place of their own in a checkpoint."""
+    """Returns the state without the weights, which a checkpoint stores apart."""
     return {name: leaf for name, leaf in state._asdict().items() if name != "trainable"}
 
 
 @contextlib.contextmanager
 def compiling(what: str) -> Iterator[None]:
-    """Says that `what` is compiled, and how long it took."""
+    """Reports that `what` is compiled, and the time."""
     log.info("compiling the %s (kept in %s for the next run) ...", what, jax.config.jax_compilation_cache_dir)
     begin = time.perf_counter()
     yield
@@ -225,36 +229,36 @@ def compiling(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def memory(cfg: TrainConfig) -> Iterator[None]:
-    """Tells of too little memory in one sentence."""
+    """Turns errors of too little memory into an `InputError`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if (told := dry_run.too_large(error, cfg)) is not None:
-            raise told from error
+        if (sentence := dry_run.too_large(error, cfg)) is not None:
+            raise sentence from error
         raise
 
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """The signals that asked to stop so far (Ctrl-C, SIGTERM): a step is never torn apart. The second one interrupts at once."""
-    asked: list[int] = []
+    """Yields the list of signals so far (Ctrl-C, SIGTERM). A second signal exits at once."""
+    signals: list[int] = []
 
     def on_signal(number: int, *_: object) -> None:
-        if asked:
+        if signals:
             raise SystemExit(128 + number)
-        asked.append(number)
+        signals.append(number)
         log.info("\nsaving a checkpoint after this step; a second signal stops at once")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _is_free(run_dir: Path) -> bool:
-    """Whether a run may begin in `run_dir`: nothing is there, or a run that ended before its first checkpoint."""
+    """Whether a run may begin in `run_dir`: missing, empty, or with a run that ended before its first checkpoint."""
     if not run_dir.exists():
         return True
     if not run_dir.is_dir():
@@ -271,7 +275,7 @@ def _shared(cfg: TrainConfig) -> dict[str, Any]:
 
 
 def _unigram(cfg: TrainConfig, corpus: Corpus) -> dict[str, float]:
-    """Nats of each stream of the training data under its own unigram model: what memory and attention have to beat."""
+    """Returns the nats of each stream of the training data under its unigram model, a baseline without any context."""
     names = list(cfg.model.target_streams)
     tables = unigram.fit(unigram.some(corpus.recordings), cfg.model.target_streams.values())
     total, counts = np.zeros(len(names)), np.zeros(len(names))

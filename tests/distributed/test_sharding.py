@@ -24,9 +24,15 @@ from ttt_jax.utils.trees import named
 
 MESHES = ("2,2,2",)
 MORE = ("2,1,2", "1,2,2", "4,1,1", "1,4,1", "2,1,2/2")
-FAULTS = ("2,2,2-width",)
-MORE_FAULTS = ("1,2,2-rows",)
-either = pytest.mark.parametrize("mesh", [*MESHES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+FAULTS = {"2,2,2-width": {False, True}, "1,2,2-rows": {True}}
+"""By mesh and fault whether forward and backward (False, True) loops talk to other devices."""
+either = pytest.mark.parametrize(
+    "mesh",
+    [
+        *(pytest.param(mesh, marks=pytest.mark.integration) for mesh in MESHES),
+        *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MORE),
+    ],
+)
 
 
 def child(*words, devices):
@@ -48,12 +54,12 @@ def run(folder, meshes, devices):
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("few"), ["1,1,1", *MESHES, *FAULTS], devices=8)
+    return run(tmp_path_factory.mktemp("few"), ["1,1,1", *MESHES], devices=8)
 
 
 @pytest.fixture(scope="module")
 def more(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("more"), ["1,1,1", *MORE, *MORE_FAULTS], devices=4)
+    return run(tmp_path_factory.mktemp("more"), ["1,1,1", *MORE], devices=4)
 
 
 @pytest.fixture
@@ -154,13 +160,11 @@ def test_the_inner_loop_says_nothing_to_other_devices(found, mesh):
     assert "all-reduce" in many["collectives"]  # of gradients, outside
 
 
-@pytest.mark.parametrize(
-    ("fault", "where", "those"),
-    [("2,2,2-width", {False, True}, "few"), pytest.param("1,2,2-rows", {True}, "more", marks=pytest.mark.slow)],
-)
-def test_an_inner_loop_that_does_is_noticed(request, fault, where, those):
-    found = request.getfixturevalue(those)[fault]
-    assert {loop["backward"] for loop in inner_loops(found) if loop["collectives"]} >= where
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_inner_loop_that_does_is_noticed(tmp_path, fault):
+    broken = run(tmp_path, [fault], devices=8 if fault.startswith("2,2,2") else 4)[fault]
+    assert {loop["backward"] for loop in inner_loops(broken) if loop["collectives"]} >= FAULTS[fault]
 
 
 def test_loops_are_followed_into_what_they_call():
@@ -193,6 +197,7 @@ ENTRY %main (p: f32[2]) -> f32[2] {
     assert (loop["ttt"], loop["backward"], loop["products"]) == (True, True, 1)
 
 
+@pytest.mark.integration
 def test_random_weights_are_those_of_one_device_and_lie_where_the_step_wants_them(few):
     assert few["start"]["differ"] == few["start"]["elsewhere"] == []
     assert few["start"]["names"] > 50
@@ -214,7 +219,10 @@ def every_model():
         )
 
 
-@pytest.mark.parametrize("cfg", [pytest.param(cfg, id=name) for name, cfg in every_model()])
+@pytest.mark.parametrize(
+    "cfg",
+    [pytest.param(cfg, id=name, marks=[] if "tiny" in name else pytest.mark.slow) for name, cfg in every_model()],
+)
 def test_every_parameter_has_a_place_and_a_group(cfg):
     shapes = named(jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0)))
     for path, shape in shapes.items():
@@ -292,12 +300,13 @@ def test_one_size_follows_from_the_others():
 ROWS_OF_PROCESSES = """
 import sys
 import jax
-from ttt_jax import sharding
+from ttt_jax.distributed import sharding
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 print([list(sharding.local_rows(sharding.make_mesh(*sizes), 8)) for sizes in ((4, 1, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (1, 1, 4))])
 """
 
 
+@pytest.mark.integration
 def test_a_process_reads_the_rows_of_its_devices():
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -354,11 +354,11 @@ def test_interrupting_ends_as_it_should(run, data, tmp_path):
     """With a program on its way: an interpreter that ended under it would crash."""
     code = """
 import os, signal, sys
-from eval import stream
 from eval.__main__ import main
+from eval.streaming import runner
 from ttt_jax.utils.command import run
 
-block, calls = stream._block, []
+block, calls = runner._block, []
 
 
 def interrupting(*args):
@@ -368,7 +368,7 @@ def interrupting(*args):
     return block(*args)
 
 
-stream._block, stream.SEGMENT = interrupting, 1
+runner._block, runner.SEGMENT = interrupting, 1
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do without
 sys.exit(run(lambda: main(sys.argv[1:])))
 """

@@ -9,6 +9,7 @@ import pytest
 from tests.helpers import commands, small_tasks
 
 STEPS = 24
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")

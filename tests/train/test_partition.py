@@ -30,6 +30,7 @@ COMBINATIONS = [
     if base or ttt or lora or attention != "none"
 ]  # fmt: skip
 NO_BASE = TrainableConfig(base=False)
+slow = lambda values: [pytest.param(value, marks=pytest.mark.slow) for value in values]  # noqa: E731
 NAMED = {"none": (), "0": (0,), "1,2": (1, 2), "all": (0, 1, 2)}
 
 
@@ -51,7 +52,13 @@ def of_layers(shapes, cfg):
     return found
 
 
-@pytest.mark.parametrize("trainable", COMBINATIONS, ids=str)
+some = pytest.mark.parametrize(
+    "trainable",
+    [pytest.param(one, id=str(one), marks=[pytest.mark.slow] if i % 6 else []) for i, one in enumerate(COMBINATIONS)],
+)
+
+
+@some
 def test_that_trains_which_is_named_and_nothing_else(trainable):
     cfg, asked = combined(trainable), trainable
     shapes = small_step.shapes(cfg)
@@ -71,7 +78,7 @@ def test_that_trains_which_is_named_and_nothing_else(trainable):
     assert {name for name, path in names.items() if path in named(trainable)} == {n for n in names if wanted(n)}
 
 
-@pytest.mark.parametrize("trainable", COMBINATIONS[::3], ids=str)
+@pytest.mark.parametrize("trainable", [COMBINATIONS[3], *slow(COMBINATIONS[::3])], ids=str)
 def test_the_state_holds_two_numbers_for_each_that_trains(trainable):
     cfg = combined(trainable)
     like = step.state_like(cfg, one_device())
@@ -192,6 +199,14 @@ def test_new_ttt_layers_and_adapters_say_nothing_at_first(folder, begun):
     assert np.abs(changed[0] - got[0]).max() > 1e-2
 
 
+def test_ttt_layers_that_join_a_base_start_from_different_random_numbers(folder):
+    cfg = starting(folder, ttt=dataclasses.replace(TTT, layers="0,1"))
+    leaves = named(initial(cfg).trainable)
+    for name in ("q_kernel", "v_kernel", "inner_w0"):
+        first, second = np.concatenate([leaf for path, leaf in leaves.items() if path.endswith(f"/ttt/{name}")])
+        assert np.abs(first - second).max() > 1e-3, name
+
+
 def test_what_trains_is_float32_and_what_is_frozen_keeps_its_type_and_bits(folder, begun):
     cfg, (trainable, frozen) = begun
     assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {np.dtype(np.float32)}
@@ -242,7 +257,8 @@ def small_batch(cfg):
     ("trainable", "ttt", "lora"),
     [
         (TrainableConfig(base=False, attention="0"), TTT, RANK),
-        (TrainableConfig(base=False, lora=False), TTT, RANK),  # adapters that are new and frozen are stored
+        # New adapters that are frozen are stored.
+        pytest.param(TrainableConfig(base=False, lora=False), TTT, RANK, marks=pytest.mark.slow),
         pytest.param(TrainableConfig(base=False), TTT, LoRAConfig(), marks=pytest.mark.slow),
         (TrainableConfig(base=True), TTT, LoRAConfig()),
     ],

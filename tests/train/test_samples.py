@@ -134,7 +134,7 @@ import sys
 from pathlib import Path
 import jax
 from tests.train.test_samples import MODEL, mixed, sampler
-from ttt_jax import sharding
+from ttt_jax.distributed import sharding
 params = mixed()
 params = jax.device_put(params, sharding.params_shardings(sharding.make_mesh(1, 2, 2), params))
 assert len(params["depth"]["heads"].sharding.device_set) == 4

@@ -91,7 +91,7 @@ def slope(loss, size=1e-5):
 @pytest.mark.parametrize(
     ("cfg", "chunks"),
     [
-        pytest.param(PERSIST, 1, id="persist"),
+        pytest.param(PERSIST, 1, id="persist", marks=pytest.mark.slow),
         pytest.param(RESET, 1, id="reset", marks=pytest.mark.slow),
         pytest.param(TWO, 2, id="bptt"),
     ],
@@ -254,8 +254,12 @@ TTT_ALONE = arm(carry_attention=False)
 
 @pytest.mark.parametrize(
     ("cfg", "by_ttt", "by_any"),
-    [(PERSIST, True, True), (RESET, False, True), (TTT_ALONE, True, True), (APART, False, False)],
-    ids=["persist", "reset", "persist, attention apart", "reset, attention apart"],
+    [
+        pytest.param(PERSIST, True, True, id="persist"),
+        pytest.param(RESET, False, True, id="reset", marks=pytest.mark.slow),
+        pytest.param(TTT_ALONE, True, True, id="persist, attention apart", marks=pytest.mark.slow),
+        pytest.param(APART, False, False, id="reset, attention apart"),
+    ],
 )
 def test_what_of_a_chunk_the_next_one_sees(cfg, by_ttt, by_any):
     plain = second_chunk(cfg, WHOLE)
@@ -282,7 +286,8 @@ def test_a_reset_chunk_is_one_of_a_fresh_ttt_state():
 # Less memory, the same numbers
 
 
-@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "layers"])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["dots", "layers"])
 def test_computing_again_changes_no_gradient(remat):
     cfg = arm(remat=remat)
     trainable, frozen, stream = carried(PERSIST)
@@ -360,6 +365,7 @@ def at_once(params, one, stream, cfg, weights):
     return _AT_ONCE["it"]
 
 
+@pytest.mark.slow
 def test_each_block_makes_its_logits_again():
     """The logits of all frames exist nowhere in the step's program where blocks are smaller."""
     trainable, frozen, stream = start(PERSIST)

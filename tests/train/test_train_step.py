@@ -1,6 +1,6 @@
 """The training step: what it minimises, what it carries, what it leaves alone."""
 
-from functools import cache, partial
+from functools import partial
 
 import chex
 import jax
@@ -220,6 +220,7 @@ def test_one_process_that_is_to_stop_is_heard(program):
 # In parts
 
 
+@pytest.mark.slow  # test_step_gradients.py has the gradient of parts
 def test_parts_of_a_batch_make_the_same_step(train_step):
     parts = compiled(config(lora=LORA, accumulate=2))
     states = [start(CONFIG), start(CONFIG)]
@@ -323,50 +324,32 @@ def test_the_group_whose_gradient_is_not_finite_is_named():
 # A whole run
 
 
+FILES = [np.minimum(file[: MODEL.num_streams], MODEL.card - 1) for file in micro.files()]
+CARDS = [MODEL.text_card] + MODEL.dep_q * [MODEL.card]
+
+
 @pytest.fixture(scope="module")
-def micro_step():
-    cfg = micro.CONFIG
-    windows = micro_batches(1)
-    program = small_step.compiled(cfg, small_step.one_device(), {}, windows[0])
-    return lambda state, batch: program(state, {}, batch, NO_STOP)
+def whole_run(train_step):
+    """Metrics of all steps of a run from random weights."""
+    batches = Batches([micro.source(FILES)], CONFIG.data.batch, CONFIG.data.chunk, CONFIG.seed)
+    state, metrics = start(CONFIG, initial_params.initial(CONFIG, small_step.one_device()).trainable), []
+    for _ in range(CONFIG.steps):
+        state, found = train_step(state, next(batches).batch)
+        metrics.append(found)
+    batches.close()
+    return metrics
 
 
-def micro_batches(count):
-    windows = Batches(
-        [micro.source(micro.files())], micro.CONFIG.data.batch, micro.CONFIG.data.chunk, micro.CONFIG.seed
-    )
-    found = [next(windows).batch for _ in range(count)]
-    windows.close()
-    return found
+def test_initial_loss_is_the_cardinality_and_half_the_variance(whole_run):
+    first = whole_run[0]
+    np.testing.assert_allclose(first.streams, np.log(CARDS) + first.half_variance, rtol=0.05)
 
 
-@cache
-def micro_params():
-    return initial_params.initial(micro.CONFIG, small_step.one_device()).trainable
-
-
-def micro_start():
-    return small_step.start(micro.CONFIG, micro_params())
-
-
-CARDS = [micro.MODEL.text_card] + micro.MODEL.dep_q * [micro.MODEL.card]
-
-
-def test_initial_loss_is_the_cardinality_and_half_the_variance(micro_step):
-    _, metrics = micro_step(micro_start(), micro_batches(1)[0])
-    np.testing.assert_allclose(metrics.streams, np.log(CARDS) + metrics.half_variance, rtol=0.05)
-
-
-def test_training_lowers_every_loss_towards_the_unigram(micro_step):
-    state, losses = micro_start(), []
-    for one in micro_batches(micro.CONFIG.steps):
-        state, metrics = micro_step(state, one)
-        losses.append(np.asarray(metrics.streams))
-    tables = unigram.fit(micro.files(), CARDS)
-    baseline = np.array(
-        [np.mean(stream) for stream in np.concatenate([unigram.nats(tables, file) for file in micro.files()], -1)]
-    )
-    first, end = losses[0], np.mean(losses[-5:], axis=0)
+def test_training_lowers_every_loss_towards_the_unigram(whole_run):
+    tables = unigram.fit(FILES, CARDS)
+    nats = np.concatenate([unigram.nats(tables, file) for file in FILES], -1)
+    baseline = np.array([np.mean(stream) for stream in nats])
+    first, end = whole_run[0].streams, np.mean([metrics.streams for metrics in whole_run[-5:]], axis=0)
     assert (end - baseline < 0.5 * (first - baseline)).all(), (first, end, baseline)
 
 
