@@ -79,7 +79,7 @@ def _level(path: str, starts: dict[str, int]) -> float:
 
 
 def _seen(cfg: TrainConfig, context: int) -> tuple[float, float]:
-    """Mean number of frames that attention sees, with a full KV cache or none, and of those in the step, with a gradient."""
+    """Mean number of frames that attention sees, behind a full KV cache or none, and of those in the step."""
     span = cfg.data.chunk * (cfg.bptt if cfg.carry_attention else 1)
     growing = min(context, span)
     recent = context + growing * (growing + 1 - 2 * context) / (2 * span)
@@ -89,8 +89,8 @@ def _seen(cfg: TrainConfig, context: int) -> tuple[float, float]:
 def _inner(cfg: MoshiConfig, chunk: int) -> float:
     """Operations of a layer's inner loop in dual form, by frame.
 
-    They are the network forward for keys and queries, backward for keys, the sum of its steps, and the products by which
-    frames of a mini-batch read each other's steps.
+    They are the network forward for keys and queries, backward for keys, the sum of its steps, and the products by
+    which frames of a mini-batch read each other's steps.
     """
     widths = network.widths(cfg.head_dim, cfg.ttt.hidden)
     frames = min(cfg.ttt.mini_batch, chunk)

@@ -39,13 +39,13 @@ def check_base(cfg: TrainConfig) -> None:
     """Raises `InputError` if frozen weights would be random."""
     if cfg.base is None and not cfg.trainable.base:
         raise InputError(
-            "trainable.base is off and base is unset, so frozen weights would stay at random: give --base FOLDER (python"
-            " -m ttt_jax.convert makes it), or --trainable.base."
+            "trainable.base is off and base is unset, so frozen weights would stay at random: give --base FOLDER"
+            " (python -m ttt_jax.convert makes it), or --trainable.base."
         )
 
 
 def stored(cfg: TrainConfig) -> list[str] | None:
-    """Returns the paths of the leaves that a checkpoint stores: all (None) without a base, else all but its frozen leaves.
+    """Returns the paths of leaves that checkpoints store: all (None) without a base, else all but its frozen leaves.
 
     TTT layers and adapters are always stored, since the digest of the base does not cover them.
     """
@@ -58,7 +58,7 @@ def stored(cfg: TrainConfig) -> list[str] | None:
 
 
 def initial(cfg: TrainConfig, mesh: Mesh) -> Parameters:
-    """Returns the parameters before the first step. Raises `InputError` if weights are missing or do not fit the model."""
+    """Returns the parameters before the first step. Raises `InputError` if weights are missing or do not fit."""
     shapes = _shapes(cfg.model)
     if cfg.base is None:
         return Parameters(*split(_fresh(cfg, mesh, named(shapes).keys()), cfg))

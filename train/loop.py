@@ -69,8 +69,8 @@ def start(cfgs: Sequence[TrainConfig], load: Callable[..., Corpus] | None = None
       cfgs: one configuration, or several that differ in name, folder, seed and training files alone.
       load: opens the speech; by default `ttt_jax.data.corpus.load`, for several runs `setup.keep_in_memory()`.
 
-    Raises `InputError` if a run cannot start, and then leaves nothing behind. Also raises it at the end if the losses of
-    some runs were not finite.
+    Raises `InputError` if a run cannot start, and then leaves nothing behind; also at the end, if the losses of some
+    runs were not finite.
     """
     check_alike(cfgs)
     keep_compiled(cfgs[0].data.cache_dir / "compiled")
@@ -203,7 +203,7 @@ def _train(
             state, metrics = train_step(state, frozen, *_inputs(runs, windows, signals))
             settle()  # the step before, while this one computes
             pending = step, metrics, windows
-            # One of several processes may get the signal, but all must stop after the same step: the step before tells all.
+            # A signal may reach one of several processes, but all must stop after the same step: the last step shows it.
             ending = heard if jax.process_count() > 1 else max(signals, default=0)
             score = None
             if validation is not None and (step % cfg.eval_every == 0 or step == cfg.steps):

@@ -41,8 +41,8 @@ class Sampler:
     """Writes samples to RUN/samples/step-000100/: codes and, where codec and tokenizer are here, sound and text.
 
     Each recording NAME gives NAME.safetensors (a code file whose boundary is the first generated frame), NAME.wav (left
-    Moshi's voice, right the user's) and NAME.txt. Equal steps and parameters give equal samples. Training stays as it is.
-    Shapes are always the same, so the programs compile once. It works in one process only.
+    Moshi's voice, right the user's) and NAME.txt. Equal steps and parameters give equal samples. Training is
+    not changed. Shapes are always the same, so the programs compile once. It works in one process only.
 
     Args:
         cfg: configuration of the model.

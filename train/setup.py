@@ -176,9 +176,9 @@ def fit_model(cfg: TrainConfig, codec: Codec, tokenizer: Tokenizer) -> TrainConf
         )
     if cfg.base is not None and (cfg.model.card, cfg.model.text_card) != (codec.cardinality, tokenizer.cardinality):
         raise InputError(
-            f"the weights in {cfg.base} know {cfg.model.card} codes and {cfg.model.text_card} text pieces, but the codec"
-            f" {codec.name} has {codec.cardinality} and the tokenizer {tokenizer.cardinality}: give data.codec and"
-            " data.tokenizer those that the weights were trained with."
+            f"the weights in {cfg.base} know {cfg.model.card} codes and {cfg.model.text_card} text pieces, but the"
+            f" codec {codec.name} has {codec.cardinality} and the tokenizer {tokenizer.cardinality}: give data.codec"
+            " and data.tokenizer those that the weights were trained with."
         )
     # The inner rate in force is stored, so that another default does not change this run.
     ttt = dataclasses.replace(cfg.model.ttt, base_lr=cfg.model.inner_lr)

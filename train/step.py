@@ -159,8 +159,8 @@ def gradient(
     """
 
     def loss(trainable: Tree, batch: Batch, stream: model.State):
-        # The one place where gradients through time are cut. The state is an input of a step, so this matters only if steps
-        # are chained under one gradient.
+        # The one place where gradients through time are cut. The state is an input of a step, so this matters only if
+        # steps are chained under one gradient.
         sums, stream = step_sums(merge(trainable, frozen), batch, jax.lax.stop_gradient(stream), cfg, block)
         return sums.loss, (sums, stream)
 

@@ -144,7 +144,8 @@ class _WandB:
         identity = path.read_text(encoding="utf-8").strip() if path.exists() else secrets.token_hex(4)
         try:
             self._run = wandb.init(
-                project=project, name=run_dir.resolve().name, dir=str(run_dir), id=identity, resume="allow", config=config,
+                project=project, name=run_dir.resolve().name, dir=str(run_dir), id=identity, resume="allow",
+                config=config,
                 settings=wandb.Settings(console="off"),  # the progress bar is no log
             )  # fmt: skip
         except wandb.Error as error:

@@ -1,4 +1,4 @@
-"""Two processes of two devices each train like one device, stop together, and are resumed by any number of processes."""
+"""Two processes of two devices each train like one device, stop together, and are resumed by any number of them."""
 
 import signal
 import socket

@@ -1,4 +1,4 @@
-"""Programs of training and evaluation that compile in a third of the time, and once a process for runs that are alike."""
+"""Programs of training and evaluation that compile in a third of the time, once a process for runs that are alike."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ scan_calls = jax.jit(
 
 
 def quickly(make_step):
-    """For `make_train_step` or `make_steps_together`; their programs do not depend on names, folders, seeds, files and checkpoints."""
+    """For `make_train_step` or `make_steps_together`: names, folders, seeds, files and checkpoints do not matter."""
 
     def made(cfg, other):
         data = DataConfig(chunk=cfg.data.chunk, batch=cfg.data.batch)

@@ -61,7 +61,7 @@ def float64(cfg: TrainConfig) -> TrainConfig:
 
 
 def batch(chunks: int = 1, seed: int = 0, reset=(), absent: float = 0.1, frames: int = FRAMES) -> Batch:
-    """Random tokens, padding of text and absent ones among them; rows end at different frames; `reset` are (chunk, row)."""
+    """Random tokens with padding of text and absent ones; rows end at different frames; `reset` are (chunk, row)."""
     rng = np.random.default_rng(seed)
     cards = np.array([MODEL.text_card] + MODEL.n_q * [MODEL.card])[:, None]
     tokens = rng.integers(0, cards, (chunks, ROWS, MODEL.num_streams, frames))

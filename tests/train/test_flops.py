@@ -47,7 +47,7 @@ CASES = {
         dataclasses.replace(MODEL, lora=LoRAConfig(rank=4, maps=("heads",))), TrainableConfig(base=False), {},
     ),
     "attention of the upper layers": (MODEL, TrainableConfig(base=False, attention="3,4"), {}),
-    "no ring": (MODEL, ALL, {"carry_attention": False}),
+    "no KV cache": (MODEL, ALL, {"carry_attention": False}),
     "MLP": (dataclasses.replace(MODEL, ttt=MLP), ALL, {}),
     "MLP alone": (dataclasses.replace(MODEL, ttt=MLP), TrainableConfig(base=False), {}),
     "linear": (dataclasses.replace(MODEL, ttt=LINEAR), ALL, {}),
@@ -103,7 +103,7 @@ def counted(cfg):
 
 
 def unseen(cfg):
-    """Products of a frame's attention that the program computes and masks, forward and backward; a ring gets no gradient."""
+    """Products of attention that the program computes and masks, forward and backward; KV caches get no gradient."""
     kv_cache, call, (whole, recent) = cfg.model.context, cfg.data.chunk, flops._seen(cfg, cfg.model.context)
     return 4 * cfg.model.dim * (kv_cache + call - whole), 4 * cfg.model.dim * (kv_cache + 2 * call - whole - recent)
 

@@ -1,4 +1,4 @@
-"""Runs that are killed or stopped at any moment, also while they save, and go on to exactly the losses of one that never was."""
+"""Runs that are killed or stopped at any moment, also while they save, end with the losses of one that is not."""
 
 import random
 import signal

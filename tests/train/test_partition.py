@@ -26,7 +26,9 @@ THREE = dataclasses.replace(small_step.MODEL, num_layers=3, lora=LORA)
 """Layers 0 and 2 are plain, 1 has a TTT layer."""
 COMBINATIONS = [
     TrainableConfig(base, attention, ttt, lora)
-    for base, attention, ttt, lora in itertools.product((False, True), ("none", "0", "1,2", "all"), (False, True), (False, True))
+    for base, attention, ttt, lora in itertools.product(
+        (False, True), ("none", "0", "1,2", "all"), (False, True), (False, True)
+    )
     if base or ttt or lora or attention != "none"
 ]  # fmt: skip
 NO_BASE = TrainableConfig(base=False)

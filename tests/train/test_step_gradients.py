@@ -67,7 +67,9 @@ def norm(tree):
 GROUPS = {
     "W0": lambda path: "/ttt/inner_" in path,
     "gates": lambda path: path.endswith("/ttt/gate"),
-    "queries, keys, values": lambda path: path.endswith(("/ttt/q_kernel", "/ttt/k_kernel", "/ttt/v_kernel", "/ttt/v_bias")),
+    "queries, keys, values": lambda path: path.endswith(
+        ("/ttt/q_kernel", "/ttt/k_kernel", "/ttt/v_kernel", "/ttt/v_bias")
+    ),
     "rates": lambda path: "/ttt/rate_" in path,
     "attention": lambda path: "/attention/" in path and "_lora_" not in path,
     "adapters": lambda path: "_lora_" in path,

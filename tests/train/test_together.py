@@ -1,4 +1,4 @@
-"""Runs that train side by side learn what each would alone, and can go on alone; what cannot train together is refused."""
+"""Runs that train side by side learn what each would alone, and can be resumed alone."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def one(folder, name, task="recall", seed=3, **changes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with the runs `first` and `second`, interrupted in step 5; `second` gone on with by itself, and as `alone`."""
+    """The runs `first` and `second`, interrupted in step 5; `second` resumed by itself, and trained as `alone`."""
     folder = tmp_path_factory.mktemp("together")
     for task, _ in MEMBERS.values():
         write_data(folder / task, task)

@@ -84,7 +84,7 @@ def tripled(tree):
 def test_an_optimiser_step_keeps_what_was_carried_bit_for_bit_and_moves_the_weights_that_it_adds_to(train_step):
     batches = batch(seed=3), batch(seed=4)
     state, _ = train_step(start(CONFIG), batches[0])
-    # The same weights and stream; the optimiser's memory and its learning rates are others, and so are the weights afterwards.
+    # The same weights and stream, but other optimiser states and learning rates, so other weights after the step.
     late = state._replace(step=jnp.int32(20), opt_state=quick_jit(tripled)(state.opt_state))
     one, _ = train_step(own(state), batches[1])
     two, _ = train_step(own(late), batches[1])
@@ -162,7 +162,12 @@ def test_loss_is_the_weighted_mean_of_the_token_losses_over_the_whole_batch(trai
 
 @pytest.mark.parametrize(
     ("codebooks", "expected"),
-    [((1.0,), 8 * [1]), ((100.0, 1.0), [100] + 7 * [1]), ((8.0, 7, 6, 5, 4, 3, 2, 1), range(8, 0, -1)), ((0.0, 2.0), [0] + 7 * [2])],
+    [
+        ((1.0,), 8 * [1]),
+        ((100.0, 1.0), [100] + 7 * [1]),
+        ((8.0, 7, 6, 5, 4, 3, 2, 1), range(8, 0, -1)),
+        ((0.0, 2.0), [0] + 7 * [2]),
+    ],
 )  # fmt: skip
 def test_tokens_weigh_what_is_asked(codebooks, expected):
     targets = np.tile(np.array([0, 3, 5, 7, -1]), (2, 9, 1))
