@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,16 +13,13 @@ from ttt_jax.data.corpus import CorpusConfig
 from ttt_jax.utils import config_json
 
 
-def _check_positive(prefix: str, config: object, *names: str) -> None:
-    for name in names:
+def _check(prefix: str, config: object, above_0: Sequence[str] = (), least_0: Sequence[str] = ()) -> None:
+    """Raises `InputError` unless the fields `above_0` are finite and above 0, and `least_0` finite and 0 or more."""
+    for name in (*above_0, *least_0):
         value = getattr(config, name)
-        check(0 < value < math.inf, f"{prefix}{name}={value} is out of range: give a number above 0.")
-
-
-def _check_not_negative(prefix: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        check(0 <= value < math.inf, f"{prefix}{name}={value} is out of range: give 0 or more.")
+        expected = "a number above 0" if name in above_0 else "0 or more"
+        sound = 0 <= value < math.inf and (value > 0 or name in least_0)
+        check(sound, f"{prefix}{name}={value} is out of range: give {expected}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +35,7 @@ class DataConfig(CorpusConfig):
     elsewhere in every pass."""
 
     def __post_init__(self) -> None:
-        _check_positive("data.", self, "chunk", "batch")
+        _check("data.", self, above_0=("chunk", "batch"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +99,7 @@ class OptimConfig:
     """Steps that may be skipped because loss or gradient is not finite, before the run stops."""
 
     def __post_init__(self) -> None:
-        _check_positive("optim.", self, "lr", "clip_norm")
-        _check_not_negative("optim.", self, "ttt_lr", "gate_lr", "warmup_steps", "weight_decay", "skips")
+        _check("optim.", self, ("lr", "clip_norm"), ("ttt_lr", "gate_lr", "warmup_steps", "weight_decay", "skips"))
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             check(0 <= value < 1, f"optim.{name}={value} is out of range: give a number from 0 to below 1.")
@@ -131,8 +128,7 @@ class LossConfig:
     """Frames on a device whose logits exist at once: memory against time, without effect on results."""
 
     def __post_init__(self) -> None:
-        _check_not_negative("loss.", self, "text", "text_padding")
-        _check_positive("loss.", self, "block")
+        _check("loss.", self, ("block",), ("text", "text_padding"))
         check(
             bool(self.codebooks) and all(0 <= weight < math.inf for weight in self.codebooks),
             f"loss.codebooks={self.codebooks} are no weights: give one number of 0 or more for all, or one for each.",
@@ -146,15 +142,10 @@ class TrainConfig:
     model: MoshiConfig = MODEL_PRESETS["tiny"]
     """Moshi's language model; card and text_card follow the codec and the tokenizer."""
     data: DataConfig = DataConfig()
-    """Speech to train on, and its chunks and batches."""
     trainable: TrainableConfig = TrainableConfig()
-    """Parts that train, in any combination; all else is frozen in the type of its file."""
     optim: OptimConfig = OptimConfig()
-    """AdamW with linear warm-up and cosine decay, clipped by the global norm."""
     loss: LossConfig = LossConfig()
-    """Weight of a token in the mean cross-entropy that is minimised; with all at 1 every token counts the same."""
     mesh: MeshConfig = MeshConfig()
-    """Devices along each axis of the mesh (docs/devices.md); one axis may be -1: all remaining devices."""
     base: str | None = None
     """Folder of converted weights to start from (python -m ttt_jax.convert); unset: weights at random."""
     state: Literal["persist", "reset"] = "persist"
@@ -193,8 +184,8 @@ class TrainConfig:
     """Project of Weights & Biases to send metrics to (needs the package wandb)."""
 
     def __post_init__(self) -> None:
-        _check_positive("", self, "steps", "log_every", "checkpoint_every", "keep", "bptt", "accumulate")
-        _check_not_negative("", self, "eval_every", "sample_every")
+        positive = ("steps", "log_every", "checkpoint_every", "keep", "bptt", "accumulate")
+        _check("", self, positive, ("eval_every", "sample_every"))
         check(
             self.data.batch % self.accumulate == 0,
             f"accumulate={self.accumulate} does not divide data.batch={self.data.batch}: choose a divisor.",

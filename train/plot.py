@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from train import metrics, plots
+from train.config import load
 from ttt_jax.config import FRAME_RATE, check
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
@@ -83,14 +84,8 @@ def _hours(folder: Path) -> float | None:
     path = folder / "config.json"
     if not path.exists():
         return None
-    stored = config_json.read_json(path, "a run's config.json")
-    try:
-        frames = stored["data"]["batch"] * stored["data"]["chunk"] * stored.get("bptt", 1)
-        return frames / FRAME_RATE / 3600
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(
-            f"{path} has no numbers data.batch, data.chunk and bptt: bring it back, or remove it."
-        ) from None
+    cfg = load(path)
+    return cfg.bptt * cfg.data.batch * cfg.data.chunk / FRAME_RATE / 3600
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -96,21 +96,11 @@ def test_only_the_tail_is_masked_and_it_is_absent():
         assert (np.moveaxis(frames, 2, -1)[mask] >= 0).all()
 
 
-def test_first_batch_resets_every_row():
-    assert take(batches(batch=3), 1)[0].batch.reset.all()
-
-
 def test_every_pass_gives_every_file_once_in_an_order_of_its_own():
     taken = order(rows_in_order(take(batches(batch=1), 60))[0])
     passes = [taken[i : i + len(FILES)] for i in range(0, 4 * len(FILES), len(FILES))]
     assert all(sorted(one) == list(range(len(FILES))) for one in passes)
     assert len({tuple(one) for one in passes}) > 1
-
-
-def test_offsets_vary_between_passes():
-    chunks = rows_in_order(take(batches(batch=1), 100))[0]
-    starts = {int(tokens[0]) for reset, tokens in chunks if reset and tokens[0] < 1000}
-    assert len(starts) > 2
 
 
 def test_from_start_every_file_is_read_from_its_first_frame_to_its_last():
@@ -123,41 +113,9 @@ def test_from_start_every_file_is_read_from_its_first_frame_to_its_last():
         assert len(starts) > 2 * len(FILES)
 
 
-def test_from_start_the_order_is_that_of_a_row_by_the_seed_and_every_pass_has_one_of_its_own():
-    one, same, other = (
-        order(rows_in_order(take(batches(batch=1, seed=seed, from_start=True), 70))[0]) for seed in (1, 1, 2)
-    )
-    passes = [one[i : i + len(FILES)] for i in range(0, 3 * len(FILES), len(FILES))]
-    assert one == same != other
-    assert all(sorted(files) == list(range(len(FILES))) for files in passes)
-    assert len({tuple(files) for files in passes}) > 1
-
-
-def test_unless_asked_for_files_are_not_read_from_the_start():
+def test_from_start_must_be_set():
     assert not DataConfig().from_start
-    firsts = [int(tokens[0]) % 1000 for reset, tokens in rows_in_order(take(batches(batch=1), 60))[0] if reset]
-    assert any(firsts)
     same(take(batches(), 5), take(batches(from_start=False), 5))
-
-
-@pytest.mark.parametrize("before", [0, 7])
-def test_a_position_restores_exactly_from_the_start_of_files_too(before):
-    with contextlib.closing(batches(chunks=2, from_start=True)) as stopped:
-        for _ in range(before):
-            next(stopped)
-        position = json.loads(json.dumps(stopped.get_state()))
-        expected = [next(stopped) for _ in range(20)]
-    resumed = batches(chunks=2, from_start=True)
-    resumed.set_state(position)
-    same(expected, take(resumed, 20))
-
-
-def test_seed_decides_the_order():
-    def tokens(seed):
-        return np.stack([window.batch.frames for window in take(batches(seed=seed), 8)])
-
-    np.testing.assert_array_equal(tokens(1), tokens(1))
-    assert (tokens(1) != tokens(2)).any()
 
 
 def test_the_order_of_a_seed_is_no_later_pass_of_another():
@@ -189,19 +147,20 @@ def test_sources_of_equal_files_are_shuffled_apart():
 
 def test_sources_give_files_in_proportion_to_their_weights():
     one, two = source(numbered([1] * 3), 3.0, "a"), source(numbered([1] * 7, 3), 1.5, "b")
-    taken = order(rows_in_order(take(batches(batch=1, sources=[one, two]), 600))[0])
+    taken = order(rows_in_order(take(batches(batch=1, sources=[one, two]), 300))[0])
     counts = np.bincount(taken)
-    assert counts[:3].sum() == 400
-    assert counts[3:].sum() == 200
+    assert counts[:3].sum() == 200
+    assert counts[3:].sum() == 100
     assert np.ptp(counts[:3]) <= 1  # within a source all files alike
     assert np.ptp(counts[3:]) <= 1
     # mixed all along, not one after the other
-    assert all(8 <= sum(number < 3 for number in taken[i : i + 15]) <= 12 for i in range(585))
+    assert all(8 <= sum(number < 3 for number in taken[i : i + 15]) <= 12 for i in range(285))
 
 
-@pytest.mark.parametrize("before", [0, 1, 7, 23])
-def test_position_restores_exactly_through_json(before):
-    with contextlib.closing(batches(chunks=2)) as stopped:
+@pytest.mark.parametrize(("before", "from_start"), [(0, False), (7, False), (7, True)])
+def test_position_restores_exactly_through_json(before, from_start):
+    options = {"chunks": 2, "from_start": from_start}
+    with contextlib.closing(batches(**options)) as stopped:
         for _ in range(before):
             next(stopped)
         position = json.dumps(stopped.get_state())
@@ -211,7 +170,7 @@ def test_position_restores_exactly_through_json(before):
         stopped.set_state(json.loads(position))
         assert json.dumps(stopped.get_state()) == position
         same(expected, [next(stopped) for _ in range(20)])
-    resumed = batches(chunks=2)
+    resumed = batches(**options)
     resumed.set_state(json.loads(position))
     same(expected, take(resumed, 20))
 
@@ -242,8 +201,8 @@ def joined(parts):
 
 
 def test_processes_read_together_what_one_reads_alone():
-    alone = take(batches(5, chunks=2), 30)
-    same(alone, joined([take(half, 30) for half in halves(5, chunks=2)]))
+    alone = take(batches(5, chunks=2), 12)
+    same(alone, joined([take(half, 12) for half in halves(5, chunks=2)]))
 
 
 def test_a_run_goes_on_with_another_number_of_processes():
@@ -317,7 +276,7 @@ def damaged(damage):
 
 
 @pytest.mark.parametrize("chunks", [1, 3])  # of three the damaged file is not the first
-def test_a_damaged_file_is_told_to_who_takes_the_window(chunks):
+def test_a_damaged_file_is_an_error_for_the_taker_of_the_window(chunks):
     damage = ["a hole"]
     sound, broken = (batches(1, 2, [one], chunks=chunks) for one in (SOURCE, damaged(damage)))
     with contextlib.closing(broken) as iterator, contextlib.closing(sound) as whole:
@@ -352,7 +311,7 @@ def test_a_position_of_other_rows_or_another_order_is_refused():
                 other.set_state(wrong)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 5, 7])
+@pytest.mark.parametrize("batch", [2, 7])
 def test_validation_covers_every_frame_once_from_the_start(batch):
     found = list(validation_batches(SOURCE.recordings, batch, CHUNK))
     assert {window.batch.frames.shape for window in found} == {(1, batch, 3, CHUNK)}
