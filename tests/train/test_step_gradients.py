@@ -18,8 +18,8 @@ from ttt_jax.utils.trees import merge, named
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-BLOCK = 10
-"""Frames whose logits exist at once: several blocks a chunk, the last of them not full."""
+BLOCK = 10_000
+"""Frames whose logits exist at once: all."""
 TRAINS = TrainableConfig(base=False, attention="0,1", ttt=True, lora=True)
 TTT_RUN = "layers_01_01"
 """Of the layer with TTT."""

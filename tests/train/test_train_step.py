@@ -1,5 +1,6 @@
 """The training step: what it minimises, what it carries, what it leaves alone."""
 
+import dataclasses
 from functools import partial
 
 import chex
@@ -14,13 +15,15 @@ from tests.helpers.drawing import assert_same_bits, quick_jit
 from tests.helpers.small_step import LORA, NO_STOP, ROWS, batch, config, own, some_params, start
 from train import initial_params, optim, step
 from train.batches import Batches
-from train.config import LossConfig, OptimConfig
+from train.config import LossConfig
 from ttt_jax.data import unigram
 from ttt_jax.moshi import model
 from ttt_jax.moshi.loss import token_losses
 from ttt_jax.utils.trees import named
 
-CONFIG = config(lora=LORA)
+SKIPPING = dataclasses.replace(small_step.CONFIG.optim, skips=3)
+CONFIG = config(lora=LORA, loss=dataclasses.replace(small_step.CONFIG.loss, block=10), optim=SKIPPING)
+"""All trains, the logits of 10 frames exist at once, and steps may be skipped."""
 MODEL = CONFIG.model
 TTT_RUN = "layers_01_01"
 
@@ -258,51 +261,46 @@ def poisoned(where, row=None):
     return state._replace(stream=state.stream._replace(layers={**state.stream.layers, TTT_RUN: run._replace(ttt=ttt)}))
 
 
-@pytest.fixture(scope="module")
-def skipping():
-    """The step that may leave steps out."""
-    program = compiled(config(lora=LORA, optim=OptimConfig(lr=1e-2, ttt_lr=1e-2, warmup_steps=2, skips=3)))
-    return lambda state, batch: program(state, {}, batch, NO_STOP)
-
-
 def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_counted_and_tells_where(skipping):
+def test_a_step_that_is_not_finite_is_left_out_and_counted_and_tells_where(train_step):
     state = poisoned("displacement", row=2)
     before = bits(state[2:])
-    state, metrics = skipping(state, batch(seed=30))
+    state, metrics = train_step(state, batch(seed=30))
     assert bits(state[2:]) == before
     assert (int(state.step), int(state.skipped)) == (1, 1)
     assert np.isfinite(metrics.rows[0]).tolist() == [True, True, False, True]
     assert not np.isfinite(metrics.loss)
     # A file's start makes the row fresh, and training goes on as if the step had not been.
-    state, metrics = skipping(state, batch(seed=30, reset=[(0, 2)]))
-    clean, expected = skipping(start(CONFIG), batch(seed=30))
+    state, metrics = train_step(state, batch(seed=30, reset=[(0, 2)]))
+    clean, expected = train_step(start(CONFIG), batch(seed=30))
     assert (int(state.step), int(state.skipped), int(clean.skipped)) == (2, 1, 0)
     assert bits((state.trainable, state.opt_state, metrics.rates)) == bits(
         (clean.trainable, clean.opt_state, expected.rates)
     )
 
 
-def test_a_row_that_begins_a_file_in_a_step_left_out_begins_it_fresh(skipping):
-    carried, _ = skipping(start(CONFIG), batch(seed=31))
+def test_a_row_that_begins_a_file_in_a_step_left_out_begins_it_fresh(train_step):
+    carried, _ = train_step(start(CONFIG), batch(seed=31))
     state = own(carried)
     run = state.stream.layers[TTT_RUN]
     w = run.ttt.displacement[0].w.at[0, 2].set(jnp.inf)
     ttt = run.ttt._replace(displacement=(run.ttt.displacement[0]._replace(w=w), *run.ttt.displacement[1:]))
     layers = {**state.stream.layers, TTT_RUN: run._replace(ttt=ttt)}
     state = state._replace(stream=state.stream._replace(layers=layers))
-    state, _ = skipping(state, batch(seed=32, reset=[(0, 1)]))  # row 1 begins, row 2 spoils the step
+    state, _ = train_step(state, batch(seed=32, reset=[(0, 1)]))  # row 1 begins, row 2 spoils the step
     assert int(state.skipped) == 1
-    _, metrics = skipping(state, batch(seed=33, reset=[(0, 2)]))
-    _, old = skipping(own(carried), batch(seed=33, reset=[(0, 2)]))
+    _, metrics = train_step(state, batch(seed=33, reset=[(0, 2)]))
+    _, old = train_step(own(carried), batch(seed=33, reset=[(0, 2)]))
     assert abs(metrics.rows[0, 1] - old.rows[0, 1]) > 1e-3  # nothing of the file before is read
 
 
-def test_without_skips_it_shows_in_state_and_metrics(train_step):
-    state, metrics = train_step(poisoned("inner_w0"), batch(seed=30))
+@pytest.mark.slow
+def test_without_skips_it_shows_in_state_and_metrics():
+    program = compiled(config(lora=LORA))
+    state, metrics = program(poisoned("inner_w0"), {}, batch(seed=30), NO_STOP)
     assert int(state.skipped) == 0
     assert not np.isfinite(metrics.loss)
     assert not np.isfinite(metrics.grad_norm)
@@ -334,10 +332,16 @@ CARDS = [MODEL.text_card] + MODEL.dep_q * [MODEL.card]
 
 
 @pytest.fixture(scope="module")
-def whole_run(train_step):
-    """Metrics of all steps of a run from random weights."""
+def weights():
+    """Random weights as a run begins with them."""
+    return initial_params.initial(CONFIG, small_step.one_device()).trainable
+
+
+@pytest.fixture(scope="module")
+def whole_run(train_step, weights):
+    """Metrics of all steps of a run."""
     batches = Batches([micro.source(FILES)], CONFIG.data.batch, CONFIG.data.chunk, CONFIG.seed)
-    state, metrics = start(CONFIG, initial_params.initial(CONFIG, small_step.one_device()).trainable), []
+    state, metrics = start(CONFIG, weights), []
     for _ in range(CONFIG.steps):
         state, found = train_step(state, next(batches).batch)
         metrics.append(found)
@@ -345,9 +349,14 @@ def whole_run(train_step):
     return metrics
 
 
-def test_initial_loss_is_the_cardinality_and_half_the_variance(whole_run):
-    first = whole_run[0]
-    np.testing.assert_allclose(first.streams, np.log(CARDS) + first.half_variance, rtol=0.05)
+def test_initial_loss_is_the_cardinality_and_half_the_variance(train_step, weights):
+    rng, cards, found = np.random.default_rng(0), np.array([MODEL.text_card] + MODEL.n_q * [MODEL.card])[:, None], []
+    for _ in range(10):
+        one = batch()
+        frames = np.where(one.mask[:, :, None], rng.integers(0, cards, one.frames.shape), -1).astype(np.int32)
+        found.append(train_step(start(CONFIG, weights), one._replace(frames=frames))[1])
+    losses, half = (np.mean([getattr(m, name) for m in found], 0) for name in ("streams", "half_variance"))
+    np.testing.assert_allclose(losses, np.log(CARDS) + half, rtol=0.05)
 
 
 def test_training_lowers_every_loss_towards_the_unigram(whole_run):
