@@ -99,11 +99,11 @@ def compiled(cfg: TrainConfig, mesh: jax.sharding.Mesh, frozen, one: Batch, opti
 
 
 def start(cfg: TrainConfig, trainable=None) -> step.TrainState:
-    """The state before the first step, in buffers of its own, on one device."""
+    """The state before the first step on one device, in buffers that nothing else uses."""
     trainable = some_params(cfg)[0] if trainable is None else trainable
-    return step.init_state(cfg, one_device(), own(trainable))
+    return step.init_state(cfg, one_device(), copied(trainable))
 
 
-def own(tree):
-    """`tree` in buffers of its own, since a step donates what it is given."""
+def copied(tree):
+    """A copy of `tree` in other buffers, since a step donates its arguments."""
     return jax.tree.map(lambda leaf: jax.numpy.array(leaf, copy=True), tree)

@@ -114,7 +114,7 @@ def test_nothing_to_train_is_one_sentence():
     plain = dataclasses.replace(THREE, ttt=TTTConfig(layers="none"), lora=LoRAConfig())
     refused("nothing trains", combined, TrainableConfig(base=False), plain)
     refused("nothing trains", combined, TrainableConfig(base=False, lora=False), dataclasses.replace(plain, lora=LORA))
-    with pytest.raises(InputError, match="names nothing that trainable"):
+    with pytest.raises(InputError, match="names nothing that trains"):
         dataclasses.replace(small_step.CONFIG, trainable=TrainableConfig(False, "none", False, False))
 
 
@@ -286,17 +286,22 @@ def test_what_a_checkpoint_holds_and_the_frozen_base_are_all(folder, trainable, 
     assert (rest == {}) == trainable.base
 
 
-def test_without_a_base_all_is_stored_and_random(folder):
+def test_without_a_base_all_is_stored():
     cfg = small_step.config()
     assert initial_params.stored(cfg) is None
     assert initial_params.frozen_base(cfg, one_device()) == {}
     assert initial_params.base_of(cfg) is None
+    random = small_step.config(trainable=TrainableConfig(base=False))
+    refused("trainable.base is off and base is unset", initial_params.check_base, random)
+
+
+@pytest.mark.slow
+def test_without_a_base_all_is_random():
+    cfg = small_step.config()
     trainable, frozen = initial_params.initial(cfg, one_device())
     assert frozen == {}
     expected = quick_jit(model.init_params, static_argnames="cfg")(cfg=cfg.model, key=jax.random.key(cfg.seed))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), trainable, expected)
-    random = small_step.config(trainable=TrainableConfig(base=False))
-    refused("trainable.base is off and base is unset", initial_params.check_base, random)
 
 
 def test_ttt_layers_and_adapters_of_the_folder_are_taken_and_new_ones_are_drawn(tmp_path):
@@ -306,7 +311,11 @@ def test_ttt_layers_and_adapters_of_the_folder_are_taken_and_new_ones_are_drawn(
     assert (cfg.model.ttt, cfg.model.lora.rank) == (TTT, 3)
     all_ = merge(*initial_params.initial(cfg, one_device()))
     jax.tree.map(np.testing.assert_array_equal, all_, {**found.params})
-    # A run without the folder's, or with others, is refused.
+
+
+@pytest.mark.slow
+def test_a_run_without_the_ttt_layers_and_adapters_of_the_folder_or_with_others_is_refused(tmp_path):
+    source = converted(tmp_path, ttt=TTT, ranks=3)
     for what, changes in {
         "TTT layers": {"ttt": dataclasses.replace(TTT, layers="0")},
         "the TTT layers": {"ttt": TTTConfig(layers="none")},

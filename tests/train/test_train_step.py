@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers import micro, small_step
 from tests.helpers.drawing import assert_same_bits, quick_jit
-from tests.helpers.small_step import LORA, NO_STOP, ROWS, batch, config, own, some_params, start
+from tests.helpers.small_step import LORA, NO_STOP, ROWS, batch, config, copied, some_params, start
 from train import initial_params, optim, step
 from train.batches import Batches
 from train.config import LossConfig
@@ -89,8 +89,8 @@ def test_an_optimiser_step_keeps_what_was_carried_bit_for_bit_and_moves_the_weig
     state, _ = train_step(start(CONFIG), batches[0])
     # The same weights and stream, but other optimiser states and learning rates, so other weights after the step.
     late = state._replace(step=jnp.int32(20), opt_state=quick_jit(tripled)(state.opt_state))
-    one, _ = train_step(own(state), batches[1])
-    two, _ = train_step(own(late), batches[1])
+    one, _ = train_step(copied(state), batches[1])
+    two, _ = train_step(copied(late), batches[1])
     assert_same_bits(one.stream, two.stream)
     name = "inner_w0"
     base = [np.asarray(s.trainable["layers"][TTT_RUN]["ttt"][name]) for s in (one, two)]
@@ -111,9 +111,9 @@ def test_a_reset_row_is_as_fresh_and_the_others_go_on(train_step):
     trainable, zero = state.trainable, start(CONFIG).stream
     only = second._replace(reset=np.array([[False, True, False, False]]))
     runs = {
-        "fresh": train_step(own(state)._replace(stream=zero), second),
-        "carried": train_step(own(state), second),
-        "reset": train_step(own(state), only),
+        "fresh": train_step(copied(state)._replace(stream=zero), second),
+        "carried": train_step(copied(state), second),
+        "reset": train_step(copied(state), only),
     }
     rows = lambda name, i: (runs[name][1].rows[0, i], _row(runs[name][0].stream, i))  # noqa: E731
     assert trainable is not None
@@ -284,7 +284,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted_and_tells_where(train
 
 def test_a_row_that_begins_a_file_in_a_step_left_out_begins_it_fresh(train_step):
     carried, _ = train_step(start(CONFIG), batch(seed=31))
-    state = own(carried)
+    state = copied(carried)
     run = state.stream.layers[TTT_RUN]
     w = run.ttt.displacement[0].w.at[0, 2].set(jnp.inf)
     ttt = run.ttt._replace(displacement=(run.ttt.displacement[0]._replace(w=w), *run.ttt.displacement[1:]))
@@ -293,7 +293,7 @@ def test_a_row_that_begins_a_file_in_a_step_left_out_begins_it_fresh(train_step)
     state, _ = train_step(state, batch(seed=32, reset=[(0, 1)]))  # row 1 begins, row 2 spoils the step
     assert int(state.skipped) == 1
     _, metrics = train_step(state, batch(seed=33, reset=[(0, 2)]))
-    _, old = train_step(own(carried), batch(seed=33, reset=[(0, 2)]))
+    _, old = train_step(copied(carried), batch(seed=33, reset=[(0, 2)]))
     assert abs(metrics.rows[0, 1] - old.rows[0, 1]) > 1e-3  # nothing of the file before is read
 
 
