@@ -1,7 +1,7 @@
 """Times whole training steps, optimiser included: ``python -m bench.train``.
 
-Random codes go through random weights. A cell names the trainable parts; a process times one cell, so the peak of memory
-is that of the cell. The rate of a large matrix product is printed for comparison. Compilation is timed apart.
+Random codes go through random weights. A cell names the trainable parts; a process times one cell, so that the peak of
+memory is that of the cell. The rate of a large matrix product is printed for comparison. Compilation is timed apart.
 
     python -m bench.train                                           # tiny, on a CPU
     python -m bench.train --shape 7b --cell lora+ttt      # the 7B in bfloat16 on a GPU of 80 GB
@@ -119,8 +119,8 @@ def cell(name: str, cfg: TrainConfig, steps: int, trace: str | None) -> dict[str
     print(
         f"{name:9s} {jax.devices()[0].device_kind} x {len(jax.devices())}, jax {jax.__version__}: {cfg.bptt} x"
         f" {cfg.data.batch} x {cfg.data.chunk} frames, b = {cfg.model.ttt.mini_batch}, remat {cfg.remat}:"
-        f" {1e3 * seconds[0]:.1f} ms ({1e3 * min(times[2:]):.1f}-{1e3 * max(times[2:]):.1f}), {frames / seconds[0]:,.0f} frames/s;"
-        f" {whole * frames / 1e12:.1f} TFLOP a step, MFU {whole * frames / seconds[0] / peak_rate:.1%} of nominal,"
+        f" {1e3 * seconds[0]:.1f} ms ({1e3 * min(times[2:]):.1f}-{1e3 * max(times[2:]):.1f}),"
+        f" {frames / seconds[0]:,.0f} frames/s; {whole * frames / 1e12:.1f} TFLOP a step, MFU {whole * frames / seconds[0] / peak_rate:.1%} of nominal,"
         f" {whole * frames / seconds[0] / rate:.1%} of the {rate / 1e12:.0f} TFLOP/s that a large product reaches;"
         f" compiled in {compiled:.0f} s; peak {peak():.1f} GB (temporary {memory.temp_size_in_bytes / 1e9:.1f});"
         f" {sizes['trainable'] / 1e6:.1f} M parameters train, {sizes['frozen'] / 1e6:.1f} M do not; loss {loss:.3f}",

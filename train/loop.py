@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -171,7 +170,7 @@ def _train(
                 return
             (step, metrics, windows), pending = pending, None
             metrics = jax.device_get(metrics)
-            heard, losses = int(np.max(metrics.stop)), [math.nan] * len(runs)
+            heard, losses = int(np.max(metrics.stop)), ["failed"] * len(runs)
             for i in range(len(runs)):
                 if i in failed:
                     continue
@@ -186,16 +185,15 @@ def _train(
                     if len(failed) == len(runs):
                         raise InputError(" ".join(failed.values())) from None
                     continue
-                losses[i] = math.nan if line["loss"] is None else line["loss"]
+                losses[i] = "skipped" if line["loss"] is None else f"{line['loss']:.3f}"
                 with tqdm.external_write_mode():
                     if step == 1 and len(runs) == 1:
                         messages.initial_loss(cfg, of_run)
                     if "skipped_for" in line:
                         log.warning("skipped %s", line["skipped_for"])
-            rate, shown = sum(one.rate for one in logs), " ".join(f"{loss:.3f}" for loss in losses)
-            bar.set_postfix_str(
-                f"{rate:,.0f} frames/s, {rate / FRAME_RATE:,.0f} x real time, loss {shown}", refresh=False
-            )
+            rate = sum(one.rate for one in logs)
+            speed = f"{rate:,.0f} frames/s, {rate / FRAME_RATE:,.0f} x real time"
+            bar.set_postfix_str(f"{speed}, loss {' '.join(losses)}", refresh=False)
             bar.update()
 
         for step in range(done + 1, cfg.steps + 1):
@@ -203,7 +201,7 @@ def _train(
             state, metrics = train_step(state, frozen, *_inputs(runs, windows, signals))
             settle()  # the step before, while this one computes
             pending = step, metrics, windows
-            # A signal may reach one of several processes, but all must stop after the same step: the last step shows it.
+            # A signal may reach one of several processes, but all must stop after the same step: metrics carry it.
             ending = heard if jax.process_count() > 1 else max(signals, default=0)
             score = None
             if validation is not None and (step % cfg.eval_every == 0 or step == cfg.steps):
