@@ -120,7 +120,8 @@ def cell(name: str, cfg: TrainConfig, steps: int, trace: str | None) -> dict[str
         f"{name:9s} {jax.devices()[0].device_kind} x {len(jax.devices())}, jax {jax.__version__}: {cfg.bptt} x"
         f" {cfg.data.batch} x {cfg.data.chunk} frames, b = {cfg.model.ttt.mini_batch}, remat {cfg.remat}:"
         f" {1e3 * seconds[0]:.1f} ms ({1e3 * min(times[2:]):.1f}-{1e3 * max(times[2:]):.1f}),"
-        f" {frames / seconds[0]:,.0f} frames/s; {whole * frames / 1e12:.1f} TFLOP a step, MFU {whole * frames / seconds[0] / peak_rate:.1%} of nominal,"
+        f" {frames / seconds[0]:,.0f} frames/s; {whole * frames / 1e12:.1f} TFLOP a step,"
+        f" MFU {whole * frames / seconds[0] / peak_rate:.1%} of nominal,"
         f" {whole * frames / seconds[0] / rate:.1%} of the {rate / 1e12:.0f} TFLOP/s that a large product reaches;"
         f" compiled in {compiled:.0f} s; peak {peak():.1f} GB (temporary {memory.temp_size_in_bytes / 1e9:.1f});"
         f" {sizes['trainable'] / 1e6:.1f} M parameters train, {sizes['frozen'] / 1e6:.1f} M do not; loss {loss:.3f}",
