@@ -1,7 +1,7 @@
 """Times whole training steps, optimiser included: ``python -m bench.train``.
 
-Random codes through random weights; a cell is what trains, one to a process, so that the peak of memory is its own. Beside the figures stands the time that
-the products alone would take at the rate that a large matrix product reaches here. Compilation is timed apart.
+Random codes go through random weights. A cell names the trainable parts; a process times one cell, so that the peak of
+memory is that of the cell. The rate of a large matrix product is printed for comparison. Compilation is timed apart.
 
     python -m bench.train                                           # tiny, on a CPU
     python -m bench.train --shape 7b --cell lora+ttt      # the 7B in bfloat16 on a GPU of 80 GB
@@ -40,7 +40,7 @@ NOMINAL = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12, "NVIDIA A
 
 
 def main() -> None:
-    """Prints a line, and writes the figures as JSON if asked to."""
+    """Prints a line; with --out writes the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=["tiny", "small", "7b"], default="tiny")
     parser.add_argument("--cell", default="lora+ttt", choices=list(CELLS), help="what trains")
@@ -49,14 +49,14 @@ def main() -> None:
     parser.add_argument("--trace", help="folder for a profile of three more steps")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
-    found = cell(args.cell, configuration(args.shape, args.cell, args.set), args.steps, args.trace)
+    figures = cell(args.cell, configuration(args.shape, args.cell, args.set), args.steps, args.trace)
     if args.out:
         about = {"device": jax.devices()[0].device_kind, "devices": len(jax.devices()), "jax": jax.__version__}
-        args.out.write_text(json.dumps({**about, args.cell: found}, indent=1))
+        args.out.write_text(json.dumps({**about, args.cell: figures}, indent=1))
 
 
 def configuration(shape: str, name: str, changes: list[str]) -> TrainConfig:
-    """The preset of `shape` with what the cell `name` trains; of the 7B one row of 1,250 frames."""
+    """Returns the preset of `shape` with the trainable parts of the cell `name`; of the 7B one row of 1,250 frames."""
     cfg = PRESETS["moshi-7b" if shape == "7b" else shape]
     rank = {"7b": 128, "small": 32, "tiny": 8}[shape] if "lora" in name else 0
     model = dataclasses.replace(cfg.model, lora=dataclasses.replace(cfg.model.lora, rank=rank))
@@ -82,7 +82,7 @@ def changed(config: Any, path: list[str], value: str) -> Any:
 
 
 def cell(name: str, cfg: TrainConfig, steps: int, trace: str | None) -> dict[str, Any]:
-    """Times the steps of one configuration."""
+    """Times the steps of a configuration."""
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
     trainable, frozen = split(random_params(cfg.model), cfg)
     trainable = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trainable)
@@ -114,16 +114,17 @@ def cell(name: str, cfg: TrainConfig, steps: int, trace: str | None) -> dict[str
     peak_rate = NOMINAL.get(jax.devices()[0].device_kind, float("nan")) * len(jax.devices())
     sizes = {
         what: sum(leaf.size for leaf in jax.tree.leaves(tree))
-        for what, tree in (("trained", trainable), ("frozen", frozen))
+        for what, tree in (("trainable", trainable), ("frozen", frozen))
     }
     print(
-        f"{name:9s} {jax.devices()[0].device_kind} x {len(jax.devices())}, jax {jax.__version__}: {cfg.bptt} x {cfg.data.batch} x"
-        f" {cfg.data.chunk} frames, b = {cfg.model.ttt.mini_batch}, remat {cfg.remat}: {1e3 * seconds[0]:.1f} ms"
-        f" ({1e3 * min(times[2:]):.1f}-{1e3 * max(times[2:]):.1f}), {frames / seconds[0]:,.0f} frames/s;"
-        f" {whole * frames / 1e12:.1f} TFLOP a step, MFU {whole * frames / seconds[0] / peak_rate:.1%} of nominal, {whole * frames / seconds[0] / rate:.1%} of the {rate / 1e12:.0f}"
-        f" TFLOP/s that a large product reaches;"
+        f"{name:9s} {jax.devices()[0].device_kind} x {len(jax.devices())}, jax {jax.__version__}: {cfg.bptt} x"
+        f" {cfg.data.batch} x {cfg.data.chunk} frames, b = {cfg.model.ttt.mini_batch}, remat {cfg.remat}:"
+        f" {1e3 * seconds[0]:.1f} ms ({1e3 * min(times[2:]):.1f}-{1e3 * max(times[2:]):.1f}),"
+        f" {frames / seconds[0]:,.0f} frames/s; {whole * frames / 1e12:.1f} TFLOP a step,"
+        f" MFU {whole * frames / seconds[0] / peak_rate:.1%} of nominal,"
+        f" {whole * frames / seconds[0] / rate:.1%} of the {rate / 1e12:.0f} TFLOP/s that a large product reaches;"
         f" compiled in {compiled:.0f} s; peak {peak():.1f} GB (temporary {memory.temp_size_in_bytes / 1e9:.1f});"
-        f" {sizes['trained'] / 1e6:.1f} M parameters train, {sizes['frozen'] / 1e6:.1f} M do not; loss {loss:.3f}",
+        f" {sizes['trainable'] / 1e6:.1f} M parameters train, {sizes['frozen'] / 1e6:.1f} M do not; loss {loss:.3f}",
         flush=True,
     )
     if trace:

@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 from eval.__main__ import main as evaluate
 from eval.benchmarks.tasks import Settings, make
 from eval.compare import command as compare
-from train import together
+from train import loop, setup
 from train.config import PRESETS, DataConfig, LossConfig, TrainConfig
 from ttt_jax.checkpoints.parameter_counts import TTT, parameter_counts
 from ttt_jax.config import check
@@ -104,7 +104,7 @@ class Experiment:
 
     def __init__(self, folder: Path, seeds: Sequence[int], steps: int | None):
         self._folder, self._seeds, self._steps = folder, tuple(seeds), steps
-        self._load = together.loader()
+        self._load = setup.keep_in_memory()
         self.code = 0
         """The worst exit code of a comparison."""
 
@@ -165,7 +165,7 @@ class Experiment:
             _remove_rest(place, cfg.steps)
             data = cfg.data if name == "speech" else dataclasses.replace(cfg.data, train=self._trained_on(name))
             cfgs.append(dataclasses.replace(cfg, name=place.name, run_dir=str(place), seed=seed, data=data))
-        if cfgs and together.start(cfgs, self._load):
+        if cfgs and loop.start(cfgs, self._load):
             raise KeyboardInterrupt
 
     def _trained_on(self, name: str) -> str:

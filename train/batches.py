@@ -1,10 +1,10 @@
 """Batches whose rows follow files: a row reads one file chunk by chunk to its end, then takes the next.
 
-The rows take files from one endless list: each source shuffled anew in every pass, the sources mixed by their weights (both
-by Grain, at random access). Everything random is a function of the seed and of a file's place in that list, so the
-position is a few integers and a resumed run continues exactly. Every process keeps count of all rows, which takes the
-files' lengths only, and reads tokens for its own: the position is the same in all, and another number of processes can
-go on from it.
+The rows take files from one endless list. Grain shuffles each source anew in every pass and mixes the sources by their
+weights, both at random access. Everything random depends on the seed and on a file's place in the list alone, so the
+position is a few integers and a resumed run continues exactly. Every process counts all rows, which needs the files'
+lengths only, and reads the tokens of its rows. So the position is the same in all processes, and a run can be resumed
+by another number of processes.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ttt_jax.data.corpus import Source
 from ttt_jax.data.frames import Recording
 from ttt_jax.errors import InputError
 
-_AHEAD = 2  # windows that are read before they are asked for
+_AHEAD = 2  # windows that are read ahead of time
 
 
 class Batch(NamedTuple):
-    """K chunks of every row of this process, one after the other in time."""
+    """K consecutive chunks of every row of this process."""
 
     frames: np.ndarray
     """int32 [K, B, S, T]: tokens of S streams; -1 past the end of a row's file."""
@@ -34,28 +34,28 @@ class Batch(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A batch, and what it was cut from."""
+    """A batch and the names of its files."""
 
     batch: Batch
     files: tuple[tuple[str, ...], ...]
-    """Names of the files, [K][B]; "" where a row has none."""
+    """Names by chunk and row, [K][B]; "" where a row has no file."""
 
 
 class Batches:
-    """Endless iterator of `Window`; they are read ahead of time by a thread, which `close` ends.
+    """Endless iterator of `Window`. A thread reads them ahead of time; `close` ends it.
 
-    A row that takes a file starts at a random offset of less than one chunk, so that chunk boundaries, where gradients
-    are cut, fall elsewhere in every pass; the frames before it are left out of that pass. With `from_start` it is 0. A
-    chunk never holds frames of two files. A file is read once by each row that follows it.
+    A row begins a file at a random offset of less than one chunk. So chunk boundaries, where gradients are cut, fall
+    elsewhere in every pass; the frames before the offset are left out of that pass. With `from_start` the offset is 0.
+    A chunk never holds frames of two files. Each row that follows a file reads it once.
 
     Args:
-        sources: of recordings, at least one in each.
+        sources: sources with at least one recording each.
         batch: rows over all processes.
         chunk: frames T of a chunk.
-        seed: of the order of files and the offsets.
+        seed: seed of the order of files and of the offsets.
         chunks: K, chunks of a window.
-        rows: those of this process; None: all.
-        from_start: whether every file is read from its first frame on.
+        rows: rows of this process; None: all.
+        from_start: whether every file is read from its first frame.
 
     Raises:
         InputError: a source is empty; from `next`: a file cannot be read.
@@ -76,9 +76,9 @@ class Batches:
             raise InputError(f"the training data {', '.join(empty)} names no files: give one line per file.")
         from grain.experimental import ThreadPrefetchDatasetIterator
 
-        found = _endless(sources, 1 if from_start else chunk, seed)
-        # Grain's iterator complains when it goes together with the program, so it is let go before.
-        self._ahead = [ThreadPrefetchDatasetIterator(_Follower(found, batch, chunk, chunks, rows), _AHEAD)]
+        files = _endless(sources, 1 if from_start else chunk, seed)
+        # Grain's iterator prints errors if the interpreter's exit destroys it, so `_close` destroys it earlier.
+        self._ahead = [ThreadPrefetchDatasetIterator(_Follower(files, batch, chunk, chunks, rows), _AHEAD)]
         self._end = weakref.finalize(self, _close, self._ahead)
 
     def __iter__(self) -> Batches:
@@ -88,18 +88,18 @@ class Batches:
         return next(self._ahead[0])
 
     def get_state(self) -> dict[str, Any]:
-        """The position behind the last window that was taken, as JSON holds it; the same in every process."""
+        """Returns the position behind the last window taken, in JSON types; it is the same in every process."""
         return self._ahead[0].get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go to a position that `get_state` gave for the same sources, batch, chunk and seed.
+        """Goes to a position that `get_state` gave for the same sources, batch, chunk and seed.
 
-        Raises `InputError` if it is one of other rows, or of files in another order.
+        Raises `InputError` if the position has another number of rows or another order of files.
         """
         self._ahead[0].set_state(state)
 
     def close(self) -> None:
-        """End the thread; nothing else can be asked of the iterator afterwards."""
+        """Ends the thread; the iterator cannot be used afterwards."""
         self._end()
 
 
@@ -111,30 +111,32 @@ def _close(ahead: list[Any]) -> None:
 def validation_batches(
     recordings: Sequence[Recording], batch: int, chunk: int, rows: range | None = None
 ) -> Iterator[Window]:
-    """One pass over `recordings`, each from its first frame to its last: windows of one chunk, as many in every process.
+    """Iterates once over `recordings`, each from its first frame to its last, in windows of one chunk.
 
-    Rows for which no file is left are masked, not reset, and their tokens are -1. Arguments are those of `Batches`.
+    All processes get the same number of windows. Rows without a file are masked and not reset, and their tokens are -1.
+    Arguments are those of `Batches`.
     """
 
-    def find(place: int) -> _File | None:
+    def file_at(place: int) -> _File | None:
         return _File(0, place, 0, recordings[place]) if place < len(recordings) else None
 
-    return _Follower(find, batch, chunk, 1, rows)
+    return _Follower(file_at, batch, chunk, 1, rows)
 
 
 class _File(NamedTuple):
-    """What stands at a place of a list of files."""
+    """An entry of a list of files."""
 
     source: int
+    """Index of the source."""
     index: int
-    """Of the recording in its source."""
+    """Index of the recording in its source."""
     offset: int
-    """First frame that is read, inside the file."""
+    """First frame of the file that is read."""
     recording: Recording
 
 
 class _Row(NamedTuple):
-    """Where a row is: the next frame of the file at a place, or beyond a finite list."""
+    """Position of a row: the next frame of the file at a place of the list; beyond a finite list no file."""
 
     place: int
     frame: int
@@ -142,18 +144,18 @@ class _Row(NamedTuple):
 
 
 class _Follower:
-    """Rows following the files of a list, `find(place)`, which ends where that is None."""
+    """Iterator of windows whose rows follow the files `file_at(place)`, up to the first None."""
 
     def __init__(
-        self, find: Callable[[int], _File | None], batch: int, chunk: int, chunks: int, rows: range | None
+        self, file_at: Callable[[int], _File | None], batch: int, chunk: int, chunks: int, rows: range | None
     ) -> None:
-        self._find = find
+        self._file_at = file_at
         self._chunk = chunk
         self._chunks = chunks
-        self._own = range(batch) if rows is None else rows
+        self._local = range(batch) if rows is None else rows
         self._rows = [self._start(place) for place in range(batch)]
         self._taken = batch
-        self._read: dict[int, tuple[int, np.ndarray]] = {}  # by row: place and tokens of the file it follows
+        self._tokens_of: dict[int, tuple[int, np.ndarray]] = {}  # by row: place and tokens of the file it follows
         first = next((row.file.recording for row in self._rows if row.file is not None), None)
         self._streams = first.shape[0] if first is not None else 0
 
@@ -161,17 +163,17 @@ class _Follower:
         return self
 
     def __next__(self) -> Window:
-        rows, taken = list(self._rows), self._taken  # kept as they are if a file cannot be read
+        rows, taken = list(self._rows), self._taken  # the iterator stays where it is if a file cannot be read
         if all(row.file is None for row in rows):
             raise StopIteration
-        size = (self._chunks, len(self._own))
+        size = (self._chunks, len(self._local))
         frames = np.full((*size, self._streams, self._chunk), -1, np.int32)
         mask = np.zeros((*size, self._chunk), bool)
         reset = np.zeros(size, bool)
         names = []
         for k in range(self._chunks):
-            names.append(tuple(rows[i].file.recording.name if rows[i].file is not None else "" for i in self._own))
-            for at, i in enumerate(self._own):
+            names.append(tuple(rows[i].file.recording.name if rows[i].file is not None else "" for i in self._local))
+            for at, i in enumerate(self._local):
                 row = rows[i]
                 if row.file is None:
                     continue
@@ -190,57 +192,54 @@ class _Follower:
         return Window(Batch(frames, mask, reset), tuple(names))
 
     def get_state(self) -> dict[str, Any]:
-        # Source and index follow from the place: by them a position in another list of files is noticed.
+        # Source and index follow from the place; they show whether a stored position is of another list of files.
         rows = [[row.place, row.frame, row.file.source, row.file.index] for row in self._rows]
         return {"taken": self._taken, "rows": rows}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        rows = [_Row(place, frame, self._find(place)) for place, frame, *_ in state["rows"]]
+        rows = [_Row(place, frame, self._file_at(place)) for place, frame, *_ in state["rows"]]
         if len(rows) != len(self._rows):
             raise InputError(
-                f"the stored position in the data is one of {len(rows)} rows, but data.batch is {len(self._rows)}: give the"
-                " same data.batch, or start a new run."
+                f"the stored position in the data is one of {len(rows)} rows, but data.batch is {len(self._rows)}: give"
+                " the same data.batch, or start a new run."
             )
-        if any(
-            list(stored[2:]) != [row.file.source, row.file.index]
-            for stored, row in zip(state["rows"], rows, strict=True)
-        ):
+        if [list(stored[2:]) for stored in state["rows"]] != [[row.file.source, row.file.index] for row in rows]:
             raise InputError(
-                "the stored position in the data is one in another order of files, as another version of grain or ttt_jax"
-                " made it: go on with that version, or start a new run."
+                "the stored position in the data is one in another order of files, as another version of grain or"
+                " ttt_jax made it: go on with that version, or start a new run."
             )
         self._rows, self._taken = rows, state["taken"]
 
     def _start(self, place: int) -> _Row:
-        file = self._find(place)
+        file = self._file_at(place)
         return _Row(place, 0 if file is None else file.offset, file)
 
     def _tokens(self, i: int, row: _Row) -> np.ndarray:
-        """The file that row `i` follows, int32 [S, frames]."""
-        place, tokens = self._read.get(i, (None, None))
+        """Tokens of the file that row `i` follows, int32 [S, frames]."""
+        place, tokens = self._tokens_of.get(i, (None, None))
         if place != row.place:
             tokens = row.file.recording.read()
-            self._read[i] = (row.place, tokens)
+            self._tokens_of[i] = (row.place, tokens)
         return tokens
 
 
 def _endless(sources: Sequence[Source], offsets: int, seed: int) -> Callable[[int], _File]:
-    """The list that rows take files from; each is read from one of its first `offsets` frames on."""
+    """Returns the endless list of files; each is read from one of its first `offsets` frames on."""
     import grain
 
     def shuffled(number: int, source: Source) -> Any:
-        # Grain adds the pass to the seed: those of two sources or runs must not be neighbours.
-        own = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
-        indices = grain.MapDataset.range(len(source.recordings)).shuffle(seed=own).repeat()
+        # Grain adds the number of the pass to the seed, so seeds of two sources or runs must not be neighbours.
+        mixed_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+        indices = grain.MapDataset.range(len(source.recordings)).shuffle(seed=mixed_seed).repeat()
         return indices.map(lambda index: (number, index))
 
     lists = [shuffled(number, source) for number, source in enumerate(sources)]
     mixed = grain.MapDataset.mix(lists, [source.weight for source in sources])
 
-    def find(place: int) -> _File:
+    def file_at(place: int) -> _File:
         source, index = mixed[place]
         recording = sources[source].recordings[index]
         offset = int(np.random.default_rng((seed, 0, place)).integers(min(offsets, recording.num_frames)))
         return _File(source, index, offset, recording)
 
-    return find
+    return file_at

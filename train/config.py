@@ -1,4 +1,4 @@
-"""What `python -m train` can be told: frozen dataclasses, presets and the command line. Imports no jax."""
+"""The configuration of a training run: frozen dataclasses and presets. Imports no jax."""
 
 from __future__ import annotations
 
@@ -6,85 +6,61 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from ttt_jax.config import MODEL_PRESETS, LoRAConfig, MoshiConfig, check
-from ttt_jax.config import preset as find_preset
 from ttt_jax.data.corpus import CorpusConfig
-from ttt_jax.distributed.launch import Launch
-from ttt_jax.distributed.launch import take as take_launch
-from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
-from ttt_jax.utils.command import plain_input_errors
-from ttt_jax.utils.paths import local
-
-DESCRIPTION = """Train a Moshi with TTT layers on speech; the layers' state is carried along each file.
-
-  python -m train                              the preset "tiny" on the embedded corpus
-  python -m train PRESET --optim.lr 1e-3       a preset, fields overridden; presets: {presets}
-  python -m train PRESET --dry-run             what it would take: parameters, memory, operations; no weights needed
-  python -m train PRESET --seeds 0,1,2         runs of several seeds side by side in one program, in folders that end in the
-                                               seed; python -m eval compare compares them
-  python -m train --from RUN/config.json       a stored configuration again, in a new run folder; fields can follow
-  python -m train --resume RUN                 go on from the latest checkpoint in the run folder RUN; --mesh.*, --remat
-                                               and --accumulate can follow
-
-In several processes (docs/devices.md), with any of these: --launch auto under SLURM, Open MPI, TPU pods or GKE, or --launch manual
---coordinator HOST:PORT --processes N --process I.
-
-Defaults below are those of "{preset}"."""
 
 
-def _check_positive(prefix: str, config: object, *names: str) -> None:
-    for name in names:
+def _check(prefix: str, config: object, above_0: Sequence[str] = (), least_0: Sequence[str] = ()) -> None:
+    """Raises `InputError` unless the fields `above_0` are finite and above 0, and `least_0` finite and 0 or more."""
+    for name in (*above_0, *least_0):
         value = getattr(config, name)
-        check(0 < value < math.inf, f"{prefix}{name}={value} is out of range: give a number above 0.")
-
-
-def _check_not_negative(prefix: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        check(0 <= value < math.inf, f"{prefix}{name}={value} is out of range: give 0 or more.")
+        expected = "a number above 0" if name in above_0 else "0 or more"
+        sound = 0 <= value < math.inf and (value > 0 or name in least_0)
+        check(sound, f"{prefix}{name}={value} is out of range: give {expected}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(CorpusConfig):
-    """Speech to train on and how it is cut."""
+    """Speech to train on, and its chunks and batches."""
 
     chunk: int = 64
-    """Frames of a file that go through the model at once; what becomes of the state between chunks: state, bptt, carry_attention."""
+    """Frames of a file that go through the model at once."""
     batch: int = 16
     """Rows of a batch; each follows one file after another, chunk by chunk."""
     from_start: bool = False
-    """Whether rows begin each file with its first frame; else with a random one of the first chunk, so that chunks end elsewhere in
-    every pass."""
+    """Whether rows begin each file at its first frame; else at a random frame of the first chunk, so that chunks end
+    elsewhere in every pass."""
 
     def __post_init__(self) -> None:
-        _check_positive("data.", self, "chunk", "batch")
+        _check("data.", self, above_0=("chunk", "batch"))
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainableConfig:
-    """What trains, in any combination; all else is frozen and kept in the type it is loaded in."""
+    """Parts that train, in any combination; all else is frozen in the type of its file."""
 
     base: bool = True
-    """Moshi's own weights, all of them."""
+    """All weights of Moshi."""
     attention: str = "none"
-    """Layers whose attention trains though the rest of the base is frozen (--trainable.no-base), named as in model.ttt.layers: "29,30,31", "25-30", "all"."""
+    """Layers whose attention trains while the rest of the base is frozen (--trainable.no-base), as in model.ttt.layers:
+    "29,30,31", "25-30", "all"."""
     ttt: bool = True
     """TTT layers, W0 and gates included."""
     lora: bool = True
-    """Low-rank adapters; model.lora gives their rank and the maps that have them."""
+    """Low-rank adapters; model.lora names their rank and their maps."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices by axis of the mesh (docs/devices.md); one axis may be -1: all devices that the others leave."""
+    """Devices along each axis of the mesh (docs/devices.md); one axis may be -1: all remaining devices."""
 
     data: int = -1
-    """Copies of the weights, each with rows of its own."""
+    """Copies of the weights; each works on other rows."""
     fsdp: int = 1
-    """Devices that share a copy of the weights; each gathers a layer when it needs it, and has rows of its own."""
+    """Devices that share a copy of the weights; each gathers a layer when needed and works on other rows."""
     tensor: int = 1
     """Devices that share each layer's heads and hidden units and work on the same rows."""
 
@@ -92,7 +68,8 @@ class MeshConfig:
         sizes = (self.data, self.fsdp, self.tensor)
         check(
             all(size == -1 or size >= 1 for size in sizes) and sizes.count(-1) <= 1,
-            f"mesh={sizes} (data, fsdp, tensor) is no mesh: give sizes of 1 or more, at most one of them -1 for all other devices.",
+            f"mesh={sizes} (data, fsdp, tensor) is no mesh: give sizes of 1 or more, at most one of them -1 for all"
+            " other devices.",
         )
 
 
@@ -101,13 +78,13 @@ class OptimConfig:
     """AdamW with linear warm-up and cosine decay, clipped by the global norm."""
 
     lr: float = 2e-3
-    """Highest learning rate of everything outside the TTT layers."""
+    """Highest learning rate of all weights outside the TTT layers."""
     ttt_lr: float = 2e-3
     """Highest learning rate of the TTT layers (inner initial weights W0 included), gates apart."""
     gate_lr: float = 1e-2
     """Highest learning rate of the TTT layers' gates."""
     warmup_steps: int = 50
-    """Steps of linear warm-up; half of the run's steps if it has fewer than twice as many."""
+    """Steps of linear warm-up; at most half of the run's steps."""
     final_fraction: float = 0.05
     """Learning rate of the last step as a fraction of the highest."""
     beta1: float = 0.9
@@ -119,11 +96,10 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Largest global norm of the gradient; longer ones are scaled down to it."""
     skips: int = 0
-    """Steps with a loss or gradient that is not finite that are left out and counted before the run stops."""
+    """Steps that may be skipped because loss or gradient is not finite, before the run stops."""
 
     def __post_init__(self) -> None:
-        _check_positive("optim.", self, "lr", "clip_norm")
-        _check_not_negative("optim.", self, "ttt_lr", "gate_lr", "warmup_steps", "weight_decay", "skips")
+        _check("optim.", self, ("lr", "clip_norm"), ("ttt_lr", "gate_lr", "warmup_steps", "weight_decay", "skips"))
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             check(0 <= value < 1, f"optim.{name}={value} is out of range: give a number from 0 to below 1.")
@@ -135,7 +111,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weight of a token in the mean cross-entropy that is minimised; with all at 1 every token counts the same.
+    """Weight of a token in the mean cross-entropy that is minimised; if all are 1, every token counts the same.
 
     Kyutai's fine-tuning (first codebook 100, other codebooks 1, text as much as all audio, text padding 0.5) is about
     text=107, text_padding=0.5, codebooks=100 1; it normalises text and audio apart, here all weights share one sum.
@@ -146,13 +122,13 @@ class LossConfig:
     text_padding: float = 1.0
     """Factor on the weight of text targets that are padding (PAD, EPAD); Kyutai uses 0.5."""
     codebooks: tuple[float, ...] = (1.0,)
-    """Weights of tokens of the first codebook, the second and so on; the last number is for all that follow. Kyutai uses 100 1."""
+    """Weights of tokens of the first codebook, the second and so on; the last number is for all that follow. Kyutai:
+    100 1."""
     block: int = 2048
-    """Frames on a device whose logits exist at once; memory against time, no effect on results."""
+    """Frames on a device whose logits exist at once: memory against time, without effect on results."""
 
     def __post_init__(self) -> None:
-        _check_not_negative("loss.", self, "text", "text_padding")
-        _check_positive("loss.", self, "block")
+        _check("loss.", self, ("block",), ("text", "text_padding"))
         check(
             bool(self.codebooks) and all(0 <= weight < math.inf for weight in self.codebooks),
             f"loss.codebooks={self.codebooks} are no weights: give one number of 0 or more for all, or one for each.",
@@ -166,32 +142,28 @@ class TrainConfig:
     model: MoshiConfig = MODEL_PRESETS["tiny"]
     """Moshi's language model; card and text_card follow the codec and the tokenizer."""
     data: DataConfig = DataConfig()
-    """Speech to train on and how it is cut."""
     trainable: TrainableConfig = TrainableConfig()
-    """What trains, in any combination; all else is frozen and kept in the type it is loaded in."""
     optim: OptimConfig = OptimConfig()
-    """AdamW with linear warm-up and cosine decay, clipped by the global norm."""
     loss: LossConfig = LossConfig()
-    """Weight of a token in the mean cross-entropy that is minimised; with all at 1 every token counts the same."""
     mesh: MeshConfig = MeshConfig()
-    """Devices by axis of the mesh (docs/devices.md); one axis may be -1: all devices that the others leave."""
     base: str | None = None
     """Folder of converted weights to start from (python -m ttt_jax.convert); unset: weights at random."""
     state: Literal["persist", "reset"] = "persist"
-    """What becomes of the TTT layers' fast weights at the end of a chunk: kept along the file, or cleared."""
+    """Whether the TTT layers' fast weights are kept along the file or cleared at the end of each chunk."""
     bptt: int = 1
-    """Chunks that a step spans; gradients flow from one to the next through all of the state that is kept, and end where the step begins."""
+    """Chunks that a step spans; gradients flow through the kept state from chunk to chunk, back to the start of the
+    step."""
     carry_attention: bool = True
-    """Whether attention sees the chunks before, by its ring of keys and values, or each chunk alone."""
+    """Whether attention sees earlier chunks through its KV cache, or each chunk alone."""
     accumulate: int = 1
-    """Parts that the rows of a batch are split into, computed one after another: less memory, the same step."""
+    """Parts of a batch that are computed one after another: less memory, the same step."""
     remat: Literal["none", "dots", "layers"] = "none"
-    """What the backward pass computes again: nothing; all but the temporal transformer's products; all but its layers' inputs. The
-    depth transformer and the heads are computed again with either."""
+    """What the backward pass computes again: nothing; all but the temporal transformer's products; all but its layers'
+    inputs. Both also compute the depth transformer and the heads again."""
     name: str = "tiny"
     """Name of the run; its folder is runs/NAME-DATE-TIME unless run_dir is given."""
     run_dir: str | None = None
-    """Folder of the run's results; must not hold a run yet."""
+    """Folder of the run's results; it must not hold a run yet."""
     steps: int = 150
     """Optimiser steps."""
     seed: int = 0
@@ -201,30 +173,32 @@ class TrainConfig:
     eval_every: int = 0
     """Steps between validations on data.validation (unset: the held-out files); 0: none."""
     checkpoint_every: int = 50
-    """Steps between checkpoints; the last step always has one, and so has every validation."""
+    """Steps between checkpoints; the last step and every validation always have one."""
     keep: int = 2
-    """Latest checkpoints that are kept; the best by validation is kept beside them."""
+    """Latest checkpoints to keep; the best by validation is kept as well."""
     sample_every: int = 0
-    """Steps between samples: speech that the model makes up, 10 s after 10 s of a validation file; 0: none."""
+    """Steps between samples: 10 s of speech that the model generates after 10 s of a validation file; 0: none."""
     tensorboard: bool = False
-    """Whether to write metrics for TensorBoard, too (needs the package tensorboardX)."""
+    """Whether to write metrics for TensorBoard as well (needs the package tensorboardX)."""
     wandb: str | None = None
     """Project of Weights & Biases to send metrics to (needs the package wandb)."""
 
     def __post_init__(self) -> None:
-        _check_positive("", self, "steps", "log_every", "checkpoint_every", "keep", "bptt", "accumulate")
-        _check_not_negative("", self, "eval_every", "sample_every")
+        positive = ("steps", "log_every", "checkpoint_every", "keep", "bptt", "accumulate")
+        _check("", self, positive, ("eval_every", "sample_every"))
         check(
             self.data.batch % self.accumulate == 0,
             f"accumulate={self.accumulate} does not divide data.batch={self.data.batch}: choose a divisor.",
         )
         check(
             self.state == "persist" or self.bptt == 1,
-            f"bptt={self.bptt} has no effect with state=reset, where nothing crosses the end of a chunk: leave one of them out.",
+            f"bptt={self.bptt} has no effect with state=reset, where nothing crosses the end of a chunk: leave one of"
+            " them out.",
         )
         check(
             self.trainable != TrainableConfig(False, "none", False, False),
-            "trainable names nothing that trains: give --trainable.ttt, --trainable.lora, --trainable.attention or --trainable.base.",
+            "trainable names nothing that trains: give --trainable.ttt, --trainable.lora, --trainable.attention or"
+            " --trainable.base.",
         )
         check(
             self.model.dtype != "float64",
@@ -258,128 +232,14 @@ PRESETS: dict[str, TrainConfig] = {
         checkpoint_every=100,
     ),
 }
-"""Named runs: `tiny` takes minutes on a laptop CPU, `small` a GPU, `moshi-7b` has the shape of Kyutai's model."""
+"""Named runs: `tiny` takes minutes on a laptop's CPU, `small` on a GPU; `moshi-7b` has the shape of Kyutai's model."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Changes:
-    """What a run that goes on may change: how it is computed, not what."""
-
-    mesh: MeshConfig
-    """Devices by axis of the mesh."""
-    accumulate: int
-    """Parts that the rows of a batch are split into."""
-    remat: Literal["none", "dots", "layers"]
-    """What the backward pass computes again."""
-
-
-class Command(NamedTuple):
-    """A command line, understood: start `config` (or tell what it takes), or go on with the run in `resume`."""
-
-    config: TrainConfig | None
-    resume: Path | None
-    launch: Launch
-    dry_run: bool = False
-    changes: Changes | None = None
-    """To a run that goes on; None: none."""
-    seeds: tuple[int, ...] = ()
-    """Of runs that train together, each `config` but for its seed; none: a run by itself."""
-
-
-def parse(args: Sequence[str]) -> Command:
-    """The command that `args` ask for. Raises `InputError`; exits on --help (0) and on what tyro refuses (2)."""
-    launch, words = take_launch(args)
-    dry_run = "--dry-run" in words
-    words = [word for word in words if word != "--dry-run"]
-    seeds, words = _take_seeds(words)
-    if words and words[0].split("=")[0] == "--resume":
-        path, rest = _take_path(words, "the folder of a run")
-        check(
-            not dry_run,
-            "--dry-run is for a new run: --resume goes on with one that is there, so leave out one of them.",
-        )
-        check(not seeds, f"--resume goes on with one run, but --seeds names {seeds}: go on with each by itself.")
-        allowed = ("--mesh.", "--accumulate", "--remat", "--help", "-h")
-        others = [word for word in rest if word.startswith("--") and not word.startswith(allowed)]
-        if others or (rest and not rest[0].startswith("-")):
-            raise InputError(
-                f"--resume goes on with the run's own configuration and takes no {(others or rest)[0]}: use --from to change it in a new run."
-            )
-        return Command(None, path, launch, changes=_changes(path, rest) if rest else None)
-    if words and words[0].split("=")[0] == "--from":
-        path, words = _take_path(words, "the config.json of a run")
-        preset, default = str(path), load(path)
-    else:
-        preset = words.pop(0) if words and not words[0].startswith("-") else "tiny"
-        default = find_preset(preset, PRESETS)
-    for word in words:
-        check(
-            word not in PRESETS,
-            f"the preset {word} stands behind other arguments: put it first, right after `python -m train`.",
-        )
-        check(
-            word.split("=")[0] not in ("--from", "--resume"),
-            f"{word.split('=')[0]} stands behind other arguments: put it first, right after `python -m train`.",
-        )
-    check(not (seeds and dry_run), "--dry-run tells what one run takes: leave --seeds out.")
-    return Command(_override(default, preset, words), None, launch, dry_run, seeds=seeds)
+CHANGEABLE = ("mesh", "accumulate", "remat")
+"""Fields that may change when a run is resumed: they decide how it is computed, not what."""
 
 
 def load(path: Path) -> TrainConfig:
     """The configuration stored in `path`, without its run folder, so that running it starts a new one."""
     values = config_json.read_json(path, "the config.json of a run")
     return dataclasses.replace(config_json.from_dict(TrainConfig, values, str(path)), run_dir=None)
-
-
-def _take_seeds(words: list[str]) -> tuple[tuple[int, ...], list[str]]:
-    """The seeds of --seeds, and the words without it."""
-    at = next((i for i, word in enumerate(words) if word.split("=")[0] == "--seeds"), None)
-    if at is None:
-        return (), words
-    _, equals, value = words[at].partition("=")
-    rest = words[:at] + words[at + 1 :]
-    if not equals:
-        value = rest.pop(at) if at < len(rest) else ""
-    seeds = value.split(",")
-    check(
-        all(seed.isdecimal() for seed in seeds) and len(set(seeds)) == len(seeds),
-        f"--seeds {value!r} are no seeds: give different whole numbers from 0 on, joined by commas, such as 0,1,2.",
-    )
-    return tuple(map(int, seeds)), rest
-
-
-def _take_path(words: list[str], what: str) -> tuple[Path, list[str]]:
-    flag, equals, value = words[0].partition("=")
-    rest = words[1:]
-    if not equals:
-        check(bool(rest) and not rest[0].startswith("--"), f"{flag} has no path behind it: give {what}.")
-        value, rest = rest[0], rest[1:]
-    return local(value), rest
-
-
-def _changes(run: Path, words: list[str]) -> Changes:
-    import tyro
-
-    stored = load(run / "config.json")
-    with plain_input_errors():
-        changes = tyro.cli(
-            Changes,
-            prog="python -m train --resume RUN",
-            default=Changes(stored.mesh, stored.accumulate, stored.remat),
-            args=words,
-        )
-    dataclasses.replace(stored, **vars(changes))  # refuses what does not fit
-    return changes
-
-
-def _override(default: TrainConfig, preset: str, words: list[str]) -> TrainConfig:
-    import tyro
-
-    with plain_input_errors():
-        return tyro.cli(
-            TrainConfig,
-            prog="python -m train",
-            description=DESCRIPTION.format(presets=", ".join(PRESETS), preset=preset),
-            default=default,
-            args=words,
-        )

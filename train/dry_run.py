@@ -1,14 +1,13 @@
-"""What a run takes, from shapes alone: parameters, memory of a device, operations. Needs no weights and no such devices.
+"""Parameters, memory and operations of a run, from shapes alone: no weights and no devices are needed.
 
-What the arrays of a run take is exact. What a step needs beside them is an estimate: the values that the program keeps for its backward
-pass, and the largest part that is worked on at a time, as they stand before XLA fuses and orders anything.
+The memory of arrays is exact. The memory of a step beside them is an estimate: the values that are stored for the
+backward pass, and the largest part that is computed at once, before XLA fuses and orders operations.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,61 +34,53 @@ ARRAYS = ("frozen weights", "weights that train", "optimiser", "streams")
 STEP = ("gradients", "kept for the backward pass", "worked on at a time")
 
 
-NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|OUT_OF_MEMORY|out of memory|more memory than", re.IGNORECASE)
-SIZE = r"[\d.]+ ?(?:[KMGT]i?B?|bytes|B)\b"
-ASKED = (
-    rf"Used ({SIZE}) of ({SIZE})",
-    rf"allocat(?:e|ing)(?: request for)? ({SIZE})(?:.* (?:limit|available)\D*({SIZE}))?",
-)
-"""How XLA says how much is asked for and how much there is: TPUs when compiling; GPUs when running."""
+NO_MEMORY = ("resource_exhausted", "out_of_memory", "out of memory")
+"""Parts of XLA's messages when memory does not suffice, in lower case."""
 
 
 class Plan(NamedTuple):
-    """What a run of `cfg` takes."""
+    """Parameters, memory and operations of a run of `cfg`."""
 
     cfg: TrainConfig
     mesh: dict[str, int]
     """Devices by axis."""
     parameters: dict[str, int]
-    """By part of the model."""
+    """Number of parameters by part of the model."""
     trainable: int
-    """Of the parameters those that train; the others are frozen."""
+    """Number of parameters that train."""
     memory: dict[str, int]
-    """Bytes of a device: `ARRAYS` exactly, `STEP` by estimate."""
+    """Bytes on a device: `ARRAYS` are exact, `STEP` is an estimate."""
     flops: Flops
-    """Of a frame."""
+    """Operations of a frame."""
     frames: int
-    """Of a step, on all devices."""
+    """Frames of a step, on all devices."""
     lora_rank: int | None
-    """At which adapters would have as many parameters as the TTT layers; None without TTT layers."""
+    """Rank at which adapters have as many parameters as the TTT layers; None without TTT layers."""
 
 
 def plan(cfg: TrainConfig, devices: int | None = None) -> Plan:
-    """The plan of a configuration that `train.partition.fit` gave.
+    """Returns the plan of a configuration from `train.partition.fit`.
 
     Args:
-      devices: how many there are; unset: as many as `cfg.mesh` names, or those that are here if it has -1.
+      devices: number of devices; None: as many as `cfg.mesh` names, or all local ones if it has -1.
 
-    Raises `InputError` where the mesh does not fit devices, rows or model.
+    Raises `InputError` if the mesh does not fit devices, rows or model.
     """
     mesh = _mesh(cfg, devices)
     params = jax.eval_shape(lambda key: model.init_params(cfg.model, key), jax.random.key(0))
     trainable, frozen = split(params, cfg)
     frozen = jax.tree.map(lambda leaf, dtype: Shape(leaf.shape, dtype), frozen, _types(frozen, cfg))
     state = state_like(cfg, mesh)
-    placed = jax.tree.map(
-        lambda leaf, where: Shape(leaf.shape, leaf.dtype, sharding=where),
-        frozen,
-        sharding.params_shardings(mesh, frozen),
-    )
-    held = [_on_device(tree) for tree in (placed, state.trainable, state.opt_state, state.stream)]
-    gradients = _on_device(state.trainable) * (2 if cfg.accumulate > 1 else 1)  # those of a part beside the sum
+    place = lambda leaf, where: Shape(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+    placed = jax.tree.map(place, frozen, sharding.params_shardings(mesh, frozen))
+    arrays = [_on_device(tree) for tree in (placed, state.trainable, state.opt_state, state.stream)]
+    gradients = _on_device(state.trainable) * (2 if cfg.accumulate > 1 else 1)  # of a part and of the sum
     return Plan(
         cfg=cfg,
         mesh=dict(mesh.shape),
         parameters=parameter_counts(cfg.model),
         trainable=sum(leaf.size for leaf in jax.tree.leaves(trainable)),
-        memory=dict(zip(ARRAYS + STEP, (*held, gradients, *_activations(cfg, mesh, trainable, frozen)), strict=True)),
+        memory=dict(zip(ARRAYS + STEP, (*arrays, gradients, *_activations(cfg, mesh, trainable, frozen)), strict=True)),
         flops=flops_per_frame(cfg),
         frames=cfg.bptt * cfg.data.batch * cfg.data.chunk,
         lora_rank=lora_rank_like_ttt(cfg.model) if cfg.model.ttt_layers and cfg.model.lora.maps else None,
@@ -97,7 +88,7 @@ def plan(cfg: TrainConfig, devices: int | None = None) -> Plan:
 
 
 def lines(plan: Plan) -> list[str]:
-    """The plan as text."""
+    """Returns the plan as text."""
     cfg, total = plan.cfg, sum(plan.parameters.values())
     devices = math.prod(plan.mesh.values())
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
@@ -107,72 +98,57 @@ def lines(plan: Plan) -> list[str]:
 
     rank = "" if plan.lora_rank is None else f"   as many as adapters of rank {plan.lora_rank} on model.lora.maps"
     return [
-        f"parameters: {total / 1e6:,.2f} M, of which {plan.trainable / 1e6:,.2f} M train, {(total - plan.trainable) / 1e6:,.2f} M are frozen",
+        f"parameters: {total / 1e6:,.2f} M, of which {plan.trainable / 1e6:,.2f} M train,"
+        f" {(total - plan.trainable) / 1e6:,.2f} M are frozen",
         *(f"  {part:25}{n / 1e6:10,.2f} M{rank if part == TTT else ''}" for part, n in plan.parameters.items() if n),
         f"memory of a device: {sum(plan.memory.values()) / 1e9:.2f} GB, with {devices} of them ({mesh})",
         *(f"  {part:28}{size / 1e9:7.2f} GB{'   estimate' * (part in STEP[1:])}" for part, size in plan.memory.items()),
-        "operations of a frame: "
-        f"{_si(forward + backward)}FLOP, {_si(forward)}FLOP forward and {_si(backward)}FLOP backward (recomputation apart)",
-        f"a step: {cfg.data.batch} rows{parts} x {chunks}{cfg.data.chunk} frames = {_si((forward + backward) * plan.frames)}FLOP,"
-        f" {plan.frames / FRAME_RATE:,.0f} s of speech",
+        f"operations of a frame: {_si(forward + backward)}FLOP, {_si(forward)}FLOP forward and {_si(backward)}FLOP"
+        " backward (recomputation apart)",
+        f"a step: {cfg.data.batch} rows{parts} x {chunks}{cfg.data.chunk} frames ="
+        f" {_si((forward + backward) * plan.frames)}FLOP, {plan.frames / FRAME_RATE:,.0f} s of speech",
     ]
 
 
 def too_large(error: Exception, cfg: TrainConfig) -> InputError | None:
-    """What to tell where `error` says that memory does not suffice, for a program or for arrays; None for other errors."""
+    """Returns an `InputError` if `error` reports too little memory for a program or for arrays, else None."""
     text = str(error)
-    if not isinstance(error, MemoryError) and not NO_MEMORY.search(text):
+    if not isinstance(error, MemoryError) and not any(part in text.lower() for part in NO_MEMORY):
         return None
-    found = next((match for pattern in ASKED if (match := re.search(pattern, text))), None)
-    asked, there = found.groups() if found else (None, None)
-    there = there or _limit()
-    told = f"{_gigabytes(asked)} more asked for" if asked else "how much is asked for is not told"
-    if there:
-        told = told.replace(" more", "") + f", the device has {_gigabytes(there)}"
+    reason = text.splitlines()[0].rstrip(".") if text else "out of memory"
     return InputError(
-        f"the run does not fit into the memory of a device ({told}): {', then '.join(_remedies(cfg))}; --dry-run shows what takes how"
-        " much."
+        f"the run does not fit into the memory of a device ({reason}): {', then '.join(_remedies(cfg))}; --dry-run"
+        " shows what takes how much."
     )
 
 
 def _remedies(cfg: TrainConfig) -> list[str]:
-    """What to lower, in the order of what it costs."""
+    """What to change, cheapest first."""
     mesh = cfg.mesh
     rows = cfg.data.batch // cfg.accumulate // (max(1, mesh.data) * max(1, mesh.fsdp))  # -1: at least one device
-    found = {"none": ["set --remat dots", "--remat layers"], "dots": ["set --remat layers"], "layers": []}[cfg.remat]
+    remedies = {"none": ["set --remat dots", "--remat layers"], "dots": ["set --remat layers"], "layers": []}[cfg.remat]
     if rows > 1:
-        found.append(f"raise --accumulate above {cfg.accumulate}")
-    found.append(f"lower --loss.block below {min(cfg.loss.block, rows * cfg.data.chunk)}")
+        remedies.append(f"raise --accumulate above {cfg.accumulate}")
+    remedies.append(f"lower --loss.block below {min(cfg.loss.block, rows * cfg.data.chunk)}")
     if cfg.data.batch > 1:
-        found.append(f"--data.batch below {cfg.data.batch}")
-    found.append(f"--data.chunk below {cfg.data.chunk}")
+        remedies.append(f"--data.batch below {cfg.data.batch}")
+    remedies.append(f"--data.chunk below {cfg.data.chunk}")
     if cfg.model.ttt_layers and cfg.model.ttt.remat_group > 1:
-        found.append(f"--model.ttt.remat-group below {cfg.model.ttt.remat_group}")
-    found.append(f"with more devices raise --mesh.fsdp above {mesh.fsdp}" if mesh.fsdp > 0 else "take more devices")
-    return found
-
-
-def _limit() -> str | None:
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return f"{stats['bytes_limit']} bytes" if "bytes_limit" in stats else None
-
-
-def _gigabytes(size: str) -> str:
-    """A size as XLA writes it, in GB."""
-    number, unit = re.fullmatch(r"([\d.]+) ?([KMGT]?)\w*", size).groups()
-    return f"{float(number) * 1024 ** ' KMGT'.index(unit or ' ') / 1e9:.3g} GB"
+        remedies.append(f"--model.ttt.remat-group below {cfg.model.ttt.remat_group}")
+    remedies.append(f"with more devices raise --mesh.fsdp above {mesh.fsdp}" if mesh.fsdp > 0 else "take more devices")
+    return remedies
 
 
 def _mesh(cfg: TrainConfig, devices: int | None) -> AbstractMesh:
-    asked = (cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
-    devices = devices or (len(jax.devices()) if -1 in asked else math.prod(asked))
-    mesh = AbstractMesh(sharding.sizes(*asked, devices), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    sizes = (cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+    devices = devices or (len(jax.devices()) if -1 in sizes else math.prod(sizes))
+    mesh = AbstractMesh(sharding.sizes(*sizes, devices), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
     sharding.check_rows(mesh, cfg.data.batch, cfg.accumulate)
     return mesh
 
 
 def _types(frozen: Tree, cfg: TrainConfig) -> Tree:
-    """The type of each frozen leaf: the base in the model's, what a run adds to it in float32."""
+    """Types of the frozen leaves: that of the model for the base, float32 for TTT layers and adapters."""
 
     def one(path: Any, _: Leaf) -> jnp.dtype:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -182,13 +158,15 @@ def _types(frozen: Tree, cfg: TrainConfig) -> Tree:
 
 
 def _on_device(tree: Any) -> int:
-    """Bytes of each device's part of a tree whose leaves tell their shardings."""
+    """Bytes on a device of a tree whose leaves have shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _activations(cfg: TrainConfig, mesh: AbstractMesh, trainable: Tree, frozen: Tree) -> tuple[int, int]:
-    """Bytes of a device that the backward pass finds stored, and of the largest part that is worked on at a time: a layer that is
-    computed again, or the logits of a block with the depth transformer."""
+    """Bytes on a device that are stored for the backward pass, and of the largest part that is computed at once.
+
+    That part is a layer that is computed again, or the logits of a block with the depth transformer.
+    """
     net, chunk = cfg.model, cfg.data.chunk
     rows = cfg.data.batch // cfg.accumulate // (mesh.shape["data"] * mesh.shape["fsdp"])
     stream = jax.eval_shape(lambda: model.init_state(net, rows))
@@ -206,14 +184,14 @@ def _activations(cfg: TrainConfig, mesh: AbstractMesh, trainable: Tree, frozen: 
     stored = kept(cfg.remat)
     layer = 0 if cfg.remat == "none" else (kept("none") - stored) // net.num_layers
     if cfg.bptt > 1:
-        # Every chunk starts with a stream of its own; what is kept inside is computed again, one chunk at a time.
+        # The stream at the start of every chunk is stored; values inside a chunk are computed again, chunk by chunk.
         stored += cfg.bptt * sum(_bytes_of(leaf, cfg, mesh) for leaf in jax.tree.leaves(stream))
     return stored, max(layer, _head(cfg, mesh, rows))
 
 
 def _head(cfg: TrainConfig, mesh: AbstractMesh, rows: int) -> int:
-    """Bytes that the loss of a block takes: all products of the depth transformer and the heads, and the gradient of the logits."""
-    # An adapter's product is added to its map's where that is made.
+    """Bytes of the loss of a block: products of the depth transformer and the heads, and gradients of the logits."""
+    # The product of an adapter is added to that of its map in place.
     net = dataclasses.replace(cfg.model, lora=LoRAConfig())
     blocks = min(cfg.data.chunk, -(-rows * cfg.data.chunk // cfg.loss.block))
     frames = rows * -(-cfg.data.chunk // blocks)
@@ -224,7 +202,7 @@ def _head(cfg: TrainConfig, mesh: AbstractMesh, rows: int) -> int:
         encoded = model.Encoded(inputs[1], targets, targets >= 0, None)
         return score(inputs[0], encoded, net, frames).nats.sum()
 
-    # What is computed entry by entry XLA fuses with what reads it.
+    # XLA fuses entrywise operations with their readers.
     loss = jax.checkpoint(loss, policy=jax.checkpoint_policies.dots_saveable)
     hidden, targets = Shape((1, frames, net.dim), jnp.dtype(net.dtype)), Shape((1, 1 + net.dep_q, frames), jnp.int32)
     logits = [Shape((frames, cards), jnp.float32) for cards in net.target_streams.values()]
@@ -232,7 +210,7 @@ def _head(cfg: TrainConfig, mesh: AbstractMesh, rows: int) -> int:
 
 
 def _residuals(f: Callable, x: Any, *others: Any) -> list[Leaf]:
-    """What `f` keeps for its gradient in `x`, without its arguments."""
+    """Values that `f` stores for its gradient in `x`, without its arguments."""
     vjp = jax.make_jaxpr(lambda x, *others: jax.tree.leaves(jax.vjp(lambda x: f(x, *others), x)[1]))(x, *others).jaxpr
     given = {id(variable) for variable in vjp.invars}
     kept = {id(variable): variable.aval for variable in vjp.outvars if not isinstance(variable, Literal)}
@@ -240,7 +218,7 @@ def _residuals(f: Callable, x: Any, *others: Any) -> list[Leaf]:
 
 
 def _is_fused(leaf: Leaf, cfg: TrainConfig) -> bool:
-    """Whether this is scores of attention which cuDNN's flash attention does not store: in bfloat16, on a GPU."""
+    """Whether the leaf is attention scores that cuDNN's flash attention does not store (bfloat16 on a GPU)."""
     return cfg.model.dtype == "bfloat16" and any(
         leaf.shape[-2:] in ((cfg.data.chunk, cfg.data.chunk), (cfg.data.chunk, context))
         for context in cfg.model.contexts
@@ -248,13 +226,13 @@ def _is_fused(leaf: Leaf, cfg: TrainConfig) -> bool:
 
 
 def _bytes_of(leaf: Leaf, cfg: TrainConfig, mesh: AbstractMesh) -> int:
-    """Bytes of a device's part of an activation of its rows: those by head, hidden unit or class are shared over `tensor`."""
+    """Bytes on a device of an activation of its rows, split over `tensor` along heads, hidden units and classes."""
     net = cfg.model
     spread = {net.num_heads, net.hidden, net.depth.num_heads, net.depth.hidden, net.card, net.text_card}
     return leaf.size * leaf.dtype.itemsize // (mesh.shape["tensor"] if spread & set(leaf.shape) else 1)
 
 
 def _si(number: float) -> str:
-    """Three digits and a prefix: 7.69 G."""
+    """Formats with three digits and a prefix: 7.69 G."""
     power = min(5, max(0, int(math.log10(max(number, 1)) // 3)))
     return f"{number / 1000**power:.3g} {' kMGTP'[power].strip()}"

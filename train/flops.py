@@ -33,14 +33,14 @@ class Flops(NamedTuple):
 
     forward: float
     backward: float
-    """What gradients need: what is computed again to save memory is not counted."""
+    """Operations of gradients, without those that are repeated to save memory."""
 
 
 def flops_per_frame(cfg: TrainConfig) -> Flops:
-    """Products with weights, attention over what a frame sees, and the inner loop; not what goes entry by entry.
+    """Counts products with weights, attention over the visible frames, and the inner loop; not entrywise operations.
 
-    For the gradient each product costs as much again for its input, down to the lowest stack of layers with anything that trains, and
-    as much again for its weights if they train.
+    Each product costs as much again for the gradient of its input, down to the lowest stack of layers with a trainable
+    parameter, and as much again for the gradient of its weights if they train.
     """
     shapes = jax.eval_shape(lambda key: model.init_params(cfg.model, key), jax.random.key(0))
     starts = {run.name: run.start for run in cfg.model.runs}
@@ -56,11 +56,10 @@ def flops_per_frame(cfg: TrainConfig) -> Flops:
         if in_depth and name in BY_SET:
             operations *= cfg.model.dep_q / (max(cfg.model.depth_sets) + 1)
         level = _level(path, starts)
-        below = (
-            level >= lowest
-            if level < math.inf
-            else lowest < math.inf or (in_depth and depth_trains) or path.endswith("_lora_b")
-        )
+        if level < math.inf:
+            below = level >= lowest
+        else:
+            below = lowest < math.inf or (in_depth and depth_trains) or path.endswith("_lora_b")
         forward += operations
         backward += operations * (below + (path in trainable))
     for run in cfg.model.runs:
@@ -73,14 +72,14 @@ def flops_per_frame(cfg: TrainConfig) -> Flops:
 
 
 def _level(path: str, starts: dict[str, int]) -> float:
-    """The first layer of the stack that a parameter stands in; below all for tables, above all for what follows the layers."""
+    """First layer of a parameter's stack; -1 for embeddings, infinity for parameters after the layers."""
     if path.startswith("layers/"):
         return starts[path.split("/")[1]]
     return -1 if path in ("text_emb", "audio_emb") else math.inf
 
 
 def _seen(cfg: TrainConfig, context: int) -> tuple[float, float]:
-    """Frames that a frame's attention sees on average, behind a full ring or none, and those of them that get a gradient: the step's."""
+    """Mean number of frames that attention sees, behind a full KV cache or none, and of those in the step."""
     span = cfg.data.chunk * (cfg.bptt if cfg.carry_attention else 1)
     growing = min(context, span)
     recent = context + growing * (growing + 1 - 2 * context) / (2 * span)
@@ -88,8 +87,11 @@ def _seen(cfg: TrainConfig, context: int) -> tuple[float, float]:
 
 
 def _inner(cfg: MoshiConfig, chunk: int) -> float:
-    """The inner loop of a layer in its dual form: the network forward for keys and queries, back for keys, its steps summed up, and
-    what the frames of a mini-batch read of each other's steps."""
+    """Operations of a layer's inner loop in dual form, by frame.
+
+    They are the network forward for keys and queries, backward for keys, the sum of its steps, and the products by
+    which frames of a mini-batch read each other's steps.
+    """
     widths = network.widths(cfg.head_dim, cfg.ttt.hidden)
     frames = min(cfg.ttt.mini_batch, chunk)
     products = 4 * sum(i * o for i, o in widths) - math.prod(widths[0])  # nothing lies below the first map

@@ -1,4 +1,4 @@
-"""The optimiser: AdamW, clipped by the global norm, with a learning rate of its own for base, TTT layers and gates."""
+"""The optimiser: AdamW, clipped by the global norm, with a learning rate for each group of parameters."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from train.config import TrainConfig
 RULES = (
     (r".*_lora_[ab]", "lora", True),
     (r".*/ttt/gate", "gate", False),
-    # W0 is not decayed: the inner layer norm hides its scale from the outer loss, yet that scale sets how far an inner
-    # step moves the network. Decay would shrink it and so raise the inner learning rate unasked.
+    # W0 is not decayed: the inner layer norm hides its scale from the outer loss, but that scale sets how far an inner
+    # step moves the network. Decay would shrink it and so raise the inner learning rate.
     (r".*/ttt/(inner_[wb]\d+|rate_weight|rate_bias|(ln|post_norm)_(scale|bias)|norm|[a-z]+_bias)", "ttt", False),
     (r".*/ttt/[a-z]+_kernel", "ttt", True),
     (r"(.*/)?(norm\d|out_norm)", "base", False),
     (r"(.*/)?((text|audio)_emb(_up)?|text_head|extra_heads|heads|input|qkv|out|gate_up|down)", "base", True),
 )
-"""(pattern of a parameter's path, its group, whether it is decayed); the first that matches the whole path decides."""
+"""(pattern of a parameter's path, its group, whether it is decayed); the first match of the whole path decides."""
 
 GROUPS = ("base", "lora", "ttt", "gate")
 
 
 def groups(params: Any) -> Any:
-    """The tree of `params` with the group's name at every leaf. Raises `ValueError` for a path that no rule covers."""
+    """Returns the tree of `params` with the group at every leaf. Raises `ValueError` for a path that no rule covers."""
     return _by_rule(params, 1)
 
 
 def decayed(params: Any) -> Any:
-    """The tree of `params` with True where weight decay applies."""
+    """Returns the tree of `params` with True where weight decay applies."""
     return _by_rule(params, 2)
 
 
 def schedules(cfg: TrainConfig) -> dict[str, Callable]:
-    """Per group the learning rate at each step, counted from 0: linear warm-up, then cosine to its final fraction."""
+    """Returns each group's learning rate by step, from 0: linear warm-up, then cosine decay to the final fraction."""
     optim = cfg.optim
     peaks = {"base": optim.lr, "lora": optim.lr, "ttt": optim.ttt_lr, "gate": optim.gate_lr}
     warmup = min(optim.warmup_steps, cfg.steps // 2)
     return {
         group: optax.warmup_cosine_decay_schedule(
-            # Step 0 already learns: the ramp ends, and the decay begins, at step `warmup`.
+            # Step 0 learns already; the ramp ends at step `warmup`.
             init_value=peak / (warmup + 1),
             peak_value=peak,
             warmup_steps=warmup,
@@ -55,7 +55,7 @@ def schedules(cfg: TrainConfig) -> dict[str, Callable]:
 
 
 def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformation:
-    """The optimiser of a run; the groups share AdamW's statistics and differ in the learning rate."""
+    """Returns the optimiser of a run. The groups share the clipping and AdamW, and differ in the learning rate."""
     optim = cfg.optim
     rates = {group: optax.scale_by_learning_rate(schedule) for group, schedule in schedules(cfg).items()}
     return optax.chain(

@@ -1,7 +1,7 @@
-"""What trains and what is frozen: two trees that together are the model's parameters.
+"""The partition of a model's parameters into a trainable and a frozen tree.
 
-The optimiser, gradients and masters exist for the first alone. A stack of layers trains as a whole or not at all, so
-`fit` has layers whose attention alone trains stacked apart.
+Optimiser state, gradients and float32 masters exist for the trainable tree alone. A stack of layers trains as a whole
+or not at all, so `fit` stacks layers apart if only their attention trains.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from ttt_jax.utils.trees import Tree, named, pick
 
 
 def fit(cfg: TrainConfig) -> TrainConfig:
-    """`cfg` with layers stacked apart as `cfg.trainable` needs. Raises `InputError` if it names nothing that there is."""
+    """Returns `cfg` with layers stacked as `cfg.trainable` needs. Raises `InputError` if no parameter would train."""
     trainable, model = cfg.trainable, cfg.model
     named_layers = _attention(cfg)
     layers = () if trainable.base else named_layers
     if not (trainable.base or layers or (trainable.ttt and model.ttt_layers) or (trainable.lora and model.lora.rank)):
         raise InputError(
-            f"nothing trains: trainable={trainable}, but model.ttt.layers={model.ttt.layers!r} and model.lora.rank={model.lora.rank}: give TTT"
-            " layers, adapters, --trainable.attention or --trainable.base."
+            f"nothing trains: trainable={trainable}, but model.ttt.layers={model.ttt.layers!r} and model.lora.rank="
+            f"{model.lora.rank}: give TTT layers, adapters, --trainable.attention or --trainable.base."
         )
     return dataclasses.replace(cfg, model=dataclasses.replace(model, apart=layers))
 
 
 def is_trainable(path: str, cfg: TrainConfig) -> bool:
-    """Whether the parameter at `path` ("layers/layers_29_31/ttt/gate") trains under a configuration that `fit` gave."""
+    """Whether the parameter at `path` ("layers/layers_29_31/ttt/gate") trains under a configuration from `fit`."""
     if "/ttt/" in path:
         return cfg.trainable.ttt
     if "_lora_" in path:
@@ -41,9 +41,9 @@ def is_trainable(path: str, cfg: TrainConfig) -> bool:
 
 
 def split(params: Tree, cfg: TrainConfig) -> tuple[Tree, Tree]:
-    """(what trains, what is frozen) of `params`; `ttt_jax.utils.trees.merge` puts them together again."""
-    wanted = {path for path in named(params) if is_trainable(path, cfg)}
-    return pick(params, wanted), pick(params, named(params).keys() - wanted)
+    """Returns (trainable, frozen) parts of `params`; `ttt_jax.utils.trees.merge` joins them again."""
+    trainable = {path for path in named(params) if is_trainable(path, cfg)}
+    return pick(params, trainable), pick(params, named(params).keys() - trainable)
 
 
 def _attention(cfg: TrainConfig) -> tuple[int, ...]:

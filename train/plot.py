@@ -1,45 +1,50 @@
-"""``python -m train.plot RUN [RUN ...]``: draw a run, or several side by side, from their metrics.jsonl. Loads no jax."""
+"""`python -m train.plot RUN ...`: draws a run, or several side by side, from their metrics.jsonl. Loads no jax."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from train import metrics, plots
-from ttt_jax.config import FRAME_RATE
+from train.config import load
+from ttt_jax.config import FRAME_RATE, check
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
-from ttt_jax.utils.command import run
+from ttt_jax.utils.command import plain_input_errors, run
 from ttt_jax.utils.paths import local
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Draw a run's losses, TTT layers, gradients, learning rates and speed; several runs: their losses side by side."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN ...")]
+    """Folders of runs, finished or not."""
+    out: str | None = None
+    """PNG to draw, with a PDF beside it; unset: loss.png in the run's folder, or runs.png here for several runs."""
+
+
 def main(args: Sequence[str]) -> int:
-    """Run the command line `args`; the exit code. Raises `InputError`: no such run, no metrics, no place to write to."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.plot",
-        description="Draw a run's losses, TTT layers, gradients, learning rates and speed; several runs: their losses side by side.",
-    )
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, finished or not")
-    parser.add_argument(
-        "--out",
-        metavar="FILE.png",
-        help="where to draw, with a PDF beside it; unset: loss.png in the run's folder, of several runs runs.png here",
-    )
-    options = parser.parse_args(args)
+    """Runs the command line `args` and returns the exit code.
+
+    Raises `InputError` where there is no such run, no metrics, or no place to write to.
+    """
+    with plain_input_errors():
+        options = tyro.cli(Options, prog="python -m train.plot", args=args)
+    check(bool(options.runs), "no run is named: give the folder of at least one, such as runs/NAME.")
     out = _check_out(local(options.out)) if options.out is not None else None
     folders = [local(name) for name in options.runs]
     lines = [_read(folder) for folder in folders]
     if len(folders) == 1:
         paths = plots.draw_run(lines[0], _unigram(folders[0]), folders[0], out)
     else:
-        runs = [
-            plots.Run(name, found, _hours(folder))
-            for name, found, folder in zip(_names(folders), lines, folders, strict=True)
-        ]
-        paths = plots.draw_runs(runs, out or Path("runs.png"))
+        runs = zip(_names(folders), lines, map(_hours, folders), strict=True)
+        paths = plots.draw_runs([plots.Run(*run) for run in runs], out or Path("runs.png"))
     for path in paths:
         print(path)
     return 0
@@ -64,34 +69,27 @@ def _check_out(out: Path) -> Path:
 
 
 def _unigram(folder: Path) -> dict[str, float | None] | None:
-    """Losses of the unigram model by stream, from a run's meta.json; None where metrics.jsonl came alone."""
+    """Losses of the unigram model by stream from meta.json; None without it."""
     path = folder / "meta.json"
     stored = config_json.read_json(path, "a run's meta.json") if path.exists() else {}
-    found = stored.get("unigram") if isinstance(stored, dict) else stored
-    if not isinstance(found, dict | None) or not all(
-        isinstance(one, float | int | None) for one in (found or {}).values()
-    ):
+    losses = stored.get("unigram") if isinstance(stored, dict) else stored
+    sound = isinstance(losses, dict | None) and all(isinstance(x, float | int | None) for x in (losses or {}).values())
+    if not sound:
         raise InputError(f"{path} has no losses by stream under 'unigram': bring it back, or remove it.")
-    return found
+    return losses
 
 
 def _hours(folder: Path) -> float | None:
-    """Hours of speech that a step reads, from a run's config.json; None where metrics.jsonl came alone."""
+    """Hours of speech in a step from config.json; None without it."""
     path = folder / "config.json"
     if not path.exists():
         return None
-    stored = config_json.read_json(path, "a run's config.json")
-    try:
-        frames = stored["data"]["batch"] * stored["data"]["chunk"] * stored.get("bptt", 1)
-        return frames / FRAME_RATE / 3600
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(
-            f"{path} has no numbers data.batch, data.chunk and bptt: bring it back, or remove it."
-        ) from None
+    cfg = load(path)
+    return cfg.bptt * cfg.data.batch * cfg.data.chunk / FRAME_RATE / 3600
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, or their paths where two share a name."""
+    """The folders' names, or their paths if two share a name."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 

@@ -15,11 +15,11 @@ from ttt_jax.utils.files import write_atomically
 Line = dict[str, Any]
 
 SMOOTHED = 10
-"""Lines that curves are averaged over, or a hundredth of all lines where that is more."""
+"""Lines that a moving average covers, or a hundredth of all lines if that is more."""
 POINTS = 1500
-"""Points that a smoothed curve is drawn at, at most."""
+"""Points of a drawn curve at most."""
 NAMED = 8
-"""TTT layers up to which each has a name in the legend; the colours of more are told by a bar."""
+"""TTT layers that a legend names at most; for more, a colour bar names them."""
 
 # Colours of Okabe and Ito, which people with any kind of colour vision tell apart.
 RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -46,7 +46,7 @@ class Run(NamedTuple):
 def draw_run(
     lines: Sequence[Line], baseline: dict[str, float] | None, folder: Path, out: Path | None = None
 ) -> list[Path]:
-    """Draw a run: losses, TTT layers, optimiser and speed over its steps.
+    """Draws a run: losses, TTT layers, optimiser and speed over its steps.
 
     Args:
         lines: of metrics.jsonl, in order, of training steps and validations.
@@ -93,28 +93,23 @@ def draw_run(
 
 
 def draw_runs(runs: Sequence[Run], out: Path) -> list[Path]:
-    """Draw minimised and validation losses of runs over steps and over hours of speech, side by side; PNG and PDF as `draw_run`."""
+    """Draws minimised and validation losses of runs over steps and hours of speech; returns paths as `draw_run`."""
     plt = _pyplot()
     parts = [(run, *_split(run.lines)) for run in runs]
     validated = any(validation for _, _, validation in parts)
     timed = any(run.hours is not None for run in runs)
     rows, columns = 1 + validated, 1 + timed
+    size = (6.5 * columns, 3.6 * rows + 0.8)
     figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(6.5 * columns, 3.6 * rows + 0.8),
-        squeeze=False,
-        sharex="col",
-        sharey="row",
-        layout="constrained",
+        rows, columns, figsize=size, squeeze=False, sharex="col", sharey="row", layout="constrained"
     )
     for i, (run, training, validation) in enumerate(parts):
         style = {"color": RUNS[i % len(RUNS)], "ls": ("-", "--", ":")[i // len(RUNS) % 3]}
         for column, scale in enumerate([1, run.hours][:columns]):
             if scale is None:
                 continue
-            x, y = _thin(_series(training, "step") * scale, _smooth(_series(training, "loss"), _span(training)))
-            axes[0, column].plot(x, y, lw=1.6, label=run.name, marker=_marker(x), markersize=4, **style)
+            steps, losses = _series(training, "step") * scale, _series(training, "loss")
+            _draw_smooth(axes[0, column], steps, losses, lw=1.6, label=run.name, **style)
             if validation:
                 x, y = _series(validation, "step") * scale, _series(validation, "validation", "loss")
                 axes[1, column].plot(x, y, lw=1.4, marker="o", markersize=3.5, **style)
@@ -134,50 +129,42 @@ def draw_runs(runs: Sequence[Run], out: Path) -> list[Path]:
 
 
 def _draw_streams(axis: Any, training: Sequence[Line], validation: Sequence[Line], baseline: dict[str, float]) -> None:
-    span, steps, at = _span(training), _series(training, "step"), _series(validation, "step")
+    steps, at = _series(training, "step"), _series(validation, "step")
     names = _names(training, "streams")
     for name, colour in zip(names, _stream_colours(names), strict=True):
         values = _series(training, "streams", name)
         if not np.isfinite(values).any():
             continue  # speech without transcripts
-        x, y = _thin(steps, _smooth(values, span))
-        axis.plot(x, y, color=colour, lw=1.3, label=name, marker=_marker(x), markersize=4)
+        _draw_smooth(axis, steps, values, color=colour, lw=1.3, label=name)
         axis.plot(at, _series(validation, "validation", "streams", name), "o:", color=colour, markersize=3.5, lw=0.7)
         if np.isfinite(level := _number(baseline.get(name))):
             axis.axhline(level, color=colour, ls="--", lw=0.8)
-    told = [f"mean of {span} lines" if len(training) > 1 else "one line"]
-    told += ["dots: validation"] * bool(validation) + ["dashed: unigram model of the training data"] * bool(baseline)
-    axis.set_title(f"Loss by stream ({'; '.join(told)})", fontsize=10, loc="left")
+    notes = [f"mean of {_span(steps)} lines" if len(training) > 1 else "one line"]
+    notes += ["dots: validation"] * bool(validation) + ["dashed: unigram model of the training data"] * bool(baseline)
+    axis.set_title(f"Loss by stream ({'; '.join(notes)})", fontsize=10, loc="left")
     axis.set_ylabel("nats per token")
     _legend_beside(axis)
 
 
 def _draw_minimised(axis: Any, training: Sequence[Line], validation: Sequence[Line]) -> None:
     steps, values = _series(training, "step"), _series(training, "loss")
-    x, y = _thin(steps, _smooth(values, _span(training)))
     axis.plot(steps, values, color=TOTAL, lw=0.6, alpha=0.3)
-    axis.plot(x, y, color=TOTAL, lw=1.6, marker=_marker(x), markersize=4)
-    axis.plot(
-        _series(validation, "step"),
-        _series(validation, "validation", "loss"),
-        "o-",
-        color=RUNS[0],
-        markersize=4,
-        lw=1.2,
-    )
-    told = "; blue: validation" if validation else ""
-    axis.set_title(f"Minimised loss (light: line by line{told})", fontsize=10, loc="left")
+    _draw_smooth(axis, steps, values, color=TOTAL, lw=1.6)
+    at, losses = _series(validation, "step"), _series(validation, "validation", "loss")
+    axis.plot(at, losses, "o-", color=RUNS[0], markersize=4, lw=1.2)
+    note = "; blue: validation" if validation else ""
+    axis.set_title(f"Minimised loss (light: line by line{note})", fontsize=10, loc="left")
 
 
 def _draw_layers(axis: Any, training: Sequence[Line], layers: Sequence[str], name: str, title: str) -> None:
     for layer, colour in zip(layers, _shades(len(layers)), strict=True):
-        x, y = _thin(_series(training, "step"), _smooth(_series(training, "ttt", layer, name), _span(training)))
-        axis.plot(x, y, color=colour, lw=1.2, label=f"layer {layer}", marker=_marker(x), markersize=4)
+        values = _series(training, "ttt", layer, name)
+        _draw_smooth(axis, _series(training, "step"), values, color=colour, lw=1.2, label=f"layer {layer}")
     axis.set_title(title, fontsize=10, loc="left")
 
 
 def _tell_layers(axis: Any, layers: Sequence[str]) -> None:
-    """Which colour is which layer's, to the right of `axis`."""
+    """Names the layers' colours to the right of `axis`."""
     if len(layers) <= NAMED:
         return _legend_beside(axis)
     from matplotlib import cm, colors
@@ -199,7 +186,7 @@ def _draw_inner(axis: Any, validation: Sequence[Line], layers: Sequence[str]) ->
 
 
 def _draw_inner_by_layer(axis: Any, line: Line, layers: Sequence[str]) -> None:
-    """The last validation's inner losses, one above the other for each layer."""
+    """Draws the last validation's inner losses, one above the other, for each layer."""
     places = np.arange(len(layers))
     found = {
         name: np.array([_series([line], "validation", "ttt", layer, name)[0] for layer in layers]) for name in INNER
@@ -219,16 +206,11 @@ def _draw_inner_by_layer(axis: Any, line: Line, layers: Sequence[str]) -> None:
 def _draw_norms(axis: Any, training: Sequence[Line]) -> None:
     steps, total = _series(training, "step"), _series(training, "grad_norm")
     axis.plot(steps, total, color=TOTAL, lw=0.6, alpha=0.3)
-    curves = [("all", TOTAL, total)]
-    curves += [
-        (name, GROUPS.get(name, OTHER), _series(training, "grad_norms", name))
-        for name in _names(training, "grad_norms")
-    ]
-    for name, colour, values in curves:
+    curves = {name: _series(training, "grad_norms", name) for name in _names(training, "grad_norms")}
+    for name, values in {"all": total, **curves}.items():
+        colour = TOTAL if name == "all" else GROUPS.get(name, OTHER)
         with np.errstate(divide="ignore"):
-            logs = np.log(values)
-        x, y = _thin(steps, np.exp(_smooth(logs, _span(training))))
-        axis.plot(x, y, color=colour, lw=1.3, label=name, marker=_marker(x), markersize=4)
+            _draw_smooth(axis, steps, np.log(values), np.exp, color=colour, lw=1.3, label=name)
     _log_above(axis)
     axis.set_title("Norm of the gradient before clipping, by group", fontsize=10, loc="left")
     _legend_beside(axis)
@@ -237,16 +219,8 @@ def _draw_norms(axis: Any, training: Sequence[Line]) -> None:
 def _draw_rates(axis: Any, training: Sequence[Line]) -> None:
     for i, name in enumerate(_names(training, "lr")):
         x, y = _thin(_series(training, "step"), _series(training, "lr", name))
-        # Groups often share a rate: dashes let the one beneath show.
-        axis.plot(
-            x,
-            y,
-            color=GROUPS.get(name, OTHER),
-            lw=1.5,
-            ls=("-", (0, (5, 4)), (0, (2, 3)))[i % 3],
-            label=name,
-            marker=_marker(x),
-        )
+        dashes = ("-", (0, (5, 4)), (0, (2, 3)))[i % 3]  # groups often share a rate: the one beneath shows
+        axis.plot(x, y, color=GROUPS.get(name, OTHER), lw=1.5, ls=dashes, label=name, marker=_marker(x))
     _log_above(axis)
     axis.set_title("Learning rate by group", fontsize=10, loc="left")
     _legend_beside(axis)
@@ -257,32 +231,32 @@ def _draw_speed(axis: Any, training: Sequence[Line]) -> None:
     axis.plot(_series(training, "step"), values, color=RUNS[0], lw=1, marker=_marker(values), markersize=4)
     axis.set_ylim(0, 1.1 * max(np.nanmax(values, initial=0), 1e-9))
     axis.set_title(f"Frames per second (median {np.nanmedian(values):,.0f})", fontsize=10, loc="left")
-    axis.secondary_yaxis("right", functions=(lambda y: y / FRAME_RATE, lambda y: y * FRAME_RATE)).set_ylabel(
-        "times real time"
-    )
+    real_time = axis.secondary_yaxis("right", functions=(lambda y: y / FRAME_RATE, lambda y: y * FRAME_RATE))
+    real_time.set_ylabel("times real time")
 
 
 def _summary(name: str, training: Sequence[Line], validation: Sequence[Line]) -> str:
     last = training[-1]
     minutes = last["seconds"] / 60
-    told = [f"step {last['step']:,}", f"{minutes / 60:.1f} hours" if minutes >= 100 else f"{minutes:.1f} minutes"]
-    told.append(f"loss {_smooth(_series(training, 'loss'), _span(training))[-1]:.3f}")
+    notes = [f"step {last['step']:,}", f"{minutes / 60:.1f} hours" if minutes >= 100 else f"{minutes:.1f} minutes"]
+    values = _series(training, "loss")
+    notes.append(f"loss {_smooth(values, _span(values))[-1]:.3f}")
     losses = _series(validation, "validation", "loss")
     if np.isfinite(losses).any():
         best = int(np.nanargmin(losses))
-        told.append(f"validation {losses[-1]:.3f} (best {losses[best]:.3f} at step {validation[best]['step']:,})")
+        notes.append(f"validation {losses[-1]:.3f} (best {losses[best]:.3f} at step {validation[best]['step']:,})")
     if last.get("skipped"):
-        told.append(f"{last['skipped']} steps left out as not finite")
-    return f"{name}: {', '.join(told)}"
+        notes.append(f"{last['skipped']} steps skipped as not finite")
+    return f"{name}: {', '.join(notes)}"
 
 
 def _split(lines: Sequence[Line]) -> tuple[list[Line], list[Line]]:
-    """Lines of training steps, lines of validations."""
+    """Returns (lines of training steps, lines of validations)."""
     return [line for line in lines if "validation" not in line], [line for line in lines if "validation" in line]
 
 
 def _series(lines: Sequence[Line], *keys: str) -> np.ndarray:
-    """The number under `keys` in every line, float [lines]; NaN where there is none."""
+    """The number at the path `keys` in every line, float [lines]; NaN where there is none."""
     values = []
     for line in lines:
         value: Any = line
@@ -297,21 +271,27 @@ def _number(value: float | None) -> float:
 
 
 def _names(lines: Sequence[Line], *keys: str) -> list[str]:
-    """The names that stand under `keys` in the last line; all lines of a run have the same."""
+    """The keys at the path `keys` in the last line; all lines of a run have the same."""
     value: Any = lines[-1] if lines else {}
     for key in keys:
         value = value.get(key, {})
     return list(value)
 
 
-def _span(lines: Sequence[Line]) -> int:
-    return max(SMOOTHED, len(lines) // 100)
+def _draw_smooth(axis: Any, x: np.ndarray, y: np.ndarray, scale: Any = lambda y: y, **style: Any) -> None:
+    """Draws the moving average of `y`, through `scale`."""
+    x, y = _thin(x, scale(_smooth(y, _span(y))))
+    axis.plot(x, y, marker=_marker(x), markersize=4, **style)
+
+
+def _span(values: np.ndarray) -> int:
+    return max(SMOOTHED, len(values) // 100)
 
 
 def _smooth(values: np.ndarray, span: int) -> np.ndarray:
-    """Each value averaged with its neighbours, `span` together; what is not finite is left out, NaN where nothing is left.
+    """The mean of each value and its neighbours, `span` in all, without those that are not finite; NaN where none is.
 
-    Where the curve begins, and is steep, with as many before it as behind it; at the end with those that there are.
+    At the steep start a value has as many neighbours before it as after it; at the end it has those that there are.
     """
     known, at = np.isfinite(values), np.arange(len(values))
     reach = np.minimum(at, span // 2)
@@ -325,36 +305,36 @@ def _smooth(values: np.ndarray, span: int) -> np.ndarray:
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `POINTS` points of a smooth curve, its ends among them."""
+    """Returns at most `POINTS` points of a smooth curve, its ends among them."""
     chosen = np.unique(np.linspace(0, len(x) - 1, min(len(x), POINTS)).round().astype(int))
     return x[chosen], y[chosen]
 
 
 def _marker(x: np.ndarray) -> str | None:
-    """A line needs two points to show, and a few to be believed."""
+    """A marker for curves of few points: a line needs two to show."""
     return "o" if len(x) < 5 else None
 
 
 def _some(count: int) -> range:
-    """Places of the layers that are named where there is no room for all."""
+    """Indices of the layers that are named, at most `NAMED`."""
     return range(0, count, -(-count // NAMED))
 
 
 def _shades(count: int) -> list[Any]:
-    """Colours of an order, from dark to light, none too light for white paper."""
+    """`count` colours from dark to light, all visible on white."""
     from matplotlib import colormaps
 
     return list(colormaps["viridis"](np.linspace(0, 0.88, count)))
 
 
 def _stream_colours(names: Sequence[str]) -> list[Any]:
-    """The text stands out; codebooks go from dark to light."""
+    """A colour for each stream: the text stands out, codebooks go from dark to light."""
     shades = iter(_shades(sum(name != "text" for name in names)))
     return [TEXT if name == "text" else next(shades) for name in names]
 
 
 def _log_above(axis: Any) -> None:
-    """A logarithmic scale with plain numbers, more than the powers of ten where it spans less than two."""
+    """Sets a logarithmic scale with plain numbers, with ticks at 1, 2 and 5 if it spans less than two powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axis.get_lines()] or [np.empty(0)])

@@ -1,4 +1,4 @@
-"""Samples of a run in training: the model goes on where the beginning of a validation file ends."""
+"""Samples of a run in training: the model continues the beginning of a validation file."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from ttt_jax.moshi import generate, model
 from ttt_jax.utils.files import write_atomically
 
 RECORDINGS = 2
-"""Recordings that are gone on with, the first of the validation."""
+"""Number of validation files that are continued, the first ones."""
 
 
 class _Prompt(NamedTuple):
-    """Where a sample begins, and what the other voice says then."""
+    """The beginning of a sample, and the user's stream after it."""
 
     name: str
-    """Of its files."""
+    """Name of the sample's files."""
     frames: np.ndarray
     """int32 [K, P]: the recording's first frames."""
-    other: np.ndarray
-    """int32 [n_q - dep_q, frames + max_delay]: the other voice from frame P on, silent where the recording has ended."""
+    user: np.ndarray
+    """int32 [n_q - dep_q, frames + max_delay]: the user's stream from frame P on, silent after the recording's end."""
 
 
 class Sampler:
     """Writes samples to RUN/samples/step-000100/: codes and, where codec and tokenizer are here, sound and text.
 
-    Of each recording NAME: NAME.safetensors (a code file; its joint is where the model takes over), NAME.wav (left the
-    model's voice, right the other) and NAME.txt. Equal steps and parameters give equal samples; nothing that training uses
-    is read but the parameters, or changed. Shapes are always the same, so the programs compile once. For one process.
+    Each recording NAME gives NAME.safetensors (a code file whose boundary is the first generated frame), NAME.wav (left
+    Moshi's voice, right the user's) and NAME.txt. Equal steps and parameters give equal samples. Training is
+    not changed. Shapes are always the same, so the programs compile once. It works in one process only.
 
     Args:
-        cfg: of the model.
-        recordings: of the validation, at least one; the first two are read here.
-        codec, tokenizer: of the recordings.
+        cfg: configuration of the model.
+        recordings: validation files, at least one; the first two are read here.
+        codec, tokenizer: codec and tokenizer of the recordings.
         run_dir: folder of the run.
-        seed: of the random draws.
-        frames: generated.
-        prompt: frames of a recording that the model hears first; all of a shorter one.
+        seed: seed of the random draws.
+        frames: number of frames to generate.
+        prompt: frames of a recording that the model reads first; all of a shorter one.
 
     Raises:
         InputError: there is no recording, or one cannot be read.
@@ -75,38 +75,38 @@ class Sampler:
         self._prompts = []
         for i, recording in enumerate(recordings[:RECORDINGS]):
             tokens, name = recording.read(), re.sub(r"[^\w.-]+", "-", recording.name)
-            own, rest = tokens[:, :prompt], tokens[1 + cfg.dep_q :, prompt : prompt + frames + cfg.max_delay]
-            other = np.concatenate([rest, silence[:, rest.shape[1] :]], 1)
+            begin, rest = tokens[:, :prompt], tokens[1 + cfg.dep_q :, prompt : prompt + frames + cfg.max_delay]
+            user = np.concatenate([rest, silence[:, rest.shape[1] :]], 1)
             taken = name in [before.name for before in self._prompts]
-            self._prompts.append(_Prompt(f"{name}-{i + 1}" if taken else name, own, other))
+            self._prompts.append(_Prompt(f"{name}-{i + 1}" if taken else name, begin, user))
         self._begin = np.full((len(self._prompts), cfg.num_streams, prompt), ABSENT, np.int32)
         self._mask = np.zeros((len(self._prompts), prompt), bool)
-        for row, own in enumerate(before.frames for before in self._prompts):
-            self._begin[row, :, : own.shape[1]] = own
-            self._mask[row, : own.shape[1]] = True
+        for row, begin in enumerate(before.frames for before in self._prompts):
+            self._begin[row, :, : begin.shape[1]] = begin
+            self._mask[row, : begin.shape[1]] = True
 
     def __call__(self, step: int, params: Any) -> Path:
-        """Write the samples of the model with `params` after `step`; their folder. Raises `OSError` if it cannot be written."""
+        """Writes samples of the model with `params` after `step` and returns their folder. Raises `OSError`."""
         folder = self._folder / f"step-{step:06d}"
-        for before, own in zip(self._prompts, self._generate(params), strict=True):
-            goes_on = np.concatenate([own, before.other[:, : self._num_frames]])
-            self._write(folder / before.name, np.concatenate([before.frames, goes_on], 1), before.frames.shape[1])
+        for prompt, moshi in zip(self._prompts, self._generate(params), strict=True):
+            generated = np.concatenate([moshi, prompt.user[:, : self._num_frames]])
+            self._write(folder / prompt.name, np.concatenate([prompt.frames, generated], 1), prompt.frames.shape[1])
         return folder
 
     def _generate(self, params: Any) -> np.ndarray:
-        """Own tokens of the frames behind the prompts, int32 [B, 1 + Q, frames]."""
+        """Returns Moshi's tokens of the frames after the prompts, int32 [B, 1 + Q, frames]."""
         cfg, rows = self._cfg, len(self._prompts)
         state = model.init_state(cfg, rows, [(self._seed + row) % 2**32 for row in range(rows)])
         _, state = model.forward(params, jnp.asarray(self._begin), jnp.asarray(self._mask), state, cfg)
-        # A call takes the other voice's frame before the one that it generates, the first that of the prompt's last frame.
-        heard = np.stack([np.concatenate([p.frames[1 + cfg.dep_q :, -1:], p.other[:, :-1]], 1) for p in self._prompts])
-        mask = np.ones((rows, heard.shape[2]), bool)
+        # A call takes the user's frame before the one that it generates; the first takes the prompt's last frame.
+        user = np.stack([np.concatenate([p.frames[1 + cfg.dep_q :, -1:], p.user[:, :-1]], 1) for p in self._prompts])
+        mask = np.ones((rows, user.shape[2]), bool)
         weights = generate.streaming_params(params, cfg)
-        own, _ = generate.generate(weights, jnp.asarray(heard), jnp.asarray(mask), state, cfg, first_frame="once")
-        return np.asarray(own)[:, :, cfg.max_delay :]  # the first calls complete frames of the prompt
+        moshi, _ = generate.generate(weights, jnp.asarray(user), jnp.asarray(mask), state, cfg, first_frame="once")
+        return np.asarray(moshi)[:, :, cfg.max_delay :]  # the first calls complete frames of the prompt
 
     def _write(self, path: Path, tokens: np.ndarray, joint: int) -> None:
-        """The files of one sample: int32 [K, T], generated from frame `joint` on."""
+        """Writes the files of one sample, int32 [K, T], generated from frame `joint` on."""
         codec, tokenizer, codebooks = self._codec, self._tokenizer, self._cfg.dep_q
         about = Codes(
             tokens,
@@ -129,21 +129,21 @@ class Sampler:
 
 
 def _silence(codec: Codec | CodecInfo, num_frames: int) -> np.ndarray:
-    """Codes of silence, int32 [codebooks, T]; absent tokens, which the model reads as nothing, where nobody knows them."""
+    """Codes of silence, int32 [codebooks, T]; absent tokens, which the model skips, without a codec."""
     if isinstance(codec, CodecInfo):
         return np.full((codec.num_codebooks, num_frames), ABSENT, np.int32)
     return codec.encode(np.zeros(num_frames * codec.frame_size, np.float32))
 
 
 def _decode(codec: Codec, codes: np.ndarray) -> np.ndarray:
-    """Sound of codes int [codebooks, T], float32 [samples], silent in frames that are not all known."""
+    """Decodes codes int [codebooks, T] to float32 [samples], silent in frames with absent codes."""
     known = (codes >= 0).all(0)
     sound = codec.decode(np.where(known, codes, 0)).reshape(len(known), codec.frame_size)
     return np.where(known[:, None], sound, 0).reshape(-1)
 
 
 def _wav(channels: np.ndarray, sample_rate: int) -> bytes:
-    """A wav file of float [channels, samples] in [-1, 1], 16 bits a sample; louder is clipped."""
+    """Returns a wav file of float [channels, samples], clipped to [-1, 1], with 16 bits a sample."""
     content = io.BytesIO()
     with wave.open(content, "wb") as file:
         file.setnchannels(len(channels))

@@ -1,12 +1,12 @@
 """One optimiser step: a pure function from state and batch to state and metrics.
 
-A step reads `bptt` chunks of every row. Between them the state flows with its gradient; it is cut in one place, where the
-step begins.
+A step reads `bptt` chunks of every row. Gradients flow through the state from chunk to chunk. They are cut in one
+place, the start of the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,48 +24,49 @@ from ttt_jax.distributed import sharding
 from ttt_jax.moshi import model
 from ttt_jax.moshi.loss import score
 from ttt_jax.utils.trees import Tree, merge
+from ttt_jax.utils.xla import known_options
 
 
 class TrainState(NamedTuple):
-    """All that a step changes."""
+    """Everything that a step changes."""
 
     step: jax.Array
     """Steps done, int32 []."""
     skipped: jax.Array
-    """Steps of them that were left out because something was not finite, int32 []."""
+    """Skipped steps, because something was not finite, int32 []."""
     trainable: Tree
-    """The parameters that train, float32: the optimiser's masters."""
+    """The parameters that train, float32."""
     opt_state: Any
-    """Of the optimiser."""
+    """State of the optimiser."""
     stream: model.State
-    """Where every batch row stands in its file: attention rings, TTT states, delayed tokens."""
+    """State of every row of the batch: KV caches, TTT states, delayed tokens."""
 
 
 class Metrics(NamedTuple):
-    """What a step reports, replicated; losses are of the weights that the step started from."""
+    """Metrics of a step, replicated; losses are of the weights before the step."""
 
     loss: jax.Array
     """The weighted mean cross-entropy that is minimised, nats."""
     streams: jax.Array
-    """Mean cross-entropy of each predicted stream, unweighted, nats, [1 + Q]: text, own codebooks; NaN without targets."""
+    """Unweighted mean cross-entropy of text and Moshi's codebooks, nats, [1 + Q]; NaN without targets."""
     half_variance: jax.Array
     """Half the variance of each stream's logits over its entries, mean over targets, [1 + Q]."""
     rows: jax.Array
-    """Sum of each row's weighted losses by chunk, [K, B]: tells which file is not finite."""
+    """Sum of each row's weighted losses by chunk, [K, B]: shows which file is not finite."""
     grad_norm: jax.Array
     """Global norm of the gradient before clipping."""
     grad_norms: dict[str, jax.Array]
-    """The same by group of the optimiser."""
+    """Norm of the gradient by group of the optimiser."""
     rates: dict[str, jax.Array]
     """Learning rate by group."""
     ttt: dict[int, dict[str, jax.Array]]
-    """Gates and norms by TTT layer (`model.ttt_summary`), after the step's frames, of the weights that read them."""
+    """Gates and norms by TTT layer (`model.ttt_summary`) after the step's frames, with the weights before the step."""
     skipped: jax.Array
-    """Steps left out so far, this one included, int32 []."""
+    """Skipped steps, this one included, int32 []."""
     finite: jax.Array
-    """Whether loss, gradient and the state that the step leaves are, bool []."""
+    """Whether loss, gradient and the new state are finite, bool []."""
     stop: jax.Array
-    """The largest number of a signal that asked a process to stop, int32 []; 0: none did."""
+    """The largest number of a signal that a process got, int32 []; 0: none."""
 
 
 class Sums(NamedTuple):
@@ -84,13 +85,14 @@ class Sums(NamedTuple):
     counts: jax.Array
     """Targets by stream [1 + Q]."""
     inner: jax.Array | None = None
-    """Inner losses before any learning, before and after a frame's own step, heads averaged, by TTT layer [L, 3], where measured."""
+    """Inner losses with W0, before and after the step of a frame, means over heads, by TTT layer [L, 3]; None if not
+    measured."""
     frames: jax.Array | None = None
-    """Valid frames [], where measured."""
+    """Valid frames []; None if not measured."""
 
 
 def token_weights(targets: jax.Array, cfg: LossConfig) -> jax.Array:
-    """Weight of every target in the loss, float32 [B, 1 + Q, T] for targets int32 [B, 1 + Q, T]."""
+    """Returns the weight of every target in the loss, float32 [B, 1 + Q, T], for targets int32 [B, 1 + Q, T]."""
     padding = (targets[:, :1] == PAD) | (targets[:, :1] == EPAD)
     text = cfg.text * jnp.where(padding, cfg.text_padding, 1.0)
     codebooks = targets.shape[1] - 1
@@ -102,11 +104,14 @@ def token_weights(targets: jax.Array, cfg: LossConfig) -> jax.Array:
 def chunk_sums(
     params: Tree, batch: Batch, stream: model.State, cfg: TrainConfig, block: int, measured: bool = False
 ) -> tuple[Sums, model.State]:
-    """What one chunk costs, and the state after it.
+    """Returns the losses of one chunk and the state after it.
 
     Args:
-      params: all of the model's; batch: one chunk, without the leading axis; stream: at its start; block: as in `score`;
-        measured: whether to measure the TTT layers.
+      params: all parameters of the model.
+      batch: one chunk, without the leading axis.
+      stream: state before the chunk.
+      block: as in `score`.
+      measured: whether to measure the TTT layers.
     """
     stream = model.reset_rows(stream, batch.reset, cfg.model)
     if cfg.state == "reset":
@@ -131,7 +136,7 @@ def chunk_sums(
 def step_sums(
     params: Tree, batch: Batch, stream: model.State, cfg: TrainConfig, block: int
 ) -> tuple[Sums, model.State]:
-    """`chunk_sums` over all chunks of a step, added up but for `rows` [K, B]; gradients flow from chunk to chunk."""
+    """Returns the sums over all chunks of a step, with `rows` [K, B], and the state; gradients flow between chunks."""
     if batch.reset.shape[0] == 1:
         sums, stream = chunk_sums(params, jax.tree.map(lambda x: x[0], batch), stream, cfg, block)
         return sums._replace(rows=sums.rows[None]), stream
@@ -147,15 +152,15 @@ def step_sums(
 def gradient(
     trainable: Tree, frozen: Tree, batch: Batch, stream: model.State, cfg: TrainConfig, block: int
 ) -> tuple[Tree, Sums, model.State]:
-    """Gradient of the weighted mean loss in what trains, float32; the sums of the step, the state after it.
+    """Returns the gradient of the weighted mean loss, float32, the sums of the step, and the state after it.
 
-    With `cfg.accumulate` = A rows i, i + A, i + 2A ... go through together, part after part: what is added up is divided once by the
-    weight of the whole batch, so the parts change nothing but the order of additions.
+    With `cfg.accumulate` = A, part i has the rows i, i + A, i + 2A ... The sum over parts is divided once by the weight
+    of the whole batch, so parts change the order of additions alone.
     """
 
     def loss(trainable: Tree, batch: Batch, stream: model.State):
-        # The one place where gradients through time are cut. A step's state is its input, so nothing could flow back here;
-        # whoever chains steps under one gradient relies on it.
+        # The one place where gradients through time are cut. The state is an input of a step, so this matters only if
+        # steps are chained under one gradient.
         sums, stream = step_sums(merge(trainable, frozen), batch, jax.lax.stop_gradient(stream), cfg, block)
         return sums.loss, (sums, stream)
 
@@ -167,10 +172,9 @@ def gradient(
 
         def part(carry: tuple[Tree, model.State], i: jax.Array):
             total, stream = carry
-            own = Batch(*(_take(x, 1, parts, i) for x in batch))
-            grads, (sums, after) = differentiate(
-                trainable, own, _map_rows(lambda x, axis: _take(x, axis, parts, i), stream)
-            )
+            rows = Batch(*(_take(x, 1, parts, i) for x in batch))
+            before = _map_rows(lambda x, axis: _take(x, axis, parts, i), stream)
+            grads, (sums, after) = differentiate(trainable, rows, before)
             stream = _map_rows(lambda x, axis, new: _put(x, axis, parts, i, new), stream, after)
             return (jax.tree.map(jnp.add, total, grads), stream), sums
 
@@ -183,10 +187,10 @@ def gradient(
 
 
 def make_train_step(cfg: TrainConfig, mesh: Mesh) -> Callable:
-    """The jitted step: (`TrainState`, frozen parameters, `Batch`, stop int32 [devices]) -> (`TrainState`, `Metrics`).
+    """Returns the jitted step: (`TrainState`, frozen, `Batch`, stop int32 [devices]) -> (`TrainState`, `Metrics`).
 
-    `stop` has for every device the signal that its process got, so that all hear of it. The state that is given is donated. If
-    `cfg.optim.skips` allows any, a step whose loss, gradient or new state is not finite changes nothing but the counters.
+    `stop` holds for every device the signal that its process got, so that all processes learn of it. The state is
+    donated. If `cfg.optim.skips` > 0, a step whose loss, gradient or state is not finite changes the counters alone.
     """
     one = _train_step(cfg, cfg.loss.block * mesh.shape["data"] * mesh.shape["fsdp"])
 
@@ -199,7 +203,7 @@ def make_train_step(cfg: TrainConfig, mesh: Mesh) -> Callable:
 
 
 def make_steps_together(cfg: TrainConfig, runs: int) -> Callable:
-    """`make_train_step` of many runs side by side on one device: all leaves but `stop` have a leading axis of `runs`."""
+    """Returns the step of many runs side by side on one device; all leaves but `stop` have a leading axis of runs."""
     return jax.jit(
         jax.vmap(_train_step(cfg, max(1, cfg.loss.block // runs)), in_axes=(0, 0, 0, None)), donate_argnums=0
     )
@@ -217,10 +221,10 @@ def _train_step(cfg: TrainConfig, block: int) -> Callable:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         new = optax.apply_updates(state.trainable, updates), opt_state, stream
         skipped = state.skipped
-        # A state that is not finite would spoil all later steps of its row.
+        # A state that is not finite would make all later steps of its row so.
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm) & _all_finite(stream)
         if cfg.optim.skips:
-            # A row that began a file must not go on with the state of the file before.
+            # A row that began a file must not continue with the state of the file before.
             kept = *state[2:4], model.reset_rows(state.stream, batch.reset.any(0), cfg.model)
             new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
             skipped = skipped + ~finite
@@ -243,14 +247,26 @@ def _train_step(cfg: TrainConfig, block: int) -> Callable:
 
 
 def init_state(cfg: TrainConfig, mesh: Mesh, trainable: Tree) -> TrainState:
-    """The state before the first step, on the mesh."""
+    """Returns the state before the first step, on the mesh."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state_like(cfg, mesh)._replace(trainable=None))
     rest = jax.jit(partial(fresh_state, cfg), out_shardings=shardings)(trainable)
     return rest._replace(trainable=trainable)
 
 
+def init_states(cfg: TrainConfig, seeds: Sequence[int]) -> tuple[TrainState, Tree]:
+    """Returns states and frozen parameters of runs with `seeds` before the first step, with a leading axis of runs."""
+
+    def one(seed: jax.Array) -> tuple[TrainState, Tree]:
+        trainable, frozen = split(model.init_params(cfg.model, jax.random.key(seed)), cfg)
+        return fresh_state(cfg, trainable)._replace(trainable=trainable), frozen
+
+    # Random draws of many shapes take long to optimise and run once, as in `train.initial_params`.
+    draw = jax.jit(jax.vmap(one), compiler_options=known_options({"xla_backend_optimization_level": 0}))
+    return draw(jnp.array(seeds, jnp.uint32))
+
+
 def state_like(cfg: TrainConfig, mesh: Mesh) -> TrainState:
-    """Shapes, types and shardings of a run's state. Raises `InputError` where the mesh does not fit the model."""
+    """Returns shapes, types and shardings of a run's state. Raises `InputError` if the mesh does not fit the model."""
     params = jax.eval_shape(lambda key: model.init_params(cfg.model, key), jax.random.key(0))
     trainable = split(params, cfg)[0]
     shapes = jax.eval_shape(partial(fresh_state, cfg), trainable)
@@ -273,7 +289,7 @@ def state_like(cfg: TrainConfig, mesh: Mesh) -> TrainState:
 
 
 def fresh_state(cfg: TrainConfig, trainable: Tree) -> TrainState:
-    """The state before the first step but for what trains: None."""
+    """Returns the state before the first step, with None in place of `trainable`."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         zero, zero, None, optim.make_optimizer(cfg).init(trainable), model.init_state(cfg.model, cfg.data.batch)
@@ -290,7 +306,7 @@ def _group_norm(grads: Tree, groups: Tree, name: str) -> jax.Array:
 
 
 def _map_rows(f: Callable, stream: model.State, *others: model.State) -> model.State:
-    """`f` of every leaf, the axis that counts its rows, and the leaves of `others`."""
+    """Applies `f` to every leaf, its axis of rows, and the leaves of `others`."""
     first = [
         jax.tree.map(lambda x, *ys: f(x, 0, *ys), *parts)
         for parts in zip(*(s[:3] for s in (stream, *others)), strict=True)
@@ -300,12 +316,12 @@ def _map_rows(f: Callable, stream: model.State, *others: model.State) -> model.S
 
 
 def _take(x: jax.Array, axis: int, parts: int, index: jax.Array) -> jax.Array:
-    """Rows index, index + parts, ... along `axis`: from each device's rows as many."""
+    """Returns rows index, index + parts, ... along `axis`, equally many of each device."""
     x = x.reshape(*x.shape[:axis], -1, parts, *x.shape[axis + 1 :])
     return jax.lax.dynamic_index_in_dim(x, index, axis + 1, keepdims=False)
 
 
 def _put(x: jax.Array, axis: int, parts: int, index: jax.Array, new: jax.Array) -> jax.Array:
-    """`x` with `new` where `_take` reads."""
+    """Returns `x` with `new` in the rows that `_take` returns."""
     split = x.reshape(*x.shape[:axis], -1, parts, *x.shape[axis + 1 :])
     return jax.lax.dynamic_update_index_in_dim(split, new, index, axis + 1).reshape(x.shape)

@@ -1,4 +1,4 @@
-"""Metrics to where people watch them: TensorBoard, Weights & Biases. Their packages are imported where they are asked for."""
+"""Trackers of metrics: TensorBoard and Weights & Biases. A package is imported only for a run that uses it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,100 +17,94 @@ log = logging.getLogger("train")
 
 
 class Tracker(Protocol):
-    """Takes what a step or a validation reported."""
+    """Takes the metrics of steps and validations."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Keep `values`, by the names that `flatten` gives, as those of `step`."""
+        """Stores `values`, named as by `flatten`, for `step`."""
         ...
 
     def close(self) -> None:
-        """Send what is left; nothing can be written afterwards."""
+        """Sends what is left; nothing can be written afterwards."""
         ...
 
 
 def flatten(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics.jsonl by path ("ttt/29/gate_abs", "streams/codebook_1"); what is no finite number is left out."""
-    found: dict[str, float] = {}
+    """Returns the finite numbers of a line of metrics.jsonl by path ("ttt/29/gate_abs", "streams/codebook_1")."""
+    numbers: dict[str, float] = {}
     for key, value in line.items():
         name = key.replace(" ", "_")
         if isinstance(value, dict):
-            found |= {f"{name}/{rest}": number for rest, number in flatten(value).items()}
+            numbers |= {f"{name}/{rest}": number for rest, number in flatten(value).items()}
         elif name != "step" and isinstance(value, int | float) and math.isfinite(value):
-            found[name] = float(value)
-    return found
+            numbers[name] = float(value)
+    return numbers
 
 
 def check(tensorboard: bool, wandb: str | None) -> None:
-    """Raise `InputError` where a package is missing that `open_sinks` would need with these arguments."""
-    for package, flag, asked in (
-        ("tensorboardX", "--tensorboard", tensorboard),
-        ("wandb", "--wandb", wandb is not None),
-    ):
-        if asked and importlib.util.find_spec(package) is None:
+    """Raises `InputError` if a package is missing that `open_trackers` needs with these arguments."""
+    packages = {"tensorboardX": ("--tensorboard", tensorboard), "wandb": ("--wandb", wandb is not None)}
+    for package, (flag, used) in packages.items():
+        if used and importlib.util.find_spec(package) is None:
             raise InputError(
-                f"the package {package} is not installed: install what {flag} needs by pip install -e '.[log]', or leave {flag} out."
+                f"the package {package} is not installed: install what {flag} needs by pip install -e '.[log]', or"
+                f" leave {flag} out."
             )
 
 
 def open_trackers(
     tensorboard: bool, wandb: str | None, run_dir: Path, config: dict[str, Any], done: int
 ) -> list[Tracker]:
-    """The sinks that are asked for; one that fails later is told of and left, the run goes on.
+    """Returns the trackers of a run. One that fails later gets no more metrics, and the run goes on.
 
     Args:
         tensorboard: whether to write event files to RUN/tensorboard.
         wandb: project of Weights & Biases; None: none.
-        run_dir: folder of the run, which is there.
-        config: of the run, as W&B shows it.
-        done: steps done before; what sinks hold of later ones gives way.
+        run_dir: folder of the run, which exists.
+        config: configuration of the run, as W&B shows it.
+        done: steps done before; stored metrics of later steps are replaced.
 
     Raises:
         InputError: a package is missing, or W&B cannot be reached or refuses.
     """
     check(tensorboard, wandb)
-    sinks: list[Tracker] = []
+    trackers: list[Tracker] = []
     if tensorboard:
-        sinks.append(_Guarded("TensorBoard", _TensorBoard(run_dir, done)))
+        trackers.append(_Guarded("TensorBoard", _TensorBoard(run_dir, done)))
     if wandb is not None:
-        sinks.append(_Guarded("Weights & Biases", _WandB(wandb, run_dir, config)))
-    return sinks
+        trackers.append(_Guarded("Weights & Biases", _WandB(wandb, run_dir, config)))
+    return trackers
 
 
 class _Guarded:
-    """A sink whose failures end itself, not the run."""
+    """A tracker whose failure does not end the run."""
 
-    def __init__(self, name: str, sink: Tracker):
+    def __init__(self, name: str, tracker: Tracker):
         self._name = name
-        self._sink: Tracker | None = sink
+        self._tracker: Tracker | None = tracker
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """As `Sink.write`."""
-        self._try(lambda sink: sink.write(step, values))
+        """As `Tracker.write`."""
+        self._try("write", step, values)
 
     def close(self) -> None:
-        """As `Sink.close`."""
-        self._try(lambda sink: sink.close())
+        """As `Tracker.close`."""
+        self._try("close")
 
-    def _try(self, call: Callable[[Tracker], None]) -> None:
-        if self._sink is None:
+    def _try(self, method: str, *args: Any) -> None:
+        if self._tracker is None:
             return
         try:
-            call(self._sink)
-        except Exception as error:  # noqa: BLE001  whatever it is, hours of training are worth more
-            self._sink = None
-            log.warning(
-                "%s failed (%s: %s) and gets no more metrics; metrics.jsonl has them all",
-                self._name,
-                type(error).__name__,
-                error,
-            )
+            getattr(self._tracker, method)(*args)
+        except Exception as error:  # noqa: BLE001  hours of training are worth more than any error here
+            self._tracker, reason = None, f"{type(error).__name__}: {error}"
+            log.warning("%s failed (%s) and gets no more metrics; metrics.jsonl has them all", self._name, reason)
 
 
 class _TensorBoard:
     """Event files in RUN/tensorboard.
 
-    Not by `tensorboardX.SummaryWriter`: its queue is emptied by a thread that dies with the first error of the disk, after
-    which the next scalars would wait for it forever.
+    `tensorboardX.SummaryWriter` is not used: the thread that empties its queue dies with the first error of the disk,
+    and then the run would wait for it forever. Its `EventsWriter` writes at once.
     """
 
     def __init__(self, run_dir: Path, done: int):
@@ -121,19 +114,19 @@ class _TensorBoard:
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder = run_dir / "tensorboard"
         folder.mkdir(exist_ok=True)
-        # The file's name has the time in seconds: the step tells apart a run and its quick resumption.
+        # The file's name has the time in seconds; the step distinguishes a run that is resumed within a second.
         self._file = EventsWriter(str(folder / "events"), f".{done}")
-        if done:  # TensorBoard forgets what files hold of this step and later ones, which come again
+        if done:  # TensorBoard then drops stored values of this step and later ones, which are written again
             restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._write(done + 1, session_log=restart)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """As `Sink.write`."""
+        """As `Tracker.write`."""
         value = self._summary.Value
         self._write(step, summary=self._summary(value=[value(tag=name, simple_value=x) for name, x in values.items()]))
 
     def close(self) -> None:
-        """As `Sink.close`."""
+        """As `Tracker.close`."""
         self._file.close()
 
     def _write(self, step: int, **what: Any) -> None:
@@ -142,31 +135,32 @@ class _TensorBoard:
 
 
 class _WandB:
-    """A W&B run of the run folder's name; its id is kept in RUN/wandb_id.txt, so that a resumed run goes on in it."""
+    """A W&B run named like the run folder. RUN/wandb_id.txt stores its id, so that a resumed run continues it."""
 
     def __init__(self, project: str, run_dir: Path, config: dict[str, Any]):
         import wandb
 
-        kept = run_dir / "wandb_id.txt"
-        own = kept.read_text(encoding="utf-8").strip() if kept.exists() else secrets.token_hex(4)
+        path = run_dir / "wandb_id.txt"
+        identity = path.read_text(encoding="utf-8").strip() if path.exists() else secrets.token_hex(4)
         try:
             self._run = wandb.init(
-                project=project, name=run_dir.resolve().name, dir=str(run_dir), id=own, resume="allow", config=config,
+                project=project, name=run_dir.resolve().name, dir=str(run_dir), id=identity, resume="allow",
+                config=config,
                 settings=wandb.Settings(console="off"),  # the progress bar is no log
             )  # fmt: skip
         except wandb.Error as error:
             raise InputError(
-                f"--wandb {project} cannot be opened ({str(error).strip().rstrip('.')}): log in by `wandb login`, set WANDB_MODE=offline,"
-                " or leave it out."
+                f"--wandb {project} cannot be opened ({str(error).strip().rstrip('.')}): log in by `wandb login`, set"
+                " WANDB_MODE=offline, or leave it out."
             ) from None
-        write_atomically(kept, own.encode())
+        write_atomically(path, identity.encode())
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """As `Sink.write`."""
-        # Steps only grow in W&B. What a killed run had sent of steps that now come again stands: they come again the same.
+        """As `Tracker.write`."""
+        # Steps only grow in W&B. Steps that a killed run has sent already are computed again with the same values.
         if step >= self._run.step:
             self._run.log(values, step=step)
 
     def close(self) -> None:
-        """As `Sink.close`."""
+        """As `Tracker.close`."""
         self._run.finish()

@@ -1,4 +1,4 @@
-"""Validation: files from their first frame to their last, the state carried as in training, apart from training's."""
+"""Validation: whole files with the state carried as in training. The state of training stays as it is."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from ttt_jax.utils.trees import Tree, merge
 
 
 def on_mesh(batch: Batch, mesh: Mesh, rows: int) -> Batch:
-    """A batch [K, B, ...] of this process's rows as arrays of all `rows` rows."""
+    """Returns a batch [K, B, ...] of this process's rows as global arrays of `rows` rows."""
     where = sharding.rows_sharding(mesh, 1)
     return Batch(*(jax.make_array_from_process_local_data(where, x, (x.shape[0], rows, *x.shape[2:])) for x in batch))
 
 
 class Validation:
-    """Scores `recordings` whenever it is called."""
+    """Callable that scores `recordings` with given parameters."""
 
     def __init__(
         self, cfg: TrainConfig, mesh: Mesh, recordings: Sequence[Recording], rows: range, trainable: Tree, frozen: Tree
     ):
-        """Compiles for parameters of the shapes of `trained` and `frozen`; `rows` are those of this process."""
+        """Compiles for the shapes of `trainable` and `frozen`; `rows` are the rows of this process."""
         self._cfg, self._mesh, self._recordings, self._rows = cfg, mesh, recordings, rows
         fresh = partial(model.init_state, cfg.model, cfg.data.batch)
         where = sharding.state_shardings(mesh, jax.eval_shape(fresh))
@@ -42,9 +42,9 @@ class Validation:
         self._chunk = score.lower(trainable, frozen, self._fresh(), on_mesh(batch, mesh, cfg.data.batch)).compile()
 
     def __call__(self, trainable: Tree, frozen: Tree) -> dict[str, Any]:
-        """What metrics.jsonl holds of a validation: the minimised loss, its streams, and the TTT layers' inner losses.
+        """Returns the loss, the losses of streams and the TTT layers' inner losses, as metrics.jsonl stores them.
 
-        Means over all targets, frames and heads of all files.
+        They are means over all targets, frames and heads of all files.
         """
         stream, total = self._fresh(), None
         for batch, _ in validation_batches(self._recordings, self._cfg.data.batch, self._cfg.data.chunk, self._rows):

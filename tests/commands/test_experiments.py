@@ -15,7 +15,7 @@ from experiments import memory
 from tests.helpers.places import ROOT
 from tests.helpers.quick import quickly, scan_calls
 from tests.helpers.small_tasks import CONFIG, LONG, SHORT
-from train import plots, together
+from train import loop, plots
 from ttt_jax.checkpoints.parameter_counts import TTT, parameter_counts
 from ttt_jax.checkpoints.run_checkpoints import load_run
 from ttt_jax.data import corpus as corpora
@@ -47,7 +47,7 @@ def done(tmp_path_factory):
         for name, value in small.items():
             patch.setattr(memory, name, value)
         patch.setattr(memory.Experiment, "_conditions", conditions)
-        patch.setattr(together, "make_steps_together", quickly(together.make_steps_together))
+        patch.setattr(loop, "make_steps_together", quickly(loop.make_steps_together))
         patch.setattr(runner, "scan_calls", scan_calls)
         patch.setattr(compare_plots, "draw_all", lambda *_: [])
         patch.setattr(plots, "draw_run", lambda lines, unigram, folder: drawn.append((len(lines), folder.name)))
@@ -115,7 +115,7 @@ def test_runs_that_have_ended_are_not_trained_again(done):
 
 def test_a_run_that_is_not_whole_is_begun_anew_and_those_beside_it_are_left(tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(together, "start", lambda cfgs, load: started.append([cfg.name for cfg in cfgs]) or 0)
+    monkeypatch.setattr(loop, "start", lambda cfgs, load: started.append([cfg.name for cfg in cfgs]) or 0)
     monkeypatch.setattr(memory.Experiment, "_trained_on", lambda _, name: name)
     experiment = memory.Experiment(tmp_path, [1, 2], 4)
     names = [f"way-recall-{seed}" for seed in (1, 2)]
@@ -131,7 +131,7 @@ def test_a_run_that_is_not_whole_is_begun_anew_and_those_beside_it_are_left(tmp_
 
 
 def test_runs_of_another_length_are_never_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(together, "start", lambda *_: pytest.fail("nothing may start"))
+    monkeypatch.setattr(loop, "start", lambda *_: pytest.fail("nothing may start"))
     place = tmp_path / "runs" / "way-speech-1"
     (place / "checkpoints" / "9").mkdir(parents=True)
     (place / "config.json").write_text('{"steps": 9}')
@@ -141,7 +141,7 @@ def test_runs_of_another_length_are_never_removed(tmp_path, monkeypatch):
 
 
 def test_an_interrupt_in_training_ends_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(together, "start", lambda *_: 130)
+    monkeypatch.setattr(loop, "start", lambda *_: 130)
     with pytest.raises(KeyboardInterrupt):
         memory.Experiment(tmp_path, [1], 4)._train("way", memory.TINY, ("speech",))
 

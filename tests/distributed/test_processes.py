@@ -1,4 +1,4 @@
-"""Two processes of two devices each train like one device, stop together, and are resumed by any number of processes."""
+"""Two processes of two devices each train like one device, stop together, and are resumed by any number of them."""
 
 import signal
 import socket
@@ -10,7 +10,6 @@ from tests.helpers import commands
 from train.config import MeshConfig
 
 STEPS = 6
-pytestmark = pytest.mark.slow  # each process compiles for itself
 
 
 def pair(*words, devices=2):
@@ -18,8 +17,8 @@ def pair(*words, devices=2):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    told = ("--launch", "manual", "--coordinator", f"localhost:{port}", "--processes", 2, "--process")
-    return [commands.start(*words, *told, i, devices=devices) for i in range(2)]
+    launch = ("--launch", "manual", "--coordinator", f"localhost:{port}", "--processes", 2, "--process")
+    return [commands.start(*words, *launch, i, devices=devices) for i in range(2)]
 
 
 def close(found, expected):
@@ -35,41 +34,44 @@ def close(found, expected):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    asked = commands.write_config(folder, steps=STEPS, checkpoint_every=3, eval_every=3, mesh=MeshConfig(-1, 2, 1))
-    words = ("--from", asked, "--run-dir", folder / "alone", "--mesh.fsdp", 1)
-    said, code = commands.finish(commands.start(*words))
-    assert code == 0, said
-    return folder, asked, commands.lines(folder / "alone")
+    config = commands.write_config(folder, steps=STEPS, checkpoint_every=3, eval_every=3, mesh=MeshConfig(-1, 2, 1))
+    words = ("--from", config, "--run-dir", folder / "alone", "--mesh.fsdp", 1)
+    output, code = commands.finish(commands.start(*words))
+    assert code == 0, output
+    return folder, config, commands.lines(folder / "alone")
 
 
 @pytest.fixture(scope="module")
 def together(alone):
-    folder, asked, _ = alone
-    done = [commands.finish(process) for process in pair("--from", asked, "--run-dir", folder / "pair")]
-    assert [code for _, code in done] == [0, 0], "\n".join(said for said, _ in done)
+    folder, config, _ = alone
+    done = [commands.finish(process) for process in pair("--from", config, "--run-dir", folder / "pair")]
+    assert [code for _, code in done] == [0, 0], "\n".join(output for output, _ in done)
     return folder / "pair"
 
 
+@pytest.mark.integration
 def test_two_processes_have_the_losses_of_one(alone, together):
     close(commands.lines(together), alone[2])
 
 
+@pytest.mark.slow
 def test_what_two_processes_saved_one_goes_on_with(alone, together):
     folder, _, expected = alone
     last = together / "checkpoints" / str(STEPS)
     last.rename(together / "last")
-    said, code = commands.finish(commands.start("--resume", together, "--mesh.data", 1, "--mesh.fsdp", 1))
-    assert code == 0, said
+    output, code = commands.finish(commands.start("--resume", together, "--mesh.data", 1, "--mesh.fsdp", 1))
+    assert code == 0, output
     close(commands.lines(together), expected)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_after_the_same_step(alone):
-    """Also where both work on the same rows, of which each could have told otherwise."""
-    folder, asked, _ = alone
+    """Also where both work on the same rows, although each knows of other signals."""
+    folder, config, _ = alone
     run = folder / "stopped"
     words = ("--steps", 4000, "--checkpoint-every", 4000, "--eval-every", 0)
     mesh = ("--mesh.data", 1, "--mesh.fsdp", 1, "--mesh.tensor", 2)
-    processes = pair("--from", asked, "--run-dir", run, *words, *mesh, devices=1)
+    processes = pair("--from", config, "--run-dir", run, *words, *mesh, devices=1)
     log = run / "metrics.jsonl"
     while all(process.poll() is None for process in processes) and not (
         log.exists() and log.read_text().count("\n") > 3
@@ -77,6 +79,6 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(alone):
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)
     done = [commands.finish(process) for process in processes]
-    assert [code for _, code in done] == [143, 143], "\n".join(said for said, _ in done)
+    assert [code for _, code in done] == [143, 143], "\n".join(output for output, _ in done)
     steps = [path.name for path in (run / "checkpoints").iterdir()]
     assert steps == [str(commands.lines(run)[-1]["step"])]

@@ -1,4 +1,4 @@
-"""Training spread over devices: simulated ones, each mesh against one device; where arrays lie; what devices say to each other."""
+"""Training on simulated devices: each mesh against one device, shardings of arrays, communication of devices."""
 
 import json
 import os
@@ -24,9 +24,15 @@ from ttt_jax.utils.trees import named
 
 MESHES = ("2,2,2",)
 MORE = ("2,1,2", "1,2,2", "4,1,1", "1,4,1", "2,1,2/2")
-FAULTS = ("2,2,2-width",)
-MORE_FAULTS = ("1,2,2-rows",)
-either = pytest.mark.parametrize("mesh", [*MESHES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+FAULTS = {"2,2,2-width": {False, True}, "1,2,2-rows": {True}}
+"""By mesh and fault whether forward and backward (False, True) loops talk to other devices."""
+either = pytest.mark.parametrize(
+    "mesh",
+    [
+        *(pytest.param(mesh, marks=pytest.mark.integration) for mesh in MESHES),
+        *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MORE),
+    ],
+)
 
 
 def child(*words, devices):
@@ -48,51 +54,52 @@ def run(folder, meshes, devices):
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("few"), ["1,1,1", *MESHES, *FAULTS], devices=8)
+    return run(tmp_path_factory.mktemp("few"), ["1,1,1", *MESHES], devices=8)
 
 
 @pytest.fixture(scope="module")
 def more(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("more"), ["1,1,1", *MORE, *MORE_FAULTS], devices=4)
+    return run(tmp_path_factory.mktemp("more"), ["1,1,1", *MORE], devices=4)
 
 
 @pytest.fixture
 def found(request, mesh):
-    """What one device found and what the mesh found."""
+    """Results of one device and of the mesh."""
     results = request.getfixturevalue("more" if mesh in MORE else "few")
     return results["1,1,1"], results[mesh]
 
 
-def flat(told):
-    return {**{k: v for k, v in told.items() if k != "grad_norms"}, **told["grad_norms"]}
+def flat(metrics):
+    return {**{k: v for k, v in metrics.items() if k != "grad_norms"}, **metrics["grad_norms"]}
 
 
 @either
-def test_a_mesh_tells_the_losses_and_norms_of_one_device(found):
+def test_a_mesh_has_the_losses_and_norms_of_one_device(found):
     one, many = found
-    assert len(one["told"]) == len(many["told"]) == STEPS
-    for a, b in zip(one["told"], many["told"], strict=True):
+    assert len(one["metrics"]) == len(many["metrics"]) == STEPS
+    for a, b in zip(one["metrics"], many["metrics"], strict=True):
         for name, value in flat(a).items():
             np.testing.assert_allclose(flat(b)[name], value, rtol=1e-5, err_msg=name)
-    assert np.ptp([told["loss"] for told in one["told"]]) > 1e-2
+    assert np.ptp([step["loss"] for step in one["metrics"]]) > 1e-2
 
 
 @either
 def test_a_mesh_ends_in_the_state_of_one_device(found):
     one, many = found
-    for part, tolerance in (("trained", 1e-4), ("mu", 1e-6), ("stream", 5e-5)):
+    for part, tolerance in (("trainable", 1e-4), ("mu", 1e-6), ("stream", 5e-5)):
         assert one["state"][part].keys() == many["state"][part].keys()
         for name, leaf in one["state"][part].items():
             np.testing.assert_allclose(many["state"][part][name], leaf, atol=tolerance, err_msg=name)
 
 
 def expected_shards(data, fsdp, tensor):
-    """Of every parameter the numbers that a device holds: written out for the model of `many_devices`, apart from the library's table."""
+    """Shapes of every parameter on a device, written out for the model of `many_devices`."""
     d, e, h, k = 16, 8, 4, 4  # width, depth's width, heads, head width
     both = fsdp * tensor
     found = {
-        "text_emb": (21, d // fsdp), "audio_emb": (3, 13, d // fsdp), "text_head": (20 // tensor, d // fsdp), "out_norm": (d,),
-        "depth/text_emb": (21, e // fsdp), "depth/audio_emb": (1, 13, e // fsdp), "depth/norm1": (1, e), "depth/norm2": (1, e),
+        "text_emb": (21, d // fsdp), "audio_emb": (3, 13, d // fsdp), "text_head": (20 // tensor, d // fsdp),
+        "out_norm": (d,), "depth/text_emb": (21, e // fsdp), "depth/audio_emb": (1, 13, e // fsdp),
+        "depth/norm1": (1, e), "depth/norm2": (1, e),
         "depth/input": (2, e // tensor, d // fsdp), "depth/heads": (2, 12 // tensor, e // fsdp),
         "depth/qkv": (2, 3, 2 // tensor, 4, e // fsdp), "depth/out": (2, e // fsdp, e // tensor),
         "depth/gate_up": (2, 2, 12 // tensor, e // fsdp), "depth/down": (2, e // fsdp, 12 // tensor),
@@ -126,7 +133,7 @@ def test_arrays_lie_where_the_table_says_and_stay_there(found, mesh):
     data, fsdp, tensor = map(int, mesh.split("/")[0].split(","))
     shards = {part: {name: tuple(shape) for name, shape in some.items()} for part, some in many["shards"].items()}
     expected = expected_shards(data, fsdp, tensor)
-    assert shards["trained"] == shards["mu"] == shards["nu"] == expected
+    assert shards["trainable"] == shards["mu"] == shards["nu"] == expected
     rows = small_step.ROWS // (data * fsdp)
     for name, shape in shards["stream"].items():
         if not name.startswith("layers/"):
@@ -137,7 +144,7 @@ def test_arrays_lie_where_the_table_says_and_stay_there(found, mesh):
     assert many["moved"] == []
 
 
-# What devices say to each other
+# Communication
 
 
 def inner_loops(result):
@@ -146,7 +153,7 @@ def inner_loops(result):
 
 
 @either
-def test_the_inner_loop_says_nothing_to_other_devices(found, mesh):
+def test_the_inner_loop_has_no_communication(found, mesh):
     _, many = found
     found_loops = inner_loops(many)
     assert {loop["backward"] for loop in found_loops} == {False, True}
@@ -154,13 +161,11 @@ def test_the_inner_loop_says_nothing_to_other_devices(found, mesh):
     assert "all-reduce" in many["collectives"]  # of gradients, outside
 
 
-@pytest.mark.parametrize(
-    ("fault", "where", "those"),
-    [("2,2,2-width", {False, True}, "few"), pytest.param("1,2,2-rows", {True}, "more", marks=pytest.mark.slow)],
-)
-def test_an_inner_loop_that_does_is_noticed(request, fault, where, those):
-    found = request.getfixturevalue(those)[fault]
-    assert {loop["backward"] for loop in inner_loops(found) if loop["collectives"]} >= where
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_communication_in_the_inner_loop_is_noticed(tmp_path, fault):
+    broken = run(tmp_path, [fault], devices=8 if fault.startswith("2,2,2") else 4)[fault]
+    assert {loop["backward"] for loop in inner_loops(broken) if loop["collectives"]} >= FAULTS[fault]
 
 
 def test_loops_are_followed_into_what_they_call():
@@ -193,6 +198,7 @@ ENTRY %main (p: f32[2]) -> f32[2] {
     assert (loop["ttt"], loop["backward"], loop["products"]) == (True, True, 1)
 
 
+@pytest.mark.integration
 def test_random_weights_are_those_of_one_device_and_lie_where_the_step_wants_them(few):
     assert few["start"]["differ"] == few["start"]["elsewhere"] == []
     assert few["start"]["names"] > 50
@@ -214,7 +220,10 @@ def every_model():
         )
 
 
-@pytest.mark.parametrize("cfg", [pytest.param(cfg, id=name) for name, cfg in every_model()])
+@pytest.mark.parametrize(
+    "cfg",
+    [pytest.param(cfg, id=name, marks=[] if "tiny" in name else pytest.mark.slow) for name, cfg in every_model()],
+)
 def test_every_parameter_has_a_place_and_a_group(cfg):
     shapes = named(jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0)))
     for path, shape in shapes.items():
@@ -248,10 +257,10 @@ def imagined(*sizes):
 def refused(call, *parts):
     with pytest.raises(InputError) as caught:
         call()
-    told = str(caught.value)
-    assert "\n" not in told
+    sentence = str(caught.value)
+    assert "\n" not in sentence
     for part in parts:
-        assert part in told, told
+        assert part in sentence
 
 
 @pytest.mark.parametrize(
@@ -292,12 +301,14 @@ def test_one_size_follows_from_the_others():
 ROWS_OF_PROCESSES = """
 import sys
 import jax
-from ttt_jax import sharding
+from ttt_jax.distributed import sharding
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
-print([list(sharding.local_rows(sharding.make_mesh(*sizes), 8)) for sizes in ((4, 1, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (1, 1, 4))])
+meshes = (4, 1, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (1, 1, 4)
+print([list(sharding.local_rows(sharding.make_mesh(*sizes), 8)) for sizes in meshes])
 """
 
 
+@pytest.mark.integration
 def test_a_process_reads_the_rows_of_its_devices():
     with socket.socket() as free:
         free.bind(("localhost", 0))

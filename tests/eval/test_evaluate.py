@@ -370,8 +370,8 @@ def test_interrupting_ends_as_it_should(run, data, tmp_path):
     """With a program on its way: an interpreter that ended under it would crash."""
     code = """
 import os, signal, sys
-from eval.streaming import runner
 from eval.__main__ import main
+from eval.streaming import runner
 from ttt_jax.utils.command import run
 
 block, calls = runner._block, []

@@ -24,7 +24,7 @@ def write_config(folder, **changes):
         validation=str(write_manifest(folder, "validation", files((40, 70), seed=1), digest)),
         cache=str(folder / "cache"),
     )
-    path = folder / "asked.json"
+    path = folder / "given.json"
     config_json.write_json(path, config_json.to_dict(dataclasses.replace(CONFIG, data=data, **changes)))
     return path
 
@@ -43,10 +43,10 @@ def start(*words, devices=1):
 def finish(process, timeout=400):
     """What the command printed, and its exit code."""
     try:
-        said, _ = process.communicate(timeout=timeout)
+        output, _ = process.communicate(timeout=timeout)
     finally:
         process.kill()
-    return said, process.returncode
+    return output, process.returncode
 
 
 def lines(run_dir):

@@ -1,10 +1,10 @@
-"""What `distributed/test_sharding.py` runs in a process of its own with simulated devices; it writes what it found as JSON.
+"""Training on simulated devices, for `distributed/test_sharding.py`: it runs as a process and writes results as JSON.
 
     JAX_NUM_CPU_DEVICES=8 python -m tests.helpers.many_devices OUT [MESH ...]
 
-with meshes such as "2,2,2" (data, fsdp, tensor), or "2,1,2/2" for a batch in two parts. Of those with a word behind only the program is
-looked at, with a fault in the library: "2,2,2-width" spreads the width of heads instead of heads, "1,2,2-rows" sums the gradients of
-rows in each step of the inner loop.
+with meshes such as "2,2,2" (data, fsdp, tensor), or "2,1,2/2" for a batch in two parts. A mesh with a word behind it
+plants a fault in the library and looks at the program alone: "2,2,2-width" spreads the width of heads instead of heads,
+"1,2,2-rows" sums the gradients of rows in each step of the inner loop.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def called(line: str) -> list[str]:
 
 
 def loops(text: str) -> list[dict]:
-    """Of every loop its place in the library (op_name), whether a TTT layer has it, and the products and collectives inside."""
+    """For every loop its op_name, whether it belongs to a TTT layer, and the products and collectives inside."""
     all_ = computations(text)
 
     def reached(name: str, seen: set[str]) -> set[str]:
@@ -101,7 +101,7 @@ def put(tree, places):
 
 
 def run(mesh: jax.sharding.Mesh, accumulate: int, steps: int = STEPS) -> dict:
-    """Some steps on `mesh`: what they told, the state they end in, where it lies, and the program."""
+    """Some steps on `mesh`: their metrics, the last state, its shardings, and the loops of the program."""
     ttt = dataclasses.replace(small_step.MODEL.ttt, remat_group=2)  # a scan in a scan, and a rest
     cfg = small_step.config(lora=LORA, accumulate=accumulate, ttt=ttt, num_heads=4)
     like = step.state_like(cfg, mesh)
@@ -115,10 +115,10 @@ def run(mesh: jax.sharding.Mesh, accumulate: int, steps: int = STEPS) -> dict:
     batches = [batch(seed=i, frames=FRAMES, reset=[(0, 1)] if i == 1 else ()) for i in range(max(steps, 1))]
     batches = [type(one)(*(jax.device_put(x, rows) for x in one)) for one in batches]
     program = step.make_train_step(cfg, mesh).lower(state, {}, batches[0], stop).compile(compiler_options=OPTIONS)
-    told, moved = [], []
+    metrics_of, moved = [], []
     for one in batches[:steps]:
         state, metrics = program(state, {}, one, stop)
-        told.append(
+        metrics_of.append(
             {
                 "loss": float(metrics.loss),
                 "streams": np.asarray(metrics.streams).tolist(),
@@ -131,24 +131,24 @@ def run(mesh: jax.sharding.Mesh, accumulate: int, steps: int = STEPS) -> dict:
         leaves = zip(named(state).items(), jax.tree.leaves(like), strict=True)
         moved += [name for (name, leaf), want in leaves if leaf.sharding != want.sharding]
     adam = next(part for part in state.opt_state if hasattr(part, "mu"))
+    trees = {"trainable": state.trainable, "mu": adam.mu, "nu": adam.nu, "stream": state.stream}
     shards = lambda tree: {name: list(leaf.sharding.shard_shape(leaf.shape)) for name, leaf in named(tree).items()}  # noqa: E731
     text = program.as_text()
     return {
-        "told": told,
+        "metrics": metrics_of,
         "moved": moved,
-        "shards": {"trained": shards(state.trainable), "mu": shards(adam.mu), "nu": shards(adam.nu), "stream": shards(state.stream)},
+        "shards": {name: shards(tree) for name, tree in trees.items()},
         "loops": loops(text),
         "collectives": sorted({m[1] for m in COLLECTIVES.finditer(text)}),
         "state": {
-            "trained": {name: np.asarray(leaf).tolist() for name, leaf in named(state.trainable).items()},
-            "mu": {name: np.asarray(leaf).tolist() for name, leaf in named(adam.mu).items()},
-            "stream": {name: np.asarray(leaf).tolist() for name, leaf in named(state.stream).items()},
+            part: {name: np.asarray(leaf).tolist() for name, leaf in named(trees[part]).items()}
+            for part in ("trainable", "mu", "stream")
         },
     }  # fmt: skip
 
 
 def start(mesh: jax.sharding.Mesh, one: jax.sharding.Mesh) -> dict:
-    """Whether random parameters are those of one device, and where they lie."""
+    """Random parameters that differ from those of one device, or have another sharding than the step expects."""
     cfg = small_step.config(lora=LORA, num_heads=4)
     found, expected = (named(split(initial_params.initial(cfg, m).trainable, cfg)[0]) for m in (mesh, one))
     table = named(step.state_like(cfg, mesh).trainable)

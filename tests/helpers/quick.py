@@ -1,4 +1,4 @@
-"""Programs of training and evaluation that compile in a third of the time, and once a process for runs that are alike."""
+"""Programs of training and evaluation that compile in a third of the time, once a process for runs that are alike."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -7,6 +7,7 @@ import jax
 
 from eval.streaming import runner
 from tests.helpers.drawing import OPTIONS
+from train.config import DataConfig
 
 _steps, _weights = {}, {}
 
@@ -20,11 +21,12 @@ scan_calls = jax.jit(
 
 
 def quickly(make_step):
-    """For `make_train_step` or `make_steps_together`; their programs do not depend on a run's name, folder, seed and files."""
+    """For `make_train_step` or `make_steps_together`: names, folders, seeds, files and checkpoints do not matter."""
 
     def made(cfg, other):
-        data = dataclasses.replace(cfg.data, train=None, validation=None, heldout=None, cache=None)
-        key = make_step, dataclasses.replace(cfg, name="", run_dir=None, seed=0, keep=1, data=data), other
+        data = DataConfig(chunk=cfg.data.chunk, batch=cfg.data.batch)
+        apart = {"name": "", "run_dir": None, "seed": 0, "keep": 1, "checkpoint_every": 1, "data": data}
+        key = make_step, dataclasses.replace(cfg, **apart), other
 
         def lower(*given):
             # What is given later has to have the same types and shapes, or the program refuses it.
@@ -38,7 +40,7 @@ def quickly(make_step):
 
 
 def remembering(first):
-    """For `parameters.initial` or `together.fresh`: equal seeds give equal weights, so they are drawn once."""
+    """For `initial_params.initial`: equal seeds give equal weights, so they are drawn once."""
 
     def drawn(cfg, other):
         key = first, cfg.model, cfg.seed, cfg.data.batch, cfg.trainable, str(other)

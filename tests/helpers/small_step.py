@@ -61,7 +61,7 @@ def float64(cfg: TrainConfig) -> TrainConfig:
 
 
 def batch(chunks: int = 1, seed: int = 0, reset=(), absent: float = 0.1, frames: int = FRAMES) -> Batch:
-    """Random tokens, padding of text and absent ones among them; rows end at different frames; `reset` are (chunk, row)."""
+    """Random tokens with padding of text and absent ones; rows end at different frames; `reset` are (chunk, row)."""
     rng = np.random.default_rng(seed)
     cards = np.array([MODEL.text_card] + MODEL.n_q * [MODEL.card])[:, None]
     tokens = rng.integers(0, cards, (chunks, ROWS, MODEL.num_streams, frames))
@@ -99,11 +99,11 @@ def compiled(cfg: TrainConfig, mesh: jax.sharding.Mesh, frozen, one: Batch, opti
 
 
 def start(cfg: TrainConfig, trainable=None) -> step.TrainState:
-    """The state before the first step, in buffers of its own, on one device."""
+    """The state before the first step on one device, in buffers that nothing else uses."""
     trainable = some_params(cfg)[0] if trainable is None else trainable
-    return step.init_state(cfg, one_device(), own(trainable))
+    return step.init_state(cfg, one_device(), copied(trainable))
 
 
-def own(tree):
-    """`tree` in buffers of its own, since a step donates what it is given."""
+def copied(tree):
+    """A copy of `tree` in other buffers, since a step donates its arguments."""
     return jax.tree.map(lambda leaf: jax.numpy.array(leaf, copy=True), tree)

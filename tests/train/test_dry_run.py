@@ -1,4 +1,4 @@
-"""What a dry run tells is what a run takes: arrays exactly, the rest near XLA's own figure."""
+"""The figures of a dry run: exact for arrays, near XLA's own figure for the rest."""
 
 import dataclasses
 import math
@@ -62,11 +62,10 @@ def test_memory_is_what_xla_takes(ttt, remat):
     assert 0.5 * account.temp_size_in_bytes < step < 1.5 * account.temp_size_in_bytes
 
 
-@pytest.mark.parametrize(
-    ("remat", "temporary", "peak"), [("layers", 8.8, 33.2), pytest.param("dots", 15.0, 39.4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("remat", "temporary", "peak"), [("layers", 8.8, 33.2), ("dots", 15.0, 39.4)])
 def test_memory_of_the_7b_is_what_an_h100_took(remat, temporary, peak):
-    """Measured by `python -m bench.train --shape 7b --set remat=...`: one row of 1,250 frames, adapters and TTT layers train."""
+    """By `python -m bench.train --shape 7b --set remat=...`: one row of 1,250 frames; adapters and TTT layers train."""
     found = dry_run.plan(configuration("7b", "lora+ttt", [f"remat={remat}"])).memory
     assert sum(found[part] for part in dry_run.STEP) / 1e9 == pytest.approx(temporary, rel=0.1)
     assert sum(found.values()) / 1e9 == pytest.approx(peak, rel=0.05)
@@ -86,6 +85,7 @@ def test_less_is_taken_where_less_is_asked_for():
     assert take(working, loss=LossConfig(block=32)) < take(working) < take(working, loss=LossConfig(block=512))
 
 
+@pytest.mark.slow
 def test_a_mesh_shares_what_it_says():
     def take(data, fsdp, tensor):
         return planned(build(trainable=LORA, mesh=MeshConfig(data, fsdp, tensor))).memory
@@ -102,8 +102,8 @@ def test_a_mesh_shares_what_it_says():
 
 
 def test_devices_that_are_not_here_can_be_planned_for():
-    assert dry_run.plan(build(mesh=MeshConfig(2, 2, 1))).mesh == {"data": 2, "fsdp": 2, "tensor": 1}
-    assert dry_run.plan(build(batch=64, mesh=MeshConfig(-1, 2, 1)), devices=64).mesh["data"] == 32
+    assert dict(dry_run._mesh(build(mesh=MeshConfig(2, 2, 1)), None).shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert dry_run._mesh(build(batch=64, mesh=MeshConfig(-1, 2, 1)), 64).shape["data"] == 32
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,9 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, devices, told):
         dry_run.plan(build(mesh=mesh), devices)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", ["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("small", "moshi-7b"))]
+)
 def test_the_text_is_short_and_adds_up(name):
     began = time.perf_counter()
     found = dry_run.plan(fit(PRESETS[name]), devices=1)
@@ -133,6 +135,7 @@ def test_the_text_is_short_and_adds_up(name):
     assert "rank" in next(line for line in text if "TTT layers" in line)
 
 
+@pytest.mark.slow
 def test_frozen_weights_have_the_types_of_their_files():
     cfg = build(trainable=TrainableConfig(base=False, ttt=False))
     half = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype="bfloat16"))
@@ -143,23 +146,19 @@ def test_frozen_weights_have_the_types_of_their_files():
     assert planned(half).memory["frozen weights"] == 2 * next(base) + 4 * ttt
 
 
-MESSAGES = {
-    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7406166528 bytes.\nBufferAssignment OOM Debugging.": "7.41 GB",
-    "RESOURCE_EXHAUSTED: Out of memory allocating 20029400304 bytes.": "20 GB",
-    "RESOURCE_EXHAUSTED: Failed to allocate request for 2.99GiB (3206250496B) on device ordinal 0": "3.21 GB",
-    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 63.80G of 30.75G hbm. Exceeded hbm"
-    " capacity by 33.05G.": "68.5 GB asked for, the device has 33 GB",
-    "RESOURCE_EXHAUSTED: The program requires more memory than the available 79.1GiB": "not told",
-    "INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory": "not told",
-}
+MESSAGES = (
+    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7406166528 bytes.\nBufferAssignment OOM Debugging.",
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm.",
+    "RESOURCE_EXHAUSTED: The program requires more memory than the available 79.1GiB",
+    "INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory",
+)
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_too_little_memory_is_one_sentence(message):
-    told = dry_run.too_large(jax.errors.JaxRuntimeError(message), build(trainable=LORA))
-    assert isinstance(told, InputError)
-    assert MESSAGES[message] in str(told)
-    assert "\n" not in str(told)
+def test_too_little_memory_is_one_sentence_with_the_sizes_of_xla(message):
+    sentence = str(dry_run.too_large(jax.errors.JaxRuntimeError(message), build(trainable=LORA)))
+    assert message.splitlines()[0].rstrip(".") in sentence
+    assert "\n" not in sentence
 
 
 def test_what_to_lower_is_what_can_be_lowered():

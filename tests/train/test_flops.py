@@ -47,11 +47,14 @@ CASES = {
         dataclasses.replace(MODEL, lora=LoRAConfig(rank=4, maps=("heads",))), TrainableConfig(base=False), {},
     ),
     "attention of the upper layers": (MODEL, TrainableConfig(base=False, attention="3,4"), {}),
-    "no ring": (MODEL, ALL, {"carry_attention": False}),
+    "no KV cache": (MODEL, ALL, {"carry_attention": False}),
     "MLP": (dataclasses.replace(MODEL, ttt=MLP), ALL, {}),
     "MLP alone": (dataclasses.replace(MODEL, ttt=MLP), TrainableConfig(base=False), {}),
     "linear": (dataclasses.replace(MODEL, ttt=LINEAR), ALL, {}),
 }  # fmt: skip
+
+
+WITH_TTT = ("MLP", "MLP alone", "linear")
 
 
 def build(name):
@@ -100,12 +103,17 @@ def counted(cfg):
 
 
 def unseen(cfg):
-    """Products of a frame's attention that the program computes and masks, forward and backward; a ring gets no gradient."""
+    """Products of attention that the program computes and masks, forward and backward; KV caches get no gradient."""
     kv_cache, call, (whole, recent) = cfg.model.context, cfg.data.chunk, flops._seen(cfg, cfg.model.context)
     return 4 * cfg.model.dim * (kv_cache + call - whole), 4 * cfg.model.dim * (kv_cache + 2 * call - whole - recent)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("MLP", "MLP alone", "linear")])
+def cases(names, default):
+    """Parameters of which those in `default` are not slow."""
+    return [pytest.param(name, marks=[] if name in default else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", cases([name for name in CASES if name not in WITH_TTT], ["adapters"]))
 def test_products_are_those_of_the_program(name):
     cfg = build(name)
     layers = cfg.model.num_layers
@@ -120,7 +128,7 @@ def test_products_are_those_of_the_program(name):
     )
 
 
-@pytest.mark.parametrize("hidden", [(), (4,), (4, 2)])
+@pytest.mark.parametrize("hidden", cases([(), (4,), (4, 2)], [(4,)]))
 def test_the_inner_loop_is_one_network_forward_twice_back_once_and_its_steps(hidden):
     net = dataclasses.replace(MODEL, ttt=TTTConfig(layers="3", mini_batch=16, hidden=hidden))
     heads, width, b = net.num_heads, net.head_dim, net.ttt.mini_batch
@@ -142,7 +150,7 @@ def test_the_inner_loop_is_one_network_forward_twice_back_once_and_its_steps(hid
     assert flops._inner(net, chunk=8) < flops._inner(net, chunk=128)
 
 
-@pytest.mark.parametrize("name", ["MLP", "MLP alone", "linear"])
+@pytest.mark.parametrize("name", cases(WITH_TTT, ["MLP"]))
 def test_ttt_layers_count_and_not_what_is_computed_again(name):
     cfg = build(name)
     without = dataclasses.replace(
@@ -154,6 +162,7 @@ def test_ttt_layers_count_and_not_what_is_computed_again(name):
     assert 0.6 * computed < ttt < computed
 
 
+@pytest.mark.slow
 def test_the_forward_pass_is_what_xla_counts():
     """One layer, so that no loop hides its repetitions from XLA, and wide, so that products are nearly all."""
     net = dataclasses.replace(MODEL, dim=256, num_layers=1, hidden=704, extra_heads=0)

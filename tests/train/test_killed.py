@@ -1,4 +1,4 @@
-"""Runs that are killed or stopped at any moment, also while they save, and go on to exactly the losses of one that never was."""
+"""Runs that are killed or stopped at any moment, also while they save, end with the losses of one that is not."""
 
 import random
 import signal
@@ -9,6 +9,7 @@ import pytest
 from tests.helpers import commands, small_tasks
 
 STEPS = 24
+integration, slow = {"marks": pytest.mark.integration}, {"marks": pytest.mark.slow}
 
 
 @pytest.fixture(scope="module")
@@ -16,11 +17,11 @@ def whole(tmp_path_factory):
     """The configuration, and the metrics of a run of it that nobody disturbed."""
     folder = tmp_path_factory.mktemp("killed")
     model = small_tasks.CONFIG.model
-    asked = commands.write_config(folder, model=model, steps=STEPS, checkpoint_every=2, eval_every=5, keep=2)
-    said, code = commands.finish(commands.start("--from", asked, "--run-dir", folder / "whole"))
-    assert code == 0, said
+    config = commands.write_config(folder, model=model, steps=STEPS, checkpoint_every=2, eval_every=5, keep=2)
+    output, code = commands.finish(commands.start("--from", config, "--run-dir", folder / "whole"))
+    assert code == 0, output
     assert (folder / "whole" / "loss.png").is_file()
-    return folder, asked, commands.lines(folder / "whole")
+    return folder, config, commands.lines(folder / "whole")
 
 
 def wait_for(condition, process):
@@ -37,11 +38,11 @@ def half_written(run):
     return list((run / "checkpoints").glob("*tmp*"))
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [pytest.param(2, **integration), pytest.param(6, **slow)])
 def test_a_run_killed_at_random_ends_like_one_never_killed(whole, times):
-    folder, asked, expected = whole
+    folder, config, expected = whole
     rng, run = random.Random(0), folder / f"victim of {times}"
-    words, kills, saving = ["--from", asked, "--run-dir", run], 0, 0
+    words, kills, saving = ["--from", config, "--run-dir", run], 0, 0
     for _ in range(12):
         process = commands.start(*words)
         if kills < times:
@@ -58,14 +59,14 @@ def test_a_run_killed_at_random_ends_like_one_never_killed(whole, times):
             commands.finish(process)
             kills += 1
         else:
-            said, code = commands.finish(process)
-            assert code == 0, said
+            output, code = commands.finish(process)
+            assert code == 0, output
             break
         if saved(run):
             words = ["--resume", run]
         else:  # killed before its first checkpoint: it starts anew, in a new folder
             run = folder / f"victim of {times}, {kills}"
-            words = ["--from", asked, "--run-dir", run]
+            words = ["--from", config, "--run-dir", run]
     assert kills == times
     assert saving, "no kill met a save"
     assert commands.lines(run) == expected
@@ -77,23 +78,23 @@ def test_a_run_killed_at_random_ends_like_one_never_killed(whole, times):
 @pytest.mark.parametrize(
     ("number", "code"),
     [
-        (signal.SIGTERM, 143),
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, **integration),
+        pytest.param(signal.SIGINT, 130, **slow),
     ],  # test_resume presses Ctrl-C, too
 )
 def test_a_signal_saves_and_the_exit_code_says_so(whole, number, code):
-    folder, asked, expected = whole
+    folder, config, expected = whole
     run = folder / f"stopped{code}"
-    process = commands.start("--from", asked, "--run-dir", run)
+    process = commands.start("--from", config, "--run-dir", run)
     wait_for((run / "metrics.jsonl").exists, process)
     wait_for(lambda: (run / "metrics.jsonl").read_text().count("\n") >= 3, process)
     process.send_signal(number)
-    said, found = commands.finish(process)
-    assert found == code, said
-    assert f"--resume {run}" in said
+    output, found = commands.finish(process)
+    assert found == code, output
+    assert f"--resume {run}" in output
     done = commands.lines(run)[-1]["step"]
     assert done < STEPS
     assert (run / "checkpoints" / str(done)).is_dir()  # nothing that was done is lost
-    said, found = commands.finish(commands.start("--resume", run))
-    assert found == 0, said
+    output, found = commands.finish(commands.start("--resume", run))
+    assert found == 0, output
     assert commands.lines(run) == expected

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.micro import MODEL, config
 from train import optim
-from train.config import PRESETS, OptimConfig
+from train.config import OptimConfig
 from ttt_jax.config import DepthConfig, LoRAConfig
 from ttt_jax.moshi import model
 from ttt_jax.utils.trees import named
@@ -45,13 +45,9 @@ def with_all(cfg):
     return dataclasses.replace(cfg, lora=LORA, depth=DepthConfig(**depth), extra_heads=2)
 
 
-MODELS = {"micro": MODEL} | {name: preset.model for name, preset in PRESETS.items()}
-MODELS |= {f"{name} with all": with_all(cfg) for name, cfg in MODELS.items()}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_every_parameter_has_a_group(name):
-    cfg = MODELS[name]
+# distributed/test_sharding.py looks at the presets.
+@pytest.mark.parametrize("cfg", [MODEL, with_all(MODEL)], ids=["micro", "micro with all"])
+def test_every_parameter_has_a_group(cfg):
     groups = named(optim.groups(shapes(cfg)))
     assert set(groups.values()) == set(optim.GROUPS) - ({"lora"} if not cfg.lora.rank else set())
     for path, group in groups.items():
@@ -110,6 +106,14 @@ def test_the_gradient_is_clipped_by_its_global_norm():
     *_, state = first_update(OptimConfig(clip_norm=1.0, beta1=0.9, warmup_steps=0), 7.0)
     mean = next(part.mu for part in state if hasattr(part, "mu"))
     np.testing.assert_allclose(optax.tree.norm(mean), 0.1, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("beta1", "beta2"), [(0.9, 0.5), (0.25, 0.75)])
+def test_the_betas_are_those_of_the_configuration(beta1, beta2):
+    *_, state = first_update(OptimConfig(beta1=beta1, beta2=beta2, clip_norm=1e9, warmup_steps=0), 2.0)
+    adam = next(part for part in state if hasattr(part, "mu"))
+    np.testing.assert_allclose(adam.mu["text_head"], (1 - beta1) * 2.0, rtol=1e-5)
+    np.testing.assert_allclose(adam.nu["text_head"], (1 - beta2) * 4.0, rtol=1e-5)
 
 
 def test_only_what_trains_is_in_the_optimiser():

@@ -26,10 +26,13 @@ THREE = dataclasses.replace(small_step.MODEL, num_layers=3, lora=LORA)
 """Layers 0 and 2 are plain, 1 has a TTT layer."""
 COMBINATIONS = [
     TrainableConfig(base, attention, ttt, lora)
-    for base, attention, ttt, lora in itertools.product((False, True), ("none", "0", "1,2", "all"), (False, True), (False, True))
+    for base, attention, ttt, lora in itertools.product(
+        (False, True), ("none", "0", "1,2", "all"), (False, True), (False, True)
+    )
     if base or ttt or lora or attention != "none"
 ]  # fmt: skip
 NO_BASE = TrainableConfig(base=False)
+slow = lambda values: [pytest.param(value, marks=pytest.mark.slow) for value in values]  # noqa: E731
 NAMED = {"none": (), "0": (0,), "1,2": (1, 2), "all": (0, 1, 2)}
 
 
@@ -51,7 +54,13 @@ def of_layers(shapes, cfg):
     return found
 
 
-@pytest.mark.parametrize("trainable", COMBINATIONS, ids=str)
+some = pytest.mark.parametrize(
+    "trainable",
+    [pytest.param(one, id=str(one), marks=[pytest.mark.slow] if i % 6 else []) for i, one in enumerate(COMBINATIONS)],
+)
+
+
+@some
 def test_that_trains_which_is_named_and_nothing_else(trainable):
     cfg, asked = combined(trainable), trainable
     shapes = small_step.shapes(cfg)
@@ -71,7 +80,7 @@ def test_that_trains_which_is_named_and_nothing_else(trainable):
     assert {name for name, path in names.items() if path in named(trainable)} == {n for n in names if wanted(n)}
 
 
-@pytest.mark.parametrize("trainable", COMBINATIONS[::3], ids=str)
+@pytest.mark.parametrize("trainable", [COMBINATIONS[3], *slow(COMBINATIONS[::3])], ids=str)
 def test_the_state_holds_two_numbers_for_each_that_trains(trainable):
     cfg = combined(trainable)
     like = step.state_like(cfg, one_device())
@@ -105,7 +114,7 @@ def test_nothing_to_train_is_one_sentence():
     plain = dataclasses.replace(THREE, ttt=TTTConfig(layers="none"), lora=LoRAConfig())
     refused("nothing trains", combined, TrainableConfig(base=False), plain)
     refused("nothing trains", combined, TrainableConfig(base=False, lora=False), dataclasses.replace(plain, lora=LORA))
-    with pytest.raises(InputError, match="names nothing that trainable"):
+    with pytest.raises(InputError, match="names nothing that trains"):
         dataclasses.replace(small_step.CONFIG, trainable=TrainableConfig(False, "none", False, False))
 
 
@@ -192,6 +201,14 @@ def test_new_ttt_layers_and_adapters_say_nothing_at_first(folder, begun):
     assert np.abs(changed[0] - got[0]).max() > 1e-2
 
 
+def test_ttt_layers_that_join_a_base_start_from_different_random_numbers(folder):
+    cfg = starting(folder, ttt=dataclasses.replace(TTT, layers="0,1"))
+    leaves = named(initial(cfg).trainable)
+    for name in ("q_kernel", "v_kernel", "inner_w0"):
+        first, second = np.concatenate([leaf for path, leaf in leaves.items() if path.endswith(f"/ttt/{name}")])
+        assert np.abs(first - second).max() > 1e-3, name
+
+
 def test_what_trains_is_float32_and_what_is_frozen_keeps_its_type_and_bits(folder, begun):
     cfg, (trainable, frozen) = begun
     assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {np.dtype(np.float32)}
@@ -242,7 +259,8 @@ def small_batch(cfg):
     ("trainable", "ttt", "lora"),
     [
         (TrainableConfig(base=False, attention="0"), TTT, RANK),
-        (TrainableConfig(base=False, lora=False), TTT, RANK),  # adapters that are new and frozen are stored
+        # New adapters that are frozen are stored.
+        pytest.param(TrainableConfig(base=False, lora=False), TTT, RANK, marks=pytest.mark.slow),
         pytest.param(TrainableConfig(base=False), TTT, LoRAConfig(), marks=pytest.mark.slow),
         (TrainableConfig(base=True), TTT, LoRAConfig()),
     ],
@@ -268,17 +286,22 @@ def test_what_a_checkpoint_holds_and_the_frozen_base_are_all(folder, trainable, 
     assert (rest == {}) == trainable.base
 
 
-def test_without_a_base_all_is_stored_and_random(folder):
+def test_without_a_base_all_is_stored():
     cfg = small_step.config()
     assert initial_params.stored(cfg) is None
     assert initial_params.frozen_base(cfg, one_device()) == {}
     assert initial_params.base_of(cfg) is None
+    random = small_step.config(trainable=TrainableConfig(base=False))
+    refused("trainable.base is off and base is unset", initial_params.check_base, random)
+
+
+@pytest.mark.slow
+def test_without_a_base_all_is_random():
+    cfg = small_step.config()
     trainable, frozen = initial_params.initial(cfg, one_device())
     assert frozen == {}
     expected = quick_jit(model.init_params, static_argnames="cfg")(cfg=cfg.model, key=jax.random.key(cfg.seed))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), trainable, expected)
-    random = small_step.config(trainable=TrainableConfig(base=False))
-    refused("trainable.base is off and base is unset", initial_params.check_base, random)
 
 
 def test_ttt_layers_and_adapters_of_the_folder_are_taken_and_new_ones_are_drawn(tmp_path):
@@ -288,7 +311,11 @@ def test_ttt_layers_and_adapters_of_the_folder_are_taken_and_new_ones_are_drawn(
     assert (cfg.model.ttt, cfg.model.lora.rank) == (TTT, 3)
     all_ = merge(*initial_params.initial(cfg, one_device()))
     jax.tree.map(np.testing.assert_array_equal, all_, {**found.params})
-    # A run without the folder's, or with others, is refused.
+
+
+@pytest.mark.slow
+def test_a_run_without_the_ttt_layers_and_adapters_of_the_folder_or_with_others_is_refused(tmp_path):
+    source = converted(tmp_path, ttt=TTT, ranks=3)
     for what, changes in {
         "TTT layers": {"ttt": dataclasses.replace(TTT, layers="0")},
         "the TTT layers": {"ttt": TTTConfig(layers="none")},

@@ -84,21 +84,24 @@ def panels(figure):
     return {axis.get_title(loc="left").split(" (")[0]: axis for axis in figure.axes}
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 LAST = training(3, loss=None, grad_norm=None, skipped=2, skipped_for="step 3: loss is nan")
 
 
 @pytest.mark.parametrize(
     ("lines", "baseline"),
     [
-        (lines_of(1), None),
+        slow(lines_of(1), None),
         (lines_of(1, (1,), every=1), {"text": 4.0}),
-        (lines_of(30, (1, 2, 3), every=10), dict.fromkeys(STREAMS, 3.5)),
+        slow(lines_of(30, (1, 2, 3), every=10), dict.fromkeys(STREAMS, 3.5)),
         (lines_of(30, range(32), every=10), {}),
-        (lines_of(30, (1,), text=None), {"text": None, "codebook 1": 3.0}),
-        ([*lines_of(2), LAST], None),
-        ([{key: value for key, value in line.items() if key != "grad_norms"} for line in lines_of(5, (1,))], None),
+        slow(lines_of(30, (1,), text=None), {"text": None, "codebook 1": 3.0}),
+        slow([*lines_of(2), LAST], None),
     ],
-    ids=["one line", "one of each", "three layers", "32 layers", "no text", "skipped at the end", "before grad_norms"],
+    ids=["one line", "one of each", "three layers", "32 layers", "no text", "skipped at the end"],
 )
 def test_every_kind_of_run_is_drawn(tmp_path, lines, baseline, recwarn):
     paths = plots.draw_run(lines, baseline, tmp_path)
@@ -115,6 +118,7 @@ def test_nothing_is_drawn_before_the_first_step(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_same_metrics_give_the_same_files(tmp_path):
     first = [path.read_bytes() for path in plots.draw_run(lines_of(5, (1,)), None, tmp_path)]
     assert first == [path.read_bytes() for path in plots.draw_run(lines_of(5, (1,)), None, tmp_path)]
@@ -150,6 +154,7 @@ def test_panels_show_what_the_lines_hold(tmp_path, figures):
     assert [line.get_label() for line in found["Learning rate by group"].get_lines()] == ["base", "ttt"]
 
 
+@pytest.mark.slow
 def test_no_legend_covers_a_curve(tmp_path, figures):
     for layers in ((1, 2, 3), range(32), ()):
         plots.draw_run(lines_of(30, layers, every=10), dict.fromkeys(STREAMS, 3.5), tmp_path)
@@ -228,6 +233,7 @@ def test_mistakes_end_in_one_sentence(tmp_path, monkeypatch, words, message):
         plot.main(words)
 
 
+@pytest.mark.integration
 def test_the_command_loads_no_jax_and_says_mistakes_by_its_exit_code(tmp_path):
     write_run(tmp_path / "run", lines_of(3, (1,)))
     code = (

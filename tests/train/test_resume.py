@@ -10,59 +10,58 @@ import jax
 import numpy as np
 import pytest
 
-from eval.__main__ import main as eval_main
 from eval.inputs import checkpoints
-from eval.streaming import plots as streaming_plots
-from eval.streaming import runner
-from tests.helpers import micro
+from tests.helpers import small_tasks
 from tests.helpers.micro import files, write_manifest
-from tests.helpers.quick import quickly, remembering, scan_calls
+from tests.helpers.quick import quickly, remembering
 from train import loop, plots
 from train.batches import Batches
-from train.config import TrainConfig
+from train.config import DataConfig, TrainConfig
 from ttt_jax.checkpoints import checksums
 from ttt_jax.checkpoints.run_checkpoints import load_run
 from ttt_jax.codec import load_codec
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
-from ttt_jax.utils.command import PARTIAL
+from ttt_jax.utils.command import PARTIAL, call
 
-CONFIG = micro.config(steps=12, checkpoint_every=6)
+CONFIG = dataclasses.replace(small_tasks.CONFIG, data=DataConfig(chunk=64, batch=2), checkpoint_every=3)
+"""A run of 6 steps, with the program of test_together.py."""
+EVALUATED = []
+"""Run folders that were handed over to `python -m eval stream`."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Programs that compile quickly; no figures: tests/train/test_killed.py and tests/eval/test_evaluate.py ask for them."""
+    """Programs compile quickly; figures and evaluations at the end are left out, other tests ask for them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_train_step", quickly(loop.make_train_step))
         patch.setattr(loop.initial_params, "initial", remembering(loop.initial_params.initial))
-        patch.setattr(runner, "scan_calls", scan_calls)
         patch.setattr(plots, "draw_run", lambda *_: [])
-        patch.setattr(streaming_plots, "draw_all", lambda *_: [])
+        patch.setattr(loop, "call", lambda package, args: EVALUATED.append((package, *args)) or 0)
         yield
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same run twice: `whole` undisturbed, `parts` stopped by Ctrl-C in step 5 and resumed; exit codes."""
+    """The same run twice: `whole` undisturbed, `parts` stopped by Ctrl-C in step 2 and resumed; exit codes."""
     folder = tmp_path_factory.mktemp("runs")
     train = write_manifest(folder, "train", files(), load_codec().digest)
     heldout = write_manifest(folder, "heldout", files((70, 50), seed=1), load_codec().digest)
     data = dataclasses.replace(CONFIG.data, train=str(train), heldout=str(heldout), cache=str(folder / "cache"))
-    codes = [loop.start(dataclasses.replace(CONFIG, data=data, run_dir=str(folder / "whole")))]
+    codes = [loop.start([dataclasses.replace(CONFIG, data=data, run_dir=str(folder / "whole"))])]
 
     class Interrupted(Batches):
-        """Presses Ctrl-C while step 5 is prepared; the loop looks at one batch before the first step."""
+        """Presses Ctrl-C while step 2 is prepared; the loop looks at one batch before the first step."""
 
         def __next__(self):
             self.taken = getattr(self, "taken", 0) + 1
-            if self.taken == 6:
+            if self.taken == 3:
                 signal.raise_signal(signal.SIGINT)
             return super().__next__()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Batches", Interrupted)
-        codes.append(loop.start(dataclasses.replace(CONFIG, data=data, run_dir=str(folder / "parts"))))
+        codes.append(loop.start([dataclasses.replace(CONFIG, data=data, run_dir=str(folder / "parts"))]))
     shutil.copytree(folder / "parts", folder / "stopped")
     codes.append(loop.resume(folder / "parts"))
     return folder, codes
@@ -70,25 +69,23 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(runs):
-    """`whole` as a kill in step 10 without warning would have left it, then resumed; and its exit code."""
+    """`whole` as a kill in step 5 without warning would have left it, then resumed; and its exit code."""
     folder = runs[0] / "killed"
     shutil.copytree(runs[0] / "whole", folder)
-    shutil.rmtree(folder / "eval")
     # Orbax's name for a checkpoint that is being written
-    (folder / "checkpoints" / "12").rename(folder / "checkpoints" / "12.orbax-checkpoint-tmp")
+    (folder / "checkpoints" / "6").rename(folder / "checkpoints" / "6.orbax-checkpoint-tmp")
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(lines[:9]) + lines[9][:50])
+    (folder / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:50])
     return folder, loop.resume(folder)
 
 
 def with_meta(run_dir, copy, change):
     """A copy of a run in which the latest checkpoint's meta went through `change`."""
     shutil.copytree(run_dir, copy)
-    path = copy / "checkpoints" / "12" / "meta" / "metadata"
+    path, seal = (copy / "checkpoints" / "6" / part / "metadata" for part in ("meta", "integrity"))
     meta = json.loads(path.read_text())
     change(meta)
     path.write_text(json.dumps(meta))
-    seal = copy / "checkpoints" / "12" / "integrity" / "metadata"
     content = json.loads(seal.read_text())["content"]
     seal.write_text(json.dumps(checksums.seal({**content, "meta": checksums.crc(meta)})))
     return copy
@@ -105,23 +102,15 @@ def same(a, b):
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
-def losses(folder):
-    """By arm and stream, from the results of a run's one checkpoint."""
-    (evaluated,) = results(folder)["checkpoints"]
-    return evaluated["losses"]
-
-
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def test_exit_codes_tell_done_from_interrupted(runs):
-    assert runs[1] == [0, 130, 0]
+def test_exit_codes_tell_done_from_interrupted_and_runs_that_are_done_are_evaluated(runs):
+    folder, codes = runs
+    assert codes == [0, 130, 0]
+    assert EVALUATED[:2] == [("eval", "stream", str(folder / name)) for name in ("whole", "parts")]
 
 
 def test_an_interrupted_run_keeps_the_step_it_was_in(runs):
-    assert [line["step"] for line in metrics(runs[0] / "stopped")] == list(range(1, 6))
-    assert load_run(runs[0] / "stopped").meta["step"] == 5
+    assert [line["step"] for line in metrics(runs[0] / "stopped")] == [1, 2]
+    assert load_run(runs[0] / "stopped").meta["step"] == 2
 
 
 def test_a_resumed_run_has_the_losses_of_one_never_stopped(runs):
@@ -140,47 +129,32 @@ def test_a_run_killed_without_warning_ends_like_one_never_stopped(runs, killed):
     assert code == 0
     assert metrics(resumed) == metrics(whole)
     assert same(*(load_run(folder).params for folder in (resumed, whole)))
-    assert losses(resumed / "eval") == losses(whole / "eval")
 
 
 def test_a_run_killed_without_warning_leaves_no_remains(killed):
-    assert {path.name for path in (killed[0] / "checkpoints").iterdir()} == {"6", "12"}
+    assert {path.name for path in (killed[0] / "checkpoints").iterdir()} == {"3", "6"}
     assert not [path for path in killed[0].rglob("*") if "tmp" in path.name]
 
 
-def test_evaluating_a_run_anew_gives_the_losses_of_its_end(runs, tmp_path):
-    whole = runs[0] / "whole"
-    before = (whole / "eval" / "results.json").read_bytes()
-    assert eval_main(["stream", str(whole), "--out", str(tmp_path / "x")]) == 0
-    assert losses(tmp_path / "x") == losses(whole / "eval")
-    assert results(tmp_path / "x")["files"] == results(whole / "eval")["files"]
-    assert (whole / "eval" / "results.json").read_bytes() == before
-
-
-def test_evaluating_a_run_without_held_out_files_is_refused(runs, tmp_path):
-    def change(meta):
-        meta["config"]["data"]["heldout"] = None
-
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda meta: meta["config"]["data"].update(heldout=None), "copy was trained without held-out files.*--data"),
+        (lambda meta: meta["codec"].update(digest="0" * 64), "codec.*copy was trained with.*bring"),
+        (lambda meta: meta["tokenizer"].update(digest="0" * 64), "tokenizer.*copy was trained with.*bring"),
+    ],
+    ids=["no held-out files", "codec", "tokenizer"],
+)
+def test_a_run_whose_speech_cannot_be_had_again_is_not_evaluated(runs, tmp_path, change, message):
     copy = with_meta(runs[0] / "whole", tmp_path / "copy", change)
-    with pytest.raises(InputError, match="copy was trained without held-out files.*--data"):
-        eval_main(["stream", str(copy), "--out", str(tmp_path / "x")])
-    assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.parametrize("part", ["codec", "tokenizer"])
-def test_evaluating_with_another_codec_or_tokenizer_is_refused(runs, tmp_path, part):
-    def change(meta):
-        meta[part]["digest"] = "0" * 64
-
-    copy = with_meta(runs[0] / "whole", tmp_path / "copy", change)
-    with pytest.raises(InputError, match=f"{part}.*copy was trained with.*bring"):
-        eval_main(["stream", str(copy), "--out", str(tmp_path / "x")])
+    with pytest.raises(InputError, match=message):
+        call("eval", ["stream", str(copy), "--out", str(tmp_path / "x")])
     assert not (tmp_path / "x").exists()
 
 
 def test_a_finished_run_leaves_everything_it_promises(runs):
     found = {str(path.relative_to(runs[0] / "whole")) for path in (runs[0] / "whole").rglob("*") if path.is_file()}
-    assert {"config.json", "meta.json", "metrics.jsonl", "eval/results.json"} <= found
+    assert {"config.json", "meta.json", "metrics.jsonl"} <= found
     assert not [name for name in found if name.endswith((".tmp", ".partial"))]
 
 
@@ -198,7 +172,7 @@ def test_the_stored_configuration_is_the_one_that_ran(runs):
 
 def test_a_taken_run_folder_is_refused(runs):
     with pytest.raises(InputError, match="whole is taken.*--resume"):
-        loop.start(dataclasses.replace(CONFIG, run_dir=str(runs[0] / "whole")))
+        loop.start([dataclasses.replace(CONFIG, run_dir=str(runs[0] / "whole"))])
 
 
 def test_resume_refuses_other_data(runs, tmp_path):
@@ -224,7 +198,7 @@ def test_files_that_are_not_there_are_named_and_left_out_and_end_in_exit_code_3(
     cfg = of_runs(runs, tmp_path)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, train=str(manifest)))
     with caplog.at_level(logging.WARNING, "train"):
-        assert loop.start(cfg) == PARTIAL
+        assert loop.start([cfg]) == PARTIAL
     assert f"skipped: {manifest} line 1 names {tmp_path}/gone.safetensors, which is not there" in caplog.text
     assert metrics(tmp_path / "run") == metrics(runs[0] / "whole")
     assert loop.resume(tmp_path / "run") == PARTIAL
@@ -238,31 +212,13 @@ def test_files_that_are_not_there_are_named_and_left_out_and_end_in_exit_code_3(
         loop.resume(tmp_path / "run")
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(runs, tmp_path):
-    damaged = tmp_path / "damaged"
-    shutil.copytree(runs[0] / "stopped", damaged)
-    for path in (damaged / "checkpoints" / "5" / "params").rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(InputError, match="holds no checkpoint that is not damaged"):
-        load_run(damaged)
-
-
-def test_no_run_and_no_checkpoint_are_refused(tmp_path):
-    with pytest.raises(InputError, match="is not the folder of a run"):
-        load_run(tmp_path)
-    (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(InputError, match="holds no checkpoint"):
-        load_run(tmp_path)
-
-
 def test_a_checkpoint_can_be_read_by_its_folder(runs):
     whole = runs[0] / "whole"
-    early, late = (load_run(whole / "checkpoints" / str(step)) for step in (6, 12))
-    assert (early.meta["step"], late.meta["step"]) == (6, 12)
+    early, late = (load_run(whole / "checkpoints" / str(step)) for step in (3, 6))
+    assert (early.meta["step"], late.meta["step"]) == (3, 6)
     assert same(late.params, load_run(whole).params)
     assert not same(late.params, early.params)
-    assert checkpoints.load(whole / "checkpoints" / "6").name == "whole-6"
+    assert checkpoints.load(whole / "checkpoints" / "3").name == "whole-3"
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_again_in_its_folder(runs, tmp_path):
@@ -270,21 +226,21 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again_in_its_folder
     (folder / "checkpoints").mkdir(parents=True)
     for name in ("config.json", "meta.json", "metrics.jsonl"):
         shutil.copy(runs[0] / "whole" / name, folder)
-    assert loop.start(of_runs(runs, tmp_path)) == 0
+    assert loop.start([of_runs(runs, tmp_path)]) == 0
     assert metrics(folder) == metrics(runs[0] / "whole")
 
 
 def test_a_damaged_latest_checkpoint_is_named_and_the_one_before_goes_on_to_the_same_end(runs, tmp_path, caplog):
     whole, copy = runs[0] / "whole", tmp_path / "copy"
     shutil.copytree(whole, copy)
-    largest = max((copy / "checkpoints" / "12" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    largest = max((copy / "checkpoints" / "6" / "params").rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     with caplog.at_level(logging.WARNING, "train"):
         assert loop.resume(copy) == 0
-    assert "checkpoints/12" in caplog.text
-    assert (copy / "damaged" / "12").is_dir()
+    assert "checkpoints/6" in caplog.text
+    assert (copy / "damaged" / "6").is_dir()
     assert metrics(copy) == metrics(whole)
 
 
@@ -293,7 +249,7 @@ def spoiled(make):
 
     def initial(*args):
         found = make(*args)
-        ttt = found.trainable["layers"]["layers_01_01"]["ttt"]
+        ttt = found.trainable["layers"]["layers_00_00"]["ttt"]
         ttt["out_kernel"] = ttt["out_kernel"] * np.nan
         return found
 
@@ -311,5 +267,5 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_named(runs, tmp_path, mon
     with pytest.raises(
         InputError, match="step 1: loss is nan and grad_norm is nan, the gradient of .*ttt.*, in .*train"
     ):
-        loop.start(of_runs(runs, tmp_path))
+        loop.start([of_runs(runs, tmp_path)])
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))

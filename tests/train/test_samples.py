@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.drawing import digest, quick_jit
-from tests.helpers.micro import MODEL, files, source
+from tests.helpers.drawing import digest, random_params
+from tests.helpers.micro import files, source
+from tests.helpers.small_tasks import CONFIG
 from train import samples
 from train.samples import Sampler
 from ttt_jax.codec import CodecInfo, load_codec
@@ -28,12 +29,14 @@ from ttt_jax.moshi.generate import Sampling
 # The same for all tests, so that programs compile once; the second recording is shorter than the prompt.
 PROMPT, FRAMES = 12, 6
 LENGTHS = (15, 7)
+MODEL = CONFIG.model
 STATED = CodecInfo("stated", "ab" * 32, 64), TokenizerInfo("cd" * 32, 512)
 
 
 @pytest.fixture(scope="module")
 def params():
-    return quick_jit(model.init_params, static_argnums=0)(MODEL, jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: model.init_params(MODEL, key), jax.random.key(0))
+    return jax.tree.map(jnp.asarray, random_params(shapes, np.random.default_rng(0), np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def sampler(folder, coders=STATED, arrays=None, seed=0):
     return Sampler(MODEL, recordings, *coders, folder, seed, frames=FRAMES, prompt=PROMPT)
 
 
-def test_a_sample_is_its_prompt_and_what_the_model_says_to_the_other_voice(tmp_path, params, coders, monkeypatch):
+def test_a_sample_is_its_prompt_and_what_the_model_says_to_the_user(tmp_path, params, coders, monkeypatch):
     """Greedy samples are what `forward` finds likeliest when it reads them: all tokens are heard where they belong."""
     greedy = partial(generate.generate, sampling=Sampling(temperature=0, text_temperature=0))
     monkeypatch.setattr(samples.generate, "generate", greedy)
@@ -61,14 +64,15 @@ def test_a_sample_is_its_prompt_and_what_the_model_says_to_the_other_voice(tmp_p
         np.testing.assert_array_equal(stored.codes[:, :begin], recording[:, :begin])
         rest = recording[9:, begin : begin + FRAMES]
         np.testing.assert_array_equal(stored.codes[9:, begin:], np.concatenate([rest, silence[:, rest.shape[1] :]], 1))
-        mask = np.ones((1, stored.num_frames), bool)
-        outputs, _ = model.forward(params, stored.codes[None], mask, model.init_state(MODEL, 1), MODEL)
+        mask = np.arange(PROMPT + FRAMES)[None] < stored.num_frames  # all of one length: one program
+        codes = np.pad(stored.codes, ((0, 0), (0, mask.size - stored.num_frames)), constant_values=-1)
+        outputs, _ = model.forward(params, codes[None], mask, model.init_state(MODEL, 1), MODEL)
         logits = [outputs.text_logits[0], *np.moveaxis(np.asarray(outputs.audio_logits[0]), 1, 0)]
         for stream, (values, delay) in enumerate(zip(logits, MODEL.delays, strict=False)):
-            own = np.asarray(values)[begin + delay :]  # the last acoustic codes stand in a column behind the file's end
-            said = stored.codes[stream, begin : begin + len(own)]
-            assert len(own) == FRAMES - delay
-            assert (own[np.arange(len(own)), said] >= own.max(1) - 1e-4).all(), f"recording {i}, stream {stream}"
+            moshi = np.asarray(values)[begin + delay : stored.num_frames]  # the last delayed codes have no column
+            drawn = stored.codes[stream, begin : begin + len(moshi)]
+            assert len(moshi) == FRAMES - delay
+            assert (moshi[np.arange(len(moshi)), drawn] >= moshi.max(1) - 1e-4).all(), f"{recording}, {stream}"
 
 
 def test_equal_steps_and_parameters_give_equal_files_and_nothing_else_changes(tmp_path, params):
@@ -134,7 +138,7 @@ import sys
 from pathlib import Path
 import jax
 from tests.train.test_samples import MODEL, mixed, sampler
-from ttt_jax import sharding
+from ttt_jax.distributed import sharding
 params = mixed()
 params = jax.device_put(params, sharding.params_shardings(sharding.make_mesh(1, 2, 2), params))
 assert len(params["depth"]["heads"].sharding.device_set) == 4

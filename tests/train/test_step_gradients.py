@@ -19,6 +19,7 @@ from ttt_jax.utils.trees import merge, named
 pytestmark = pytest.mark.usefixtures("x64")
 
 BLOCK = 10_000
+"""Frames whose logits exist at once: all."""
 TRAINS = TrainableConfig(base=False, attention="0,1", ttt=True, lora=True)
 TTT_RUN = "layers_01_01"
 """Of the layer with TTT."""
@@ -56,8 +57,14 @@ def start(cfg, seed=0):
 def carried(cfg, seed=0):
     """Parameters, and the stream after a chunk that they read."""
     trainable, frozen, stream = start(cfg, seed)
-    _, stream = sums_of(merge(trainable, frozen), batch(seed=100 + seed), stream, cfg=PERSIST)
+    _, _, stream = gradient(trainable, frozen, one_chunk(batch(seed=100 + seed)), stream, cfg=TWO)
     return trainable, frozen, stream
+
+
+def one_chunk(one):
+    """A batch of one chunk as one of two, the second without frames: what `TWO` makes of it is what `PERSIST` would."""
+    empty = Batch(np.full_like(one.frames, -1), np.zeros_like(one.mask), np.zeros_like(one.reset))
+    return Batch(*map(np.concatenate, zip(one, empty, strict=True)))
 
 
 def norm(tree):
@@ -67,7 +74,9 @@ def norm(tree):
 GROUPS = {
     "W0": lambda path: "/ttt/inner_" in path,
     "gates": lambda path: path.endswith("/ttt/gate"),
-    "queries, keys, values": lambda path: path.endswith(("/ttt/q_kernel", "/ttt/k_kernel", "/ttt/v_kernel", "/ttt/v_bias")),
+    "queries, keys, values": lambda path: path.endswith(
+        ("/ttt/q_kernel", "/ttt/k_kernel", "/ttt/v_kernel", "/ttt/v_bias")
+    ),
     "rates": lambda path: "/ttt/rate_" in path,
     "attention": lambda path: "/attention/" in path and "_lora_" not in path,
     "adapters": lambda path: "_lora_" in path,
@@ -88,13 +97,10 @@ def slope(loss, size=1e-5):
     return (8 * (loss(size) - loss(-size)) - (loss(2 * size) - loss(-2 * size))) / (12 * size)
 
 
+@pytest.mark.slow  # the gradient of an uncut forward is looked at below
 @pytest.mark.parametrize(
     ("cfg", "chunks"),
-    [
-        pytest.param(PERSIST, 1, id="persist"),
-        pytest.param(RESET, 1, id="reset", marks=pytest.mark.slow),
-        pytest.param(TWO, 2, id="bptt"),
-    ],
+    [pytest.param(PERSIST, 1, id="persist"), pytest.param(RESET, 1, id="reset"), pytest.param(TWO, 2, id="bptt")],
 )
 def test_gradients_equal_finite_differences_that_hold_the_state_of_the_start(cfg, chunks):
     trainable, frozen, stream = carried(cfg)
@@ -116,9 +122,9 @@ def test_gradients_equal_finite_differences_that_hold_the_state_of_the_start(cfg
 
 
 def test_the_gradient_reaches_w0_past_a_displacement_that_is_carried():
-    trainable, frozen, stream = carried(PERSIST)
+    trainable, frozen, stream = carried(TWO)
     assert norm(stream.layers[TTT_RUN].ttt.displacement) > 0.1
-    grads, _, _ = gradient(trainable, frozen, batch(seed=1), stream, cfg=PERSIST)
+    grads, _, _ = gradient(trainable, frozen, one_chunk(batch(seed=1)), stream, cfg=TWO)
     ttt = grads["layers"][TTT_RUN]["ttt"]
     assert all(norm(ttt[name]) > 1e-4 for name in ttt if name.startswith("inner_"))
 
@@ -144,7 +150,7 @@ def cut_in_the_middle(trainable, frozen, one, stream):
     """The gradient that two steps of one chunk each add up to."""
     total, weight = None, 0
     for half in halves(one):
-        grads, sums, stream = gradient(trainable, frozen, half, stream, cfg=PERSIST)
+        grads, sums, stream = gradient(trainable, frozen, one_chunk(half), stream, cfg=TWO)
         grads = jax.tree.map(lambda g, w=sums.weight: w * g, grads)
         total, weight = grads if total is None else jax.tree.map(np.add, total, grads), weight + sums.weight
     return jax.tree.map(lambda g: g / weight, total), stream
@@ -198,8 +204,7 @@ def test_a_row_that_begins_a_file_and_its_neighbours_are_as_if_each_ran_alone():
     np.testing.assert_allclose(sums.weight, weight)
     assert_close(grads, jax.tree.map(lambda g: g / weight, total), 1e-10)
     fresh = model.init_state(PERSIST.model, ROWS)
-    params, second = merge(trainable, frozen), halves(one)[1]
-    last, _ = sums_of(params, second, fresh, cfg=PERSIST)
+    _, last, _ = gradient(trainable, frozen, one_chunk(halves(one)[1]), fresh, cfg=TWO)
     np.testing.assert_allclose(sums.rows[1, 1], last.rows[0, 1], rtol=1e-12)
     others = [row for row in range(ROWS) if row != 1]
     assert (np.abs(sums.rows[1, others] - last.rows[0, others]) > 1e-3).all()
@@ -254,8 +259,12 @@ TTT_ALONE = arm(carry_attention=False)
 
 @pytest.mark.parametrize(
     ("cfg", "by_ttt", "by_any"),
-    [(PERSIST, True, True), (RESET, False, True), (TTT_ALONE, True, True), (APART, False, False)],
-    ids=["persist", "reset", "persist, attention apart", "reset, attention apart"],
+    [
+        pytest.param(PERSIST, True, True, id="persist", marks=pytest.mark.slow),
+        pytest.param(RESET, False, True, id="reset", marks=pytest.mark.slow),
+        pytest.param(TTT_ALONE, True, True, id="persist, attention apart", marks=pytest.mark.slow),
+        pytest.param(APART, False, False, id="reset, attention apart"),
+    ],
 )
 def test_what_of_a_chunk_the_next_one_sees(cfg, by_ttt, by_any):
     plain = second_chunk(cfg, WHOLE)
@@ -273,6 +282,7 @@ def test_what_of_a_chunk_the_next_one_sees(cfg, by_ttt, by_any):
     assert abs(second_chunk(cfg, last)[0][0, 0] - plain[0][0, 0]) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_reset_chunk_is_one_of_a_fresh_ttt_state():
     frames = WHOLE.mask.sum(2)
     np.testing.assert_array_equal(second_chunk(APART, WHOLE)[1].count, frames)
@@ -282,7 +292,8 @@ def test_a_reset_chunk_is_one_of_a_fresh_ttt_state():
 # Less memory, the same numbers
 
 
-@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "layers"])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["dots", "layers"])
 def test_computing_again_changes_no_gradient(remat):
     cfg = arm(remat=remat)
     trainable, frozen, stream = carried(PERSIST)
@@ -301,28 +312,17 @@ def test_computing_again_changes_no_gradient_of_stacked_layers_over_several_chun
     assert_close(gradient(trainable, frozen, one, stream, cfg=of(remat)), expected, 1e-10)
 
 
-def test_parts_of_a_batch_have_its_gradient_and_carry_every_row():
-    trainable, frozen, stream = carried(PERSIST)
-    one = batch(seed=11, reset=[(0, 2)])
+@pytest.mark.parametrize("parts", [4, pytest.param(2, marks=pytest.mark.slow)])
+def test_parts_of_a_batch_have_its_gradient_and_carry_every_row(parts):
+    trainable, frozen, stream = carried(TWO)
+    one = batch(2, seed=12, reset=[(0, 2), (1, 2)])
     assert len(set(one.mask[0].sum(1))) == ROWS
-    expected = gradient(trainable, frozen, one, stream, cfg=PERSIST)
-    assert_close(gradient(trainable, frozen, one, stream, cfg=arm(accumulate=4)), expected, 1e-11)
+    expected = gradient(trainable, frozen, one, stream, cfg=TWO)
+    assert_close(gradient(trainable, frozen, one, stream, cfg=arm(bptt=2, accumulate=parts)), expected, 1e-11)
 
 
 @pytest.mark.slow
-def test_parts_of_a_batch_have_its_gradient_over_several_chunks():
-    trainable, frozen, stream = carried(TWO)
-    one = batch(2, seed=12, reset=[(1, 2)])
-    expected = gradient(trainable, frozen, one, stream, cfg=TWO)
-    got = gradient(trainable, frozen, one, stream, cfg=arm(bptt=2, accumulate=2))
-    assert_close(got, expected, 1e-11)
-
-
-@pytest.mark.parametrize(
-    "block",
-    [pytest.param(ROWS * FRAMES // 3, marks=pytest.mark.slow), 10, pytest.param(1, marks=pytest.mark.slow)],
-    ids="blocks of {}".format,
-)
+@pytest.mark.parametrize("block", [ROWS * FRAMES // 3, 10, 1], ids="blocks of {}".format)
 def test_scores_of_blocks_are_the_token_losses_and_have_their_gradient(block):
     cfg = dataclasses.replace(PERSIST.model)
     trainable, frozen, stream = start(PERSIST)
@@ -360,6 +360,7 @@ def at_once(params, one, stream, cfg, weights):
     return _AT_ONCE["it"]
 
 
+@pytest.mark.slow
 def test_each_block_makes_its_logits_again():
     """The logits of all frames exist nowhere in the step's program where blocks are smaller."""
     trainable, frozen, stream = start(PERSIST)
@@ -370,5 +371,5 @@ def test_each_block_makes_its_logits_again():
         lowered = jax.jit(partial(step.gradient, cfg=PERSIST, block=block)).lower(trainable, frozen, one, stream)
         return lowered.as_text().replace("x", ",")
 
-    assert f"<{shape},f64>" in text(BLOCK)
+    assert f"<{shape},f64>" in text(10_000)
     assert f"<{shape},f64>" not in text(ROWS * 4)

@@ -1,4 +1,4 @@
-"""Runs that train side by side learn what each would alone, and can go on alone; what cannot train together is refused."""
+"""Runs that train side by side learn what each would alone, and can be resumed alone."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from eval.benchmarks.tasks import CODEC
 from eval.inputs import checkpoints
 from tests.helpers.quick import quickly, remembering
 from tests.helpers.small_tasks import CONFIG, write_data
-from train import loop, plots, together
+from train import loop, plots
 from train.batches import Batches
 from train.config import TrainConfig
 from ttt_jax.checkpoints.run_checkpoints import load_run
@@ -38,7 +38,7 @@ def one(folder, name, task="recall", seed=3, **changes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with the runs `first` and `second`, interrupted in step 5; `second` gone on with by itself, and as `alone`."""
+    """The runs `first` and `second`, interrupted in step 5; `second` resumed by itself, and trained as `alone`."""
     folder = tmp_path_factory.mktemp("together")
     for task, _ in MEMBERS.values():
         write_data(folder / task, task)
@@ -56,15 +56,15 @@ def runs(tmp_path_factory):
     raised, codes = [], {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "draw_run", lambda *_: [])  # tests/commands/test_experiments.py looks at them
-        patch.setattr(together, "make_steps_together", quickly(together.make_steps_together))
+        patch.setattr(loop, "make_steps_together", quickly(loop.make_steps_together))
         patch.setattr(loop, "make_train_step", quickly(loop.make_train_step))
         patch.setattr(loop.initial_params, "initial", remembering(loop.initial_params.initial))
         with pytest.MonkeyPatch.context() as interrupted:
-            interrupted.setattr(together, "Batches", Interrupted)
-            codes["together"] = together.start([one(folder, name, *of) for name, of in MEMBERS.items()])
+            interrupted.setattr(loop, "Batches", Interrupted)
+            codes["together"] = loop.start([one(folder, name, *of) for name, of in MEMBERS.items()])
         left = {name: sorted(path.name for path in (folder / name / "checkpoints").iterdir()) for name in MEMBERS}
         kept = {name: (lines(folder / name), load_run(folder / name / "checkpoints" / "4")) for name in MEMBERS}
-        codes["alone"] = loop.start(one(folder, "alone", *MEMBERS["second"], keep=9))
+        codes["alone"] = loop.start([one(folder, "alone", *MEMBERS["second"], keep=9)])
         codes["second"] = loop.resume(folder / "second")
     return folder, codes, left, kept
 
@@ -162,7 +162,7 @@ def test_the_folder_of_each_run_is_that_of_a_run_by_itself(runs, name):
 
 def refused(said, *cfgs):
     with pytest.raises(InputError, match=said) as error:
-        together.start(cfgs)
+        loop.start(cfgs)
     assert "\n" not in str(error.value)
 
 
@@ -217,10 +217,10 @@ def test_a_run_that_cannot_start_keeps_all_from_being_made(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "recall"]
 
 
-@pytest.mark.parametrize("broken", [{1: 3}, {0: 2, 1: 4}])
+@pytest.mark.parametrize("broken", [{1: 3}, pytest.param({0: 2, 1: 4}, marks=pytest.mark.slow)])
 def test_a_run_whose_loss_is_not_finite_is_named_and_the_others_come_to_their_end(broken, runs, tmp_path, monkeypatch):
     folder, *_ = runs
-    whole = quickly(together.make_steps_together)
+    whole = quickly(loop.make_steps_together)
 
     def breaking(cfg, count):
         """The step, after which runs have had losses that are no numbers, from a step on."""
@@ -241,13 +241,13 @@ def test_a_run_whose_loss_is_not_finite_is_named_and_the_others_come_to_their_en
 
         return SimpleNamespace(lower=lambda *given: SimpleNamespace(compile=lambda: compiled(*given)))
 
-    monkeypatch.setattr(together, "make_steps_together", breaking)
+    monkeypatch.setattr(loop, "make_steps_together", breaking)
     monkeypatch.setattr(plots, "draw_run", lambda lines, unigram, folder: drawn.append(folder.name))
     drawn = []
     train = {name: one(folder, name, *of).data.train for name, of in MEMBERS.items()}
     cfgs = [one(tmp_path, name, seed=seed, train=train[name]) for name, (_, seed) in MEMBERS.items()]
     with pytest.raises(InputError) as raised:
-        together.start(cfgs)
+        loop.start(cfgs)
     for i, cfg in enumerate(cfgs):
         kept = sorted(int(path.name) for path in (tmp_path / cfg.name / "checkpoints").iterdir())
         if i in broken:

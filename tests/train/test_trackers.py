@@ -50,7 +50,7 @@ def test_a_missing_package_is_named_with_the_extra(tmp_path, monkeypatch, packag
 
 
 class Failing:
-    """A sink that fails after `good` calls."""
+    """A tracker that fails after `good` calls."""
 
     def __init__(self, good):
         self.good, self.calls = good, 0
@@ -61,10 +61,10 @@ class Failing:
             raise OSError("no space left")
 
     def close(self):
-        raise AssertionError("a sink that failed is not asked again")
+        raise AssertionError("a failed tracker is not called again")
 
 
-def test_a_failing_sink_is_told_of_once_and_left(caplog):
+def test_a_failing_tracker_is_reported_once_and_left(caplog):
     inner = Failing(2)
     sink = trackers._Guarded("TensorBoard", inner)
     with caplog.at_level(logging.WARNING, "train"):

@@ -7,7 +7,8 @@ import os
 import pytest
 
 from train import config
-from train.config import PRESETS, TrainConfig, parse
+from train.__main__ import parse
+from train.config import PRESETS, TrainConfig
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
 
@@ -21,48 +22,47 @@ def test_every_preset_survives_json(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_run_of_a_preset_bears_its_name(name):
     assert PRESETS[name].name == name
-    assert parse([name]).config == PRESETS[name]
+    assert parse([name])[1] == PRESETS[name]
 
 
 def test_no_arguments_mean_tiny():
-    assert parse([]).config == PRESETS["tiny"]
+    assert parse([])[1] == PRESETS["tiny"]
 
 
 def test_fields_override_the_preset():
-    cfg = parse(["small", "--optim.lr", "0.5", "--model.ttt.layers", "0,1", "--model.ttt.hidden", "2", "3"]).config
+    cfg = parse(["small", "--optim.lr", "0.5", "--model.ttt.layers", "0,1", "--model.ttt.hidden", "2", "3"])[1]
     assert (cfg.optim.lr, cfg.model.ttt_layers, cfg.model.ttt.hidden) == (0.5, (0, 1), (2, 3))
     assert cfg.model.dim == PRESETS["small"].model.dim
 
 
 def test_maps_of_adapters_are_named_one_after_another():
-    lora = parse(["--model.lora.rank", "4", "--model.lora.maps", "attention", "ffn", "--steps", "7"]).config.model.lora
+    lora = parse(["--model.lora.rank", "4", "--model.lora.maps", "attention", "ffn", "--steps", "7"])[1].model.lora
     assert (lora.rank, lora.maps) == (4, ("attention", "ffn"))
 
 
 def test_fields_without_preset_override_tiny():
-    assert parse(["--steps", "7"]).config == dataclasses.replace(PRESETS["tiny"], steps=7)
+    assert parse(["--steps", "7"])[1] == dataclasses.replace(PRESETS["tiny"], steps=7)
 
 
 def test_a_stored_configuration_runs_again_in_a_new_folder(tmp_path):
     stored = dataclasses.replace(PRESETS["small"], run_dir="old", steps=33)
     path = tmp_path / "config.json"
     config_json.write_json(path, config_json.to_dict(stored))
-    cfg = parse(["--from", str(path), "--seed", "5"]).config
+    cfg = parse(["--from", str(path), "--seed", "5"])[1]
     assert cfg == dataclasses.replace(stored, run_dir=None, seed=5)
 
 
 def test_resume_names_the_run():
-    command = parse(["--resume", "runs/x"])
-    assert command.config is None
-    assert str(command.resume) == "runs/x"
+    options, config = parse(["--resume", "runs/x"])
+    assert config is None
+    assert options.resume == "runs/x"
 
 
 def test_seeds_are_taken_from_anywhere_on_the_line():
     for words in (["tiny", "--seeds", "3,1", "--steps", "7"], ["tiny", "--steps", "7", "--seeds=3,1"]):
-        command = parse(words)
-        assert command.seeds == (3, 1)
-        assert command.config == dataclasses.replace(PRESETS["tiny"], steps=7)
-    assert parse(["tiny"]).seeds == ()
+        options, config = parse(words)
+        assert options.seeds == "3,1"
+        assert config == dataclasses.replace(PRESETS["tiny"], steps=7)
 
 
 @pytest.mark.parametrize(
@@ -75,23 +75,36 @@ def test_seeds_are_taken_from_anywhere_on_the_line():
         (["--optim.beta2", "1.5"], "optim.beta2=1.5"),
         (["--loss.text", "-1"], "loss.text=-1"),
         (["--steps", "0"], "steps=0"),
-        (["--resume"], "--resume has no path"),
-        (["--resume", "x", "--steps", "3"], "takes no --steps"),
-        (["--steps", "3", "--resume", "x"], "put it first"),
+        (["--steps", "3", "small"], "preset small .*put it first"),
+        (["--resume", "x", "--steps", "3"], "x/config.json is not a file"),
+        (["--resume", "x", "--from", "y"], "leave one of them out"),
+        (["small", "--from", "{stored}"], "--from and the preset small"),
         (["--from", "nowhere.json"], "nowhere.json is not a file"),
         (["--seed", "-1"], "seed=-1"),
         (["--seed", str(2**32)], "seed=4294967296"),
-        (["--seeds"], "--seeds '' are no seeds"),
+        (["--seeds", ""], "--seeds '' are no seeds"),
         (["--seeds", "0,1,0"], "--seeds '0,1,0'"),
         (["--seeds=1,x"], "--seeds '1,x'"),
         (["--seeds", "0,1", "--dry-run"], "leave --seeds out"),
         (["--resume", "x", "--seeds", "0,1"], "--seeds names"),
     ],
 )
-def test_a_mistake_is_one_sentence(args, said):
+def test_a_mistake_is_one_sentence(tmp_path, args, said):
+    stored = tmp_path / "config.json"
+    config_json.write_json(stored, config_json.to_dict(PRESETS["tiny"]))
     with pytest.raises(InputError, match=said) as error:
-        parse(args)
+        parse([word.format(stored=stored) for word in args])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "args", [["--resume"], ["--launch", "slurm"], ["--processes", "one"], ["--steps"], ["--stepz", "3"]]
+)
+def test_words_that_are_no_flags_and_values_end_with_exit_code_2_and_are_named(args, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(args)
+    assert exit_.value.code == 2
+    assert args[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

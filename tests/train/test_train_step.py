@@ -1,6 +1,7 @@
 """The training step: what it minimises, what it carries, what it leaves alone."""
 
-from functools import cache, partial
+import dataclasses
+from functools import partial
 
 import chex
 import jax
@@ -11,16 +12,18 @@ import pytest
 
 from tests.helpers import golden, micro, small_step
 from tests.helpers.drawing import assert_same_bits, quick_jit
-from tests.helpers.small_step import LORA, NO_STOP, ROWS, batch, config, own, some_params, start
+from tests.helpers.small_step import LORA, NO_STOP, ROWS, batch, config, copied, some_params, start
 from train import initial_params, optim, step
 from train.batches import Batches
-from train.config import LossConfig, OptimConfig
+from train.config import LossConfig
 from ttt_jax.data import unigram
 from ttt_jax.moshi import model
 from ttt_jax.moshi.loss import token_losses
 from ttt_jax.utils.trees import named
 
-CONFIG = config(lora=LORA)
+SKIPPING = dataclasses.replace(small_step.CONFIG.optim, skips=3)
+CONFIG = config(lora=LORA, loss=dataclasses.replace(small_step.CONFIG.loss, block=10), optim=SKIPPING)
+"""All trains, the logits of 10 frames exist at once, and steps may be skipped."""
 MODEL = CONFIG.model
 TTT_RUN = "layers_01_01"
 
@@ -100,10 +103,10 @@ def tripled(tree):
 def test_an_optimiser_step_keeps_what_was_carried_bit_for_bit_and_moves_the_weights_that_it_adds_to(train_step):
     batches = batch(seed=3), batch(seed=4)
     state, _ = train_step(start(CONFIG), batches[0])
-    # The same weights and stream; the optimiser's memory and its learning rates are others, and so are the weights afterwards.
+    # The same weights and stream, but other optimiser states and learning rates, so other weights after the step.
     late = state._replace(step=jnp.int32(20), opt_state=quick_jit(tripled)(state.opt_state))
-    one, _ = train_step(own(state), batches[1])
-    two, _ = train_step(own(late), batches[1])
+    one, _ = train_step(copied(state), batches[1])
+    two, _ = train_step(copied(late), batches[1])
     assert_same_bits(one.stream, two.stream)
     name = "inner_w0"
     base = [np.asarray(s.trainable["layers"][TTT_RUN]["ttt"][name]) for s in (one, two)]
@@ -124,9 +127,9 @@ def test_a_reset_row_is_as_fresh_and_the_others_go_on(train_step):
     trainable, zero = state.trainable, start(CONFIG).stream
     only = second._replace(reset=np.array([[False, True, False, False]]))
     runs = {
-        "fresh": train_step(own(state)._replace(stream=zero), second),
-        "carried": train_step(own(state), second),
-        "reset": train_step(own(state), only),
+        "fresh": train_step(copied(state)._replace(stream=zero), second),
+        "carried": train_step(copied(state), second),
+        "reset": train_step(copied(state), only),
     }
     rows = lambda name, i: (runs[name][1].rows[0, i], _row(runs[name][0].stream, i))  # noqa: E731
     assert trainable is not None
@@ -178,7 +181,12 @@ def test_loss_is_the_weighted_mean_of_the_token_losses_over_the_whole_batch(trai
 
 @pytest.mark.parametrize(
     ("codebooks", "expected"),
-    [((1.0,), 8 * [1]), ((100.0, 1.0), [100] + 7 * [1]), ((8.0, 7, 6, 5, 4, 3, 2, 1), range(8, 0, -1)), ((0.0, 2.0), [0] + 7 * [2])],
+    [
+        ((1.0,), 8 * [1]),
+        ((100.0, 1.0), [100] + 7 * [1]),
+        ((8.0, 7, 6, 5, 4, 3, 2, 1), range(8, 0, -1)),
+        ((0.0, 2.0), [0] + 7 * [2]),
+    ],
 )  # fmt: skip
 def test_tokens_weigh_what_is_asked(codebooks, expected):
     targets = np.tile(np.array([0, 3, 5, 7, -1]), (2, 9, 1))
@@ -236,6 +244,7 @@ def test_one_process_that_is_to_stop_is_heard(program):
 # In parts
 
 
+@pytest.mark.slow  # test_step_gradients.py has the gradient of parts
 def test_parts_of_a_batch_make_the_same_step(train_step):
     parts = compiled(config(lora=LORA, accumulate=2))
     states = [start(CONFIG), start(CONFIG)]
@@ -268,51 +277,46 @@ def poisoned(where, row=None):
     return state._replace(stream=state.stream._replace(layers={**state.stream.layers, TTT_RUN: run._replace(ttt=ttt)}))
 
 
-@pytest.fixture(scope="module")
-def skipping():
-    """The step that may leave steps out."""
-    program = compiled(config(lora=LORA, optim=OptimConfig(lr=1e-2, ttt_lr=1e-2, warmup_steps=2, skips=3)))
-    return lambda state, batch: program(state, {}, batch, NO_STOP)
-
-
 def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_counted_and_tells_where(skipping):
+def test_a_step_that_is_not_finite_is_left_out_and_counted_and_tells_where(train_step):
     state = poisoned("displacement", row=2)
     before = bits(state[2:])
-    state, metrics = skipping(state, batch(seed=30))
+    state, metrics = train_step(state, batch(seed=30))
     assert bits(state[2:]) == before
     assert (int(state.step), int(state.skipped)) == (1, 1)
     assert np.isfinite(metrics.rows[0]).tolist() == [True, True, False, True]
     assert not np.isfinite(metrics.loss)
     # A file's start makes the row fresh, and training goes on as if the step had not been.
-    state, metrics = skipping(state, batch(seed=30, reset=[(0, 2)]))
-    clean, expected = skipping(start(CONFIG), batch(seed=30))
+    state, metrics = train_step(state, batch(seed=30, reset=[(0, 2)]))
+    clean, expected = train_step(start(CONFIG), batch(seed=30))
     assert (int(state.step), int(state.skipped), int(clean.skipped)) == (2, 1, 0)
     assert bits((state.trainable, state.opt_state, metrics.rates)) == bits(
         (clean.trainable, clean.opt_state, expected.rates)
     )
 
 
-def test_a_row_that_begins_a_file_in_a_step_left_out_begins_it_fresh(skipping):
-    carried, _ = skipping(start(CONFIG), batch(seed=31))
-    state = own(carried)
+def test_a_row_that_begins_a_file_in_a_step_left_out_begins_it_fresh(train_step):
+    carried, _ = train_step(start(CONFIG), batch(seed=31))
+    state = copied(carried)
     run = state.stream.layers[TTT_RUN]
     w = run.ttt.displacement[0].w.at[0, 2].set(jnp.inf)
     ttt = run.ttt._replace(displacement=(run.ttt.displacement[0]._replace(w=w), *run.ttt.displacement[1:]))
     layers = {**state.stream.layers, TTT_RUN: run._replace(ttt=ttt)}
     state = state._replace(stream=state.stream._replace(layers=layers))
-    state, _ = skipping(state, batch(seed=32, reset=[(0, 1)]))  # row 1 begins, row 2 spoils the step
+    state, _ = train_step(state, batch(seed=32, reset=[(0, 1)]))  # row 1 begins, row 2 spoils the step
     assert int(state.skipped) == 1
-    _, metrics = skipping(state, batch(seed=33, reset=[(0, 2)]))
-    _, old = skipping(own(carried), batch(seed=33, reset=[(0, 2)]))
+    _, metrics = train_step(state, batch(seed=33, reset=[(0, 2)]))
+    _, old = train_step(copied(carried), batch(seed=33, reset=[(0, 2)]))
     assert abs(metrics.rows[0, 1] - old.rows[0, 1]) > 1e-3  # nothing of the file before is read
 
 
-def test_without_skips_it_shows_in_state_and_metrics(train_step):
-    state, metrics = train_step(poisoned("inner_w0"), batch(seed=30))
+@pytest.mark.slow
+def test_without_skips_it_shows_in_state_and_metrics():
+    program = compiled(config(lora=LORA))
+    state, metrics = program(poisoned("inner_w0"), {}, batch(seed=30), NO_STOP)
     assert int(state.skipped) == 0
     assert not np.isfinite(metrics.loss)
     assert not np.isfinite(metrics.grad_norm)
@@ -339,50 +343,43 @@ def test_the_group_whose_gradient_is_not_finite_is_named():
 # A whole run
 
 
+FILES = [np.minimum(file[: MODEL.num_streams], MODEL.card - 1) for file in micro.files()]
+CARDS = [MODEL.text_card] + MODEL.dep_q * [MODEL.card]
+
+
 @pytest.fixture(scope="module")
-def micro_step():
-    cfg = micro.CONFIG
-    windows = micro_batches(1)
-    program = small_step.compiled(cfg, small_step.one_device(), {}, windows[0])
-    return lambda state, batch: program(state, {}, batch, NO_STOP)
+def weights():
+    """Random weights as a run begins with them."""
+    return initial_params.initial(CONFIG, small_step.one_device()).trainable
 
 
-def micro_batches(count):
-    windows = Batches(
-        [micro.source(micro.files())], micro.CONFIG.data.batch, micro.CONFIG.data.chunk, micro.CONFIG.seed
-    )
-    found = [next(windows).batch for _ in range(count)]
-    windows.close()
-    return found
+@pytest.fixture(scope="module")
+def whole_run(train_step, weights):
+    """Metrics of all steps of a run."""
+    batches = Batches([micro.source(FILES)], CONFIG.data.batch, CONFIG.data.chunk, CONFIG.seed)
+    state, metrics = start(CONFIG, weights), []
+    for _ in range(CONFIG.steps):
+        state, found = train_step(state, next(batches).batch)
+        metrics.append(found)
+    batches.close()
+    return metrics
 
 
-@cache
-def micro_params():
-    return initial_params.initial(micro.CONFIG, small_step.one_device()).trainable
+def test_initial_loss_is_the_cardinality_and_half_the_variance(train_step, weights):
+    rng, cards, found = np.random.default_rng(0), np.array([MODEL.text_card] + MODEL.n_q * [MODEL.card])[:, None], []
+    for _ in range(10):
+        one = batch()
+        frames = np.where(one.mask[:, :, None], rng.integers(0, cards, one.frames.shape), -1).astype(np.int32)
+        found.append(train_step(start(CONFIG, weights), one._replace(frames=frames))[1])
+    losses, half = (np.mean([getattr(m, name) for m in found], 0) for name in ("streams", "half_variance"))
+    np.testing.assert_allclose(losses, np.log(CARDS) + half, rtol=0.05)
 
 
-def micro_start():
-    return small_step.start(micro.CONFIG, micro_params())
-
-
-CARDS = [micro.MODEL.text_card] + micro.MODEL.dep_q * [micro.MODEL.card]
-
-
-def test_initial_loss_is_the_cardinality_and_half_the_variance(micro_step):
-    _, metrics = micro_step(micro_start(), micro_batches(1)[0])
-    np.testing.assert_allclose(metrics.streams, np.log(CARDS) + metrics.half_variance, rtol=0.05)
-
-
-def test_training_lowers_every_loss_towards_the_unigram(micro_step):
-    state, losses = micro_start(), []
-    for one in micro_batches(micro.CONFIG.steps):
-        state, metrics = micro_step(state, one)
-        losses.append(np.asarray(metrics.streams))
-    tables = unigram.fit(micro.files(), CARDS)
-    baseline = np.array(
-        [np.mean(stream) for stream in np.concatenate([unigram.nats(tables, file) for file in micro.files()], -1)]
-    )
-    first, end = losses[0], np.mean(losses[-5:], axis=0)
+def test_training_lowers_every_loss_towards_the_unigram(whole_run):
+    tables = unigram.fit(FILES, CARDS)
+    nats = np.concatenate([unigram.nats(tables, file) for file in FILES], -1)
+    baseline = np.array([np.mean(stream) for stream in nats])
+    first, end = whole_run[0].streams, np.mean([metrics.streams for metrics in whole_run[-5:]], axis=0)
     assert (end - baseline < 0.5 * (first - baseline)).all(), (first, end, baseline)
 
 

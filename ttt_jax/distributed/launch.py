@@ -1,79 +1,70 @@
-"""Several processes as one program: `jax.distributed`, asked for in so many words and never guessed."""
+"""Several processes as one program: `jax.distributed`, started by flags and never guessed."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from collections.abc import Sequence
 from typing import Literal
 
 from ttt_jax.errors import InputError
 
-MODES = ("none", "auto", "manual")
-
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How this process finds the others."""
+    """How this process finds the others (docs/devices.md)."""
 
-    mode: Literal["none", "auto", "manual"] = "none"
-    """none: it is alone; auto: what started it says so (SLURM, Open MPI, TPU pods, GKE); manual: as told by the other fields."""
+    launch: Literal["none", "auto", "manual"] = "none"
+    """none: one process; auto: SLURM, Open MPI, TPU pods or GKE name the others; manual: the three flags below do."""
     coordinator: str | None = None
     """HOST:PORT of process 0."""
     processes: int | None = None
+    """Number of processes."""
     process: int | None = None
+    """Number of this process, from 0."""
 
-
-def take(words: Sequence[str]) -> tuple[Launch, list[str]]:
-    """The launch flags among the words of a command line, and the other words. Raises `InputError`."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--launch", default="none")
-    parser.add_argument("--coordinator")
-    parser.add_argument("--processes", type=int)
-    parser.add_argument("--process", type=int)
-    try:
-        found, rest = parser.parse_known_args(list(words))
-    except argparse.ArgumentError as error:
-        raise InputError(f"{error}: see python -m train --help.") from None
-    if found.launch not in MODES:
-        raise InputError(f"--launch {found.launch} is not known: give none, auto or manual.")
-    launch = Launch(found.launch, found.coordinator, found.processes, found.process)
-    told = [getattr(launch, name) is not None for name in ("coordinator", "processes", "process")]
-    if launch.mode == "manual" and not (all(told) and 0 <= found.process < found.processes):
-        raise InputError(
-            f"--launch manual with --coordinator {found.coordinator} --processes {found.processes} --process {found.process} is not"
-            " complete: give HOST:PORT of process 0, the number of processes, and which of them this is, from 0."
-        )
-    if launch.mode != "manual" and any(told):
-        raise InputError("--coordinator, --processes and --process are for --launch manual: add it or leave them out.")
-    return launch, rest
+    def __post_init__(self) -> None:
+        fields = (self.coordinator, self.processes, self.process)
+        complete = None not in fields and 0 <= self.process < self.processes
+        if self.launch == "manual" and not complete:
+            raise InputError(
+                f"--launch manual with --coordinator {self.coordinator} --processes {self.processes} --process"
+                f" {self.process} is not complete: give HOST:PORT of process 0, the number of processes, and which of"
+                " them this is, from 0."
+            )
+        if self.launch != "manual" and fields != (None, None, None):
+            raise InputError(
+                "--coordinator, --processes and --process are for --launch manual: add it or leave them out."
+            )
 
 
 def start(launch: Launch) -> None:
-    """Join the other processes; before anything else touches jax. Raises `InputError` if they cannot be found."""
-    if launch.mode == "none":
+    """Joins the other processes. Call it before anything else uses jax. Raises `InputError` if they cannot be found."""
+    if launch.launch == "none":
         return
     import jax
 
-    told = {"coordinator_address": launch.coordinator, "num_processes": launch.processes, "process_id": launch.process}
+    address = {
+        "coordinator_address": launch.coordinator,
+        "num_processes": launch.processes,
+        "process_id": launch.process,
+    }
     try:
-        jax.distributed.initialize(**(told if launch.mode == "manual" else {}))
+        jax.distributed.initialize(**(address if launch.launch == "manual" else {}))
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"--launch {launch.mode} does not find the other processes ({str(error).splitlines()[0]}): start it as docs/devices.md"
-            " says."
+            f"--launch {launch.launch} does not find the other processes ({str(error).splitlines()[0]}): start it as"
+            " docs/devices.md says."
         ) from error
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once."""
+    """Whether this is process 0, which writes the files."""
     import jax
 
     return jax.process_index() == 0
 
 
 def agreed(value: int) -> int:
-    """What process 0 calls `value`, in every process; waits for all."""
+    """Returns the `value` of process 0 in every process, and so waits for all."""
     import jax
     import numpy as np
 

@@ -1,8 +1,9 @@
-"""Where arrays lie on a mesh of devices: one table for parameters, one rule for states and batches.
+"""Shardings of arrays over a mesh of devices: a table for parameters, one rule for states and batches.
 
-The axes are `data` (copies of the weights, each with rows of its own), `fsdp` (devices that share a copy and gather a layer when they
-need it, each with rows of its own) and `tensor` (devices that share heads and hidden units and work on the same rows). Fast weights
-are states: rows over `data` and `fsdp`, heads over `tensor`, so the inner loop of a TTT layer talks to no other device.
+The axes are `data` (copies of the weights, each for other rows), `fsdp` (devices that share a copy, gather a layer when
+they need it, and work on other rows) and `tensor` (devices that share heads and hidden units and work on the same
+rows). Fast weights are states, with rows over `data` and `fsdp` and heads over `tensor`, so the inner loop of a TTT
+layer needs no communication.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ttt_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
-"""Mesh axes that rows are spread over."""
+"""Mesh axes of rows."""
 
 RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (r".*(norm\d?|post_norm_(scale|bias)|gate|out_bias)", ()),
@@ -38,32 +39,35 @@ RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (r"(.*/)?(text_emb|audio_emb)", (None, "fsdp")),
     (r"(.*/)?(extra_heads|text_emb_up|audio_emb_up)", (None, "fsdp")),
 )
-"""(pattern of a parameter's path, mesh axes of its last dimensions); the first that matches the whole path decides, dimensions
-before those named are stacks and stay whole. Adapters follow from their map (`spec`)."""
+"""(pattern of a parameter's path, mesh axes of its last dimensions). The first match of the whole path decides. Earlier
+dimensions are stacks and stay whole. Adapters follow their map (`spec`)."""
 
 
 def sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
-    """Sizes of the mesh axes over so many devices; one may be given as -1: what the others leave. Raises `InputError`."""
+    """Returns the sizes of the mesh axes over `devices`; one may be given as -1 for all remaining devices.
+
+    Raises `InputError` if their product is not `devices`.
+    """
     given = math.prod(size for size in (data, fsdp, tensor) if size != -1)
-    found = tuple(devices // given if size == -1 else size for size in (data, fsdp, tensor))
-    if math.prod(found) != devices:
+    shape = tuple(devices // given if size == -1 else size for size in (data, fsdp, tensor))
+    if math.prod(shape) != devices:
         raise InputError(
-            f"mesh.data={data}, mesh.fsdp={fsdp} and mesh.tensor={tensor} do not make up the {devices} devices that are there: choose"
-            f" sizes whose product is {devices}, or -1 for one of them."
+            f"mesh.data={data}, mesh.fsdp={fsdp} and mesh.tensor={tensor} do not make up the {devices} devices that are"
+            f" there: choose sizes whose product is {devices}, or -1 for one of them."
         )
-    return found
+    return shape
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """The mesh of all devices of all processes, of `sizes`, process after process. Raises `InputError`."""
-    # In this order, and not in one that follows the wiring, the rows of a process are a range whatever the sizes.
+    """Returns the mesh of all devices of all processes, process after process. Raises `InputError` as `sizes`."""
+    # In this order the rows of a process are a range for all sizes; in the order of the wiring they might not be.
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     shape = sizes(data, fsdp, tensor, len(devices))
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def check_rows(mesh: Mesh | AbstractMesh, batch: int, accumulate: int) -> None:
-    """Raise `InputError` unless every device gets as many rows of each of `accumulate` parts of a batch."""
+    """Raises `InputError` unless all devices get equally many rows of each of `accumulate` parts of a batch."""
     data, fsdp = (mesh.shape[axis] for axis in ROWS)
     if batch // accumulate % (data * fsdp):
         parts = f" in accumulate={accumulate} parts" if accumulate > 1 else ""
@@ -74,14 +78,14 @@ def check_rows(mesh: Mesh | AbstractMesh, batch: int, accumulate: int) -> None:
 
 
 def by_rows(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` [B, ...] with its rows spread over the mesh, and `axes` those of the dimensions that follow; as it is where there is no mesh."""
+    """Constrains the rows of `x` [B, ...] to `ROWS` and its next dimensions to `axes`; without a mesh returns `x`."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, P(ROWS, *axes))
 
 
 def per_row(tree: Any, rows: int) -> Any:
-    """Leaves [H, ...] as [B, H, ...], a copy for each of `rows`, where rows are spread over devices; as they are where they are not."""
+    """Repeats leaves [H, ...] as [B, H, ...] if rows are spread over devices; otherwise returns `tree`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or all(mesh.shape[axis] == 1 for axis in ROWS):
         return tree
@@ -89,13 +93,13 @@ def per_row(tree: Any, rows: int) -> Any:
 
 
 def spec(path: str, ndim: int) -> P:
-    """Mesh axes of the parameter at `path`. Raises `ValueError` for one that no rule covers."""
+    """Returns the mesh axes of the parameter at `path`. Raises `ValueError` if no rule covers it."""
     name, _, half = path.partition("_lora_")
     for pattern, axes in RULES:
         if re.fullmatch(pattern, name):
             if half == "a":
                 axes = (None, axes[-1])
-            elif half == "b":  # its inner axis is the rank, which may divide by nothing: the output axis takes both
+            elif half == "b":  # the inner axis is the rank, which may not divide, so the output axis takes both
                 shared = ("tensor", "fsdp") if axes[-1] == "fsdp" else "tensor"
                 axes = (*(shared if axis == "tensor" else axis for axis in axes[:-1]), None)
             return P(*(None,) * (ndim - len(axes)), *axes) if axes else P()
@@ -103,26 +107,27 @@ def spec(path: str, ndim: int) -> P:
 
 
 def params_shardings(mesh: Mesh, params: Any) -> Any:
-    """The sharding of every leaf of a (part of a) parameter tree. Raises `InputError` where a dimension does not divide."""
+    """Returns the shardings of a tree of parameters. Raises `InputError` if a dimension does not divide."""
 
     def one(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        found = spec(name, len(leaf.shape))
-        for size, axes in zip(leaf.shape, found, strict=False):
+        axes_of = spec(name, len(leaf.shape))
+        for size, axes in zip(leaf.shape, axes_of, strict=False):
             over = [axis for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis and mesh.shape[axis] > 1]
             parts = math.prod(mesh.shape[axis] for axis in over)
             if size % parts:
-                told = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in over)
+                product = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in over)
                 raise InputError(
-                    f"{told} does not divide the {size} of {name} {tuple(leaf.shape)}: choose a divisor of {size}, or 1."
+                    f"{product} does not divide the {size} of {name} {tuple(leaf.shape)}: choose a divisor of {size},"
+                    " or 1."
                 )
-        return NamedSharding(mesh, found)
+        return NamedSharding(mesh, axes_of)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """The shardings of a `ttt_jax.moshi.model.State`: rows over the mesh, heads of rings and fast weights over `tensor`."""
+    """Returns the shardings of a `moshi.model.State`: rows over `ROWS`, heads of its layers over `tensor`."""
 
     def layer(leaf: Any) -> NamedSharding:  # [L, B], or [L, B, H, ...]
         return NamedSharding(mesh, P(None, ROWS, *(("tensor",) if len(leaf.shape) > 2 else ())))
@@ -133,22 +138,22 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def rows_sharding(mesh: Mesh, lead: int = 0) -> NamedSharding:
-    """The sharding of an array whose axis `lead` counts rows."""
+    """Returns the sharding of an array whose axis `lead` is rows."""
     return NamedSharding(mesh, P(*(None,) * lead, ROWS))
 
 
 def devices_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array with an entry for each device."""
+    """Returns the sharding of an array with an entry for each device."""
     return NamedSharding(mesh, P(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds."""
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
 def local_rows(mesh: Mesh, batch: int) -> range:
-    """The rows of a batch that lie on devices of this process, a range since `make_mesh` goes process by process."""
-    held = rows_sharding(mesh).addressable_devices_indices_map((batch,)).values()
-    starts, stops, _ = zip(*(rows.indices(batch) for (rows,) in held), strict=True)
+    """Returns the rows of a batch on devices of this process; they are a range since `make_mesh` goes by process."""
+    slices = rows_sharding(mesh).addressable_devices_indices_map((batch,)).values()
+    starts, stops, _ = zip(*(rows.indices(batch) for (rows,) in slices), strict=True)
     return range(min(starts), max(stops))

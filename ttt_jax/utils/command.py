@@ -52,7 +52,7 @@ def machine() -> dict[str, Any]:
 
 
 def version() -> str:
-    """The package's version; in a checkout with its commit, and whether files were changed since: 0.1.0+g4e77721.dirty."""
+    """The package's version; in a checkout with its commit and whether files have changed: 0.1.0+g4e77721.dirty."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # installed, perhaps inside another repository
         return __version__
