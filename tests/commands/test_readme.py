@@ -30,16 +30,11 @@ def test_the_command_lines_are_understood():
         assert parse(words).config is not None
 
 
-COMMAND = r"-m train ((?:moshi-7b|small|tiny) [^`\"#\n]*)"
-PAGES = {
-    str(page.relative_to(ROOT / "docs")): commands
-    for page in sorted((ROOT / "docs").rglob("*.md"))
-    if (commands := re.findall(COMMAND, page.read_text().replace("\\\n", " ")))
-}
-
-
-@pytest.mark.parametrize(("page", "commands"), PAGES.items())
-def test_the_training_commands_of_the_documents_are_understood(page, commands):
+@pytest.mark.parametrize("page", ["training", "devices", "data", "checkpoints", "results/memory"])
+def test_the_training_commands_of_the_documents_are_understood(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"-m train (moshi-7b [^`\"#\n]*|small [^`\"#\n]*)", text)
+    assert commands or page in ("data", "checkpoints")
     for command in commands:
         words = [word for word in command.split() if word != "..."]
         assert parse(words).config is not None
