@@ -7,6 +7,7 @@ import hashlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from ttt_jax.utils.xla import QUICK, known_options
@@ -25,6 +26,8 @@ def quick_jit(fun, **kwargs):
 
 
 seeds = st.integers(0, 2**32 - 1)
+few = settings(max_examples=max(1, settings().max_examples // 4))
+"""For properties whose example makes many calls: one by default, more in slow runs."""
 
 
 @st.composite
