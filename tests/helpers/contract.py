@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,6 +41,8 @@ class Module:
     """(x, rng) -> other inputs of the same shape."""
     garbage: Callable
     """(x, rng) -> what a masked frame may hold, of the same shape."""
+    batch_axis: int = 0
+    """Of the arrays of `carried`."""
     tolerance: float = 1e-10
 
 
@@ -137,6 +140,15 @@ def verify(
         assert_same_bits(
             (row(of_other[1], 0), module.row(of_other[2], 0)), (row(slopes[1], 0), module.row(slopes[2], 0))
         )
+    only = lambda leaf, axis: leaf * (np.arange(len(mask)) == 0).reshape(-1, *(1,) * (leaf.ndim - axis - 1))  # noqa: E731
+    alone = (
+        jax.tree.map(partial(only, axis=0), weights[0]),
+        jax.tree.map(partial(only, axis=module.batch_axis), weights[1]),
+    )
+    a, b = (
+        gradients(module, params, *neighbour, state, alone, whole)[0] for neighbour in ((x, mask), (other, other_mask))
+    )
+    assert_close(a, b, tol)
     assert all(np.isnan(leaf[1][other_mask[1]]).any() for leaf in jax.tree.leaves(module.scored(got)))  # NaN is seen
 
     # A reset leaves nothing of a row, NaN included, and leaves its neighbour alone.
