@@ -118,6 +118,46 @@ def test_top_k_of_0_is_all(params):
     np.testing.assert_array_equal(got, expected)
 
 
+def test_each_draw_has_noise_of_its_own(params):
+    """Where all logits are 0 a token is the place of the largest noise: by row, position and codebook."""
+    silent = {**params, "text_head": 0 * params["text_head"]}
+    silent["depth"] = {**params["depth"], "heads": 0 * params["depth"]["heads"]}
+    moshi, _ = run(silent, codes(), model.init_state(CFG, ROWS, seeds=[7, 8, 7]))
+    sizes = [HOT.text_top_k] + CFG.dep_q * [HOT.top_k]
+    for row, seed in enumerate((7, 8, 7)):
+        for column in range(CALLS - CFG.max_delay):
+            key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), column)
+            noise = np.split(np.asarray(jax.random.gumbel(key, (sum(sizes),))), np.cumsum(sizes)[:-1])
+            for stream, of_stream in enumerate(noise):
+                call = column - CFG.delays[stream] + CFG.max_delay  # frame s - delay comes out max_delay calls later
+                if column >= CFG.delays[stream]:
+                    assert moshi[row, stream, call] == of_stream.argmax()
+
+
+def test_the_first_column_reads_what_is_sampled_where_a_stream_has_not_begun():
+    """Each codebook's likeliest token is the one before plus 1; codebook 2 of 3 begins a frame later than its neighbours."""
+    cfg = dataclasses.replace(CFG, num_layers=1, delays=(0, 0, 1, 0, 0, 0, 0), card=8, ttt=TTTConfig(layers="none"))
+    params = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, np.float32), model.init_params.eval_shape(cfg, jax.random.key(0))
+    )
+    places = np.eye(9, cfg.depth.dim, dtype=np.float32)
+    params["depth"]["text_emb"][:8], params["depth"]["audio_emb"][:] = places[:8], places
+    params["depth"]["heads"][:, np.arange(1, 8), np.arange(7)] = 1
+    params["depth"]["heads"][:, 7, 8] = 2  # after an initial token
+    greedy = Sampling(temperature=0, text_temperature=0)
+    moshi, _ = run(params, codes(calls=4)[:1] % 8, model.init_state(cfg, 1), cfg=cfg, sampling=greedy)
+    np.testing.assert_array_equal(moshi[0], np.array([[-1, 0, 0, 0], [-1, 1, 1, 1], [-1, 2, 2, 2], [-1, 3, 3, 3]]))
+
+
+@pytest.mark.parametrize(("top_k", "kept"), [(1, 1), (5, 5), (12, 12), (0, 16), (99, 16)])
+def test_as_many_tokens_as_top_k_come_into_question(top_k, kept):
+    state = model.init_state(CFG, 1)
+    text, audio = generate._gumbel(state, CFG, Sampling(top_k=top_k, text_top_k=top_k))
+    assert audio.shape == (1, CFG.dep_q, kept)
+    assert text.shape == (1, CFG.text_card if kept == 16 else kept)
+    assert generate._gumbel(state, CFG, Sampling(temperature=0, text_temperature=0)) == (None, None)
+
+
 def test_draws_follow_the_softmax_over_the_likeliest():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=12), jnp.float32)
     k, temperature, draws = 5, 0.7, 20_000

@@ -99,7 +99,9 @@ def test_what_is_read_and_put_out_is_what_the_layer_adds(x64):
 def test_no_rate_measures_the_same_before_and_after(hidden, x64):
     cfg = config(hidden, base_lr=0.0)
     params, x, _ = setting(cfg, 4, FRAMES)
-    got = measured_call(params, x, np.ones((ROWS, FRAMES), bool), init_state(cfg, ROWS), cfg=cfg)[2].inner
+    _, state, got = measured_call(params, x, np.ones((ROWS, FRAMES), bool), init_state(cfg, ROWS), cfg=cfg)
+    got = got.inner
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(state[:2]))
     assert_close((got.loss_before, got.loss_after), (got.loss_base, got.loss_base), TOL)
     assert (got.displacement == 0).all()
 
@@ -136,7 +138,7 @@ def test_what_repeats_is_learned(x64):
 
 
 def test_not_measuring_computes_nothing_of_it(monkeypatch):
-    cfg = config(dtype="float32")
+    cfg = config((), 1, dtype="float32")
     x, mask = jax.ShapeDtypeStruct((ROWS, FRAMES, cfg.dim), jnp.float32), jax.ShapeDtypeStruct((ROWS, FRAMES), bool)
     arguments = init_shapes(cfg), x, mask, jax.eval_shape(lambda: init_state(cfg, ROWS))
 

@@ -19,7 +19,6 @@ from tests.helpers.drawing import (
 )
 from tests.helpers.small_ttt import (
     FRAMES,
-    HEADS,
     PARTS,
     ROWS,
     TOL,
@@ -34,7 +33,6 @@ from tests.helpers.small_ttt import (
     reference,
     run_split,
     setting,
-    shallow_networks,
     value_and_grads,
 )
 from ttt_jax.ttt.layer import init_state
@@ -136,6 +134,23 @@ def test_the_layer_keeps_its_contract(hidden, mini_batch, x64, seed):
     np.testing.assert_array_equal(new.count, state.count + mask.sum(1))
 
 
+def test_an_open_mini_batch_is_filled_from_any_place(x64):
+    """Calls that enter a mini-batch of 4 at each of its places, its last one included, and leave it open, full or beyond."""
+    cfg, frames = config(), PARTS[0][0]
+    params, x, rng = setting(cfg, 16, frames)
+    carried = carried_state(cfg, rng)
+    for phase in range(4):
+        open_sum = jax.tree.map(lambda leaf, phase=phase: leaf * (phase > 0) + 0.1 * (phase > 0), carried.open_sum)
+        state = carried._replace(open_sum=open_sum, count=np.full(ROWS, 8 + phase, np.int32))
+        for valid in range(1, 6):
+            mask = np.broadcast_to(np.arange(frames) < valid, (ROWS, frames))
+            expected = reference(params, x, mask, state, cfg)
+            assert_close(call(params, x, mask, state, cfg=cfg), expected, TOL)
+            parts = (1,) * valid
+            out, new = run_split(params, x[:, :valid], mask[:, :valid], state, cfg, parts)
+            assert_close((out, new), (expected[0][:, :valid], expected[1]), TOL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_every_variant_keeps_the_contract(variant, x64):
@@ -177,27 +192,6 @@ def test_closed_gate_returns_the_input_exactly(dtype):
     params["gate"] = jnp.zeros_like(params["gate"])
     out, _ = call(params, x, np.ones((ROWS, frames), bool), carried_state(cfg, rng), cfg=cfg)
     assert_same_bits(out, x)
-
-
-@shallow_networks
-def test_rate_decides_whether_the_inner_loss_of_a_repeated_frame_falls(hidden, x64):
-    for base_lr in (0.0, 0.5):
-        cfg = config(hidden, base_lr=base_lr)
-        params, x, _ = setting(cfg, 8, frames=12)
-        repeated = np.broadcast_to(x[:, :1], x.shape)
-        _, state = call(params, repeated, np.ones(x.shape[:2], bool), init_state(cfg, ROWS), cfg=cfg)
-        assert base_lr or all((leaf == 0).all() for leaf in jax.tree.leaves(state[:2]))
-        p = {name: np.asarray(value) for name, value in params.items()}
-        for row in range(ROWS):
-            _, k, t, _ = reference_ttt.frame_inputs(p, np.asarray(x[row, 0]), HEADS, base_lr, True)
-            for h in range(HEADS):
-                base = [(p[f"inner_w{n}"][h], p[f"inner_b{n}"][h]) for n in range(len(hidden) + 1)]
-                moved = [(np.asarray(w)[row, h], np.asarray(b)[row, h]) for w, b in state.displacement]
-                before, after = (
-                    reference_ttt.inner_loss(w, k[h], t[h], p["ln_scale"][h], p["ln_bias"][h])
-                    for w in (base, reference_ttt.add(base, moved))
-                )
-                assert after < before if base_lr else after == before
 
 
 @pairs
