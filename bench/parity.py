@@ -167,21 +167,21 @@ def compare(traces: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, dict[st
             return x.astype(np.float64)
 
         figures[name] = {
-            model: one(logits(exact), logits(trace)) for model, trace in traces.items() if trace is not exact
+            model: compare(logits(exact), logits(trace)) for model, trace in traces.items() if trace is not exact
         }
         both = logits(traces["PyTorch bfloat16"]), logits(traces["ours bfloat16"])
-        figures[name]["one bfloat16 to the other"] = one(*both)
+        figures[name]["one bfloat16 to the other"] = differences(*both)
     return figures
 
 
-def one(exact: np.ndarray, other: np.ndarray) -> dict[str, float]:
+def differences(exact: np.ndarray, approximate: np.ndarray) -> dict[str, float]:
     """Figures of logits [B, T, V] against exact ones."""
-    p, q = (x - x.max(-1, keepdims=True) for x in (exact, other))
+    p, q = (x - x.max(-1, keepdims=True) for x in (exact, approximate))
     p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
     return {
-        "argmax": float((exact.argmax(-1) == other.argmax(-1)).mean()),
+        "argmax": float((exact.argmax(-1) == approximate.argmax(-1)).mean()),
         "KL": float((np.exp(p) * (p - q)).sum(-1).mean()),
-        "apart": float(np.abs(exact - other).max()),
+        "apart": float(np.abs(exact - approximate).max()),
     }
 
 

@@ -2,7 +2,7 @@
 
 Ours and the PyTorch package ``moshi`` (where it is installed; with its CUDA graphs on a GPU) run in turn, each in a process of
 its own, on random weights of one shape, Kyutai's sampling, a full attention window. Beside them stands the time to read all
-weights and rings once at the bandwidth that a copy reaches here.
+weights and KV caches once at the bandwidth that a copy reaches here.
 
     python -m bench.stream                                   # small: dim 512, 8 layers, depth 256 x 6, float32
     python -m bench.stream --shape 7b --rows 1 8             # the 7B in bfloat16, TTT on three layers: needs a GPU of 80 GB
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def take_turns(cells: list[dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
-    """Figures of programs that run in processes of their own and are timed in turn, so that all meet the same machine."""
+    """Figures of programs that each run in a process and take turns, so that all meet the same machine."""
     env = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95" if len(cells) == 1 else "0.3"}
     started = [
         subprocess.Popen(
@@ -158,16 +158,16 @@ def ours(shape: str, rows: int, ttt: str, frames: int, long: int | None) -> Iter
     step = generate.stream_step.lower(params, codes[0], mask, state, cfg).compile()
     compile_s = time.perf_counter() - began
     for i in range(WARM_UP):
-        own, state = step(params, codes[i], mask, state)
-    jax.block_until_ready(own)
+        moshi, state = step(params, codes[i], mask, state)
+    jax.block_until_ready(moshi)
 
     def blocking(n: int) -> list[float]:
         nonlocal state
         times = []
         for i in range(n):
             began = time.perf_counter()
-            own, state = step(params, codes[i % 64], mask, state)
-            np.asarray(own)
+            moshi, state = step(params, codes[i % 64], mask, state)
+            np.asarray(moshi)
             times.append((time.perf_counter() - began) * 1e3)
         return times
 
@@ -176,8 +176,8 @@ def ours(shape: str, rows: int, ttt: str, frames: int, long: int | None) -> Iter
         times = blocking(100)
         got |= {"long": long, "first": {"ms": float(np.median(times)), "gb": in_use()}}
         for i in range(long - 200 - WARM_UP):
-            own, state = step(params, codes[i % 64], mask, state)
-        jax.block_until_ready(own)
+            moshi, state = step(params, codes[i % 64], mask, state)
+        jax.block_until_ready(moshi)
         times = blocking(100)
         got |= {"last": {"ms": float(np.median(times)), "gb": in_use()}}
     device = jax.devices()[0]
@@ -192,7 +192,7 @@ def ours(shape: str, rows: int, ttt: str, frames: int, long: int | None) -> Iter
         times = blocking(frames)
         began = time.perf_counter()
         for i in range(frames):
-            own, state = step(params, codes[i % 64], mask, state)
+            moshi, state = step(params, codes[i % 64], mask, state)
         jax.block_until_ready(state)
         yield {"ms": times, "queued_ms": (time.perf_counter() - began) * 1e3 / frames}
 
@@ -234,7 +234,7 @@ def torch_moshi(shape: str, rows: int, frames: int, threads: int) -> Iterator[di
     with torch.no_grad(), gen.streaming(rows):
         for i in range(WARM_UP):
             gen.step(codes[i])
-        # A full window without streaming through it: what the ring's mask sees is the count of frames.
+        # A full window without a stream: the cache's mask depends on the count of frames alone.
         fill_window(model, kwargs["context"] + 5)
         for i in range(WARM_UP):
             gen.step(codes[i])
@@ -258,7 +258,7 @@ def torch_moshi(shape: str, rows: int, frames: int, threads: int) -> Iterator[di
 
 
 def fill_window(model: Any, frames: int) -> None:
-    """Sets the position of every ring of the temporal transformer to `frames`, in place."""
+    """Sets the position of every KV cache of the temporal transformer to `frames`, in place."""
     for module in model.transformer.modules():
         state = getattr(module, "_streaming_state", None)
         for name in ("offset", "offsets"):

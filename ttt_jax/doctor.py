@@ -1,4 +1,5 @@
-"""`python -m ttt_jax.doctor`: what is installed, what JAX runs on, whether the TTT layer keeps its laws on this machine.
+"""`python -m ttt_jax.doctor`: what is installed, what JAX runs on, whether the TTT layer keeps its laws on this
+machine.
 
 Starts without jax, so that it can tell when jax is missing.
 """
@@ -87,14 +88,16 @@ def needs() -> dict[str, list[str]]:
 
 
 def _of_extra(name: str, extra: str | None) -> list[str]:
-    """Requirements of the installed distribution `name` that belong to `extra`, None for those that belong to no extra."""
+    """Requirements of the installed distribution `name` that belong to `extra`, None for those that belong to no
+    extra."""
     parts = (requirement.partition(";") for requirement in metadata.requires(name) or [])
     marked = ((need.strip(), re.search(r"""extra == ['"](.+?)['"]""", marker)) for need, _, marker in parts)
     return [need for need, match in marked if (match and match[1]) == extra]
 
 
 def unmet(requirement: str) -> list[str]:
-    """What is wrong with the distribution that `requirement` names and with those that its extras ask for; [] if nothing."""
+    """What is wrong with the distribution that `requirement` names and with those that its extras ask for; [] if
+    nothing."""
     name, extra, bounds = re.fullmatch(r"([\w.-]+)(?:\[(.*)\])?(.*)", requirement).groups()
     version = installed(name)
     if version is None:
@@ -105,7 +108,8 @@ def unmet(requirement: str) -> list[str]:
 
 
 def fits(version: str, bounds: str) -> bool:
-    """Whether `version` keeps `bounds` such as ">=0.9,<0.13"; by the numbers alone, and bounds of other kinds are passed over."""
+    """Whether `version` keeps `bounds` such as ">=0.9,<0.13"; by the numbers alone, and bounds of other kinds are
+    passed over."""
     numbers = lambda text: tuple(int(n) for n in re.match(r"[\d.]*", text)[0].split(".") if n)  # noqa: E731
     found = re.findall(r"(>=|<=|==|>|<)\s*([\d.]+)(?![\d.]*\*)", bounds)
     return all(OPERATORS[sign](numbers(version), numbers(bound)) for sign, bound in found)

@@ -108,7 +108,7 @@ def setting(cfg, seed, frames=FRAMES, rows=ROWS):
 
 
 def carried_state(cfg, rng, rows=ROWS):
-    """A state that a stream could have left, in NumPy: weights moved, rows at phases of their own."""
+    """A state that a stream could have left, in NumPy: weights moved, rows at any phase."""
     b = cfg.ttt.mini_batch
     state = init_state(cfg, rows)
     count = rng.integers(0, 3 * b, rows)

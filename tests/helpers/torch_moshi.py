@@ -69,7 +69,7 @@ MOSHI = {
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "moshi": MOSHI,
-    "all own": MOSHI | {"n_q": 4, "dep_q": 4, "delays": [0, 0, 1, 1, 1]},
+    "all moshi": MOSHI | {"n_q": 4, "dep_q": 4, "delays": [0, 0, 1, 1, 1]},
     "delay 2": MOSHI | {"delays": [0, 0, 2, 2, 0, 2, 2], "max_period": 100000},
     "mixed delays": MOSHI | {"delays": [0, 2, 0, 1, 1, 0, 2]},
     "shared": MOSHI
@@ -84,12 +84,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "heads": MOSHI | {"extra_heads_num_heads": 4, "extra_heads_dim": 6},
 }
-"""What tells the released models apart. Moshi; all codebooks own, as TTS; delay 2 and shared weight sets with low-rank
+"""The differences of the released models. Moshi; all codebooks predicted, as TTS; delay 2 and shared weight sets with low-rank
 tables, as Hibiki, with the other rule for hidden widths (at four times the width); extra heads, as STT."""
 
 
 class Trace(NamedTuple):
-    """What PyTorch makes of teacher-forced tokens, on the delayed grid; see `grid`."""
+    """PyTorch's results for teacher-forced tokens, on the delayed grid; see `grid`."""
 
     hidden: np.ndarray
     """[B, T, dim]."""
@@ -258,7 +258,7 @@ def _depth(model: LMModel, targets: torch.Tensor, hidden: torch.Tensor) -> torch
 
 
 class Stream(NamedTuple):
-    """What `LMGen` says, call by call."""
+    """Output of `LMGen`, call by call."""
 
     tokens: np.ndarray
     """int32 [B, 1 + Q, calls]; -1 where a row has none."""

@@ -109,9 +109,9 @@ def test_logits_equal_those_of_transformers(tmp_path, name, dtype):
     with torch.no_grad():
         inputs = {"input_ids": grid[:, 0, :-1], "moshi_audio_codes": grid[:, 1 : 1 + cfg.dep_q, :-1]}
         out = theirs(**inputs, user_audio_codes=grid[:, 1 + cfg.dep_q :, :-1], use_cache=False)
-        own = grid[:, : cfg.dep_q, 1:].transpose(1, 2).reshape(ROWS * FRAMES, -1)
+        moshi = grid[:, : cfg.dep_q, 1:].transpose(1, 2).reshape(ROWS * FRAMES, -1)
         hidden = out.last_hidden_state.reshape(ROWS * FRAMES, 1, -1)
-        depth = theirs.depth_decoder(input_ids=own, last_hidden_state=hidden, use_cache=False).logits
+        depth = theirs.depth_decoder(input_ids=moshi, last_hidden_state=hidden, use_cache=False).logits
     np.testing.assert_allclose(ours.hidden, out.last_hidden_state, rtol=0, atol=ATOL)
     np.testing.assert_allclose(ours.text_logits, out.logits, rtol=0, atol=ATOL)
     np.testing.assert_allclose(ours.audio_logits, depth.reshape(ROWS, FRAMES, cfg.dep_q, -1), rtol=0, atol=ATOL)

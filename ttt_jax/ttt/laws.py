@@ -105,7 +105,8 @@ def _jit(function: Callable, **options: Any) -> Callable:
 
 
 def _off(got: Any, expected: Any) -> float:
-    """Largest difference over the leaves of two trees, in units of the larger of 1 and the leaf's greatest magnitude."""
+    """Largest difference over the leaves of two trees, in units of the larger of 1 and the leaf's greatest
+    magnitude."""
     pairs = zip(jax.tree.leaves(jax.device_get(got)), jax.tree.leaves(jax.device_get(expected)), strict=True)
     # NumPy's maximum, unlike Python's, is NaN if one is.
     return float(np.max([np.abs(a - b).max() / max(1.0, np.abs(b).max()) for a, b in pairs]))
