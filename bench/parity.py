@@ -1,8 +1,8 @@
 """How far our bfloat16 model and PyTorch's lie from float32, on one GPU: ``python -m bench.parity [--layers 32]``.
 
-Random bfloat16 weights in the shape of Moshi's 7B are made once with PyTorch `moshi`, written in Kyutai's layout and read by
-`ttt_jax.convert`. Both models score the same random codes, teacher-forced, in bfloat16 and in float32. For text and every
-codebook the table gives, against PyTorch in float32 (and last, between the two in bfloat16):
+Random bfloat16 weights in the shape of Moshi's 7B are made once with PyTorch `moshi`, written in Kyutai's layout and
+read by `ttt_jax.convert`. Both models score the same random codes, teacher-forced, in bfloat16 and in float32. For text
+and every codebook the table gives, against PyTorch in float32 (and last, between the two in bfloat16):
 
 - argmax: share of positions whose likeliest token is the same
 - KL: of the two distributions, in nats, mean over positions

@@ -1,12 +1,13 @@
 """Times streaming generation, tokens on the host after each frame: ``python -m bench.stream``.
 
-Ours and the PyTorch package ``moshi`` (where it is installed; with its CUDA graphs on a GPU) run in turn, each in a process of
-its own, on random weights of one shape, Kyutai's sampling, a full attention window. Beside them stands the time to read all
-weights and KV caches once at the bandwidth that a copy reaches here.
+Ours and the PyTorch package ``moshi`` (where it is installed; with its CUDA graphs on a GPU) run in turn, each in a
+process of its own, on random weights of one shape, Kyutai's sampling, a full attention window. Beside them stands the
+time to read all weights and KV caches once at the bandwidth that a copy reaches here.
 
     python -m bench.stream                                   # small: dim 512, 8 layers, depth 256 x 6, float32
-    python -m bench.stream --shape 7b --rows 1 8             # the 7B in bfloat16, TTT on three layers: needs a GPU of 80 GB
-    python -m bench.stream --long 45000                      # streams that many frames, times the first and the last hundred
+    python -m bench.stream --shape 7b --rows 1 8             # the 7B in bfloat16, TTT on three layers: needs a GPU of
+    80 GB python -m bench.stream --long 45000                      # streams that many frames, times the first and the
+    last hundred
 """
 
 from __future__ import annotations
@@ -130,7 +131,8 @@ def line(cell: dict[str, Any]) -> str:
         text += f"; reading all once {cell['floor_ms']:.2f} ms; compiled in {cell['compile_s']:.0f} s"
     for name in ("first", "last"):
         if name in cell:
-            text += f"\n      {name} hundred of {cell['long']} frames: {cell[name]['ms']:.2f} ms, {cell[name]['gb']:.3f} GB in use"
+            figures = f"{cell[name]['ms']:.2f} ms, {cell[name]['gb']:.3f} GB in use"
+            text += f"\n      {name} hundred of {cell['long']} frames: {figures}"
     return text
 
 

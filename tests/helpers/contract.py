@@ -1,7 +1,8 @@
 """The contract of a module that runs over a stream in calls, checked in one call: `verify`.
 
-The idea is that of sequence-layers' contract test: a module that takes a state and returns one keeps the same laws, whatever it computes.
-All calls have a length of `parts`, so that a module compiles once for each length and not once for each law.
+The idea is that of sequence-layers' contract test: a module that takes a state and returns one keeps the same laws,
+whatever it computes. All calls have a length of `parts`, so that a module compiles once for each length and not once
+for each law.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Module:
     call: Callable
     """(params, x, mask, state) -> (outputs, state)."""
     gradients: Callable
-    """(params, x, mask, state, (weights of outputs, weights of `carried`)) -> gradients (params, x or (), `carried`)."""
+    """(params, x, mask, state, (weights of outputs, weights of `carried`)) -> gradients (params, x or (),
+    `carried`)."""
     scored: Callable
     """Outputs -> the arrays [B, T, ...] that the loss of `gradients` weighs."""
     carried: Callable
@@ -92,9 +94,9 @@ def verify(
 ) -> None:
     """Asserts that a module keeps its contract, from the state of a stream under way.
 
-    Laws: state keeps structure, shapes and types; any split gives the same outputs, state and gradients; masked frames are as if they were
-    not there, whatever they hold; rows are independent; a reset row is a fresh one; a frame changes nothing before it; parameters keep
-    their bits.
+    Laws: state keeps structure, shapes and types; any split gives the same outputs, state and gradients; masked frames
+    are as if they were not there, whatever they hold; rows are independent; a reset row is a fresh one; a frame changes
+    nothing before it; parameters keep their bits.
 
     Args:
       x, mask: of the whole stream; row 0 is all valid.

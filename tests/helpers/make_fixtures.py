@@ -1,10 +1,12 @@
-"""Fixtures of PyTorch `moshi` for tests that run without it: ``python -m tests.helpers.make_fixtures [--out tests/fixtures]``.
+"""Fixtures of PyTorch `moshi` for tests that run without it: ``python -m tests.helpers.make_fixtures [--out
+tests/fixtures]``.
 
-Needs torch and the PyPI package `moshi` (0.2.13 made those in the repository, with torch 2.13.0 on a CPU). Each fixture is a
-folder as Kyutai releases them, with small random weights, and a `trace.safetensors` of what PyTorch makes of them, greedily:
+Needs torch and the PyPI package `moshi` (0.2.13 made those in the repository, with torch 2.13.0 on a CPU). Each fixture
+is a folder as Kyutai releases them, with small random weights, and a `trace.safetensors` of what PyTorch makes of them,
+greedily:
 
-- `hibiki`: a user's stream, delay 2, shared weight sets, low-rank tables, extra heads, the other rule for hidden widths, an
-  adapter file, bfloat16
+- `hibiki`: a user's stream, delay 2, shared weight sets, low-rank tables, extra heads, the other rule for hidden
+  widths, an adapter file, bfloat16
 - `all_moshi`: every codebook is predicted, as in TTS; two layers in the depth transformer
 
 `moshi.*` beside them, the 7B's shape in small, are older; their trace is described in `moshi/test_parity.py`.
@@ -110,7 +112,8 @@ def adapted(theirs, kwargs, folder: Path) -> dict[str, np.ndarray]:
 
 
 def in_bfloat16(folder: Path, kwargs) -> dict[str, np.ndarray]:
-    """Logits of the weights rounded to bfloat16, in float32, and the mean distance from them (text, audio) when run in bfloat16.
+    """Logits of the weights rounded to bfloat16, in float32, and the mean distance from them (text, audio) when run in
+    bfloat16.
 
     Rotations far from the start and attention with large scores apart, as rounding shows there.
     """

@@ -1,4 +1,5 @@
-"""One small model and what the tests of its laws call: two layers with TTT and one without, of a shorter window, delays of up to 2 frames."""
+"""One small model and what the tests of its laws call: two layers with TTT and one without, of a shorter window, delays
+of up to 2 frames."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from ttt_jax.moshi.loss import token_losses
 TOL = 1e-10
 ROWS, FRAMES = 2, 16
 PARTS = ((8, 8), (1,) * FRAMES, (*(1,) * 5, 8, *(1,) * 3))
-"""Splits of `FRAMES` by calls of two lengths, since each compiles for seconds; a call of 8 is longer than the windows."""
+"""Splits of `FRAMES` by calls of two lengths, since each compiles for seconds; a call of 8 is longer than the
+windows."""
 SMALL = MoshiConfig(
     dim=16,
     num_layers=3,
@@ -94,7 +96,8 @@ def with_floats(state, moved):
 
 @partial(quick_jit, static_argnames="cfg")
 def value_and_grads(params, frames, mask, state, weights, cfg):
-    """A loss that weighs every token's loss [B, T, 1 + Q] and the carried floats; its gradients to parameters and carried floats."""
+    """A loss that weighs every token's loss [B, T, 1 + Q] and the carried floats; its gradients to parameters and
+    carried floats."""
 
     def loss(params, moved):
         outputs, new = model.forward(params, frames, mask, with_floats(state, moved), cfg)

@@ -54,7 +54,8 @@ pairs = grid("linear-1", "mlp2-4")
 
 
 def config(hidden=(4,), mini_batch=4, dtype="float64", **ttt) -> MoshiConfig:
-    """A layer whose memory decays within the test; narrow heads take the rate of wide ones; scans go in groups with a rest."""
+    """A layer whose memory decays within the test; narrow heads take the rate of wide ones; scans go in groups with a
+    rest."""
     ttt = {"horizon": 100.0, "base_lr": min(1.0, 8 / mini_batch), "remat_group": 5, **ttt}
     return MoshiConfig(
         dim=DIM,

@@ -135,7 +135,8 @@ def test_each_draw_has_noise_of_its_own(params):
 
 
 def test_the_first_column_reads_what_is_sampled_where_a_stream_has_not_begun():
-    """Each codebook's likeliest token is the one before plus 1; codebook 2 of 3 begins a frame later than its neighbours."""
+    """Each codebook's likeliest token is the one before plus 1; codebook 2 of 3 begins a frame later than its
+    neighbours."""
     cfg = dataclasses.replace(CFG, num_layers=1, delays=(0, 0, 1, 0, 0, 0, 0), card=8, ttt=TTTConfig(layers="none"))
     params = jax.tree.map(
         lambda leaf: np.zeros(leaf.shape, np.float32), model.init_params.eval_shape(cfg, jax.random.key(0))
@@ -338,7 +339,8 @@ def with_adapters(params, key):
 
 @pytest.mark.slow
 def test_streamed_tokens_are_the_likeliest_that_forward_gives():
-    """With shared weight sets, low-rank tables, adapters: each generated token is the teacher-forced argmax given those before."""
+    """With shared weight sets, low-rank tables, adapters: each generated token is the teacher-forced argmax given those
+    before."""
     cfg = rich()
     params = with_adapters(quick_jit(model.init_params, static_argnums=0)(cfg, jax.random.key(1)), jax.random.key(2))
     user = np.zeros((2, 0, 14), np.int32)

@@ -33,7 +33,8 @@ def drawn():
 
 
 def expected_spread(path, shape) -> float:
-    """Standard deviation by the parameter's place: Kyutai's rules, PyTorch's default where they use it, design.md for TTT."""
+    """Standard deviation by the parameter's place: Kyutai's rules, PyTorch's default where they use it, design.md for
+    TTT."""
     name, fan_in = path[-1], shape[-1]
     if name == "rate_weight":
         return 0.02

@@ -1,4 +1,5 @@
-"""The laws of the one forward for gradients: finite differences, causality, the learned start. Splits, masks and rows: its contract."""
+"""The laws of the one forward for gradients: finite differences, causality, the learned start. Splits, masks and rows:
+its contract."""
 
 from functools import partial
 

@@ -95,7 +95,8 @@ CALLS = (8, *(1,) * 8)
 
 @st.composite
 def schedules(draw):
-    """Lengths of calls, and by row: which frames are there (a start, pauses, an end), and before which calls it is reset."""
+    """Lengths of calls, and by row: which frames are there (a start, pauses, an end), and before which calls it is
+    reset."""
     parts = draw(st.permutations(CALLS))
     mask, resets = np.zeros((ROWS, FRAMES), bool), np.zeros((ROWS, len(parts)), bool)
     for row in range(ROWS):

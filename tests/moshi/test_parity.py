@@ -1,4 +1,5 @@
-"""The model against traces of PyTorch `moshi` on shared random weights (window 8, so 24 frames wrap the KV cache twice)."""
+"""The model against traces of PyTorch `moshi` on shared random weights (window 8, so 24 frames wrap the KV cache
+twice)."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,8 @@ def test_teacher_forced_logits_equal_pytorch(fixture, splits):
     out = _run(cfg, params, trace["codes"], splits)
     np.testing.assert_allclose(out.text_logits, trace["text_logits_delayed_grid"][:, 0], atol=ATOL)
     np.testing.assert_allclose(out.hidden, trace["transformer_out"], atol=ATOL)
-    # These logits reach 20: PyTorch's own float32 rounding puts them up to 1.4e-4 from a float64 evaluation. Hence 1e-5 of
+    # These logits reach 20: PyTorch's own float32 rounding puts them up to 1.4e-4 from a float64 evaluation. Hence 1e-5
+    # of
     # the largest.
     expected = trace["audio_logits_delayed_grid"]
     np.testing.assert_allclose(out.audio_logits.swapaxes(1, 2), expected, atol=1e-5 * np.abs(expected).max())
@@ -105,11 +107,8 @@ def test_stream_step_donates_its_state_and_compiles_once(fixture):
     def kinds(state):
         return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
 
-    state, sampling = (
-        model.init_state(cfg, 2),
-        generate.Sampling(top_k=5),
-    )  # other settings than elsewhere: another program
-    fresh, before = kinds(state), generate.stream_step._cache_size()
+    state, sizes, before = model.init_state(cfg, 2), [], digest(params)
+    fresh = kinds(state)
     for call in range(3):
         old, user = state, jnp.asarray(trace["free_user"][:, :, call], jnp.int32)
         _, state = generate.stream_step(params, user, jnp.ones(2, bool), state, cfg, GREEDY)

@@ -1,10 +1,11 @@
 """Checkpoints that `transformers` itself wrote, converted, beside its own forward pass.
 
-Needs torch and transformers; without them nothing runs here, and `convert/test_convert_layouts.py` compares with its script's map.
+Needs torch and transformers; without them nothing runs here, and `convert/test_convert_layouts.py` compares with its
+script's map.
 
-What transformers computes otherwise and is left out here: it attends to all frames instead of to the last `sliding_window`,
-and with attn_implementation="eager" its depth transformer sees later codebooks. So windows hold all frames, and it runs with
-"sdpa". Its grid of delayed tokens comes from the caller.
+What transformers computes otherwise and is left out here: it attends to all frames instead of to the last
+`sliding_window`, and with attn_implementation="eager" its depth transformer sees later codebooks. So windows hold all
+frames, and it runs with "sdpa". Its grid of delayed tokens comes from the caller.
 """
 
 # ruff: noqa: E402  what needs torch is imported where it is there

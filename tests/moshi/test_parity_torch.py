@@ -1,7 +1,8 @@
 """The model beside PyTorch `moshi` itself, on random weights handed over in Kyutai's own files.
 
-Needs torch and the PyPI package `moshi`; without them nothing runs here, and `moshi/test_parity.py` and `moshi/test_parity_traps.py`
-compare with what `make_fixtures.py` stored of them. ``python -m pytest -m parity`` runs these alone.
+Needs torch and the PyPI package `moshi`; without them nothing runs here, and `moshi/test_parity.py` and
+`moshi/test_parity_traps.py` compare with what `make_fixtures.py` stored of them. ``python -m pytest -m parity`` runs
+these alone.
 """
 
 # ruff: noqa: E402  what needs torch is imported where it is there
@@ -109,7 +110,8 @@ def stream(cfg, params, user, active=None, reset_before=None, sampling=GREEDY) -
 
 
 def run(cfg, params, user, forced=None) -> np.ndarray:
-    """Tokens of every call of one `generate`, one for each frame of `user`. With `forced` or without: one program for both."""
+    """Tokens of every call of one `generate`, one for each frame of `user`. With `forced` or without: one program for
+    both."""
     rows, _, calls = user.shape
     if forced is None:
         forced = np.full((rows, 1 + cfg.dep_q, calls), generate.FREE, np.int32)
@@ -176,7 +178,8 @@ def test_targets_are_the_delayed_codes(pair):
 
 
 def test_gradients_equal_pytorch(pair):
-    """Of the mean cross-entropy over scored tokens, to embeddings, attention and depth transformer; NaN reaches neither."""
+    """Of the mean cross-entropy over scored tokens, to embeddings, attention and depth transformer; NaN reaches
+    neither."""
     kwargs, theirs, cfg, params, _ = pair("moshi")
     codes = codes_of(kwargs)
     out = theirs(torch.from_numpy(codes).long())
@@ -305,7 +308,8 @@ def test_forced_tokens_equal_pytorch(pair, name, text, audio):
 
 @pytest.mark.parametrize("name", ["moshi", "mixed delays", "shared"])
 def test_single_forced_codebooks_are_read_by_those_after_them(pair, name):
-    """Where PyTorch's hook comes too late: it replaces tokens of a column after the whole column was sampled from others."""
+    """Where PyTorch's hook comes too late: it replaces tokens of a column after the whole column was sampled from
+    others."""
     kwargs, theirs, cfg, params, _ = pair(name)
     user, forced = user_of(kwargs), forced_frames(kwargs, 0.3, 0.4)
     columns = torch_moshi.on_grid(forced, kwargs["delays"])
@@ -324,7 +328,8 @@ def test_default_sampling_is_pytorchs():
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(0.8, 250), (0.7, 25), (1.3, 3), (0.2, 1)])
 def test_sample_draws_what_pytorch_draws_from_the_same_noise(temperature, top_k):
-    """PyTorch takes the largest p / q, q exponential; ours the largest log p + g, g Gumbel: the same draw where g = -log q."""
+    """PyTorch takes the largest p / q, q exponential; ours the largest log p + g, g Gumbel: the same draw where g =
+    -log q."""
     logits = 3 * torch.randn(2000, 60, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
     expected = sample_token(logits, True, temperature, top_k)
@@ -396,7 +401,8 @@ def chi_square(drawn: np.ndarray, frames: np.ndarray, exact: np.ndarray) -> floa
 
 
 def frames_of(tokens: np.ndarray, user: np.ndarray, delay: int) -> np.ndarray:
-    """The first frames [B, K, FRAMES] of a stream, undelayed: call s gave frame s - delay and was given the user's s - 1."""
+    """The first frames [B, K, FRAMES] of a stream, undelayed: call s gave frame s - delay and was given the user's s -
+    1."""
     return np.concatenate([tokens[:, :, delay : delay + FRAMES], user[:, :, 1 : 1 + FRAMES]], 1)
 
 
@@ -516,7 +522,8 @@ def test_kyutais_loader_refuses_adapters_on_some_maps(adapted, tmp_path):
 
 @pytest.mark.parametrize("name", ["moshi", "shared"])
 def test_names_of_a_state_dict_are_read_too(pair, tmp_path, name):
-    """`save_file(model.state_dict())`: attention maps codebook by codebook, as fine-tuning and quantisation write them."""
+    """`save_file(model.state_dict())`: attention maps codebook by codebook, as fine-tuning and quantisation write
+    them."""
     kwargs, theirs, cfg, params, _ = pair(name)
     source = torch_moshi.write_folder(tmp_path / "source", theirs, kwargs, fused=False)
     assert "depformer.layers.0.self_attn.in_projs.0.weight" in load_file(source / "model.safetensors")
@@ -527,7 +534,8 @@ def test_names_of_a_state_dict_are_read_too(pair, tmp_path, name):
 
 @pytest.mark.parametrize("layers", ["all", "0,2"])
 def test_added_ttt_layers_change_nothing_before_training(pair, tmp_path, layers):
-    """Not a bit in float32 where XLA orders sums as they are written, else rounding; yet the output projection has a gradient.
+    """Not a bit in float32 where XLA orders sums as they are written, else rounding; yet the output projection has a
+    gradient.
 
     Optimised, the two models are two programs, whose norms are fused with other operations each.
     """
@@ -568,7 +576,8 @@ def test_exported_ttt_layers_are_ignored_by_pytorch(pair, tmp_path):
 
 
 def test_pytorch_loses_keys_when_several_positions_enter_a_full_ring(pair):
-    """Five at a time: once the ring is full all but a call's last see too few keys there; ours see all of the window."""
+    """Five at a time: once the ring is full all but a call's last see too few keys there; ours see all of the
+    window."""
     kwargs, theirs, cfg, params, _ = pair("moshi")
     codes, call = codes_of(kwargs, frames=20), 5
     full, fives = torch_moshi.grid(theirs, codes).hidden, torch_moshi.stepped(theirs, codes, call).hidden
@@ -605,7 +614,8 @@ def test_ids_below_absent_are_zero_here_and_id_0_there(pair):
 
 @pytest.mark.parametrize("name", ["moshi", "delay 2"])
 def test_samples_before_a_stream_begins_feed_the_depth_transformer_alone(pair, name):
-    """Training gives it the initial token there, streaming its own sample; ours do as PyTorch in both, and neither is heard."""
+    """Training gives it the initial token there, streaming its own sample; ours do as PyTorch in both, and neither is
+    heard."""
     kwargs, theirs, cfg, params, _ = pair(name)
     user = user_of(kwargs)
     codes = frames_of(torch_moshi.stream(theirs, user).tokens, user, cfg.max_delay)

@@ -1,7 +1,7 @@
 """What goes wrong when Moshi is written anew, each pinned by a check that is seen to fail on a copy with the fault.
 
-The traps are those of docs/parity.md. Checks compare with what PyTorch `moshi` made of the fixtures (`make_fixtures.py`), so
-they need no torch; each ends in its one assertion.
+The traps are those of docs/parity.md. Checks compare with what PyTorch `moshi` made of the fixtures
+(`make_fixtures.py`), so they need no torch; each ends in its one assertion.
 """
 
 from __future__ import annotations
@@ -263,7 +263,8 @@ def halved() -> Case:
 
 
 def half_errors() -> tuple[np.ndarray, bool]:
-    """Mean distance of our bfloat16 logits from float32's over PyTorch's (text, audio), and whether ours are unrounded."""
+    """Mean distance of our bfloat16 logits from float32's over PyTorch's (text, audio), and whether ours are
+    unrounded."""
     case = halved()
     got = teacher_forced(case, case.trace["half_codes"], (96,))
     pairs = [(getattr(got, which), case.trace["half_" + which]) for which in ("text_logits", "audio_logits")]
@@ -485,7 +486,9 @@ TRAPS = {
         any_calls_give_pytorchs_logits,
         (attention, *TEMPORAL),
         {
-            "    distance = query": "    in_cache &= (stored + context)[:, None] > query[:, -1:, None]\n    distance = query",
+            "    distance = query": (
+                "    in_cache &= (stored + context)[:, None] > query[:, -1:, None]\n    distance = query"
+            ),
         },
     ),
     "window one frame longer": Flaw(
@@ -498,8 +501,10 @@ TRAPS = {
         all_logits_and_gradients_are_finite,
         (model, generate),
         {
-            "audio.reshape(rows, length, cfg.dep_q, cfg.card)": "jnp.where((grid_tokens[:, 1:] < cfg.card)[..., None], audio, jnp.nan)"
-            ".reshape(rows, length, cfg.dep_q, cfg.card)"
+            "audio.reshape(rows, length, cfg.dep_q, cfg.card)": (
+                "jnp.where((grid_tokens[:, 1:] < cfg.card)[..., None], audio, jnp.nan)"
+                ".reshape(rows, length, cfg.dep_q, cfg.card)"
+            )
         },
     ),
     # 15
@@ -523,7 +528,9 @@ TRAPS = {
         teacher_forced_logits_are_pytorchs,
         DEPTH,
         {
-            "jnp.tril(jnp.ones((q, q), bool))": "jnp.tril(jnp.ones((q, q), bool)) & ~jnp.tril(jnp.ones((q, q), bool), -2)",
+            "jnp.tril(jnp.ones((q, q), bool))": (
+                "jnp.tril(jnp.ones((q, q), bool)) & ~jnp.tril(jnp.ones((q, q), bool), -2)"
+            ),
         },
     ),
     # 20
@@ -541,7 +548,9 @@ TRAPS = {
         softmax_is_float32,
         (attention,),
         {
-            "return jnp.where(seen[:, None], s, NEGATIVE)": "return jnp.where(seen[:, None], s, NEGATIVE).astype(q.dtype)"
+            "return jnp.where(seen[:, None], s, NEGATIVE)": (
+                "return jnp.where(seen[:, None], s, NEGATIVE).astype(q.dtype)"
+            )
         },
     ),
     "residual in float32": Flaw(

@@ -1,4 +1,4 @@
-"""The doctor: what it prints on a sound machine, what is missing, and that each of its checks can fail."""
+"""The doctor: its report on a sound machine, missing packages, and checks that fail."""
 
 import dataclasses
 import os

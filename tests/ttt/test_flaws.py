@@ -1,7 +1,8 @@
-"""Every flaw of the original system, pinned by a check that is seen to fail on a copy of this library that has the flaw.
+"""Every flaw of the original system, pinned by a check that is seen to fail on a copy of this library that has the
+flaw.
 
-The findings are those of the study of the original (PyTorch), by number. A check holds the library to behaviour and ends in
-its one assertion. A broken copy is the library's own text with a snippet replaced.
+The findings are those of the study of the original (PyTorch), by number. A check holds the library to behaviour and
+ends in its one assertion. A broken copy is the library's own text with a snippet replaced.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def weights_of_outputs(x, state, rng):
 
 
 def every_parameter_moves_the_output():
-    """Finding 2: post-norm and output projection exist, are saved and are listed as trainable, and are never applied."""
+    """Finding 2: post-norm and output projection exist, are saved and are listed as trainable, and are never
+    applied."""
     params, x, state, rng = layer_setting(LINEAR, 2)
     grads = small_ttt.value_and_grads(params, x, ALL, state, weights_of_outputs(x, state, rng), cfg=LINEAR)[1][0]
     assert {name for name, grad in grads.items() if not np.abs(grad).max() > 1e-6} == set()
@@ -229,16 +231,16 @@ FLAWS = {
     "state lost": Flaw(
         a_call_hands_on_what_it_learned,
         OF_INNER,
-        {
-            "return TTTState(displacement, open_sum, state.count + valid)": "return TTTState(state.displacement, state.open_sum, state.count + valid)"
-        },
+        {"return TTTState(displacement, open_sum, ": "return TTTState(state.displacement, state.open_sum, "},
     ),
     "row 0 for all": Flaw(
         rows_keep_states_of_their_own,
         OF_INNER,
         {
-            "return TTTState(displacement, open_sum, state.count + valid)": "first = lambda s: jnp.broadcast_to(s[:1], s.shape)\n"
-            "    return TTTState(*jax.tree.map(first, (displacement, open_sum)), state.count + valid)"
+            "return TTTState(displacement, open_sum, state.count + valid)": (
+                "first = lambda s: jnp.broadcast_to(s[:1], s.shape)\n"
+                "    return TTTState(*jax.tree.map(first, (displacement, open_sum)), state.count + valid)"
+            )
         },
     ),
     "parameters written": Flaw(

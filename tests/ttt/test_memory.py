@@ -1,4 +1,5 @@
-"""Memory that stays alive: at default settings fast weights neither inflate nor grow stiff over an hour of real speech."""
+"""Memory that stays alive: at default settings fast weights neither inflate nor grow stiff over an hour of real
+speech."""
 
 import dataclasses
 

@@ -135,7 +135,8 @@ def test_the_layer_keeps_its_contract(hidden, mini_batch, x64, seed):
 
 
 def test_an_open_mini_batch_is_filled_from_any_place(x64):
-    """Calls that enter a mini-batch of 4 at each of its places, its last one included, and leave it open, full or beyond."""
+    """Calls that enter a mini-batch of 4 at each of its places, its last one included, and leave it open, full or
+    beyond."""
     cfg, frames = config(), PARTS[0][0]
     params, x, rng = setting(cfg, 16, frames)
     carried = carried_state(cfg, rng)

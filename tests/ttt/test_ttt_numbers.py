@@ -34,7 +34,8 @@ FRAMES = 12
 @pytest.mark.parametrize("fresh", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["fresh", "trained"])
 @pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def test_silence_gives_finite_gradients(hidden, mini_batch, fresh, dtype, x64):
-    # With biases of 0 nothing but the epsilons would bound the slopes at 0, and every further mini-batch multiplies them.
+    # With biases of 0 nothing but the epsilons would bound the slopes at 0, and every further mini-batch multiplies
+    # them.
     cfg = config(hidden, mini_batch, dtype=dtype)
     x, mask, state = jnp.zeros((ROWS, FRAMES, DIM), dtype), jnp.ones((ROWS, FRAMES), bool), init_state(cfg, ROWS)
     init = quick_jit(TTTLayer(cfg).init)
