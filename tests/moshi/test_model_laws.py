@@ -90,6 +90,42 @@ def test_a_ttt_reset_clears_ttt_states_and_nothing_else(x64):
     assert_same_bits(ttt_of(reset_ttt_rows(poisoned, rows)), ttt_of(reset_rows(poisoned, rows, cfg=SMALL)))
 
 
+def test_cleared_caches_are_empty_ones_and_all_else_goes_on(x64):
+    params, frames, rng = setting(SMALL, 16, frames=8)
+    state, mask = carried_state(SMALL, rng), np.ones((ROWS, 8), bool)
+    cleared = model.clear_kv_caches(state)
+    assert not np.asarray(cleared.position).any()
+    assert_same_bits((cleared.history, cleared.key, cleared.layers), (state.history, state.key, state.layers))
+    empty = {name: part._replace(kv_cache=fresh(SMALL).layers[name].kv_cache) for name, part in state.layers.items()}
+    outs = [forward(params, frames, mask, s, cfg=SMALL)[0] for s in (cleared, cleared._replace(layers=empty), state)]
+    assert_same_bits(outs[0], outs[1])
+    assert (np.asarray(outs[0][0].hidden) != outs[2][0].hidden).any()
+
+
+def test_summary_and_ratios_are_norms_of_displacement_and_base(x64):
+    params, _, rng = setting(SMALL, 17)
+    state, (part, _) = carried_state(SMALL, rng), SMALL.runs
+    ttt = params["layers"][part.name]["ttt"]
+    summary = jax.device_get(quick_jit(partial(model.ttt_summary, cfg=SMALL))(params, state))
+    ratios = jax.device_get(quick_jit(partial(model.displacement_ratios, cfg=SMALL))(params, state))
+    assert tuple(summary) == SMALL.ttt_layers
+    for i, layer in enumerate(SMALL.ttt_layers):
+        norm = lambda leaves: np.sqrt(sum((np.asarray(leaf) ** 2).sum() for leaf in leaves))  # noqa: E731
+        base = norm(leaf[i] for name, leaf in ttt.items() if name.startswith("inner_"))
+        displacement = state.layers[part.name].ttt.displacement
+        moved = [norm(leaf[i, row] for leaf in jax.tree.leaves(displacement)) for row in range(ROWS)]
+        gate = np.tanh(ttt["gate"][i])
+        expected = {
+            "gate": gate.mean(),
+            "gate_abs": np.abs(gate).mean(),
+            "base_norm": base,
+            "displacement_norm": np.mean(moved),
+            "displacement_ratio": np.mean(moved) / base,
+        }
+        assert summary[layer] == pytest.approx(expected, rel=1e-12)
+        np.testing.assert_allclose(ratios[:, i], np.array(moved) / base, rtol=1e-12)
+
+
 CALLS = (8, *(1,) * 8)
 
 
