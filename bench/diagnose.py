@@ -1,7 +1,8 @@
 """What records cost: ``python -m bench.diagnose [--shape tiny|7b] [--every 100]``.
 
-Streams a row frame by frame with records of `eval.diagnose.measure` every N frames and without any, in turn, on random weights and a
-full attention window, and prints the share of the time that records take. Both leave out the depth transformer, which a
+Streams a row frame by frame with records of `eval.diagnose.measure` every N frames and without any, in turn, on random
+weights and a full attention window, and prints the share of the time that records take. Both leave out the depth
+transformer, which a
 record does not need: against a stream that also speaks the share is lower.
 """
 

@@ -1,11 +1,12 @@
 """Times streaming evaluation, TTT layers and scoring included: ``python -m bench.eval``.
 
-An hour of random codes (43,060 frames) through random weights. Beside the figures stands the time that the products alone would take at
-the rate that a large matrix product reaches here. Compilation is timed apart.
+An hour of random codes (43,060 frames) through random weights. Beside the figures stands the time that the products
+alone would take at the rate that a large matrix product reaches here. Compilation is timed apart.
 
     python -m bench.eval                                      # tiny, on a CPU
-    python -m bench.eval --shape 7b                           # the 7B in bfloat16, TTT (b = 16) in layers 29 to 31: a GPU of 80 GB
-    python -m bench.eval --frames 450000 --cells one --long   # ten hours: time and memory at the start and at the end
+    python -m bench.eval --shape 7b                           # the 7B in bfloat16, TTT (b = 16) in layers 29 to 31: a
+    GPU of 80 GB python -m bench.eval --frames 450000 --cells one --long   # ten hours: time and memory at the start and
+    at the end
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def main() -> None:
     chunk = args.chunk or (10_766 if args.shape == "7b" else 250)
     flops, rate = flops_per_frame(cfg), product_rate(cfg.dtype)
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {args.shape}, {args.frames} frames; products of a frame {flops / 1e9:.2f} GFLOP,"
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {args.shape}, {args.frames} frames; products of a"
+        f" frame {flops / 1e9:.2f} GFLOP,"
         f" a large {cfg.dtype} product runs at {rate / 1e12:.1f} TFLOP/s: at most {rate / flops:,.0f} frames/s",
         flush=True,
     )
@@ -80,7 +82,8 @@ def main() -> None:
         seconds = spread(times)
         found[name] = {"frames": frames, "seconds": seconds, "first": first, "peak_gb": peak()}
         print(
-            f"{name:6s} {frames} frames: {seconds[0]:.3f} s ({min(times):.3f}-{max(times):.3f}), {frames / seconds[0]:,.0f} frames/s;"
+            f"{name:6s} {frames} frames: {seconds[0]:.3f} s ({min(times):.3f}-{max(times):.3f}),"
+            f" {frames / seconds[0]:,.0f} frames/s;"
             f" the first, compilation included, {first:.1f} s; peak {peak():.2f} GB",
             flush=True,
         )
@@ -135,7 +138,8 @@ def long(params: Any, codes: np.ndarray, cfg: MoshiConfig, chunk: int) -> list[d
 
 
 def flops_per_frame(cfg: MoshiConfig) -> float:
-    """Products of one frame with its weights and its full window, TTT's inner loop apart: two operations per multiply-add."""
+    """Products of one frame with its weights and its full window, TTT's inner loop apart: two operations per
+    multiply-add."""
     d, e, depth = cfg.dim, cfg.depth.dim, cfg.depth
     layer = 4 * d * d + 3 * d * cfg.hidden + 2 * cfg.context * d
     ttt = 4 * d * d

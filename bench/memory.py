@@ -1,11 +1,12 @@
 """How long fast weights stay alive and what they keep, over an hour of real speech: ``python -m bench.memory``.
 
-Streams 45,000 frames (an hour) of the embedded speech, as a TTT layer of a model reads them, through TTT layers with several
-inner networks and mini-batches, and prints for each:
+Streams 45,000 frames (an hour) of the embedded speech, as a TTT layer of a model reads them, through TTT layers with
+several inner networks and mini-batches, and prints for each:
 
-- displacement: norm of fast weights minus base over the base's, the largest of the heads: its peak, in the first 512 frames
-  or after any 512 that follow, and after 4,500 and 45,000 frames; growth is from the one to the other, of the head that grows
-  most. A memory that inflates for ever stops learning, since the inner LayerNorm is blind to the scale of the weights
+- displacement: norm of fast weights minus base over the base's, the largest of the heads: its peak, in the first 512
+  frames or after any 512 that follow, and after 4,500 and 45,000 frames; growth is from the one to the other, of the
+  head that grows most. A memory that inflates for ever stops learning, since the inner LayerNorm is blind to the scale
+  of the weights
 - plasticity: inner loss before each frame's step over the 512 frames after the map from keys to values is replaced by
   another, late (frame 40,960) over early (frame 1,024): above 1 the layer has grown stiff
 - inner loss at the base weights, and before the step in the first and in the last 512 frames
@@ -97,7 +98,8 @@ def line(r: dict[str, Any]) -> str:
     """A row of the table."""
     moved, growth = (r["peak"], *r["displacement"]), r["growth"]
     return (
-        f"{r['network']:7s}{r['D']:3d} {r['b']:4d}  {moved[0]:5.2f}  {moved[1]:5.2f} {moved[2]:6.2f}  {growth:6.2f} {r['plasticity']:10.2f}"
+        f"{r['network']:7s}{r['D']:3d} {r['b']:4d}  {moved[0]:5.2f}  {moved[1]:5.2f} {moved[2]:6.2f}  {growth:6.2f}"
+        f" {r['plasticity']:10.2f}"
         f" {r['base']:10.2f} {r['first']:11.2f} {r['last']:11.2f}   " + "  ".join(f"{k:6.1%}" for k in r["kept"])
     )
 
@@ -115,7 +117,8 @@ def activations(params: model.Params, cfg: MoshiConfig, frames: np.ndarray) -> j
     Raises `InputError` if the model has no TTT layer.
     """
     check(bool(cfg.ttt_layers), "the model has no TTT layer: give a run that has one.")
-    # The model up to that layer, which is then no part of a scan over equal layers that would keep what it reads to itself.
+    # The model up to that layer, which is then no part of a scan over equal layers that would keep what it reads to
+    # itself.
     last = cfg.ttt_layers[0]
     runs = {run.start: params["layers"][run.name] for run in cfg.runs}
     windows = tuple((layer, window) for layer, window in cfg.layer_context if layer <= last)
@@ -162,8 +165,8 @@ def study(x: jax.Array, cfg: MoshiConfig, seed: int = 0) -> dict[str, Any]:
     """Streams an hour and measures on the way.
 
     Args:
-      x: what the layer reads in a period, float32 [B, PERIOD, dim]: the stream, and maybe a second that differs in its first
-        `EARLY` frames, which then repeat the first's; cfg: a model whose `ttt` and heads are the layer's.
+      x: what the layer reads in a period, float32 [B, PERIOD, dim]: the stream, and maybe a second that differs in its
+        first `EARLY` frames, which then repeat the first's; cfg: a model whose `ttt` and heads are the layer's.
 
     Returns:
       The figures of the table, by name.

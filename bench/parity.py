@@ -1,8 +1,8 @@
 """How far our bfloat16 model and PyTorch's lie from float32, on one GPU: ``python -m bench.parity [--layers 32]``.
 
-Random bfloat16 weights in the shape of Moshi's 7B are made once with PyTorch `moshi`, written in Kyutai's layout and read by
-`ttt_jax.convert`. Both models score the same random codes, teacher-forced, in bfloat16 and in float32. For text and every
-codebook the table gives, against PyTorch in float32 (and last, between the two in bfloat16):
+Random bfloat16 weights in the shape of Moshi's 7B are made once with PyTorch `moshi`, written in Kyutai's layout and
+read by `ttt_jax.convert`. Both models score the same random codes, teacher-forced, in bfloat16 and in float32. For text
+and every codebook the table gives, against PyTorch in float32 (and last, between the two in bfloat16):
 
 - argmax: share of positions whose likeliest token is the same
 - KL: of the two distributions, in nats, mean over positions
@@ -167,21 +167,21 @@ def compare(traces: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, dict[st
             return x.astype(np.float64)
 
         figures[name] = {
-            model: one(logits(exact), logits(trace)) for model, trace in traces.items() if trace is not exact
+            model: compare(logits(exact), logits(trace)) for model, trace in traces.items() if trace is not exact
         }
         both = logits(traces["PyTorch bfloat16"]), logits(traces["ours bfloat16"])
-        figures[name]["one bfloat16 to the other"] = one(*both)
+        figures[name]["one bfloat16 to the other"] = differences(*both)
     return figures
 
 
-def one(exact: np.ndarray, other: np.ndarray) -> dict[str, float]:
+def differences(exact: np.ndarray, approximate: np.ndarray) -> dict[str, float]:
     """Figures of logits [B, T, V] against exact ones."""
-    p, q = (x - x.max(-1, keepdims=True) for x in (exact, other))
+    p, q = (x - x.max(-1, keepdims=True) for x in (exact, approximate))
     p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
     return {
-        "argmax": float((exact.argmax(-1) == other.argmax(-1)).mean()),
+        "argmax": float((exact.argmax(-1) == approximate.argmax(-1)).mean()),
         "KL": float((np.exp(p) * (p - q)).sum(-1).mean()),
-        "apart": float(np.abs(exact - other).max()),
+        "apart": float(np.abs(exact - approximate).max()),
     }
 
 

@@ -1,12 +1,13 @@
 """Times streaming generation, tokens on the host after each frame: ``python -m bench.stream``.
 
-Ours and the PyTorch package ``moshi`` (where it is installed; with its CUDA graphs on a GPU) run in turn, each in a process of
-its own, on random weights of one shape, Kyutai's sampling, a full attention window. Beside them stands the time to read all
-weights and rings once at the bandwidth that a copy reaches here.
+Ours and the PyTorch package ``moshi`` (where it is installed; with its CUDA graphs on a GPU) run in turn, each in a
+process of its own, on random weights of one shape, Kyutai's sampling, a full attention window. Beside them stands the
+time to read all weights and KV caches once at the bandwidth that a copy reaches here.
 
     python -m bench.stream                                   # small: dim 512, 8 layers, depth 256 x 6, float32
-    python -m bench.stream --shape 7b --rows 1 8             # the 7B in bfloat16, TTT on three layers: needs a GPU of 80 GB
-    python -m bench.stream --long 45000                      # streams that many frames, times the first and the last hundred
+    python -m bench.stream --shape 7b --rows 1 8             # the 7B in bfloat16, TTT on three layers: needs a GPU of
+    80 GB python -m bench.stream --long 45000                      # streams that many frames, times the first and the
+    last hundred
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def take_turns(cells: list[dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
-    """Figures of programs that run in processes of their own and are timed in turn, so that all meet the same machine."""
+    """Figures of programs that each run in a process and take turns, so that all meet the same machine."""
     env = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95" if len(cells) == 1 else "0.3"}
     started = [
         subprocess.Popen(
@@ -130,7 +131,8 @@ def line(cell: dict[str, Any]) -> str:
         text += f"; reading all once {cell['floor_ms']:.2f} ms; compiled in {cell['compile_s']:.0f} s"
     for name in ("first", "last"):
         if name in cell:
-            text += f"\n      {name} hundred of {cell['long']} frames: {cell[name]['ms']:.2f} ms, {cell[name]['gb']:.3f} GB in use"
+            figures = f"{cell[name]['ms']:.2f} ms, {cell[name]['gb']:.3f} GB in use"
+            text += f"\n      {name} hundred of {cell['long']} frames: {figures}"
     return text
 
 
@@ -158,16 +160,16 @@ def ours(shape: str, rows: int, ttt: str, frames: int, long: int | None) -> Iter
     step = generate.stream_step.lower(params, codes[0], mask, state, cfg).compile()
     compile_s = time.perf_counter() - began
     for i in range(WARM_UP):
-        own, state = step(params, codes[i], mask, state)
-    jax.block_until_ready(own)
+        moshi, state = step(params, codes[i], mask, state)
+    jax.block_until_ready(moshi)
 
     def blocking(n: int) -> list[float]:
         nonlocal state
         times = []
         for i in range(n):
             began = time.perf_counter()
-            own, state = step(params, codes[i % 64], mask, state)
-            np.asarray(own)
+            moshi, state = step(params, codes[i % 64], mask, state)
+            np.asarray(moshi)
             times.append((time.perf_counter() - began) * 1e3)
         return times
 
@@ -176,8 +178,8 @@ def ours(shape: str, rows: int, ttt: str, frames: int, long: int | None) -> Iter
         times = blocking(100)
         got |= {"long": long, "first": {"ms": float(np.median(times)), "gb": in_use()}}
         for i in range(long - 200 - WARM_UP):
-            own, state = step(params, codes[i % 64], mask, state)
-        jax.block_until_ready(own)
+            moshi, state = step(params, codes[i % 64], mask, state)
+        jax.block_until_ready(moshi)
         times = blocking(100)
         got |= {"last": {"ms": float(np.median(times)), "gb": in_use()}}
     device = jax.devices()[0]
@@ -192,7 +194,7 @@ def ours(shape: str, rows: int, ttt: str, frames: int, long: int | None) -> Iter
         times = blocking(frames)
         began = time.perf_counter()
         for i in range(frames):
-            own, state = step(params, codes[i % 64], mask, state)
+            moshi, state = step(params, codes[i % 64], mask, state)
         jax.block_until_ready(state)
         yield {"ms": times, "queued_ms": (time.perf_counter() - began) * 1e3 / frames}
 
@@ -234,7 +236,7 @@ def torch_moshi(shape: str, rows: int, frames: int, threads: int) -> Iterator[di
     with torch.no_grad(), gen.streaming(rows):
         for i in range(WARM_UP):
             gen.step(codes[i])
-        # A full window without streaming through it: what the ring's mask sees is the count of frames.
+        # A full window without a stream: the cache's mask depends on the count of frames alone.
         fill_window(model, kwargs["context"] + 5)
         for i in range(WARM_UP):
             gen.step(codes[i])
@@ -258,7 +260,7 @@ def torch_moshi(shape: str, rows: int, frames: int, threads: int) -> Iterator[di
 
 
 def fill_window(model: Any, frames: int) -> None:
-    """Sets the position of every ring of the temporal transformer to `frames`, in place."""
+    """Sets the position of every KV cache of the temporal transformer to `frames`, in place."""
     for module in model.transformer.modules():
         state = getattr(module, "_streaming_state", None)
         for name in ("offset", "offsets"):

@@ -1,10 +1,10 @@
 """Times the TTT inner loop against a plain scan and against the device's own limits: ``python -m bench.ttt_layer``.
 
-Per inner mini-batch size and batch: milliseconds forward and forward + backward, of `ttt_jax.ttt.inner.inner_scan` and of
-a peer measured in the same run, the plain causal dual form in a `lax.scan` (2-layer MLP, bfloat16 products, whole
-mini-batches of one phase: no masks, no streaming state, no bound). Two limits stand beside them: the time to read and write
-the fast weights once per mini-batch at the memory bandwidth that a copy reaches here, and that of the products alone at the
-rate that a large matrix product reaches here.
+Per inner mini-batch size and batch: milliseconds forward and forward + backward, of `ttt_jax.ttt.inner.inner_scan` and
+of a peer measured in the same run, the plain causal dual form in a `lax.scan` (2-layer MLP, bfloat16 products, whole
+mini-batches of one phase: no masks, no streaming state, no bound). Two limits stand beside them: the time to read and
+write the fast weights once per mini-batch at the memory bandwidth that a copy reaches here, and that of the products
+alone at the rate that a large matrix product reaches here.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ def main() -> None:
     print(f"{device.device_kind}, jax {jax.__version__}; {args.heads} heads x {args.width}, {args.frames} frames")
     bandwidth, rate = copy_bandwidth(), product_rate(jnp.float32)
     print(
-        f"a copy moves {bandwidth / 1e9:.0f} GB/s, a float32 product of default precision runs at {rate / 1e12:.1f} TFLOP/s"
+        f"a copy moves {bandwidth / 1e9:.0f} GB/s, a float32 product of default precision runs at {rate / 1e12:.1f}"
+        " TFLOP/s"
     )
     print(
-        "batch    b  pass                ours: median ms (spread)    plain scan: median ms (spread)   ratio   us/mini-batch   limits ms: weights, products"
+        "batch    b  pass                ours: median ms (spread)    plain scan: median ms (spread)   ratio  "
+        " us/mini-batch   limits ms: weights, products"
     )
     rows = []
     for batch in args.batches:

@@ -1,7 +1,7 @@
 """Architecture as frozen dataclasses, checked when they are built; presets. Imports no jax, so ``--help`` stays quick.
 
-Sizes follow Moshi (Défossez et al. 2024, arXiv 2410.00037) and its ``config.json``; the TTT fields follow Sun et al. 2024
-(arXiv 2407.04620).
+Sizes follow Moshi (Défossez et al. 2024, arXiv 2410.00037) and its ``config.json``; the TTT fields follow Sun et al.
+2024 (arXiv 2407.04620).
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Mapping
-from typing import Literal, TypeVar, get_args, get_type_hints
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
 
 Preset = TypeVar("Preset")
-
 Dtype = Literal["float32", "bfloat16", "float64"]
 Part = Literal["attention", "ffn", "depth", "heads"]
 FRAME_RATE = 12.5  # frames per second of Moshi and Mimi
@@ -29,104 +28,99 @@ def check(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def _conform(config: object, prefix: str) -> None:
-    """Refuse values of another type than their field's, and turn lists into tuples, so that a configuration can be hashed."""
-    hints = get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value = config_json.conform(
-            hints[field.name], getattr(config, field.name), "the configuration", prefix + field.name
-        )
-        object.__setattr__(config, field.name, value)
+class _Checked:
+    """A configuration that checks types and values of its fields, and turns lists into tuples so that it has a hash."""
 
+    prefix: ClassVar[str]
+    """Of fields in messages."""
+    sizes: ClassVar[tuple[str, ...]] = ()
+    """Fields that are 1 or more."""
 
-def _check_sizes(prefix: str, **sizes: int) -> None:
-    for name, size in sizes.items():
-        check(size >= 1, f"{prefix}.{name}={size} is not a size: give 1 or more.")
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            value = config_json.conform(hints[field.name], value, "the configuration", f"{self.prefix}.{field.name}")
+            object.__setattr__(self, field.name, value)
+        for field in self.sizes:
+            size = getattr(self, field)
+            check(size >= 1, f"{self.prefix}.{field}={size} is not a size: give 1 or more.")
+        for field, problem in self._rules():
+            raise InputError(f"{self.prefix}.{field}={getattr(self, field)} {problem}")
+
+    def _rules(self) -> Iterator[tuple[str, str]]:
+        raise NotImplementedError  # yields each field that does not fit, with the problem and what to do
 
 
 @dataclasses.dataclass(frozen=True)
-class TTTConfig:
+class TTTConfig(_Checked):
     """TTT layers: where they sit and how their inner network learns."""
 
+    prefix: ClassVar[str] = "ttt"
+    sizes: ClassVar[tuple[str, ...]] = ("mini_batch", "remat_group")
+
     layers: str = "middle"
-    """Layers that get a TTT layer after self-attention: "29,30,31", "25-30", "-1" (the last), "middle" (the middle one), "all", "none"."""
+    """Layers with a TTT layer after self-attention: "29,30,31", "25-30", "-1" (the last), "middle", "all" or "none"."""
     hidden: tuple[int, ...] = (4,)
-    """Hidden widths of the inner network in multiples of the head width D: none is the linear network, 4 the 2-layer MLP."""
+    """Hidden widths of the inner network in multiples of the head width D; none: a linear network, 4: a 2-layer MLP."""
     mini_batch: int = 16
     """Inner mini-batch size b: frames that share one starting point of the inner gradient."""
     base_lr: float | None = None
-    """Largest inner learning rate before the division by the head width D; unset: min(1, D / 32, 8 / mini_batch), the last halved for
-    every hidden layer beyond the first."""
+    """Largest inner learning rate before the division by the head width D. Unset: min(1, D / 32, 8 / mini_batch), where
+    every hidden layer beyond the first halves 8 / mini_batch."""
     horizon: float | None = 4000.0
-    """Frames after which what was learned has decayed to 1/e (4,000 are 5 minutes); None: no decay."""
+    """Frames after which the displacement has decayed to 1/e (4,000 frames are 5 minutes). None: no decay."""
     max_displacement: float | None = None
     """Bound on the norm of fast weights minus base, per head, in norms of the base; unset: no bound."""
     rope: bool = False
     """Rotary embedding of inner queries and keys by their position in the mini-batch."""
     gate_init: float = 0.1
-    """Initial value of the gate parameter alpha; the layer adds tanh(alpha) times its output. Models trained from scratch start at 0.5."""
+    """Initial gate alpha; the layer adds tanh(alpha) times its output. Models trained from scratch start at 0.5."""
     pre_norm: bool = True
     """RMSNorm in front of the layer's projections."""
     post_norm: bool = True
     """LayerNorm in front of its output projection."""
     remat_group: int = 16
-    """Mini-batches whose inner activations are recomputed together in the backward pass; memory against time, no effect on results."""
+    """Mini-batches whose activations the backward pass computes again together: memory for time, the same results."""
 
-    def __post_init__(self) -> None:
-        _conform(self, "ttt.")
-        check(
-            self.mini_batch >= 1,
-            f"ttt.mini_batch={self.mini_batch} is not a size: give 1 or more frames per inner mini-batch.",
-        )
-        check(
-            self.remat_group >= 1,
-            f"ttt.remat_group={self.remat_group} is not a size: give 1 or more mini-batches per group.",
-        )
-        check(
-            all(width >= 1 for width in self.hidden),
-            f"ttt.hidden={self.hidden} is no list of widths: give positive multiples of the head width, or nothing for the linear network.",
-        )
-        check(
-            math.isfinite(self.gate_init),
-            f"ttt.gate_init={self.gate_init} is not a number: give one, 0.1 for layers added to a trained model.",
-        )
-        check(
-            self.base_lr is None or 0 <= self.base_lr < math.inf,
-            f"ttt.base_lr={self.base_lr} is no rate: give 0 (no learning) or a positive inner learning rate.",
-        )
-        check(
-            self.horizon is None or 0 < self.horizon < math.inf,
-            f"ttt.horizon={self.horizon} is no number of frames: give one above 0, or None for no decay.",
-        )
-        check(
-            self.horizon is None or self.mini_batch <= self.horizon,
-            f"ttt.horizon={self.horizon} is shorter than the mini-batch of {self.mini_batch} frames: give at least as many.",
-        )
-        check(
-            self.max_displacement is None or 0 < self.max_displacement < math.inf,
-            f"ttt.max_displacement={self.max_displacement} is no bound: give a number above 0, or None for none.",
-        )
-        check(
-            not (self.rope and self.mini_batch == 1),
-            "ttt.rope=True has no effect with ttt.mini_batch=1, where every frame has position 0: give a larger mini-batch or leave it off.",
-        )
+    def _rules(self) -> Iterator[tuple[str, str]]:
+        b, lr, horizon, bound = self.mini_batch, self.base_lr, self.horizon, self.max_displacement
+        if min(self.hidden, default=1) < 1:
+            yield "hidden", "is no list of widths: give positive multiples of the head width, or none."
+        if not math.isfinite(self.gate_init):
+            yield "gate_init", "is not a number: give one, such as 0.1."
+        if not (lr is None or 0 <= lr < math.inf):
+            yield "base_lr", "is no rate: give 0 (no learning) or more."
+        if not (horizon is None or 0 < horizon < math.inf):
+            yield "horizon", "is no number of frames: give one above 0, or None."
+        if not (horizon is None or b <= horizon):
+            yield "horizon", f"is shorter than the mini-batch of {b}: give as many or more."
+        if not (bound is None or 0 < bound < math.inf):
+            yield "max_displacement", "is no bound: give a number above 0, or None."
+        if self.rope and b == 1:
+            yield "rope", "has no effect with ttt.mini_batch=1: give a larger mini-batch or leave it off."
 
 
 def default_base_lr(mini_batch: int, head_dim: int, hidden_layers: int = 1) -> float:
-    """Inner learning rate for a mini-batch of `mini_batch` frames, heads of width `head_dim` and an MLP of so many hidden layers.
+    """Inner learning rate for a mini-batch of `mini_batch` frames, heads of width `head_dim` and an MLP of so many
+    hidden layers.
 
-    A mini-batch sums its frames' gradients, all taken at one stale point, so what one update may move bounds
-    mini_batch * base_lr: up to 8 frames a rate of 1 is stable, beyond the sum is held at that of 8 frames. Deeper networks start
-    with smaller outputs, which the inner LayerNorm turns into larger gradients: each further hidden layer halves the sum. The
-    division by the head width makes a step's relative size the same for all widths; narrow heads drift further from their base
-    all the same and learn as well at a lower rate.
+    A mini-batch sums its frames' gradients, all taken at the same weights, so the step is bounded by mini_batch *
+    base_lr: a rate of 1 is stable up to 8 frames, and longer mini-batches keep the sum of 8 frames. Deeper networks
+      start with smaller outputs, which the inner
+    LayerNorm turns into larger gradients: each further hidden layer halves the sum. Division by the head width gives
+      all widths the same
+    relative step. Narrow heads still drift further from their base and learn as well at a lower rate.
     """
     return min(1.0, head_dim / 32, 8.0 / mini_batch * 0.5 ** max(0, hidden_layers - 1))
 
 
 @dataclasses.dataclass(frozen=True)
-class DepthConfig:
-    """The depth transformer ("depformer"): one pass over the own voice's codebooks inside each frame."""
+class DepthConfig(_Checked):
+    """The depth transformer ("depformer"): one pass over the codebooks of Moshi's stream inside each frame."""
+
+    prefix: ClassVar[str] = "depth"
+    sizes: ClassVar[tuple[str, ...]] = ("dim", "num_layers", "num_heads", "hidden")
 
     dim: int = 1024
     """Width."""
@@ -137,52 +131,42 @@ class DepthConfig:
     hidden: int = 2816
     """SwiGLU hidden width."""
     schedule: tuple[int, ...] = ()
-    """Weight set of each predicted codebook, so that codebooks can share one; empty: each has its own."""
+    """Weight set of each predicted codebook; codebooks may share a set. Empty: one set for each codebook."""
     low_rank: int | None = None
-    """Width of the embedding tables, which a matrix of their own widens to `dim`; unset: the tables have width `dim`."""
+    """Width of the embedding tables; a matrix then widens embeddings to `dim`. Unset: the tables have width `dim`."""
 
-    def __post_init__(self) -> None:
-        _conform(self, "depth.")
-        _check_sizes("depth", dim=self.dim, num_layers=self.num_layers, num_heads=self.num_heads, hidden=self.hidden)
-        check(
-            self.low_rank is None or self.low_rank >= 1,
-            f"depth.low_rank={self.low_rank} is not a width: give 1 or more, or None for full tables.",
-        )
-        check(
-            set(self.schedule) == set(range(len(set(self.schedule)))),
-            f"depth.schedule={self.schedule} leaves out a weight set: number those in use from 0 without a gap.",
-        )
-        check(
-            self.dim % self.num_heads == 0,
-            f"depth.dim={self.dim} does not divide into depth.num_heads={self.num_heads}: choose a multiple.",
-        )
+    def _rules(self) -> Iterator[tuple[str, str]]:
+        sets = set(self.schedule)
+        if not (self.low_rank is None or self.low_rank >= 1):
+            yield "low_rank", "is not a width: give 1 or more, or None."
+        if sets != set(range(len(sets))):
+            yield "schedule", "leaves out a weight set: number sets from 0 on."
+        if self.dim % self.num_heads:
+            yield "dim", f"is no multiple of depth.num_heads={self.num_heads}: choose one."
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(_Checked):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on linear maps of the base: W x + scaling * B (A x)."""
+
+    prefix: ClassVar[str] = "lora"
 
     rank: int = 0
     """Rank; 0: none."""
     scaling: float = 2.0
     """Factor of the adapters' output."""
     maps: tuple[Part, ...] = get_args(Part)
-    """Linear maps that have them: the temporal layers' attention, their feed-forward (ffn), the depth transformer with its input,
-    heads and embeddings' matrices, and the heads on the temporal transformer."""
+    """Parts with adapters: attention and feed-forward (ffn) of temporal layers, depth transformer, temporal heads."""
 
-    def __post_init__(self) -> None:
-        _conform(self, "lora.")
-        check(self.rank >= 0, f"lora.rank={self.rank} is no rank: give 0 for none, or a positive one.")
-        check(math.isfinite(self.scaling), f"lora.scaling={self.scaling} is not a number: give one, such as 2.")
-        check(
-            len(set(self.maps)) == len(self.maps),
-            f"lora.maps={self.maps} names a part of the model twice: name each once.",
-        )
-        check(
-            bool(self.maps) or not self.rank,
-            f"lora.maps={self.maps} leaves no map for adapters of rank {self.rank}: name some of {', '.join(get_args(Part))}, or set"
-            " lora.rank=0.",
-        )
+    def _rules(self) -> Iterator[tuple[str, str]]:
+        if self.rank < 0:
+            yield "rank", "is no rank: give 0 for none, or a positive one."
+        if not math.isfinite(self.scaling):
+            yield "scaling", "is not a number: give one, such as 2."
+        if len(set(self.maps)) < len(self.maps):
+            yield "maps", "names a part of the model twice: name each once."
+        if self.rank and not self.maps:
+            yield "maps", f"leaves no map for adapters of rank {self.rank}: name some, or set lora.rank=0."
 
     def of(self, part: Part) -> LoRAConfig:
         """The adapters of the maps of `part`: these, or none."""
@@ -195,8 +179,21 @@ class LoRAConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MoshiConfig:
+class MoshiConfig(_Checked):
     """Moshi's language model. Defaults are the 7B's (kyutai/moshiko)."""
+
+    prefix: ClassVar[str] = "model"
+    sizes: ClassVar[tuple[str, ...]] = (
+        "dim",
+        "num_layers",
+        "num_heads",
+        "hidden",
+        "context",
+        "n_q",
+        "dep_q",
+        "card",
+        "text_card",
+    )
 
     dim: int = 4096
     """Width of the temporal transformer."""
@@ -213,17 +210,17 @@ class MoshiConfig:
     max_period: float = 10000.0
     """Longest period of the rotary position embedding."""
     n_q: int = 16
-    """Audio codebooks read: those of the own voice, then the other voice's."""
+    """Audio codebooks read: those of Moshi's stream, then those of the user's."""
     dep_q: int = 8
-    """Audio codebooks predicted: the own voice's."""
+    """Audio codebooks predicted: those of Moshi's stream."""
     card: int = 2048
     """Entries of an audio codebook; id `card` is the initial token. Training from scratch takes the codec's."""
     text_card: int = 32000
     """Text pieces; id `text_card` is the initial token. Training from scratch takes the tokenizer's."""
     delays: tuple[int, ...] = (0,) + 2 * ((0,) + 7 * (1,))
-    """Delay of each stream in frames: text, own codebooks, other voice's codebooks."""
+    """Delay in frames of text and of each codebook, Moshi's then the user's."""
     dtype: Dtype = "float32"
-    """Type of the activations (float64 for tests); norms, softmax, rotations, logits and the TTT state are at least float32."""
+    """Type of activations (float64 for tests); norms, softmax, rotations, logits, TTT states are at least float32."""
     extra_heads: int = 0
     """Further linear heads on the temporal transformer's output (Kyutai's pause prediction)."""
     extra_heads_dim: int = 6
@@ -231,71 +228,41 @@ class MoshiConfig:
     depth: DepthConfig = DepthConfig()
     """Depth transformer."""
     apart: tuple[int, ...] = ()
-    """Layers that are not stacked with others though equal to them in kind; training sets it, since a stack trains as a whole or not."""
+    """Layers that are not stacked with others of their kind; set by training, which trains a stack as a whole."""
     lora: LoRAConfig = LoRAConfig()
     """Adapters kept apart from the weights."""
     ttt: TTTConfig = TTTConfig(layers="29,30,31")
     """TTT layers."""
 
-    def __post_init__(self) -> None:
-        _conform(self, "model.")
-        _check_sizes(
-            "model",
-            **{
-                f: getattr(self, f)
-                for f in ("dim", "num_layers", "num_heads", "hidden", "context", "n_q", "dep_q", "card", "text_card")
-            },
-        )
+    def _rules(self) -> Iterator[tuple[str, str]]:
+        schedule, last, named = self.depth.schedule, self.num_layers - 1, [layer for layer, _ in self.layer_context]
+        lead = max(self.delays[:1], default=0)
+        check(lead == 0, f"model.delays[0]={lead} delays the text stream: Moshi's text leads with delay 0.")
+        fits = len(schedule) in (0, self.dep_q)
         check(
-            self.dim % self.num_heads == 0,
-            f"model.dim={self.dim} does not divide into model.num_heads={self.num_heads}: choose a multiple.",
-        )
-        check(
-            self.head_dim % 2 == 0,
-            f"model.dim={self.dim} over {self.num_heads} heads gives an odd head width {self.head_dim}: rotary pairs need an even one.",
-        )
-        check(
-            1 < self.max_period < math.inf,
-            f"model.max_period={self.max_period} is not a period: give a number above 1, such as 10000.",
-        )
-        check(
-            self.dep_q <= self.n_q,
-            f"model.dep_q={self.dep_q} exceeds model.n_q={self.n_q}: only codebooks that are read can be predicted.",
-        )
-        check(
-            len(self.delays) == self.n_q + 1 and min(self.delays) >= 0,
-            f"model.delays={self.delays} has {len(self.delays)} entries: give one delay of 0 or more for text and each of the {self.n_q} codebooks.",
-        )
-        check(
-            self.delays[0] == 0,
-            f"model.delays[0]={self.delays[0]} delays the text stream: Moshi's text leads with delay 0.",
-        )
-        check(
-            not self.depth.schedule or len(self.depth.schedule) == self.dep_q,
-            f"depth.schedule={self.depth.schedule} has {len(self.depth.schedule)} entries: give one for each of the {self.dep_q} predicted codebooks.",
-        )
-        check(
-            self.extra_heads >= 0 and self.extra_heads_dim >= 1,
-            f"model.extra_heads={self.extra_heads} of {self.extra_heads_dim} outputs cannot be: give 0 or more heads of 1 output or more.",
-        )
-        named = [layer for layer, _ in self.layer_context]
-        check(
-            len(set(named)) == len(named),
-            f"model.layer_context={self.layer_context} gives a layer two windows: name each layer once.",
+            fits, f"depth.schedule={schedule} has {len(schedule)} entries: give one for each of {self.dep_q} codebooks."
         )
         for layer, frames in self.layer_context:
-            check(
-                0 <= layer < self.num_layers and frames >= 1,
-                f"model.layer_context=({layer}, {frames}) does not fit: name layers 0 to {self.num_layers - 1} and windows of 1 frame or more.",
-            )
-        check(
-            all(0 <= layer < self.num_layers for layer in self.apart),
-            f"model.apart={self.apart} names layers that are not there: name layers 0 to {self.num_layers - 1}.",
-        )
-        check(
-            not self.ttt_layers or self.head_dim >= 4,  # refuses impossible layer names, too
-            f"model.num_heads={self.num_heads} gives TTT layers heads of width {self.head_dim}: the inner LayerNorm needs 4 or more.",
-        )
+            pair, fits = f"({layer}, {frames})", 0 <= layer <= last and frames >= 1
+            check(fits, f"model.layer_context={pair} does not fit: name layers 0 to {last} and 1 frame or more.")
+        if self.dim % self.num_heads:
+            yield "dim", f"is no multiple of model.num_heads={self.num_heads}: choose one."
+        if self.head_dim % 2:
+            yield "dim", f"gives an odd head width {self.head_dim}: rotary pairs need an even one."
+        if not (1 < self.max_period < math.inf):
+            yield "max_period", "is not a period: give more than 1, such as 10000."
+        if self.dep_q > self.n_q:
+            yield "dep_q", f"exceeds model.n_q={self.n_q}: predict codebooks that are read."
+        if len(self.delays) != self.n_q + 1 or min(self.delays) < 0:
+            yield "delays", f"is no list of {self.n_q + 1} delays of 0 or more."
+        if self.extra_heads < 0 or self.extra_heads_dim < 1:
+            yield "extra_heads", f"of {self.extra_heads_dim} outputs cannot be: give heads of 1 output or more."
+        if len(set(named)) < len(named):
+            yield "layer_context", "gives a layer two windows: name each layer once."
+        if not all(0 <= layer <= last for layer in self.apart):
+            yield "apart", f"names layers that are not there: name layers 0 to {last}."
+        if self.ttt_layers and self.head_dim < 4:
+            yield "num_heads", f"gives TTT layers heads of width {self.head_dim}: choose a width of 4 or more."
 
     @property
     def num_streams(self) -> int:
@@ -304,7 +271,7 @@ class MoshiConfig:
 
     @property
     def target_streams(self) -> dict[str, int]:
-        """The streams that are predicted, in order, and the number of their tokens: text, then the own codebooks from 1."""
+        """Number of tokens of each predicted stream, in order: text, then Moshi's codebooks from 1."""
         return {"text": self.text_card} | {f"codebook {k}": self.card for k in range(1, self.dep_q + 1)}
 
     @property
@@ -368,23 +335,21 @@ class Run:
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
-    """Layer indices named by `text`: "29,30,31", "25-30", "-1", "middle", "all" or "none", sorted and without repeats."""
+    """Layer indices of a text such as "29,30,31", "25-30", "-1", "middle", "all" or "none", sorted, each once."""
     words = {"all": range(num_layers), "none": (), "middle": (num_layers // 2,)}
     if text.strip() in words:
         return tuple(words[text.strip()])
     layers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", part)
-        check(
-            match is not None,
-            f'ttt.layers="{text}" cannot be read: write "29,30,31", "25-30", "-1", "middle", "all" or "none".',
-        )
+        known = '"29,30,31", "25-30", "-1", "middle", "all" or "none"'
+        check(match is not None, f'ttt.layers="{text}" cannot be read: write {known}.')
         first = int(match[1]) + (num_layers if match[1].startswith("-") else 0)
         last = int(match[2]) if match[2] else first
         for layer in (first, last):
             check(
                 0 <= layer < num_layers,
-                f'ttt.layers="{text}" names layer {layer}, but the model has layers 0 to {num_layers - 1}: name layers in that range.',
+                f'ttt.layers="{text}" names layer {layer}, but the model has layers 0 to {num_layers - 1}: name those.',
             )
         check(first <= last, f'ttt.layers="{text}" has the empty range {part.strip()}: write the lower layer first.')
         layers.update(range(first, last + 1))
@@ -417,7 +382,7 @@ MODEL_PRESETS: dict[str, MoshiConfig] = {
     ),
     "moshi-7b": MoshiConfig(dtype="bfloat16"),
 }
-"""Named models: `tiny` trains on a laptop CPU in minutes, `small` (about 150 M) on one GPU, `moshi-7b` has the shape of Kyutai's."""
+"""Models: `tiny` trains on a laptop CPU in minutes, `small` (150 M parameters) on a GPU; `moshi-7b` is Kyutai's."""
 
 
 def model_preset(name: str) -> MoshiConfig:

@@ -1,6 +1,6 @@
-"""`python -m ttt_jax.doctor`: what is installed, what JAX runs on, whether the TTT layer keeps its laws on this machine.
+"""`python -m ttt_jax.doctor`: installed packages, devices, and the laws of the TTT layer on this machine.
 
-Starts without jax, so that it can tell when jax is missing.
+It starts without jax, so that it can report a missing jax.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OPERATORS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": opera
 
 
 def main(args: Sequence[str]) -> int:
-    """Print the report; the exit code: 0 all is well, 1 something that the commands need is missing or a law fails."""
+    """Prints the report. Returns 0 if all is well, 1 if a package that the commands need is missing or a law fails."""
     argparse.ArgumentParser(
         prog="python -m ttt_jax.doctor",
         description="Show versions, devices and what is missing, and try the laws of the TTT layer on this machine.",
@@ -39,7 +39,7 @@ def main(args: Sequence[str]) -> int:
     complete = _show_packages()
     sound = _show_devices() and _show_laws()
     if not complete:
-        print("\nSomething that the commands need is missing: pip install -e '.[all]' brings all of it.")
+        print("\nThe commands need packages that are missing: pip install -e '.[all]' installs all of them.")
         return 1
     if not sound:
         print("\nJAX does not start or a law fails: results of this installation would mean nothing.")
@@ -58,11 +58,11 @@ def _first_line(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}".splitlines()[0], 80, placeholder=" ...")
 
 
-# What is missing
+# Packages
 
 
 def installed(name: str) -> str | None:
-    """Version of the distribution `name`; None if it is not installed."""
+    """Returns the version of the distribution `name`, None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -70,31 +70,31 @@ def installed(name: str) -> str | None:
 
 
 def needs() -> dict[str, list[str]]:
-    """Requirements by extra of ttt_jax, such as "optax>=0.2.5"; those of every installation under "core".
+    """Returns the requirements of ttt_jax by extra, such as "optax>=0.2.5"; those without an extra under "core".
 
-    Read from `pyproject.toml`, since an editable installation's metadata may be older, or else from a wheel's metadata.
+    Reads `pyproject.toml`, since an editable installation's metadata may be older, or else a wheel's metadata.
     """
     pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
     if pyproject.is_file():
         import tomllib
 
         project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
-        found = {"core": project["dependencies"], **project["optional-dependencies"]}
+        extras = {"core": project["dependencies"], **project["optional-dependencies"]}
     else:
-        extras = metadata.metadata("ttt_jax").get_all("Provides-Extra")
-        found = {extra or "core": _of_extra("ttt_jax", extra) for extra in (None, *extras)}
-    return {extra: requirements for extra, requirements in found.items() if extra != "all"}  # which names the others
+        names = metadata.metadata("ttt_jax").get_all("Provides-Extra")
+        extras = {extra or "core": _of_extra("ttt_jax", extra) for extra in (None, *names)}
+    return {extra: requirements for extra, requirements in extras.items() if extra != "all"}
 
 
 def _of_extra(name: str, extra: str | None) -> list[str]:
-    """Requirements of the installed distribution `name` that belong to `extra`, None for those that belong to no extra."""
+    """Returns the requirements of the distribution `name` with the extra `extra`; None: those without an extra."""
     parts = (requirement.partition(";") for requirement in metadata.requires(name) or [])
     marked = ((need.strip(), re.search(r"""extra == ['"](.+?)['"]""", marker)) for need, _, marker in parts)
     return [need for need, match in marked if (match and match[1]) == extra]
 
 
 def unmet(requirement: str) -> list[str]:
-    """What is wrong with the distribution that `requirement` names and with those that its extras ask for; [] if nothing."""
+    """Returns the problems of the distribution that `requirement` names, and of those that its extras need."""
     name, extra, bounds = re.fullmatch(r"([\w.-]+)(?:\[(.*)\])?(.*)", requirement).groups()
     version = installed(name)
     if version is None:
@@ -105,10 +105,10 @@ def unmet(requirement: str) -> list[str]:
 
 
 def fits(version: str, bounds: str) -> bool:
-    """Whether `version` keeps `bounds` such as ">=0.9,<0.13"; by the numbers alone, and bounds of other kinds are passed over."""
+    """Returns whether `version` keeps `bounds` such as ">=0.9,<0.13", by numbers alone, other bounds aside."""
     numbers = lambda text: tuple(int(n) for n in re.match(r"[\d.]*", text)[0].split(".") if n)  # noqa: E731
-    found = re.findall(r"(>=|<=|==|>|<)\s*([\d.]+)(?![\d.]*\*)", bounds)
-    return all(OPERATORS[sign](numbers(version), numbers(bound)) for sign, bound in found)
+    signs = re.findall(r"(>=|<=|==|>|<)\s*([\d.]+)(?![\d.]*\*)", bounds)
+    return all(OPERATORS[sign](numbers(version), numbers(bound)) for sign, bound in signs)
 
 
 def _show_versions() -> None:
@@ -120,7 +120,7 @@ def _show_versions() -> None:
 
 
 def _show_packages() -> bool:
-    """Prints what each extra lacks and how to get it; whether the commands have what they need."""
+    """Prints the problems of each extra and how to install it. Returns whether the commands have all they need."""
     print("\nPackages")
     complete = True
     for extra, requirements in needs().items():
@@ -139,7 +139,7 @@ def _show_packages() -> bool:
 
 
 def _show_devices() -> bool:
-    """Prints the host and what JAX runs on; whether JAX runs at all."""
+    """Prints the host and JAX's devices. Returns whether JAX runs."""
     print("\nMachine")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     _line("host", f"{os.cpu_count()} cores, {memory / 1e9:.1f} GB of memory")
@@ -161,7 +161,7 @@ def _show_devices() -> bool:
 
 
 def unused_gpu() -> str:
-    """What to do on a machine with an NVIDIA GPU where JAX sees CPUs only."""
+    """Returns advice for a machine with an NVIDIA GPU on which JAX sees CPUs only."""
     if chosen := os.environ.get("JAX_PLATFORMS"):
         return f"JAX leaves this machine's NVIDIA GPU alone, since JAX_PLATFORMS is {chosen}: unset it to use the GPU."
     (requirement,) = needs()["cuda"]
@@ -173,9 +173,9 @@ def unused_gpu() -> str:
 
 
 def _show_laws() -> bool:
-    """Prints each law and how far the layer is from it; whether all hold."""
+    """Prints each law and the layer's error. Returns whether all hold."""
     if any(unmet(requirement) for requirement in needs()["core"]):
-        return False  # said above
+        return False  # `_show_packages` reports it
     import jax
 
     from ttt_jax.ttt.laws import check_laws
@@ -184,13 +184,13 @@ def _show_laws() -> bool:
     dtype = "float64" if backend in ("cpu", "gpu") else "float32"  # a TPU has no float64
     print(f"\nLaws of the TTT layer, tried in {dtype} on {backend}", flush=True)
     sound = True
-    for found in check_laws(dtype=dtype):
-        sound &= found.holds
-        verdict = "PASS" if found.holds else "FAIL"
-        error = f"error {found.error:.2g}, allowed {found.allowed:g}"
-        print(f"  {found.law} {found.text:40}{verdict}  {error}")
-        if found.problem:
-            _line("", _first_line(found.problem))
+    for finding in check_laws(dtype=dtype):
+        sound &= finding.holds
+        verdict = "PASS" if finding.holds else "FAIL"
+        error = f"error {finding.error:.2g}, allowed {finding.allowed:g}"
+        print(f"  {finding.law} {finding.text:40}{verdict}  {error}")
+        if finding.problem:
+            _line("", _first_line(finding.problem))
     return sound
 
 

@@ -31,7 +31,8 @@ def edited(flaw: Flaw) -> str:
 
 @contextmanager
 def broken(flaw: Flaw) -> Iterator[None]:
-    """Executes the modules anew, the first one edited, in place: who holds them sees the flaw. Then they are as before."""
+    """Executes the modules anew, the first one edited, in place: who holds them sees the flaw. Then they are as
+    before."""
     with ExitStack() as stack:
         for i, module in enumerate(flaw.modules):
             source = Path(module.__file__).read_text() if i else edited(flaw)

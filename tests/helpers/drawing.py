@@ -7,6 +7,7 @@ import hashlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from ttt_jax.utils.xla import QUICK, known_options
@@ -25,6 +26,8 @@ def quick_jit(fun, **kwargs):
 
 
 seeds = st.integers(0, 2**32 - 1)
+few = settings(max_examples=max(1, settings().max_examples // 4))
+"""For properties whose example makes many calls: one by default, more in slow runs."""
 
 
 @st.composite
@@ -55,7 +58,8 @@ def random_mask(rng: np.random.Generator, shape: tuple[int, int], share: float =
 
 
 def random_params(shapes, rng: np.random.Generator, dtype=np.float64):
-    """Parameters in the shapes of a tree of `ShapeDtypeStruct`: nothing 0, nothing 1, so that nothing drops out unseen."""
+    """Parameters in the shapes of a tree of `ShapeDtypeStruct`: nothing 0, nothing 1, so that nothing drops out
+    unseen."""
 
     def leaf(path, spec):
         name, noise = path[-1].key, rng.standard_normal(spec.shape)
@@ -87,7 +91,8 @@ def digest(tree) -> str:
 
 
 def assert_close(got, expected, tol: float) -> None:
-    """Every leaf of `got` lies within `tol` of `expected`, in units of the larger of 1 and the leaf's greatest magnitude."""
+    """Every leaf of `got` lies within `tol` of `expected`, in units of the larger of 1 and the leaf's greatest
+    magnitude."""
     assert len(jax.tree.leaves(got)) == len(jax.tree.leaves(expected))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

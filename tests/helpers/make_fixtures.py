@@ -1,11 +1,13 @@
-"""Fixtures of PyTorch `moshi` for tests that run without it: ``python -m tests.helpers.make_fixtures [--out tests/fixtures]``.
+"""Fixtures of PyTorch `moshi` for tests that run without it: ``python -m tests.helpers.make_fixtures [--out
+tests/fixtures]``.
 
-Needs torch and the PyPI package `moshi` (0.2.13 made those in the repository, with torch 2.13.0 on a CPU). Each fixture is a
-folder as Kyutai releases them, with small random weights, and a `trace.safetensors` of what PyTorch makes of them, greedily:
+Needs torch and the PyPI package `moshi` (0.2.13 made those in the repository, with torch 2.13.0 on a CPU). Each fixture
+is a folder as Kyutai releases them, with small random weights, and a `trace.safetensors` of what PyTorch makes of them,
+greedily:
 
-- `hibiki`: other voice, delay 2, shared weight sets, low-rank tables, extra heads, the other rule for hidden widths, an
-  adapter file, bfloat16
-- `all_own`: every codebook is predicted, as in TTS; two layers in the depth transformer
+- `hibiki`: a user's stream, delay 2, shared weight sets, low-rank tables, extra heads, the other rule for hidden
+  widths, an adapter file, bfloat16
+- `all_moshi`: every codebook is predicted, as in TTS; two layers in the depth transformer
 
 `moshi.*` beside them, the 7B's shape in small, are older; their trace is described in `moshi/test_parity.py`.
 """
@@ -30,7 +32,7 @@ ROWS, FRAMES, CALLS = 2, 24, 40
 RANK, SCALING = 2, 1.5
 SHAPES = {
     "hibiki": VARIANTS["shared"] | {"num_layers": 2, "depformer_num_layers": 1, "extra_heads_num_heads": 2},
-    "all_own": MOSHI | {"num_layers": 1, "n_q": 4, "dep_q": 4, "delays": [0, 0, 1, 1, 1]},
+    "all_moshi": MOSHI | {"num_layers": 1, "n_q": 4, "dep_q": 4, "delays": [0, 0, 1, 1, 1]},
 }
 
 
@@ -42,7 +44,7 @@ def main() -> None:
     for name, kwargs in SHAPES.items():
         theirs = torch_moshi.random_model(kwargs)
         folder = torch_moshi.write_folder(out / name, theirs, kwargs)
-        trace = taught(theirs, kwargs) | streamed(theirs, kwargs)
+        trace = teacher_forced(theirs, kwargs) | streamed(theirs, kwargs)
         if name == "hibiki":
             trace |= draws() | adapted(theirs, kwargs, folder) | in_bfloat16(folder, kwargs)
         save_file({key: np.ascontiguousarray(value) for key, value in trace.items()}, folder / "trace.safetensors")
@@ -51,7 +53,7 @@ def main() -> None:
         print(folder, sum(file.stat().st_size for file in folder.rglob("*.*")), "bytes")
 
 
-def taught(theirs, kwargs) -> dict[str, np.ndarray]:
+def teacher_forced(theirs, kwargs) -> dict[str, np.ndarray]:
     """Teacher-forced: codes [B, K, T]; on the delayed grid hidden vectors and logits; masks on undelayed frames."""
     codes = torch_moshi.random_codes(kwargs, ROWS, FRAMES)
     out = torch_moshi.forward(theirs, codes)
@@ -71,8 +73,8 @@ def streamed(theirs, kwargs) -> dict[str, np.ndarray]:
     reset = np.zeros((ROWS, CALLS), bool)
     reset[0, 25], reset[1, 13], reset[1, 14] = True, True, True
     before = {call: reset[:, call] for call in range(CALLS) if reset[:, call].any()}
-    own = torch_moshi.random_codes(kwargs, ROWS, CALLS, seed=2, absent=False)[:, : 1 + kwargs["dep_q"]]
-    forced = np.where(rng.random(own.shape) < 0.3, own, torch_moshi.FREE).astype(np.int32)
+    moshi = torch_moshi.random_codes(kwargs, ROWS, CALLS, seed=2, absent=False)[:, : 1 + kwargs["dep_q"]]
+    forced = np.where(rng.random(moshi.shape) < 0.3, moshi, torch_moshi.FREE).astype(np.int32)
     columns = torch_moshi.on_grid(forced, kwargs["delays"])
     return {
         "user": user,
@@ -110,7 +112,8 @@ def adapted(theirs, kwargs, folder: Path) -> dict[str, np.ndarray]:
 
 
 def in_bfloat16(folder: Path, kwargs) -> dict[str, np.ndarray]:
-    """Logits of the weights rounded to bfloat16, in float32, and the mean distance from them (text, audio) when run in bfloat16.
+    """Logits of the weights rounded to bfloat16, in float32, and the mean distance from them (text, audio) when run in
+    bfloat16.
 
     Rotations far from the start and attention with large scores apart, as rounding shows there.
     """
@@ -118,13 +121,13 @@ def in_bfloat16(folder: Path, kwargs) -> dict[str, np.ndarray]:
     codes = torch_moshi.random_codes(kwargs, 1, frames, seed=4, absent=False)
     half = torch_moshi.load_folder(folder, torch.bfloat16)
     exact = torch_moshi.load_folder(folder, torch.bfloat16).float()
-    one, other = torch_moshi.grid(exact, codes), torch_moshi.grid(half, codes)
-    errors = [np.abs(a - b).mean(dtype=np.float64) for a, b in zip(one[1:], other[1:], strict=True)]
+    wide, narrow = torch_moshi.grid(exact, codes), torch_moshi.grid(half, codes)
+    errors = [np.abs(a - b).mean(dtype=np.float64) for a, b in zip(wide[1:], narrow[1:], strict=True)]
     return {
         "half_codes": codes,
         "half_error": np.array(errors),
-        "half_text_logits": one.text_logits,
-        "half_audio_logits": one.audio_logits,
+        "half_text_logits": wide.text_logits,
+        "half_audio_logits": wide.audio_logits,
     } | parts_in_bfloat16()
 
 

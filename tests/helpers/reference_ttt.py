@@ -1,8 +1,8 @@
 """The TTT layer as plain gradient descent: NumPy, float64, a loop over rows, frames and heads, every W_i formed.
 
-Written from the specification, with no parallel form anywhere, to be what the layer under test is compared with. The network
-of a head is a list of (weight [I, O], bias [O]); a state is (displacement, open_sum, count) in the layer's own shapes:
-tuples of ([B, H, I, O], [B, H, O]) and int [B].
+Written from the specification, with no parallel form anywhere, to be what the layer under test is compared with. The
+network of a head is a list of (weight [I, O], bias [O]); a state is (displacement, open_sum, count) in the layer's own
+shapes: tuples of ([B, H, I, O], [B, H, O]) and int [B].
 """
 
 from __future__ import annotations

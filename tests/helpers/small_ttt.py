@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from tests.helpers import reference_ttt
+from tests.helpers.contract import Module
 from tests.helpers.drawing import pieces, quick_jit, random_like, random_params
 from ttt_jax.config import MoshiConfig, TTTConfig
 from ttt_jax.ttt.layer import TTTLayer, init_state
 
 TOL = 1e-10
-ROWS, FRAMES, DIM, HEADS = 2, 32, 16, 2
+ROWS, FRAMES, DIM, HEADS = 2, 24, 16, 2
+PARTS = ((12, 12), (1,) * FRAMES, (*(1,) * 5, 12, *(1,) * 7))
+"""Splits of `FRAMES` by calls of two lengths: each length compiles anew."""
 NETWORKS = {"linear": (), "mlp2": (4,), "mlp3": (2, 2), "mlp5": (2, 1, 3, 2)}
 VARIANTS = {
     "as trained from scratch": {},
@@ -28,35 +31,32 @@ networks = pytest.mark.parametrize("hidden", NETWORKS.values(), ids=NETWORKS.key
 shallow_networks = pytest.mark.parametrize(
     "hidden",
     [
-        pytest.param(hidden, id=name, marks=() if len(hidden) < 2 else pytest.mark.slow)
+        pytest.param(hidden, id=name, marks=() if name == "mlp2" else pytest.mark.slow)
         for name, hidden in NETWORKS.items()
     ],
 )
-# Every pair compiles for seconds, deep networks for the most: those left out of the default run are slow.
-DEFAULT = {((), 1), ((4,), 4), ((4,), 16), ((2, 1, 3, 2), 4)}
-# Every length of a call compiles anew, so splits are drawn for these; the whole grid is slow.
-SPLIT = {((), 1), ((4,), 4), ((4,), 16)}
 
 
-def _grid(default):
+def grid(*default):
+    """Inner networks and mini-batch sizes; pairs that are not in `default` are slow."""
     return pytest.mark.parametrize(
         ("hidden", "mini_batch"),
         [
-            pytest.param(hidden, b, id=f"{name}-{b}", marks=() if (hidden, b) in default else pytest.mark.slow)
+            pytest.param(hidden, b, id=f"{name}-{b}", marks=() if f"{name}-{b}" in default else pytest.mark.slow)
             for name, hidden in NETWORKS.items()
             for b in (1, 4, 16, 64)
         ],
     )
 
 
-grid, split_grid = _grid(DEFAULT), _grid(SPLIT)
-# Laws that hold by the same lines of code for every network are tried on one pair each of b = 1 and of more.
-pairs = _grid({((), 1), ((4,), 4)})
+pairs = grid("linear-1", "mlp2-4")
+"""Laws that hold by the same lines of code for every network: one pair each of b = 1 and of more."""
 
 
 def config(hidden=(4,), mini_batch=4, dtype="float64", **ttt) -> MoshiConfig:
-    """A layer whose memory decays within the test; narrow heads take the rate of wide ones."""
-    ttt = {"horizon": 100.0, "base_lr": min(1.0, 8 / mini_batch), **ttt}
+    """A layer whose memory decays within the test; narrow heads take the rate of wide ones; scans go in groups with a
+    rest."""
+    ttt = {"horizon": 100.0, "base_lr": min(1.0, 8 / mini_batch), "remat_group": 5, **ttt}
     return MoshiConfig(
         dim=DIM,
         num_heads=HEADS,
@@ -109,7 +109,7 @@ def setting(cfg, seed, frames=FRAMES, rows=ROWS):
 
 
 def carried_state(cfg, rng, rows=ROWS):
-    """A state that a stream could have left, in NumPy: weights moved, rows at phases of their own."""
+    """A state that a stream could have left, in NumPy: weights moved, rows at any phase."""
     b = cfg.ttt.mini_batch
     state = init_state(cfg, rows)
     count = rng.integers(0, 3 * b, rows)
@@ -118,6 +118,35 @@ def carried_state(cfg, rng, rows=ROWS):
     moved = jax.tree.map(small, random_like(state.displacement, rng))
     open_sum = jax.tree.map(inside, jax.tree.map(small, random_like(state.open_sum, rng)))
     return state._replace(displacement=moved, open_sum=open_sum, count=np.asarray(count, np.int32))
+
+
+def module(cfg) -> Module:
+    """The layer as `tests.helpers.contract.verify` takes it."""
+
+    def of_row(tree, index):
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[index], tree)
+
+    def reset(state, rows):
+        keep = lambda leaf: np.where(rows.reshape(-1, *(1,) * (np.ndim(leaf) - 1)), 0, leaf).astype(leaf.dtype)  # noqa: E731
+        return jax.tree.map(keep, state)
+
+    def spoil(state):
+        nan = lambda leaf: leaf * np.array([1, np.nan]).reshape(-1, *(1,) * (leaf.ndim - 1))  # noqa: E731
+        return state._replace(displacement=jax.tree.map(nan, state[0]), open_sum=jax.tree.map(nan, state[1]))
+
+    return Module(
+        call=partial(call, cfg=cfg),
+        gradients=lambda *args: value_and_grads(*args, cfg=cfg)[1],
+        scored=lambda out: out,
+        carried=lambda state: state[:2],
+        fresh=lambda state: jax.tree.map(np.zeros_like, state),
+        reset=reset,
+        row=of_row,
+        spoil=spoil,
+        draw=lambda x, rng: rng.standard_normal(x.shape),
+        garbage=lambda x, rng: rng.choice([np.nan, np.inf, 1e300], x.shape),
+        tolerance=TOL,
+    )
 
 
 def run_split(params, x, mask, state, cfg, parts):

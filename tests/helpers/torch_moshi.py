@@ -1,7 +1,7 @@
 """PyTorch `moshi` as the reference: small random models in Kyutai's on-disk layout, and ways to run them.
 
-Imports torch and the PyPI package `moshi`; only `moshi/test_parity_torch.py` and `make_fixtures.py` use it. Arrays go in and come
-out as numpy.
+Imports torch and the PyPI package `moshi`; only `moshi/test_parity_torch.py` and `make_fixtures.py` use it. Arrays go
+in and come out as numpy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ torch.set_num_threads(2)
 
 UNGENERATED, FREE = -2, -2
 FAINT = 1
-"""Token of every table of the temporal transformer whose embedding is a thousand times smaller: a norm's eps then counts."""
+"""Token of every table of the temporal transformer whose embedding is a thousand times smaller: a norm's eps then
+counts."""
 NOT_THE_MODELS = {  # keys of a released config.json that `loaders.CheckpointInfo` takes for itself
     "moshi_name": "model.safetensors",
     "mimi_name": "tokenizer-e351c8d8-checkpoint125.safetensors",
@@ -69,7 +70,7 @@ MOSHI = {
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "moshi": MOSHI,
-    "all own": MOSHI | {"n_q": 4, "dep_q": 4, "delays": [0, 0, 1, 1, 1]},
+    "all moshi": MOSHI | {"n_q": 4, "dep_q": 4, "delays": [0, 0, 1, 1, 1]},
     "delay 2": MOSHI | {"delays": [0, 0, 2, 2, 0, 2, 2], "max_period": 100000},
     "mixed delays": MOSHI | {"delays": [0, 2, 0, 1, 1, 0, 2]},
     "shared": MOSHI
@@ -84,12 +85,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "heads": MOSHI | {"extra_heads_num_heads": 4, "extra_heads_dim": 6},
 }
-"""What tells the released models apart. Moshi; all codebooks own, as TTS; delay 2 and shared weight sets with low-rank
-tables, as Hibiki, with the other rule for hidden widths (at four times the width); extra heads, as STT."""
+"""The differences of the released models. Moshi; all codebooks predicted, as TTS; delay 2 and shared weight sets with
+low-rank tables, as Hibiki, with the other rule for hidden widths (at four times the width); extra heads, as STT."""
 
 
 class Trace(NamedTuple):
-    """What PyTorch makes of teacher-forced tokens, on the delayed grid; see `grid`."""
+    """PyTorch's results for teacher-forced tokens, on the delayed grid; see `grid`."""
 
     hidden: np.ndarray
     """[B, T, dim]."""
@@ -103,7 +104,8 @@ class Trace(NamedTuple):
 
 
 def random_model(kwargs: dict[str, Any], seed: int = 0) -> LMModel:
-    """A model whose every parameter is random: matrices keep the scale of what they read, gains lie around 1, of either sign."""
+    """A model whose every parameter is random: matrices keep the scale of what they read, gains lie around 1, of either
+    sign."""
     model = loaders.get_moshi_lm(None, dict(kwargs), dtype=torch.float32)
     _randomise(model, torch.Generator().manual_seed(seed))
     return model
@@ -158,7 +160,8 @@ def released_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def write_folder(
     folder: Path, model: LMModel, kwargs: dict[str, Any], fused: bool = True, dtype: torch.dtype = torch.float32
 ) -> Path:
-    """A folder such as a Kyutai repository: config.json and model.safetensors, fused as released or as `state_dict()`."""
+    """A folder such as a Kyutai repository: config.json and model.safetensors, fused as released or as
+    `state_dict()`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(NOT_THE_MODELS | kwargs))
     state = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}
@@ -193,7 +196,8 @@ def load_folder(folder: Path, dtype: torch.dtype = torch.float32, lora_weights: 
 
 
 def delayed(model: LMModel, codes: np.ndarray) -> torch.Tensor:
-    """Codes [B, K, T] on the delayed grid with the initial column in front, [B, K, T + 1]; what `LMModel.forward` builds."""
+    """Codes [B, K, T] on the delayed grid with the initial column in front, [B, K, T + 1]; what `LMModel.forward`
+    builds."""
     codes = torch.from_numpy(codes).long().to(model.device)
     initial = model._get_initial_token().expand(codes.shape[0], -1, -1)
     shifted = [
@@ -258,7 +262,7 @@ def _depth(model: LMModel, targets: torch.Tensor, hidden: torch.Tensor) -> torch
 
 
 class Stream(NamedTuple):
-    """What `LMGen` says, call by call."""
+    """Output of `LMGen`, call by call."""
 
     tokens: np.ndarray
     """int32 [B, 1 + Q, calls]; -1 where a row has none."""
@@ -303,9 +307,9 @@ def stream(
 
     Args:
       user: codes [B, n_q - Q, calls], handed in one a call; active: bool [B, calls], the execution mask;
-      reset_before: rows (bool [B]) to reset before a call; forced: int [B, 1 + Q, calls] on the *delayed* grid (what the
-        hooks see at each call), `FREE` where sampled; forced_inside: replace audio tokens while the column is sampled,
-        not after it.
+      reset_before: rows (bool [B]) to reset before a call; forced: int [B, 1 + Q, calls] on the *delayed* grid (what
+        the hooks see at each call), `FREE` where sampled; forced_inside: replace audio tokens while the column is
+        sampled, not after it.
     """
     rows, _, calls = user.shape
     out_of_sync = active is not None or reset_before is not None
@@ -362,7 +366,8 @@ def on_grid(tokens: np.ndarray, delays: list[int]) -> np.ndarray:
 
 
 def random_codes(kwargs: dict[str, Any], rows: int, frames: int, seed: int = 0, absent: bool = True) -> np.ndarray:
-    """Codes int32 [B, K, T]; with `absent` the last row has gaps (-1) in every stream, then nothing but gaps and faint tokens."""
+    """Codes int32 [B, K, T]; with `absent` the last row has gaps (-1) in every stream, then nothing but gaps and faint
+    tokens."""
     rng = np.random.default_rng(seed)
     text = rng.integers(0, kwargs["text_card"], (rows, 1, frames))
     audio = rng.integers(0, kwargs["card"], (rows, kwargs["n_q"], frames))

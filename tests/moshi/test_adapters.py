@@ -49,7 +49,13 @@ def test_adapters_are_on_the_named_maps_alone(maps):
     assert {weights.owner(tensor) for tensor, *_ in weights.adapters(cfg)} == set(maps)
 
 
-@pytest.mark.parametrize("maps", [("attention", "depth"), ("ffn", "heads")])
+@pytest.mark.parametrize(
+    "maps",
+    [
+        ("attention", "ffn", "depth", "heads"),
+        *(pytest.param(maps, marks=pytest.mark.slow) for maps in (("attention", "depth"), ("ffn", "heads"))),
+    ],
+)
 def test_adapters_are_what_they_add_to_the_weights(maps):
     cfg = adapted(*maps)
     rng = np.random.default_rng(1)

@@ -1,4 +1,5 @@
-"""cuDNN's attention over a line of ring and call reads and keeps what the plain form does, by its XLA twin where there is no GPU."""
+"""cuDNN's attention over a line of ring and call reads and keeps what the plain form does, by its XLA twin where there
+is no GPU."""
 
 import jax
 import jax.numpy as jnp

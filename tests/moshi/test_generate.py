@@ -37,18 +37,18 @@ def codes(seed=0, calls=CALLS, rows=ROWS):
     return np.random.default_rng(seed).integers(0, CFG.card, (rows, CFG.n_q - CFG.dep_q, calls)).astype(np.int32)
 
 
-def run(params, other, state=None, mask=None, forced=None, cfg=CFG, sampling=HOT):
-    """Own tokens of each call, [B, 1 + Q, calls], and the state."""
-    rows, _, calls = other.shape
+def run(params, user, state=None, mask=None, forced=None, cfg=CFG, sampling=HOT):
+    """Moshi's tokens of each call, [B, 1 + Q, calls], and the state."""
+    rows, _, calls = user.shape
     state = model.init_state(cfg, rows) if state is None else state
     mask = np.ones((rows, calls), bool) if mask is None else mask
     outs = []
     for call in range(calls):
         given = None if forced is None else jnp.asarray(forced[..., call])
-        own, state = step(
-            params, jnp.asarray(other[..., call]), jnp.asarray(mask[:, call]), state, cfg, sampling, given
+        moshi, state = step(
+            params, jnp.asarray(user[..., call]), jnp.asarray(mask[:, call]), state, cfg, sampling, given
         )
-        outs.append(np.asarray(own))
+        outs.append(np.asarray(moshi))
     return np.stack(outs, -1), state
 
 
@@ -62,24 +62,24 @@ def test_forced_tokens_come_out_and_the_others_do_not_know(params):
     forced[0, 0] = rng.integers(0, CFG.text_card, CALLS)  # text of row 0
     forced[1, 2, 5:9] = rng.integers(0, CFG.card, 4)  # a delayed codebook of row 1, in four frames
     forced[1, 1, 7] = -1  # silence of the model's input
-    own, _ = run(params, codes(), forced=forced)
+    moshi, _ = run(params, codes(), forced=forced)
     free, _ = run(params, codes())
     shift = CFG.max_delay  # call s completes frame s - max_delay
     for row in range(2):
         given = forced[row, :, : CALLS - shift]
-        np.testing.assert_array_equal(own[row, :, shift:][given != FREE], given[given != FREE])
-    np.testing.assert_array_equal(own[2], free[2])
-    np.testing.assert_array_equal(own[1, :, : 5 + shift], free[1, :, : 5 + shift])
-    assert (own[0, 1:, shift:] != free[0, 1:, shift:]).any()  # what is forced is heard by the other streams
+        np.testing.assert_array_equal(moshi[row, :, shift:][given != FREE], given[given != FREE])
+    np.testing.assert_array_equal(moshi[2], free[2])
+    np.testing.assert_array_equal(moshi[1, :, : 5 + shift], free[1, :, : 5 + shift])
+    assert (moshi[0, 1:, shift:] != free[0, 1:, shift:]).any()  # what is forced is heard by the other streams
 
 
 def test_forcing_what_was_generated_changes_nothing(params):
     """Forced tokens take the place that sampled ones have, in the depth transformer's input and in the history."""
-    own, state = run(params, codes())
+    moshi, state = run(params, codes())
     forced = np.full((ROWS, 1 + CFG.dep_q, CALLS), FREE, np.int32)
-    forced[..., : CALLS - CFG.max_delay] = own[..., CFG.max_delay :]
+    forced[..., : CALLS - CFG.max_delay] = moshi[..., CFG.max_delay :]
     again, forced_state = run(params, codes(), forced=forced)
-    np.testing.assert_array_equal(again, own)
+    np.testing.assert_array_equal(again, moshi)
     equal(forced_state, state)
 
 
@@ -100,12 +100,12 @@ def test_wrong_number_of_seeds():
 
 
 def test_values_that_cannot_be(params):
-    state, other = model.init_state(CFG, 1), jnp.asarray(codes(rows=1))
+    state, user = model.init_state(CFG, 1), jnp.asarray(codes(rows=1))
     for sampling in (Sampling(temperature=-1.0), Sampling(top_k=-1), Sampling(text_temperature=float("nan"))):
         with pytest.raises(InputError, match="cannot be"):
-            generate.stream_step(params, other[..., 0], jnp.ones(1, bool), state, CFG, sampling)
+            generate.stream_step(params, user[..., 0], jnp.ones(1, bool), state, CFG, sampling)
     with pytest.raises(InputError, match='first_frame="Twice"'):
-        generate.generate(params, other, jnp.ones((1, CALLS), bool), state, CFG, HOT, first_frame="Twice")
+        generate.generate(params, user, jnp.ones((1, CALLS), bool), state, CFG, HOT, first_frame="Twice")
     with pytest.raises(InputError, match="name rows 0 to 0"):
         model.fork_rows(state, [0, 1])
 
@@ -116,6 +116,47 @@ def test_top_k_of_0_is_all(params):
     expected, _ = run(params, codes(), sampling=every)
     got, _ = run(params, codes(), sampling=every._replace(top_k=0, text_top_k=0))
     np.testing.assert_array_equal(got, expected)
+
+
+def test_each_draw_has_noise_of_its_own(params):
+    """Where all logits are 0 a token is the place of the largest noise: by row, position and codebook."""
+    silent = {**params, "text_head": 0 * params["text_head"]}
+    silent["depth"] = {**params["depth"], "heads": 0 * params["depth"]["heads"]}
+    moshi, _ = run(silent, codes(), model.init_state(CFG, ROWS, seeds=[7, 8, 7]))
+    sizes = [HOT.text_top_k] + CFG.dep_q * [HOT.top_k]
+    for row, seed in enumerate((7, 8, 7)):
+        for column in range(CALLS - CFG.max_delay):
+            key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), column)
+            noise = np.split(np.asarray(jax.random.gumbel(key, (sum(sizes),))), np.cumsum(sizes)[:-1])
+            for stream, of_stream in enumerate(noise):
+                call = column - CFG.delays[stream] + CFG.max_delay  # frame s - delay comes out max_delay calls later
+                if column >= CFG.delays[stream]:
+                    assert moshi[row, stream, call] == of_stream.argmax()
+
+
+def test_the_first_column_reads_what_is_sampled_where_a_stream_has_not_begun():
+    """Each codebook's likeliest token is the one before plus 1; codebook 2 of 3 begins a frame later than its
+    neighbours."""
+    cfg = dataclasses.replace(CFG, num_layers=1, delays=(0, 0, 1, 0, 0, 0, 0), card=8, ttt=TTTConfig(layers="none"))
+    params = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, np.float32), model.init_params.eval_shape(cfg, jax.random.key(0))
+    )
+    places = np.eye(9, cfg.depth.dim, dtype=np.float32)
+    params["depth"]["text_emb"][:8], params["depth"]["audio_emb"][:] = places[:8], places
+    params["depth"]["heads"][:, np.arange(1, 8), np.arange(7)] = 1
+    params["depth"]["heads"][:, 7, 8] = 2  # after an initial token
+    greedy = Sampling(temperature=0, text_temperature=0)
+    moshi, _ = run(params, codes(calls=4)[:1] % 8, model.init_state(cfg, 1), cfg=cfg, sampling=greedy)
+    np.testing.assert_array_equal(moshi[0], np.array([[-1, 0, 0, 0], [-1, 1, 1, 1], [-1, 2, 2, 2], [-1, 3, 3, 3]]))
+
+
+@pytest.mark.parametrize(("top_k", "kept"), [(1, 1), (5, 5), (12, 12), (0, 16), (99, 16)])
+def test_as_many_tokens_as_top_k_come_into_question(top_k, kept):
+    state = model.init_state(CFG, 1)
+    text, audio = generate._gumbel(state, CFG, Sampling(top_k=top_k, text_top_k=top_k))
+    assert audio.shape == (1, CFG.dep_q, kept)
+    assert text.shape == (1, CFG.text_card if kept == 16 else kept)
+    assert generate._gumbel(state, CFG, Sampling(temperature=0, text_temperature=0)) == (None, None)
 
 
 def test_draws_follow_the_softmax_over_the_likeliest():
@@ -131,23 +172,31 @@ def test_draws_follow_the_softmax_over_the_likeliest():
     assert ((counts - draws * expected) ** 2 / (draws * expected)).sum() < 18.5  # chi-squared, 4 degrees: p = 0.001
 
 
+@pytest.mark.slow
 def test_generate_is_the_scan_of_steps(params):
-    other, mask = codes(), np.random.default_rng(2).random((ROWS, CALLS)) < 0.7
-    expected, state = run(params, other, mask=mask)
+    user, mask = codes(), np.random.default_rng(2).random((ROWS, CALLS)) < 0.7
+    expected, state = run(params, user, mask=mask)
     got, scanned = scan(
-        params, jnp.asarray(other), jnp.asarray(mask), model.init_state(CFG, ROWS), CFG, HOT, first_frame="once"
+        params, jnp.asarray(user), jnp.asarray(mask), model.init_state(CFG, ROWS), CFG, HOT, first_frame="once"
     )
     np.testing.assert_array_equal(got, expected)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), scanned, state)
 
 
 def test_first_frame_twice_is_for_fresh_rows_only(params):
-    other = codes()
-    twice = np.concatenate([other[..., :1], other], -1)
+    user = codes()
+    twice = np.concatenate([user[..., :1], user], -1)
     expected, _ = run(params, twice)
-    args = params, jnp.asarray(other), jnp.ones((ROWS, CALLS), bool)
+    args = params, jnp.asarray(user), jnp.ones((ROWS, CALLS), bool)
     got, state = scan(*args, model.init_state(CFG, ROWS), CFG, HOT)
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.slow
+def test_rows_that_have_begun_hear_each_frame_once(params):
+    user = codes()
+    args = params, jnp.asarray(user), jnp.ones((ROWS, CALLS), bool)
+    expected, _ = scan(*args, model.init_state(CFG, ROWS), CFG, HOT)
     # Rows that have begun hear each frame once: a stream in two pieces is the stream.
     half = CALLS // 2
     first, state = scan(args[0], *(x[..., :half] for x in args[1:]), model.init_state(CFG, ROWS), CFG, HOT)
@@ -157,11 +206,11 @@ def test_first_frame_twice_is_for_fresh_rows_only(params):
 
 
 def test_forced_frames_of_generate_are_those_that_each_row_makes(params):
-    other, mask = codes(), np.ones((ROWS, CALLS), bool)
+    user, mask = codes(), np.ones((ROWS, CALLS), bool)
     mask[1, 3:6] = False  # a pause
     forced = np.random.default_rng(3).integers(0, CFG.card, (ROWS, 1 + CFG.dep_q, 8)).astype(np.int32)
     got, _ = scan(
-        params, jnp.asarray(other), jnp.asarray(mask), model.init_state(CFG, ROWS), CFG, HOT, jnp.asarray(forced)
+        params, jnp.asarray(user), jnp.asarray(mask), model.init_state(CFG, ROWS), CFG, HOT, jnp.asarray(forced)
     )
     got = np.asarray(got)
     for row in range(ROWS):
@@ -171,43 +220,44 @@ def test_forced_frames_of_generate_are_those_that_each_row_makes(params):
 
 def test_a_stream_goes_on_after_a_prompt(params):
     """`forward` over a prompt and then steps give what steps with the prompt forced give."""
-    other = codes()
+    user = codes()
     prompt = 6
-    own = np.random.default_rng(4).integers(0, CFG.card, (ROWS, 1 + CFG.dep_q, prompt)).astype(np.int32)
-    forced = np.concatenate([own, np.full((ROWS, 1 + CFG.dep_q, CALLS - prompt), FREE, np.int32)], -1)
-    # Call s takes the other voice's frame s - 1; call 0 ignores what it is given.
-    expected, _ = run(params, np.concatenate([other[..., :1], other[..., :-1]], -1), forced=forced)
-    frames = np.concatenate([own, other[..., :prompt]], 1)
+    moshi = np.random.default_rng(4).integers(0, CFG.card, (ROWS, 1 + CFG.dep_q, prompt)).astype(np.int32)
+    forced = np.concatenate([moshi, np.full((ROWS, 1 + CFG.dep_q, CALLS - prompt), FREE, np.int32)], -1)
+    # Call s takes the user's frame s - 1; call 0 ignores what it is given.
+    expected, _ = run(params, np.concatenate([user[..., :1], user[..., :-1]], -1), forced=forced)
+    frames = np.concatenate([moshi, user[..., :prompt]], 1)
     read = quick_jit(partial(model.forward, cfg=CFG))
     _, state = read(params, frames, np.ones((ROWS, prompt), bool), model.init_state(CFG, ROWS))
-    got, _ = run(params, other[..., prompt - 1 : -1], state)
+    got, _ = run(params, user[..., prompt - 1 : -1], state)
     np.testing.assert_array_equal(got, expected[..., prompt:])
 
 
-def test_a_saved_stream_goes_on_to_the_bit(params, tmp_path):
-    cfg, other = dataclasses.replace(CFG, dtype="bfloat16"), codes()
-    expected, end = run(params, other, cfg=cfg)
-    _, state = run(params, other[..., :9], cfg=cfg)
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_a_saved_stream_goes_on_to_the_bit(params, tmp_path, dtype):
+    cfg, user = dataclasses.replace(CFG, dtype=dtype), codes()
+    expected, end = run(params, user, cfg=cfg)
+    _, state = run(params, user[..., :9], cfg=cfg)
     stream_state.save_state(tmp_path / "state", state, cfg)
     loaded = stream_state.load_state(tmp_path / "state", cfg)
     equal(loaded, state)
     assert [leaf.dtype for leaf in jax.tree.leaves(loaded)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
-    got, went = run(params, other[..., 9:], loaded, cfg=cfg)
+    got, went = run(params, user[..., 9:], loaded, cfg=cfg)
     np.testing.assert_array_equal(got, expected[..., 9:])
     equal(went, end)
 
 
 def test_forks_share_the_past_and_nothing_else(params):
-    other = codes()
-    _, state = run(params, other[..., :9])
+    user = codes()
+    _, state = run(params, user[..., :9])
     fork = model.fork_rows(state, [1, 1, 0])
     before = jax.tree.map(np.asarray, state)
-    both, _ = run(params, other[[1, 1, 0], :, 9:], fork)
+    both, _ = run(params, user[[1, 1, 0], :, 9:], fork)
     np.testing.assert_array_equal(both[0], both[1])  # the same draws
     equal(before, state)  # the fork was donated, not what it was made of
-    apart, _ = run(params, other[[1, 1, 0], :, 9:], model.fork_rows(state, [1, 1, 0], seeds=[5, 6, 7]))
+    apart, _ = run(params, user[[1, 1, 0], :, 9:], model.fork_rows(state, [1, 1, 0], seeds=[5, 6, 7]))
     assert (apart[0] != apart[1]).any()
-    expected, _ = run(params, other[..., 9:], state)
+    expected, _ = run(params, user[..., 9:], state)
     np.testing.assert_array_equal(both[0], expected[1])
     np.testing.assert_array_equal(both[2], expected[0])
 
@@ -289,12 +339,13 @@ def with_adapters(params, key):
 
 @pytest.mark.slow
 def test_streamed_tokens_are_the_likeliest_that_forward_gives():
-    """With shared weight sets, low-rank tables, adapters: each generated token is the teacher-forced argmax given those before."""
+    """With shared weight sets, low-rank tables, adapters: each generated token is the teacher-forced argmax given those
+    before."""
     cfg = rich()
     params = with_adapters(quick_jit(model.init_params, static_argnums=0)(cfg, jax.random.key(1)), jax.random.key(2))
-    other = np.zeros((2, 0, 14), np.int32)
-    own, _ = run(params, other, cfg=cfg, sampling=Sampling(temperature=0, text_temperature=0))
-    frames = own[..., cfg.max_delay :]
+    user = np.zeros((2, 0, 14), np.int32)
+    moshi, _ = run(params, user, cfg=cfg, sampling=Sampling(temperature=0, text_temperature=0))
+    frames = moshi[..., cfg.max_delay :]
     outputs, _ = model.forward(
         params, jnp.asarray(frames), jnp.ones((2, frames.shape[-1]), bool), model.init_state(cfg, 2), cfg
     )
@@ -335,10 +386,11 @@ def test_adapters_are_what_they_add_to_the_weights():
     )
 
 
+@pytest.mark.slow
 def test_streaming_params_give_the_same_bits(params):
     """On a CPU in float32 they are the same numbers in other arrays."""
-    other = codes()
-    expected, state = run(params, other)
-    got, streamed = run(generate.streaming_params(params, CFG), other)
+    user = codes()
+    expected, state = run(params, user)
+    got, streamed = run(generate.streaming_params(params, CFG), user)
     np.testing.assert_array_equal(got, expected)
     equal(streamed, state)

@@ -14,7 +14,7 @@ from ttt_jax.moshi import generate, model
 
 ROWS, FRAMES = 2, 24
 
-dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+dtypes = pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 
 
 def params_and_state(cfg):
@@ -68,8 +68,8 @@ def test_generating_step(dtype):
     cfg = dataclasses.replace(MODEL, dtype=dtype)
     params, state = params_and_state(cfg)
 
-    def stream_step(params, other, mask, state):
-        return generate.stream_step(params, other, mask, state, cfg)
+    def stream_step(params, user, mask, state):
+        return generate.stream_step(params, user, mask, state, cfg)
 
     text = lowered(stream_step, params, tokens(ROWS, cfg.n_q - cfg.dep_q), flags(ROWS), state)
     assert "stablehlo.dot_general" in text

@@ -1,10 +1,11 @@
 """Checkpoints that `transformers` itself wrote, converted, beside its own forward pass.
 
-Needs torch and transformers; without them nothing runs here, and `convert/test_convert_layouts.py` compares with its script's map.
+Needs torch and transformers; without them nothing runs here, and `convert/test_convert_layouts.py` compares with its
+script's map.
 
-What transformers computes otherwise and is left out here: it attends to all frames instead of to the last `sliding_window`,
-and with attn_implementation="eager" its depth transformer sees later codebooks. So windows hold all frames, and it runs with
-"sdpa". Its grid of delayed tokens comes from the caller.
+What transformers computes otherwise and is left out here: it attends to all frames instead of to the last
+`sliding_window`, and with attn_implementation="eager" its depth transformer sees later codebooks. So windows hold all
+frames, and it runs with "sdpa". Its grid of delayed tokens comes from the caller.
 """
 
 # ruff: noqa: E402  what needs torch is imported where it is there
@@ -109,9 +110,9 @@ def test_logits_equal_those_of_transformers(tmp_path, name, dtype):
     with torch.no_grad():
         inputs = {"input_ids": grid[:, 0, :-1], "moshi_audio_codes": grid[:, 1 : 1 + cfg.dep_q, :-1]}
         out = theirs(**inputs, user_audio_codes=grid[:, 1 + cfg.dep_q :, :-1], use_cache=False)
-        own = grid[:, : cfg.dep_q, 1:].transpose(1, 2).reshape(ROWS * FRAMES, -1)
+        moshi = grid[:, : cfg.dep_q, 1:].transpose(1, 2).reshape(ROWS * FRAMES, -1)
         hidden = out.last_hidden_state.reshape(ROWS * FRAMES, 1, -1)
-        depth = theirs.depth_decoder(input_ids=own, last_hidden_state=hidden, use_cache=False).logits
+        depth = theirs.depth_decoder(input_ids=moshi, last_hidden_state=hidden, use_cache=False).logits
     np.testing.assert_allclose(ours.hidden, out.last_hidden_state, rtol=0, atol=ATOL)
     np.testing.assert_allclose(ours.text_logits, out.logits, rtol=0, atol=ATOL)
     np.testing.assert_allclose(ours.audio_logits, depth.reshape(ROWS, FRAMES, cfg.dep_q, -1), rtol=0, atol=ATOL)

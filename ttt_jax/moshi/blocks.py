@@ -1,4 +1,5 @@
-"""One layer of the temporal transformer: attention, TTT where configured, feed-forward. Linen declares its parameters."""
+"""One layer of the temporal transformer: attention, TTT where configured, feed-forward. Linen declares its
+parameters."""
 
 from __future__ import annotations
 
@@ -21,10 +22,10 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "layers": jax.checkpoint_policies.nothing_saveable,
 }
-"""What the backward pass finds stored, by what it computes again: all but the products with weights, all but a layer's inputs."""
+"""By name, what the backward pass computes again: all but a layer's products with weights, all but its inputs."""
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""From queries, keys and values [B, T, H, K] to what is read, of the same shape, and what the caller wants back of the call."""
+"""From queries, keys and values [B, T, H, K] to the read values of the same shape, and a result for the caller."""
 
 
 class Attention(nn.Module):
@@ -34,7 +35,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, position: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-        """x [B, T, dim] at positions [B, T] -> update [B, T, dim] and what else `attend` returns."""
+        """x [B, T, dim] at positions [B, T] -> update [B, T, dim] and the caller's result of `attend`."""
         cfg, lora = self.cfg, self.cfg.lora.of("attention")
         heads = (cfg.num_heads, cfg.head_dim)
         qkv = linear(x, declare(self, "qkv", linear_kernel, lora, (3, *heads), cfg.dim), lora.scaling)
@@ -65,7 +66,7 @@ class Block(nn.Module):
     cfg: MoshiConfig
     has_ttt: bool
     remat: Remat = "none"
-    """What the backward pass computes again (`REMAT`)."""
+    """Recomputation in the backward pass (`REMAT`)."""
 
     @nn.compact
     def __call__(
@@ -80,17 +81,18 @@ class Block(nn.Module):
         """One layer over a call.
 
         Args:
-          x: [B, T, dim]; mask: bool [B, T]; position: int32 [B, T]; attend: how its queries read;
-          ttt: the TTT state, None in layers without; measured: whether to measure TTT layers.
+          x: [B, T, dim]; mask: bool [B, T]; position: int32 [B, T]; attend: attention's rule;
+          ttt: the TTT state, None in layers without TTT; measured: whether to measure TTT layers.
 
         Returns:
-          x and (what else `attend` returns, new TTT state, measurement), the last two None in layers without.
+          x and (the caller's result of `attend`, new TTT state, measurement); the last two are None in layers without
+          TTT.
         """
         norm = lambda name: self.param(name, nn.initializers.ones, (self.cfg.dim,))  # noqa: E731
         attention, feed_forward = Attention, FeedForward
         if self.remat != "none":
-            # Part by part and not the layer as a whole: the TTT layer stores what it needs for its own backward pass, and going
-            # through its scan once more for the sake of the other two would cost more than all else that is computed again.
+            # Attention and feed-forward apart: the TTT layer stores what its backward pass needs, and a second run of
+            # its scan would cost more than all other recomputation.
             attention = nn.remat(Attention, policy=REMAT[self.remat], static_argnums=(3,), prevent_cse=self.has_ttt)
             feed_forward = nn.remat(FeedForward, policy=REMAT[self.remat], prevent_cse=self.has_ttt)
         update, kept = attention(self.cfg, name="attention")(rms_norm(x, norm("norm1")), position, attend)

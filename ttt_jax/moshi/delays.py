@@ -1,8 +1,8 @@
 """Moshi's delays: from undelayed frames to the delayed grid.
 
-Stream k of frame f stands in column f + delay_k; columns before a stream's first token hold its initial token. Position s of
-the model reads column s - 1 (column -1 is all initial tokens) and predicts column s. The state keeps the last max_delay + 1
-frames of each row, so a call can start anywhere.
+Stream k of frame f stands in column f + delay_k; columns before a stream's first token hold its initial token. Position
+s of the model reads column s - 1 (column -1 is all initial tokens) and predicts column s. The state keeps the last
+max_delay + 1 frames of each row, so a call can start anywhere.
 """
 
 from __future__ import annotations

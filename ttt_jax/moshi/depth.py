@@ -1,8 +1,10 @@
-"""The depth transformer: within a frame, codebook after codebook, each with a weight set of its own or shared by a schedule.
+"""The depth transformer: within a frame, codebook after codebook, each with one weight set each or shared ones by a
+schedule.
 
-No positional embedding. `teach` runs all codebooks at once, `step` one over a cache: the same layers.
+No positional embedding. `teacher_forced` runs all codebooks at once, `step` one over a cache: the same layers.
 
-Shapes: N frames (any batch of them), Q = dep_q codebooks, S weight sets, L layers, D depth width, H heads, K head width,
+Shapes: N frames (any batch of them), Q = dep_q codebooks, S weight sets, L layers, D depth width, H heads, K head
+  width,
 V codebook entries.
 """
 
@@ -22,7 +24,7 @@ from ttt_jax.nn.norms import rms_norm
 
 Params = dict[str, Any]
 STACKED = ("input", "qkv", "out", "gate_up", "down", "heads")
-"""Maps that a step picks one matrix of."""
+"""Maps of which a step reads one matrix."""
 
 
 Cache = list[list[tuple[jax.Array, jax.Array]]]
@@ -30,8 +32,8 @@ Cache = list[list[tuple[jax.Array, jax.Array]]]
 
 
 def init_params(cfg: MoshiConfig, key: jax.Array) -> Params:
-    """Parameters: those of layers stacked [L * S, ...] (layer by layer, one axis: XLA reads a slice of it where it lies, and would
-    copy that of two), "input" [S, ...], tables and heads by codebook."""
+    """Initial parameters: layers stacked [L * S, ...] (XLA reads a slice of one axis in place, and would copy one of
+    two axes), "input" [S, ...], tables and heads by codebook."""
     depth, q, dim = cfg.depth, cfg.dep_q, cfg.depth.dim
     sets, layers = max(cfg.depth_sets) + 1, depth.num_layers
     heads, width = (depth.num_heads, dim // depth.num_heads), depth.low_rank or dim
@@ -54,12 +56,12 @@ def init_params(cfg: MoshiConfig, key: jax.Array) -> Params:
         "norm1": jnp.ones((layers, dim)),
         "norm2": jnp.ones((layers, dim)),
     }
-    for own, (name, (init, out, inner, lead)) in zip(keys, maps.items(), strict=True):
-        params |= init_kernel(own, name, init, cfg.lora.of("depth"), out, inner, lead)
+    for part, (name, (init, out, inner, lead)) in zip(keys, maps.items(), strict=True):
+        params |= init_kernel(part, name, init, cfg.lora.of("depth"), out, inner, lead)
     return params
 
 
-def teach(params: Params, hidden: jax.Array, text: jax.Array, audio: jax.Array, cfg: MoshiConfig) -> jax.Array:
+def teacher_forced(params: Params, hidden: jax.Array, text: jax.Array, audio: jax.Array, cfg: MoshiConfig) -> jax.Array:
     """Teacher-forced logits of all codebooks.
 
     Args:
@@ -72,13 +74,13 @@ def teach(params: Params, hidden: jax.Array, text: jax.Array, audio: jax.Array, 
     scaling, q = cfg.lora.scaling, cfg.dep_q
 
     def of_codebooks(kernel: Kernel, layer: int = 0) -> Kernel:
-        """Of one layer, the weights by codebook; in place where each has its own."""
+        """The weights of one layer by codebook; without a copy where no two codebooks share a set."""
         sets = max(cfg.depth_sets) + 1
         kernel = kernel.at(slice(layer * sets, (layer + 1) * sets))
         return kernel if cfg.depth_sets == tuple(range(q)) else kernel.at(jnp.array(cfg.depth_sets))
 
     def each(x: jax.Array, kernel: Kernel, wide: bool = False) -> jax.Array:
-        """[Q, N, in] -> [Q, N, *out], each codebook by its own matrix."""
+        """[Q, N, in] -> [Q, N, *out], each codebook by one matrix."""
         return jax.vmap(lambda x, kernel: linear(x, kernel, scaling, wide))(x, kernel)
 
     # Codebook-major inside: each codebook's matrix then meets one contiguous matrix of frames.
@@ -108,7 +110,7 @@ def step(
 
     Args:
       hidden: [N, dim]; token: int32 [N], the text token for codebook 0, else the token of the codebook before.
-      codebook: which one, a Python number; cache: of the codebooks before; for codebook 0 an empty list for each layer.
+      codebook: its number, a Python int; cache: of the codebooks before; for codebook 0 an empty list for each layer.
 
     Returns:
       Logits [N, V] and the cache with this codebook.

@@ -1,4 +1,5 @@
-"""Generation frame by frame: the other voice's codes in, own text and codes out. Pure functions over the state of `forward`."""
+"""Generation frame by frame: the user's codes in, Moshi's text and codes out. Pure functions over the state of
+`forward`."""
 
 from __future__ import annotations
 
@@ -17,11 +18,11 @@ from ttt_jax.moshi.delays import ABSENT
 from ttt_jax.moshi.model import PRNG, Params, State, temporal, text_logits
 
 FREE = -2
-"""In place of a forced token: it is to be sampled (Kyutai's "ungenerated" token)."""
+"""In place of a forced token: sample it (Kyutai's "ungenerated" token)."""
 
 
 class Sampling(NamedTuple):
-    """Temperature and top-k for audio and text; temperature 0 takes the likeliest token, top-k 0 all. Defaults are Kyutai's."""
+    """Temperature and top-k for audio and text. Temperature 0 is greedy, top-k 0 is no limit. Defaults are Kyutai's."""
 
     temperature: float = 0.8
     top_k: int = 250
@@ -30,11 +31,12 @@ class Sampling(NamedTuple):
 
 
 def streaming_params(params: Params, cfg: MoshiConfig) -> Params:
-    """`params` as `stream_step` and `generate` read them quickest here; in float32 on a CPU the results are the same to the bit.
+    """Parameters in the layout that `stream_step` and `generate` read fastest; in float32 on a CPU results have equal
+    bits.
 
-    Matrices are converted to the type they are used in, once instead of at every frame. On a CPU each layer's become arrays of their
-    own, since XLA's CPU products copy a matrix out of its stack first; on other devices few large arrays are quickest
-    (docs/performance.md). `forward` takes `params` itself.
+    Converts matrices to the type of the activations once. On a CPU it also unstacks the matrices of layers, since XLA's
+    CPU products copy a matrix out of its stack first; elsewhere few large arrays are faster (docs/performance.md).
+    `forward` takes `params` itself.
     """
     unstack = jax.default_backend() == "cpu"
 
@@ -48,19 +50,20 @@ def streaming_params(params: Params, cfg: MoshiConfig) -> Params:
 
 
 def is_wide(names: Sequence[str]) -> bool:
-    """Whether the parameter at this path is used in float32 or wider whatever the type of the activations."""
+    """Returns whether the parameter at this path is used in float32 or wider, whatever the type of the activations."""
     narrow = ("_kernel", "q_bias", "k_bias", "v_bias", "out_bias")
     return "norm" in names[-1] or ("ttt" in names and not names[-1].endswith(narrow))
 
 
 def sample(logits: jax.Array, noise: jax.Array | None, temperature: float) -> jax.Array:
-    """Tokens drawn from the likeliest of `logits` at a temperature.
+    """Draws tokens from the top k of `logits` at a temperature.
 
     Args:
-      logits: [B, V]; noise: standard Gumbel [B, k], as many as tokens come into question; None with temperature 0.
+      logits: [B, V].
+      noise: standard Gumbel [B, k]; None with temperature 0.
 
     Returns:
-      int32 [B]: the likeliest at temperature 0, else a draw from the softmax over the k likeliest.
+      int32 [B]: a draw from the softmax over the top k; without noise the token of the largest logit.
     """
     if noise is None:
         return logits.argmax(-1).astype(jnp.int32)
@@ -72,7 +75,7 @@ def sample(logits: jax.Array, noise: jax.Array | None, temperature: float) -> ja
 @partial(jax.jit, static_argnames=("cfg", "sampling"), donate_argnames=("state",))
 def stream_step(
     params: Params,
-    other: jax.Array,
+    user: jax.Array,
     mask: jax.Array,
     state: State,
     cfg: MoshiConfig,
@@ -81,38 +84,39 @@ def stream_step(
 ) -> tuple[jax.Array, State]:
     """One frame of the streaming model.
 
-    Call s of a row takes the other voice's frame s - 1 and generates column s of the delayed grid: text s, semantic code s,
-    acoustic codes s - delay. The first call of a row ignores `other`: position 0 reads initial tokens.
+    Call s of a row takes the user's frame s - 1 and generates column s of the delayed grid: text s, semantic code s,
+    acoustic codes s - delay. The first call of a row ignores `user`: position 0 reads initial tokens.
 
-    A stream may begin with `forward` (a prompt) and go on here; the first call then takes the codes of the prompt's last frame.
+    A stream may begin with `forward` (a prompt) and go on here; the first call then takes the codes of the prompt's
+    last frame.
 
     Args:
       params: of `init_params`, or converted.
-      other: codes of the other voice, int32 [B, n_q - dep_q].
-      mask: bool [B], rows that take part; for the others nothing happens.
-      state: donated, use what is returned; `fork_rows` makes a copy.
+      user: codes of the user's stream, int32 [B, n_q - dep_q].
+      mask: bool [B], active rows; the others keep their state.
+      state: donated: go on with the returned one. `fork_rows` makes a copy.
       cfg, sampling: static.
-      forced: own tokens of frame s (undelayed: its acoustic codes count in later calls), int32 [B, 1 + dep_q], `FREE` where
-        they are to be sampled; unset: all are.
+      forced: Moshi's tokens of frame s (undelayed: its acoustic codes count in later calls), int32 [B, 1 + dep_q],
+        `FREE` where sampled; unset: all are sampled.
 
     Returns:
-      Own tokens of the newest complete frame s - max_delay, int32 [B, 1 + dep_q], `ABSENT` in the first max_delay calls of a row
-      and in rows that do not take part; the state.
+      Moshi's tokens of the newest complete frame s - max_delay, int32 [B, 1 + dep_q], `ABSENT` in the first max_delay
+      calls of a row and in inactive rows; the state.
     """
-    own_streams = 1 + cfg.dep_q
+    moshi_streams = 1 + cfg.dep_q
     delays, newest_slot = cfg.delays, state.history.shape[-1] - 1
     rows, position = mask[:, None], state.position
     text_noise, noise = _gumbel(state, cfg, sampling)
-    # history[..., -1] is frame s - 1, pushed by the call before, which did not know the other voice's codes yet.
-    newest = jnp.where(rows & (position > 0)[:, None], other, state.history[:, own_streams:, -1])
-    history = state.history.at[:, own_streams:, -1].set(newest)
+    # history[..., -1] is frame s - 1, pushed by the call before, before the user's codes were known.
+    newest = jnp.where(rows & (position > 0)[:, None], user, state.history[:, moshi_streams:, -1])
+    history = state.history.at[:, moshi_streams:, -1].set(newest)
     tokens = jnp.stack([history[:, k, newest_slot - delays[k]] for k in range(cfg.num_streams)], 1)[:, None]
     hidden, state, _ = temporal(params, tokens, rows, state, cfg)
 
-    # Push frame s, then generate column s and put it where it belongs: stream k in frame s - delay_k, unless that lies before
-    # frame 0. What a place holds already is given: forced, or part of a prompt.
-    own = jnp.full((mask.shape[0], own_streams), FREE, jnp.int32) if forced is None else forced
-    pushed = jnp.concatenate([own, jnp.full_like(newest, ABSENT)], 1)[..., None]
+    # Push frame s, then generate column s and put stream k into frame s - delay_k, unless that lies before frame 0. A
+    # token that is there already is forced, or part of a prompt.
+    moshi = jnp.full((mask.shape[0], moshi_streams), FREE, jnp.int32) if forced is None else forced
+    pushed = jnp.concatenate([moshi, jnp.full_like(newest, ABSENT)], 1)[..., None]
     pushed = jnp.concatenate([history[..., 1:], pushed], -1)
 
     def put(pushed: jax.Array, stream: int, sampled: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -132,14 +136,14 @@ def stream_step(
         token, pushed = put(pushed, 1 + codebook, token)
 
     complete = rows & (position >= cfg.max_delay)[:, None]
-    own = jnp.where(complete, pushed[:, :own_streams, newest_slot - cfg.max_delay], ABSENT)
-    return own, state._replace(history=jnp.where(rows[..., None], pushed, history))
+    moshi = jnp.where(complete, pushed[:, :moshi_streams, newest_slot - cfg.max_delay], ABSENT)
+    return moshi, state._replace(history=jnp.where(rows[..., None], pushed, history))
 
 
 @partial(jax.jit, static_argnames=("cfg", "sampling", "first_frame"), donate_argnames=("state",))
 def generate(
     params: Params,
-    other: jax.Array,
+    user: jax.Array,
     mask: jax.Array,
     state: State,
     cfg: MoshiConfig,
@@ -147,43 +151,47 @@ def generate(
     forced: jax.Array | None = None,
     first_frame: Literal["twice", "once"] = "twice",
 ) -> tuple[jax.Array, State]:
-    """A scan of `stream_step` over T frames of the other voice.
+    """Scans `stream_step` over T frames of the user's stream.
 
-    A fresh row's first call sees nothing of the frame that it is given. With `first_frame="twice"` fresh rows are given their
-    first frame twice, so that all frames are heard, aligned as in training (Kyutai's ``run_inference``); with "once" that frame
-    is lost and all later ones arrive a frame earlier (Kyutai's server). Rows that have begun go on alike in both.
+    The first call of a fresh row ignores its frame. With `first_frame="twice"` fresh rows get their first frame twice,
+    so that Moshi hears all frames, aligned as in training (Kyutai's ``run_inference``). With "once" that frame is lost
+    and all later ones arrive a frame earlier (Kyutai's server). Rows that have begun go on alike in both.
 
     Args:
-      other: int32 [B, n_q - dep_q, T]; mask: bool [B, T]: a masked frame pauses its row.
-      forced: int32 [B, 1 + dep_q, N], own tokens of the first N frames that each row generates here, `FREE` where sampled.
+      user: int32 [B, n_q - dep_q, T]; mask: bool [B, T]: a masked frame pauses its row.
+      forced: int32 [B, 1 + dep_q, N], Moshi's tokens of the first N frames that each row generates here, `FREE` where
+        sampled.
       params, state, cfg, sampling: as in `stream_step`; the state is donated.
 
     Returns:
-      What each call gave, int32 [B, 1 + dep_q, calls], calls being T + 1 with "twice" and T with "once"; the state.
+      Moshi's tokens of each call, int32 [B, 1 + dep_q, calls], T + 1 calls with "twice" and T with "once"; the state.
+
+    Raises:
+      InputError: `first_frame` or `sampling` has an impossible value.
     """
     if first_frame not in ("twice", "once"):
         raise InputError(f'first_frame="{first_frame}" is no convention: give "twice" or "once".')
     if first_frame == "twice":
-        other = jnp.concatenate([other[..., :1], other], -1)
+        user = jnp.concatenate([user[..., :1], user], -1)
         fresh = mask.any(1) & (state.position == 0)
         mask = jnp.concatenate([fresh[:, None], mask], 1)
     start = state.position
 
     def body(state: State, x: tuple[jax.Array, jax.Array]):
-        other, mask = x
+        user, mask = x
         given = None
         if forced is not None:
             index = jnp.broadcast_to((state.position - start)[:, None, None], (*forced.shape[:2], 1))
             given = jnp.take_along_axis(forced, index, 2, mode="fill", fill_value=FREE)[..., 0]
-        own, state = stream_step(params, other, mask, state, cfg, sampling, given)
-        return state, own
+        moshi, state = stream_step(params, user, mask, state, cfg, sampling, given)
+        return state, moshi
 
-    state, own = jax.lax.scan(body, state, (jnp.moveaxis(other, -1, 0), mask.T))
-    return jnp.moveaxis(own, 0, -1), state
+    state, moshi = jax.lax.scan(body, state, (jnp.moveaxis(user, -1, 0), mask.T))
+    return jnp.moveaxis(moshi, 0, -1), state
 
 
 def _gumbel(state: State, cfg: MoshiConfig, sampling: Sampling) -> tuple[jax.Array | None, jax.Array | None]:
-    """Noise for one call, each row's from its own key and position: text [B, k], audio [B, Q, k]; None where greedy."""
+    """Gumbel noise of one call by the key and position of each row: text [B, k], audio [B, Q, k]; None where greedy."""
     for name, value in sampling._asdict().items():
         if not 0 <= value < math.inf:
             raise InputError(f"sampling {name}={value} cannot be: give 0 or a positive number.")

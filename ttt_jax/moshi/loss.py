@@ -12,26 +12,27 @@ from ttt_jax.moshi.model import Encoded, Outputs, Params, Remat, predict
 
 
 class Scores(NamedTuple):
-    """What the tokens of a call cost."""
+    """Losses of the tokens of a call."""
 
     nats: jax.Array
-    """Cross-entropy, [B, 1 + Q, T]: text, then the own codebooks; 0 where masked."""
+    """Cross-entropy, [B, 1 + Q, T]: text, then Moshi's codebooks; 0 where masked."""
     half_variance: jax.Array
     """Half the variance of a token's logits over its entries, [B, 1 + Q, T]; 0 where masked. Without gradient."""
 
 
 def token_losses(outputs: Outputs) -> jax.Array:
-    """Cross-entropy in nats of every token that `forward` scored, [B, 1 + Q, T]: text, then the own codebooks; 0 where masked."""
+    """Cross-entropy in nats of every token that `forward` scored, [B, 1 + Q, T]: text, then Moshi's codebooks; 0 where
+    masked."""
     return _nats(outputs.text_logits, outputs.audio_logits, outputs.targets, outputs.target_mask)
 
 
 def score(params: Params, encoded: Encoded, cfg: MoshiConfig, block: int, remat: Remat = "none") -> Scores:
-    """`token_losses` of what `encode` gave, without holding all logits: they are made and left a block of frames at a time.
+    """`token_losses` of the result of `encode`, a block of frames at a time, so that never all logits are stored.
 
     Args:
-      block: most frames (rows times length) whose logits exist at once; the backward pass makes them again where there is more
-        than one block.
-      remat: as in `encode`; of a single block, too, the backward pass computes all again unless it is "none".
+      block: most frames (rows times length) whose logits exist at once; with more than one block the backward pass
+        computes them again.
+      remat: as in `encode`; unless "none", the backward pass computes a single block again, too.
     """
     rows, length = encoded.hidden.shape[:2]
     blocks = min(length, -(-rows * length // block))

@@ -1,7 +1,8 @@
 """Parameters, state and the one `forward` of Moshi's language model.
 
-`forward` serves training (a segment), evaluation (a scan over chunks) and streaming (one frame): all of a running stream is
-in the state, which it takes and returns. Parameters and states of equal layers are stacked run by run (`MoshiConfig.runs`).
+`forward` serves training (a segment), evaluation (a scan over chunks) and streaming (one frame): it takes and returns
+the state, which holds all of a running stream. Parameters and states of equal layers are stacked run by run
+(`MoshiConfig.runs`).
 """
 
 from __future__ import annotations
@@ -40,31 +41,31 @@ class RunState(NamedTuple):
 class State(NamedTuple):
     """All of a running stream, row by row. Save it, load it, fork it, compare it: it is a value.
 
-    `forward` may go on from what `forward` returned, `generate.stream_step` from both. Not `forward` from what `stream_step`
-    returned: the newest frame then lacks the other voice's codes, which only the next step brings.
+    `forward` continues a state of `forward`; `generate.stream_step` continues a state of both. `forward` cannot
+    continue a state of `stream_step`: its newest frame lacks the user's codes, which the next step brings.
     """
 
     history: jax.Array
-    """Last max_delay + 1 frames, int32 [B, K, max_delay + 1]: what the delays still need."""
+    """Last max_delay + 1 frames, int32 [B, K, max_delay + 1]: frames that delayed streams still read."""
     position: jax.Array
     """Valid frames seen, int32 [B]."""
     key: jax.Array
-    """Key data of the row's random draws, uint32 [B, 2]; each draw folds the position in."""
+    """Key data of the row's random draws, uint32 [B, 2]; each draw folds in the position."""
     layers: dict[str, RunState]
     """By name of the run."""
 
 
 class Encoded(NamedTuple):
-    """What predictions on the delayed grid are made of and scored against; nothing is scored twice."""
+    """Hidden vectors and targets on the delayed grid; each token is scored once."""
 
     hidden: jax.Array
     """Output of the temporal transformer after its norm, [B, T, dim]."""
     targets: jax.Array
-    """Tokens of the predicted column, int32 [B, 1 + Q, T]: text, own codebooks."""
+    """Tokens of the predicted column, int32 [B, 1 + Q, T]: text, Moshi's codebooks."""
     target_mask: jax.Array
     """bool [B, 1 + Q, T]: valid frame, stream begun, token present."""
     ttt: ttt_layer.Measurement | None
-    """By TTT layer in the order of `MoshiConfig.ttt_layers`, leaves [L, B, T, ...]; None if not asked for."""
+    """By TTT layer in the order of `MoshiConfig.ttt_layers`, leaves [L, B, T, ...]; None unless measured."""
 
 
 class Outputs(NamedTuple):
@@ -116,8 +117,12 @@ def init_state(cfg: MoshiConfig, batch: int, seeds: Sequence[int] | None = None)
     """A fresh stream in each of `batch` rows. Needs no parameters.
 
     Args:
-      seeds: of each row's random draws (`generate`); rows with equal seeds draw equally, whatever else is in the batch.
+      seeds: one for the random draws of each row (`generate`); rows with equal seeds draw equally, whatever else is in
+        the batch.
         Unset: 0, 1, 2 and so on.
+
+    Raises:
+      InputError: `seeds` are not one number of 0 to 2^32 - 1 for each row.
     """
 
     def run_state(run: Run) -> RunState:
@@ -133,7 +138,7 @@ def init_state(cfg: MoshiConfig, batch: int, seeds: Sequence[int] | None = None)
         _keys(range(batch) if seeds is None else seeds, batch),
         {run.name: run_state(run) for run in cfg.runs},
     )
-    return jax.tree.map(jnp.array, state)  # buffers of its own, so that a step can donate it
+    return jax.tree.map(jnp.array, state)  # new buffers, so that a step can donate them
 
 
 def _keys(seeds: Sequence[int], batch: int) -> jax.Array:
@@ -155,7 +160,7 @@ def reset_rows(state: State, rows: jax.Array, cfg: MoshiConfig, seeds: Sequence[
 
 
 def fork_rows(state: State, rows: Sequence[int], seeds: Sequence[int] | None = None) -> State:
-    """A state of its own whose row i goes on where row `rows[i]` of `state` stands; [0, 0, 0] makes three of the first.
+    """A new state whose row i is a copy of row `rows[i]` of `state`; [0, 0, 0] copies the first row three times.
 
     Copies share their random key, and so draw the same, unless `seeds` (one for every new row) gives new ones.
     """
@@ -169,15 +174,15 @@ def fork_rows(state: State, rows: Sequence[int], seeds: Sequence[int] | None = N
 
 
 def clear_kv_caches(state: State) -> State:
-    """The state with empty attention rings and all else kept: fast weights, delayed tokens, random keys.
+    """The state with empty KV caches; fast weights, delayed tokens and random keys stay.
 
-    Positions start again, and what a ring holds is known by them; rotary positions are relative, so nothing else reads them.
+    Positions start again at 0, by which attention knows which slots are filled; rotary positions are relative.
     """
     return state._replace(position=jnp.zeros_like(state.position))
 
 
 def reset_ttt_rows(state: State, rows: jax.Array) -> State:
-    """The state with the TTT states of `rows` (bool [B]) fresh and all else kept: rings, delayed tokens, positions."""
+    """The state with the TTT states of `rows` (bool [B]) fresh; KV caches, delayed tokens and positions stay."""
 
     def reset(run: RunState) -> RunState:
         return run._replace(ttt=_select(rows, jax.tree.map(jnp.zeros_like, run.ttt), run.ttt, axis=1))
@@ -208,7 +213,7 @@ def temporal(
         remat: as in `encode`.
 
     Returns:
-      Hidden vectors after the output norm [B, T, dim], the state with rings, TTT states and positions moved on, and
+      Hidden vectors after the output norm [B, T, dim], the state after the call (except for `history`), and
       `Outputs.ttt`.
     """
     text = lookup(params["text_emb"][None], tokens[..., :1], cfg.dtype)
@@ -235,11 +240,11 @@ def _over_layers(
     measured: bool,
     remat: Remat,
 ) -> tuple[jax.Array, RunState, ttt_layer.Measurement | None]:
-    """A run of layers over a call whose rows have seen `start` frames: x, the run's new state, its measurement.
+    """Applies a run of layers to a call whose rows have seen `start` frames: x, the run's new state, its measurement.
 
-    Many frames go through a scan, which compiles one layer (a single layer goes without). One frame goes through layer after layer,
-    unrolled, and states are updated where they lie: library products copy weights out of a stack that is scanned, and at one frame that
-    copy would be all the time.
+    A call of many frames scans the layers, which compiles one layer. A call of one frame unrolls them and updates
+    states in place: library products copy weights out of a scanned stack, and at one frame that copy would take nearly
+      all of the time.
     """
     block, length = Block(cfg, run.has_ttt, remat if run.has_ttt else "none"), run.stop - run.start
     if x.shape[1] == 1:
@@ -287,7 +292,8 @@ def text_logits(params: Params, hidden: jax.Array, cfg: MoshiConfig) -> jax.Arra
 
 
 def extra_logits(params: Params, hidden: jax.Array, cfg: MoshiConfig) -> jax.Array:
-    """float32 (or wider) logits [..., extra_heads, extra_heads_dim] of hidden vectors [..., dim], such as `Outputs.hidden`."""
+    """float32 (or wider) logits [..., extra_heads, extra_heads_dim] of hidden vectors [..., dim], such as
+    `Outputs.hidden`."""
     heads = [kernel(params, "extra_heads").at(i) for i in range(cfg.extra_heads)]
     return jnp.stack([linear(hidden, head, cfg.lora.scaling, wide=True) for head in heads], -2)
 
@@ -301,10 +307,10 @@ def encode(
     measured: bool = False,
     remat: Remat = "none",
 ) -> tuple[Encoded, State]:
-    """`forward` up to the hidden vectors; `predict` does the rest, of any of their frames.
+    """`forward` up to the hidden vectors; `predict` computes the logits of any of their frames.
 
     Args: those of `forward`, and
-      remat: what the backward pass computes again: nothing, all of a layer but its products with weights, all but its inputs.
+      remat: the part that the backward pass computes again (`REMAT`).
     """
     grid, history = columns(state.history, frames, mask, cfg)
     hidden, state, measurement = temporal(params, grid.inputs, mask, state, cfg, measured, remat)
@@ -321,8 +327,10 @@ def predict(params: Params, hidden: jax.Array, targets: jax.Array, cfg: MoshiCon
       hidden: [B, T, dim]; targets: int32 [B, 1 + Q, T], both of `Encoded`.
     """
     rows, length = hidden.shape[:2]
-    own = targets.swapaxes(1, 2).reshape(rows * length, 1 + cfg.dep_q)
-    audio = depth.teach(params["depth"], hidden.reshape(rows * length, cfg.dim), own[:, 0], own[:, 1:], cfg)
+    grid_tokens = targets.swapaxes(1, 2).reshape(rows * length, 1 + cfg.dep_q)
+    audio = depth.teacher_forced(
+        params["depth"], hidden.reshape(rows * length, cfg.dim), grid_tokens[:, 0], grid_tokens[:, 1:], cfg
+    )
     return text_logits(params, hidden, cfg), audio.reshape(rows, length, cfg.dep_q, cfg.card)
 
 
@@ -332,16 +340,16 @@ def forward(
 ) -> tuple[Outputs, State]:
     """Moshi with teacher-forced tokens, for any number of frames.
 
-    Position s reads column s - 1 of the delayed grid and predicts column s. Any split of a stream into calls gives the same
-    outputs and state.
+    Position s reads column s - 1 of the delayed grid and predicts column s. Any split of a stream into calls gives the
+    same outputs and state.
 
     Args:
       params: of `init_params`.
-      frames: undelayed tokens, int32 [B, K, T]: text, own codebooks, other voice's codebooks; -1 is absent.
-      mask: bool [B, T]; a masked frame is skipped as if it were not there, and its outputs mean nothing.
-      state: of `init_state` or the call of `forward` before.
+      frames: undelayed tokens, int32 [B, K, T]: text, Moshi's codebooks, the user's codebooks; -1 is absent.
+      mask: bool [B, T]; masked frames are skipped; their outputs have no meaning.
+      state: of `init_state` or of the previous call of `forward`.
       cfg: the architecture; static.
-      measured: whether to measure the TTT layers as well (`Outputs.ttt`); static, and free where not asked for.
+      measured: whether to measure the TTT layers, too (`Outputs.ttt`); static.
 
     Returns:
       Predictions with their targets, and the state after the call.
@@ -363,7 +371,8 @@ def displacement_ratios(params: Params, state: State, cfg: MoshiConfig) -> jax.A
 
 
 def ttt_summary(params: Params, state: State, cfg: MoshiConfig) -> dict[int, dict[str, jax.Array]]:
-    """By TTT layer: mean and mean absolute gate tanh(alpha), norm of the base, of the displacement (mean over rows), ratio."""
+    """By TTT layer: mean and mean absolute gate tanh(alpha), norm of the base, of the displacement (mean over rows),
+    ratio."""
     summary = {}
     for run in (run for run in cfg.runs if run.has_ttt):
         gates = jnp.tanh(params["layers"][run.name]["ttt"]["gate"])

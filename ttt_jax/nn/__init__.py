@@ -1,1 +1,1 @@
-"""Parts that every network here is built from: linear maps, norms, rotary embedding, initialisers."""
+"""Parts of all networks: linear maps, norms, rotary embedding, initialisers."""

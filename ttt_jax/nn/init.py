@@ -1,4 +1,5 @@
-"""Initialisers, as Kyutai trains Moshi from scratch: truncated normal by fan-in; depth transformer as PyTorch's default."""
+"""Initialisers, as Kyutai trains Moshi from scratch: truncated normal by fan-in; depth transformer as PyTorch's
+default."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ def fan_in_normal(in_axis: int | tuple[int, ...] = -1) -> Callable:
 
 
 def fan_in_uniform(in_axis: int | tuple[int, ...] = -1) -> Callable:
-    """Uniform in +-1/sqrt(fan_in): what ``torch.nn.Linear`` starts from."""
+    """Uniform in +-1/sqrt(fan_in), the default of ``torch.nn.Linear``."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
         bound = _fan_in(shape, in_axis) ** -0.5

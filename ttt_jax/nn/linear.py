@@ -1,7 +1,7 @@
 """Linear maps without biases, with low-rank adapters where configured. Linen declares their parameters.
 
-Matrices are stored [out, in], as PyTorch stores them. For a single row the product is bound by reading the matrix, and a
-reduction along its rows reads it quickest (docs/performance.md).
+Matrices are stored [out, in], as in PyTorch. For a single row the time is that of reading the matrix, and a reduction
+along its rows reads it fastest (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from ttt_jax.config import LoRAConfig
 from ttt_jax.nn.init import fan_in_uniform
 
 Initializer = Callable[..., jax.Array]
-FEW_ROWS = 16  # up to here a product is bound by reading its matrix
+FEW_ROWS = 16  # up to here the time of a product is that of reading its matrix
 
 
 class Kernel(NamedTuple):
-    """A linear map's parameters, possibly stacked on leading axes (or in tuples: `ttt_jax.moshi.generate.streaming_params`)."""
+    """A linear map's parameters, possibly stacked on leading axes (or in tuples:
+    `ttt_jax.moshi.generate.streaming_params`)."""
 
     w: jax.Array
     """[..., *out, in]."""
@@ -37,7 +38,7 @@ class Kernel(NamedTuple):
 
 
 def kernel(params: Mapping[str, jax.Array], name: str) -> Kernel:
-    """The kernel called `name` among `params`, with its adapters if there are any."""
+    """The kernel called `name` among `params`, with its adapters, if any."""
     return Kernel(params[name], params.get(f"{name}_lora_a"), params.get(f"{name}_lora_b"))
 
 
@@ -50,7 +51,8 @@ def init_kernel(
     inner: int,
     lead: tuple[int, ...] = (),
 ) -> dict[str, jax.Array]:
-    """Parameters `name`, and `name`_lora_a, `name`_lora_b with adapters, of a map of width `inner` to `out` axes, stacked on `lead`.
+    """Parameters `name`, and `name`_lora_a, `name`_lora_b with adapters, of a map of width `inner` to `out` axes,
+    stacked on `lead`.
 
     Adapters start as Kyutai's: A like a PyTorch linear layer, B at 0, so that they change nothing.
     """
@@ -86,7 +88,7 @@ def linear(x: jax.Array, kernel: Kernel, scaling: float = 1.0, wide: bool = Fals
     y = _product(x, kernel.w, wide)
     if kernel.lora_a is None:
         return y
-    # Kept apart: XLA would join products that share an operand, and copy the matrices together for it.
+    # XLA joins products that share an operand and copies their matrices together for it: the barrier forbids that.
     narrow = _product(jax.lax.optimization_barrier(x), kernel.lora_a, False)
     return y + scaling * _product(narrow, kernel.lora_b, wide)
 
@@ -113,6 +115,6 @@ def _product(x: jax.Array, w: jax.Array, wide: bool) -> jax.Array:
     rows = math.prod(lead)
     if rows > FEW_ROWS:
         return dot(x, w)
-    # XLA's GPU products of one row copy the matrix out of its stack first, a reduction reads it in place. Its CPU products
-    # transpose a right-hand matrix of more than two axes, and occupy one core unless they come in parts.
+    # XLA's GPU products of one row copy the matrix out of its stack first, a reduction reads it in place. Its CPU
+    # products transpose a right-hand matrix of more than two axes, and occupy one core unless they come in parts.
     return jax.lax.platform_dependent(x, w, cuda=multiply_reduce if rows == 1 else dot, cpu=dot_in_parts, default=dot)

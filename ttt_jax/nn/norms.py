@@ -1,4 +1,4 @@
-"""RMSNorm as Moshi has it."""
+"""Moshi's RMSNorm."""
 
 from __future__ import annotations
 

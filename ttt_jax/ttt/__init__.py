@@ -1,4 +1,5 @@
-"""The TTT layer (Sun et al. 2024, arXiv 2407.04620): a recurrent layer whose hidden state is the weights of a small network.
+"""The TTT layer (Sun et al. 2024, arXiv 2407.04620): a recurrent layer whose hidden state is the weights of a small
+network.
 
 - `network.py`: the inner network, its gradient, reading through steps: plain functions on arrays
 - `inner.py`: the state, and the scan over mini-batches

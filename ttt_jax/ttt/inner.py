@@ -1,9 +1,11 @@
-"""The inner loop: mini-batches of frames through fast weights, as a pure scan. No Flax, no parameters of its own.
+"""The inner loop: mini-batches of frames through fast weights, as a pure scan. No Flax, no parameters.
 
-For every frame i of a mini-batch that starts at weights W, the parallel ("dual") form computes what the written-out descent
-reads, W_i = W - sum_{j<=i} eta_j grad l(W; k_j, t_j), without forming W_i (`network.py`). The scan goes over mini-batches.
+For every frame i of a mini-batch that starts at weights W, the parallel ("dual") form computes what the written-out
+descent reads, W_i = W - sum_{j<=i} eta_j grad l(W; k_j, t_j), without forming W_i (`network.py`). The scan goes over
+mini-batches.
 
-Shapes: B rows, T frames, H heads, D head width, M mini-batches that a call touches, C slots in one, I and O the widths that
+Shapes: B rows, T frames, H heads, D head width, M mini-batches that a call touches, C slots in one, I and O the widths
+  that
 one affine map of the inner network joins. Everything here is float32, or float64 when the input is.
 """
 
@@ -38,18 +40,19 @@ from ttt_jax.ttt.network import (
 
 
 class TTTState(NamedTuple):
-    """What a TTT layer remembers of each row. A fresh state is zeros and needs no parameters."""
+    """State of a TTT layer, row by row. A fresh state is zeros and needs no parameters."""
 
     displacement: Network
     """Fast weights minus base, [B, H, I, O] and [B, H, O]."""
     open_sum: Network
-    """Rate-weighted gradients of the mini-batch that is still open, same shapes; () when every frame closes its own (b = 1)."""
+    """Rate-weighted gradients of the mini-batch that is still open, same shapes; () with b = 1, where every frame
+    closes a mini-batch."""
     count: jax.Array
     """Valid frames seen, int32 [B]; modulo b it is the row's phase in its mini-batch."""
 
 
 class Layout(NamedTuple):
-    """Where the frames of a call lie in the mini-batches of their rows."""
+    """Places of the frames of a call in the mini-batches of their rows."""
 
     frame: jax.Array
     """Frame in each slot, int32 [B, M, C]; T where the slot is empty."""
@@ -79,22 +82,23 @@ def scaled(network: Network, factor: jax.Array) -> Network:
 
 
 def retain(displacement: Network, base: Network, closes: jax.Array, cfg: TTTConfig) -> Network:
-    """What stays of the displacement in rows whose mini-batch closes (bool [B]): it decays and is held within its bound."""
+    """The displacement after decay and bound in rows whose mini-batch closes (bool [B])."""
     if cfg.horizon is not None:
         kept = jnp.where(closes, math.exp(-cfg.mini_batch / cfg.horizon), 1).astype(base[0].w.dtype)
         displacement = scaled(displacement, kept[:, None])
     if cfg.max_displacement is not None:
         norm, limit = squared_norm(displacement), cfg.max_displacement**2 * squared_norm(base)
-        beyond = closes[:, None] & (norm > limit) & (limit > 0)  # of a base of zeros there are no multiples
+        beyond = closes[:, None] & (norm > limit) & (limit > 0)  # a base of zeros sets no bound
         displacement = scaled(displacement, jnp.sqrt(jnp.where(beyond, limit, 1) / jnp.where(beyond, norm, 1)))
     return displacement
 
 
 def layout(mask: jax.Array, count: jax.Array, mini_batch: int) -> Layout:
-    """Places the valid frames of a call in the mini-batches of their rows, each row from its own phase.
+    """Places the valid frames of a call in the mini-batches of their rows, each row from its phase.
 
-    The first mini-batch of a call may be one that earlier calls opened: its frames lie at the left, the gradients before them
-    are in the state. A call of T frames thus touches at most ceil((T - 1) / b) + 1 mini-batches of min(b, T) slots.
+    The first mini-batch of a call may be one that earlier calls opened: its frames lie at the left, the gradients
+    before them are in the state. A call of T frames thus touches at most ceil((T - 1) / b) + 1 mini-batches of min(b,
+    T) slots.
 
     Args:
       mask: bool [B, T], valid frames.
@@ -128,16 +132,16 @@ def inner_scan(
     """Runs the inner loop over a call of any length.
 
     The scan carries the displacement and adds the base where weights are read: forming the displacement as a difference
-    would lose small updates to rounding. It does not carry the sum of the open mini-batch: only the first mini-batch of a
-    call has one behind it, and what a row leaves open is summed once, at the end.
+    would lose small updates to rounding. It does not carry the sum of the open mini-batch: only the first mini-batch of
+    a call starts from one, and the sum of the mini-batch that stays open is computed once, at the end.
 
     Args:
       base: W0, [H, I, O] and [H, O]; scale, bias: inner LayerNorm [H, D].
       state: of B rows, at any phases.
-      inputs: q, k, t, eta of T frames; may hold anything finite where masked.
+      inputs: q, k, t, eta of T frames; masked frames hold any finite number.
       mask: bool [B, T], valid frames.
       cfg: of the layer.
-      measured: whether to measure as well; where not, nothing of it is computed.
+      measured: whether to measure, too.
 
     Returns:
       The state after the call; z = q + LN(f_{W_i}(q)) [B, T, H, D], 0 where masked; the measurement or None.
@@ -149,8 +153,8 @@ def inner_scan(
     filled = jnp.moveaxis(place.frame < mask.shape[1], 1, 0)[:, :, None]
     xs, closes = xs._replace(eta=jnp.where(filled, xs.eta, 0)), place.closes.T
 
-    # Over a mesh the scan reads a copy for each row: the gradients of a row then stay with it, and are summed over rows, and so over
-    # devices, once after the scan instead of in each of its steps.
+    # Over a mesh the scan reads a copy for each row, so that gradients are summed over rows, and so over devices, once
+    # after the scan instead of in each of its steps.
     of_rows, row_scale, row_bias = per_row((base, scale, bias), mask.shape[0])
 
     def advance(displacement: Network, open_sum: Network, x: Frames):
@@ -223,10 +227,10 @@ def _where(rows: jax.Array, a: Network, b: Network) -> Network:
 
 
 def _grouped_scan(body, ahead, carry, xs, length: int, group: int):
-    """`lax.scan` of `body` over what `ahead` makes of `xs`, a group of steps at a time.
+    """`lax.scan` of `body` over `ahead(xs)`, a group of steps at a time.
 
-    The backward pass keeps the carry at group boundaries; going through a group it keeps the carry of each step and computes
-    all else again, which is quicker than storing it.
+    The forward pass stores the carry at group boundaries; the backward pass stores the carry of each step of one group
+    and computes all else again, which is faster than to store it.
     """
     body = jax.checkpoint(body, prevent_cse=False)
 

@@ -24,16 +24,16 @@ ROPE_PERIOD = 10000.0
 
 
 class Measurement(NamedTuple):
-    """What a TTT layer did with each frame of a call; 0 where masked."""
+    """Measurement of a TTT layer for each frame of a call; 0 where masked."""
 
     inner: InnerMeasurement
     """Inner losses and displacement, [B, T, H]."""
     rate: jax.Array
     """Inner rate eta, [B, T, H]."""
     read: jax.Array
-    """What the layer reads, the residual stream after attention, [B, T, dim]."""
+    """Input of the layer, the residual stream after attention, [B, T, dim]."""
     output: jax.Array
-    """Its output before the gate, [B, T, dim]: it adds tanh(alpha) times this."""
+    """Output before the gate, [B, T, dim]: the layer adds tanh(alpha) times this."""
 
 
 class TTTLayer(nn.Module):
@@ -48,10 +48,10 @@ class TTTLayer(nn.Module):
         """Runs the layer over a call of any length.
 
         Args:
-          x: hidden vectors [B, T, dim]; masked frames may hold anything, NaN included.
-          mask: bool [B, T], valid frames: the others take no place in a mini-batch and come out as 0.
-          state: `init_state` or what the call before returned.
-          measured: whether to measure as well; where not, nothing of it is computed.
+          x: hidden vectors [B, T, dim]; masked frames may hold any value, NaN included.
+          mask: bool [B, T], valid frames; masked frames take no place in a mini-batch, and their output is 0.
+          state: of `init_state` or of the previous call.
+          measured: whether to measure, too.
 
         Returns:
           [B, T, dim] in the type of `x`, the new state, and the measurement or None.
@@ -61,15 +61,16 @@ class TTTLayer(nn.Module):
         x = jnp.where(mask[..., None], x, 0)
         h = rms_norm(x, self.param("norm", nn.initializers.ones, (cfg.dim,))) if cfg.ttt.pre_norm else x
 
-        # Queries start as keys do: what a frame has stored then answers to frames like it from the first step on. With starts of
-        # their own, learning to ask for what was stored takes far longer, if it comes at all (docs/results/memory.md).
+        # Queries start equal to keys: a frame then reads the values of similar frames from the first step on. With
+        # other initial queries, learning to read takes far longer or fails (docs/results/memory.md).
         k, q, v = (
             self._project(name, h, like).reshape(*x.shape[:2], heads, width).astype(wide)
             for name, like in (("k", None), ("q", "k"), ("v", None))
         )
         q, k = (y * jax.lax.rsqrt((y * y).sum(-1, keepdims=True) + UNIT_EPS) for y in (q, k))
         if cfg.ttt.rope:
-            # Counted from the state, so that a mini-batch which several calls bring is numbered as one.
+            # Positions start from the state's count, so that any split of a mini-batch into calls gives the same
+            # positions.
             position = (state.count[:, None] + jnp.cumsum(mask, 1) - 1) % cfg.ttt.mini_batch
             q, k = (rotate(y, position, ROPE_PERIOD) for y in (q, k))
 
@@ -92,7 +93,7 @@ class TTTLayer(nn.Module):
             )
             for layer, (i, o) in enumerate(network.widths(width, cfg.ttt.hidden))
         )
-        # Heads apart over a mesh: the inner loop then needs nothing from another device.
+        # Sharded by heads over a mesh: the inner loop then needs nothing from another device.
         inputs = network.Inputs(*(by_rows(y, None, "tensor") for y in (q, k, target, eta)))
         state, z, of_inner = inner.inner_scan(base, scale, bias, state, inputs, mask, cfg.ttt, measured)
 
@@ -113,14 +114,14 @@ class TTTLayer(nn.Module):
         return out, state, Measurement(of_inner, *(jnp.where(mask[..., None], y, 0) for y in (eta, x, output)))
 
     def _project(self, name: str, x: jax.Array, like: str | None = None) -> jax.Array:
-        """x through the affine map `name`, which starts as the map `like`, made before, or at random."""
+        """x through the affine map `name`; its initial value is that of the map `like`, or random."""
 
         def init(part: str, random: nn.initializers.Initializer) -> nn.initializers.Initializer:
             return random if like is None else lambda *_: self.get_variable("params", f"{like}_{part}")
 
         kernel = self.param(f"{name}_kernel", init("kernel", linear_kernel), (self.cfg.dim, self.cfg.dim))
-        # With biases of 0 a frame of zeros would have k = v = f(k) = 0, where the norms' slopes are bounded by their epsilons
-        # alone and a few such mini-batches overflow the gradient. PyTorch's default, as in the original, keeps away from there.
+        # With biases of 0 a frame of zeros has k = v = f(k) = 0, where only the epsilons bound the slopes of the norms
+        # and a few such mini-batches overflow the gradient. PyTorch's default, as in the original, avoids that.
         bias = nn.initializers.zeros if name == "out" else fan_in_uniform()
         return linear(x, Kernel(kernel)) + self.param(f"{name}_bias", init("bias", bias), (self.cfg.dim,)).astype(
             x.dtype

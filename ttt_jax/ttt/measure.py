@@ -1,4 +1,4 @@
-"""What fast weights know of the frames that they are about to learn, and after."""
+"""Inner losses of frames before and after their own gradient step, and the norm of the displacement."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from ttt_jax.ttt.network import (
 
 
 class InnerMeasurement(NamedTuple):
-    """What the fast weights knew of each frame, [B, T, H] each, 0 where masked; the losses are l(W; k_t, t_t)."""
+    """Inner losses l(W; k_t, t_t) and displacement of each frame, [B, T, H] each, 0 where masked."""
 
     loss_base: jax.Array
     """At W0, the learned start."""
     loss_before: jax.Array
-    """At W_{t-1}, the weights before the frame's own step, inside a mini-batch too."""
+    """At W_{t-1}, the weights before the frame's step, inside a mini-batch too."""
     loss_after: jax.Array
     """At W_t, the weights that the frame's query reads."""
     displacement: jax.Array
@@ -44,7 +44,8 @@ def measure(
     descent: Descent,
     x: Frames,
 ) -> InnerMeasurement:
-    """What the fast weights of a mini-batch know of its frames, [B, H, C] each."""
+    """`InnerMeasurement` of the frames of a mini-batch, [B, H, C] each; arguments as in `inner.inner_scan` and
+    `network`."""
 
     def loss(y: jax.Array) -> jax.Array:
         return 0.5 * ((layer_norm(y, scale, bias) - x.t) ** 2).sum(-1)
@@ -54,24 +55,24 @@ def measure(
     k, at_base = halves(x.kq)[0], halves(x.at_base)[0]
     gram = jnp.einsum("BHCI,BHSI->BHCS", k, k) + 1
     upto = causal(gram)
-    # The frames once before and once after their own step, in one pass.
+    # All frames before and after their step, in one pass.
     seen = jnp.concatenate([jnp.tril(upto, -1), upto])
     now = readable(base, displacement)
     twice = lambda y: jnp.concatenate([y, y], -2)  # noqa: E731
-    taught = read(now, twice(at_base + apply(k, now[0])), jnp.where(seen, twice(gram), 0), descent, seen)
-    untaught = at_base  # reads no state: what the base knows is known even where a state is spoilt
+    after_steps = read(now, twice(at_base + apply(k, now[0])), jnp.where(seen, twice(gram), 0), descent, seen)
+    at_w0 = at_base  # reads no state, so that NaN in a state does not reach it
     for w, b in base[1:]:
-        untaught = jnp.einsum("BHCI,HIO->BHCO", gelu(untaught), w) + b[:, None]
+        at_w0 = jnp.einsum("BHCI,HIO->BHCO", gelu(at_w0), w) + b[:, None]
     # |displacement - sum of steps|^2, multiplied out so that no prefix of the sum is formed.
     moved = squared_norm(displacement)[..., None]
-    both = upto[:, :, None] & upto[:, None]  # of frame i: whether j and k are among its steps
+    both = upto[:, :, None] & upto[:, None]  # [i, j, k]: frame i has seen j and k
     for affine, x_k, step in zip(displacement, *descent, strict=True):
         cross = (apply(x_k, affine) * step).sum(-1)
         square = (jnp.einsum("BHCI,BHSI->BHCS", x_k, x_k) + 1) * jnp.einsum("BHCO,BHSO->BHCS", step, step)
         moved -= 2 * jnp.where(upto, cross[..., None, :], 0).sum(-1)
         moved += jnp.where(both, square[..., None, :, :], 0).sum((-2, -1))
     return InnerMeasurement(
-        loss(untaught),
-        *(loss(y) for y in halves(taught)),
+        loss(at_w0),
+        *(loss(y) for y in halves(after_steps)),
         jnp.sqrt(jnp.maximum(moved, 0) / squared_norm(base)[:, None]),
     )

@@ -1,8 +1,8 @@
-"""The inner network: a small MLP per head, its gradient, and reading through steps that are never added up.
+"""The inner network: a small MLP per head, its gradient, and its output after steps that are never summed.
 
-A frame's gradient in the weights of an affine map is the outer product of the map's input and the loss gradient at its output. What
-frame i reads after the steps of frames j <= i is therefore attention with a lower-triangular mask (Sun et al. 2024, arXiv
-2407.04620, section 2.5, with the mask that makes it causal). Plain functions on arrays.
+A frame's gradient in the weights of an affine map is the outer product of the map's input and the loss gradient at its
+output. The output for frame i after the steps of frames j <= i is therefore attention with a lower-triangular mask (Sun
+et al. 2024, arXiv 2407.04620, section 2.5, with the mask that makes it causal). Plain functions on arrays.
 
 Shapes: B rows, H heads, D head width, C frames of a mini-batch, I and O the widths that one affine map joins.
 """
@@ -28,7 +28,7 @@ Network = tuple[Affine, ...]
 
 
 class Inputs(NamedTuple):
-    """What the inner loop reads of each frame: query, key, target and rate."""
+    """Query, key, target and rate of each frame."""
 
     q: jax.Array  # [B, T, H, D]
     k: jax.Array  # [B, T, H, D]
@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """The frames of a mini-batch, or of many, with what can be known of them before their weights are."""
+    """The frames of one or more mini-batches, with all that depends on the base weights alone."""
 
     kq: jax.Array
     """Keys, then queries, [..., B, H, 2 C, D]."""
@@ -46,7 +46,7 @@ class Frames(NamedTuple):
     eta: jax.Array
     """Rates, [..., B, H, C]; 0 in empty slots."""
     at_base: jax.Array
-    """What the first map of the base puts out for `kq`, [..., B, H, 2 C, O]."""
+    """Output of the base's first map for `kq`, [..., B, H, 2 C, O]."""
     overlap: jax.Array
     """<q_i, k_j> + 1 where j <= i, else 0, [..., B, H, C, C]."""
 
@@ -55,9 +55,10 @@ class Descent(NamedTuple):
     """Gradient steps of the frames of a mini-batch, all taken at the same weights, as factors of outer products."""
 
     inputs: tuple[jax.Array, ...]
-    """Of each affine map, [B, H, C, I]."""
+    """Inputs of each affine map, [B, H, C, I]."""
     steps: tuple[jax.Array, ...]
-    """Rate times loss gradient at the output of each map, [B, H, C, O]: the step of frame c in the weights is the outer product."""
+    """Rate times loss gradient at the output of each map, [B, H, C, O]: the step of frame c in the weights is the outer
+    product."""
 
 
 def widths(head_dim: int, hidden: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -96,7 +97,8 @@ def apply(x: jax.Array, affine: Affine) -> jax.Array:
 
 
 def prepare(base: Network, x: Inputs) -> Frames:
-    """Adds what frames [..., B, H, C, D] need of the base weights alone: for all mini-batches at once, ahead of their scan."""
+    """Frames [..., B, H, C, D] with their products with the base weights: for all mini-batches at once, ahead of the
+    scan."""
     kq = jnp.concatenate([x.k, x.q], -2)
     at_base = jnp.einsum("...HCI,...HIO->...HCO", kq, base[0].w) + base[0].b[..., None, :]
     overlap = jnp.einsum("...CI,...SI->...CS", x.q, x.k) + 1
@@ -104,19 +106,20 @@ def prepare(base: Network, x: Inputs) -> Frames:
 
 
 def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Those of the keys and those of the queries, of arrays [..., 2 C, D] as in `Frames`."""
+    """The keys' half and the queries' half of arrays [..., 2 C, D] as in `Frames`."""
     return x[..., : x.shape[-2] // 2, :], x[..., x.shape[-2] // 2 :, :]
 
 
 def causal(overlap: jax.Array) -> jax.Array:
-    """Which frame j a frame i has seen, its own included: bool [C, C] for an overlap [..., C, C]."""
+    """Whether frame i has seen frame j <= i: bool [C, C] for an overlap [..., C, C]."""
     return jnp.tril(jnp.ones(overlap.shape[-2:], bool))
 
 
 def readable(base: Network, displacement: Network) -> Network:
-    """What a mini-batch reads: base plus displacement; of the first map the displacement alone, since `Frames` hold the rest.
+    """Weights that a mini-batch reads: base plus displacement; for the first map the displacement alone, since `Frames`
+    hold the rest.
 
-    Adding the base costs a pass over all weights; a map that is only ever applied to what is known ahead does without.
+    The sum costs a pass over all weights; the first map needs none, since its inputs are known ahead of the scan.
     """
     return displacement[:1] + jax.tree.map(jnp.add, base[1:], displacement[1:])
 
@@ -125,8 +128,8 @@ def descend(weights: Network, first: jax.Array, scale: jax.Array, bias: jax.Arra
     """Each frame's step on the inner loss 0.5 * |LN(f_W(k)) - t|^2, all taken at the same weights.
 
     Args:
-      weights: as `readable` gives them; first: what the first map puts out for the keys, [B, H, C, O].
-      scale, bias: of the LayerNorm, [H, 1, D].
+      weights: of `readable`; first: output of the first map for the keys, [B, H, C, O].
+      scale, bias: of the inner LayerNorm, [H, 1, D].
       x: the frames of a mini-batch; eta is 0 in empty slots.
     """
     inputs, slopes, y = [halves(x.kq)[0]], [], first
@@ -146,13 +149,15 @@ def descend(weights: Network, first: jax.Array, scale: jax.Array, bias: jax.Arra
 
 
 def read(weights: Network, first: jax.Array, overlap: jax.Array, descent: Descent, seen: jax.Array) -> jax.Array:
-    """f_{W_i}(x_i) [B, H, C, D], W_i being `weights` less the steps of the frames j that frame i has seen, never formed.
+    """f_{W_i}(x_i) [B, H, C, D], W_i being `weights` less the steps of the frames j that frame i has seen, never
+    formed.
 
     Args:
-      weights: as `readable` gives them; first: what the first map puts out for x, [B, H, C, O].
+      weights: of `readable`; first: output of the first map for x, [B, H, C, O].
       overlap: <x_i, k_j> + 1 where frame i has seen j, else 0, [B, H, C, C]; seen: bool [C, C].
     """
-    # XLA joins products that share a factor and would copy all weights beside the steps to do so: barriers keep these apart.
+    # XLA joins products that share a factor and would copy all weights beside the steps to do so: barriers keep these
+    # apart.
     descent = jax.lax.optimization_barrier(descent)
     x = first - jnp.einsum("BHCS,BHSO->BHCO", overlap, descent.steps[0])
     for affine, x_k, step in zip(weights[1:], descent.inputs[1:], descent.steps[1:], strict=True):
