@@ -27,7 +27,7 @@ from ttt_jax.moshi import model
 from ttt_jax.moshi.delays import columns, init_history
 from ttt_jax.moshi.loss import token_losses
 
-PERIOD, LENGTHS = 8, (270, 133)
+PERIOD, LENGTHS = 8, (124, 77)
 UNKNOWN = slice(40, 60)
 CARDS = np.array([*MODEL.target_streams.values()])
 ALL = tuple(arms.ARMS)
@@ -155,6 +155,7 @@ def by_frame(params, files):
 def test_the_length_of_calls_changes_no_number(scores, by_frame):
     for got, own in zip(scores, by_frame, strict=True):
         assert largest(got.arms["persist"].nats, own.arms["persist"].nats) < 1e-4
+        assert largest(got.arms["persist"].inner, own.arms["persist"].inner) < 1e-3
 
 
 @pytest.mark.slow
@@ -165,6 +166,7 @@ def test_the_length_of_calls_changes_no_number_of_an_arm_alone(params, files, sc
         assert largest(got.arms["persist"].nats, own.arms["persist"].nats) < 1e-4
 
 
+@pytest.mark.slow
 def test_with_resets_too(params, files, scores):
     for got, other in zip(scores, run(params, files, chunk=1000), strict=True):
         for arm in ALL:
@@ -185,7 +187,7 @@ def test_a_long_stream_of_one_arm_is_scanned_part_by_part_and_progress_counts_ev
     monkeypatch.setattr(module, "SEGMENT", 50)
     counts = []
     found = stream(params, files, MODEL, ("reset",), chunk=8, period=PERIOD, on_frames=counts.append)
-    assert len(counts) == 6  # 34 calls, 6 a scan
+    assert len(counts) == 3  # 16 calls, 6 a scan
     assert sum(counts) == sum(LENGTHS)
     for got, own in zip(scores, found, strict=True):
         assert largest(got.arms["reset"].nats, own.arms["reset"].nats) < 1e-5
