@@ -15,6 +15,7 @@ from eval.compare import losses as stored_losses
 from eval.compare.analysis import analyse
 from eval.compare.experiment import LATER, Bounds
 from eval.results.schema import Skipped
+from eval.stats import paired
 from eval.stats.verdict import EQUIVALENT, UNDECIDED
 from eval.streaming import runner, score_files
 from tests.eval.test_evaluate import write_data
@@ -23,6 +24,13 @@ from tests.helpers.eval_models import tokens, write_run
 from tests.helpers.made_experiment import made
 from ttt_jax.errors import InputError
 from ttt_jax.utils.command import PARTIAL
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Bootstrap and sign-flip tests have tests of their own in tests/eval/test_paired.py."""
+    monkeypatch.setattr(paired, "EXACT", 0)
+    monkeypatch.setattr(paired, "RESAMPLES", 199)
 
 
 @pytest.fixture

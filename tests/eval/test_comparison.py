@@ -20,6 +20,13 @@ from tests.eval.test_verdict import SPREAD
 from tests.helpers.made_experiment import CHUNK, made
 
 
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Bootstrap and sign-flip tests have tests of their own in tests/eval/test_paired.py."""
+    monkeypatch.setattr(paired, "EXACT", 0)
+    monkeypatch.setattr(paired, "RESAMPLES", 199)
+
+
 def only(experiment, region=LATER):
     """What the one comparison of an experiment comes to."""
     (one,) = analyse(experiment).comparisons

@@ -606,6 +606,7 @@ def test_group_means_keep_the_order_of_groups():
     np.testing.assert_array_equal(got, [[2, 4], [5, 2]])
 
 
+@pytest.mark.integration
 def test_no_jax_is_needed():
     code = (
         "import sys, eval.streaming.summary, eval.streaming.table, eval.streaming.plots; sys.exit('jax' in sys.modules)"
