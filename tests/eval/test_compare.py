@@ -17,9 +17,9 @@ from eval.compare.experiment import LATER, Bounds
 from eval.results.schema import Skipped
 from eval.stats import paired
 from eval.stats.verdict import EQUIVALENT, UNDECIDED
-from eval.streaming import runner, score_files
+from eval.streaming import score_files
 from tests.eval.test_evaluate import write_data
-from tests.helpers import made_scores, micro, quick
+from tests.helpers import made_scores, micro
 from tests.helpers.eval_models import tokens, write_run
 from tests.helpers.made_experiment import made
 from ttt_jax.errors import InputError
@@ -277,17 +277,13 @@ def words(runs, out, *more, arms=("persist", "reset")):
 
 
 @pytest.fixture(scope="module")
-def scored(runs):
-    """Scores of both files by checkpoint, streamed once for all tests."""
-    from eval.inputs import checkpoints
-
+def scored():
+    """Made-up scores of both files for each checkpoint; nothing differs before the first reset."""
     files = [tokens(57, 0), tokens(40, 1)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "scan_calls", quick.scan_calls)
-        return [
-            runner.stream(checkpoints.load(run).params, files, micro.MODEL, ("persist", "reset"), chunk=16, period=16)
-            for run in runs[:2]
-        ]
+    by_checkpoint = [made_scores.stream(None, files, micro.MODEL, ("persist", "reset"), seed=seed) for seed in range(2)]
+    for one in (one for scores in by_checkpoint for one in scores):
+        one.arms["reset"].nats[:, :16] = one.arms["persist"].nats[:, :16]
+    return by_checkpoint
 
 
 @pytest.fixture
@@ -311,7 +307,16 @@ def streamed(monkeypatch, scored):
     return calls
 
 
-def test_real_models_from_end_to_end(runs, scored, streamed, tmp_path, capsys, undrawn):
+@pytest.mark.integration
+def test_real_models_from_end_to_end(runs, tmp_path, capsys, undrawn):
+    assert main(words(runs, tmp_path / "out")) == 0
+    assert "as it must be" in capsys.readouterr().out
+    experiment, _ = results.read(tmp_path / "out")
+    assert not np.array_equal(experiment.losses["persist"][0], experiment.losses["persist"][1])
+    assert not np.array_equal(experiment.losses["persist"], experiment.losses["reset"])
+
+
+def test_checkpoints_and_files_from_end_to_end(runs, scored, streamed, tmp_path, capsys, undrawn):
     out = tmp_path / "out"
     assert main(words(runs, out)) == 0
     shown = capsys.readouterr().out

@@ -120,9 +120,9 @@ def write_results(folder, checkpoints, files=FILES, skipped=(), setting=SETTING)
     return results
 
 
-def stream(params, files, cfg, arms, *, measured=False, on_frames=lambda count: None, **_):
+def stream(params, files, cfg, arms, *, measured=False, on_frames=lambda count: None, seed=0, **_):
     """In place of `eval.streaming.runner.stream`: random scores of the tokens that are there, inner losses if `measured`."""
-    rng, found = np.random.default_rng(0), []
+    rng, found = np.random.default_rng(seed), []
     for file in files:
         tokens = np.where(file[: 1 + cfg.dep_q] >= 0, file[: 1 + cfg.dep_q], -1).astype(np.int32)
 
