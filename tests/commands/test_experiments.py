@@ -1,4 +1,5 @@
-"""`python -m experiments.memory`, shrunk: runs, results and best losses from end to end, and what the report compares."""
+"""`python -m experiments.memory`, shrunk: runs, results and best losses from end to end, and what the report
+compares."""
 
 import dataclasses
 import json
@@ -30,7 +31,8 @@ KINDS = ("persist", "none")
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """The part `tasks` on a small model, one task and two ways to train: its folder, and what changed when it was done again."""
+    """The part `tasks` on a small model, one task and two ways to train: its folder, and what changed when it was done
+    again."""
     folder = tmp_path_factory.mktemp("memory")
     whole, drawn = memory.Experiment._conditions, []
 

@@ -1,4 +1,5 @@
-"""The statistics of `python -m eval compare` from end to end: regions, pieces, seeds, bounds, the first chunk, figures."""
+"""The statistics of `python -m eval compare` from end to end: regions, pieces, seeds, bounds, the first chunk,
+figures."""
 
 import dataclasses
 import math
