@@ -22,17 +22,16 @@ SHOWN_LAYERS, HEAD, TAIL = 3, 4, 3
 class Options:
     """Check whether the fast weights persist: PASS or FAIL.
 
-    Streams a recording frame by frame. Prints a digest of the fast weights for each frame, then a line for each property: the fast
-    weights change at every frame, build on the frame before, survive saving, are cleared by a reset of their row alone, do not depend
-    on other rows, leave the parameters alone, and are the same in calls of any length.
-
-    The last line is PASS (exit code 0) or FAIL (1).
+    Streams a recording frame by frame. Prints digests of the fast weights, then a line for each property: they change
+    at every frame, build on the frame before, survive saving, are cleared by a reset of their row alone, do not depend
+    on other rows, leave the parameters alone, and are the same in calls of any length. The last line is PASS (exit code
+    0) or FAIL (1).
     """
 
     checkpoint: Annotated[Positional[str | None], arg(metavar="[CHECKPOINT]")] = None
     """Folder of a run or of converted weights; unset: the model tiny, untrained."""
     audio: str | None = None
-    """Audio, codes (.safetensors) or a manifest, of which the first file is read; unset: embedded speech, held out of training."""
+    """Audio, codes (.safetensors) or a manifest, whose first file is read; unset: the held-out embedded speech."""
     frames: int = 50
     """Frames to stream, 80 ms each."""
 
@@ -58,8 +57,8 @@ def main(options: Options) -> int:
         )
     file = dataset.first(options.audio or dataset.embedded(), [checkpoint], options.frames)
     print(
-        f"{checkpoint.name}: TTT layers {','.join(map(str, cfg.ttt_layers))}, mini-batch {cfg.ttt.mini_batch}, {cfg.dtype};"
-        f" {options.frames} frames ({options.frames / FRAME_RATE:.1f} s) of {file.name}, one at a time\n",
+        f"{checkpoint.name}: TTT layers {','.join(map(str, cfg.ttt_layers))}, mini-batch {cfg.ttt.mini_batch},"
+        f" {cfg.dtype}; {options.frames} frames ({options.frames / FRAME_RATE:.1f} s) of {file.name}, one at a time\n",
         flush=True,
     )
     report = check(checkpoint.params, file.frames[:, : options.frames], cfg)
@@ -82,25 +81,21 @@ def fresh_tiny() -> Checkpoint:
 
 
 def table(trace: Trace, layers: tuple[int, ...]) -> list[str]:
-    """Row 0 frame by frame, shortened in the middle; a few layers of many."""
-    picked = [*range(len(layers))] if len(layers) <= SHOWN_LAYERS else [0, len(layers) // 2, len(layers) - 1]
-    frames = len(trace.digest)
-    rows = [" frame  layer  digest        step     displacement  changed"]
+    """Returns the digests of row 0 as lines: the first and last frames, and at most `SHOWN_LAYERS` layers."""
+    shown = [*range(len(layers))] if len(layers) <= SHOWN_LAYERS else [0, len(layers) // 2, len(layers) - 1]
+    frames, digest = len(trace.digest), trace.digest[:, :, 0]
+    rows = [" frame  layer  digest        changed"]
     for t in range(frames):
-        if HEAD < t < frames - TAIL:
-            if t == HEAD + 1:
-                rows.append("   ...")
-            continue
-        for i in picked:
-            changed = "yes" if t and trace.digest[t, i, 0] != trace.digest[t - 1, i, 0] else "NO" if t else "(fresh)"
-            figures = f"{trace.step[t, i, 0]:<9.5f}{trace.displacement[t, i, 0]:<14.5f}"
-            rows.append(f"{t:6}  {layers[i]:5}  {trace.digest[t, i, 0][:12]}  {figures}{changed}")
-    if len(picked) < len(layers):
-        rows.append(f"(3 of {len(layers)} TTT layers)")
-    return [*rows, "step and displacement in norms of the learned start"]
+        if t <= HEAD or t >= frames - TAIL:
+            for i in shown:
+                changed = "(fresh)" if t == 0 else "yes" if digest[t, i] != digest[t - 1, i] else "NO"
+                rows.append(f"{t:6}  {layers[i]:5}  {digest[t, i][:12]:12}  {changed}")
+        elif t == HEAD + 1:
+            rows.append("   ...")
+    return rows + ([f"({len(shown)} of {len(layers)} TTT layers)"] if len(shown) < len(layers) else [])
 
 
 def lines(checks: list[Check]) -> list[str]:
-    """A line for each."""
+    """Returns a line for each check."""
     width = max(len(check.what) for check in checks)
     return [f"{check.what:{width}}  {'PASS' if check.passed else 'FAIL'}  {check.figure}" for check in checks]

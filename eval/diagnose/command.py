@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from eval.diagnose import records as report
+from eval.diagnose import records
+from eval.diagnose.figure import FILES, write_figures
 from eval.diagnose.records import Record
 from eval.results import folder as folders
 from ttt_jax.config import FRAME_RATE
@@ -26,17 +27,16 @@ if TYPE_CHECKING:
 class Options:
     """Record what the TTT layers do beside attention.
 
-    A record of a frame and a TTT layer gives the norms of the stream after attention, which the layer reads, and of the layer's
-    output, their cosines, how far the gate is open, the change since the record before, the displacement of the fast weights and the
-    inner losses. Records are printed, stored as records.jsonl and drawn as diagnose.png and diagnose.pdf. Between records nothing is
-    measured, so records cost next to nothing.
+    A record of a frame and a TTT layer gives the norms of the stream after attention, which the layer reads, and of the
+    layer's output, their cosines, how far the gate is open, the change since the record before, the displacement of the
+    fast weights and the inner losses. Records are printed, stored as records.jsonl and drawn as diagnose.png and
+    diagnose.pdf. Between records nothing is measured, so records cost next to nothing.
     """
 
     checkpoint: Annotated[Positional[str | None], arg(metavar="[CHECKPOINT]")] = None
     """Folder of a run or of converted weights."""
     data: str | None = None
-    """Audio, codes (.safetensors) or a manifest, of which the first file is read; unset: the run's held-out files, or the embedded
-    ones."""
+    """Audio, codes (.safetensors) or a manifest, whose first file is read; unset: the held-out files of the run."""
     every: int = 100
     """Frames from one record to the next."""
     frames: int | None = None
@@ -46,8 +46,8 @@ class Options:
     compare: str | None = None
     """A second checkpoint, measured on the same audio; both are shown side by side."""
     out: str | None = None
-    """Folder for the results; unset: diagnose in CHECKPOINT's folder, diagnose-DATA with --data, diagnose-OTHER with --compare.
-    Records of the same data and checkpoints are replaced; a folder with others is refused."""
+    """Folder for the results; unset: diagnose in CHECKPOINT's folder, diagnose-DATA with --data, diagnose-OTHER with
+    --compare. Records of the same data and checkpoints are replaced; a folder with others is refused."""
     draw: str | None = None
     """Draws the figure again from the records in this folder, and does nothing else."""
 
@@ -62,17 +62,16 @@ class Options:
                 raise InputError(f"--{name} {value} is out of range: give 1 or more.")
         if self.frames is not None and self.frames < self.every:
             raise InputError(
-                f"--frames {self.frames} end before the first record, which --every {self.every} makes: give more frames or records"
-                " more often."
+                f"--frames {self.frames} end before the first record, which --every {self.every} makes: give more"
+                " frames or records more often."
             )
 
 
 def main(options: Options) -> int:
-    """Diagnose what `options` ask for, or draw the figures of an earlier diagnosis; the exit code. Raises `InputError`."""
+    """Measures a recording, or draws the figure of stored records; returns the exit code. Raises `InputError`."""
     if options.draw is not None:
         folder = local(options.draw)
-        for path in report.write_figures(report.read(folder), folder):
-            print(path)
+        _print_paths(write_figures(records.read(folder), folder))
         return 0
     from tqdm import tqdm
 
@@ -85,76 +84,80 @@ def main(options: Options) -> int:
     checkpoints = load(options.checkpoint, options.compare)
     kind = "diagnose" if options.compare is None else f"diagnose-{file_name(checkpoints[1].name)}"
     folder = folders.find(options.out, kind, options.checkpoint, options.data)
-    folders.make(folder)  # what cannot be is told before the work
-    heard = dataset.first(options.data or dataset.heldout(checkpoints[0]), checkpoints, options.frames or options.every)
-    heard = heard._replace(frames=heard.frames[:, : options.frames])
-    frames, subject = heard.frames, _subject(options, checkpoints, heard)
+    folders.make(folder)  # before the work, so that a bad --out is reported at once
+    file = dataset.first(options.data or dataset.heldout(checkpoints[0]), checkpoints, options.frames or options.every)
+    file = file._replace(frames=file.frames[:, : options.frames])
+    length, subject = file.frames.shape[1], _subject(options, checkpoints, file)
     _check_replaced(folder, subject)
-    records: list[Record] = []
+    made: list[Record] = []
     for checkpoint in checkpoints:
-        of = {"checkpoint": checkpoint.name, **{name: checkpoint.about.get(name) for name in ("step", "weights")}}
-        of |= {"data": options.data, "file": heard.name, "frames": frames.shape[1], "tokens": heard.digest}
+        about = checkpoint.about
+        source = {"checkpoint": checkpoint.name, "step": about.get("step"), "weights": about.get("weights")}
+        source |= {"data": options.data, "file": file.name, "frames": length, "tokens": file.digest}
+        layers = checkpoint.cfg.ttt_layers
         print(
-            f"{checkpoint.name}: TTT layers {','.join(map(str, checkpoint.cfg.ttt_layers))}; {frames.shape[1]} frames"
-            f" ({frames.shape[1] / FRAME_RATE:.1f} s) of {heard.name}, a record every {options.every} frames",
+            f"{checkpoint.name}: TTT layers {','.join(map(str, layers))}; {length} frames ({length / FRAME_RATE:.1f} s)"
+            f" of {file.name}, a record every {options.every} frames",
             flush=True,
         )
-        found = walk(checkpoint.params, frames, checkpoint.cfg, options.every, options.chunk)
-        total = frames.shape[1] // options.every * len(checkpoint.cfg.ttt_layers)
-        for record in tqdm(found, total=total, unit="record", leave=False, mininterval=0.5):
-            records.append(of | record)
+        measured = walk(checkpoint.params, file.frames, checkpoint.cfg, options.every, options.chunk)
+        total = length // options.every * len(layers)
+        for record in tqdm(measured, total=total, unit="record", leave=False, mininterval=0.5):
+            made.append(source | record)
             if options.compare is None:
-                tqdm.write(f"\n{report.block(records[-1])}")  # above the bar
+                tqdm.write(f"\n{records.block(made[-1])}")  # above the bar
     if options.compare is not None:
-        print(f"\n{report.comparison(records)}")
-    print(f"\n{report.explanation()}\n")
+        print(f"\n{records.comparison(made)}")
+    print(f"\n{records.explanation()}\n")
     _check_replaced(folder, subject)  # another command may have written there meanwhile
-    for path in (report.write_records(records, folder), *report.write_figures(records, folder)):
-        print(path)
+    _print_paths([records.write_records(made, folder), *write_figures(made, folder)])
     return 0
 
 
 def load(checkpoint: str, other: str | None) -> list[Checkpoint]:
-    """The checkpoint, and the one that it is compared with if there is one. Raises `InputError`."""
+    """Returns the checkpoint and, if there is one, the one to compare with. Raises `InputError`."""
     from eval.inputs.checkpoints import load_all
 
     if other is not None and os.path.realpath(local(checkpoint)) == os.path.realpath(local(other)):
         raise InputError(f"--compare {other} is the checkpoint itself: give another one.")
-    paths = [path for path in (checkpoint, other) if path is not None]
-    found = load_all(paths)
-    for one in found:
-        if not one.cfg.ttt_layers:
-            raise InputError(f"{one.name} has no TTT layers to look into: give a checkpoint with TTT layers.")
-    return found
+    loaded = load_all([path for path in (checkpoint, other) if path is not None])
+    for entry in loaded:
+        if not entry.cfg.ttt_layers:
+            raise InputError(f"{entry.name} has no TTT layers to look into: give a checkpoint with TTT layers.")
+    return loaded
+
+
+def _print_paths(paths: Sequence[Path]) -> None:
+    print("\n".join(map(str, paths)))
 
 
 def _check_replaced(folder: Path, subject: folders.Subject) -> None:
-    """Raise `InputError` if what `folder` holds is not to be replaced by records of `subject`."""
-    old = folders.stored(folder, report.RECORDS, lambda folder: _subject_of(report.read(folder)), report.DRAWN)
+    """Raises `InputError` if `folder` holds anything but records of `subject`."""
+    old = folders.stored(folder, records.RECORDS, lambda folder: _subject_of(records.read(folder)), FILES)
     if old is not None:
         folders.check(folder, old, subject)
 
 
-def _subject(options: Options, checkpoints: Sequence[Checkpoint], heard: EvalFile) -> folders.Subject:
-    """What is asked for."""
+def _subject(options: Options, checkpoints: Sequence[Checkpoint], file: EvalFile) -> folders.Subject:
+    """Returns the subject of the records to be made."""
     return folders.Subject(
         options.data or folders.OWN_DATA,
-        {heard.name: heard.digest},
+        {file.name: file.digest},
         frozenset(),
-        tuple(folders.checkpoint(one.name, one.about) for one in checkpoints),
+        tuple(folders.checkpoint(entry.name, entry.about) for entry in checkpoints),
         {"--every": options.every},
-        frames={heard.name: heard.frames.shape[1]},
+        frames={file.name: file.frames.shape[1]},
     )
 
 
-def _subject_of(old: Sequence[Record]) -> folders.Subject:
-    """What stored records are of."""
-    first = {one["checkpoint"]: one for one in reversed(old)}
+def _subject_of(stored: Sequence[Record]) -> folders.Subject:
+    """Returns the subject of stored records."""
+    first = {record["checkpoint"]: record for record in reversed(stored)}
     return folders.Subject(
-        old[0].get("data") or folders.OWN_DATA,
-        {one.get("file", ""): one.get("tokens", "") for one in old},
+        stored[0].get("data") or folders.OWN_DATA,
+        {record.get("file", ""): record.get("tokens", "") for record in stored},
         frozenset(),
-        tuple(folders.checkpoint(name, first[name]) for name in report.names(old)),
-        {"--every": min(one["frame"] for one in old)},
-        frames={one.get("file", ""): one.get("frames", 0) for one in old},
+        tuple(folders.checkpoint(name, first[name]) for name in records.names(stored)),
+        {"--every": min(record["frame"] for record in stored)},
+        frames={record.get("file", ""): record.get("frames", 0) for record in stored},
     )

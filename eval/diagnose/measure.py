@@ -1,36 +1,31 @@
-"""`python -m eval diagnose`: what the TTT layers do beside attention, a record every N frames of a recording.
+"""Measures the TTT layers on a stream: a record every N frames of a recording.
 
-Between two records the stream goes on in longer calls that measure nothing; the frame of the record goes alone and measured.
-The state is carried through all of it, and memory does not grow with the recording.
+Between two records the stream goes on in longer calls that measure nothing; the frame of a record goes through alone.
+The state is carried through all calls, and memory does not grow with the recording.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.diagnose import records as report
+from eval.diagnose.records import FIGURES, SMALL, Record
 from ttt_jax.config import FRAME_RATE, MoshiConfig
 from ttt_jax.moshi import model
 from ttt_jax.moshi.model import Params, State
 
-SMALL = 0.01
-"""What counts as open of a gate and as near zero of a channel: the size of tanh(alpha), and of a channel's value."""
 CHUNK = 128
-"""Frames of a call between records, where nothing else is asked for."""
-
-Record = dict[str, Any]
-"""Figures of one frame and layer by name (`report.FIGURES`), with "checkpoint", "frame", "seconds" and "layer"; None: undefined."""
+"""Default number of frames of a call between records."""
 
 
 class Vectors(NamedTuple):
-    """What the TTT layers read (the stream after attention) and put out at a record, [L, dim] each."""
+    """Inputs (the stream after attention) and outputs of the TTT layers at a record, [L, dim] each."""
 
     stream: jax.Array
     ttt: jax.Array
@@ -42,8 +37,9 @@ def walk(
     """Streams a recording from a fresh state and measures every `every`-th frame.
 
     Args:
-      params: of a model with TTT layers; frames: int32 [K, T]; every: frames from one record to the next.
-      chunk: most frames of a call between records; unset: `CHUNK`. It changes figures by rounding only; 1 is a live stream.
+      params: weights of a model with TTT layers; frames: int32 [K, T]; every: frames from one record to the next.
+      chunk: most frames of a call between records, default `CHUNK`; it changes figures by rounding only; 1 is a live
+        stream.
 
     Yields:
       The record of each TTT layer, layer by layer, frame by frame.
@@ -57,18 +53,21 @@ def walk(
             mask = np.arange(size)[None] < piece.shape[2]
             state = advance(params, np.pad(piece, ((0, 0), (0, 0), (0, size - piece.shape[2]))), mask, state, cfg)
         figures, previous, state = measure(params, frames[None, :, last : last + 1], state, previous, cfg)
-        yield from _records(np.asarray(figures), last + 1, cfg.ttt_layers)
+        seconds = round((last + 1) / FRAME_RATE, 2)
+        for layer, values in zip(cfg.ttt_layers, np.asarray(figures).T.tolist(), strict=True):
+            defined = (value if math.isfinite(value) else None for value in values)
+            yield {"frame": last + 1, "seconds": seconds, "layer": layer, **dict(zip(FIGURES, defined, strict=True))}
 
 
 def fresh(cfg: MoshiConfig) -> tuple[State, Vectors]:
-    """The state of a stream before its first frame, on the device for good, and no vectors of a record before (NaN)."""
+    """Returns the state before the first frame, committed to the device, and NaN as the vectors before it."""
     nothing = Vectors(*(jnp.full((len(cfg.ttt_layers), cfg.dim), jnp.nan, jnp.float32) for _ in range(2)))
     return jax.device_put((model.init_state(cfg, 1), nothing), jax.devices()[0])
 
 
 @partial(jax.jit, static_argnames="cfg", donate_argnames="state")
 def advance(params: Params, frames: jax.Array, mask: jax.Array, state: State, cfg: MoshiConfig) -> State:
-    """The state after a call that measures nothing; frames int32 [1, K, T], mask bool [1, T]. The state is donated."""
+    """Returns the state after a call without measurement; frames int32 [1, K, T], mask [1, T]. Donates the state."""
     return model.forward(params, frames, mask, state, cfg)[1]
 
 
@@ -76,32 +75,28 @@ def advance(params: Params, frames: jax.Array, mask: jax.Array, state: State, cf
 def measure(
     params: Params, frame: jax.Array, state: State, previous: Vectors, cfg: MoshiConfig
 ) -> tuple[jax.Array, Vectors, State]:
-    """One frame, int32 [1, K, 1], and its figures. State and vectors are donated.
+    """Measures one frame, int32 [1, K, 1]. Donates state and vectors.
 
     Returns:
-      The figures in the order of `report.FIGURES`, [figures, L] (one array: it reaches the host in one piece); the vectors that the
-      next record compares with; the state.
+      The figures in the order of `FIGURES`, [figures, L], in one array so that the host waits for one transfer; the
+      vectors, for the next record; the state.
     """
     outputs, state = model.forward(params, frame, jnp.ones((1, 1), bool), state, cfg, measured=True)
     ttt = jax.tree.map(lambda leaf: leaf[:, 0, 0].astype(jnp.promote_types(leaf.dtype, jnp.float32)), outputs.ttt)
     now = Vectors(ttt.read, ttt.output)
     gate, base = learned(params, cfg)
-    moved = ttt.inner.displacement * base  # by head: of the norm, the measurement gives the ratio
-    inner = {name: getattr(ttt.inner, name).mean(-1) for name in ("loss_base", "loss_before", "loss_after")}
     figures = {
-        **of_vectors(now, gate),
-        **of_change(now, previous),
-        **of_heads("displacement", moved),
-        **of_heads("base", base),
-        **of_heads("displacement_to_base", ttt.inner.displacement),
-        **inner,
-        "inner_rate": ttt.rate.mean(-1),
+        **vector_figures(now, previous, gate),
+        "displacement": (ttt.inner.displacement * base).mean(-1),  # inner.displacement is the ratio to the base
+        "base": base.mean(-1),
+        "displacement_to_base": ttt.inner.displacement.mean(-1),
+        **{name: getattr(ttt.inner, name).mean(-1) for name in ("loss_base", "loss_before", "loss_after")},
     }
-    return jnp.stack([figures[name] for name in report.FIGURES]), now, state
+    return jnp.stack([figures[name] for name in FIGURES]), now, state
 
 
 def learned(params: Params, cfg: MoshiConfig) -> tuple[jax.Array, jax.Array]:
-    """tanh(alpha) of each TTT layer [L, dim], and the norm of its learned start by head [L, H]."""
+    """Returns tanh(alpha) of each TTT layer, [L, dim], and the norm of its base W0 by head, [L, H]."""
     ttts = [params["layers"][run.name]["ttt"] for run in cfg.runs if run.has_ttt]
     gate = jnp.concatenate([jnp.tanh(ttt["gate"]) for ttt in ttts])
     squares = [
@@ -111,8 +106,8 @@ def learned(params: Params, cfg: MoshiConfig) -> tuple[jax.Array, jax.Array]:
     return gate, jnp.sqrt(jnp.concatenate(squares))
 
 
-def of_vectors(now: Vectors, gate: jax.Array) -> dict[str, jax.Array]:
-    """Figures of one frame's vectors and the gate, [L, dim] each: by name, [L]; NaN where there is no direction."""
+def vector_figures(now: Vectors, previous: Vectors, gate: jax.Array) -> dict[str, jax.Array]:
+    """Returns the figures of vectors and gate, [L, dim] each, by name, [L]; NaN for the cosine of a zero vector."""
     gated = gate * now.ttt
     combined = now.stream + gated
     norm = partial(jnp.linalg.norm, axis=-1)
@@ -120,46 +115,19 @@ def of_vectors(now: Vectors, gate: jax.Array) -> dict[str, jax.Array]:
     def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
         return (a * b).sum(-1) / (norm(a) * norm(b))
 
-    vectors = {"stream": now.stream, "ttt": now.ttt, "combined": combined}
-    distribution = {}
-    for name, x in vectors.items():
-        near = 100 * (jnp.abs(x) < SMALL).mean(-1)
-        distribution |= {f"{name}_mean": x.mean(-1), f"{name}_std": x.std(-1), f"{name}_near_zero_percent": near}
     return {
-        **{f"{name}_norm": norm(x) for name, x in {**vectors, "gated": gated}.items()},
+        "stream_norm": norm(now.stream),
+        "ttt_norm": norm(now.ttt),
+        "combined_norm": norm(combined),
         "ttt_to_stream": norm(now.ttt) / norm(now.stream),
         "gated_to_stream": norm(gated) / norm(now.stream),
-        "gated_share_percent": 100 * norm(gated) / (norm(gated) + norm(now.stream)),
-        "gate_mean": gate.mean(-1),
         "gate_mean_abs": jnp.abs(gate).mean(-1),
-        "gate_std": gate.std(-1),
-        "gate_min": gate.min(-1),
-        "gate_max": gate.max(-1),
-        "gate_open_percent": 100 * (jnp.abs(gate) > SMALL).mean(-1),
         "cosine_stream_ttt": cosine(now.stream, now.ttt),
         "cosine_stream_combined": cosine(now.stream, combined),
         "cosine_ttt_combined": cosine(now.ttt, combined),
-        **distribution,
+        "ttt_mean": now.ttt.mean(-1),
+        "ttt_std": now.ttt.std(-1),
+        "ttt_near_zero_percent": 100 * (jnp.abs(now.ttt) < SMALL).mean(-1),
+        "stream_change_relative": norm(now.stream - previous.stream) / norm(now.stream),
+        "ttt_change_relative": norm(now.ttt - previous.ttt) / norm(now.ttt),
     }
-
-
-def of_change(now: Vectors, previous: Vectors) -> dict[str, jax.Array]:
-    """How far the vectors are from those of the record before, also relative to their length now; NaN where there was none."""
-    found = {}
-    for name, new, old in zip(Vectors._fields, now, previous, strict=True):
-        change = jnp.linalg.norm(new - old, axis=-1)
-        found |= {f"{name}_change": change, f"{name}_change_relative": change / jnp.linalg.norm(new, axis=-1)}
-    return found
-
-
-def of_heads(name: str, values: jax.Array) -> dict[str, jax.Array]:
-    """Mean over heads and the largest of [L, H]."""
-    return {name: values.mean(-1), f"{name}_largest_head": values.max(-1)}
-
-
-def _records(figures: np.ndarray, frame: int, layers: Sequence[int]) -> Iterator[Record]:
-    for layer, values in zip(layers, figures.T.tolist(), strict=True):
-        named = {
-            name: value if math.isfinite(value) else None for name, value in zip(report.FIGURES, values, strict=True)
-        }
-        yield {"frame": frame, "seconds": round(frame / FRAME_RATE, 2), "layer": layer, **named}

@@ -26,7 +26,7 @@ class Checkpoint(NamedTuple):
     cfg: MoshiConfig
     params: Params
     about: dict[str, Any]
-    """Facts that results store: path, step, digest of the weights; of a run also its meta (config, versions, codec, data)."""
+    """Facts that results store: path, step, digest of the weights; of a run also its meta (config, codec, data)."""
     corpus: CorpusConfig | None = None
     """Speech that the run was trained on; None for converted weights."""
     chunk: int | None = None
@@ -49,7 +49,7 @@ class Checkpoint(NamedTuple):
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Returns the checkpoint in `path`: the latest one of a run, RUN/checkpoints/STEP, or weights that `python -m ttt_jax.convert` made.
+    """Returns the checkpoint in `path`: the latest of the run RUN, RUN/checkpoints/STEP, or converted weights.
 
     Raises `InputError` if `path` is none of these or cannot be read.
     """
@@ -66,8 +66,8 @@ def load(path: str | Path) -> Checkpoint:
         digest = weights.whole_digest(folder.cfg, folder.info["files"])
         return Checkpoint(name, folder.cfg, folder.params, {"path": str(path), **folder.info, "weights": digest})
     raise InputError(
-        f"{path} is no checkpoint (it has neither {run_checkpoints.FOLDER}/ nor {weights.CONFIG}): give the folder of a run"
-        " or of converted weights."
+        f"{path} is no checkpoint (it has neither {run_checkpoints.FOLDER}/ nor {weights.CONFIG}): give the folder of a"
+        " run or of converted weights."
     )
 
 

@@ -145,7 +145,7 @@ def test_a_row_of_another_shape_is_refused(tmp_path, row):
 
 @pytest.mark.parametrize("value", ["{}", "null", '"words"', "3", "true"])
 def test_what_is_meant_as_alignments_must_be_a_list(tmp_path, value):
-    with pytest.raises(InputError, match='has .* under the key "alignments", expected a list'):
+    with pytest.raises(InputError, match='has .* under "alignments", expected a list'):
         read_alignments(write(tmp_path, f'{{"alignments": {value}}}'), 2.0)
 
 

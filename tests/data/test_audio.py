@@ -56,6 +56,39 @@ def test_any_rate_keeps_the_duration_and_the_pitch(tmp_path, rate):
     assert strongest_hz(samples[0], 24000) == pytest.approx(440, abs=1)
 
 
+def spectrum(samples, rate):
+    """Amplitudes by frequency in whole Hz, of the middle second."""
+    middle = samples[len(samples) // 2 - rate // 2 :][:rate]
+    return 2 * np.abs(np.fft.rfft(middle * np.hanning(rate))) / np.hanning(rate).sum()
+
+
+@pytest.mark.parametrize(
+    ("rate", "hertz", "new", "left"),
+    [
+        (48000, 1000, 16000, 1000),
+        (48000, 7000, 16000, 7000),  # near the new Nyquist frequency of 8,000 Hz
+        (48000, 10000, 16000, None),  # beyond it, 6,000 Hz if aliased
+        (44100, 9000, 16000, None),
+        (8000, 3000, 16000, 3000),
+    ],
+)
+def test_resampling_keeps_tones_below_nyquist_and_removes_all_else(tmp_path, rate, hertz, new, left):
+    tone = 0.5 * np.sin(2 * np.pi * hertz * np.arange(2 * rate) / rate)
+    soundfile.write(tmp_path / "a.wav", tone.astype(np.float32), rate, subtype="FLOAT")
+    amplitudes = spectrum(read_audio(tmp_path / "a.wav", new)[0], new)
+    if left is not None:
+        assert amplitudes[left] == pytest.approx(0.5, rel=0.01)
+        amplitudes[left - 5 : left + 6] = 0
+    assert amplitudes.max() < 0.5e-3  # -60 dB of the tone
+
+
+def test_resampling_keeps_a_click_in_its_place(tmp_path):
+    click = np.zeros(48000, np.float32)
+    click[30000] = 1
+    soundfile.write(tmp_path / "a.wav", click, 48000, subtype="FLOAT")
+    assert np.abs(read_audio(tmp_path / "a.wav", 16000)[0]).argmax() == 10000
+
+
 def test_equal_rate_returns_the_samples_of_the_file(tmp_path):
     soundfile.write(tmp_path / "a.wav", tones(), RATE, subtype="FLOAT")
     np.testing.assert_array_equal(read_audio(tmp_path / "a.wav", RATE), tones().T)

@@ -1,4 +1,5 @@
-"""The sound file reader believes what a file holds: wrong lengths in headers, joined files, bytes behind the sound, levels."""
+"""The sound file reader believes what a file holds: wrong lengths in headers, joined files, bytes behind the sound,
+levels."""
 
 import io
 import logging

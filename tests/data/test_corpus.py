@@ -501,12 +501,15 @@ def test_a_given_tokenizer_must_be_that_of_the_code_files(tmp_path):
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"made_by": "d" * 64}, r"b\.safetensors states codec 'dddd.*other files of the data state 'cccc"),
+        ({"made_by": "d" * 64}, r"b\.safetensors states codec 'dddd.*the codec of the data, .*, has the digest cccc"),
         ({"made_by": None}, r"b\.safetensors (does not state its codec|states codec None)"),
         ({"frame_rate": "25"}, r"b\.safetensors states frame_rate '25' .*models read 12\.5 frames"),
-        ({"tokenizer": "u" * 64}, r"b\.safetensors states tokenizer 'uuuu.*other files of the data state 'tttt"),
+        (
+            {"tokenizer": "u" * 64},
+            r"b\.safetensors states tokenizer 'uuuu.*the tokenizer of the data has the digest tttt",
+        ),
         ({"cardinality": "32"}, r"b\.safetensors states cardinality 32 .*has 64"),
-        ({"codes": codes_of(8)}, r"b\.safetensors holds 8 rows.*write both voices"),
+        ({"codes": codes_of(8)}, r"b\.safetensors holds 8 rows.*write both streams"),
     ],
 )
 @pytest.mark.parametrize("other", ["same manifest", "other source", "heldout", "validation"])
@@ -574,7 +577,7 @@ def test_a_run_on_code_files_reads_others_without_its_own(tmp_path):
     cfg = dataclasses.replace(FILES, train=str(folder))
     meta = json.loads(json.dumps(load(cfg, 64, 300).describe()))
     (folder / "manifest.jsonl").unlink()
-    codec, tokenizer = corpora.stored_coders(cfg, meta, 64, 300)
+    codec, tokenizer = corpora.load_coders(cfg, 64, 300, meta)
     assert (codec.name, codec.digest, codec.cardinality) == (meta["codec"]["name"], MADE_BY, 64)
     assert (tokenizer.digest, tokenizer.cardinality) == ("t" * 64, 300)
-    assert corpora.stored_coders(corpora.CorpusConfig(), {}, 64, 512)[0].digest == load_codec().digest
+    assert corpora.load_coders(corpora.CorpusConfig(), 64, 512, {})[0].digest == load_codec().digest

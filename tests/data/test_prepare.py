@@ -1,4 +1,5 @@
-"""`python -m eval prepare`: layouts, codes to the bit, joints, going on after an interrupt, and every kind of bad input."""
+"""`python -m eval prepare`: layouts, codes to the bit, boundaries, going on after an interrupt, and every kind of bad
+input."""
 
 import hashlib
 import json
@@ -12,24 +13,24 @@ import time
 import tracemalloc
 import types
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import safetensors.numpy
 import soundfile
 
-from eval import prepare
 from eval.__main__ import main
 from tests.helpers.places import ROOT
 from ttt_jax.codec import load_codec
 from ttt_jax.codec.kmeans import KMeansCodec
-from ttt_jax.data import sources
+from ttt_jax.data import encode, sources
 from ttt_jax.data.audio import reader
 from ttt_jax.data.audio.reader import read_audio, read_blocks
 from ttt_jax.data.codes import Codes, Source, read_codes, write_codes
 from ttt_jax.data.corpus import EMBEDDED, CorpusConfig, load_coders
-from ttt_jax.data.frames import load_frames, open_manifest
-from ttt_jax.data.manifest import read_manifest
+from ttt_jax.data.frames import FrameReader, open_manifest
+from ttt_jax.data.manifest import Entry, read_manifest
 from ttt_jax.data.text import EPAD, PAD
 from ttt_jax.errors import InputError
 from ttt_jax.utils import command
@@ -91,13 +92,13 @@ def stems(folder):
 @pytest.fixture
 def encoded(monkeypatch):
     """How many recordings have been encoded: a list with one item for each."""
-    real, calls = prepare.encode_blocks, []
+    real, calls = encode.encode_blocks, []
 
     def counting(blocks, codec):
         calls.append(None)
         return real(blocks, codec)
 
-    monkeypatch.setattr(prepare, "encode_blocks", counting)
+    monkeypatch.setattr(encode, "encode_blocks", counting)
     return calls
 
 
@@ -106,7 +107,7 @@ def encoded(monkeypatch):
 @pytest.mark.parametrize("block", [1000, 1 << 18])
 def test_codes_equal_offline_encoding_to_the_bit(tmp_path, monkeypatch, rate, channels, block):
     monkeypatch.setattr(reader, "_BLOCK", block)
-    monkeypatch.setattr(prepare, "_BLOCK", 5)
+    monkeypatch.setattr(encode, "_BLOCK", 5)
     path = record(tmp_path / "a.wav", 2.5, channels=channels, rate=rate)
     assert run(path, "--out", tmp_path / "out") == 0
     voices, silence = offline(path)
@@ -138,7 +139,7 @@ def test_memory_does_not_grow_with_length(tmp_path):
     assert peaks[1] < 2 * one_channel, peaks
 
 
-@pytest.mark.parametrize("voice", ["own", "other"])
+@pytest.mark.parametrize("voice", ["moshi", "user"])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_voice_says_where_the_left_channel_goes(tmp_path, voice, channels):
     words = [["yes", [0.3, 0.5], "SPEAKER_MAIN"], ["no", [0.6, 0.8], "SPEAKER_OTHER"]]
@@ -149,11 +150,11 @@ def test_voice_says_where_the_left_channel_goes(tmp_path, voice, channels):
     (codes,) = codes_of(tmp_path / "out")
     assert codes.voice == voice
     assert codes.codes.shape == (17, 25)
-    own, other = (left, right) if voice == "own" else (right, left)
-    np.testing.assert_array_equal(codes.codes[1:9], own)
-    np.testing.assert_array_equal(codes.codes[9:], other)
+    moshi, user = (left, right) if voice == "moshi" else (right, left)
+    np.testing.assert_array_equal(codes.codes[1:9], moshi)
+    np.testing.assert_array_equal(codes.codes[9:], user)
     # The text is what the model's voice says: the swapped channel's words, none where it is silent.
-    spoken = {("own", 1): "yes", ("own", 2): "yes", ("other", 2): "no", ("other", 1): ""}[voice, channels]
+    spoken = {("moshi", 1): "yes", ("moshi", 2): "yes", ("user", 2): "no", ("user", 1): ""}[voice, channels]
     expected = np.full(25, PAD)
     if spoken:
         start, tokens = {"yes": 3, "no": 7}[spoken], TOKENIZER.encode(spoken)
@@ -170,7 +171,7 @@ def test_embedded_corpus_gives_the_frames_that_training_reads(tmp_path):
     made = open_manifest(out / "manifest.jsonl", CODEC, TOKENIZER, tmp_path / "cache", progress=False)
     assert not (tmp_path / "cache").exists()
     for one, entry in zip(made, read_manifest(manifest).entries, strict=True):
-        np.testing.assert_array_equal(one.read(), load_frames(entry, CODEC, TOKENIZER, tmp_path / "cache"))
+        np.testing.assert_array_equal(one.read(), FrameReader(CODEC, TOKENIZER, tmp_path / "cache").read(entry))
     assert [codes.tokenizer for codes in codes_of(out)] == [TOKENIZER.digest] * 2
     stored = safetensors.numpy.load_file(out / lines_of(out)[0]["path"])
     assert stored["codes"].dtype == np.int16
@@ -223,7 +224,7 @@ def test_training_takes_the_json_beside_a_recording_for_what_prepare_takes_it(
 @pytest.mark.parametrize(("label", "rows"), [("SPEAKER_01", 16), ("SPEAKER_OTHER", 17), ("SPEAKER_MAIN", 17)])
 def test_the_other_voice_is_known_where_one_of_both_is_named(tmp_path, label, rows):
     path = record(tmp_path / "a.wav", 2.0, channels=2, words=[["yes", [0.3, 0.5], label]])
-    assert run(path, "--out", tmp_path / "out", "--voice", "other") == 0
+    assert run(path, "--out", tmp_path / "out", "--voice", "user") == 0
     (codes,) = codes_of(tmp_path / "out")
     assert len(codes.codes) == rows
     assert rows == 16 or (codes.codes[0] == PAD).all() == (label == "SPEAKER_MAIN")
@@ -248,7 +249,7 @@ def test_manifest_and_metadata_say_what_was_made_of_what(tmp_path):
     codes = read_codes(out / entry["path"])
     source = Source(str(path), hashlib.sha256(path.read_bytes()).hexdigest(), 1.0, 13, 0)
     assert codes.sources == (source,)
-    assert (codes.frame_rate, codes.codec, codes.codec_name, codes.cardinality, codes.joints) == (
+    assert (codes.frame_rate, codes.codec, codes.codec_name, codes.cardinality, codes.boundaries) == (
         12.5,
         CODEC.digest,
         CODEC.name,
@@ -263,7 +264,7 @@ def test_manifest_and_metadata_say_what_was_made_of_what(tmp_path):
         "codec": CODEC.digest,
         "codec_name": CODEC.name,
         "sha256": hashlib.sha256((out / entry["path"]).read_bytes()).hexdigest(),
-        "joints": [],
+        "boundaries": [],
         "sources": [source._asdict()],
     }
     names = {line["path"] for line in lines_of(out)}
@@ -292,7 +293,7 @@ def test_librilight_chapters_join_to_books_in_natural_order(tmp_path):
     out = tmp_path / "out"
     assert run(tree, "--out", out, "--join") == 0
     assert stems(out) == [["c_1"], ["c_2", "c_10"], ["c_1"]]
-    assert [(e["group"], e["speaker"], e["joints"]) for e in lines_of(out)] == [
+    assert [(e["group"], e["speaker"], e["boundaries"]) for e in lines_of(out)] == [
         ("9/a", "9", []),
         ("9/b", "9", [13]),
         ("10/x", "10", []),
@@ -350,7 +351,7 @@ def test_joined_recordings_are_each_encoded_from_the_start(tmp_path):
     (codes,) = codes_of(tmp_path / "out")
     each = [np.concatenate([voices[0], silence]) for voices, silence in map(offline, paths)]
     np.testing.assert_array_equal(codes.codes[1:], np.concatenate(each, axis=1))
-    assert codes.joints == (13, 32)
+    assert codes.boundaries == (13, 32)
     assert [source.start for source in codes.sources] == [0, 13, 32]
     assert [source.seconds for source in codes.sources] == [1.0, 1.5, 0.5]
     text = codes.codes[0]
@@ -388,7 +389,7 @@ def test_whatever_decides_the_codes_makes_them_again(tmp_path, encoded, what):
     assert run(*args) == 0
     before, (line,) = codes_of(out)[0].codes, lines_of(out)
     if what == "voice":
-        args += ["--voice", "other"]
+        args += ["--voice", "user"]
     elif what == "tokenizer":
         model = (EMBEDDED / "tokenizer" / "spm512.model").read_bytes()
         # An unknown field behind the message: another digest, the same pieces.
@@ -541,12 +542,8 @@ def test_a_single_bad_file_ends_in_its_sentence(tmp_path, capsys, kind):
 def test_words_without_tokens_name_their_file(tmp_path):
     path = record(tmp_path / "a.wav", words=[["yes", [0.3, 0.5], "SPEAKER_MAIN"]])
     mute = types.SimpleNamespace(cardinality=9, digest="m", encode=lambda word: [])
-    (recording,) = sources.find([path]).recordings
-    with (
-        prepare.Progress([recording]) as progress,
-        pytest.raises(InputError, match=r"a\.json: the text tokenizer has no"),
-    ):
-        prepare.Encoder(CODEC, mute, "own").encode(recording, progress)
+    with pytest.raises(InputError, match=r"a\.json: the text tokenizer has no"):
+        encode.Encoder(CODEC, mute).encode(Entry(path, 1.0, path.with_suffix(".json")))
 
 
 def test_a_stream_with_a_bad_recording_is_left_out_whole(tmp_path, capsys):
@@ -569,8 +566,8 @@ def test_a_book_without_chapters_among_others_is_told_and_left_out(tmp_path, cap
     assert [entry["group"] for entry in lines_of(tmp_path / "out")] == ["9/a", "9/z"]
     said = [line for line in re.split(r"[\r\n]", shown.err) if line.startswith("skipped")]
     assert said == [
-        f"skipped: {tree / '9' / 'empty'} is a book without chapters (it holds no audio): complete the download, remove the"
-        " folder or give --layout folder."
+        f"skipped: {tree / '9' / 'empty'} is a book without chapters (it holds no audio): complete the download,"
+        " remove the folder or give --layout folder."
     ]
     assert "2 code files of 2 recordings" in shown.out
     assert "; 1 recording skipped" in shown.out
@@ -698,7 +695,7 @@ def test_code_files_of_others_need_only_rate_and_codec(tmp_path):
 def test_code_files_return_what_was_written(tmp_path):
     source = Source("\u00e9\udcff.wav", "0" * 64, 0.25, 4, 0)
     tokens = np.full((17, 9), 40000, np.int32)  # no int16
-    codes = Codes(tokens, 12.5, "d", "name", 50000, "t", "own", (source, source._replace(start=4)), (4,), "i")
+    codes = Codes(tokens, 12.5, "d", "name", 50000, "t", "moshi", (source, source._replace(start=4)), (4,), "i")
     write_codes(tmp_path / "sub" / "a.safetensors", codes)
     found = read_codes(tmp_path / "sub" / "a.safetensors")
     np.testing.assert_array_equal(found.codes, tokens)
@@ -710,9 +707,9 @@ def test_code_files_return_what_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"joints": "[5]"}, r"states joints \[5\]"),
-        ({"joints": "[3, 2]"}, r"states joints \[3, 2\]"),
-        ({"joints": "{"}, "metadata that cannot be read"),
+        ({"boundaries": "[5]"}, r"states boundaries \[5\]"),
+        ({"boundaries": "[3, 2]"}, r"states boundaries \[3, 2\]"),
+        ({"boundaries": "{"}, "metadata that cannot be read"),
         ({"sources": '[{"path": "a"}]'}, "metadata that cannot be read"),
         ({"cardinality": "many"}, "metadata that cannot be read"),
         ({"frame_rate": "0"}, "states frame_rate '0'"),
@@ -733,9 +730,9 @@ def test_a_text_row_of_another_tokenizer_is_refused(tmp_path):
     codes = read_codes(entry.path)
     write_codes(entry.path, codes._replace(tokenizer="u" * 64))
     with pytest.raises(InputError, match=f"states tokenizer 'u*' in its metadata.*{TOKENIZER.digest}"):
-        load_frames(entry, CODEC, TOKENIZER, tmp_path / "cache")
+        FrameReader(CODEC, TOKENIZER, tmp_path / "cache").read(entry)
     write_codes(entry.path, codes._replace(tokenizer=None))
-    assert load_frames(entry, CODEC, TOKENIZER, tmp_path / "cache").shape == (17, 13)
+    assert FrameReader(CODEC, TOKENIZER, tmp_path / "cache").read(entry).shape == (17, 13)
 
 
 def test_prepare_loads_no_jax():
@@ -747,7 +744,7 @@ def test_prepare_loads_no_jax():
 def test_help_tells_the_exit_codes(capsys):
     with pytest.raises(SystemExit):
         main(["prepare", "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "3 some recordings were unusable" in shown
-    for layout in sources.LAYOUTS:
+    for layout in get_args(sources.Layout):
         assert layout in shown

@@ -99,8 +99,8 @@ def test_of_thousands_in_a_format_the_first_is_named_and_the_rest_counted(tmp_pa
     assert "0.caf is" in some.problems[0]
     assert "1.caf is" in some.problems[1]
     assert some.problems[2] == (
-        f"{tmp_path}/calls/0.m4a is in a format that is not read: convert it first, for example by ffmpeg -i 0.m4a 0.flac;"
-        f" the same holds for 1,203 more .m4a files below {tmp_path}."
+        f"{tmp_path}/calls/0.m4a is in a format that is not read: convert it first, for example by ffmpeg -i 0.m4a"
+        f" 0.flac; the same holds for 1,203 more .m4a files below {tmp_path}."
     )
 
 
@@ -115,7 +115,8 @@ def test_a_folder_with_other_formats_only_is_one_error_that_says_so(tmp_path, ca
     put(tmp_path / "in" / "a.m4a")
     assert run(tmp_path / "in", "--out", tmp_path / "out") == command.BAD_INPUT
     assert said(capsys)[0] == [
-        f"error: {tmp_path}/in/a.m4a is in a format that is not read: convert it first, for example by ffmpeg -i a.m4a a.flac."
+        f"error: {tmp_path}/in/a.m4a is in a format that is not read: convert it first, for example by ffmpeg -i a.m4a"
+        " a.flac."
     ]
     put(tmp_path / "in" / "b.sph")
     with pytest.raises(
@@ -138,7 +139,7 @@ def test_a_joined_stream_with_a_gap_is_left_out_whole(tmp_path, sounds, capsys, 
     assert [line["group"] for line in lines_of(tmp_path / "out")] == (["a", "b"] if is_whole else ["b"])
     skipped, _ = said(capsys)
     assert sum("2.m4a is in a format" in line for line in skipped) == (not is_whole)
-    gap = f"skipped the stream a: {tmp_path}/in/a/2.m4a is left out, so 2 other recordings cannot be joined: mend it as said above."
+    gap = f"skipped the stream a: {tmp_path}/in/a/2.m4a is left out, so 2 other recordings cannot be joined: mend it first."
     assert (gap in skipped) == (not is_whole)
 
 

@@ -256,7 +256,8 @@ def test_unknown_characters_give_no_token(fitted):
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
-    """SentencePiece models that number their special pieces in another way: unknown is 2; and with pieces for all bytes."""
+    """SentencePiece models that number their special pieces in another way: unknown is 2; and with pieces for all
+    bytes."""
     import sentencepiece
 
     found = []

@@ -269,7 +269,7 @@ def test_a_run_on_code_files_needs_neither_its_codec_nor_its_data(tmp_path):
     assert [file.text_known.mean() for file in files] == [1, 0]
     np.testing.assert_array_equal(files[0].frames, tokens(20))
     assert "holds 8 rows of codes" in skipped.reason
-    with pytest.raises(InputError, match="was encoded with .*but trained was trained with theirs"):
+    with pytest.raises(InputError, match="trained was trained with the codec theirs .*the speech was encoded with"):
         dataset.read(write_data(tmp_path / "other", [tokens(20)], digest="3" * 64), [trained])
     (data / "a.wav").write_bytes(b"RIFF")
     (data / "manifest.jsonl").write_text('{"path": "a.wav", "duration": 4.8}\n')
@@ -279,7 +279,7 @@ def test_a_run_on_code_files_needs_neither_its_codec_nor_its_data(tmp_path):
 
 def test_codes_of_another_codec_are_refused(run, tmp_path):
     other = write_data(tmp_path / "other", [tokens(20)], digest="0" * 64)
-    refused("was encoded with a codec .digest 000000000000.*was trained with a codec", run, "--data", other)
+    refused("was trained with the codec a codec .*was encoded with a codec .digest 000000000000", run, "--data", other)
     large = write_data(tmp_path / "large", [tokens(20) + 40])
     refused("expected -1 to 63", run, "--data", large)
 
@@ -308,7 +308,7 @@ def test_codes_of_several_codecs_and_of_other_sizes_do_not_pass_with_converted_w
         dataset.read(data, [weights])
     write_codes(data / "1.safetensors", Codes(tokens(20), 12.5, "1" * 64, "small", cardinality=32))
     files, (skipped,) = dataset.read(data, [weights])
-    assert "small of 32 entries a codebook, but moshi has 64" in skipped.reason
+    assert "moshi has 64 codes and 512 text pieces, but the codec small has 32" in skipped.reason
     assert files[0].codec == {"name": None, "digest": "1" * 64}
 
 
@@ -428,7 +428,7 @@ def test_converted_weights_take_code_files_only(tmp_path):
     data = write_data(tmp_path / "codes", [tokens(20), tokens(20)[1:], tokens(20)[1:9]], digest="1" * 64)
     files, (skipped,) = dataset.read(data, [weights])
     assert [file.text_known.mean() for file in files] == [1, 0]
-    assert "has 8 rows of codes" in skipped.reason
+    assert "holds 8 rows of codes" in skipped.reason
     (data / "a.wav").write_bytes(b"RIFF")
     (data / "manifest.jsonl").write_text('{"path": "a.wav", "duration": 4.8}\n')
     with pytest.raises(InputError, match="converted weights do not say which codec"):
