@@ -534,7 +534,7 @@ def test_rows_of_heads_are_put_back_in_blocks_of_any_size(monkeypatch, block, un
     monkeypatch.setattr(safetensors_reader, "BLOCK", block)
     rows = np.arange(3 * 8 * 6, dtype=np.float32).reshape(24, 6)  # 3 heads of 8 rows of 24 bytes
     piece = _interleaved(safetensors_reader.of_array(rows.nbytes, lambda: rows), 3, 24)
-    blocks = [bytes(view) for view in piece.blocks(safetensors_reader.Ring(), unit)]
+    blocks = [bytes(view) for view in piece.blocks(unit)]
     assert all(len(one) % unit == 0 for one in blocks[:-1])
     assert len(blocks) > 1 or block > 24 * 8
     got = np.frombuffer(b"".join(blocks), np.float32).reshape(3, 4, 2, 6)

@@ -16,10 +16,10 @@ import numpy as np
 
 from ttt_jax.checkpoints.differences import differences
 from ttt_jax.checkpoints.safetensors_reader import DTYPES, TensorFile
-from ttt_jax.checkpoints.safetensors_writer import digest
 from ttt_jax.config import MoshiConfig, Part
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
+from ttt_jax.utils.files import file_digest
 
 FORMAT = 1
 CONFIG = "config.json"
@@ -230,7 +230,7 @@ class Folder:
                 yield f"{name} is missing"
             elif path.stat().st_size != about["bytes"]:
                 yield f"{name} has {path.stat().st_size} bytes instead of {about['bytes']}"
-            elif verify and digest(path) != about["sha256"]:
+            elif verify and file_digest(path) != about["sha256"]:
                 yield f"{name} has another SHA-256 than when it was written"
             elif name in grouped:
                 self.files[name] = TensorFile(path)

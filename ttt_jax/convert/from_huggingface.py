@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttt_jax.checkpoints.safetensors_reader import SIZES, Piece, Ring, as_bytes
+from ttt_jax.checkpoints.safetensors_reader import SIZES, Piece, as_bytes
 from ttt_jax.config import DepthConfig, LoRAConfig, MoshiConfig, TTTConfig
 from ttt_jax.convert import kyutai_config
 from ttt_jax.convert.matching import misfits, refuse_misfits
@@ -281,9 +281,9 @@ def _joined(parts: tuple[Taken, ...], used: Mapping[str, Held]) -> Held:
             for got in [used[taken.name].piece(taken.part, taken.parts)]
         ]
 
-        def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
+        def blocks(unit: int) -> Iterator[memoryview]:
             for got in pieces:
-                yield from got.blocks(ring, unit)
+                yield from got.blocks(unit)
 
         return Piece(sum(got.nbytes for got in pieces), blocks)
 
@@ -294,8 +294,8 @@ def _interleaved(piece: Piece, heads: int, row: int) -> Piece:
     """The rows (of `row` bytes) of each head, first halves then second halves of the pairs that rotate, put pair by pair."""
     head = piece.nbytes // heads
 
-    def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
-        for view in piece.blocks(ring, math.lcm(unit, head)):
+    def blocks(unit: int) -> Iterator[memoryview]:
+        for view in piece.blocks(math.lcm(unit, head)):
             halves = np.frombuffer(view, np.uint8).reshape(-1, 2, head // row // 2, row)
             yield as_bytes(np.ascontiguousarray(halves.swapaxes(1, 2)))
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ttt_jax.checkpoints.differences import differences, group
-from ttt_jax.checkpoints.safetensors_reader import DTYPES, Piece, Ring
+from ttt_jax.checkpoints.safetensors_reader import DTYPES, Piece
 from ttt_jax.config import MoshiConfig, TTTConfig, parse_layers
 from ttt_jax.convert.source import Source
 from ttt_jax.convert.tensor_view import Held, View
@@ -105,8 +105,8 @@ def _one(copies: dict[str, Held]) -> Held:
     def piece(*share: int) -> Piece:
         whole, *again = (held.piece(*share) for held in copies.values())
 
-        def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
-            for view, *same in zip(whole.blocks(ring, unit), *(one.blocks(Ring(), unit) for one in again), strict=True):
+        def blocks(unit: int) -> Iterator[memoryview]:
+            for view, *same in zip(whole.blocks(unit), *(one.blocks(unit) for one in again), strict=True):
                 if any(view != one for one in same):
                     raise InputError(differ)
                 yield view
@@ -303,7 +303,7 @@ def _check_tensors(layers: Layers, cfg: MoshiConfig, inner: list[int]) -> None:
 
 def _numbers(held: Held, name: str) -> np.ndarray:
     """A tensor in float32. Raises `InputError` if it holds what is no number."""
-    data = b"".join(bytes(view) for view in held.piece().blocks(Ring(), 1))
+    data = b"".join(bytes(view) for view in held.piece().blocks(1))
     values = np.frombuffer(data, DTYPES[held.dtype]).reshape(held.shape).astype(np.float32)
     if not np.isfinite(values).all():
         raise InputError(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ttt_jax.checkpoints.safetensors_reader import DTYPES, OTHER_TYPE, Piece, Ring, as_bytes, rounded
+from ttt_jax.checkpoints.safetensors_reader import DTYPES, OTHER_TYPE, Piece, as_bytes, rounded
 from ttt_jax.errors import InputError
 
 
@@ -34,20 +34,20 @@ def merged(
 
     def whole(piece: Piece, columns: int) -> np.ndarray:
         data = np.empty(piece.nbytes, np.uint8)
-        at, ring = 0, Ring()
-        for view in piece.blocks(ring, 1):
+        at = 0
+        for view in piece.blocks(1):
             data[at : at + len(view)] = np.frombuffer(view, np.uint8)
             at += len(view)
         return data.view(DTYPES[adapter_dtype]).reshape(-1, columns).astype(np.float32)
 
-    def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
+    def blocks(unit: int) -> Iterator[memoryview]:
         columns = a.nbytes // DTYPES[adapter_dtype].itemsize // rank
         down, up = whole(a, columns), whole(b, rank)
         sound = np.isfinite(down).all() and np.isfinite(up).all()
         with np.errstate(over="ignore", invalid="ignore"):
             up *= np.float32(scaling)
         row = 0
-        for view in weight.blocks(ring, columns * kind.itemsize):
+        for view in weight.blocks(columns * kind.itemsize):
             block = np.frombuffer(view, kind).reshape(-1, columns).astype(np.float32)
             finite = sound and np.isfinite(block).all()
             with np.errstate(over="ignore", invalid="ignore"):

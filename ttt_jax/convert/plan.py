@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ttt_jax.checkpoints.safetensors_reader import NAMES
-from ttt_jax.checkpoints.safetensors_writer import Spec, digest, header, write_files
+from ttt_jax.checkpoints.safetensors_writer import Spec, header, write_files
 from ttt_jax.config import MoshiConfig
 from ttt_jax.errors import InputError
-from ttt_jax.utils.files import check_new, new_folder
+from ttt_jax.utils.files import check_new, file_digest, new_folder
 
 log = logging.getLogger("convert")
 SMALL = 1 << 20  # bytes kept free for config.json and the like
@@ -121,7 +121,7 @@ def carry_out(
                 shutil.copyfile(path, folder / path.name)
                 written[path.name] = {
                     "bytes": os.path.getsize(folder / path.name),
-                    "sha256": digest(folder / path.name),
+                    "sha256": file_digest(folder / path.name),
                 }
             finish(folder, written)
     except OSError as error:
