@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.stream import random_params, spread
+from bench.figures import random_params, spread
 from eval.diagnose.command import advance, fresh, measure
 from ttt_jax.config import MoshiConfig, TTTConfig, model_preset
 

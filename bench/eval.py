@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from bench.stream import in_use, peak, random_params, spread
+from bench.figures import in_use, peak, product_rate, random_params, spread
 from eval.streaming.arms import DEFAULT
 from eval.streaming.runner import stream
 from ttt_jax.config import MODEL_PRESETS, MoshiConfig, TTTConfig
@@ -52,7 +51,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     codes = rng.integers(0, cfg.card, (cfg.num_streams, args.frames), np.int32)
     chunk = args.chunk or (10_766 if args.shape == "7b" else 250)
-    flops, rate = flops_per_frame(cfg), product_rate(cfg)
+    flops, rate = flops_per_frame(cfg), product_rate(cfg.dtype)
     print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {args.shape}, {args.frames} frames; products of a frame {flops / 1e9:.2f} GFLOP,"
         f" a large {cfg.dtype} product runs at {rate / 1e12:.1f} TFLOP/s: at most {rate / flops:,.0f} frames/s",
@@ -142,20 +141,6 @@ def flops_per_frame(cfg: MoshiConfig) -> float:
     ttt = 4 * d * d
     step = d * e + depth.num_layers * (4 * e * e + 3 * e * depth.hidden) + e * cfg.card
     return 2.0 * (cfg.num_layers * layer + len(cfg.ttt_layers) * ttt + d * cfg.text_card + cfg.dep_q * step)
-
-
-def product_rate(cfg: MoshiConfig, repeats: int = 5) -> float:
-    """Operations a second of a large product in the model's type."""
-    size = 8192 if jax.default_backend() != "cpu" else 1024
-    x = jnp.ones((size, size), cfg.dtype)
-    product = jax.jit(lambda x: x @ x)
-    jax.block_until_ready(product(x))
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(product(x))
-        times.append(time.perf_counter() - began)
-    return 2.0 * size**3 / float(np.median(times))
 
 
 if __name__ == "__main__":

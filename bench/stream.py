@@ -18,12 +18,13 @@ import os
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from bench.figures import copy_bandwidth, in_use, peak, random_params, spread
 
 SMALL = {
     "dim": 512, "num_layers": 8, "num_heads": 8, "hidden": 1408, "context": 250,
@@ -196,55 +197,12 @@ def ours(shape: str, rows: int, ttt: str, frames: int, long: int | None) -> Iter
         yield {"ms": times, "queued_ms": (time.perf_counter() - began) * 1e3 / frames}
 
 
-def random_params(cfg: Any) -> Any:
-    """Random weights of the model's shapes in its type; TTT layers in float32."""
-    import jax
-    import jax.numpy as jnp
-
-    from ttt_jax.moshi import model
-
-    shapes = model.init_params.eval_shape(cfg, jax.random.key(0))
-
-    def one(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        names = [str(p.key) for p in path]
-        dtype = jnp.float32 if "ttt" in names else jnp.dtype(cfg.dtype)
-        if "norm" in names[-1] or names[-1] == "ln_scale":
-            return jnp.ones(leaf.shape, dtype)
-        fan_in = leaf.shape[-2] if names[-1].startswith("inner_w") else leaf.shape[-1]
-        key = jax.random.key(zlib.crc32("/".join(names).encode()) % 2**31, impl="rbg")
-        return normal(key, leaf.shape, dtype, fan_in**-0.5)
-
-    normal = jax.jit(
-        lambda key, shape, dtype, scale: jax.random.normal(key, shape, dtype) * jnp.asarray(scale, dtype),
-        static_argnums=(1, 2),
-    )
-    return jax.block_until_ready(jax.tree_util.tree_map_with_path(one, shapes))
-
-
 def read_bytes(params: Any) -> int:
     """Bytes of weights that a frame must read: all but the embedding tables."""
     import jax
 
     tables = [params["text_emb"], params["audio_emb"], params["depth"]["text_emb"], params["depth"]["audio_emb"]]
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - sum(table.nbytes for table in tables)
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second that large copies read and write here."""
-    import jax
-    import jax.numpy as jnp
-
-    size, copies = (2**28, 10) if jax.default_backend() != "cpu" else (2**26, 3)
-    copy = jax.jit(lambda x: x + 1, donate_argnums=0)
-    x = jax.block_until_ready(copy(jnp.zeros((size,), jnp.float32)))
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        for _ in range(copies):
-            x = copy(x)
-        jax.block_until_ready(x)
-        times.append((time.perf_counter() - began) / copies)
-    return 2 * x.nbytes / float(np.median(times))
 
 
 def torch_moshi(shape: str, rows: int, frames: int, threads: int) -> Iterator[dict[str, Any]]:
@@ -308,33 +266,6 @@ def fill_window(model: Any, frames: int) -> None:
                 getattr(state, name).fill_(frames)
         if hasattr(state, "kv_cache"):
             state.kv_cache.end_offset.fill_(frames)
-
-
-def spread(times: list[float]) -> tuple[float, float, float]:
-    """Median, tenth and ninetieth percentile."""
-    return tuple(float(np.percentile(times, p)) for p in (50, 10, 90))
-
-
-def peak() -> float:
-    """Most memory held, in gigabytes: the device's, or the process's on a CPU."""
-    import resource
-
-    if "jax" in sys.modules:
-        stats = sys.modules["jax"].devices()[0].memory_stats()
-        if stats:
-            return stats["peak_bytes_in_use"] / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def in_use() -> float:
-    """Memory held now, in gigabytes: the device's, or the process's on a CPU (Linux)."""
-    import jax
-
-    stats = jax.devices()[0].memory_stats()
-    if stats:
-        return stats["bytes_in_use"] / 1e9
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
 if __name__ == "__main__":

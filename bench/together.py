@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.stream import spread
+from bench.figures import spread
 from experiments.memory import TASK
 from train.batches import Batch
 from train.config import PRESETS, TrainConfig

@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.eval import product_rate
-from bench.stream import peak, random_params, spread
+from bench.figures import peak, product_rate, random_params, spread
 from train.batches import Batch
 from train.config import PRESETS, TrainableConfig, TrainConfig
 from train.flops import flops_per_frame
@@ -111,7 +110,7 @@ def cell(name: str, cfg: TrainConfig, steps: int, trace: str | None) -> dict[str
     frames = cfg.bptt * cfg.data.batch * cfg.data.chunk
     forward, backward = flops_per_frame(cfg)
     whole = forward + backward
-    rate = product_rate(cfg.model) * len(jax.devices())
+    rate = product_rate(cfg.model.dtype) * len(jax.devices())
     peak_rate = NOMINAL.get(jax.devices()[0].device_kind, float("nan")) * len(jax.devices())
     sizes = {
         what: sum(leaf.size for leaf in jax.tree.leaves(tree))

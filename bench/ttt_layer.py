@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.figures import copy_bandwidth, product_rate
 from ttt_jax.config import TTTConfig, default_base_lr
 from ttt_jax.ttt import inner, network
 
@@ -38,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}; {args.heads} heads x {args.width}, {args.frames} frames")
-    bandwidth, rate = copy_bandwidth(args.repeats), product_rate(args.repeats)
+    bandwidth, rate = copy_bandwidth(), product_rate(jnp.float32)
     print(
         f"a copy moves {bandwidth / 1e9:.0f} GB/s, a float32 product of default precision runs at {rate / 1e12:.1f} TFLOP/s"
     )
@@ -187,18 +188,6 @@ def spread(fun: Callable, arguments: tuple, repeats: int) -> tuple[float, float,
         jax.block_until_ready(fun(*arguments))
         times.append((time.perf_counter() - start) * 1e3)
     return float(np.median(times)), min(times), max(times)
-
-
-def copy_bandwidth(repeats: int) -> float:
-    """Bytes read and written per second by a pass over an array that no cache holds."""
-    x = jnp.ones((2**28,), jnp.float32)
-    return 2 * x.nbytes / (spread(jax.jit(lambda x: x + 1), (x,), repeats)[0] / 1e3)
-
-
-def product_rate(repeats: int) -> float:
-    """FLOP per second of a float32 product of two 4096 x 4096 matrices at default precision (TF32 where there is one)."""
-    x = jnp.ones((4096, 4096), jnp.float32)
-    return 2 * 4096**3 / (spread(jax.jit(jnp.matmul), (x, x), repeats)[0] / 1e3)
 
 
 if __name__ == "__main__":

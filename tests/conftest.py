@@ -42,6 +42,15 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory):
+    """Paths of a small run, trained, exported and evaluated once for all workers (`tests.helpers.tiny_run`): do not write into them."""
+    from tests.helpers import tiny_run
+
+    base = tmp_path_factory.getbasetemp()
+    return tiny_run.shared(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+
+
 MOST = 1.2e9
 """Bytes of memory from which on a worker forgets its compiled programs between two tests: kept, they would take gigabytes."""
 

@@ -113,7 +113,7 @@ def validation_batches(
 ) -> Iterator[Window]:
     """One pass over `recordings`, each from its first frame to its last: windows of one chunk, as many in every process.
 
-    Rows for which no file is left are masked, not reset, and their tokens are -1. Arguments are those of `Windows`.
+    Rows for which no file is left are masked, not reset, and their tokens are -1. Arguments are those of `Batches`.
     """
 
     def find(place: int) -> _File | None:

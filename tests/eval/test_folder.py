@@ -151,7 +151,7 @@ def test_results_of_something_else_are_refused(tmp_path, changes, said):
 
 
 def model(weights="w1", name="tiny", run=CFG, **about):
-    config = streaming_command.models_.record.to_dict(run)
+    config = streaming_command.models_.config_json.to_dict(run)
     about = {"step": 7, "weights": weights, "config": config, "train": {"digest": "t"}, **about}
     return checkpoints.Model(name, run.model, None, run, about)
 

@@ -20,7 +20,7 @@ from tests.helpers import micro, quick, small_step
 from tests.helpers.drawing import quick_jit
 from tests.helpers.micro import CONFIG, MODEL
 from train import initial_params, step
-from train.batches import Windows
+from train.batches import Batches
 from ttt_jax.data import unigram
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import model
@@ -55,7 +55,7 @@ def params():
     mesh = small_step.one_device()
     state = step.init_state(CONFIG, mesh, initial_params.initial(CONFIG, mesh).trained)
     source = micro.source([walk(400, i) for i in range(8)])
-    with contextlib.closing(Windows([source], CONFIG.data.batch, CONFIG.data.chunk, 0)) as windows:
+    with contextlib.closing(Batches([source], CONFIG.data.batch, CONFIG.data.chunk, 0)) as windows:
         lowered = quick.quickly(step.make_train_step)(CONFIG, mesh).lower(
             state, {}, next(windows).batch, small_step.NO_STOP
         )

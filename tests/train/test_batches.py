@@ -216,7 +216,7 @@ def test_chunks_of_a_window_continue_each_other_as_windows_of_one_chunk():
 
 
 def halves(batch, **changes):
-    """Windows of two processes that share the rows unequally."""
+    """Batches of two processes that share the rows unequally."""
     return [windows(batch, rows=rows, **changes) for rows in (range(2), range(2, batch))]
 
 
@@ -377,8 +377,8 @@ def test_validation_is_split_by_rows_into_equally_many_windows():
 
 def test_a_program_that_ends_without_closing_ends_in_silence():
     program = (
-        "from tests.helpers.micro import files, source; from train.batches import Windows\n"
-        "windows = Windows([source(files())], 4, 32, 0); next(windows)"
+        "from tests.helpers.micro import files, source; from train.batches import Batches\n"
+        "windows = Batches([source(files())], 4, 32, 0); next(windows)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")

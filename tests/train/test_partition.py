@@ -103,10 +103,8 @@ def refused(sentence, call, *args):
 
 def test_nothing_to_train_is_one_sentence():
     plain = dataclasses.replace(THREE, ttt=TTTConfig(layers="none"), lora=LoRAConfig())
-    refused("nothing trainable", combined, TrainableConfig(base=False), plain)
-    refused(
-        "nothing trainable", combined, TrainableConfig(base=False, lora=False), dataclasses.replace(plain, lora=LORA)
-    )
+    refused("nothing trains", combined, TrainableConfig(base=False), plain)
+    refused("nothing trains", combined, TrainableConfig(base=False, lora=False), dataclasses.replace(plain, lora=LORA))
     with pytest.raises(InputError, match="names nothing that trainable"):
         dataclasses.replace(small_step.CONFIG, trainable=TrainableConfig(False, "none", False, False))
 
@@ -266,8 +264,7 @@ def test_what_a_checkpoint_holds_and_the_frozen_base_are_all(folder, trainable, 
     assert {p: (x.shape, x.dtype, x.sharding) for p, x in like.items()} == {
         p: (x.shape, x.dtype, x.sharding) for p, x in named(kept).items()
     }
-    trainable = named(split(all_, cfg)[0]).keys()
-    assert trainable <= like.keys()
+    assert named(split(all_, cfg)[0]).keys() <= like.keys()
     assert (rest == {}) == trainable.base
 
 

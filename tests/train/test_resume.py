@@ -35,7 +35,7 @@ def quick():
     """Programs that compile quickly; no figures: tests/train/test_killed.py and tests/eval/test_evaluate.py ask for them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_train_step", quickly(loop.make_train_step))
-        patch.setattr(loop.parameters, "initial", remembering(loop.parameters.initial))
+        patch.setattr(loop.initial_params, "initial", remembering(loop.initial_params.initial))
         patch.setattr(runner, "scan_calls", scan_calls)
         patch.setattr(plots, "draw_run", lambda *_: [])
         patch.setattr(streaming_plots, "draw_all", lambda *_: [])
@@ -61,7 +61,7 @@ def runs(tmp_path_factory):
             return super().__next__()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Windows", Interrupted)
+        patch.setattr(loop, "Batches", Interrupted)
         codes.append(loop.start(dataclasses.replace(CONFIG, data=data, run_dir=str(folder / "parts"))))
     shutil.copytree(folder / "parts", folder / "stopped")
     codes.append(loop.resume(folder / "parts"))
@@ -307,7 +307,7 @@ def of_runs(runs, tmp_path, **changes):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_is_named(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.parameters, "initial", spoiled(loop.parameters.initial))
+    monkeypatch.setattr(loop.initial_params, "initial", spoiled(loop.initial_params.initial))
     with pytest.raises(
         InputError, match="step 1: loss is nan and grad_norm is nan, the gradient of .*ttt.*, in .*train"
     ):

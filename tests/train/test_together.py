@@ -58,9 +58,9 @@ def runs(tmp_path_factory):
         patch.setattr(plots, "draw_run", lambda *_: [])  # tests/commands/test_experiments.py looks at them
         patch.setattr(together, "make_steps_together", quickly(together.make_steps_together))
         patch.setattr(loop, "make_train_step", quickly(loop.make_train_step))
-        patch.setattr(loop.parameters, "initial", remembering(loop.parameters.initial))
+        patch.setattr(loop.initial_params, "initial", remembering(loop.initial_params.initial))
         with pytest.MonkeyPatch.context() as interrupted:
-            interrupted.setattr(together, "Windows", Interrupted)
+            interrupted.setattr(together, "Batches", Interrupted)
             codes["together"] = together.start([one(folder, name, *of) for name, of in MEMBERS.items()])
         left = {name: sorted(path.name for path in (folder / name / "checkpoints").iterdir()) for name in MEMBERS}
         kept = {name: (lines(folder / name), load_run(folder / name / "checkpoints" / "4")) for name in MEMBERS}

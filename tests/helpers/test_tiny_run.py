@@ -1,0 +1,26 @@
+"""The shared run holds what its description says."""
+
+import jax
+import numpy as np
+
+from eval.inputs import checkpoints
+from eval.streaming.summary import read_results
+
+
+def test_the_shared_run_is_whole(tiny_run):
+    steps = {path.name for path in (tiny_run.run / "checkpoints").iterdir() if path.name.isdecimal()}
+    assert steps == {"2", "4"}
+    assert len((tiny_run.run / "metrics.jsonl").read_text().splitlines()) == 4
+    trained, converted = (checkpoints.load(path) for path in (tiny_run.run, tiny_run.weights))
+    jax.tree.map(np.testing.assert_array_equal, converted.params, trained.params)
+    results = read_results(tiny_run.eval)
+    assert results.checkpoints[0].info.about["weights"] == trained.about["weights"]
+    assert results.checkpoints[0].arms == ["persist", "reset", "frozen", "off"]
+    assert not results.skipped
+    assert "minus persist" in tiny_run.output.read_text()
+
+
+def test_a_copy_can_be_changed(tiny_run, tmp_path):
+    copy = tiny_run.copy(tmp_path)
+    (copy / "config.json").unlink()
+    assert (tiny_run.run / "config.json").is_file()
