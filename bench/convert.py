@@ -1,9 +1,9 @@
 """Measures bringing a full-size 7B in and out: `python -m bench.convert SCRATCH` (about 50 GB, removed afterwards).
 
-Makes a random bfloat16 checkpoint in Kyutai's released layout, converts it by the command line in a process, and exports the
-result by another. Prints seconds, MB/s and peak resident memory of both, beside plain copies of the same file by reads and
-writes of 16 MB in the same run. Each run ends on disk (fsync) and starts with its source out of the page cache. Prints also
-how many tensors came back bit for bit (SHA-256). `--layers 2` measures a model of 3 GB.
+Makes a random bfloat16 checkpoint in Kyutai's released layout, converts it by the command line in a process, and
+exports the result by another. Prints seconds, MB/s and peak resident memory of both, beside plain copies of the same
+file by reads and writes of 16 MB in the same run. Each run ends on disk (fsync) and starts with its source out of the
+page cache. Prints also how many tensors came back bit for bit (SHA-256). `--layers 2` measures a model of 3 GB.
 """
 
 from __future__ import annotations

@@ -413,14 +413,11 @@ from ttt_jax.checkpoints.run_checkpoints import Checkpoints
 mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 w = np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32)
 put = lambda *spec: {"w": jax.device_put(w, NamedSharding(mesh, P(*spec))), "step": jnp.int32(3)}
-places = [put("x", "y"), put(("x", "y")), put(None, "y"), put(), {"w": jax.device_put(w, jax.devices()[3]), "step": jnp.int32(3)}]
-totals = [{name: int(total) for name, total in checksums.sums(place).items()} for place in places]
-assert all(total == totals[0] for total in totals), totals
-checkpoints = Checkpoints(sys.argv[1], keep=9)
-checkpoints.save(1, places[0], {"s": places[0]["w"]}, {}, {})
-checkpoints.save(2, places[1], {"s": places[2]["w"]}, {}, {})
-checkpoints.close()
-for place in places:
+places = [put("x", "y"), put(("x", "y")), put(None, "y"), put(), {"w": jax.device_put(w, jax.devices()[3]), "step":
+jnp.int32(3)}] totals = [{name: int(total) for name, total in checksums.sums(place).items()} for place in places] assert
+all(total == totals[0] for total in totals), totals checkpoints = Checkpoints(sys.argv[1], keep=9) checkpoints.save(1,
+places[0], {"s": places[0]["w"]}, {}, {}) checkpoints.save(2, places[1], {"s": places[2]["w"]}, {}, {})
+checkpoints.close() for place in places:
     saved = Checkpoints(sys.argv[1]).restore(lambda meta: (place, {"s": place["w"]}))
     assert saved.step == 2
     for found in (saved.params["w"], saved.state["s"]):

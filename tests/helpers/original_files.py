@@ -1,7 +1,9 @@
-"""Small random checkpoints as the original saves them: names and shapes as its modules give them, apart from `ttt_jax.convert`.
+"""Small random checkpoints as the original saves them: names and shapes as its modules give them, apart from
+`ttt_jax.convert`.
 
-Its layer N holds Kyutai's as `original_layer` and again inside `seq_modeling_block`, with the TTT layer and two gates. A run that
-trains all saves `consolidated.safetensors`, adapters merged; another saves what it trained as `lora.safetensors`.
+Its layer N holds Kyutai's as `original_layer` and again inside `seq_modeling_block`, with the TTT layer and two gates.
+A run that trains all saves `consolidated.safetensors`, adapters merged; another saves what it trained as
+`lora.safetensors`.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def layer_shapes(d: int, heads: int, inner: tuple[int, ...] = (), kind: str = "T
 
 
 def layer(shapes: dict[str, tuple[int, ...]], seed: int, kind: str = "F32") -> dict[str, np.ndarray]:
-    """Random parameters in these shapes, as far from any initial value as trained ones; some gates beyond where they are clamped."""
+    """Random parameters in these shapes, as far from any initial value as trained ones; some gates beyond where they
+    are clamped."""
     p = files.random(shapes, kind, seed)
     for name in p:
         if "norm.weight" in name or "norm_weight" in name:
@@ -71,7 +74,8 @@ def own(layers: dict[int, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def wrapped(kyutai: dict[str, np.ndarray], layers, copies: bool = True) -> dict[str, np.ndarray]:
-    """Kyutai's tensors by the names that they have in a model with TTT in `layers`; twice, unless only parameters are walked."""
+    """Kyutai's tensors by the names that they have in a model with TTT in `layers`; twice, unless only parameters are
+    walked."""
     found = {}
     for name, values in kyutai.items():
         stem = next((f"transformer.layers.{n}." for n in layers if name.startswith(f"transformer.layers.{n}.")), None)

@@ -1,4 +1,5 @@
-"""How many parameters a model has, part by part, and adapters of the size of its TTT layers; from shapes, without weights."""
+"""How many parameters a model has, part by part, and adapters of the size of its TTT layers; from shapes, without
+weights."""
 
 from __future__ import annotations
 
@@ -30,8 +31,9 @@ def parameter_counts(cfg: MoshiConfig) -> dict[str, int]:
 def lora_rank_like_ttt(cfg: MoshiConfig) -> int:
     """The rank, at least 1, at which adapters on `cfg.lora.maps` come nearest to the TTT layers of `cfg` in parameters.
 
-    Counts the true shapes. The original system reckoned with maps of width 1024 and gave TTT layers of 4.35 M parameters rank 11; on
-    the 7B's attention and feed-forward that many are rank 2. Raises `InputError` if there are no TTT layers, or no maps.
+    Counts the true shapes. The original system reckoned with maps of width 1024 and gave TTT layers of 4.35 M
+    parameters rank 11; on the 7B's attention and feed-forward that many are rank 2. Raises `InputError` if there are no
+    TTT layers, or no maps.
     """
     one = dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, rank=1))
     if not cfg.ttt_layers:

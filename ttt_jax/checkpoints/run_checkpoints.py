@@ -60,8 +60,8 @@ class Saved(NamedTuple):
 
 
 Like = Callable[[dict[str, Any]], tuple[Any, Any]]
-"""From a checkpoint's meta to arrays, or shapes, like the weights and like the state; None as state: do not read it. Shardings
-place what is read."""
+"""From a checkpoint's meta to arrays, or shapes, like the weights and like the state; None as state: do not read it.
+Shardings place what is read."""
 
 
 class _Record(NamedTuple):
@@ -154,7 +154,8 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             raise InputError(
-                f"{self._folder} holds no checkpoint: the run ended before its first, so remove the folder and start it anew."
+                f"{self._folder} holds no checkpoint: the run ended before its first, so remove the folder and start"
+                " it anew."
             )
         return steps[-1]
 
@@ -175,7 +176,8 @@ class Checkpoints:
         return self._latest_whole(lambda step: self._record(step).meta)
 
     def restore(self, like: Like, step: int | None = None) -> Saved:
-        """Returns the checkpoint `step`, or the latest whole one, in the structure, shapes, types and places that `like` gives.
+        """Returns the checkpoint `step`, or the latest whole one, in the structure, shapes, types and places that
+        `like` gives.
 
         Logs the later ones that are damaged, and moves them to RUN/damaged if the folder is open for writing.
 
@@ -210,7 +212,8 @@ class Checkpoints:
             return value
         problems = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
         raise InputError(
-            f"{self._folder} holds no checkpoint that is not damaged ({problems}): bring one back from a copy, or start the run"
+            f"{self._folder} holds no checkpoint that is not damaged ({problems}): bring one back from a copy, or"
+            " start the run"
             " anew."
         )
 
@@ -251,7 +254,8 @@ class Checkpoints:
             raise problem or Damaged("another process cannot read it")
 
     def _move_aside(self, steps: Collection[int]) -> None:
-        """Moves damaged checkpoints to RUN/damaged: their steps are saved anew, and Orbax refuses a step that exists."""
+        """Moves damaged checkpoints to RUN/damaged: their steps are saved anew, and Orbax refuses a step that
+        exists."""
         for step in steps if jax.process_index() == 0 else ():
             (self._run_dir / DAMAGED).mkdir(exist_ok=True)
             names = (str(step), *(f"{step}.{i}" for i in range(1, 1000)))
@@ -293,13 +297,15 @@ class Checkpoints:
             yield
         except kinds as error:
             raise InputError(
-                f"a checkpoint could not be written to {self._folder} ({_short(error)}): make room or mend the folder, then go on"
+                f"a checkpoint could not be written to {self._folder} ({_short(error)}): make room or mend the"
+                " folder, then go on"
                 f" with --resume {self._run_dir}."
             ) from error
 
 
 class _LatestAndBest:
-    """Orbax's rule for what to keep. Its own `BestN` reads losses from files that may be damaged, and takes NaN for a loss."""
+    """Orbax's rule for what to keep. Its own `BestN` reads losses from files that may be damaged, and takes NaN for a
+    loss."""
 
     def __init__(self, latest: int, validation: Mapping[int, float | None]):
         self._latest, self._validation = latest, validation
@@ -366,7 +372,8 @@ def _check_same(folder: Path, stored: Mapping[str, Sequence[Any]], like: Mapping
     ]
     if problems:
         raise InputError(
-            f"{folder} is of another version or architecture ({'; '.join(problems)}): go on with the version of ttt_jax in its"
+            f"{folder} is of another version or architecture ({'; '.join(problems)}): go on with the version of"
+            " ttt_jax in its"
             " meta, or start the run anew."
         )
 

@@ -23,8 +23,8 @@ class Run(NamedTuple):
     config: MoshiConfig
     params: Any
     meta: dict[str, Any]
-    """The whole resolved configuration ("config"), versions, digests of codec, tokenizer and corpus, "step", and the digest of the
-    weights ("weights")."""
+    """The whole resolved configuration ("config"), versions, digests of codec, tokenizer and corpus, "step", and the
+    digest of the weights ("weights")."""
 
 
 def load_run(path: str | Path) -> Run:
@@ -66,7 +66,8 @@ def _with_base(run_dir: str | Path, saved: Saved, config: MoshiConfig, like: Any
     with weights.Folder(base["path"]) as folder:
         if folder.info["digest"] != base["digest"]:
             raise InputError(
-                f"{base['path']} has the digest {folder.info['digest']}, but the base weights of {run_dir} have {base['digest']}:"
+                f"{base['path']} has the digest {folder.info['digest']}, but the base weights of {run_dir} have"
+                f" {base['digest']}:"
                 " bring those back to that place."
             )
         params = trees.merge(weights.read(folder, config, missing), saved.params)

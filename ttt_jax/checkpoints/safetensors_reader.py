@@ -53,7 +53,8 @@ class Piece(NamedTuple):
 
     nbytes: int
     blocks: Callable[[int], Iterator[memoryview]]
-    """Yields the bytes in blocks whose sizes are multiples of the argument (1: any size). A block is valid until the next one."""
+    """Yields the bytes in blocks whose sizes are multiples of the argument (1: any size). A block is valid until the
+    next one."""
 
 
 class TensorFile:
@@ -140,7 +141,8 @@ def of_array(nbytes: int, make: Callable[[], np.ndarray]) -> Piece:
 
 
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
-"""Bits of infinity by type. Without the sign, the bits of NaN are a larger number and those of all finite values a smaller one."""
+"""Bits of infinity by type. Without the sign, the bits of NaN are a larger number and those of all finite values a
+smaller one."""
 
 
 def watched(piece: Piece, dtype: str, where: str, warned: set[str]) -> Piece:
@@ -192,7 +194,8 @@ def rounded(values: np.ndarray, target: str, where: str, advice: str) -> np.ndar
 
 
 def _header(path: Path, file: io.FileIO) -> dict[str, Info]:
-    """Returns the tensors by name. Raises `InputError` unless the file is a header followed by the tensors that it lists."""
+    """Returns the tensors by name. Raises `InputError` unless the file is a header followed by the tensors that it
+    lists."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or not 2 <= length <= LARGEST_HEADER:
@@ -213,7 +216,8 @@ def _header(path: Path, file: io.FileIO) -> dict[str, Info]:
         sound = info.dtype in SIZES and min(info.shape, default=0) >= 0
         if not sound or info.start != end or info.stop - info.start != expected:
             raise InputError(
-                f"{path} lists {name} as {info.dtype} of shape {list(info.shape)} in bytes {info.start} to {info.stop}, which"
+                f"{path} lists {name} as {info.dtype} of shape {list(info.shape)} in bytes {info.start} to"
+                f" {info.stop}, which"
                 " does not fit: write the file again by a safetensors library."
             )
         end = info.stop
@@ -225,7 +229,8 @@ def _header(path: Path, file: io.FileIO) -> dict[str, Info]:
 
 
 def _info(entry: dict[str, object], data: int) -> Info:
-    """Returns one tensor of a header whose data begin at byte `data`. Raises what a header of other JSON types raises."""
+    """Returns one tensor of a header whose data begin at byte `data`. Raises what a header of other JSON types
+    raises."""
     dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or any(type(number) is not int for number in (*shape, start, stop)):
         raise TypeError

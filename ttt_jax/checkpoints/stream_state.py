@@ -22,7 +22,8 @@ from ttt_jax.utils.files import write_atomically
 
 
 def save_state(path: str | Path, state: State, cfg: MoshiConfig) -> None:
-    """Write `state` to `path`, at once or not at all: safetensors, a tensor for each leaf, the model's configuration, a checksum.
+    """Write `state` to `path`, at once or not at all: safetensors, a tensor for each leaf, the model's configuration, a
+    checksum.
 
     Raises `InputError` if it cannot be written; what was there before is left as it was.
     """
@@ -33,7 +34,8 @@ def save_state(path: str | Path, state: State, cfg: MoshiConfig) -> None:
         write_atomically(Path(path), content)
     except OSError as error:
         raise InputError(
-            f"{path} could not be written ({error.strerror}), {len(content):,} bytes are needed: mend that, or give another path."
+            f"{path} could not be written ({error.strerror}), {len(content):,} bytes are needed: mend that, or give"
+            " another path."
         ) from error
 
 
@@ -61,7 +63,8 @@ def load_state(path: str | Path, cfg: MoshiConfig) -> State:
     if differing := [key for key in wanted if model.get(key) != wanted[key]]:
         key = differing[0]
         raise InputError(
-            f"{path} is the state of another model, whose {key} is {model.get(key)!r} where this one's is {wanted[key]!r}:"
+            f"{path} is the state of another model, whose {key} is {model.get(key)!r} where this one's is"
+            f" {wanted[key]!r}:"
             " give the state of this model, or load that one."
         )
     rows = leaves["position"].shape[0] if "position" in leaves else 1

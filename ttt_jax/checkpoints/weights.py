@@ -1,7 +1,7 @@
 """Base weights on disk: a folder of safetensors, one file per layer, with a `config.json` (docs/checkpoints.md).
 
-`tensors` says which tensor of which file goes where in the parameters; `load` reads a folder. `python -m ttt_jax.convert`
-writes it.
+`tensors` says which tensor of which file goes where in the parameters; `load` reads a folder. `python -m
+ttt_jax.convert` writes it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Tensor(NamedTuple):
     path: tuple[str, ...]
     """Keys of its leaf in the parameters."""
     index: int | None
-    """Layer within the leaf, whose first axis then counts layers (layers and what `lead` stacks, layer by layer); None: the leaf
-    itself."""
+    """Layer within the leaf, whose first axis then counts layers (layers and what `lead` stacks, layer by layer); None:
+    the leaf itself."""
     shape: tuple[int, ...]
     lead: int = 0
     """Leading axes that stack equal maps or tables."""
@@ -183,8 +183,8 @@ class Folder:
           folder: what `python -m ttt_jax.convert kyutai` wrote.
           verify: whether to read all files once and compare their SHA-256 with `config.json`.
 
-        Raises `InputError` if `folder` is none, or a file, tensor, shape or type differs from what its `config.json` says;
-        all differences are told at once.
+        Raises `InputError` if `folder` is none, or a file, tensor, shape or type differs from what its `config.json`
+        says; all differences are told at once.
         """
         self.path = Path(folder)
         self.info = _read_config(self.path)
@@ -269,7 +269,8 @@ def load(folder: str | Path, verify: bool = False) -> Weights:
 def read(
     folder: Folder, cfg: MoshiConfig, names: Collection[str] | None = None, place: Place | None = None
 ) -> dict[str, Any]:
-    """The leaves of `cfg`'s parameters that are in `folder`; `cfg` may stack layers otherwise and have layers or adapters more.
+    """The leaves of `cfg`'s parameters that are in `folder`; `cfg` may stack layers otherwise and have layers or
+    adapters more.
 
     Args:
       names: the leaves wanted, as "layers/layers_00_28/norm1"; None: all.
@@ -308,12 +309,14 @@ def read(
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise InputError(
-            f"{folder} is not a folder of weights (it has no {CONFIG}): give one that python -m ttt_jax.convert kyutai made."
+            f"{folder} is not a folder of weights (it has no {CONFIG}): give one that python -m ttt_jax.convert"
+            " kyutai made."
         )
     info = config_json.read_json(folder / CONFIG, f"the {CONFIG} of converted weights")
     if not isinstance(info, dict) or not {"format", "model", "files", "source", "digest"} <= info.keys():
         raise InputError(
-            f"{folder / CONFIG} is not that of converted weights: give a folder that python -m ttt_jax.convert kyutai made."
+            f"{folder / CONFIG} is not that of converted weights: give a folder that python -m ttt_jax.convert kyutai"
+            " made."
         )
     if info["format"] != FORMAT:
         raise InputError(
@@ -322,6 +325,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return info
 
 
+@functools.lru_cache(maxsize=8)
 def _ttt_shapes(cfg: MoshiConfig) -> dict[str, Any]:
     import jax
 

@@ -1,4 +1,5 @@
-"""Configurations as JSON and back: what a run stores, so that it can be read, compared and run again. Imports no jax."""
+"""Configurations as JSON and back: what a run stores, so that it can be read, compared and run again. Imports no
+jax."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def from_dict(kind: type[Config], values: Any, where: str) -> Config:
 
 
 def conform(kind: Any, value: Any, where: str, key: str) -> Any:
-    """`value` as one of type `kind` (a field's), lists as tuples. Raises `InputError` naming `where` and `key` if it is of another."""
+    """`value` as one of type `kind` (a field's), lists as tuples. Raises `InputError` naming `where` and `key` if it is
+    of another."""
     return _build(kind, value, where, key)
 
 

@@ -14,7 +14,8 @@ from ttt_jax.errors import InputError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path`; whoever reads it meanwhile, or after a crash, sees the old file or the new one, whole."""
+    """Write `content` to `path`; whoever reads it meanwhile, or after a crash, sees the old file or the new one,
+    whole."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -40,7 +41,8 @@ CHECKPOINTS = "checkpoints"
 
 
 def run_and_step(path: Path) -> tuple[Path, int | None] | None:
-    """A run's folder, and the step if `path` is that of one of its checkpoints (RUN/checkpoints/STEP); None if it is neither.
+    """A run's folder, and the step if `path` is that of one of its checkpoints (RUN/checkpoints/STEP); None if it is
+    neither.
 
     `path` may be relative to the checkpoint (`.`) or a link.
     """

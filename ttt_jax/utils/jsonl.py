@@ -16,7 +16,8 @@ GZIP = b"\x1f\x8b"  # how gzip files begin; never UTF-8
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 text, plain or gzip whatever its name, without their ends; a byte order mark is left out.
+    """Return the lines of a UTF-8 text, plain or gzip whatever its name, without their ends; a byte order mark is left
+    out.
 
     Raises:
         OSError: it cannot be read.

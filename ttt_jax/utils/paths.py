@@ -1,4 +1,5 @@
-"""Paths and names: what words on a command line stand for, and file names in any bytes, Unicode form and behind any links.
+"""Paths and names: what words on a command line stand for, and file names in any bytes, Unicode form and behind any
+links.
 
 What exists as a path is a path, whatever characters it has.
 """
@@ -23,7 +24,8 @@ def local(name: str | Path) -> Path:
     """The path that `name` is; a ~ in front stands for a home folder unless there is a file of that very name.
 
     Raises:
-        InputError: the name is empty. As a path it would be the current folder, which nobody meant who gave an unset variable.
+        InputError: the name is empty. As a path it would be the current folder, which nobody meant who gave an unset
+          variable.
     """
     if name == "":
         raise InputError(
@@ -47,7 +49,8 @@ def exists(name: str) -> bool:
 
 
 def listed(text: str, is_item: Callable[[str], bool]) -> list[str]:
-    """The items that `text` joins by commas. An item may have commas itself: it is the longest one from its start that `is_item`."""
+    """The items that `text` joins by commas. An item may have commas itself: it is the longest one from its start that
+    `is_item`."""
     found, parts = [], text.split(",")
     while parts:
         end = next((end for end in range(len(parts), 1, -1) if is_item(",".join(parts[:end]))), 1)
@@ -62,7 +65,8 @@ def whole_name(path: Path) -> str:
 
 
 def file_name(name: str) -> str:
-    """`name` as that of one file or folder: / is written %2F, % as %25, and a digest stands for the end of a long one."""
+    """`name` as that of one file or folder: / is written %2F, % as %25, and a digest stands for the end of a long
+    one."""
     name = name.replace("%", "%25").replace("/", "%2F")
     content = os.fsencode(name)
     if len(content) <= _LONGEST:
@@ -79,13 +83,15 @@ class Missing(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """Return `text` on one line and encodable: control characters, ends of lines and bytes that are not UTF-8 as escapes."""
+    """Return `text` on one line and encodable: control characters, ends of lines and bytes that are not UTF-8 as
+    escapes."""
     breaks = ("Cc", "Cs", "Zl", "Zp")
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in breaks else c for c in text)
 
 
 def portable(path: str | Path) -> str:
-    """Return a name as JSON is to hold it, the same in every locale: bytes that are not UTF-8 as surrogates (PEP 383)."""
+    """Return a name as JSON is to hold it, the same in every locale: bytes that are not UTF-8 as surrogates (PEP
+    383)."""
     return os.fsencode(path).decode("utf-8", "surrogateescape")
 
 
@@ -112,7 +118,8 @@ def place(path: Path) -> Path:
 
 
 def spelled(path: Path) -> Path:
-    """Return the path of what is there under this name in composed or decomposed Unicode (NFC, NFD); else `path` itself.
+    """Return the path of what is there under this name in composed or decomposed Unicode (NFC, NFD); else `path`
+    itself.
 
     Systems differ in the form that they write: one manifest is read on all. The exact name goes before its other forms.
     """
@@ -128,7 +135,8 @@ def spelled(path: Path) -> Path:
 
 
 def beside(path: Path, ending: str) -> Path | None:
-    """Return the file next to `path` of the same name with another ending, be it a link to nothing; None if there is none."""
+    """Return the file next to `path` of the same name with another ending, be it a link to nothing; None if there is
+    none."""
     exact = path.with_suffix(ending)
     if os.path.lexists(exact):
         return None if os.path.isdir(exact) else exact

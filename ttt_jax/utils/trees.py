@@ -1,4 +1,5 @@
-"""Nested dicts of parameters by path: "layers/layers_29_31/ttt/gate". Parts of a tree are nested as it is, without the other leaves."""
+"""Nested dicts of parameters by path: "layers/layers_29_31/ttt/gate". Parts of a tree are nested as it is, without the
+other leaves."""
 
 from __future__ import annotations
 
