@@ -1,4 +1,4 @@
-"""How the tensors that were found differ from those that were expected, in words. Imports no jax."""
+"""Describes how stored tensors differ from those expected. Imports no jax."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """What keys and shapes `found` lacks, has too many or has wrong, in words."""
+    """Describes keys and shapes that `found` lacks, has in excess or has wrong."""
     if missing := [key for key in expected if key not in found]:
         yield f"lacks {group(missing)}"
     if unexpected := [key for key in found if key not in expected]:
@@ -22,24 +22,24 @@ def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tup
 
 
 def group(keys: Iterable[str]) -> str:
-    """Keys in short: those that differ in numbers only are told as one, with the numbers in braces."""
+    """Returns keys in short: those that differ in numbers only become one, with the numbers in braces."""
     patterns: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
     for key in keys:
         words = key.split(".")
         numbers = tuple(int(word) for word in words if word.isdigit())
         patterns.setdefault(tuple("*" if word.isdigit() else word for word in words), []).append(numbers)
-    told = []
-    for pattern, found in patterns.items():
-        columns = [sorted(set(column)) for column in zip(*found, strict=True)]
-        full = len(found) == math.prod(len(column) for column in columns)
-        for braces in [[_ranges(column) for column in columns]] if full else [list(map(str, row)) for row in found]:
+    short = []
+    for pattern, rows in patterns.items():
+        columns = [sorted(set(column)) for column in zip(*rows, strict=True)]
+        full = len(rows) == math.prod(len(column) for column in columns)
+        for braces in [[_ranges(column) for column in columns]] if full else [list(map(str, row)) for row in rows]:
             rest = iter(braces)
-            told.append(".".join(next(rest) if word == "*" else word for word in pattern))
-    return ", ".join(told)
+            short.append(".".join(next(rest) if word == "*" else word for word in pattern))
+    return ", ".join(short)
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Sorted numbers as "3", or in braces as "{0-2,5}"."""
+    """Returns sorted numbers as "3", or in braces as "{0-2,5}"."""
     if len(numbers) == 1:
         return str(numbers[0])
     starts = [n for n in numbers if n - 1 not in numbers]

@@ -359,9 +359,9 @@ def _differences(layers: Layers, cfg: MoshiConfig, inner: list[int], base_lr: fl
         " starts anew at each"
         " call" + (" in training and keeps the first row's in evaluation" if maps > 2 else "")
     )
-    yield "a mini-batch that a call leaves open waits for its next frames, where the original pads it and learns from that"
+    yield "a mini-batch that a call leaves open waits for its next frames, where the original pads it and learns that"
     if any(width % cfg.head_dim for width in inner):
-        yield f"inner widths {_list(inner)} are padded to multiples of the head width {cfg.head_dim} by units that stay 0"
+        yield f"inner widths {_list(inner)} are padded with units of 0 to multiples of the head width {cfg.head_dim}"
     if cfg.layer_context:
         yield f"attention windows other than {cfg.context}, as trained: " + ", ".join(
             f"{window} in layer {layer}" for layer, window in cfg.layer_context

@@ -76,7 +76,7 @@ IN_TENSORS = {
     r"norm[12]?\.(weight|bias)$": "another norm than rms_norm_f32",
     r"^(text_linear|linears\.\d+)\.bias$": "bias_proj",
     r"emb(\.\d+)?\.norm\.": "norm_emb",
-    r"^depformer\.(slices\.|\d+\.)|^audio_embs\.": "the keys of Kyutai's MLX and Rust files (the PyTorch files hold the same)",
+    r"^depformer\.(slices\.|\d+\.)|^audio_embs\.": "keys of Kyutai's MLX and Rust files (the PyTorch files hold the same)",
 }
 """Features by patterns of the keys that have them."""
 

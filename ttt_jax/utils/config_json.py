@@ -1,5 +1,4 @@
-"""Configurations as JSON and back: what a run stores, so that it can be read, compared and run again. Imports no
-jax."""
+"""Configurations as JSON and back. Imports no jax."""
 
 from __future__ import annotations
 
@@ -18,15 +17,15 @@ Config = TypeVar("Config")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass, nested ones too, as JSON would give them back (tuples are lists)."""
+    """Returns the fields of a dataclass, also nested ones, as JSON gives them back (tuples are lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(kind: type[Config], values: Any, where: str) -> Config:
-    """A `kind` (a dataclass) made of the fields in `values`; fields that are missing keep their default.
+    """Returns a `kind` (a dataclass) with the fields in `values`. Missing fields keep their default.
 
-    Raises `InputError` naming the key if `values` has a key that `kind` lacks or a value of another type; `where` names
-    the file in the message.
+    Raises `InputError` with the file `where` and the key if `values` has a key that `kind` lacks or a value of another
+    type.
     """
     return _build(kind, values, where, "")
 
@@ -38,12 +37,13 @@ def conform(kind: Any, value: Any, where: str, key: str) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` at once or not at all; bytes of file names that are no UTF-8 become JSON's escapes."""
+    """Writes `value` to `path` at once or not at all. Bytes of file names that are not UTF-8 become escapes of JSON."""
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: Path, what: str) -> Any:
-    """The JSON value in `path`; `what` says in messages what was looked for. Raises `InputError` if there is none."""
+    """Returns the JSON value in `path`. Raises `InputError`, which names the wanted file by `what`, if there is
+    none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
