@@ -1,36 +1,24 @@
-"""Checkpoints: which are kept, which count as damaged, and what a kill at any moment leaves."""
+"""Checkpoints: which are kept, and which count as damaged."""
 
-import dataclasses
-import json
 import logging
-import os
 import random
 import resource
 import shutil
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import kyutai_files
-from tests.helpers.places import ROOT
-from ttt_jax.checkpoints import checksums, run_checkpoints, weights
+from tests.helpers.comparing import same
+from ttt_jax.checkpoints import checksums, run_checkpoints
 from ttt_jax.checkpoints.run_checkpoints import Checkpoints
-from ttt_jax.checkpoints.run_weights import load_run
-from ttt_jax.config import TTTConfig
-from ttt_jax.convert import kyutai
 from ttt_jax.errors import InputError
-from ttt_jax.moshi import model
-from ttt_jax.utils import config_json, trees
 
 # Orbax leaves reads that it has not waited for behind when another fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-KILLS = 6
+
 RARE = ("float32", "float16", "int32", "uint32", "uint8", "bool")
 
 
@@ -57,13 +45,6 @@ def like(_):
 def save(checkpoints, *steps, validation=None):
     for step in steps:
         checkpoints.save(step, *content(step), {"file": step, "rows": [1, 2]}, {"config": {"n": step}}, validation)
-
-
-def same(a, b):
-    """Equal in structure, types and bits."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
-        assert (x.dtype, x.shape, np.asarray(x).tobytes()) == (y.dtype, y.shape, np.asarray(y).tobytes())
 
 
 def check_is(saved, step):
@@ -315,8 +296,9 @@ def test_a_save_that_fails_in_the_background_is_reported(run, by):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # no file may grow further, as on a full disk
     try:
         save(checkpoints, 5)
-        with pytest.raises(InputError, match="could not be written to .*File too large.*--resume") as info:  # noqa: PT012
-            save(checkpoints, 6) if by == "save" else checkpoints.close()
+        end = {"save": lambda: save(checkpoints, 6), "close": checkpoints.close}[by]
+        with pytest.raises(InputError, match="could not be written to .*File too large.*--resume") as info:
+            end()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(info.value)
@@ -336,195 +318,3 @@ def test_what_a_killed_save_or_removal_left_is_removed(run):
     assert run_checkpoints._PRUNED not in named_steps(run)
     checkpoints.close()
     assert named_steps(run) == {"1", "2", "3"}
-
-
-SAVING = """
-import sys
-import jax.numpy as jnp
-from ttt_jax.checkpoints.run_checkpoints import Checkpoints
-
-def content(step):
-    return {"w": jnp.arange(500_000, dtype=jnp.float32) + step}, {"m": [jnp.full((300, 1000), step, jnp.bfloat16)] * 2}
-
-if __name__ == "__main__":
-    checkpoints, done = Checkpoints(sys.argv[1], keep=2), 0
-    if checkpoints.steps():
-        done = checkpoints.restore(lambda meta: content(0)).step
-    for step in range(done + 1, done + 1 + int(sys.argv[2])):
-        checkpoints.save(step, *content(step), {"at": step}, {}, validation=abs(step - 5))
-        print(step - 1, flush=True)  # is on disk: a save waits for the one before
-    checkpoints.close()
-    print(step, flush=True)
-"""
-
-
-def child(tmp_path, *args, source=SAVING):
-    (tmp_path / "saving.py").write_text(source)
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    return subprocess.Popen(
-        [sys.executable, str(tmp_path / "saving.py"), *map(str, args)], env=env, stdout=subprocess.PIPE, text=True
-    )
-
-
-@pytest.mark.integration
-def test_a_kill_at_any_moment_leaves_every_save_that_was_finished(tmp_path, monkeypatch):
-    rng, in_a_save, last = random.Random(0), 0, 0
-    for _ in range(KILLS):
-        process = child(tmp_path, tmp_path / "run", 1000)
-        process.stdout.readline()  # it has begun to save
-        time.sleep(rng.uniform(0, 0.6))
-        process.kill()
-        reported = [int(line) for line in process.stdout.read().splitlines()]
-        process.wait()
-        last = max([last, *reported])
-        names = named_steps(tmp_path / "run")
-        in_a_save += any(not name.isdecimal() for name in names)
-        if not any(name.isdecimal() for name in names):
-            assert last == 0
-            continue
-        monkeypatch.syspath_prepend(str(tmp_path))
-        from saving import content
-
-        reader = Checkpoints(tmp_path / "run")
-        steps = reader.steps()
-        assert len(steps) <= 5  # two, the best, one that is new and one not yet removed
-        saved = reader.restore(lambda meta: content(0))
-        assert saved.step == steps[-1] >= last
-        same((saved.params, saved.state), content(saved.step))
-        assert saved.data == {"at": saved.step}
-        if saved.step >= 5:
-            assert 5 in steps
-            assert reader.best() == 5
-        last = saved.step
-    assert in_a_save >= KILLS // 2
-    assert not (tmp_path / "run" / "damaged").exists()
-    process = child(tmp_path, tmp_path / "run", 1)
-    assert int(process.communicate()[0].splitlines()[-1]) == last + 1
-    assert named_steps(tmp_path / "run") == {"5", str(last), str(last + 1)}
-
-
-SHARDED = """
-import sys
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
-from ttt_jax.checkpoints import checksums
-from ttt_jax.checkpoints.run_checkpoints import Checkpoints
-
-mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-w = np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32)
-put = lambda *spec: {"w": jax.device_put(w, NamedSharding(mesh, P(*spec))), "step": jnp.int32(3)}
-places = [put("x", "y"), put(("x", "y")), put(None, "y"), put(), {"w": jax.device_put(w, jax.devices()[3]), "step":
-jnp.int32(3)}] totals = [{name: int(total) for name, total in checksums.sums(place).items()} for place in places] assert
-all(total == totals[0] for total in totals), totals checkpoints = Checkpoints(sys.argv[1], keep=9) checkpoints.save(1,
-places[0], {"s": places[0]["w"]}, {}, {}) checkpoints.save(2, places[1], {"s": places[2]["w"]}, {}, {})
-checkpoints.close() for place in places:
-    saved = Checkpoints(sys.argv[1]).restore(lambda meta: (place, {"s": place["w"]}))
-    assert saved.step == 2
-    for found in (saved.params["w"], saved.state["s"]):
-        assert found.sharding == place["w"].sharding, found.sharding
-        np.testing.assert_array_equal(found, w)
-print("done")
-"""
-
-
-@pytest.mark.integration
-def test_sharded_arrays_come_back_in_other_places_with_the_same_sums(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "4")
-    process = child(tmp_path, tmp_path / "run", source=SHARDED)
-    assert process.communicate()[0].splitlines()[-1] == "done"
-
-
-PROCESSES = """
-import logging, sys
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
-from pathlib import Path
-from ttt_jax.checkpoints.run_checkpoints import Checkpoints
-
-jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[3]))
-run = Path(sys.argv[1])
-mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-w = np.random.default_rng(0).normal(size=(8, 5000)).astype(np.float32)
-
-def put(step):
-    return {"w": jax.make_array_from_callback(w.shape, NamedSharding(mesh, P("x")), lambda index: w[index] + step)}
-
-checkpoints = Checkpoints(run, keep=2)
-for step in (1, 2, 3, 4):
-    checkpoints.save(step, put(step), put(-step), {"at": step}, {}, validation=step)
-checkpoints.close()
-assert checkpoints.steps() == [1, 3, 4], checkpoints.steps()
-jax.experimental.multihost_utils.sync_global_devices("saved")
-if sys.argv[3] == "1":  # what it alone reads
-    folder = run / "checkpoints" / "4" / "params" / "ocdbt.process_1"
-    for path in [path for path in folder.rglob("*") if path.is_file()]:
-        path.write_bytes(b"")
-jax.experimental.multihost_utils.sync_global_devices("damaged")
-again = Checkpoints(run, keep=2)
-saved = again.restore(lambda meta: (put(0), put(0)))
-assert saved.step == 3 and saved.data == {"at": 3}
-for found, sign in ((saved.params["w"], 1), (saved.state["w"], -1)):
-    for shard in found.addressable_shards:
-        np.testing.assert_array_equal(shard.data, w[shard.index] + np.float32(3 * sign))
-assert (run / "damaged" / "4").is_dir() and not (run / "checkpoints" / "4").exists()
-again.save(4, put(4), put(4), {"at": 4}, {})
-again.close()
-assert again.steps() == [1, 3, 4]
-print("done")
-"""
-
-
-@pytest.mark.integration
-def test_processes_that_train_together_go_back_together(tmp_path):
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    both = [child(tmp_path, tmp_path / "run", port, i, source=PROCESSES) for i in range(2)]
-    try:
-        for process in both:
-            assert process.communicate(timeout=120)[0].splitlines()[-1:] == ["done"]
-    finally:
-        for process in both:
-            process.kill()
-
-
-@pytest.fixture
-def fine_tuned(tmp_path):
-    """The folder of a run that stores its TTT layers alone, and all its weights."""
-    c = kyutai_files.config()
-    kyutai(kyutai_files.write(tmp_path / "source", c, kyutai_files.weights(c)), tmp_path / "base")
-    cfg, params, info = weights.load(tmp_path / "base")
-    cfg = dataclasses.replace(cfg, ttt=TTTConfig(layers="0,1"))
-    shapes = jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0))
-    ttt = {name: leaf for name, leaf in trees.named(shapes).items() if "/ttt/" in name}
-    stored = trees.nested({name: np.full(leaf.shape, 0.5, leaf.dtype) for name, leaf in ttt.items()})
-    meta = {
-        "config": {"model": config_json.to_dict(cfg)},
-        "base": {"path": str(tmp_path / "base"), "digest": info["digest"]},
-        "stored": list(ttt),
-    }
-    checkpoints = Checkpoints(tmp_path / "run", keep=1)
-    checkpoints.save(7, stored, {"x": np.zeros(1)}, {}, meta)
-    checkpoints.close()
-    return tmp_path, trees.merge(params, stored)
-
-
-def test_what_a_run_does_not_store_comes_from_its_base(fine_tuned):
-    folder, params = fine_tuned
-    found = load_run(folder / "run")
-    assert found.meta["step"] == 7
-    same(found.params, params)
-
-
-def test_a_base_that_is_gone_or_another_is_refused(fine_tuned):
-    folder, _ = fine_tuned
-    config = folder / "base" / weights.CONFIG
-    about = json.loads(config.read_text())
-    config.write_text(json.dumps({**about, "digest": "0" * 64}))
-    with pytest.raises(InputError, match="base has the digest 000.*base weights of .*run have"):
-        load_run(folder / "run")
-    shutil.rmtree(folder / "base")
-    with pytest.raises(InputError, match="base, the base weights of .*run, is gone"):
-        load_run(folder / "run")

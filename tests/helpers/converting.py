@@ -1,4 +1,4 @@
-"""Shared by the tests of conversions: refusals, the command line in a process, the hub's cache, cases for the night."""
+"""What tests of conversions share: refusals, merged adapters, the command line in a process, the hub's cache, nightly cases."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import ml_dtypes
+import numpy as np
 import pytest
 
 from tests.helpers.places import ROOT
+from ttt_jax.config import TTTConfig
 from ttt_jax.convert import kyutai
 from ttt_jax.errors import InputError
+
+TTT = TTTConfig(layers="0,1", hidden=(), gate_init=0.25)
+"""The TTT layers of the fixture `with_ttt`."""
 
 
 def nightly(*cases, default=1):
@@ -51,12 +58,14 @@ def refused(source, *words, out="ours", **options):
     return message
 
 
-def same(a, b):
-    """Requires equal names, shapes, types and bits."""
-    assert a.keys() == b.keys()
-    for name in a:
-        assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
-        assert a[name].tobytes() == b[name].tobytes(), name
+def layout(tree):
+    """Shape and type of every leaf by its path."""
+    return {jax.tree_util.keystr(path): (leaf.shape, leaf.dtype) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def shapes_of(tree):
+    """Shape of every leaf by its path."""
+    return {path: shape for path, (shape, _) in layout(tree).items()}
 
 
 def run(folder, *args, **environment):
@@ -85,3 +94,41 @@ def cached_by_hub(source, folder):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(snapshot.name)
     return snapshot
+
+
+def with_adapters(w, a, scaling):
+    """W + scaling B A of every map, in float32."""
+    merged = dict(w)
+    for name in a:
+        if name.endswith(".lora_A.weight"):
+            module = name.removesuffix(".lora_A.weight")
+            up, down = a[f"{module}.lora_B.weight"].astype(np.float32), a[name].astype(np.float32)
+            key = f"{module}.weight"
+            merged[key] = (w[key].astype(np.float32) + np.float32(scaling) * up @ down).astype(w[key].dtype)
+    return merged
+
+
+def close(a, b):
+    """Equal but for the last bit: sums in another order."""
+    assert a.keys() == b.keys()
+    for name in a:
+        eps = ml_dtypes.finfo(a[name].dtype).eps
+        x, y = a[name].astype(np.float32), b[name].astype(np.float32)
+        np.testing.assert_allclose(x, y, rtol=2 * eps, atol=16 * 2**-23, err_msg=name)
+
+
+def arrives(source, plain, *notes, **options):
+    """Convert `source` and require every bit of `plain` and a note for each of `notes`; the plan."""
+    out = source.parent / f"{source.name}-ours"
+    plan = kyutai(source, out, **options)
+    info = info_of(out)
+    assert info["files"] == plain["files"]
+    assert info["model"] == plain["model"]
+    notices = [note for note in plan.notes if "no tokenizer" not in note and "licence" not in note]
+    assert len(notices) == len(notes), notices
+    for note, words in zip(notices, notes, strict=True):
+        assert words in note
+    return plan
+
+
+# Shards

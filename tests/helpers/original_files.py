@@ -115,3 +115,9 @@ def write(
     (folder / "training_config.json").write_text(json.dumps(told))
     (folder / "optimizer_state.pt").write_bytes(b"pickled")
     return folder
+
+
+def layers_of(kind: str = "TTTMLP", inner: tuple[int, ...] = (), numbers=(0, 1), type: str = "F32"):
+    """Random TTT layers of the model `CONFIG` by number, for `consolidated` and `own`."""
+    shapes = layer_shapes(CONFIG["dim"], CONFIG["num_heads"], inner, kind)
+    return {n: layer(shapes, seed=n, kind=type) for n in numbers}

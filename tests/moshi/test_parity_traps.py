@@ -516,7 +516,7 @@ TRAPS = {
     "adapters merged without their factor": Flaw(
         merged_adapters_give_pytorchs_logits,
         (lora, from_kyutai, to_kyutai),
-        {"up *= np.float32(scaling)": "pass"},
+        {"up *= np.float32(adapter.scaling)": "pass"},
     ),
     # 16
     "depformer_context is a window": Flaw(

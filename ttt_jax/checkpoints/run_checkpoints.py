@@ -154,8 +154,8 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             raise InputError(
-                f"{self._folder} holds no checkpoint: the run ended before its first, so remove the folder and start"
-                " it anew."
+                f"{self._folder} holds no checkpoint: the run ended before its first, so remove the folder and start it"
+                " anew."
             )
         return steps[-1]
 
@@ -212,9 +212,8 @@ class Checkpoints:
             return value
         problems = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
         raise InputError(
-            f"{self._folder} holds no checkpoint that is not damaged ({problems}): bring one back from a copy, or"
-            " start the run"
-            " anew."
+            f"{self._folder} holds no checkpoint that is not damaged ({problems}): bring one back from a copy, or start"
+            " the run anew."
         )
 
     def _record(self, step: int) -> _Record:
@@ -297,9 +296,8 @@ class Checkpoints:
             yield
         except kinds as error:
             raise InputError(
-                f"a checkpoint could not be written to {self._folder} ({_short(error)}): make room or mend the"
-                " folder, then go on"
-                f" with --resume {self._run_dir}."
+                f"a checkpoint could not be written to {self._folder} ({_short(error)}): make room or mend the folder,"
+                f" then go on with --resume {self._run_dir}."
             ) from error
 
 
@@ -372,9 +370,8 @@ def _check_same(folder: Path, stored: Mapping[str, Sequence[Any]], like: Mapping
     ]
     if problems:
         raise InputError(
-            f"{folder} is of another version or architecture ({'; '.join(problems)}): go on with the version of"
-            " ttt_jax in its"
-            " meta, or start the run anew."
+            f"{folder} is of another version or architecture ({'; '.join(problems)}): go on with the version of ttt_jax"
+            " in its meta, or start the run anew."
         )
 
 

@@ -67,8 +67,7 @@ def _with_base(run_dir: str | Path, saved: Saved, config: MoshiConfig, like: Any
         if folder.info["digest"] != base["digest"]:
             raise InputError(
                 f"{base['path']} has the digest {folder.info['digest']}, but the base weights of {run_dir} have"
-                f" {base['digest']}:"
-                " bring those back to that place."
+                f" {base['digest']}: bring those back to that place."
             )
         params = trees.merge(weights.read(folder, config, missing), saved.params)
     shapes = [{name: leaf.shape for name, leaf in trees.named(tree).items()} for tree in (like, params)]

@@ -216,9 +216,8 @@ def _header(path: Path, file: io.FileIO) -> dict[str, Info]:
         sound = info.dtype in SIZES and min(info.shape, default=0) >= 0
         if not sound or info.start != end or info.stop - info.start != expected:
             raise InputError(
-                f"{path} lists {name} as {info.dtype} of shape {list(info.shape)} in bytes {info.start} to"
-                f" {info.stop}, which"
-                " does not fit: write the file again by a safetensors library."
+                f"{path} lists {name} as {info.dtype} of shape {list(info.shape)} in bytes {info.start} to {info.stop},"
+                " which does not fit: write the file again by a safetensors library."
             )
         end = info.stop
     if size != end:

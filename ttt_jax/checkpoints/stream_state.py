@@ -64,8 +64,7 @@ def load_state(path: str | Path, cfg: MoshiConfig) -> State:
         key = differing[0]
         raise InputError(
             f"{path} is the state of another model, whose {key} is {model.get(key)!r} where this one's is"
-            f" {wanted[key]!r}:"
-            " give the state of this model, or load that one."
+            f" {wanted[key]!r}: give the state of this model, or load that one."
         )
     rows = leaves["position"].shape[0] if "position" in leaves else 1
     fresh = jax.eval_shape(lambda: init_state(cfg, rows))

@@ -307,15 +307,14 @@ def read(
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise InputError(
-            f"{folder} is not a folder of weights (it has no {CONFIG}): give one that python -m ttt_jax.convert"
-            " kyutai made."
+            f"{folder} is not a folder of weights (it has no {CONFIG}): give one that python -m ttt_jax.convert kyutai"
+            " made."
         )
     info = config_json.read_json(folder / CONFIG, f"the {CONFIG} of converted weights")
     if not isinstance(info, dict) or not {"format", "model", "files", "source", "digest"} <= info.keys():
         raise InputError(
             f"{folder / CONFIG} does not describe converted weights: give a folder that python -m ttt_jax.convert"
-            " kyutai"
-            " made."
+            " kyutai made."
         )
     if info["format"] != FORMAT:
         raise InputError(

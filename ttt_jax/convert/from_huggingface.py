@@ -116,8 +116,8 @@ def architecture(raw: Mapping[str, Any], where: str) -> MoshiConfig:
     ):
         if given.get(key) is not None and deep(key) != wanted:
             raise InputError(
-                f"{where} contradicts itself: depth_decoder_config.{key} is {depth[key]}, but {of} is {wanted};"
-                " correct it there."
+                f"{where} contradicts itself: depth_decoder_config.{key} is {depth[key]}, but {of} is {wanted}; correct"
+                " it there."
             )
     problems = [*_unsupported(get, ""), *_unsupported(deep, "depth_decoder_config.")]
     if (kind := rope.get("rope_type", "default")) != "default" or values["rope_scaling"] is not None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ttt_jax.checkpoints import weights
 from ttt_jax.checkpoints.differences import group
-from ttt_jax.checkpoints.safetensors_reader import DTYPES, NAMES, TensorFile, cast
+from ttt_jax.checkpoints.safetensors_reader import DTYPES, NAMES, TensorFile
 from ttt_jax.checkpoints.safetensors_writer import Spec
 from ttt_jax.config import LoRAConfig, MoshiConfig, TTTConfig, model_preset
 from ttt_jax.convert import from_huggingface, from_original, kyutai_config, kyutai_names, ttt_layers, unsupported
@@ -21,7 +21,6 @@ from ttt_jax.convert.model_card import UNKNOWN
 from ttt_jax.convert.plan import Plan, execute
 from ttt_jax.convert.source import FINE_TUNED, Source, find, read_config
 from ttt_jax.convert.state_dict import (
-    Match,
     Matched,
     StateDict,
     StoredTensor,
@@ -83,9 +82,7 @@ def _configuration(source: Source) -> dict[str, Any] | None:
         return None
     if from_huggingface.is_config(raw):
         return kyutai_config.export(from_huggingface.architecture(raw, source.where), {})
-    unsupported.check_is_moshi(raw, source.where)
-    if problems := unsupported.unsupported(raw):
-        _refuse(source.where, problems)
+    unsupported.check_config(raw, source.where)
     return raw
 
 
@@ -116,14 +113,14 @@ class _Conversion:
         cfg, base = self.base(state_dict, lora_file)
         files: dict[str, list[Spec]] = {}
         for tensor in base.matches:
-            files.setdefault(tensor.tensor.file, []).append(_spec(tensor, base.dtype))
+            files.setdefault(tensor.tensor.file, []).append(tensor.spec(base.dtype))
         if has_adapters:
             rank, scaling, adapters = self.adapters(cfg, lora_file)
             if merge_lora:
                 _merge(files, base, adapters, rank, scaling, lora_file.path)
             else:
                 cfg = dataclasses.replace(cfg, lora=LoRAConfig(rank, scaling))
-                files[weights.LORA] = [_spec(tensor, adapters.dtype) for tensor in adapters.matches]
+                files[weights.LORA] = [tensor.spec(adapters.dtype) for tensor in adapters.matches]
         cfg, parameters = self.ttt(cfg, original or trained, ttt, seed)
         for tensor in weights.ttt(cfg):
             files.setdefault(tensor.file, []).append(ttt_layers.ttt_spec(tensor, parameters))
@@ -181,31 +178,27 @@ class _Conversion:
         if from_huggingface.is_layout(state_dict.tensors):
             if not is_huggingface:
                 raise InputError(
-                    f"{state_dict.path} has the names of Hugging Face's {from_huggingface.CLASS}, but {source.where}"
-                    " is not its"
-                    " config.json: give that by --config."
+                    f"{state_dict.path} has the names of Hugging Face's {from_huggingface.CLASS}, but {source.where} is"
+                    " not its config.json: give that by --config."
                 )
             cfg = from_huggingface.architecture(source.config, source.where)
             return from_huggingface.to_kyutai_names(state_dict, cfg, source.where, self.notes), None
         if is_huggingface:
             raise InputError(
                 f"{source.where} describes no language model of Kyutai's (it has no dim, num_layers ...) but Hugging"
-                " Face's"
-                f" {from_huggingface.CLASS}, whose names {state_dict.path} does not have: give the config.json that"
-                " belongs to the"
-                " weights by --config."
+                f" Face's {from_huggingface.CLASS}, whose names {state_dict.path} does not have: give the config.json"
+                " that belongs to the weights by --config."
             )
         mixed = _adapter_keys(state_dict.tensors) + [key for key in state_dict.tensors if ".frozen_W." in key]
         if mixed and len(mixed) == len(state_dict.tensors):
             raise InputError(
-                f"{state_dict.path} holds adapters only: give the weights that they belong to as SOURCE, and this"
-                " file by --lora."
+                f"{state_dict.path} holds adapters only: give the weights that they belong to as SOURCE, and this file"
+                " by --lora."
             )
         if mixed:
             raise InputError(
-                f"{state_dict.path} holds adapters among the weights ({group(mixed)}): merge them, or write them into"
-                " a file of"
-                " their own and give it by --lora."
+                f"{state_dict.path} holds adapters among the weights ({group(mixed)}): merge them, or write them into a"
+                " file of their own and give it by --lora."
             )
         return state_dict, layers
 
@@ -213,8 +206,7 @@ class _Conversion:
         """Returns the architecture and all tensors of the base."""
         source, notes = self.source, self.notes
         shapes = {key: stored.shape for key, stored in state_dict.tensors.items()}
-        if problems := unsupported.unsupported_keys(shapes):
-            _refuse(str(state_dict.path), problems)
+        unsupported.check_keys(shapes, state_dict.path)
         dtype = common_type(state_dict.tensors)
         raw = kyutai_config.export(model_preset("moshi-7b"), {}) if self.raw is None else self.raw
         cfg = kyutai_config.architecture(raw, shapes, dtype, source.where)
@@ -233,8 +225,7 @@ class _Conversion:
             if lora_file is None and raw.get("lora"):
                 notes.append(
                     f"{source.where} names adapters (lora=true), but there is no file of them and the weights are"
-                    " complete: they"
-                    " are taken as they are, as of a full fine-tune"
+                    " complete: they are taken as they are, as of a full fine-tune"
                 )
             return cfg, matched
         if source.config is None:
@@ -259,7 +250,7 @@ class _Conversion:
         others = [key for key, one in tensors.items() if one.dtype != dtype and {one.dtype, dtype} <= DTYPES.keys()]
         if others:
             self.notes.append(f"{group(others)} of the LoRA file are cast to {NAMES[dtype]}, the type of the weights")
-        return tensors | {key: _cast(tensors[key], dtype) for key in others}
+        return tensors | {key: tensors[key].cast(dtype) for key in others}
 
     def lora_file(
         self, lora: str | Path | None, base: StateDict
@@ -270,8 +261,7 @@ class _Conversion:
             if self.source.folder is not None and self.source.fetch(weights.LORA) is not None:
                 self.notes.append(
                     f"{weights.LORA} lies beside the weights, but {self.source.where} names no adapters (lora), so it"
-                    " is left out:"
-                    " give it by --lora to have it"
+                    " is left out: give it by --lora to have it"
                 )
             return None, None
 
@@ -308,9 +298,8 @@ class _Conversion:
             )
         if raw.get("lora_rank", rank) != rank:
             raise InputError(
-                f"{where} gives lora_rank {raw['lora_rank']!r}, but the adapters in {lora_file.path} have rank"
-                f" {rank}: correct it"
-                " there."
+                f"{where} gives lora_rank {raw['lora_rank']!r}, but the adapters in {lora_file.path} have rank {rank}:"
+                " correct it there."
             )
         scaling = config_json.conform(float, raw.get("lora_scaling", DEFAULT_SCALING), where, "lora_scaling")
         if not abs(scaling) <= LARGEST_SCALING:
@@ -352,9 +341,8 @@ class _Conversion:
             raise InputError(f"{source.name} has TTT layers in {' and in '.join(stored)}: take one of them away.")
         if stored and ttt != NO_TTT:
             raise InputError(
-                f"{source.name} has TTT layers already ({stored[0]}): leave out --ttt-layers and other settings of"
-                " TTT layers, or"
-                " take that file away."
+                f"{source.name} has TTT layers already ({stored[0]}): leave out --ttt-layers and other settings of TTT"
+                " layers, or take that file away."
             )
         if original is not None:
             cfg = from_original.configure(original, source, cfg, self.notes)
@@ -397,18 +385,3 @@ def _merge(
 
 def _adapter_keys(keys: Iterable[str]) -> list[str]:
     return [key for key in keys if key.endswith((kyutai_names.LORA_A, kyutai_names.LORA_B))]
-
-
-def _cast(stored: StoredTensor, dtype: str) -> StoredTensor:
-    where, advice = f"{stored.path}: {stored.name}", "give weights of another type, such as float32"
-    return stored._replace(
-        dtype=dtype, piece=lambda *share: cast(stored.piece(*share), stored.dtype, dtype, where, advice)
-    )
-
-
-def _spec(tensor: Match, dtype: str) -> Spec:
-    return Spec(tensor.tensor.name, dtype, tensor.tensor.shape, tensor.parts)
-
-
-def _refuse(where: str, problems: list[str]) -> None:
-    raise InputError(f"{where} describes what is not supported yet: {'; '.join(problems)}; give a model without it.")

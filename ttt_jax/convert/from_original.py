@@ -143,8 +143,7 @@ def configure(layers: Layers, source: Source, cfg: MoshiConfig, notes: list[str]
     if path is None:
         raise InputError(
             f"{layers.path} holds TTT layers of the original but there is no {SETTINGS} beside it, which holds their"
-            " base_lr"
-            " and mini_batch_size: put it there."
+            " base_lr and mini_batch_size: put it there."
         )
     get = _settings(path)
     base_lr, b = get("base_lr", float), get("mini_batch_size", int)
@@ -156,8 +155,7 @@ def configure(layers: Layers, source: Source, cfg: MoshiConfig, notes: list[str]
     if get("use_rope", bool, False) and b > 1:
         raise InputError(
             f"{path}: ttt.use_rope=true turns inner queries and keys by rescaled frequencies, which our layers do not"
-            " have: set it to"
-            " false there to convert without, which is how the original's own inference runs it."
+            " have: set it to false there to convert without, which is how the original's own inference runs it."
         )
     _check_numbers(layers, cfg, path, get("layers", str, _list(layers.tensors)))
     inner = _inner_widths(layers)
@@ -267,8 +265,7 @@ def _check_numbers(layers: Layers, cfg: MoshiConfig, path: Path, text: str) -> N
     if max(layers.tensors) >= cfg.num_layers:
         raise InputError(
             f"{layers.path} holds TTT layers {_list(layers.tensors)}, but the model has layers 0 to"
-            f" {cfg.num_layers - 1}: give files"
-            " that belong together."
+            f" {cfg.num_layers - 1}: give files that belong together."
         )
     try:
         middle_half = range(cfg.num_layers // 4, 3 * cfg.num_layers // 4)  # as the original reads it
@@ -277,9 +274,8 @@ def _check_numbers(layers: Layers, cfg: MoshiConfig, path: Path, text: str) -> N
         raise InputError(f"{path} cannot be followed: {error}") from None
     if named != tuple(layers.tensors):
         raise InputError(
-            f"{path}: ttt.layers names the layers {_list(named)}, but {layers.path} holds {_list(layers.tensors)}:"
-            " give files that"
-            " belong together."
+            f"{path}: ttt.layers names the layers {_list(named)}, but {layers.path} holds {_list(layers.tensors)}: give"
+            " files that belong together."
         )
 
 
@@ -309,9 +305,8 @@ def _check_tensors(layers: Layers, cfg: MoshiConfig, inner: list[int]) -> None:
     ]
     if problems:
         raise InputError(
-            f"{layers.path} does not hold whole TTT layers of the original for this model, as it"
-            f" {'; '.join(problems)}: give a"
-            " checkpoint that it saved."
+            f"{layers.path} does not hold whole TTT layers of the original for this model, as it {'; '.join(problems)}:"
+            " give a checkpoint that it saved."
         )
 
 
@@ -332,13 +327,11 @@ def _differences(layers: Layers, cfg: MoshiConfig, inner: list[int], base_lr: fl
     if unused := layers.keys(UNUSED):
         yield (
             f"not carried over, as the original saves but never applies them: {group(unused)}; instead there is no"
-            " post-norm and the"
-            " output projection is the identity"
+            " post-norm and the output projection is the identity"
         )
     yield (
         f"base_lr {base_lr:g} at {ttt.mini_batch} frames a mini-batch is {ttt.base_lr:g} here, where rates are not"
-        " divided by their"
-        " number"
+        " divided by their number"
     )
     if ttt.mini_batch > 1:
         yield "a frame no longer reads the steps of later frames of its mini-batch" + (
@@ -350,9 +343,8 @@ def _differences(layers: Layers, cfg: MoshiConfig, inner: list[int], base_lr: fl
         yield f"outputs count an update once, where the original counts it twice in networks of {maps} maps"
         fast = layers.keys({name for pair in _inner_names(layers) for name in pair})
         yield (
-            f"{group(fast)} may be a stream's weights instead of the learned start, as the original's evaluation"
-            " writes those over it;"
-            " they are taken as they stand"
+            f"{group(fast)} may be a stream's weights instead of the learned start, as the original's evaluation writes"
+            " those over it; they are taken as they stand"
         )
     yield (
         "fast weights stay with a stream from call to call and do not decay (ttt.horizon none), where the original"

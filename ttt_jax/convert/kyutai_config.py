@@ -71,7 +71,7 @@ def architecture(raw: Mapping[str, Any], shapes: Shapes, dtype: str, where: str)
     """Returns the model that `raw` describes, without adapters and TTT layers.
 
     Args:
-      raw: a `config.json` in which `unsupported` finds nothing.
+      raw: a `config.json` that `unsupported` has checked.
       shapes: of the tensors. They give the hidden widths, since Kyutai's PyTorch, MLX and Rust have different rules for
         them.
       dtype: of the tensors: "BF16", "F16" or "F32".
@@ -143,8 +143,7 @@ def check_counts(cfg: MoshiConfig, tensors: int, path: object, where: str) -> No
         if count > tensors:
             raise InputError(
                 f"{path} does not fit {where}, which has {count} {name}, as it holds only {tensors} tensors in all:"
-                " give weights and a"
-                " config.json that belong together."
+                " give weights and a config.json that belong together."
             )
 
 
@@ -197,8 +196,7 @@ def export(cfg: MoshiConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
     if cfg.layer_context:
         raise InputError(
             f"model.layer_context={cfg.layer_context} gives some layers other windows, which Kyutai's layout cannot"
-            " express:"
-            " export a model with one window."
+            " express: export a model with one window."
         )
     kept = {key: value for key, value in raw.items() if key in BESIDE | NO_EFFECT}
     depth = cfg.depth
@@ -264,8 +262,7 @@ def _feed_forward(dim: int, hidden: int, name: str) -> int:
             return width
     raise InputError(
         f"model.{name}={hidden} at width {dim} cannot be expressed in Kyutai's layout, whose rule for hidden widths"
-        " leaves it"
-        " out: export a model of another hidden width."
+        " leaves it out: export a model of another hidden width."
     )
 
 

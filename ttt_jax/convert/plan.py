@@ -57,8 +57,7 @@ class Plan(NamedTuple):
             f"temporal      {cfg.num_layers} layers of width {cfg.dim}, {cfg.num_heads} heads, hidden {cfg.hidden},"
             f" window {cfg.context}, period {cfg.max_period:g}",
             f"depth         {depth.num_layers} layers of width {depth.dim}, {depth.num_heads} heads, hidden"
-            f" {depth.hidden},"
-            f" {max(cfg.depth_sets) + 1} weight sets for {cfg.dep_q} codebooks"
+            f" {depth.hidden}, {max(cfg.depth_sets) + 1} weight sets for {cfg.dep_q} codebooks"
             + (f", embeddings of rank {depth.low_rank}" if depth.low_rank else ""),
             f"streams       text ({cfg.text_card}) and {cfg.n_q} codebooks ({cfg.card}), {cfg.dep_q} predicted,"
             f" delays {','.join(map(str, cfg.delays))}",

@@ -77,8 +77,7 @@ class Source(NamedTuple):
         if path is None and self.folder is not None and self.fetch(LORA):
             raise InputError(
                 f"{self.name} holds adapters ({LORA}) without the weights that they belong to: give those as SOURCE,"
-                " and"
-                f" {self.folder / LORA} by --lora."
+                f" and {self.folder / LORA} by --lora."
             )
         return path or self.need(name, "the weights"), beside
 
@@ -201,8 +200,7 @@ def download(repository: str, name: str, revision: str | None) -> Path | None:
             return None
         raise InputError(
             f"there is no folder {repository} here, {name} of {repository} on the hub is not in the hub's cache, and"
-            " the hub"
-            " cannot be reached (no network, or offline mode): go online, or correct the path."
+            " the hub cannot be reached (no network, or offline mode): go online, or correct the path."
         ) from None
     except utils.EntryNotFoundError:
         return None
@@ -214,9 +212,8 @@ def download(repository: str, name: str, revision: str | None) -> Path | None:
         raise InputError(f"{repository} on the hub has no revision {revision}: name a branch, tag or commit.") from None
     except utils.RepositoryNotFoundError:
         raise InputError(
-            f"{repository} is neither a folder or file here nor a repository of the hub that you can read: correct"
-            " the name,"
-            " or log in by `hf auth login`."
+            f"{repository} is neither a folder or file here nor a repository of the hub that you can read: correct the"
+            " name, or log in by `hf auth login`."
         ) from None
     except utils.HFValidationError:
         raise InputError(f"{repository} is neither a folder or file here nor a hub id: give OWNER/NAME.") from None

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from ttt_jax.checkpoints.differences import differences, group
-from ttt_jax.checkpoints.safetensors_reader import DTYPES, Piece, TensorFile, watched
+from ttt_jax.checkpoints.safetensors_reader import DTYPES, Piece, TensorFile, cast, watched
+from ttt_jax.checkpoints.safetensors_writer import Spec
 from ttt_jax.checkpoints.weights import Tensor
 from ttt_jax.convert.kyutai_names import TOP, Key, Names
 from ttt_jax.errors import InputError
@@ -42,6 +43,13 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     piece: Callable[..., Piece]
     """Returns its bytes; called with (part, parts) one of `parts` equal consecutive shares."""
+
+    def cast(self, dtype: str) -> StoredTensor:
+        """Returns the tensor as type `dtype`. Reading it raises `InputError` if a number is beyond its range."""
+        where, advice = f"{self.path}: {self.name}", "give weights of another type, such as float32"
+        return self._replace(
+            dtype=dtype, piece=lambda *share: cast(self.piece(*share), self.dtype, dtype, where, advice)
+        )
 
 
 class StateDict(NamedTuple):
@@ -79,8 +87,8 @@ def open_state_dict(path: Path, beside: Beside, opened: contextlib.ExitStack, no
         index = path.with_name(f"{shard[1]}.safetensors{INDEX}")
         if not index.is_file():
             raise InputError(
-                f"{path} is one of {int(shard[2])} shards, and {index.name} is not beside it: put all shards and"
-                " their index there."
+                f"{path} is one of {int(shard[2])} shards, and {index.name} is not beside it: put all shards and their"
+                " index there."
             )
         notes.append(f"{path.name} is one of {int(shard[2])} shards, which are read together")
         path = index
@@ -138,8 +146,8 @@ def _without_prefix(state_dict: StateDict, notes: list[str]) -> StateDict:
         if name in renamed:
             twice = sorted((renamed[name].name, stored.name), key=lambda key: not WRAPPERS & {*key.split(".")})
             raise InputError(
-                f"{state_dict.path} holds {name} twice, once as {twice[0]}, with a wrapper's word in its name: keep"
-                " one of them."
+                f"{state_dict.path} holds {name} twice, once as {twice[0]}, with a wrapper's word in its name: keep one"
+                " of them."
             )
         renamed[name] = stored
     if wrapped := sorted(WRAPPERS & {word for key in state_dict.tensors for word in key.split(".")[known:]}):
@@ -160,6 +168,10 @@ class Match(NamedTuple):
     names: Names
     parts: tuple[Piece, ...]
     """The bytes of each of its maps or tables."""
+
+    def spec(self, dtype: str) -> Spec:
+        """Returns the tensor, of type `dtype`, to be written into our files."""
+        return Spec(self.tensor.name, dtype, self.tensor.shape, self.parts)
 
 
 class Matched(NamedTuple):

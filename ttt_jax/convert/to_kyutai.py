@@ -78,9 +78,8 @@ def export(
             raise InputError(f"{checkpoint} has no adapters that could be merged: leave out --merge-lora.")
         if cfg.lora.rank and not merge_lora and not cfg.lora.is_everywhere:
             raise InputError(
-                f"{checkpoint} has adapters on {', '.join(cfg.lora.maps)} only, but Kyutai's loader wants them on"
-                " every linear map:"
-                " give --merge-lora."
+                f"{checkpoint} has adapters on {', '.join(cfg.lora.maps)} only, but Kyutai's loader wants them on every"
+                " linear map: give --merge-lora."
             )
         exported = dataclasses.replace(cfg, lora=LoRAConfig()) if merge_lora else cfg
         config = _config(exported, opened)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ttt_jax.convert.kyutai_config import BESIDE, DEFAULTS, LORA, NO_EFFECT, REQUIRED, Shapes
@@ -76,7 +77,7 @@ IN_TENSORS = {
     r"norm[12]?\.(weight|bias)$": "another norm than rms_norm_f32",
     r"^(text_linear|linears\.\d+)\.bias$": "bias_proj",
     r"emb(\.\d+)?\.norm\.": "norm_emb",
-    r"^depformer\.(slices\.|\d+\.)|^audio_embs\.": "keys of Kyutai's MLX and Rust files (the PyTorch files hold the same)",
+    r"^depformer\.(slices\.|\d+\.)|^audio_embs\.": "keys of Kyutai's MLX and Rust files (PyTorch files hold the same)",
 }
 """Features by patterns of the keys that have them."""
 
@@ -85,22 +86,22 @@ SIZES = ("dim", "n_q", "card", *REQUIRED)
 """Keys most of which stand in every configuration of Kyutai's, and few in those of other models."""
 
 
-def check_is_moshi(raw: Mapping[str, Any], where: str) -> None:
-    """Raises `InputError` if `raw`, read from `where`, does not configure a language model of Kyutai's."""
+def check_config(raw: Mapping[str, Any], where: str) -> None:
+    """Raises `InputError` unless `raw`, read from `where`, configures a language model of Kyutai's that is supported."""
     missing = [key for key in SIZES if key not in raw]
     if 2 * len(missing) <= len(SIZES):
-        return
+        return _refuse(where, _unsupported(raw))
     if {"format", "model", "files", "digest"} <= raw.keys():
         raise InputError(f"{where} is that of weights which were converted already: use their folder as it is.")
     kind = f" but of model_type {raw['model_type']!r}" if "model_type" in raw else ""
     raise InputError(
         f"{where} describes no language model of Kyutai's{kind} (it has no {', '.join(missing)}): if the weights are"
-        " Kyutai's"
-        " (docs/checkpoints.md has PersonaPlex's), give their configuration by --config FILE; else give another model."
+        " Kyutai's (docs/checkpoints.md has PersonaPlex's), give their configuration by --config FILE; else give"
+        " another model."
     )
 
 
-def unsupported(raw: Mapping[str, Any]) -> list[str]:
+def _unsupported(raw: Mapping[str, Any]) -> list[str]:
     """Describes the unsupported features of the model `raw`, each with its key and value."""
     values = {**DEFAULTS, **raw}
     values.setdefault("depformer_gating", values["gating"])
@@ -121,12 +122,19 @@ def unsupported(raw: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def unsupported_keys(shapes: Shapes) -> list[str]:
-    """Describes the unsupported features of a model with these tensors, each with one of its keys."""
+def check_keys(shapes: Shapes, path: Path) -> None:
+    """Raises `InputError` if the tensors in `path` show unsupported features; names each with one of its keys."""
     problems = []
-    for pattern, what in IN_TENSORS.items():
+    for pattern, feature in IN_TENSORS.items():
         if keys := [key for key in shapes if re.search(pattern, key)]:
-            problems.append(f"{what} ({keys[0]}" + (f" and {len(keys) - 1} more)" if len(keys) > 1 else ")"))
+            problems.append(f"{feature} ({keys[0]}" + (f" and {len(keys) - 1} more)" if len(keys) > 1 else ")"))
     if shapes and not any(key.startswith(("depformer", "linears.")) for key in shapes):
         problems.append('no depth transformer (no key starts with "depformer")')
-    return problems
+    _refuse(str(path), problems)
+
+
+def _refuse(where: str, problems: list[str]) -> None:
+    if problems:
+        raise InputError(
+            f"{where} describes what is not supported yet: {'; '.join(problems)}; give a model without it."
+        )

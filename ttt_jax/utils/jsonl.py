@@ -1,7 +1,7 @@
 """Reads the lines of JSON Lines files (jsonlines.org): manifests, metrics, records.
 
-A line ends at a line feed, perhaps after a carriage return. `str.splitlines` would break it also at a carriage return alone,
-which is a blank of JSON, and at U+2028, U+0085 and others, which JSON strings may hold.
+A line ends at a line feed, perhaps after a carriage return. `str.splitlines` would also break it at a carriage return
+alone, which is a blank of JSON, and at U+2028, U+0085 and others, which JSON strings may hold.
 """
 
 from __future__ import annotations
