@@ -3,9 +3,11 @@
 import errno
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from tests.helpers import kyutai_files as files
 from tests.helpers.converting import assert_one_sentence, cached_by_hub, nightly, refused, run
 from tests.helpers.places import ROOT
 from ttt_jax.checkpoints import safetensors_reader, safetensors_writer, weights
+from ttt_jax.config import TTTConfig
+from ttt_jax.convert import __main__ as command
 from ttt_jax.convert import export, kyutai
 from ttt_jax.errors import InputError
 
@@ -164,6 +168,26 @@ def test_a_folder_whose_config_describes_another_model(source, tmp_path):
         InputError, match=r"layer_00.safetensors has ffn/gate_up of shape \[2, 44, 16\] instead of \[2, 45, 16\]"
     ):
         weights.load(tmp_path / "ours")
+
+
+def test_flags_become_arguments(monkeypatch):
+    calls = []
+    monkeypatch.setattr(command, "kyutai", lambda **options: calls.append(options))
+    monkeypatch.setattr(command, "export", lambda **options: calls.append(options))
+    monkeypatch.setattr(command.logging, "getLogger", lambda name: logging.Logger(name))
+    flags = "--ttt-layers 0,1 --ttt.mini-batch 4 --lora a.safetensors --merge-lora --seed 3 --dry-run --config c.json"
+    assert command.main(["kyutai", "some/one", "ours", *flags.split()]) == 0
+    assert command.main(["export", "ours", "back", "--dtype", "bfloat16", "--merge-lora"]) == 0
+    kyutai_options, export_options = calls
+    assert kyutai_options == {
+        **{"source": "some/one", "out": Path("ours"), "config": Path("c.json"), "lora": "a.safetensors"},
+        **{"merge_lora": True, "ttt": TTTConfig(layers="0,1", mini_batch=4), "seed": 3, "dry_run": True},
+    }
+    assert export_options == {
+        **{"checkpoint": Path("ours"), "out": Path("back"), "merge_lora": True, "dtype": "bfloat16", "dry_run": False},
+    }
+    with pytest.raises(InputError, match="mini_batch=0 is not a size"):
+        command.main(["kyutai", "some/one", "ours", "--ttt.mini-batch", "0"])
 
 
 @pytest.mark.integration

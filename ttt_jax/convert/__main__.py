@@ -5,24 +5,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import tyro
 
 from ttt_jax.config import TTTConfig
 from ttt_jax.convert.from_kyutai import kyutai
 from ttt_jax.convert.to_kyutai import Dtype, export
-from ttt_jax.errors import InputError
 from ttt_jax.utils.command import parse, run
 
-HELP = """usage: python -m ttt_jax.convert COMMAND [--help] ...
-
-Convert weights between Kyutai's layouts and ours.
-
-  kyutai SOURCE OUT       Kyutai's or Hugging Face's weights to a folder of ours
-  export CHECKPOINT OUT   our weights or a run to Kyutai's layout
+HELP = """Converts weights between Kyutai's layouts and ours.
 
   python -m ttt_jax.convert kyutai kyutai/moshiko-pytorch-bf16 weights/moshiko
   python -m ttt_jax.convert kyutai kmhf/hf-moshiko weights/moshiko
@@ -82,38 +76,23 @@ class ExportOptions:
     """Check everything, show what would be written, and write nothing."""
 
 
-def _kyutai(options: KyutaiOptions) -> None:
-    settings = {field.name: getattr(options.ttt, field.name) for field in dataclasses.fields(TTTConfig)}
-    kyutai(**{**vars(options), "ttt": TTTConfig(**settings)})
-
-
-def _export(options: ExportOptions) -> None:
-    export(**vars(options))
-
-
-class _Command(NamedTuple):
-    options: type
-    run: Callable[..., None]
-
-
-COMMANDS = {"kyutai": _Command(KyutaiOptions, _kyutai), "export": _Command(ExportOptions, _export)}
+Options = (
+    Annotated[KyutaiOptions, tyro.conf.subcommand("kyutai")] | Annotated[ExportOptions, tyro.conf.subcommand("export")]
+)
 
 
 def main(args: Sequence[str]) -> int:
-    """Runs the command line `args`. Returns the exit code. Raises `InputError` if there is no such command."""
-    if not args or args[0] in ("-h", "--help"):
-        print(HELP)
-        return 0 if args else 2
-    name, *rest = args
-    if name not in COMMANDS:
-        raise InputError(f"there is no command {name}: give one of {', '.join(COMMANDS)}.")
-    command = COMMANDS[name]
-    options = parse(command.options, f"python -m ttt_jax.convert {name}", rest)
+    """Runs the command line `args`. Returns the exit code."""
+    options = parse(Options, "python -m ttt_jax.convert", args, description=HELP)
     log = logging.getLogger("convert")
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.INFO)
     log.propagate = False
-    command.run(options)
+    if isinstance(options, ExportOptions):
+        export(**vars(options))
+    else:
+        settings = {field.name: getattr(options.ttt, field.name) for field in dataclasses.fields(TTTConfig)}
+        kyutai(**{**vars(options), "ttt": TTTConfig(**settings)})
     return 0
 
 

@@ -98,17 +98,13 @@ def architecture(raw: Mapping[str, Any], shapes: Shapes, dtype: str, where: str)
         get(key, bool)
     try:
         return MoshiConfig(
-            dim=get("dim"),
-            num_layers=get("num_layers"),
-            num_heads=get("num_heads"),
+            **{
+                key: get(key)
+                for key in ("dim", "num_layers", "num_heads", "context", "n_q", "dep_q", "card", "text_card")
+            },
             hidden=_width(shapes, r"transformer\.layers\.\d+\.gating\.linear_out\.weight")
             or hidden_width(get("dim"), int(scale * get("dim"))),
-            context=get("context"),
             max_period=get("max_period", float),
-            n_q=get("n_q"),
-            dep_q=get("dep_q"),
-            card=get("card"),
-            text_card=get("text_card"),
             delays=get("delays", tuple[int, ...]),
             dtype="bfloat16" if dtype == "BF16" else "float32",
             extra_heads=get("extra_heads_num_heads"),

@@ -27,13 +27,7 @@ def from_dict(kind: type[Config], values: Any, where: str) -> Config:
     Raises `InputError` with the file `where` and the key if `values` has a key that `kind` lacks or a value of another
     type.
     """
-    return _build(kind, values, where, "")
-
-
-def conform(kind: Any, value: Any, where: str, key: str) -> Any:
-    """`value` as one of type `kind` (a field's), lists as tuples. Raises `InputError` naming `where` and `key` if it is
-    of another."""
-    return _build(kind, value, where, key)
+    return conform(kind, values, where, "")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -52,7 +46,8 @@ def read_json(path: Path, what: str) -> Any:
         raise InputError(f"{path} is not JSON ({error}): give the path of {what}.") from None
 
 
-def _build(kind: Any, value: Any, where: str, key: str) -> Any:
+def conform(kind: Any, value: Any, where: str, key: str) -> Any:
+    """Returns `value` as the type `kind` of a field, lists as tuples. Raises `InputError` with `where` and `key` if it differs."""
     if dataclasses.is_dataclass(kind):
         if isinstance(value, kind):
             return value
@@ -62,13 +57,13 @@ def _build(kind: Any, value: Any, where: str, key: str) -> Any:
         if value is None and type(None) in args:
             return None
         (kind,) = (arg for arg in args if arg is not type(None))
-        return _build(kind, value, where, key)
+        return conform(kind, value, where, key)
     if origin is tuple:
         _expect(isinstance(value, list | tuple), where, key, value, "a list")
         if args[-1] is not Ellipsis:
             _expect(len(value) == len(args), where, key, value, f"a list of {len(args)}")
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_build(kind, item, where, key) for kind, item in zip(kinds, value, strict=True))
+        return tuple(conform(kind, item, where, key) for kind, item in zip(kinds, value, strict=True))
     if origin is typing.Literal:
         _expect(value in args, where, key, value, " or ".join(map(repr, args)))
         return value
@@ -87,7 +82,7 @@ def _build_dataclass(kind: Any, value: Any, where: str, key: str) -> Any:
             near = difflib.get_close_matches(name, hints, n=1)
             hint = f'perhaps "{prefix}{near[0]}" is meant' if near else f"known are {', '.join(hints)}"
             raise InputError(f'{where} has the key "{prefix}{name}", which is no field: {hint}.')
-    return kind(**{name: _build(hints[name], item, where, prefix + name) for name, item in value.items()})
+    return kind(**{name: conform(hints[name], item, where, prefix + name) for name, item in value.items()})
 
 
 def _expect(condition: bool, where: str, key: str, value: Any, expected: str) -> None:
