@@ -1,6 +1,7 @@
 """Conversions of missing and damaged files, to full disks, over the command line and from the hub."""
 
 import errno
+import functools
 import importlib
 import json
 import logging
@@ -170,11 +171,14 @@ def test_a_folder_whose_config_describes_another_model(source, tmp_path):
         weights.load(tmp_path / "ours")
 
 
-def test_flags_become_arguments(monkeypatch):
+def test_flags_become_arguments(monkeypatch, request):
     calls = []
     monkeypatch.setattr(command, "kyutai", lambda **options: calls.append(options))
     monkeypatch.setattr(command, "export", lambda **options: calls.append(options))
-    monkeypatch.setattr(command.logging, "getLogger", lambda name: logging.Logger(name))
+    log = logging.getLogger("convert")  # which the command changes
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "propagate", True)
+    request.addfinalizer(functools.partial(log.setLevel, log.level))
     flags = "--ttt-layers 0,1 --ttt.mini-batch 4 --lora a.safetensors --merge-lora --seed 3 --dry-run --config c.json"
     assert command.main(["kyutai", "some/one", "ours", *flags.split()]) == 0
     assert command.main(["export", "ours", "back", "--dtype", "bfloat16", "--merge-lora"]) == 0
