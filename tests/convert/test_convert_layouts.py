@@ -1,4 +1,5 @@
-"""Weights as others leave them: in shards, under prefixes, as full fine-tunes, with adapters or with another configuration."""
+"""Weights as others leave them: in shards, under prefixes, as full fine-tunes, with adapters or with another
+configuration."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""What tests of conversions share: refusals, merged adapters, the command line in a process, the hub's cache, nightly cases."""
+"""What tests of conversions share: refusals, merged adapters, the command line in a process, the hub's cache, nightly
+cases."""
 
 from __future__ import annotations
 

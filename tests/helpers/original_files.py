@@ -103,7 +103,7 @@ def write(
     """A folder `checkpoints/checkpoint_000123/consolidated` of the original.
 
     Args:
-      numbers: its TTT layers, as its settings tell them.
+      numbers: its TTT layers, as in its settings.
       changes: of these settings; None leaves one out.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,8 +111,8 @@ def write(
     save_file(tensors, folder / f"{name}.safetensors")
     settings = TTT | {"layers": ",".join(map(str, numbers))} | changes
     settings = {key: value for key, value in settings.items() if value is not None}
-    told = {"optim": {"lr": 1e-4}, "ttt": settings, "lora": {"enable": c.get("lora", False)}}
-    (folder / "training_config.json").write_text(json.dumps(told))
+    config = {"optim": {"lr": 1e-4}, "ttt": settings, "lora": {"enable": c.get("lora", False)}}
+    (folder / "training_config.json").write_text(json.dumps(config))
     (folder / "optimizer_state.pt").write_bytes(b"pickled")
     return folder
 

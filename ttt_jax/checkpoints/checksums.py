@@ -1,4 +1,4 @@
-"""Checksums that tell whether stored arrays and JSON values are those that were saved.
+"""Checksums that show whether stored arrays and JSON values are those that were saved.
 
 Orbax and TensorStore check their indices, not the numbers: of 40 single flipped bits in the file that holds an array,
 39 gave other numbers without an error. They also accept the sound files of another checkpoint (tests/checkpoints).

@@ -7,16 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
-def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """Describes keys and shapes that `found` lacks, has in excess or has wrong."""
-    if missing := [key for key in expected if key not in found]:
+def differences(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Describes keys and shapes that `stored` lacks, has in excess or has wrong."""
+    if missing := [key for key in expected if key not in stored]:
         yield f"lacks {group(missing)}"
-    if unexpected := [key for key in found if key not in expected]:
+    if unexpected := [key for key in stored if key not in expected]:
         yield f"has {group(unexpected)}, which the model does not have"
     wrong: dict[tuple[Any, Any], list[str]] = {}
     for key, shape in expected.items():
-        if key in found and found[key] != shape:
-            wrong.setdefault((found[key], shape), []).append(key)
+        if key in stored and stored[key] != shape:
+            wrong.setdefault((stored[key], shape), []).append(key)
     for (has, should), keys in wrong.items():
         yield f"has {group(keys)} of shape {list(has)} instead of {list(should)}"
 

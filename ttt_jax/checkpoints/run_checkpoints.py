@@ -359,14 +359,14 @@ def _arrays(folder: Path, like: Any) -> Any:
 def _check_same(folder: Path, stored: Mapping[str, Sequence[Any]], like: Mapping[str, Any]) -> None:
     """Raises `InputError` unless the arrays `stored` have the names, types and shapes of `like`."""
     expected = checksums.listing(like)
-    found = {name: (dtype, tuple(shape)) for name, (dtype, shape, _) in stored.items() if name.split("/", 1)[0] in like}
+    saved = {name: (dtype, tuple(shape)) for name, (dtype, shape, _) in stored.items() if name.split("/", 1)[0] in like}
     problems = list(
-        differences(*({name: shape for name, (_, shape) in arrays.items()} for arrays in (expected, found)))
+        differences(*({name: shape for name, (_, shape) in arrays.items()} for arrays in (expected, saved)))
     )
     problems += [
-        f"has {name} as {found[name][0]} instead of {dtype}"
+        f"has {name} as {saved[name][0]} instead of {dtype}"
         for name, (dtype, _) in expected.items()
-        if name in found and found[name][0] != dtype
+        if name in saved and saved[name][0] != dtype
     ]
     if problems:
         raise InputError(

@@ -69,10 +69,10 @@ def kyutai(
     out = local(out)
     check_new(out)
     with contextlib.ExitStack() as opened:
-        found = find(str(source))
+        files = find(str(source))
         if config is not None:
-            found = found._replace(config=read_config(local(config)), where=str(local(config)))
-        return _Conversion(found, opened).run(out, lora, merge_lora, ttt, seed, dry_run)
+            files = files._replace(config=read_config(local(config)), where=str(local(config)))
+        return _Conversion(files, opened).run(out, lora, merge_lora, ttt, seed, dry_run)
 
 
 def _configuration(source: Source) -> dict[str, Any] | None:

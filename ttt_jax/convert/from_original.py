@@ -291,16 +291,16 @@ def _check_tensors(layers: Layers, cfg: MoshiConfig, inner: list[int]) -> None:
     for (w, b), (i, o) in zip(_inner_names(layers), itertools.pairwise(sizes), strict=True):
         shapes |= {w: (heads, i, o), b: (heads, 1, o)}
     expected = {key(layer, name): shape for layer in layers.tensors for name, shape in shapes.items()}
-    found = {
+    by_name = {
         key(layer, name): stored
         for layer, tensors in layers.tensors.items()
         for name, stored in tensors.items()
         if name not in UNUSED
     }
-    problems = list(differences(expected, {name: stored.shape for name, stored in found.items()}))
+    problems = list(differences(expected, {name: stored.shape for name, stored in by_name.items()}))
     problems += [
         f"has {name} as {stored.dtype} instead of {', '.join(DTYPES)}"
-        for name, stored in found.items()
+        for name, stored in by_name.items()
         if stored.dtype not in DTYPES
     ]
     if problems:

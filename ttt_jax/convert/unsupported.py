@@ -87,7 +87,7 @@ SIZES = ("dim", "n_q", "card", *REQUIRED)
 
 
 def check_config(raw: Mapping[str, Any], where: str) -> None:
-    """Raises `InputError` unless `raw`, read from `where`, configures a language model of Kyutai's that is supported."""
+    """Raises `InputError` unless `raw`, read from `where`, configures a supported language model of Kyutai's."""
     missing = [key for key in SIZES if key not in raw]
     if 2 * len(missing) <= len(SIZES):
         return _refuse(where, _unsupported(raw))

@@ -47,7 +47,8 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def conform(kind: Any, value: Any, where: str, key: str) -> Any:
-    """Returns `value` as the type `kind` of a field, lists as tuples. Raises `InputError` with `where` and `key` if it differs."""
+    """Returns `value` as the type `kind` of a field, lists as tuples. Raises `InputError` with `where` and `key` if it
+    differs."""
     if dataclasses.is_dataclass(kind):
         if isinstance(value, kind):
             return value
