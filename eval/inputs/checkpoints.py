@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ttt_jax.checkpoints import run_checkpoints, weights
+from ttt_jax.checkpoints import run_weights, weights
 from ttt_jax.config import MoshiConfig
 from ttt_jax.data.corpus import CorpusConfig
 from ttt_jax.errors import InputError
 from ttt_jax.moshi.model import Params
 from ttt_jax.utils import config_json
-from ttt_jax.utils.files import run_and_step
+from ttt_jax.utils.files import CHECKPOINTS, run_and_step
 from ttt_jax.utils.paths import local, printable
 
 
@@ -56,7 +56,7 @@ def load(path: str | Path) -> Checkpoint:
     path = local(path)
     name = _name(path, 1)
     if run_and_step(path) is not None:
-        run = run_checkpoints.load_run(path)
+        run = run_weights.load_run(path)
         data = run.meta["config"]["data"]
         fields = {field.name: data[field.name] for field in dataclasses.fields(CorpusConfig)}
         corpus = config_json.from_dict(CorpusConfig, fields, f"the checkpoint in {path}")
@@ -66,7 +66,7 @@ def load(path: str | Path) -> Checkpoint:
         digest = weights.whole_digest(folder.cfg, folder.info["files"])
         return Checkpoint(name, folder.cfg, folder.params, {"path": str(path), **folder.info, "weights": digest})
     raise InputError(
-        f"{path} is no checkpoint (it has neither {run_checkpoints.FOLDER}/ nor {weights.CONFIG}): give the folder of a"
+        f"{path} is no checkpoint (it has neither {CHECKPOINTS}/ nor {weights.CONFIG}): give the folder of a"
         " run or of converted weights."
     )
 
