@@ -176,7 +176,7 @@ def test_position_restores_exactly_through_json(before, from_start):
 
 
 def test_chunks_of_a_window_continue_each_other_as_windows_of_one_chunk():
-    single, whole = take(batches(batch=3), 36), take(batches(batch=3, chunks=4), 9)
+    single, whole = take(batches(batch=3), 16), take(batches(batch=3, chunks=4), 4)
     for i, (one, other) in enumerate(zip(single, [w for w in whole for _ in range(4)], strict=True)):
         assert one.files[0] == other.files[i % 4]
         for a, b in zip(one.batch, other.batch, strict=True):
@@ -343,15 +343,17 @@ def test_validation_is_split_by_rows_into_equally_many_windows():
     assert not list(validation_batches((), 6, CHUNK))
 
 
+@pytest.mark.integration
 def test_a_program_that_ends_without_closing_ends_in_silence():
     program = (
         "from tests.helpers.micro import files, source; from train.batches import Batches\n"
-        "windows = Batches([source(files())], 4, 32, 0); next(windows)"
+        "batches = Batches([source(files())], 4, 32, 0); next(batches)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_asking_what_training_can_do_loads_no_grain():
+@pytest.mark.integration
+def test_reading_configurations_loads_no_grain():
     program = "import sys, train.config, train.batches; sys.exit('grain' in sys.modules or 'jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -107,15 +107,15 @@ def test_devices_that_are_not_here_can_be_planned_for():
 
 
 @pytest.mark.parametrize(
-    ("mesh", "devices", "told"),
+    ("mesh", "devices", "sentence"),
     [
         (MeshConfig(3, 1, 1), 4, "do not make up the 4 devices"),
         (MeshConfig(3, 1, 1), None, r"data.batch=4 does not divide among mesh.data=3"),
         (MeshConfig(1, 1, 3), None, r"mesh.tensor=3 does not divide the \d+ of"),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_refused(mesh, devices, told):
-    with pytest.raises(InputError, match=told):
+def test_a_mesh_that_does_not_fit_is_refused(mesh, devices, sentence):
+    with pytest.raises(InputError, match=sentence):
         dry_run.plan(build(mesh=mesh), devices)
 
 
@@ -164,7 +164,7 @@ def test_too_little_memory_is_one_sentence_with_the_sizes_of_xla(message):
 def test_what_to_lower_is_what_can_be_lowered():
     error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes.")
 
-    def told(**changes):
+    def sentence(**changes):
         return str(dry_run.too_large(error, build(**changes)))
 
     all_of_it = [
@@ -176,11 +176,11 @@ def test_what_to_lower_is_what_can_be_lowered():
         "remat-group",
         "--mesh.fsdp",
     ]
-    places = [told().index(word) for word in all_of_it]
+    places = [sentence().index(word) for word in all_of_it]
     assert places == sorted(places)
-    assert "--remat" not in told(remat="layers")
-    assert "--accumulate" not in told(accumulate=4)
-    assert "--data.batch" not in told(batch=1)
+    assert "--remat" not in sentence(remat="layers")
+    assert "--accumulate" not in sentence(accumulate=4)
+    assert "--data.batch" not in sentence(batch=1)
     assert isinstance(dry_run.too_large(MemoryError(), build()), InputError)
 
 

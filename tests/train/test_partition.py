@@ -102,12 +102,12 @@ def test_layers_whose_attention_alone_trains_are_stacked_apart():
     assert fit(dataclasses.replace(again, trainable=TrainableConfig(base=True))).model.apart == ()
 
 
-def refused(sentence, call, *args):
+def refused(part, call, *args):
     with pytest.raises(InputError) as caught:
         call(*args)
-    told = str(caught.value)
-    assert sentence in told
-    assert "\n" not in told
+    message = str(caught.value)
+    assert part in message
+    assert "\n" not in message
 
 
 def test_nothing_to_train_is_one_sentence():

@@ -66,7 +66,7 @@ def test_seeds_are_taken_from_anywhere_on_the_line():
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["smal"], 'unknown preset "smal".*"small"'),
         (["--model.ttt.layers", "9"], "names layer 9.*layers 0 to 2"),
@@ -89,10 +89,10 @@ def test_seeds_are_taken_from_anywhere_on_the_line():
         (["--resume", "x", "--seeds", "0,1"], "--seeds names"),
     ],
 )
-def test_a_mistake_is_one_sentence(tmp_path, args, said):
+def test_a_mistake_is_one_sentence(tmp_path, args, message):
     stored = tmp_path / "config.json"
     config_json.write_json(stored, config_json.to_dict(PRESETS["tiny"]))
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         parse([word.format(stored=stored) for word in args])
     assert "\n" not in str(error.value)
 
@@ -108,7 +108,7 @@ def test_words_that_are_no_flags_and_values_end_with_exit_code_2_and_are_named(a
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"stepz": 3}, 'key "stepz".*"steps"'),
         ({"steps": "many"}, "steps is 'many'"),
@@ -119,10 +119,10 @@ def test_words_that_are_no_flags_and_values_end_with_exit_code_2_and_are_named(a
         ({"data": 3}, "data is 3"),
     ],
 )
-def test_a_spoiled_stored_configuration_is_refused_by_key(tmp_path, change, said):
+def test_a_spoiled_stored_configuration_is_refused_by_key(tmp_path, change, message):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**config_json.to_dict(PRESETS["tiny"]), **change}))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         config.load(path)
 
 

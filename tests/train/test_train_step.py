@@ -228,8 +228,8 @@ def test_metrics_tell_norms_and_rates_by_group_and_what_ttt_layers_hold(train_st
     assert all(norm > 0 for norm in metrics.grad_norms.values())
     np.testing.assert_allclose(np.hypot.reduce(list(metrics.grad_norms.values())), metrics.grad_norm, rtol=1e-5)
     schedules = optim.schedules(CONFIG)
-    for step_, told in enumerate((metrics, train_step(state, batch())[1])):
-        assert told.rates == {name: pytest.approx(float(schedules[name](step_))) for name in optim.GROUPS}
+    for step_, reported in enumerate((metrics, train_step(state, batch())[1])):
+        assert reported.rates == {name: pytest.approx(float(schedules[name](step_))) for name in optim.GROUPS}
     _, stream = forward(before, *chunk(batch()), start(CONFIG).stream)
     expected = quick_jit(partial(model.ttt_summary, cfg=MODEL))(before, stream)
     chex.assert_trees_all_close(metrics.ttt, expected, rtol=1e-4)
@@ -252,8 +252,8 @@ def test_parts_of_a_batch_make_the_same_step(train_step):
         one = batch(seed=seed, reset=[(0, 2)] if seed == 21 else ())
         states[0], whole = train_step(states[0], one)
         states[1], split = parts(states[1], {}, one, NO_STOP)
-        told = lambda m: (m.loss, m.streams, m.half_variance, m.rows, m.grad_norm, m.grad_norms)  # noqa: E731
-        chex.assert_trees_all_close(told(split), told(whole), rtol=2e-5)
+        reported = lambda m: (m.loss, m.streams, m.half_variance, m.rows, m.grad_norm, m.grad_norms)  # noqa: E731
+        chex.assert_trees_all_close(reported(split), reported(whole), rtol=2e-5)
         chex.assert_trees_all_close(states[1].stream, states[0].stream, atol=2e-5)
     means = [next(part for part in state.opt_state if hasattr(part, "mu")).mu for state in states]
     scale = float(optax.tree.norm(means[0]))
