@@ -1,4 +1,5 @@
-"""`score_files`: what is stored of each checkpoint, file and arm, on made-up scores and known answers. No model is run."""
+"""`score_files`: what is stored of each checkpoint, file and arm, on made-up scores and known answers. No model is
+run."""
 
 import types
 

@@ -221,7 +221,8 @@ def test_arms_differ_only_after_the_first_period(scores):
 
 
 def test_permuted_is_what_persist_has_learned_on_the_other_file(params, files, scores):
-    """By hand: a stream of its own, which at every period takes the memory of the other row of the stream that persists."""
+    """By hand: a stream of its own, which at every period takes the memory of the other row of the stream that
+    persists."""
     frames, mask = np.stack([file[:, : 3 * PERIOD] for file in files]), jnp.ones((2, PERIOD), bool)
     kept = own = model.init_state(MODEL, 2)
     for start in range(0, 3 * PERIOD, PERIOD):
@@ -293,7 +294,8 @@ def test_arms_that_cannot_be_run_are_refused(names, said):
 
 
 def oracle(file, known, sure):
-    """Outputs of one arm that put all but 1 - `sure` on the tokens of the grid's column that is `known` columns later."""
+    """Outputs of one arm that put all but 1 - `sure` on the tokens of the grid's column that is `known` columns
+    later."""
     grid, _ = columns(init_history(MODEL, 1), file[None], jnp.ones((1, file.shape[1]), bool), MODEL)
     targets = np.asarray(grid.targets[0, :, : 1 + MODEL.dep_q])  # [T, S]
     told = np.roll(targets, -known, axis=0)
@@ -400,7 +402,8 @@ def test_streams_of_many_lengths_need_few_programs(period):
 
 
 def test_frames_past_the_end_of_a_file_are_masked(files):
-    """Nobody would see it in the file's own scores, but the memory that it leaves to others would have learned from them."""
+    """Nobody would see it in the file's own scores, but the memory that it leaves to others would have learned from
+    them."""
     calls = plan(max(LENGTHS), 7, PERIOD)
     frames, mask, _ = _block(files, calls, 0, len(calls.starts))
     np.testing.assert_array_equal(mask.sum((0, 2)), LENGTHS)
