@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from train.config import TrainConfig
-from ttt_jax.checkpoints import run_weights, weights
+from ttt_jax.checkpoints import run_checkpoints, run_weights, weights
 from ttt_jax.config import MoshiConfig
 from ttt_jax.data.corpus import CorpusConfig
 from ttt_jax.errors import InputError
 from ttt_jax.moshi.model import Params
 from ttt_jax.utils import config_json
-from ttt_jax.utils.files import CHECKPOINTS, run_and_step
+from ttt_jax.utils.files import run_and_step
 from ttt_jax.utils.paths import local, printable
 
 
@@ -58,7 +58,7 @@ def load(path: str | Path) -> Model:
         about = {"path": str(path), **found.info, "weights": weights.whole_digest(found.cfg, found.info["files"])}
         return Model(name, found.cfg, found.params, None, about)
     raise InputError(
-        f"{path} is no checkpoint (it has neither {CHECKPOINTS}/ nor {weights.CONFIG}): give the folder of a run or of converted"
+        f"{path} is no checkpoint (it has neither {run_checkpoints.FOLDER}/ nor {weights.CONFIG}): give the folder of a run or of converted"
         " weights."
     )
 

@@ -52,8 +52,7 @@ def machine() -> dict[str, Any]:
 
 
 def version() -> str:
-    """The package's version; in a checkout with its commit, and whether files were changed since:
-    0.1.0+g4e77721.dirty."""
+    """The package's version; in a checkout with its commit, and whether files were changed since: 0.1.0+g4e77721.dirty."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # installed, perhaps inside another repository
         return __version__
@@ -166,8 +165,7 @@ def parse(options: type[Options], prog: str, args: Sequence[str], **settings: An
     Args:
       prog: name of the command in its help; settings: further arguments of `tyro.cli`, such as `default`.
 
-    Raises `InputError` where the dataclass does; exits with 0 on --help and with 2 on unknown flags and values of
-    another type.
+    Raises `InputError` where the dataclass does. Exits with 0 on --help and with 2 on wrong flags and values.
     """
     import tyro
 
