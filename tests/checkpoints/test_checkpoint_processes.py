@@ -81,7 +81,8 @@ def test_a_kill_at_any_moment_leaves_every_save_that_was_finished(tmp_path, monk
     assert not (tmp_path / "run" / "damaged").exists()
     process = child(tmp_path, tmp_path / "run", 1)
     assert int(process.communicate()[0].splitlines()[-1]) == last + 1
-    assert named_steps(tmp_path / "run") == {"5", str(last), str(last + 1)}
+    best = min(last + 1, 5)  # a busy machine may not get as far as 5
+    assert named_steps(tmp_path / "run") == {str(best), str(last), str(last + 1)}
 
 
 SHARDED = """

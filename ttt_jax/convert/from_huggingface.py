@@ -16,7 +16,7 @@ import numpy as np
 
 from ttt_jax.checkpoints.safetensors_reader import SIZES, Piece, as_bytes
 from ttt_jax.config import DepthConfig, LoRAConfig, MoshiConfig, TTTConfig
-from ttt_jax.convert import kyutai_config
+from ttt_jax.convert import kyutai_config, unsupported
 from ttt_jax.convert.state_dict import StateDict, StoredTensor, misfits, refuse_misfits
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
@@ -122,23 +122,18 @@ def architecture(raw: Mapping[str, Any], where: str) -> MoshiConfig:
     problems = [*_unsupported(get, ""), *_unsupported(deep, "depth_decoder_config.")]
     if (kind := rope.get("rope_type", "default")) != "default" or values["rope_scaling"] is not None:
         problems.append(f"scaled positions ({values['rope_scaling'] or kind!r})")
-    if (
-        share := config_json.conform(float, rope.get("partial_rotary_factor", 1.0), where, "partial_rotary_factor")
-    ) != 1:
+    share = config_json.conform(float, rope.get("partial_rotary_factor", 1.0), where, "partial_rotary_factor")
+    if share != 1:
         problems.append(f"positions on a part of each head (rope_parameters.partial_rotary_factor={share})")
     if values["quantization_config"] is not None:
         problems.append("quantised weights (quantization_config)")
     if codebooks > CODEBOOKS:
         problems.append(f"more codebooks than Mimi's {CODEBOOKS} (num_codebooks={codebooks})")
     if deep("sliding_window") < codebooks:
-        problems.append(
-            f"a window in the depth transformer (depth_decoder_config.sliding_window={depth['sliding_window']})"
-        )
-    if problems:
-        raise InputError(
-            f"{where} describes what is not supported yet: {'; '.join(problems)}; give a model without it."
-        )
-    try:
+        window = depth["sliding_window"]
+        problems.append(f"a window in the depth transformer (depth_decoder_config.sliding_window={window})")
+    unsupported.refuse(where, problems)
+    with kyutai_config.describing(where):
         return MoshiConfig(
             dim=get("hidden_size"),
             num_layers=get("num_hidden_layers"),
@@ -162,10 +157,6 @@ def architecture(raw: Mapping[str, Any], where: str) -> MoshiConfig:
             lora=LoRAConfig(),
             ttt=TTTConfig(layers="none"),
         )
-    except InputError as error:
-        if str(error).startswith(where):
-            raise
-        raise InputError(f"{where} describes no model that can be: {error}") from None
 
 
 def _check_numbers(get: Callable[..., Any], where: str, prefix: str) -> None:

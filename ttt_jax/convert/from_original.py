@@ -21,6 +21,7 @@ import numpy as np
 from ttt_jax.checkpoints.differences import differences, group
 from ttt_jax.checkpoints.safetensors_reader import DTYPES, Piece
 from ttt_jax.config import MoshiConfig, TTTConfig, parse_layers
+from ttt_jax.convert import kyutai_config
 from ttt_jax.convert.source import Source
 from ttt_jax.convert.state_dict import StateDict, StoredTensor
 from ttt_jax.convert.ttt_layers import Parameters
@@ -164,7 +165,7 @@ def configure(layers: Layers, source: Source, cfg: MoshiConfig, notes: list[str]
         _window(path, key, get(key, int | None, None), cfg) for key in ("ttt_layer_context", "non_ttt_layer_context")
     )
     windows = ((layer, inside if layer in layers.tensors else outside) for layer in range(cfg.num_layers))
-    try:
+    with kyutai_config.describing(str(path)):
         configured = dataclasses.replace(
             cfg,
             layer_context=tuple((layer, window) for layer, window in windows if window != cfg.context),
@@ -178,8 +179,6 @@ def configure(layers: Layers, source: Source, cfg: MoshiConfig, notes: list[str]
                 post_norm=False,
             ),
         )
-    except InputError as error:
-        raise InputError(f"{path} describes no model that can be: {error}") from None
     notes.extend(_differences(layers, configured, inner, base_lr))
     return configured
 

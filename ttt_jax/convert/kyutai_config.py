@@ -6,10 +6,11 @@ accept.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ttt_jax.config import DepthConfig, LoRAConfig, MoshiConfig, TTTConfig
@@ -96,7 +97,7 @@ def architecture(raw: Mapping[str, Any], shapes: Shapes, dtype: str, where: str)
             raise InputError(f"{where}: {key} is {values[key]!r}, but must be a number above 0; correct it there.")
     for key in ("causal", "depformer_multi_linear", "depformer_weights_per_step"):
         get(key, bool)
-    try:
+    with describing(where):
         return MoshiConfig(
             **{
                 key: get(key)
@@ -121,6 +122,13 @@ def architecture(raw: Mapping[str, Any], shapes: Shapes, dtype: str, where: str)
             lora=LoRAConfig(),
             ttt=TTTConfig(layers="none"),
         )
+
+
+@contextlib.contextmanager
+def describing(where: str) -> Iterator[None]:
+    """Raises an `InputError` of a model's configuration with the file `where` that describes it."""
+    try:
+        yield
     except InputError as error:
         if str(error).startswith(where):
             raise

@@ -90,7 +90,7 @@ def check_config(raw: Mapping[str, Any], where: str) -> None:
     """Raises `InputError` unless `raw`, read from `where`, configures a supported language model of Kyutai's."""
     missing = [key for key in SIZES if key not in raw]
     if 2 * len(missing) <= len(SIZES):
-        return _refuse(where, _unsupported(raw))
+        return refuse(where, _unsupported(raw))
     if {"format", "model", "files", "digest"} <= raw.keys():
         raise InputError(f"{where} is that of weights which were converted already: use their folder as it is.")
     kind = f" but of model_type {raw['model_type']!r}" if "model_type" in raw else ""
@@ -130,10 +130,11 @@ def check_keys(shapes: Shapes, path: Path) -> None:
             problems.append(f"{feature} ({keys[0]}" + (f" and {len(keys) - 1} more)" if len(keys) > 1 else ")"))
     if shapes and not any(key.startswith(("depformer", "linears.")) for key in shapes):
         problems.append('no depth transformer (no key starts with "depformer")')
-    _refuse(str(path), problems)
+    refuse(str(path), problems)
 
 
-def _refuse(where: str, problems: list[str]) -> None:
+def refuse(where: str, problems: list[str]) -> None:
+    """Raises `InputError` if there are `problems`: features of the model in `where` that are not supported."""
     if problems:
         raise InputError(
             f"{where} describes what is not supported yet: {'; '.join(problems)}; give a model without it."
