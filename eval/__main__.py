@@ -18,7 +18,7 @@ COMMANDS = {
     "check-state": ("eval.check_state.command", "whether the fast weights persist: PASS or FAIL"),
     "diagnose": ("eval.diagnose.command", "what the TTT layers do beside attention, record by record"),
 }
-"""Module and help of each command; a module has a dataclass `Options` and `main(options)`, which gives the exit code."""
+"""Module and help of each command; a module has a dataclass `Options` and `main(options)`, returning the exit code."""
 
 
 def main(args: Sequence[str]) -> int:

@@ -197,7 +197,8 @@ def _remove_rest(place: Path, steps: int) -> None:
         stored_steps = config_json.read_json(config, "the config.json of a run").get("steps")
         check(
             stored_steps == steps,
-            f"{place} holds a run of {stored_steps} steps, not {steps}: give another folder, or --steps {stored_steps}.",
+            f"{place} holds a run of {stored_steps} steps, not {steps}: give another folder, or --steps"
+            f" {stored_steps}.",
         )
     shutil.rmtree(place, ignore_errors=True)
 
@@ -206,14 +207,15 @@ def _remove_rest(place: Path, steps: int) -> None:
 class Options:
     """Does memory help? Train and compare the models that docs/results/memory.md reports.
 
-    Data sets go to FOLDER/data (1 GB), runs to FOLDER/runs, comparisons to FOLDER/results (those of other --seeds to folders that end
-    in them). Runs that have ended are not trained again, so inner and place use those of tasks. Runs that differ in task and seed alone
-    train side by side. A GPU needs minutes for each part.
+    Data sets go to FOLDER/data (1 GB), runs to FOLDER/runs, comparisons to FOLDER/results (those of other --seeds to
+    folders that end in them). Runs that have ended are not trained again, so inner and place use those of tasks. Runs
+    that differ in task and seed alone train side by side. A GPU needs minutes for each part.
     """
 
     part: Positional[Literal["tasks", "inner", "place", "speech"] | None] = None
-    """tasks: recall, speaker, control, the MLP at b = 16, trained in four ways. inner: recall, linear and MLP, b = 1 and 16. place:
-    recall, the TTT layer in the first, the middle and the last layer. speech: the embedded speech, trained in four ways."""
+    """tasks: recall, speaker, control, the MLP at b = 16, trained in four ways. inner: recall, linear and MLP, b = 1
+    and 16. place: recall, the TTT layer in the first, the middle and the last layer. speech: the embedded speech,
+    trained in four ways."""
     folder: Annotated[Positional[str | None], arg(metavar="[FOLDER]")] = None
     """The same for all parts; what exists in it is used."""
     seeds: str | None = None

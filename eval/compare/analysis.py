@@ -16,8 +16,10 @@ from eval.stats.paired import ALPHA, Interval, Paired, Slope
 from eval.stats.verdict import Rule, Verdict, advise, verdict
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
-"""Nats by which persist and reset may differ in a file's first chunk, by the model's type. There is nothing to reset yet, so both compute
-the same and only rounding is left: float32 gives 1e-6 in a chunk's mean, bfloat16, with 8 bits, at most 0.003 (docs/evaluation.md)."""
+"""Nats by which persist and reset may differ in a file's first chunk, by the model's type.
+
+There is nothing to reset yet, so both compute the same and only rounding is left: float32 gives 1e-6 in a chunk's mean,
+bfloat16, with 8 bits, at most 0.003 (docs/evaluation.md)."""
 
 
 class FirstChunk(NamedTuple):
@@ -33,12 +35,13 @@ class FirstChunk(NamedTuple):
 
     @property
     def broken(self) -> str | None:
-        """Why no result counts; None where none is known."""
+        """Why no result counts; None if nothing is wrong."""
         if not self.pairs or self.largest <= self.tolerance:
             return None
         return (
-            f"BROKEN: persist and reset differ by {self.largest:.2g} nats in the first chunk ({self.where}), where nothing has been reset"
-            f" yet and only rounding ({self.tolerance:g}) is allowed. No result of this run counts: mend the evaluation first."
+            f"BROKEN: persist and reset differ by {self.largest:.2g} nats in the first chunk ({self.where}), where"
+            f" nothing has been reset yet and only rounding ({self.tolerance:g}) is allowed. No result of this run"
+            " counts: mend the evaluation first."
         )
 
 
@@ -92,7 +95,7 @@ class Losses:
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """All that is said about an experiment; `NOTES` says what the numbers are."""
+    """The statistics of an experiment; `eval.compare.results.NOTES` explains the numbers."""
 
     units: int
     first_chunk: FirstChunk
@@ -106,13 +109,13 @@ class Analysis:
 
 
 def of_units(values: np.ndarray, groups: list[str]) -> np.ndarray:
-    """One number for each unit that has one, [F] -> [U]."""
+    """Returns one number for each unit that has one, [F] -> [U]."""
     means = group_means(values, groups)
     return means[np.isfinite(means)]
 
 
 def analyse(experiment: Experiment) -> Analysis:
-    """The statistics of an experiment; of a broken one without verdicts."""
+    """Returns the statistics of an experiment; without verdicts if it is broken."""
     first, *others = experiment.conditions
     checked = _first_chunk(experiment)
     found = {region: _compare(experiment, region, checked.broken is None) for region in REGIONS}
@@ -134,7 +137,7 @@ def analyse(experiment: Experiment) -> Analysis:
 
 
 def _first_chunk(experiment: Experiment) -> FirstChunk:
-    """Persist against reset of the same checkpoint, in every file, while nothing has been reset."""
+    """Compares persist with reset of the same checkpoint, in every file, before the first reset."""
     by_arm: dict[str, dict[str, np.ndarray]] = {"persist": {}, "reset": {}}
     for one in experiment.conditions:
         if one.arm in by_arm:
@@ -152,7 +155,7 @@ def _first_chunk(experiment: Experiment) -> FirstChunk:
 
 
 def _compare(experiment: Experiment, region: str, sound: bool) -> list[Compared]:
-    """Every other condition against the first in one region: a family."""
+    """Compares every other condition with the first in one region: a family."""
     setting, groups = experiment.setting, experiment.groups
     start, (first, *others) = setting.starts[region], experiment.conditions
     rule = Rule(setting.margin, setting.threshold, experiment.unit)
@@ -175,13 +178,13 @@ def _compare(experiment: Experiment, region: str, sound: bool) -> list[Compared]
     for other, (whole, several), p, same in zip(others, found, adjusted, equivalent, strict=True):
         seeds = [OneSeed(*one) for one in zip(several, paired.holm([one.p.t for one in several]), strict=True)]
         over = paired.mean_slope(np.array([one.mean for one in several])) if several else None
-        said = None
+        result = None
         if sound:
             means = [one.paired.mean for one in seeds]
-            said = verdict(whole, p, same, rule, (first.name, other.name), means)
+            result = verdict(whole, p, same, rule, (first.name, other.name), means)
             if region == LATER and (first.arm, other.arm) == ("persist", "reset"):
-                said = advise(said, experiment.unit)
-        compared.append(Compared(whole, float(p), float(same), said, seeds, over))
+                result = advise(result, experiment.unit)
+        compared.append(Compared(whole, float(p), float(same), result, seeds, over))
     return compared
 
 
@@ -218,7 +221,8 @@ def _losses(experiment: Experiment, name: str) -> Losses:
 def _closed(
     experiment: Experiment, name: str, span: tuple[int, int | None], seeds: Sequence[int] | slice = slice(None)
 ) -> Interval:
-    """Share of the gap between the bounds that a condition closes over frames [start, end), its losses averaged over `seeds`."""
+    """Returns the share of the gap between the bounds that a condition closes over frames [start, end), its losses averaged over
+    `seeds`."""
     bounds, used = experiment.bounds, experiment.within(*span)
     ideal, memoryless = (pooled(values, bounds.weight, used) for values in (bounds.ideal, bounds.memoryless))
     loss = np.where(experiment.filled(*span), experiment.loss(name, *span)[seeds].mean(0), np.nan)
@@ -228,13 +232,13 @@ def _closed(
 
 
 def _bound(experiment: Experiment, name: str, span: tuple[int, int | None]) -> Estimate:
-    """The best loss, `ideal` or `memoryless`, over frames [start, end)."""
+    """Returns the best loss, `ideal` or `memoryless`, over frames [start, end)."""
     bounds = experiment.bounds
     means = pooled(getattr(bounds, name), bounds.weight, experiment.within(*span))
     return _estimate(np.where(experiment.filled(*span), means, np.nan), experiment)
 
 
 def _estimate(values: np.ndarray, experiment: Experiment) -> Estimate:
-    """Mean over units of one number a file, [F]."""
+    """Returns the mean over units of one number a file, [F]."""
     found = band(group_means(values, experiment.groups))
     return Estimate(*(field.item() for field in found))

@@ -26,8 +26,8 @@ def task_bounds(
     """Returns the best possible losses by file and frame; None if `data` is no controlled task.
 
     Returns:
-      For every file, float64 [T]: nats of each frame's token of Moshi's first codebook under the best possible model with memory of all
-      frames before, and with the frames that attention reaches; NaN where nothing is scored.
+      For every file, float64 [T]: nats of each frame's token of Moshi's first codebook under the best possible model
+      with memory of all frames before, and with the frames that attention reaches; NaN where nothing is scored.
     """
     if not is_task(data):
         return None
@@ -43,7 +43,8 @@ def is_task(data: str | None) -> bool:
 
 
 def stored_tokens(data: str | None, files: Sequence[FileInfo]) -> list[Tokens]:
-    """Returns the tokens of files of a controlled task; none for other data. Raises `InputError` if they are not those that were streamed."""
+    """Returns the tokens of files of a controlled task; none for other data. Raises `InputError` if they are not those
+    that were streamed."""
     if not is_task(data):
         return []
     import hashlib

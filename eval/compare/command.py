@@ -31,7 +31,8 @@ BROKEN = 1
 class Options:
     """Does memory help? Compare conditions by file, with statistics and a verdict.
 
-    A condition is [NAME=]CHECKPOINT[,CHECKPOINT...][@ARM]; several checkpoints are the seeds of one setting. ARM is one of
+    A condition is [NAME=]CHECKPOINT[,CHECKPOINT...][@ARM]; several checkpoints are the seeds of one setting. ARM is one
+    of
 
     persist: memory kept from the first frame to the last (unset: this).
 
@@ -41,10 +42,10 @@ class Options:
 
     off: gates closed, TTT layers add nothing (unset, without TTT layers: this).
 
-    What exists as a path is a path, whatever =, commas and @ it has: runs/x@reset is a folder if there is one, runs/x/@reset never. The
-    first condition is under test, each other is compared with it: better, equivalent, worse or undecided, by the file, or by the
-    speaker where the manifest names them (docs/evaluation.md). A single one without @ARM stands for all four. Seeds pair in their
-    order.
+    What exists as a path is a path, whatever =, commas and @ it has: runs/x@reset is a folder if there is one,
+    runs/x/@reset never. The first condition is under test, each other is compared with it: better, equivalent, worse
+    or undecided, by the file, or by the speaker where the manifest names them (docs/evaluation.md). A single one
+    without @ARM stands for all four. Seeds pair in their order.
 
     python -m eval compare runs/NAME
 
@@ -52,7 +53,8 @@ class Options:
 
     python -m eval compare --scores runs/NAME/eval
 
-    Exit code: 0 done, 1 broken (persist and reset differ in the first chunk), 2 an input to mend, 3 done but some files were skipped.
+    Exit code: 0 done, 1 broken (persist and reset differ in the first chunk), 2 an input to mend, 3 done but some files
+    were skipped.
     """
 
     conditions: Annotated[Positional[tuple[str, ...]], arg(metavar="[CONDITION ...]")] = ()
@@ -72,13 +74,14 @@ class Options:
     threshold: Annotated[float | None, arg(metavar="P")] = None
     """Effect worth having, percent of the loss; unset: 10."""
     out: str | None = None
-    """Folder for the results; unset: compare, or compare-DATA with --data, in the first checkpoint's folder. Results of the same data,
-    checkpoints and question are replaced, a folder with other results is refused."""
+    """Folder for the results; unset: compare, or compare-DATA with --data, in the first checkpoint's folder. Results of
+    the same data, checkpoints and question are replaced, a folder with other results is refused."""
     scores: Annotated[str | None, arg(metavar="FOLDER")] = None
-    """Compare what `python -m eval stream` or `compare` has stored in FOLDER, without streaming; unset conditions: the arms of its
-    checkpoint, or its checkpoints; unset --out: beside FOLDER, with compare for eval in its name."""
+    """Compare what `python -m eval stream` or `compare` has stored in FOLDER, without streaming; unset conditions: the
+    arms of its checkpoint, or its checkpoints; unset --out: beside FOLDER, with compare for eval in its name."""
     again: Annotated[str | None, arg(metavar="FOLDER")] = None
-    """Only do the statistics on the results in FOLDER again and write its report and figures anew; takes --margin, --threshold."""
+    """Only do the statistics on the results in FOLDER again and write its report and figures anew; takes --margin,
+    --threshold."""
 
     def __post_init__(self) -> None:
         for name in ("reset_every", "frames", "batch"):
@@ -93,8 +96,8 @@ class Options:
             given += ["weighting"] if flag == "again" and self.weighting != "equal" else []
             if getattr(self, flag) is not None and given:
                 raise InputError(
-                    f"--{flag} {getattr(self, flag)} streams nothing, so --{given[0].replace('_', '-')} has no effect: leave it out, or"
-                    f" stream anew without --{flag}."
+                    f"--{flag} {getattr(self, flag)} streams nothing, so --{given[0].replace('_', '-')} has no"
+                    f" effect: leave it out, or stream anew without --{flag}."
                 )
         if not self.conditions and self.again is None and self.scores is None:
             raise InputError("there is no condition: give a checkpoint, or --again and the folder of earlier results.")
@@ -113,7 +116,8 @@ def main(options: Options) -> int:
 
 
 def again(folder: Path, rule: dict[str, float]) -> int:
-    """Does the statistics on the results in `folder` again, by the margin or threshold in `rule`; returns the exit code."""
+    """Does the statistics on the results in `folder` again, by the margin or threshold in `rule`; returns the exit
+    code."""
     from eval.compare import results
     from eval.compare.analysis import analyse
 

@@ -24,17 +24,21 @@ class Given(NamedTuple):
 
 
 def parse(text: str, names: Collection[str] | None = None) -> Given:
-    """Returns the condition that `text`, [NAME=]CHECKPOINT[,CHECKPOINT...][@ARM], means. Raises `InputError` if it means none.
+    """Returns the condition that `text`, [NAME=]CHECKPOINT[,CHECKPOINT...][@ARM], means. Raises `InputError` if it
+    means none.
 
-    What exists as a path is a path, whatever =, commas and @ it contains. With `names`, those of stored checkpoints, so is a name.
+    What exists as a path is a path, whatever =, commas and @ it contains. With `names`, those of stored checkpoints, so
+    is a name.
     """
     known = exists if names is None else names.__contains__
     readings = list(_readings(text, known))
-    # Where no reading has paths that all exist, whoever opens the paths of the last reading reports which one is missing.
+    # Where no reading has paths that all exist, whoever opens the paths of the last reading reports which one is
+    # missing.
     reading = next((reading for reading in readings if all(map(known, reading.paths))), readings[-1])
     if reading.arm not in (None, *ARMS):
         raise InputError(
-            f"{text} is no path, and its arm {reading.arm!r} cannot be compared: give a path, or @ and one of {', '.join(ARMS)}."
+            f"{text} is no path, and its arm {reading.arm!r} cannot be compared: give a path, or @ and one of"
+            f" {', '.join(ARMS)}."
         )
     if not all(reading.paths):
         raise InputError(
@@ -45,7 +49,8 @@ def parse(text: str, names: Collection[str] | None = None) -> Given:
 
 
 def _readings(text: str, known: Callable[[str], bool]) -> Iterator[Given]:
-    """Yields what `text` can mean, the shortest name first, then the longest paths; the last reading ignores what exists."""
+    """Yields what `text` can mean, the shortest name first, then the longest paths; the last reading ignores what
+    exists."""
     cuts = [0, *(i + 1 for i, c in enumerate(text) if c == "=" and "/" not in text[:i])]
     for cut in cuts:
         rest, name = text[cut:], text[: max(0, cut - 1)].strip() or None
@@ -90,8 +95,8 @@ def conditions(given: Sequence[Given], checkpoints: Mapping[str, CheckpointInfo]
     for condition in spread[1:]:
         if len(condition.paths) != len(spread[0].paths):
             raise InputError(
-                f"the conditions have {len(spread[0].paths)} and {len(condition.paths)} checkpoints, but seeds are compared in"
-                " pairs: give as many in each."
+                f"the conditions have {len(spread[0].paths)} and {len(condition.paths)} checkpoints, but seeds are"
+                " compared in pairs: give as many in each."
             )
     shared = len({condition.paths for condition in spread}) == 1
 

@@ -69,8 +69,8 @@ def setting_of(
     """
     if all(file.frames <= chunk for file in files):
         raise InputError(
-            f"no file is longer than a chunk of {chunk} frames, so nothing is left to compare: give longer files or a smaller"
-            " --reset-every."
+            f"no file is longer than a chunk of {chunk} frames, so nothing is left to compare: give longer files or a"
+            " smaller --reset-every."
         )
     return Setting(
         chunk=chunk,
@@ -93,7 +93,8 @@ class Condition:
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Best possible losses on a controlled task, nats by file and piece, float64 [F, K]; NaN where nothing is scored."""
+    """Best possible losses on a controlled task, nats by file and piece, float64 [F, K]; NaN where nothing is
+    scored."""
 
     ideal: np.ndarray
     """With memory of all frames before."""
@@ -136,15 +137,18 @@ class Experiment:
         return self.setting.pieces(max(file.frames for file in self.files))
 
     def loss(self, name: str, start: int = 0, end: int | None = None) -> np.ndarray:
-        """Returns nats per token of a condition over frames [start, end), edges of pieces: [S, F]; NaN where nothing is scored."""
+        """Returns nats per token of a condition over frames [start, end), edges of pieces: [S, F]; NaN where nothing is
+        scored."""
         return pooled(self.losses[name], self.weight, self.within(start, end))
 
     def by_chunk(self, name: str) -> np.ndarray:
-        """Returns nats per token of a condition by chunk, [S, F, C]; NaN where nothing is scored or a file fills less than half of it."""
+        """Returns nats per token of a condition by chunk, [S, F, C]; NaN where nothing is scored or a file fills less
+        than half of it."""
         return np.stack([np.where(self.filled(*one), self.loss(name, *one), np.nan) for one in self.chunks], -1)
 
     def filled(self, start: int, end: int | None) -> np.ndarray:
-        """Returns which files fill at least half of a chunk, bool [F]: a few tokens at a file's end do not measure a chunk."""
+        """Returns which files fill at least half of a chunk, bool [F]: a few tokens at a file's end do not measure a
+        chunk."""
         if end is None:
             return np.ones(len(self.files), bool)
         return np.array([2 * (min(file.frames, end) - start) >= end - start for file in self.files])
@@ -161,7 +165,8 @@ class Experiment:
 
 
 def pooled(values: np.ndarray, weight: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """Returns means over the pieces `used` (bool [K]) weighted by tokens, [..., F, K] and [F, K] -> [..., F]; NaN where nothing is scored."""
+    """Returns means over the pieces `used` (bool [K]) weighted by tokens, [..., F, K] and [F, K] -> [..., F]; NaN where
+    nothing is scored."""
     weight = np.where(used, weight, 0.0)
     total = weight.sum(-1)
     sums = (weight * np.where(weight > 0, values, 0.0)).sum(-1)
@@ -169,5 +174,6 @@ def pooled(values: np.ndarray, weight: np.ndarray, used: np.ndarray) -> np.ndarr
 
 
 def differences(experiment: Experiment, name: str, start: int) -> np.ndarray:
-    """Returns the loss of condition `name` minus that of the first from frame `start` on, [S, F]; NaN of files that end before."""
+    """Returns the loss of condition `name` minus that of the first from frame `start` on, [S, F]; NaN of files that end
+    before."""
     return experiment.loss(name, start) - experiment.loss(experiment.conditions[0].name, start)

@@ -1,4 +1,5 @@
-"""From stored frames to losses by piece, and losses.npz, which `python -m eval compare --again` starts from. Imports no jax."""
+"""From stored frames to losses by piece, and losses.npz, which `python -m eval compare --again` starts from. Imports no
+jax."""
 
 from __future__ import annotations
 
@@ -55,8 +56,8 @@ def collect(
                 weight[i] = file_weight
             elif not np.array_equal(weight[i], file_weight):
                 raise InputError(
-                    f"{name} predicts other tokens of {file.name} than {checkpoints[0].name}: compare checkpoints of the same"
-                    " codebooks and delays."
+                    f"{name} predicts other tokens of {file.name} than {checkpoints[0].name}: compare checkpoints of"
+                    " the same codebooks and delays."
                 )
             for arm in arms:
                 losses[name, arm][i] = by_arm[arm]
@@ -79,7 +80,8 @@ def by_piece(scores: FileScores, weighting: str, pieces: np.ndarray) -> tuple[di
     """Averages the frames of a file over pieces, whose first frames are `pieces` [K].
 
     Returns:
-      By arm: nats per token of Moshi's codebooks, weighted, [K], NaN where nothing is scored; and the scored tokens' weight [K].
+      By arm: nats per token of Moshi's codebooks, weighted, [K], NaN where nothing is scored; and the scored tokens'
+      weight [K].
     """
     scored = scores.tokens[1:] >= 0
     token_weights = weights(weighting, len(scored))[:, None] * scored
@@ -113,7 +115,8 @@ def _bounds(by_frame: tuple[list[np.ndarray], list[np.ndarray]], pieces: np.ndar
 
 
 def as_npz(experiment: Experiment) -> bytes:
-    """Returns losses.npz: `losses` [conditions, S, F, K], `weight` [F, K], and of a controlled task `bounds` [3, F, K]."""
+    """Returns losses.npz: `losses` [conditions, S, F, K], `weight` [F, K], and of a controlled task `bounds` [3, F,
+    K]."""
     arrays = {"weight": experiment.weight, "losses": np.stack(list(experiment.losses.values()))}
     if experiment.bounds:
         arrays["bounds"] = np.stack([getattr(experiment.bounds, field.name) for field in dataclasses.fields(Bounds)])
@@ -129,7 +132,8 @@ def write(folder: Path, experiment: Experiment) -> Path:
 
 
 def read(folder: Path, conditions: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray], Bounds | None]:
-    """Returns `weight`, `losses` by name of the `conditions`, and `bounds` of an `Experiment` from losses.npz in `folder`.
+    """Returns `weight`, `losses` by name of the `conditions`, and `bounds` of an `Experiment` from losses.npz in
+    `folder`.
 
     Raises `InputError` if the file is missing or damaged.
     """

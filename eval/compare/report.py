@@ -54,7 +54,8 @@ def markdown(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) 
     first, unit = experiment.conditions[0].name, experiment.unit
     sections = [
         "# Does memory help?",
-        f"Is the loss under **{first}** lower than under the other conditions, on the same files, from the second chunk on?",
+        f"Is the loss under **{first}** lower than under the other conditions, on the same files, from the second"
+        " chunk on?",
         "## Verdict",
         "\n".join(f"- {line}" for line in [*_sentences(experiment, analysis), _first_chunk(analysis)]),
         "## Setting",
@@ -75,7 +76,8 @@ def markdown(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) 
         ]
     sections += [
         "## Comparisons",
-        f"Loss of each condition minus that of {first}, by the same file, averaged over seeds: above 0 {first} is better.",
+        f"Loss of each condition minus that of {first}, by the same file, averaged over seeds: above 0 {first} is"
+        " better.",
         "![Differences](differences.png)",
     ]
     for region in REGIONS:
@@ -93,8 +95,8 @@ def markdown(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) 
     for title, words, rows in (
         (
             "Power",
-            f"How many {unit} would tell, were differences and spread what they were here, and the chance that these had; 0.05 for all comparisons"
-            " together.",
+            f"How many {unit} would tell, were differences and spread what they were here, and the chance that these"
+            " had; 0.05 for all comparisons together.",
             _power(experiment, analysis),
         ),
         ("Trend", "Slope of the difference over chunks after the first, nats per chunk.", _trend(analysis)),
@@ -129,7 +131,8 @@ def _regions(experiment: Experiment) -> dict[str, str]:
     meanings = {
         LATER: "",
         WINDOW: f" (the longest attention window is {setting.window:,} frames)",
-        BEYOND: f" (attention of all layers together reaches {setting.reach:,} frames back: without memory nothing can know more)",
+        BEYOND: f" (attention of all layers together reaches {setting.reach:,} frames back: without memory nothing"
+        " can know more)",
     }
     return {
         region: f"frames from {starts[region]:,} on{meaning}"
@@ -265,12 +268,16 @@ def _gap(experiment: Experiment, analysis: Analysis, plain: bool = True) -> list
         if several:
             row.append(", ".join(_number(100 * seed.mean, "+z.1f") for seed in losses.closed_by_seed))
         rows.append(row)
-    title = "share of the gap closed between the best loss without memory beyond attention and the best with all, % [95 % BCa]"
+    title = (
+        "share of the gap closed between the best loss without memory beyond attention and the best with all, %"
+        " [95 % BCa]"
+    )
     return [title, *(_aligned(heads, rows) if plain else [_pipes(heads, rows)])]
 
 
 def _gap_by_chunk(experiment: Experiment, analysis: Analysis) -> str:
-    """Returns the share of the gap that each condition closes, by chunk; while attention reaches the start, there is next to no gap."""
+    """Returns the share of the gap that each condition closes, by chunk; while attention reaches the start, there is
+    next to no gap."""
     closed = [analysis.losses[one.name].closed_by_chunk for one in experiment.conditions]
     rows = [
         [f"from {start:,}", *(_percent(shares) for shares in chunk)]
@@ -310,7 +317,8 @@ def _worth(experiment: Experiment, analysis: Analysis) -> list[str]:
         f"{one.name} {_percent(analysis.losses[one.name].closed[BEYOND])}" for one in experiment.conditions
     )
     return [
-        f"Memory from beyond attention is worth {best[0] - best[1]:.4f} nats at best; of that each takes, in %: {takes}."
+        f"Memory from beyond attention is worth {best[0] - best[1]:.4f} nats at best; of that each takes, in %:"
+        f" {takes}."
     ]
 
 
@@ -320,7 +328,8 @@ def _setting(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) 
         _head(experiment, analysis),
         f"Codebooks weighted {setting.weighting}: {WEIGHTINGS[setting.weighting]}; the text is no part of the loss",
         *(f"{region[0].upper()}{region[1:]}: {words}" for region, words in _regions(experiment).items()),
-        f"Margin of equivalence {setting.margin:g} nats, effect asked for {setting.threshold:g} % of the loss, error rate {ALPHA:g}",
+        f"Margin of equivalence {setting.margin:g} nats, effect asked for {setting.threshold:g} % of the loss, error"
+        f" rate {ALPHA:g}",
         *(f"{name[0].upper()}{name[1:]}: `{_name(value)}`" for name, value in setting.about.items() if _name(value)),
     ]
     for one in experiment.checkpoints:
@@ -339,22 +348,30 @@ def _setting(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) 
 def _notes(experiment: Experiment) -> list[str]:
     setting, unit = experiment.setting, experiment.unit
     return [
-        f"The unit is the {unit.removesuffix('s')}, never the frame: frames of one recording are not independent. n counts {unit}.",
-        "**Better**: Holm-adjusted p of the paired t below 0.05 and an effect of at least the percentage asked for. **Worse**: p below 0.05"
-        " the other way. Either by less than the margin is reported as such. **Equivalent**: two one-sided tests (TOST, Holm-adjusted) put the"
-        " difference within the margin, and p is not below 0.05 or the seeds point both ways. **Undecided**: none of these; the number of"
-        " units is the one that has a power of 80 %.",
-        "No clear difference is not equivalence: a few noisy files show nothing either way. Only TOST says that there is (nearly) none.",
-        f"{setting.threshold:g} % of a cross-entropy is much; look at the nats, too: e to the difference is the ratio of perplexities.",
-        "Holm: within a region, over the comparisons with the first condition; p of t and of TOST each. Wilcoxon, sign-flip and the"
-        " columns p: t and TOST are as they come. With few units the signed ranks and the sign-flip test cannot reach 0.05 (below 6), and"
-        " BCa intervals are too narrow (below ten or so): go by p of t.",
-        "The first chunk is left out of every comparison: persist and reset are the same there by construction, which is checked.",
-        "A reset clears the fast weights, not attention's KV cache: for as long as attention reaches, it passes on what memory contributed before.",
-        "Where several checkpoints (seeds) stand for a condition, files vary and seeds vary: the p-values of the combined difference speak of"
-        " new files for these seeds; the row over seeds has the seed as its unit and speaks of new seeds for these files.",
-        "`losses.npz` holds the loss of every file, chunk, condition and seed: `python -m eval compare --again FOLDER` does the"
-        " statistics again, with another `--margin` or `--threshold`.",
+        f"The unit is the {unit.removesuffix('s')}, never the frame: frames of one recording are not independent. n"
+        f" counts {unit}.",
+        "**Better**: Holm-adjusted p of the paired t below 0.05 and an effect of at least the percentage asked for."
+        " **Worse**: p below 0.05 the other way. Either by less than the margin is reported as such. **Equivalent**:"
+        " two one-sided tests (TOST, Holm-adjusted) put the difference within the margin, and p is not below 0.05 or"
+        " the seeds point both ways. **Undecided**: none of these; the number of units is the one that has a power"
+        " of 80 %.",
+        "No clear difference is not equivalence: a few noisy files show nothing either way. Only TOST says that"
+        " there is (nearly) none.",
+        f"{setting.threshold:g} % of a cross-entropy is much; look at the nats, too: e to the difference is the ratio"
+        " of perplexities.",
+        "Holm: within a region, over the comparisons with the first condition; p of t and of TOST each. Wilcoxon,"
+        " sign-flip and the columns p: t and TOST are as they come. With few units the signed ranks and the"
+        " sign-flip test cannot reach 0.05 (below 6), and BCa intervals are too narrow (below ten or so): go by p of"
+        " t.",
+        "The first chunk is left out of every comparison: persist and reset are the same there by construction,"
+        " which is checked.",
+        "A reset clears the fast weights, not attention's KV cache: for as long as attention reaches, it passes on"
+        " what memory contributed before.",
+        "Where several checkpoints (seeds) stand for a condition, files vary and seeds vary: the p-values of the"
+        " combined difference speak of new files for these seeds; the row over seeds has the seed as its unit and"
+        " speaks of new seeds for these files.",
+        "`losses.npz` holds the loss of every file, chunk, condition and seed: `python -m eval compare --again"
+        " FOLDER` does the statistics again, with another `--margin` or `--threshold`.",
     ]
 
 

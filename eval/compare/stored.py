@@ -1,4 +1,5 @@
-"""Evaluations whose stored scores can be compared: those of `python -m eval stream` and of `compare`. Imports no jax."""
+"""Evaluations whose stored scores can be compared: those of `python -m eval stream` and of `compare`. Imports no
+jax."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class Evaluation:
 
 
 def read(folder: Path) -> Evaluation:
-    """Returns what results.json in `folder` states. Raises `InputError` if it is not of `python -m eval stream` or `compare`."""
+    """Returns what results.json in `folder` states. Raises `InputError` if it is not of `python -m eval stream` or
+    `compare`."""
     header = schema.command_of(
         config_json.read_json(folder / schema.RESULTS, "results.json in a folder of python -m eval stream")
     )
@@ -96,7 +98,7 @@ def conditions(evaluation: Evaluation, texts: Sequence[str], folder: Path) -> li
         for name in condition.checkpoints:
             if condition.arm not in evaluation.arms[name]:
                 raise InputError(
-                    f"{folder} has no scores of {name} under {condition.arm}, only under {', '.join(evaluation.arms[name])}: run"
-                    " python -m eval stream with that arm."
+                    f"{folder} has no scores of {name} under {condition.arm}, only under"
+                    f" {', '.join(evaluation.arms[name])}: run python -m eval stream with that arm."
                 )
     return compared

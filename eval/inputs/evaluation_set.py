@@ -24,7 +24,8 @@ class EvaluationSet(NamedTuple):
 
 
 def load(data: str | None, checkpoints: Sequence[Checkpoint], frames: int | None) -> EvaluationSet:
-    """Returns the files that `data` names (None: the runs' held-out files), cut to their first `frames`; prints what was skipped.
+    """Returns the files that `data` names (None: the runs' held-out files), cut to their first `frames`; prints what
+    was skipped.
 
     Raises `InputError` if there is no file that all checkpoints can read.
     """
@@ -40,7 +41,8 @@ def load(data: str | None, checkpoints: Sequence[Checkpoint], frames: int | None
 
 
 def own_corpus(checkpoints: Sequence[Checkpoint]) -> corpora.Corpus:
-    """Returns the corpus of a run, or of runs that share one. Raises `InputError` if there is none or it has changed."""
+    """Returns the corpus of a run, or of runs that share one. Raises `InputError` if there is none or it has
+    changed."""
     first = checkpoints[0]
     data = {
         checkpoint.corpus
@@ -49,8 +51,8 @@ def own_corpus(checkpoints: Sequence[Checkpoint]) -> corpora.Corpus:
     }
     if None in data or len(data) > 1:
         raise InputError(
-            "there is no --data: give a manifest or a folder of python -m eval prepare (only runs of the same data bring their own"
-            " held-out files)."
+            "there is no --data: give a manifest or a folder of python -m eval prepare (only runs of the same data"
+            " bring their own held-out files)."
         )
     cfg = first.cfg
     corpus = corpora.load(first.corpus, *corpora.load_coders(first.corpus, cfg.card, cfg.text_card))

@@ -72,7 +72,8 @@ def checkpoint(name: str, about: dict[str, Any]) -> tuple[str, str | None]:
 
 
 def find(out: str | None, kind: str, checkpoint: str, data: str | None) -> Path:
-    """Returns the folder of results: `out`, or KIND or KIND-DATA in the checkpoint's folder; for RUN/checkpoints/STEP with the step.
+    """Returns the folder of results: `out`, or KIND or KIND-DATA in the checkpoint's folder; for RUN/checkpoints/STEP
+    with the step.
 
     DATA is the whole name of the file or folder; of a manifest.jsonl, that of its folder.
     """
@@ -114,7 +115,8 @@ def stored(folder: Path, record: str, read: Callable[[Path], Results], others: I
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             because = ""
         raise InputError(
-            f"{folder} holds a {record} that is not this command's, or damaged{because}: give another --out, or remove it."
+            f"{folder} holds a {record} that is not this command's, or damaged{because}: give another --out, or"
+            " remove it."
         )
     if (there := next((name for name in others if os.path.lexists(folder / name)), None)) is not None:
         raise InputError(
@@ -130,7 +132,8 @@ def check(folder: Path, old: Subject, new: Subject) -> None:
 
 
 def check_frames(folder: Path, checkpoints: Sequence[CheckpointInfo], files: Sequence[FileInfo]) -> None:
-    """Raises `InputError` if the scores in `folder` have a file among them that is none of `files` under `checkpoints`."""
+    """Raises `InputError` if the scores in `folder` have a file among them that is none of `files` under
+    `checkpoints`."""
     ours = {scores_path(folder, checkpoint.name, file) for checkpoint in checkpoints for file in files}
     foreign = next((path for path in (folder / FRAMES).rglob("*") if not path.is_dir() and path not in ours), None)
     if foreign is not None:
@@ -181,10 +184,11 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 def replace(folder: Path, new: Path, old: Sequence[str]) -> None:
-    """Moves the content of the folder `new` to the place of results.json and `old`, names of earlier results; removes `new`.
+    """Moves the content of the folder `new` to the place of results.json and `old`, names of earlier results; removes
+    `new`.
 
-    results.json is removed first and moved last: where it is, its results are whole. Until all is in place, the earlier results are
-    in a folder beside.
+    results.json is removed first and moved last: where it is, its results are whole. Until all is in place, the earlier
+    results are in a folder beside.
     """
     aside = Path(tempfile.mkdtemp(dir=folder, prefix=".old.", suffix=".tmp"))
     for name in (RESULTS, *old):

@@ -1,6 +1,7 @@
 """The one schema of results: what every results.json says of checkpoints and files, and how it is written and read.
 
-Commands write a dataclass of their own whose class attributes `COMMAND` and `FORMAT` name the command and the version. Imports no jax.
+Commands write a dataclass of their own whose class attributes `COMMAND` and `FORMAT` name the command and the version.
+Imports no jax.
 """
 
 from __future__ import annotations
@@ -164,11 +165,13 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 LEVELS, WIDTH = 4, 400
-"""Levels of nesting whose entries stand on lines of their own (of lists one level less), and characters that fit on one line anyway."""
+"""Levels of nesting whose entries stand on lines of their own (of lists one level less), and characters that fit on one
+line anyway."""
 
 
 def as_json(content: Any) -> bytes:
-    """Returns a file of JSON that people can read: lists of numbers, short entries and what lies deep are on one line."""
+    """Returns a file of JSON that people can read: lists of numbers, short entries and what lies deep are on one
+    line."""
     return (_lines(plain(content), 0) + "\n").encode("utf-8", "backslashreplace")
 
 
@@ -189,7 +192,8 @@ def _lines(value: Any, level: int) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Returns `value` as JSON knows it: dataclasses and named tuples as objects, arrays as lists, NaN and infinity as null."""
+    """Returns `value` as JSON knows it: dataclasses and named tuples as objects, arrays as lists, NaN and infinity as
+    null."""
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return plain(value._asdict())
     if dataclasses.is_dataclass(value):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from eval.streaming.results import Results
 
 RESET_EVERY, WINDOW = 1250, 250
-"""Defaults: frames between resets for converted weights (the 100 s of Kyutai's fine-tuning), and frames that a position averages."""
+"""Defaults: frames between resets for converted weights (the 100 s of Kyutai's fine-tuning), and frames that a position
+averages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +40,15 @@ class Options:
 
     off: gates closed, TTT layers add nothing.
 
-    permuted: every --reset-every frames the memory that persist has learned on another speaker's file, as long as that file goes on
-    (a control; not among the default arms).
+    permuted: every --reset-every frames the memory that persist has learned on another speaker's file, as long as that
+    file goes on (a control; not among the default arms).
 
     Exit code: 0 done, 2 an input to mend, 3 done but some files were skipped.
     """
 
     checkpoints: Annotated[Positional[tuple[str, ...]], arg(metavar="CHECKPOINT [CHECKPOINT ...]")] = ()
-    """Folder of a run, of one of its checkpoints (RUN/checkpoints/STEP), or of converted weights; several are compared."""
+    """Folder of a run, of one of its checkpoints (RUN/checkpoints/STEP), or of converted weights; several are
+    compared."""
     data: str | None = None
     """Manifest, folder that `python -m eval prepare` made, audio or codes; unset: the run's own held-out files."""
     arms: str | None = None
@@ -68,9 +70,9 @@ class Options:
     no_figure5: bool = False
     """Do not measure the inner losses."""
     out: str | None = None
-    """Folder for the results; unset: eval, or eval-DATA with --data, in the first checkpoint's folder. Results of the same data,
-    checkpoints and question are replaced, and without --data and --out those of an earlier step of the run; a folder with other results
-    is refused."""
+    """Folder for the results; unset: eval, or eval-DATA with --data, in the first checkpoint's folder. Results of the
+    same data, checkpoints and question are replaced, and without --data and --out those of an earlier step of the run;
+    a folder with other results is refused."""
 
     def __post_init__(self) -> None:
         for name in ("reset_every", "chunk", "batch", "window", "frames"):
@@ -107,8 +109,8 @@ def main(options: Options) -> int:
         _check(checkpoint, options)
     if not options.data and len(checkpoints) > 1:
         raise InputError(
-            "there is no --data: give a manifest or a folder of python -m eval prepare (only a single run brings its own held-out"
-            " files)."
+            "there is no --data: give a manifest or a folder of python -m eval prepare (only a single run brings its"
+            " own held-out files)."
         )
     inputs = evaluation_set.load(options.data, checkpoints, options.frames)
     folder = folders.find(options.out, "eval", paths[0], options.data)
@@ -130,8 +132,8 @@ def evaluate(checkpoints: Sequence[Checkpoint], inputs: EvaluationSet, options: 
     files, skipped, corpus = inputs
     if "permuted" in options.arms_of(checkpoints[0]) and len({file.group for file in files}) < 2:
         raise InputError(
-            "the arm permuted exchanges memories between speakers (files, where speakers are not named), but there is one: give"
-            " files of two or leave it out."
+            "the arm permuted exchanges memories between speakers (files, where speakers are not named), but there"
+            " is one: give files of two or leave it out."
         )
     infos, checkpoint_infos = file_infos(files), [checkpoint_info(checkpoint) for checkpoint in checkpoints]
     arms = {checkpoint.name: options.arms_of(checkpoint) for checkpoint in checkpoints}
@@ -190,7 +192,8 @@ def replaced(folder: Path, subject: folders.Subject, own_run: CheckpointInfo | N
     """Returns names of the earlier results in `folder` that results of `subject` replace.
 
     Args:
-      own_run: the checkpoint, if `folder` is its run's own: results of another step of that run are replaced whatever their subject.
+      own_run: the checkpoint, if `folder` is its run's own: results of another step of that run are replaced whatever
+        their subject.
 
     Raises `InputError` if what is there is not to be replaced.
     """
@@ -268,8 +271,8 @@ def _check(checkpoint: Checkpoint, options: Options) -> None:
         arms.check(tuple(arm.strip() for arm in options.arms.split(",")), checkpoint.cfg, checkpoint.name)
     if options.figure5 and not checkpoint.cfg.ttt_layers:
         raise InputError(
-            f"{checkpoint.name} has no TTT layers, so there are no inner losses for Figure 5: leave --figure5 out, or give a"
-            " checkpoint with TTT layers."
+            f"{checkpoint.name} has no TTT layers, so there are no inner losses for Figure 5: leave --figure5 out, or"
+            " give a checkpoint with TTT layers."
         )
 
 
@@ -280,6 +283,6 @@ def _text_policy(files: Sequence[EvalFile]) -> str:
     if max(known) == 0:
         return "text not known: fed as nothing (-1), not scored"
     return (
-        f"text known in {sum(share > 0 for share in known)} of {len(files)} files; fed as nothing (-1) and not scored where it is"
-        " not known"
+        f"text known in {sum(share > 0 for share in known)} of {len(files)} files; fed as nothing (-1) and not scored"
+        " where it is not known"
     )

@@ -1,4 +1,5 @@
-"""One file under one checkpoint: from its scores by frame to means by arm, stream, position and layer. Imports no jax."""
+"""One file under one checkpoint: from its scores by frame to means by arm, stream, position and layer. Imports no
+jax."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ def load_scores(folder: Path, checkpoint: CheckpointInfo, file: FileInfo, settin
     for arm, own in scores.arms.items():
         if own.nats.shape != shape or (own.inner and own.inner.rate.shape != (len(checkpoint.ttt_layers), shape[1])):
             raise InputError(
-                f"{path} holds {own.nats.shape} scores for {arm}, but {file.name} has {shape} under {checkpoint.name}: run"
-                " python -m eval stream again."
+                f"{path} holds {own.nats.shape} scores for {arm}, but {file.name} has {shape} under"
+                f" {checkpoint.name}: run python -m eval stream again."
             )
     return scores
 

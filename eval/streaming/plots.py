@@ -36,7 +36,8 @@ POINTS = 1500
 """Frames that a curve by frame is drawn at, at most; they are chosen after smoothing."""
 
 TEETH = 30
-"""Resets in a figure by frame up to which each is drawn; of more, the moving average goes over the frames between two."""
+"""Resets in a figure by frame up to which each is drawn; of more, the moving average goes over the frames between
+two."""
 
 BOUNDARIES = 60
 """Boundaries of recordings in a figure by frame up to which they are marked; more would be a block."""
@@ -244,7 +245,8 @@ def _time_below(axis: Any, results: Results) -> None:
 
 
 def _mark_windows(axes: Sequence[Any], contexts: Sequence[int]) -> None:
-    """Dotted lines where attention begins to forget; their places in words, which also tell of those beyond the figure."""
+    """Dotted lines where attention begins to forget; their places in words, which also tell of those beyond the
+    figure."""
     end = axes[0].get_xlim()[1]
     for axis in axes:
         for context in contexts:

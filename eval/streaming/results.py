@@ -18,24 +18,30 @@ RESETTING = ("reset", "permuted")
 FIRST, LAST, TREND = "first frame", "last window", "slope"
 
 NOTES = {
-    "estimates": "mean over units with a 95 % interval (Student's t) and the number of units n; a unit is a file, or the mean"
-    " over the files of one group where several share one; null was not measured; every stream starts from a fresh state",
+    "estimates": "mean over units with a 95 % interval (Student's t) and the number of units n; a unit is a file, or"
+    " the mean over the files of one group where several share one; null was not measured; every stream starts from"
+    " a fresh state",
     "weightings": WEIGHTINGS,
-    "losses": "nats per token by arm and row: a stream, or a weighting of the codebooks, which counts frames where all its"
-    " codebooks are scored",
+    "losses": "nats per token by arm and row: a stream, or a weighting of the codebooks, which counts frames where"
+    " all its codebooks are scored",
     "losses_later": f"losses {LATER}, on the files that are longer",
     "entropy": "of the predictions, nats",
     "accuracy": "top-1: share of tokens to which no other was strictly likelier, so ties count as right",
     "against_unigram": "unigram minus the arm `main`, paired by file; `mean` is the headline weighting of the setting",
     "against_persist": "arm minus persist, paired by file: above 0 memory helps",
-    BEYOND: "frames from the number on that is the attention window: beyond what one layer sees. With L layers attention can"
-    " relay information over up to L windows, so these frames are not beyond all that the model sees without memory",
-    "against_off": "KL(arm || off) in nats and the share of changed top-1 tokens, by the headline weighting of the setting",
-    "by_position": "headline weighting, for kl and changed too, in consecutive windows of the setting's length; a window that a"
-    " file fills to less than half is left out for that file; displacement (norm over that of W0) and rate by TTT layer",
-    "slopes": "change per 1,000 frames by least squares on the frames of each file; files shorter than two windows give none",
-    "inner": "by arm and TTT layer, mean over heads: loss_base l(W0), loss_before l(W before the frame), loss_after l(W after"
-    " it); gain = l(W0) - l(W before), what memory brought before seeing the frame; immediate = l(W before) - l(W after)",
+    BEYOND: "frames from the number on that is the attention window: beyond what one layer sees. With L layers attention"
+    " can relay information over up to L windows, so these frames are not beyond all that the model sees without"
+    " memory",
+    "against_off": "KL(arm || off) in nats and the share of changed top-1 tokens, by the headline weighting of the"
+    " setting",
+    "by_position": "headline weighting, for kl and changed too, in consecutive windows of the setting's length; a"
+    " window that a file fills to less than half is left out for that file; displacement (norm over that of W0) and"
+    " rate by TTT layer",
+    "slopes": "change per 1,000 frames by least squares on the frames of each file; files shorter than two windows"
+    " give none",
+    "inner": "by arm and TTT layer, mean over heads: loss_base l(W0), loss_before l(W before the frame), loss_after"
+    " l(W after it); gain = l(W0) - l(W before), what memory brought before seeing the frame; immediate = l(W"
+    " before) - l(W after)",
     "between": "loss of the arm `main` of a checkpoint minus that of the first, paired by file: below 0 it is better",
 }
 """What the numbers in results.json are."""

@@ -1,4 +1,5 @@
-"""One way from files to scores: checkpoints x files x arms, streamed and stored, an npz for each file and checkpoint."""
+"""One way from files to scores: checkpoints x files x arms, streamed and stored, an npz for each file and
+checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class Outcome(NamedTuple):
     """What is to report of a scoring beside the stored scores."""
 
     failed: dict[str, str]
-    """Why, by the name of each file whose predictions were not finite under some checkpoint; none of its scores is stored."""
+    """Why, by the name of each file whose predictions were not finite under some checkpoint; none of its scores is
+    stored."""
     partners: dict[str, dict[str, str]]
     """By checkpoint and file: the file whose memory it had in the arm permuted."""
 
@@ -52,7 +54,8 @@ def score_files(
       checkpoints: those without weights are loaded when their turn comes, one at a time; files: at least one.
       arms: names by the checkpoint's name; folder: of the results; reset_every: frames between resets.
       chunk: most frames of a call; None: by the device. batch: files side by side; None: by the model.
-      inner: names of checkpoints whose inner losses are measured; baseline: unigram tables, which the scores then include.
+      inner: names of checkpoints whose inner losses are measured; baseline: unigram tables, which the scores then
+        include.
       losses_only: whether to store tokens and losses alone (`eval.streaming.scores.losses_only`).
 
     Raises:
@@ -148,8 +151,8 @@ def _partners(files: Sequence[EvalFile]) -> list[int]:
         others = [i for i, other in enumerate(files) if other.group != file.group]
         if not others:
             raise InputError(
-                f"the arm permuted finds no file of another speaker beside {file.name} among the {len(files)} that go side by side: raise"
-                " --batch."
+                f"the arm permuted finds no file of another speaker beside {file.name} among the {len(files)} that go"
+                " side by side: raise --batch."
             )
         partners.append(max(others, key=lambda i: files[i].frames.shape[1]))
     return partners

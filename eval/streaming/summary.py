@@ -1,4 +1,5 @@
-"""From the scores of all files and checkpoints to estimates. Imports no jax: `python -m eval draw` works where no model could run."""
+"""From the scores of all files and checkpoints to estimates. Imports no jax: `python -m eval draw` works where no model
+could run."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from eval.streaming.measure import load_scores, main_arm, measure
 from eval.streaming.results import LATER, CheckpointResults, Results, Setting
 
 Nested = dict[str, Any]
-"""By name; leaves of one file are float64 arrays, [] or [windows]; leaves of all files are `Estimate`s or lists of them."""
+"""By name; leaves of one file are float64 arrays, [] or [windows]; leaves of all files are `Estimate`s or lists of
+them."""
 
 
 def summarise(
@@ -28,11 +30,12 @@ def summarise(
 ) -> Results:
     """Returns estimates from the scores in `folder`.
 
-    The unit is the file. Where several files share a group (a speaker) they are averaged within it first, and the unit is the group:
-    `Estimate.n` counts groups then. Only one file's arrays are in memory at a time.
+    The unit is the file. Where several files share a group (a speaker) they are averaged within it first, and the unit
+    is the group: `Estimate.n` counts groups then. Only one file's arrays are in memory at a time.
 
     Args:
-      setting: of the evaluation; checkpoints: at least one; files: those that every checkpoint was run on, at least one;
+      setting: of the evaluation; checkpoints: at least one; files: those that every checkpoint was run on, at least
+        one;
         skipped: files that were not; folder: the result folder.
 
     Raises:
@@ -95,7 +98,8 @@ def _estimates(leaves: list[np.ndarray | None], groups: Sequence[str]) -> Estima
 
 
 def _verdict(setting: Setting, info: CheckpointInfo, by_file: list[Nested], files: Sequence[FileInfo]) -> str:
-    """Returns the verdict on persist against reset after the first reset, by the rule and margin of `python -m eval compare`."""
+    """Returns the verdict on persist against reset after the first reset, by the rule and margin of `python -m eval
+    compare`."""
     if not info.ttt_layers:
         return f"{info.name} has no TTT layers: there is no memory to compare."
     if "reset" not in by_file[0]["against_persist"]:

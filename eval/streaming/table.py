@@ -107,7 +107,8 @@ def _streams(results: Results, own: CheckpointResults) -> list[str]:
 
 
 def _positions(results: Results, own: CheckpointResults) -> list[str]:
-    """Losses of the main arm and two differences in windows that more than half of the units reach (of many windows some, evenly spaced), and their slopes."""
+    """Losses of the main arm and two differences in windows that more than half of the units reach (of many windows
+    some, evenly spaced), and their slopes."""
     losses, differences = own.by_position["losses"][own.main], own.by_position["against_persist"]
     count = shown(losses, results.units)
     if not count:
@@ -149,8 +150,8 @@ def _inner(results: Results, own: CheckpointResults) -> list[str]:
     if not layers:
         return []
     lines = [
-        f"{'inner losses':<15}{'l(W0)':>8}{'before':>8}{'after':>8}   {'gain: l(W0) - before':<{WIDE}}{'gain in the last window':<{WIDE}}"
-        "per 1,000 frames"
+        f"{'inner losses':<15}{'l(W0)':>8}{'before':>8}{'after':>8}  "
+        f" {'gain: l(W0) - before':<{WIDE}}{'gain in the last window':<{WIDE}}per 1,000 frames"
     ]
     for layer, found in layers.items():
         means = "".join(f"{_number(found[f'loss_{name}'][ALL]):>8}" for name in ("base", "before", "after"))

@@ -15,14 +15,22 @@ from eval.compare import losses as stored_losses
 from eval.compare.analysis import analyse
 from eval.compare.experiment import LATER, Bounds
 from eval.results.schema import Skipped
+from eval.stats import paired
 from eval.stats.verdict import EQUIVALENT, UNDECIDED
-from eval.streaming import runner, score_files
+from eval.streaming import score_files
 from tests.eval.test_evaluate import write_data
-from tests.helpers import made_scores, micro, quick
+from tests.helpers import made_scores, micro
 from tests.helpers.eval_models import tokens, write_run
 from tests.helpers.made_experiment import made
 from ttt_jax.errors import InputError
 from ttt_jax.utils.command import PARTIAL
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Bootstrap and sign-flip tests have tests of their own in tests/eval/test_paired.py."""
+    monkeypatch.setattr(paired, "EXACT", 0)
+    monkeypatch.setattr(paired, "RESAMPLES", 199)
 
 
 @pytest.fixture
@@ -75,7 +83,7 @@ def test_again_gives_the_same_numbers_without_jax(tmp_path, monkeypatch):
 @pytest.mark.integration
 def test_again_writes_figures_and_needs_no_jax(tmp_path):
     write(tmp_path, made({"reset": 0.02}))
-    code = "import sys; from eval.__main__ import main; r = main(sys.argv[1:]); assert 'jax' not in sys.modules; sys.exit(r)"
+    code = "import sys; from eval.__main__ import main; main(sys.argv[1:]); sys.exit('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, "compare", "--again", str(tmp_path)], cwd=Path.cwd())
     assert done.returncode == 0
     figures = {f"{name}.{kind}" for name in ("loss_by_chunk", "differences") for kind in ("png", "pdf")}
@@ -176,7 +184,8 @@ def test_what_again_starts_from_outlives_a_full_disk(tmp_path, monkeypatch):
 
 @pytest.fixture
 def evaluation(tmp_path):
-    """The folder of an evaluation with made-up scores: two checkpoints, all arms of the first, persist and off of the other."""
+    """The folder of an evaluation with made-up scores: two checkpoints, all arms of the first, persist and off of the
+    other."""
     folder = tmp_path / "eval-talks"
     other = dataclasses.replace(made_scores.CHECKPOINT, name="other", about={"step": 8})
     made_scores.write(folder)
@@ -269,17 +278,13 @@ def words(runs, out, *more, arms=("persist", "reset")):
 
 
 @pytest.fixture(scope="module")
-def scored(runs):
-    """Scores of both files by checkpoint, streamed once for all tests."""
-    from eval.inputs import checkpoints
-
+def scored():
+    """Made-up scores of both files for each checkpoint; nothing differs before the first reset."""
     files = [tokens(57, 0), tokens(40, 1)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "scan_calls", quick.scan_calls)
-        return [
-            runner.stream(checkpoints.load(run).params, files, micro.MODEL, ("persist", "reset"), chunk=16, period=16)
-            for run in runs[:2]
-        ]
+    by_checkpoint = [made_scores.stream(None, files, micro.MODEL, ("persist", "reset"), seed=seed) for seed in range(2)]
+    for one in (one for scores in by_checkpoint for one in scores):
+        one.arms["reset"].nats[:, :16] = one.arms["persist"].nats[:, :16]
+    return by_checkpoint
 
 
 @pytest.fixture
@@ -303,7 +308,16 @@ def streamed(monkeypatch, scored):
     return calls
 
 
-def test_real_models_from_end_to_end(runs, scored, streamed, tmp_path, capsys, undrawn):
+@pytest.mark.integration
+def test_real_models_from_end_to_end(runs, tmp_path, capsys, undrawn):
+    assert main(words(runs, tmp_path / "out")) == 0
+    assert "as it must be" in capsys.readouterr().out
+    experiment, _ = results.read(tmp_path / "out")
+    assert not np.array_equal(experiment.losses["persist"][0], experiment.losses["persist"][1])
+    assert not np.array_equal(experiment.losses["persist"], experiment.losses["reset"])
+
+
+def test_checkpoints_and_files_from_end_to_end(runs, scored, streamed, tmp_path, capsys, undrawn):
     out = tmp_path / "out"
     assert main(words(runs, out)) == 0
     shown = capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""The statistics of `python -m eval compare` from end to end: regions, pieces, seeds, bounds, the first chunk, figures."""
+"""The statistics of `python -m eval compare` from end to end: regions, pieces, seeds, bounds, the first chunk,
+figures."""
 
 import dataclasses
 import math
@@ -18,6 +19,13 @@ from eval.stats.verdict import ADVICE, BELOW, BETTER, EQUIVALENT, UNDECIDED, WOR
 from eval.streaming.scores import ArmScores, FileScores
 from tests.eval.test_verdict import SPREAD
 from tests.helpers.made_experiment import CHUNK, made
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Bootstrap and sign-flip tests have tests of their own in tests/eval/test_paired.py."""
+    monkeypatch.setattr(paired, "EXACT", 0)
+    monkeypatch.setattr(paired, "RESAMPLES", 199)
 
 
 def only(experiment, region=LATER):

@@ -28,23 +28,23 @@ def compare(d, reference=3.0, margin=0.02, threshold=0.1):
 
 
 def test_all_numbers_by_formula():
-    found, n = compare(D), len(D)
+    result, n = compare(D), len(D)
     mean, sd = D.sum() / n, math.sqrt(((D - D.mean()) ** 2).sum() / (n - 1))
-    assert (found.n, found.reference) == (n, 3)
-    assert found.mean == pytest.approx(mean)
-    assert found.sd == pytest.approx(sd)
-    assert found.relative == pytest.approx(mean / 3)
-    assert found.above == 0.8
+    assert (result.n, result.reference) == (n, 3)
+    assert result.mean == pytest.approx(mean)
+    assert result.sd == pytest.approx(sd)
+    assert result.relative == pytest.approx(mean / 3)
+    assert result.above == 0.8
     t = mean / (sd / math.sqrt(n))
-    assert found.p.t == pytest.approx(2 * stats.t.sf(t, n - 1))
-    assert found.p.t == pytest.approx(stats.ttest_rel(D + 5, np.full(n, 5.0)).pvalue)
-    assert found.p.wilcoxon == pytest.approx(stats.wilcoxon(D, method="exact").pvalue)
+    assert result.p.t == pytest.approx(2 * stats.t.sf(t, n - 1))
+    assert result.p.t == pytest.approx(stats.ttest_rel(D + 5, np.full(n, 5.0)).pvalue)
+    assert result.p.wilcoxon == pytest.approx(stats.wilcoxon(D, method="exact").pvalue)
     # Hedges' J for nine degrees of freedom is 0.9139 (his table; 1 - 3 / (4 * 9 - 1) = 0.9143 is the approximation).
     assert paired.correction(9) == pytest.approx(0.9139, abs=5e-5)
-    assert found.dz == pytest.approx(mean / sd * paired.correction(9))
-    assert found.power.of_threshold == pytest.approx(paired.power_of(n, 0.3 / sd))
-    assert found.power.for_effect == paired.needed(found.dz)
-    assert found.power.for_equivalence == paired.needed_equivalence(sd, 0.02)
+    assert result.dz == pytest.approx(mean / sd * paired.correction(9))
+    assert result.power.of_threshold == pytest.approx(paired.power_of(n, 0.3 / sd))
+    assert result.power.for_effect == paired.needed(result.dz)
+    assert result.power.for_equivalence == paired.needed_equivalence(sd, 0.02)
 
 
 def test_sign_flips_go_through_all_patterns():
@@ -76,8 +76,8 @@ def test_side_by_side_is_one_by_one():
 
 def test_bca_is_scipys():
     expected = stats.bootstrap((D,), np.mean, n_resamples=9999, method="BCa", random_state=np.random.default_rng(0))
-    found = compare(D)
-    assert (found.low, found.high) == tuple(expected.confidence_interval)
+    result = compare(D)
+    assert (result.low, result.high) == tuple(expected.confidence_interval)
 
 
 @pytest.mark.slow
@@ -94,24 +94,24 @@ def test_the_share_of_a_gap_is_a_ratio_of_sums_with_its_interval():
     rng = np.random.default_rng(6)
     gap = rng.uniform(0.5, 2, 40)
     closed = 0.6 * gap + rng.normal(0, 0.05, 40)
-    found = paired.share(closed, gap)
-    assert found.mean == pytest.approx(closed.sum() / gap.sum())
-    assert found.low < 0.6 < found.high
-    assert found.high - found.low < 0.05
+    result = paired.share(closed, gap)
+    assert result.mean == pytest.approx(closed.sum() / gap.sum())
+    assert result.low < 0.6 < result.high
+    assert result.high - result.low < 0.05
     assert all(math.isnan(value) for value in paired.share(closed, 0 * gap))
 
 
 def test_equivalence_is_two_one_sided_tests():
     n, error = len(D), stats.sem(D)
     for margin in (0.02, 0.05):
-        found = paired.equivalence(D, margin)
+        result = paired.equivalence(D, margin)
         above = stats.ttest_1samp(D, -margin, alternative="greater").pvalue
         below = stats.ttest_1samp(D, margin, alternative="less").pvalue
-        assert found.p == pytest.approx(max(above, below))
+        assert result.p == pytest.approx(max(above, below))
         half = stats.t.ppf(0.95, n - 1) * error
-        assert (found.low, found.high) == pytest.approx((D.mean() - half, D.mean() + half))
-        assert (found.p < 0.05) == (-margin < found.low and found.high < margin)
-        assert paired.equivalence(-D, margin).p == pytest.approx(found.p)
+        assert (result.low, result.high) == pytest.approx((D.mean() - half, D.mean() + half))
+        assert (result.p < 0.05) == (-margin < result.low and result.high < margin)
+        assert paired.equivalence(-D, margin).p == pytest.approx(result.p)
 
 
 def test_holm_by_hand():
@@ -129,20 +129,20 @@ def test_sample_sizes_are_those_of_the_tables(dz, units):
 
 def test_power_is_what_simulated_experiments_have():
     rng = np.random.default_rng(7)
-    found = np.mean(paired.t_test(rng.normal(0.6, 1, (4000, 15))) < 0.05)
-    assert found == pytest.approx(paired.power_of(15, 0.6), abs=0.025)
+    result = np.mean(paired.t_test(rng.normal(0.6, 1, (4000, 15))) < 0.05)
+    assert result == pytest.approx(paired.power_of(15, 0.6), abs=0.025)
     units = paired.needed_equivalence(0.05, 0.02)
-    found = [paired.equivalence(d, 0.02).p < 0.05 for d in rng.normal(0, 0.05, (2000, units))]
-    assert np.mean(found) == pytest.approx(0.8, abs=0.03)
+    result = [paired.equivalence(d, 0.02).p < 0.05 for d in rng.normal(0, 0.05, (2000, units))]
+    assert np.mean(result) == pytest.approx(0.8, abs=0.03)
     assert paired.power_of_equivalence(units, 0.05, 0.02) >= 0.8 > paired.power_of_equivalence(units - 1, 0.05, 0.02)
     assert paired.needed(0.5, 0.05 / 3) > paired.needed(0.5)  # a stricter test needs more
 
 
-def test_what_cannot_be_known_is_nan():
+def test_unknown_numbers_are_nan():
     for d in ([], [0.1]):
-        found = compare(d)
-        unknown = (found.sd, found.low, found.dz, *found.p, *found.equivalence, *found.power)
-        assert found.n == len(d)
+        result = compare(d)
+        unknown = (result.sd, result.low, result.dz, *result.p, *result.equivalence, *result.power)
+        assert result.n == len(d)
         assert all(math.isnan(value) for value in unknown)
     two = compare([0.1, 0.2])
     assert math.isnan(two.low)
@@ -170,12 +170,12 @@ def test_slopes_are_weighted_least_squares():
     values[0, 2] = math.nan
     weight[1, 5:] = 0
     values[2, 1:] = math.nan
-    found = paired.slopes(values, weight)
+    result = paired.slopes(values, weight)
     for i in (0, 1):
         used = np.isfinite(values[i]) & (weight[i] > 0)
         expected = np.polyfit(np.arange(7)[used], values[i][used], 1, w=np.sqrt(weight[i][used]))[0]
-        assert found[i] == pytest.approx(expected)
-    assert math.isnan(found[2])
+        assert result[i] == pytest.approx(expected)
+    assert math.isnan(result[2])
     slope = paired.mean_slope(np.append(D, math.nan))
     low, high = stats.t.interval(0.95, 9, D.mean(), stats.sem(D))
     assert slope == pytest.approx((D.mean(), low, high, stats.ttest_1samp(D, 0).pvalue, 10))
@@ -225,9 +225,9 @@ def no_effect(seed, conditions=2):
 def test_false_positives(seed):
     losses, weight = no_effect(seed)
     one, other = (pooled(own, weight, np.arange(CHUNKS) > 0) for own in losses)
-    found = paired.p_values(other - one)
-    for name in found._fields:
-        assert 0.035 <= np.mean(getattr(found, name) < 0.05) <= 0.065, name
+    result = paired.p_values(other - one)
+    for name in result._fields:
+        assert 0.035 <= np.mean(getattr(result, name) < 0.05) <= 0.065, name
 
 
 def test_false_positives_of_a_family():
@@ -241,5 +241,5 @@ def test_false_positives_of_a_family():
 def test_false_equivalence():
     """A difference as large as the margin is called equivalent in at most 5 %."""
     rng = np.random.default_rng(14)
-    found = [paired.equivalence(d, 0.02).p < 0.05 for d in rng.normal(0.02, 0.02, (EXPERIMENTS, FILES))]
-    assert 0.035 <= np.mean(found) <= 0.065
+    result = [paired.equivalence(d, 0.02).p < 0.05 for d in rng.normal(0.02, 0.02, (EXPERIMENTS, FILES))]
+    assert 0.035 <= np.mean(result) <= 0.065

@@ -47,7 +47,8 @@ def agree(estimate, values):
 
 
 def by_hand(values, row):
-    """Frames of a row, one at a time: a stream, or the weighted codebooks of each frame where all that count are scored."""
+    """Frames of a row, one at a time: a stream, or the weighted codebooks of each frame where all that count are
+    scored."""
     if row in STREAMS:
         return values[STREAMS.index(row)].astype(float)
     frames = []
@@ -187,7 +188,8 @@ def test_slopes_by_file(run, arm):
 
 
 def test_a_known_slope_is_found(tmp_path):
-    """Losses fall by 2 nats in 1,000 frames under persist and by 1 under reset; noise hides little of it in long files."""
+    """Losses fall by 2 nats in 1,000 frames under persist and by 1 under reset; noise hides little of it in long
+    files."""
     files = [FileInfo(name, name, 3000, f"{name}.npz") for name in "abc"]
     write(tmp_path, files=files, arms=("persist", "reset"))
     found = summarise(SETTING, [CHECKPOINT], files, [], tmp_path).checkpoints[0]
@@ -225,7 +227,8 @@ def test_files_of_one_speaker_are_one_unit(run):
     assert (results.units, results.unit) == (4, "files")
     a, b, c, d = (mean(by_hand(file.arms["off"].nats, "equal")) for file in files)
     agree(grouped.checkpoints[0].losses["off"]["equal"], [a, (b + c) / 2, d])
-    # Windows 5 and 6 of c have no counterpart in b, which is shorter (it fills 10 frames of window 5): its group has the value of c
+    # Windows 5 and 6 of c have no counterpart in b, which is shorter (it fills 10 frames of window 5): its group has
+    # the value of c
     # there.
     b5, c5 = (chunks(by_hand(file.arms["off"].nats, "equal")) for file in files[1:3])
     assert len(b5) == 4
@@ -387,7 +390,8 @@ def test_a_setting_is_checked():
 
 
 def gains(folder, gain, files=6, noise=1e-3):
-    """Results where reset is worse than persist by `gain` in every file, but for noise between files; losses are large at first."""
+    """Results where reset is worse than persist by `gain` in every file, but for noise between files; losses are large
+    at first."""
     infos = [FileInfo(str(i), str(i), 80, f"{i}.npz") for i in range(files)]
     rng = np.random.default_rng(0)
     for i, file in enumerate(infos):
@@ -606,6 +610,7 @@ def test_group_means_keep_the_order_of_groups():
     np.testing.assert_array_equal(got, [[2, 4], [5, 2]])
 
 
+@pytest.mark.integration
 def test_no_jax_is_needed():
     code = (
         "import sys, eval.streaming.summary, eval.streaming.table, eval.streaming.plots; sys.exit('jax' in sys.modules)"

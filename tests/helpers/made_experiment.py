@@ -9,7 +9,8 @@ CHUNK, FRAMES = 100, 860
 
 
 def made(effects, files=12, seeds=1, noise=0.01, seed=0, groups=None, reach=430, **setting):
-    """Losses under conditions whose difference from the first grows to `effects` (by arm) nats on average after the first chunk.
+    """Losses under conditions whose difference from the first grows to `effects` (by arm) nats on average after the
+    first chunk.
 
     The window ends at frame 150 and attention's reach at `reach`; the last file is short.
     """

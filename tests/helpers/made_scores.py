@@ -59,7 +59,8 @@ def make(
     shift: float = 0.0,
     noise: float = 0.3,
 ) -> scores.FileScores:
-    """One file of `frames` frames; `shift` is added to the losses of all arms; `noise` is shared by arms, and a little is their own."""
+    """One file of `frames` frames; `shift` is added to the losses of all arms; `noise` is shared by arms, and a little
+    is their own."""
     rng = np.random.default_rng(seed)
     there = scored(frames)
     there[0] &= text
@@ -120,9 +121,10 @@ def write_results(folder, checkpoints, files=FILES, skipped=(), setting=SETTING)
     return results
 
 
-def stream(params, files, cfg, arms, *, measured=False, on_frames=lambda count: None, **_):
-    """In place of `eval.streaming.runner.stream`: random scores of the tokens that are there, inner losses if `measured`."""
-    rng, found = np.random.default_rng(0), []
+def stream(params, files, cfg, arms, *, measured=False, on_frames=lambda count: None, seed=0, **_):
+    """In place of `eval.streaming.runner.stream`: random scores of the tokens that are there, inner losses if
+    `measured`."""
+    rng, found = np.random.default_rng(seed), []
     for file in files:
         tokens = np.where(file[: 1 + cfg.dep_q] >= 0, file[: 1 + cfg.dep_q], -1).astype(np.int32)
 

@@ -165,7 +165,7 @@ def parse(options: type[Options], prog: str, args: Sequence[str], **settings: An
     Args:
       prog: name of the command in its help; settings: further arguments of `tyro.cli`, such as `default`.
 
-    Raises `InputError` where the dataclass does; exits with 0 on --help and with 2 on unknown flags and values of another type.
+    Raises `InputError` where the dataclass does. Exits with 0 on --help and with 2 on wrong flags and values.
     """
     import tyro
 
