@@ -53,7 +53,8 @@ def test_a_file_that_is_joined_and_cut_off_is_refused(read, files, name):
 @pytest.mark.parametrize("name", ["wav", "flac", "vorbis", "mp3"])
 def test_joined_files_of_two_rates_are_resampled_and_of_other_channels_refused(read, files, name):
     other = encoded(noise(12000), 8000, **FORMATS[name])
-    assert read(files[name] + other).shape == (1, COUNT + 24000)
+    for joined in (files[name] + other, other + files[name]):  # the resampler's last samples count in either order
+        assert read(joined).shape == (1, COUNT + 24000)
     stereo = encoded(noise(channels=2), **FORMATS[name])
     refused(read, files[name] + stereo, "joined of files with 1 and 2 channels")
 
