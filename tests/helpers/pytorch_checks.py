@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
 
 def converted(source: Path, **options) -> weights.Weights:
-    """By way of a folder of ours."""
+    """Kyutai's file by way of our converter and our files."""
     with tempfile.TemporaryDirectory() as folder:
         from_kyutai.kyutai(source, Path(folder) / "ours", **options)
         return weights.load(Path(folder) / "ours")
@@ -51,7 +51,7 @@ def load(name: str, **options) -> Case:
 
 
 sound = cache(load)
-"""Fixtures as the library reads them when it is whole; for checks of what is not reading."""
+"""`load` once, before the library is broken; for checks of anything but reading."""
 
 
 def teacher_forced(case: Case, codes: np.ndarray, parts: tuple[int, ...]) -> model.Outputs:

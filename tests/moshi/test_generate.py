@@ -357,36 +357,6 @@ def test_streamed_tokens_are_the_likeliest_that_forward_gives():
 
 
 @pytest.mark.slow
-def test_adapters_are_what_they_add_to_the_weights():
-    cfg = rich()
-    params = with_adapters(quick_jit(model.init_params, static_argnums=0)(cfg, jax.random.key(1)), jax.random.key(2))
-
-    def merge(tree):
-        if not isinstance(tree, dict):
-            return tree
-        out = {name: merge(leaf) for name, leaf in tree.items() if "_lora_" not in name}
-        for name in out:
-            if f"{name}_lora_a" in tree:
-                a, b = tree[f"{name}_lora_a"], tree[f"{name}_lora_b"]
-                flat = b.reshape(*a.shape[:-2], -1, a.shape[-2])
-                out[name] = out[name] + cfg.lora.scaling * (flat @ a).reshape(out[name].shape)
-        return out
-
-    frames = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, 5, 12)), jnp.int32)
-    mask = jnp.ones((2, 12), bool)
-    apart, _ = model.forward(params, frames, mask, model.init_state(cfg, 2), cfg)
-    plain = dataclasses.replace(cfg, lora=LoRAConfig())
-    merged, _ = model.forward(merge(params), frames, mask, model.init_state(plain, 2), plain)
-    for name in ("text_logits", "audio_logits", "hidden"):
-        np.testing.assert_allclose(getattr(apart, name), getattr(merged, name), atol=2e-5)
-    np.testing.assert_allclose(
-        model.extra_logits(params, apart.hidden, cfg),
-        model.extra_logits(merge(params), merged.hidden, plain),
-        atol=2e-5,
-    )
-
-
-@pytest.mark.slow
 def test_streaming_params_give_the_same_bits(params):
     """On a CPU in float32 they are the same numbers in other arrays."""
     user = codes()

@@ -576,7 +576,7 @@ def test_exported_ttt_layers_are_ignored_by_pytorch(pair, tmp_path):
 
 
 def test_pytorch_loses_keys_when_several_positions_enter_a_full_ring(pair):
-    """Five at a time: once the ring is full all but a call's last see too few keys there; ours see all of the
+    """Five at a time: once the cache is full all but a call's last see too few keys there; ours see all of the
     window."""
     kwargs, theirs, cfg, params, _ = pair("moshi")
     codes, call = codes_of(kwargs, frames=20), 5
