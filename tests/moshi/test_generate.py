@@ -118,7 +118,7 @@ def test_top_k_of_0_is_all(params):
     np.testing.assert_array_equal(got, expected)
 
 
-def test_each_draw_has_noise_of_its_own(params):
+def test_no_two_draws_share_noise(params):
     """Where all logits are 0 a token is the place of the largest noise: by row, position and codebook."""
     silent = {**params, "text_head": 0 * params["text_head"]}
     silent["depth"] = {**params["depth"], "heads": 0 * params["depth"]["heads"]}
