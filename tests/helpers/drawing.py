@@ -1,4 +1,4 @@
-"""What the property tests draw and compare: splits from few lengths, random parameters, masks, digests."""
+"""Random splits, parameters and masks for the property tests, and comparisons of trees."""
 
 from __future__ import annotations
 

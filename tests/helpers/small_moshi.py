@@ -1,5 +1,4 @@
-"""One small model and what the tests of its laws call: two layers with TTT and one without, of a shorter window, delays
-of up to 2 frames."""
+"""One small model for the tests of its laws: two layers with TTT, one without and with a shorter window."""
 
 from __future__ import annotations
 

@@ -231,7 +231,7 @@ def heads(model: LMModel, hidden: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def stepped(model: LMModel, codes: np.ndarray, chunk: int = 1) -> Trace:
-    """Position by position over streaming caches, or `chunk` positions at a time (whose ring then loses keys)."""
+    """Position by position over streaming caches, or `chunk` positions at a time (whose cache then loses keys)."""
     columns, steps = delayed(model, codes), []
     with model.streaming(codes.shape[0]):
         for s in range(0, codes.shape[2], chunk):

@@ -1,5 +1,4 @@
-"""cuDNN's attention over a line of ring and call reads and keeps what the plain form does, by its XLA twin where there
-is no GPU."""
+"""cuDNN's attention equals the plain form; without a GPU its XLA twin runs."""
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,20 @@ SLOTS, HEADS, WIDTH, ROWS = 8, 2, 4, 3
 library = jax.nn.dot_product_attention
 
 
+def setting(monkeypatch, frames, starts, masked):
+    """Starts, mask, queries with keys and values, a cache, and a function that draws more; cuDNN is replaced by XLA."""
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation, **rest: library(*args, **rest))
+    rng = np.random.default_rng(frames)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    mask = rng.random((ROWS, frames)) < 0.6 if masked else np.ones((ROWS, frames), bool)
+    inputs = [draw(ROWS, frames, HEADS, WIDTH) for _ in range(3)]
+    kv_cache = attention.KVCache(draw(ROWS, HEADS, SLOTS, WIDTH), draw(ROWS, HEADS, SLOTS, WIDTH))
+    return np.array(starts, np.int32), mask, inputs, kv_cache, draw
+
+
 @quick_jit
 def both_forms(q, k, v, kv_cache, start, mask):
-    """Where the frames lie, what is read and what the ring keeps: of the fused form, of the plain one."""
+    """Where the frames lie, the read values and the cache: of the fused form, of the plain one."""
     where, line = attention.positions(start, mask, SLOTS), attention.line_up(start, mask, SLOTS)
     written = attention.write(jax.tree.map(lambda leaf: leaf[None], kv_cache), k[None], v[None], start, mask)
     fused, plain = attention.attend_fused(q, k, v, kv_cache, line), attention.attend(q, k, v, kv_cache, where)
@@ -27,16 +37,7 @@ def both_forms(q, k, v, kv_cache, start, mask):
     [(20, (0, 3, 30), False), (5, (0, 3, 30), True), (20, (0, 3, 30), True), (20, (8, 100, 7), True)],
 )
 def test_fused_attention_equals_the_plain_form(monkeypatch, frames, starts, masked):
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation, **rest: library(*args, **rest))
-    rng = np.random.default_rng(frames)
-
-    def draw(*shape):
-        return rng.normal(size=shape).astype(np.float32)
-
-    start = np.array(starts, np.int32)
-    mask = rng.random((ROWS, frames)) < 0.6 if masked else np.ones((ROWS, frames), bool)
-    q, k, v = (draw(ROWS, frames, HEADS, WIDTH) for _ in range(3))
-    kv_cache = attention.KVCache(draw(ROWS, HEADS, SLOTS, WIDTH), draw(ROWS, HEADS, SLOTS, WIDTH))
+    start, mask, (q, k, v), kv_cache, _ = setting(monkeypatch, frames, starts, masked)
     (where, line), (read, kept), (expected, written) = both_forms(q, k, v, kv_cache, start, mask)
     np.testing.assert_array_equal(line.query, where.query)
     np.testing.assert_allclose(
@@ -50,18 +51,9 @@ def test_fused_attention_equals_the_plain_form(monkeypatch, frames, starts, mask
 
 @pytest.mark.parametrize(("frames", "masked"), [(20, False), (5, True), (20, True)])
 def test_fused_attention_has_the_gradients_of_the_plain_form(monkeypatch, frames, masked):
-    """Of queries, keys, values and the ring, through what is read and through what the ring keeps for the next call."""
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation, **rest: library(*args, **rest))
-    rng = np.random.default_rng(frames)
-
-    def draw(*shape):
-        return rng.normal(size=shape).astype(np.float32)
-
-    start = np.array((0, 3, 30), np.int32)
-    mask = rng.random((ROWS, frames)) < 0.6 if masked else np.ones((ROWS, frames), bool)
-    inputs = [draw(ROWS, frames, HEADS, WIDTH) for _ in range(3)]
-    kv_cache = attention.KVCache(draw(ROWS, HEADS, SLOTS, WIDTH), draw(ROWS, HEADS, SLOTS, WIDTH))
-    of_read, of_ring = draw(ROWS, frames, HEADS, WIDTH), draw(ROWS, HEADS, SLOTS, WIDTH)
+    """Of queries, keys, values and the cache, through the read values and through the cache after the call."""
+    start, mask, inputs, kv_cache, draw = setting(monkeypatch, frames, (0, 3, 30), masked)
+    of_read, of_cache = draw(ROWS, frames, HEADS, WIDTH), draw(ROWS, HEADS, SLOTS, WIDTH)
     held = np.arange(SLOTS)[None] < (start + mask.sum(1))[:, None]  # slots that hold anything after the call
 
     def loss(inputs, kv_cache, fused):
@@ -75,7 +67,7 @@ def test_fused_attention_has_the_gradients_of_the_plain_form(monkeypatch, frames
             )
             kept = attention.KVCache(*(x[0] for x in kept))
         seen = jnp.where(mask[..., None, None], read, 0)
-        return (of_read * seen).sum() + sum((jnp.where(held[:, None, :, None], x, 0) * of_ring).sum() for x in kept)
+        return (of_read * seen).sum() + sum((jnp.where(held[:, None, :, None], x, 0) * of_cache).sum() for x in kept)
 
     gradients = quick_jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
     found, expected = (gradients(inputs, kv_cache, fused) for fused in (True, False))

@@ -497,8 +497,8 @@ def test_export_gives_back_adapters(adapted, tmp_path):
     convert.export(tmp_path / "checkpoint", tmp_path / "apart")
     assert bits(tmp_path / "apart" / "lora.safetensors") == bits(adapters / "lora.safetensors")
     assert bits(tmp_path / "apart" / "model.safetensors") == bits(folder / "model.safetensors")
-    told = json.loads((tmp_path / "apart" / "config.json").read_text())
-    assert (told["lora"], told["lora_rank"], told["lora_scaling"]) == (True, RANK, SCALING)
+    config = json.loads((tmp_path / "apart" / "config.json").read_text())
+    assert (config["lora"], config["lora_rank"], config["lora_scaling"]) == (True, RANK, SCALING)
     back = torch_moshi.load_folder(tmp_path / "apart", lora_weights=tmp_path / "apart" / "lora.safetensors")
     codes = codes_of(LORA)
     expected = torch_moshi.grid(their_adapted(folder, adapters, False), codes)
@@ -576,7 +576,7 @@ def test_exported_ttt_layers_are_ignored_by_pytorch(pair, tmp_path):
 
 
 def test_pytorch_loses_keys_when_several_positions_enter_a_full_ring(pair):
-    """Five at a time: once the ring is full all but a call's last see too few keys there; ours see all of the
+    """Five at a time: once the cache is full all but a call's last see too few keys there; ours see all of the
     window."""
     kwargs, theirs, cfg, params, _ = pair("moshi")
     codes, call = codes_of(kwargs, frames=20), 5

@@ -30,8 +30,8 @@ def test_a_sound_machine_passes_in_a_minute():
     done = run(JAX_PLATFORMS="cpu")
     assert time.monotonic() - before < 60
     assert done.returncode == 0, done.stdout + done.stderr
-    for said in ("python", "jaxlib", "orbax-checkpoint", "device 0", "cpu", "python -m train", "pytest"):
-        assert said in done.stdout
+    for words in ("python", "jaxlib", "orbax-checkpoint", "device 0", "cpu", "python -m train", "pytest"):
+        assert words in done.stdout
     verdicts = re.findall(r"^  (\d) .*(PASS|FAIL)", done.stdout, flags=re.MULTILINE)
     assert {law for law, _ in verdicts} == set("12467")
     assert {verdict for _, verdict in verdicts} == {"PASS"}
@@ -156,7 +156,7 @@ def pretend(monkeypatch, **versions):
 
 
 @pytest.mark.parametrize(
-    ("versions", "said"),
+    ("versions", "messages"),
     [
         (
             {"optax": None, "tyro": None},
@@ -166,12 +166,12 @@ def pretend(monkeypatch, **versions):
         ({"jax": "0.8.3"}, ["jax 0.8.3 is not >=", "pip install -e ."]),
     ],
 )
-def test_what_is_missing_comes_with_the_command_to_type(monkeypatch, capsys, versions, said):
+def test_what_is_missing_comes_with_the_command_to_type(monkeypatch, capsys, versions, messages):
     pretend(monkeypatch, **versions)
     monkeypatch.setattr(doctor, "_show_laws", lambda: True)
     assert doctor.main([]) == 1
     out = capsys.readouterr().out
-    for words in ["MISSING", *said]:
+    for words in ["MISSING", *messages]:
         assert words in out
 
 
@@ -184,7 +184,7 @@ def test_what_the_commands_do_not_need_may_be_absent(monkeypatch, capsys):
     assert "MISSING" not in out
 
 
-def test_without_jax_the_doctor_still_says_what_to_do(monkeypatch, capsys):
+def test_without_jax_the_doctor_still_reports_what_to_do(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "jax", None)  # importing it fails
     pretend(monkeypatch, jax=None)
     assert doctor.main([]) == 1
@@ -195,14 +195,14 @@ def test_without_jax_the_doctor_still_says_what_to_do(monkeypatch, capsys):
 
 
 @pytest.mark.integration
-def test_a_platform_that_is_not_there_is_told_without_traceback():
+def test_a_missing_platform_is_reported_without_traceback():
     done = run(JAX_PLATFORMS="rocm")
     assert done.returncode == 1
     assert "does not start with JAX_PLATFORMS=rocm" in done.stdout
     assert "Traceback" not in done.stderr
 
 
-def test_a_wheel_tells_what_it_needs_as_a_checkout_does(monkeypatch, tmp_path):
+def test_a_wheel_has_the_requirements_of_a_checkout(monkeypatch, tmp_path):
     checkout = doctor.needs()
     lines = [
         need if extra == "core" else f"{need}; extra == '{extra}'"
@@ -238,13 +238,13 @@ def test_the_oldest_python_and_the_optional_extras_are_those_of_the_project():
     assert extras["all"] == [f"ttt_jax[{','.join(e for e in extras if e not in (*doctor.OPTIONAL, 'all'))}]"]
 
 
-def test_an_older_python_is_told(monkeypatch, capsys):
+def test_an_older_python_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "PYTHON", (99, 0))
     assert doctor.main([]) == 1
     assert "install 99.0 or later" in capsys.readouterr().out
 
 
-def test_an_unused_gpu_is_told(monkeypatch, capsys):
+def test_an_unused_gpu_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     pretend(monkeypatch, **{"jax-cuda13-plugin": None})

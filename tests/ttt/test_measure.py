@@ -1,4 +1,4 @@
-"""What the TTT layer says of its memory: against the written-out descent, in any split, free where not asked for."""
+"""The measurement of a TTT layer: equal to the written-out descent, in any split, and free where not measured."""
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +118,7 @@ def test_a_state_reset_on_every_frame_shows(x64):
     assert (np.abs(kept.loss_before - kept.loss_base)[:, 1:] > 1e-3).all()
 
 
-def test_what_the_base_knows_is_told_even_of_a_spoilt_state(x64):
+def test_the_loss_at_the_base_is_finite_beside_a_state_of_nan(x64):
     cfg = config()
     params, x, rng = setting(cfg, 7, FRAMES)
     state, mask = carried_state(cfg, rng), np.ones((ROWS, FRAMES), bool)
@@ -146,11 +146,11 @@ def test_not_measuring_computes_nothing_of_it(monkeypatch):
         return quick_jit(lambda *args: measure(*args, cfg, measured)).lower(*arguments).as_text()
 
     def never(*_):
-        raise AssertionError("measured although not asked to")
+        raise AssertionError("measured without need")
 
     off, on = program(False), program(True)
     assert len(off) < len(on)
     monkeypatch.setattr(inner, "measure", never)
     assert program(False) == off
-    with pytest.raises(AssertionError, match="although not asked"):
+    with pytest.raises(AssertionError, match="without need"):
         program(True)

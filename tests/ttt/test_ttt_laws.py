@@ -76,16 +76,6 @@ def test_parallel_form_equals_written_out_descent(hidden, mini_batch, x64, seed)
         assert_close(call(params, x, mask, state, cfg=cfg), reference(params, x, mask, state, cfg), TOL)
 
 
-@pytest.mark.slow  # with a hidden layer: tests/ttt/test_measure.py
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize(("hidden", "mini_batch"), [((4,), 4), ((), 5)])
-def test_every_variant_equals_written_out_descent(hidden, mini_batch, variant, x64):
-    cfg = config(hidden, mini_batch, **variant)
-    params, x, rng = setting(cfg, 1)
-    state, mask = carried_state(cfg, rng), random_mask(rng, (ROWS, FRAMES))
-    assert_close(call(params, x, mask, state, cfg=cfg), reference(params, x, mask, state, cfg), TOL)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mini_batch", [100, 256])
 def test_mini_batches_longer_than_a_call(mini_batch, x64):

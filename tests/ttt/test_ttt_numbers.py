@@ -1,4 +1,4 @@
-"""Numbers and shapes of the TTT layer: finite, of their type, of one program, whatever the memory plan."""
+"""Numbers and shapes of the TTT layer: finite gradients, types, one program, equal results of all memory plans."""
 
 import dataclasses
 from functools import partial
