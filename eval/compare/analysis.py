@@ -221,8 +221,10 @@ def _losses(experiment: Experiment, name: str) -> Losses:
 def _closed(
     experiment: Experiment, name: str, span: tuple[int, int | None], seeds: Sequence[int] | slice = slice(None)
 ) -> Interval:
-    """Returns the share of the gap between the bounds that a condition closes over frames [start, end), its losses averaged over
-    `seeds`."""
+    """Returns the share of the gap between the bounds that a condition closes over frames [start, end).
+
+    Its losses are averaged over `seeds`.
+    """
     bounds, used = experiment.bounds, experiment.within(*span)
     ideal, memoryless = (pooled(values, bounds.weight, used) for values in (bounds.ideal, bounds.memoryless))
     loss = np.where(experiment.filled(*span), experiment.loss(name, *span)[seeds].mean(0), np.nan)
