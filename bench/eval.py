@@ -99,7 +99,7 @@ def main() -> None:
 
 def run(params: Any, codes: np.ndarray, cfg: MoshiConfig, arms: tuple, chunk: int, period: int, measured: bool = False):
     """One file through `eval.streaming.runner.stream`."""
-    return stream(params, [codes], cfg, arms, chunk=chunk, period=period, measured=measured)[0]
+    return stream(params, [codes], cfg, arms, chunk=chunk, reset_every=period, measured=measured)[0]
 
 
 def drift(params: Any, codes: np.ndarray, cfg: MoshiConfig, chunks: tuple[int, ...], window: int = 250) -> dict:
@@ -126,7 +126,7 @@ def long(params: Any, codes: np.ndarray, cfg: MoshiConfig, chunk: int) -> list[d
             marks.append((done, time.perf_counter(), in_use()))
 
     began = time.perf_counter()
-    scores = stream(params, [codes], cfg, ("persist",), chunk=chunk, period=chunk, on_frames=on_frames)[0]
+    scores = stream(params, [codes], cfg, ("persist",), chunk=chunk, reset_every=chunk, on_frames=on_frames)[0]
     finite = bool(np.isfinite(scores.arms["persist"].nats[1:, 1:]).all())
     rows, before = [], (0, began)
     for frames, at, gigabytes in marks:

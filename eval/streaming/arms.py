@@ -1,8 +1,7 @@
 """Arms of an experiment on memory: the same weights and files, the TTT layers' state treated differently.
 
-All arms go through one program side by side. What they share is computed once: an arm is a `vmap` over the few
-parameters that it sets and over the state from the first TTT layer on; layers before it, delayed tokens and positions
-have no arm.
+All arms go through one program side by side: an arm is a `vmap` over the few parameters that it sets and over the state
+from the first TTT layer on. The layers before it, delayed tokens and positions are shared and computed once.
 """
 
 from __future__ import annotations
@@ -23,30 +22,28 @@ class Arm(NamedTuple):
 
     meaning: str
     sets: tuple[tuple[str, float], ...] = ()
-    """Parameters of the TTT layers, with the value they take throughout."""
-    at_period: Literal["keeps", "clears", "takes another's"] = "keeps"
-    """What happens to the TTT state where a period begins."""
+    """Parameters of the TTT layers, and their value everywhere."""
+    at_reset: Literal["keeps", "clears", "takes another's"] = "keeps"
+    """Effect of a reset, every `reset_every` frames, on the TTT state."""
 
 
 ARMS: dict[str, Arm] = {
     "persist": Arm("memory kept from the first frame to the last"),
-    "reset": Arm("memory cleared at the start of every period", at_period="clears"),
+    "reset": Arm("memory cleared at every reset", at_reset="clears"),
     # sigmoid(-inf) is exactly 0: the inner rate vanishes and the fast weights stay at W0.
     "frozen": Arm("fast weights held at their learned start, no updates", (("rate_bias", -jnp.inf),)),
     "off": Arm("gates closed, TTT layers add nothing", (("gate", 0.0),)),
-    "permuted": Arm(
-        "at the start of every period what persist has learned on another file", at_period="takes another's"
-    ),
+    "permuted": Arm("at every reset the memory that persist has learned on another file", at_reset="takes another's"),
 }
 """By name, in the order of reports."""
 
 DEFAULT = ("persist", "reset", "frozen", "off")
 WITHOUT_TTT = ("off",)
-"""What is left to run of a model that has no TTT layers."""
+"""Arms of a model without TTT layers."""
 
 
 def check(names: Sequence[str], cfg: MoshiConfig, name: str) -> None:
-    """Raise `InputError` unless the arms `names` can be run with the model of checkpoint `name`."""
+    """Raises `InputError` unless the arms `names` can be run with the model of checkpoint `name`."""
     unknown = [arm for arm in names if arm not in ARMS]
     if unknown or not names:
         raise InputError(f"the arm {(unknown or [''])[0]!r} does not exist: give some of {', '.join(ARMS)}.")
@@ -62,12 +59,12 @@ def check(names: Sequence[str], cfg: MoshiConfig, name: str) -> None:
 
 
 def resets(names: Sequence[str]) -> bool:
-    """Whether any of the arms does something where a period begins."""
-    return any(ARMS[name].at_period != "keeps" for name in names)
+    """Returns whether a reset changes the state of any of the arms."""
+    return any(ARMS[name].at_reset != "keeps" for name in names)
 
 
 def set_params(params: model.Params, names: Sequence[str]) -> model.Params:
-    """`params` in which the leaves that any arm may set have a leading axis of arms (with several arms)."""
+    """Returns `params` in which the leaves that any arm may set have a leading axis of arms (with several arms)."""
     settable = {name for arm in ARMS.values() for name, _ in arm.sets}
 
     def one(path: tuple, leaf: jax.Array) -> jax.Array:
@@ -82,24 +79,25 @@ def set_params(params: model.Params, names: Sequence[str]) -> model.Params:
 
 
 def init_state(cfg: MoshiConfig, batch: int, names: Sequence[str]) -> model.State:
-    """A fresh state; with several arms its leaves from the first TTT layer on have a leading axis of arms."""
+    """Returns a fresh state; with several arms its leaves from the first TTT layer on have a leading axis of arms."""
     state = model.init_state(cfg, batch)
     if len(names) == 1:
         return state
     spread = lambda leaf: jnp.array(jnp.broadcast_to(leaf, (len(names), *leaf.shape)))  # noqa: E731
-    own = _runs_by_arm(cfg)
+    by_arm = _runs_by_arm(cfg)
     layers = {
-        run.name: jax.tree.map(spread, state.layers[run.name]) if run in own else state.layers[run.name]
+        run.name: jax.tree.map(spread, state.layers[run.name]) if run in by_arm else state.layers[run.name]
         for run in cfg.runs
     }
     return state._replace(layers=layers)
 
 
 def over_arms(step: Callable[[model.Params, model.State], Any], cfg: MoshiConfig, names: Sequence[str]) -> Callable:
-    """`step(params, state) -> (outputs, state)` under every arm: outputs with a leading axis of arms, and the state.
+    """Returns `step(params, state) -> (outputs, state)` for all arms: outputs with a leading axis of arms, and the
+    state.
 
     Args:
-      step: a call of `model.forward`; names: of the arms whose parameters and states will be handed over.
+      step: a call of `model.forward`; names: of the arms of the parameters and states that it will get.
     """
     if len(names) == 1:
 
@@ -109,8 +107,8 @@ def over_arms(step: Callable[[model.Params, model.State], Any], cfg: MoshiConfig
 
         return alone
     settable = {name for arm in ARMS.values() for name, _ in arm.sets}
-    own = _runs_by_arm(cfg)
-    of_state = model.State(None, None, None, {run.name: 0 if run in own else None for run in cfg.runs})
+    by_arm = _runs_by_arm(cfg)
+    of_state = model.State(None, None, None, {run.name: 0 if run in by_arm else None for run in cfg.runs})
 
     def side_by_side(params: model.Params, state: model.State) -> Any:
         of_params = jax.tree_util.tree_map_with_path(
@@ -121,17 +119,18 @@ def over_arms(step: Callable[[model.Params, model.State], Any], cfg: MoshiConfig
     return side_by_side
 
 
-def begin_period(state: model.State, begins: jax.Array, partners: jax.Array, names: Sequence[str]) -> model.State:
-    """The state with the TTT states that every arm has where a period begins (bool []); all else is carried alike.
+def reset(state: model.State, resets_now: jax.Array, partners: jax.Array, names: Sequence[str]) -> model.State:
+    """Returns the state after a reset: the TTT states that each arm has then; all else is carried alike.
 
     Args:
-      partners: int32 [B], the row whose memory each takes in `permuted`.
+      resets_now: bool [], whether there is a reset; partners: int32 [B], the row whose memory each row takes in
+        `permuted`.
     """
     if not resets(names):
         return state
 
     def of_arm(i: int, leaf: jax.Array) -> jax.Array:
-        match ARMS[names[i]].at_period:
+        match ARMS[names[i]].at_reset:
             case "keeps":
                 return leaf[i]
             case "clears":
@@ -142,7 +141,7 @@ def begin_period(state: model.State, begins: jax.Array, partners: jax.Array, nam
     def of_leaf(leaf: jax.Array) -> jax.Array:
         stacked = leaf if len(names) > 1 else leaf[None]
         changed = jnp.stack([of_arm(i, stacked) for i in range(len(names))])
-        return jnp.where(begins, changed if len(names) > 1 else changed[0], leaf)
+        return jnp.where(resets_now, changed if len(names) > 1 else changed[0], leaf)
 
     layers = {name: run._replace(ttt=jax.tree.map(of_leaf, run.ttt)) for name, run in state.layers.items()}
     return state._replace(layers=layers)
@@ -153,6 +152,6 @@ def _is_ttt(path: tuple) -> bool:
 
 
 def _runs_by_arm(cfg: MoshiConfig) -> list[Run]:
-    """Runs whose state depends on the arm: from the first with TTT layers on."""
+    """Returns the runs of layers whose state depends on the arm: from the first with TTT layers on."""
     first = next((i for i, run in enumerate(cfg.runs) if run.has_ttt), len(cfg.runs))
     return list(cfg.runs[first:])

@@ -64,12 +64,12 @@ def draw_all(folder: Path, results: Results | None = None) -> list[Path]:
     results = read(folder) if results is None else results
     several = len(results.checkpoints) > 1
     paths = []
-    for own in results.checkpoints:
-        end = _end(own.info.name, several)
-        paths += save(_losses(results, own), folder, f"memory{end}")
-        if own.main in own.inner and own.info.ttt_layers:
-            paths += save(_figure5(results, own, folder), folder, f"figure5{end}")
-            paths += save(_state(results, own), folder, f"state{end}")
+    for checkpoint in results.checkpoints:
+        end = _end(checkpoint.info.name, several)
+        paths += save(_losses(results, checkpoint), folder, f"memory{end}")
+        if checkpoint.main in checkpoint.inner and checkpoint.info.ttt_layers:
+            paths += save(_figure5(results, checkpoint, folder), folder, f"figure5{end}")
+            paths += save(_state(results, checkpoint), folder, f"state{end}")
     if several:
         paths += save(_checkpoints(results), folder, TOGETHER)
     return paths
@@ -78,7 +78,7 @@ def draw_all(folder: Path, results: Results | None = None) -> list[Path]:
 def figures(checkpoints: Sequence[str]) -> list[str]:
     """Names of all files that `draw_all` may write for results of checkpoints of these names."""
     several = len(checkpoints) > 1
-    names = [f"{name}{_end(own, several)}" for own in checkpoints for name in FIGURES]
+    names = [f"{name}{_end(checkpoint, several)}" for checkpoint in checkpoints for name in FIGURES]
     return [f"{name}.{kind}" for name in [*names, *([TOGETHER] if several else [])] for kind in KINDS]
 
 
@@ -107,21 +107,25 @@ def save(figure: Any, folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def _losses(results: Results, own: CheckpointResults) -> Any:
+def _losses(results: Results, checkpoint: CheckpointResults) -> Any:
     """Loss by position, differences to persist, distance of the predictions to those of off."""
-    found = own.by_position
+    found = checkpoint.by_position
     panels = [
-        ("losses", "nats per token", "Loss of the codebooks" + (f" (band: {own.main})" if results.units > 1 else ""))
+        (
+            "losses",
+            "nats per token",
+            "Loss of the codebooks" + (f" (band: {checkpoint.main})" if results.units > 1 else ""),
+        )
     ]
     if found["against_persist"]:
         panels.append(("against_persist", "nats per token", "Arm minus persist, paired by file: above 0 memory helps"))
     if found["kl"]:
         panels.append(("kl", "nats per token", "How far predictions lie from those without TTT layers: KL(arm || off)"))
-    figure, axes = _panels(results, own.info, len(panels), f"{own.info.name}\n{_weighted(results)}")
+    figure, axes = _panels(results, checkpoint.info, len(panels), f"{checkpoint.info.name}\n{_weighted(results)}")
     for axis, (name, unit, title) in zip(axes, panels, strict=True):
         for arm, values in found[name].items():
             # Files differ more than arms do: one band shows that, the differences below have their own.
-            bare = name == "losses" and arm != own.main
+            bare = name == "losses" and arm != checkpoint.main
             _curve(axis, results, values, COLOURS.get(arm, "black"), arm, bare, dashes=DASHES.get(arm, ()))
         axis.set_ylabel(unit)
         axis.set_title(title, fontsize=10, loc="left")
@@ -133,18 +137,18 @@ def _losses(results: Results, own: CheckpointResults) -> Any:
     return figure
 
 
-def _state(results: Results, own: CheckpointResults) -> Any:
+def _state(results: Results, checkpoint: CheckpointResults) -> Any:
     """Displacement and inner rate of each TTT layer by position."""
-    found = own.by_position
-    title = f"{own.info.name}, fast weights under {own.main}\n{_about(results)}"
-    figure, axes = _panels(results, own.info, 2, title)
+    found = checkpoint.by_position
+    title = f"{checkpoint.info.name}, fast weights under {checkpoint.main}\n{_about(results)}"
+    figure, axes = _panels(results, checkpoint.info, 2, title)
     from matplotlib import colormaps
 
-    layers = list(found["displacement"][own.main])
+    layers = list(found["displacement"][checkpoint.main])
     shades = colormaps["viridis"](np.linspace(0.0, 0.85, len(layers)))
     for axis, name in zip(axes, ("displacement", "rate"), strict=True):
         for layer, shade in zip(layers, shades, strict=True):
-            _curve(axis, results, found[name][own.main][layer], shade, f"layer {layer}")
+            _curve(axis, results, found[name][checkpoint.main][layer], shade, f"layer {layer}")
         axis.set_ylim(bottom=0)
     axes[0].set_title("How far they have moved from W0", fontsize=10, loc="left")
     axes[0].set_ylabel("norm of W - W0 / norm of W0")
@@ -158,12 +162,12 @@ def _checkpoints(results: Results) -> Any:
     """Loss by position of every checkpoint, and the paired difference to the first."""
     first = results.checkpoints[0]
     figure, axes = _panels(results, None, 2, f"{len(results.checkpoints)} checkpoints\n{_weighted(results)}")
-    for i, own in enumerate(results.checkpoints):
+    for i, checkpoint in enumerate(results.checkpoints):
         colour = CHECKPOINTS[i % len(CHECKPOINTS)]
-        label = f"{own.info.name} ({own.main})"
-        _curve(axes[0], results, own.by_position["losses"][own.main], colour, label)
+        label = f"{checkpoint.info.name} ({checkpoint.main})"
+        _curve(axes[0], results, checkpoint.by_position["losses"][checkpoint.main], colour, label)
         if i:
-            _curve(axes[1], results, results.between[own.info.name]["by_position"], colour, label)
+            _curve(axes[1], results, results.between[checkpoint.info.name]["by_position"], colour, label)
     axes[0].set_title("Loss of the codebooks", fontsize=10, loc="left")
     axes[1].set_title(f"Loss minus that of {first.info.name}, paired by file: below 0 better", fontsize=10, loc="left")
     axes[1].axhline(0, color="black", lw=0.8)
@@ -203,7 +207,10 @@ def _panels(results: Results, info: CheckpointInfo | None, count: int, title: st
     axes = axes[:, 0]
     figure.suptitle(title, fontsize=10)
     end = (
-        max(table.shown(own.by_position["losses"][own.main], results.units) for own in results.checkpoints)
+        max(
+            table.shown(checkpoint.by_position["losses"][checkpoint.main], results.units)
+            for checkpoint in results.checkpoints
+        )
         * results.setting.window
     )
     longest = max(file.frames for file in results.files)
@@ -212,7 +219,9 @@ def _panels(results: Results, info: CheckpointInfo | None, count: int, title: st
         axis.grid(alpha=0.25)
     _time_below(axes[-1], results)
     _mark_units(axes[0], results)
-    _mark_windows(axes, [info.context] if info else sorted({own.info.context for own in results.checkpoints}))
+    _mark_windows(
+        axes, [info.context] if info else sorted({checkpoint.info.context for checkpoint in results.checkpoints})
+    )
     return figure, axes
 
 
@@ -298,25 +307,27 @@ def _legend(figure: Any, axes: Sequence[Any], columns: int = 5) -> None:
     )
 
 
-def _figure5(results: Results, own: CheckpointResults, folder: Path) -> Any:
+def _figure5(results: Results, checkpoint: CheckpointResults, folder: Path) -> Any:
     """Inner losses by frame, a panel for each TTT layer, and below it what memory brought."""
     from matplotlib import pyplot as plt
 
-    frames, curves = _by_frame(results, own, folder)
-    layers = own.info.ttt_layers
+    frames, curves = _by_frame(results, checkpoint, folder)
+    layers = checkpoint.info.ttt_layers
     columns = min(4, len(layers))
     blocks = -(-len(layers) // columns)
     size = (max(8, 3.6 * columns), 1.2 + 4.8 * blocks)
     figure, axes = plt.subplots(2 * blocks, columns, figsize=size, squeeze=False, sharex=True, layout="constrained")
-    last = int(curves[own.main, "gain"].n[0, -1])
-    title = f"{own.info.name}: inner losses under {own.main}"
+    last = int(curves[checkpoint.main, "gain"].n[0, -1])
+    title = f"{checkpoint.info.name}: inner losses under {checkpoint.main}"
     within = any((arm, "gain") in curves and _smoothing(results, arm, frames)[1] for arm in RESETTING)
     about = f"moving average over {SMOOTHED} frames{', not across resets' if within else ''}; {_over(results, last)}"
     figure.suptitle(f"{title}\n{about}", fontsize=10)
     for i in range(blocks * columns):
         pair = axes[2 * (i // columns) : 2 * (i // columns) + 2, i % columns]
         if i < len(layers):
-            _inner_panels(pair, frames, {key: _layer(found, i) for key, found in curves.items()}, results, own.main)
+            _inner_panels(
+                pair, frames, {key: _layer(found, i) for key, found in curves.items()}, results, checkpoint.main
+            )
             pair[0].set_title(f"TTT layer {layers[i]}", fontsize=10, loc="left")
             pair[1].set_title("What memory brought: l(W0) - l(W before)", fontsize=9, loc="left")
         else:
@@ -333,8 +344,8 @@ def _figure5(results: Results, own: CheckpointResults, folder: Path) -> Any:
         axis.grid(alpha=0.25)
         for boundary in boundaries:
             axis.axvline(boundary, color="#8C6D46", lw=0.7, alpha=0.4, label="another recording begins")
-        if own.info.context < frames[-1]:
-            axis.axvline(own.info.context, color="black", lw=0.9, ls=":", label="attention window")
+        if checkpoint.info.context < frames[-1]:
+            axis.axvline(checkpoint.info.context, color="black", lw=0.9, ls=":", label="attention window")
     _legend(figure, axes[:2, 0], columns=4)
     return figure
 
@@ -367,7 +378,9 @@ def _layer(found: Band, i: int) -> Band:
     return Band(*(field[i] for field in found))
 
 
-def _by_frame(results: Results, own: CheckpointResults, folder: Path) -> tuple[np.ndarray, dict[tuple[str, str], Band]]:
+def _by_frame(
+    results: Results, checkpoint: CheckpointResults, folder: Path
+) -> tuple[np.ndarray, dict[tuple[str, str], Band]]:
     """Smoothed inner losses over P frames that more than half of the units reach.
 
     Returns:
@@ -378,12 +391,12 @@ def _by_frame(results: Results, own: CheckpointResults, folder: Path) -> tuple[n
     frames = np.unique(np.linspace(0, reach[len(reach) // 2] - 1, POINTS).round().astype(int))
     curves: dict[tuple[str, str], list[np.ndarray]] = {}
     for file in results.files:  # one at a time; what stays of each is what is drawn
-        scores = load_scores(folder, own.info, file, results.setting)
-        for arm in dict.fromkeys([own.main, *WITH_MEMORY]):
+        scores = load_scores(folder, checkpoint.info, file, results.setting)
+        for arm in dict.fromkeys([checkpoint.main, *WITH_MEMORY]):
             if arm not in scores.arms or scores.arms[arm].inner is None:
                 continue
             for name, values in inner_losses(scores.arms[arm].inner).items():
-                if name == "gain" or (arm == own.main and name in INNER):
+                if name == "gain" or (arm == checkpoint.main and name in INNER):
                     drawn = np.full((len(values), len(frames)), np.nan)
                     there = frames < file.frames
                     drawn[:, there] = smooth(values, *_smoothing(results, arm, frames))[:, frames[there]]

@@ -29,9 +29,9 @@ NOTES = {
     "accuracy": "top-1: share of tokens to which no other was strictly likelier, so ties count as right",
     "against_unigram": "unigram minus the arm `main`, paired by file; `mean` is the headline weighting of the setting",
     "against_persist": "arm minus persist, paired by file: above 0 memory helps",
-    BEYOND: "frames from the number on that is the attention window: beyond what one layer sees. With L layers "
-    "attention can relay information over up to L windows, so these frames are not beyond all that the model "
-    "sees without memory",
+    BEYOND: "frames from the number on that is the attention window: beyond what one layer sees. With L layers"
+    " attention can relay information over up to L windows, so these frames are not beyond all that the model sees"
+    " without memory",
     "against_off": "KL(arm || off) in nats and the share of changed top-1 tokens, by the headline weighting of the"
     " setting",
     "by_position": "headline weighting, for kl and changed too, in consecutive windows of the setting's length; a"

@@ -1,4 +1,5 @@
-"""Files through the model under every arm: all frames scored once, in calls of any length, the state carried along."""
+"""Streams files through the model under every arm: each frame is scored once, in calls of any length, the state is
+carried."""
 
 from __future__ import annotations
 
@@ -18,11 +19,11 @@ from ttt_jax.config import MoshiConfig
 from ttt_jax.moshi import model
 
 SEGMENT = 512
-"""Frames that one dispatch scans at least, so that short calls do not wait for the host."""
+"""Least number of frames of a dispatch, so that short calls do not wait for the host."""
 
 
 class Scored(NamedTuple):
-    """Scores of a call, leading axis arms, A; streams S = 1 + Q: text, then the own codebooks."""
+    """Scores of a call, leading axis arms, A; streams S = 1 + Q: text, then Moshi's codebooks."""
 
     nats: jax.Array  # [A, B, S, T]
     entropy: jax.Array
@@ -43,9 +44,9 @@ def score(outputs: model.Outputs, off: int | None) -> Scored:
     def of_streams(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:  # [A, B, T, ..., V], [A, B, T, ...]
         logp = jax.nn.log_softmax(logits)
         index = jnp.clip(targets, 0, logits.shape[-1] - 1)[..., None]
-        found = jnp.take_along_axis(logp, index, -1)
+        target_logp = jnp.take_along_axis(logp, index, -1)
         p = jnp.exp(logp)
-        parts = [-found[..., 0], -(p * logp).sum(-1), (logp > found).sum(-1).astype(jnp.float32)]
+        parts = [-target_logp[..., 0], -(p * logp).sum(-1), (logp > target_logp).sum(-1).astype(jnp.float32)]
         if off is not None:
             best = logp.argmax(-1)
             parts += [(p * (logp - logp[off])).sum(-1), (best != best[off]).astype(jnp.float32)]
@@ -66,7 +67,7 @@ def scan_calls(
     params: model.Params,
     frames: jax.Array,
     mask: jax.Array,
-    begins: jax.Array,
+    resets_now: jax.Array,
     partners: jax.Array,
     state: model.State,
     cfg: MoshiConfig,
@@ -77,7 +78,7 @@ def scan_calls(
 
     Args:
       params, state: of `arms.set_params`, `arms.init_state`; frames: int32 [N, B, K, T]; mask: bool [N, B, T].
-      begins: bool [N], calls at whose start a period begins; partners: of `arms.begin_period`; arms: names; measured:
+      resets_now: bool [N], calls that begin with a reset; partners: of `arms.reset`; arms: names; measured:
         whether to measure inner losses.
 
     Returns:
@@ -86,8 +87,8 @@ def scan_calls(
     off = arms.index("off") if "off" in arms and len(arms) > 1 else None
 
     def body(state: model.State, call: tuple[jax.Array, ...]):
-        frames, mask, begins = call
-        state = arms_.begin_period(state, begins, partners, arms)
+        frames, mask, resets_now = call
+        state = arms_.reset(state, resets_now, partners, arms)
 
         def forward(params: model.Params, state: model.State):
             return model.forward(params, frames, mask, state, cfg, measured)
@@ -95,7 +96,7 @@ def scan_calls(
         outputs, state = arms_.over_arms(forward, cfg, arms)(params, state)
         return state, (score(outputs, off), outputs.targets[0], outputs.target_mask[0])
 
-    return jax.lax.scan(body, state, (frames, mask, begins))
+    return jax.lax.scan(body, state, (frames, mask, resets_now))
 
 
 class Plan(NamedTuple):
@@ -104,30 +105,29 @@ class Plan(NamedTuple):
     starts: np.ndarray
     """First frame of each call, int [N]."""
     lengths: np.ndarray
-    """Its frames, int [N], at most `frames`: where a period ends the call before may be shorter, filled up with masked
+    """Its frames, int [N], at most `frames`: the call before a reset may be shorter, filled up with masked
     frames."""
     frames: int
-    begins: np.ndarray
-    """Whether a period begins with it, bool [N]; the first is none, there is nothing to clear yet."""
+    resets: np.ndarray
+    """Whether it begins with a reset, bool [N]; the first does not, there is nothing to clear yet."""
 
 
-def plan(length: int, chunk: int, period: int | None) -> Plan:
-    """Cuts a stream of `length` frames into calls of at most `chunk` frames that do not reach over the end of a period
-    of `period`.
+def plan(length: int, chunk: int, reset_every: int | None) -> Plan:
+    """Cuts a stream of `length` frames into calls of at most `chunk` frames, none of which crosses a reset.
 
-    Calls of streams of all lengths have few shapes, so that few programs are compiled: what is left at the end is
+    Calls of streams of all lengths have few shapes, so that few programs are compiled: the rest of the last call is
     masked.
     """
-    frames = math.ceil(period / math.ceil(period / chunk)) if period else chunk
+    frames = math.ceil(reset_every / math.ceil(reset_every / chunk)) if reset_every else chunk
     frames = min(frames, _bucket(length))
-    whole = period or math.ceil(length / frames) * frames
+    whole = reset_every or math.ceil(length / frames) * frames
     starts = np.array([at + i for at in range(0, length, whole) for i in range(0, min(whole, length - at), frames)])
     ends = np.minimum(np.append(starts[1:], length), (starts // whole + 1) * whole)
     return Plan(starts, ends - starts, frames, (starts % whole == 0) & (starts > 0))
 
 
 def _bucket(count: int) -> int:
-    """The least power of two that is not below `count`."""
+    """Returns the least power of two that is not below `count`."""
     return 1 << (count - 1).bit_length()
 
 
@@ -138,7 +138,7 @@ def stream(
     arms: Sequence[str],
     *,
     chunk: int,
-    period: int,
+    reset_every: int,
     measured: bool = False,
     partners: Sequence[int] | None = None,
     on_frames: Callable[[int], None] = lambda frames: None,
@@ -148,8 +148,8 @@ def stream(
 
     Args:
       params: of the model; files: int32 [K, T_i] each; arms: names in `ARMS`, that `arms.check` let pass.
-      chunk: most frames of a call; it does not change the numbers beyond rounding. period: frames after which `reset`
-        clears and `permuted` exchanges memories.
+      chunk: most frames of a call; it does not change the numbers beyond rounding. reset_every: frames after which
+        `reset` clears and `permuted` exchanges memories.
       measured: whether to measure inner losses; partners: for each file the one whose memory it takes in `permuted`,
         which counts as long as that one goes on. on_frames: told how many frames of all files have been scored since it
         was last.
@@ -158,7 +158,7 @@ def stream(
       Scores of every file; `unigram` is left None.
     """
     arms, lengths = tuple(arms), np.array([file.shape[1] for file in files])
-    calls = plan(int(lengths.max()), chunk, period if arms_.resets(arms) else None)
+    calls = plan(int(lengths.max()), chunk, reset_every if arms_.resets(arms) else None)
     per_scan = min(max(1, SEGMENT // calls.frames), _bucket(len(calls.starts)))
     edited, state = arms_.set_params(params, arms), arms_.init_state(cfg, len(files), arms)
     others = jnp.asarray(range(len(files)) if partners is None else partners, jnp.int32)
@@ -178,13 +178,13 @@ def stream(
         raise
     found = [gathered.file(row, arms) for row in range(len(files))]
     if "permuted" in arms:
-        ends = [(lengths[other] // period + 1) * period for other in partners]
+        ends = [(lengths[other] // reset_every + 1) * reset_every for other in partners]
         found = [one._replace(arms=_until(one.arms, "permuted", end)) for one, end in zip(found, ends, strict=True)]
     return found
 
 
 def _until(arms: dict[str, ArmScores], name: str, end: int) -> dict[str, ArmScores]:
-    """The scores with those of an arm left out from frame `end` on."""
+    """Returns the scores without those of an arm from frame `end` on."""
 
     def cut(values: np.ndarray) -> np.ndarray:
         return np.where(np.arange(values.shape[1]) < end, values, np.float32(np.nan))
@@ -193,18 +193,20 @@ def _until(arms: dict[str, ArmScores], name: str, end: int) -> dict[str, ArmScor
 
 
 def _block(files: Sequence[np.ndarray], calls: Plan, first: int, count: int) -> tuple[jax.Array, ...]:
-    """Frames [N, B, K, T], masks [N, B, T] and beginnings [N] of `count` calls from `first` on; calls beyond the last
-    are masked."""
+    """Returns frames [N, B, K, T], masks [N, B, T] and resets [N] of `count` calls from `first` on.
+
+    Calls beyond the last are masked.
+    """
     frames = np.full((count, len(files), files[0].shape[0], calls.frames), -1, np.int32)
     mask = np.zeros((count, len(files), calls.frames), bool)
-    begins = np.zeros(count, bool)
+    resets_now = np.zeros(count, bool)
     for i, call in enumerate(range(first, min(first + count, len(calls.starts)))):
-        begins[i] = calls.begins[call]
+        resets_now[i] = calls.resets[call]
         for row, file in enumerate(files):
             part = file[:, calls.starts[call] : calls.starts[call] + calls.lengths[call]]
             frames[i, row, :, : part.shape[1]] = part
             mask[i, row, : part.shape[1]] = True
-    return jnp.asarray(frames), jnp.asarray(mask), jnp.asarray(begins)
+    return jnp.asarray(frames), jnp.asarray(mask), jnp.asarray(resets_now)
 
 
 class _Gathered:
@@ -217,7 +219,7 @@ class _Gathered:
         self._tree: jax.tree_util.PyTreeDef | None = None
 
     def add(self, first: int, out: tuple) -> int:
-        """Takes the scores of calls from `first` on; how many frames of files they covered."""
+        """Stores the scores of calls from `first` on; returns the number of frames that they cover."""
         leaves, self._tree = jax.tree.flatten(jax.device_get(out))
         if not self._arrays:
             self._arrays = [np.zeros((*leaf.shape[1:-1], self._length), leaf.dtype) for leaf in leaves]
@@ -229,7 +231,7 @@ class _Gathered:
         return int(np.clip(self._lengths - begun, 0, ended - begun).sum())
 
     def file(self, row: int, arms: tuple[str, ...]) -> FileScores:
-        """The scores of one file, its own frames only."""
+        """Returns the scores of one file, without the padding."""
         scored, targets, present = jax.tree.unflatten(self._tree, self._arrays)
         length = self._lengths[row]
         present = present[row, :, :length]
@@ -250,8 +252,8 @@ class _Gathered:
 
 
 def batches(lengths: Sequence[int], rows: int, least: int = 1) -> Iterator[list[int]]:
-    """Files in batches of at most `rows` (but never fewer than `least`), like lengths together; sizes differ by one at
-    most."""
+    """Yields files in batches of at most `rows` (but never fewer than `least`), like lengths together; sizes differ by
+    one at most."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     count = min(math.ceil(len(order) / rows), len(order) // least)
     for part in np.array_split(np.array(order), count):

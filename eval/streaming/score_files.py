@@ -81,7 +81,7 @@ def score_files(
                     checkpoint.cfg,
                     arms[name],
                     chunk=chunk,
-                    period=reset_every,
+                    reset_every=reset_every,
                     measured=name in inner,
                     partners=partners,
                     on_frames=bar.update,

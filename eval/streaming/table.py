@@ -18,20 +18,20 @@ LABEL, WIDE = 18, 28
 
 
 def table(results: Results) -> str:
-    """The results for a terminal: what was run, a block for each checkpoint, and how checkpoints compare."""
-    blocks = [_head(results), *(_checkpoint(results, own) for own in results.checkpoints)]
+    """Returns the results for a terminal: the setting, a block for each checkpoint, and how checkpoints compare."""
+    blocks = [_head(results), *(_checkpoint(results, checkpoint) for checkpoint in results.checkpoints)]
     if len(results.checkpoints) > 1:
         blocks.append(_between(results))
     return "\n\n".join("\n".join(line.rstrip() for line in block) for block in blocks)
 
 
 def shown(values: list[Estimate], units: int) -> int:
-    """Leading windows that more than half of the units reach; an interval over the few left says nothing."""
+    """Returns how many leading windows more than half of the units reach; an interval over fewer would mislead."""
     return sum(value.n > units / 2 for value in values)
 
 
 def span(start: float, end: float) -> str:
-    """A stretch of a stream, in seconds; in minutes and seconds beyond the tenth minute."""
+    """Returns a stretch of a stream in seconds; beyond the tenth minute in minutes and seconds."""
     if end <= 600:
         digits = 0 if start == int(start) and end == int(end) else 1
         return f"{start:.{digits}f} to {end:.{digits}f} s"
@@ -64,16 +64,16 @@ def _head(results: Results) -> list[str]:
     return lines + [f"  {arm:<{wide}}  {meaning}" for arm, meaning in setting.arms.items()]
 
 
-def _checkpoint(results: Results, own: CheckpointResults) -> list[str]:
-    info, setting = own.info, results.setting
+def _checkpoint(results: Results, checkpoint: CheckpointResults) -> list[str]:
+    info, setting = checkpoint.info, results.setting
     layers = f"TTT layers {', '.join(map(str, info.ttt_layers))}" if info.ttt_layers else "no TTT layers"
-    resets = f", periods of {setting.reset_every} frames" if set(RESETTING) & set(own.arms) else ""
+    resets = f", resets every {setting.reset_every} frames" if set(RESETTING) & set(checkpoint.arms) else ""
     parts = [
-        _streams(results, own),
-        _positions(results, own),
-        _differences(results, own),
-        _inner(results, own),
-        [own.verdict],
+        _streams(results, checkpoint),
+        _positions(results, checkpoint),
+        _differences(results, checkpoint),
+        _inner(results, checkpoint),
+        [checkpoint.verdict],
     ]
     lines = [f"{info.name}: {layers}, attention window {info.context} frames{resets}"]
     for part in parts:
@@ -81,11 +81,11 @@ def _checkpoint(results: Results, own: CheckpointResults) -> list[str]:
     return lines
 
 
-def _streams(results: Results, own: CheckpointResults) -> list[str]:
-    """By stream and weighting, arms side by side; then entropy, accuracy and the distance to off."""
+def _streams(results: Results, checkpoint: CheckpointResults) -> list[str]:
+    """Returns losses by stream and weighting, arms side by side; then entropy, accuracy and the distance to off."""
     head = results.setting.weighting
-    columns = [arm for arm in own.losses if arm in (*own.arms, "unigram")]
-    compared = f"   unigram minus {own.main}" if own.against_unigram else ""
+    columns = [arm for arm in checkpoint.losses if arm in (*checkpoint.arms, "unigram")]
+    compared = f"   unigram minus {checkpoint.main}" if checkpoint.against_unigram else ""
     lines = [f"{'nats per token':<{LABEL}}" + "".join(f"{arm:>10}" for arm in columns) + compared]
 
     def row(name: str, cells: list[str], end: str = "") -> None:
@@ -93,60 +93,63 @@ def _streams(results: Results, own: CheckpointResults) -> list[str]:
 
     # "semantic" would repeat the first codebook.
     for name in [*results.setting.streams, *(name for name in WEIGHTINGS if name != "semantic")]:
-        if not own.losses[own.main][name].n:
+        if not checkpoint.losses[checkpoint.main][name].n:
             continue
-        better = f"   {interval(own.against_unigram[name], 3)}" if compared else ""
-        row(name, [_number(own.losses[arm][name]) for arm in columns], better)
-    row("entropy", [_number(own.entropy[arm][head]) for arm in own.arms])
-    row("top-1 accuracy %", [_number(own.accuracy[arm][head], 1, 100) for arm in own.arms])
-    if own.against_off:
-        off = {arm: own.against_off.get(arm) for arm in own.arms}
+        better = f"   {interval(checkpoint.against_unigram[name], 3)}" if compared else ""
+        row(name, [_number(checkpoint.losses[arm][name]) for arm in columns], better)
+    row("entropy", [_number(checkpoint.entropy[arm][head]) for arm in checkpoint.arms])
+    row("top-1 accuracy %", [_number(checkpoint.accuracy[arm][head], 1, 100) for arm in checkpoint.arms])
+    if checkpoint.against_off:
+        off = {arm: checkpoint.against_off.get(arm) for arm in checkpoint.arms}
         row("KL to off", [_number(there["kl"], 4) if there else "-" for there in off.values()])
         row("top-1 changed %", [_number(there["changed"], 1, 100) if there else "-" for there in off.values()])
     return lines
 
 
-def _positions(results: Results, own: CheckpointResults) -> list[str]:
+def _positions(results: Results, checkpoint: CheckpointResults) -> list[str]:
     """Losses of the main arm and two differences in windows that more than half of the units reach (of many windows
     some, evenly spaced), and their slopes."""
-    losses, differences = own.by_position["losses"][own.main], own.by_position["against_persist"]
+    losses, differences = checkpoint.by_position["losses"][checkpoint.main], checkpoint.by_position["against_persist"]
     count = shown(losses, results.units)
     if not count:
         return []
     rows = np.arange(count) if count <= POSITIONS else np.linspace(0, count - 1, THINNED).round().astype(int)
-    preferred = [arm for arm in ("reset", "off", *own.arms) if arm in differences]
+    preferred = [arm for arm in ("reset", "off", *checkpoint.arms) if arm in differences]
     arms = list(dict.fromkeys(preferred))[:2]
     seconds = results.setting.window / results.setting.frame_rate
     longest = max(file.frames for file in results.files) / results.setting.frame_rate
     title = "by position" + (f", {len(rows)}/{count}" if len(rows) < count else "")
     heads = "".join(f"{f'{arm} minus persist':<{WIDE}}" for arm in arms)
-    lines = [f"{title:<21}{results.unit:>8}   {own.main:<24}{heads}"]
+    lines = [f"{title:<21}{results.unit:>8}   {checkpoint.main:<24}{heads}"]
     for i in rows:
         cells = "".join(f"{interval(differences[arm][i], 4, signed=True):<{WIDE}}" for arm in arms)
         where = span(i * seconds, min((i + 1) * seconds, longest))
         lines.append(f"{where:<21}{losses[i].n:>8}   {interval(losses[i], 3):<24}{cells}")
-    slope = own.slopes["losses"][own.main]
+    slope = checkpoint.slopes["losses"][checkpoint.main]
     if slope.n:
-        cells = "".join(f"{interval(own.slopes['against_persist'][arm], 4, signed=True):<{WIDE}}" for arm in arms)
+        cells = "".join(
+            f"{interval(checkpoint.slopes['against_persist'][arm], 4, signed=True):<{WIDE}}" for arm in arms
+        )
         lines.append(f"{'per 1,000 frames':<21}{slope.n:>8}   {interval(slope, 3, signed=True):<24}{cells}")
     return lines
 
 
-def _differences(results: Results, own: CheckpointResults) -> list[str]:
-    """What memory brings, by arm and part of the files."""
-    if not own.against_persist:
+def _differences(results: Results, checkpoint: CheckpointResults) -> list[str]:
+    """Returns the differences from persist, by arm and part of the files."""
+    if not checkpoint.against_persist:
         return []
-    later = [LATER] if set(RESETTING) & set(own.arms) else []
+    later = [LATER] if set(RESETTING) & set(checkpoint.arms) else []
     parts, head = (ALL, *later, BEYOND), results.setting.weighting
     lines = [f"{'minus persist':<15}" + "".join(f"{part:<{WIDE}}" for part in parts) + "(above 0: memory helps)"]
-    for arm, found in own.against_persist.items():
+    for arm, found in checkpoint.against_persist.items():
         lines.append(f"{arm:<15}" + "".join(f"{interval(found[part][head], 4, signed=True):<{WIDE}}" for part in parts))
     return lines
 
 
-def _inner(results: Results, own: CheckpointResults) -> list[str]:
-    """Inner losses by TTT layer: means over frames; the gain over all frames and in the last window; its trend."""
-    layers = own.inner.get(own.main, {})
+def _inner(results: Results, checkpoint: CheckpointResults) -> list[str]:
+    """Returns inner losses by TTT layer: means over frames; the gain over all frames and in the last window; its
+    trend."""
+    layers = checkpoint.inner.get(checkpoint.main, {})
     if not layers:
         return []
     lines = [
@@ -165,20 +168,21 @@ def _between(results: Results) -> list[str]:
     first, head = results.checkpoints[0], results.setting.weighting
     rows = list(dict.fromkeys([head, "semantic", "acoustic", "text"]))[:4]
     rows = [row for row in rows if first.losses[first.main][row].n]
-    wide = max(len(own.info.name) for own in results.checkpoints) + 2
+    wide = max(len(checkpoint.info.name) for checkpoint in results.checkpoints) + 2
     lines = [
         f"checkpoints: loss minus that of {first.info.name}, by the same {results.unit} (below 0: better)",
         f"{'':<{wide}}{'arm':<9}{head:>8}   " + "".join(f"{row:<{WIDE}}" for row in rows),
     ]
-    for own in results.checkpoints:
-        found = results.between.get(own.info.name)
+    for checkpoint in results.checkpoints:
+        found = results.between.get(checkpoint.info.name)
         cells = "".join(f"{interval(found[row], 4, signed=True):<{WIDE}}" for row in rows) if found else ""
-        lines.append(f"{own.info.name:<{wide}}{own.main:<9}{_number(own.losses[own.main][head]):>8}   {cells}")
+        loss = _number(checkpoint.losses[checkpoint.main][head])
+        lines.append(f"{checkpoint.info.name:<{wide}}{checkpoint.main:<9}{loss:>8}   {cells}")
     return lines
 
 
 def _name(value: Any) -> Any:
-    """What a thing is called: a name stands for itself, or beside a digest."""
+    """Returns a name, which stands for itself or beside a digest."""
     return value.get("name") if isinstance(value, dict) else value
 
 

@@ -292,7 +292,7 @@ def streamed(monkeypatch, scored):
     """What the command's calls of `stream` get, and a place for a fault in their results."""
     calls = {"given": [], "fault": lambda scores: scores}
 
-    def stream(params, files, cfg, arms, *, period, **_):
+    def stream(params, files, cfg, arms, *, reset_every, **_):
         copies = [
             one._replace(
                 tokens=one.tokens.copy(),
@@ -301,7 +301,7 @@ def streamed(monkeypatch, scored):
             for one in scored[len(calls["given"])]
         ]
         assert [file.shape[1] for file in files] == [57, 40]
-        calls["given"].append((tuple(arms), period))
+        calls["given"].append((tuple(arms), reset_every))
         return [calls["fault"](one) for one in copies]
 
     monkeypatch.setattr(score_files, "stream", stream)

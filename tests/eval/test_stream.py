@@ -27,7 +27,7 @@ from ttt_jax.moshi import model
 from ttt_jax.moshi.delays import columns, init_history
 from ttt_jax.moshi.loss import token_losses
 
-PERIOD, LENGTHS = 8, (124, 77)
+RESET_EVERY, LENGTHS = 8, (124, 77)
 UNKNOWN = slice(40, 60)
 CARDS = np.array([*MODEL.target_streams.values()])
 ALL = tuple(arms.ARMS)
@@ -66,7 +66,7 @@ def files():
     return found
 
 
-run = functools.partial(stream, cfg=MODEL, arms=ALL, chunk=7, period=PERIOD, measured=True, partners=(1, 0))
+run = functools.partial(stream, cfg=MODEL, arms=ALL, chunk=7, reset_every=RESET_EVERY, measured=True, partners=(1, 0))
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_a_file_ends_where_it_ends(files, scores):
 @pytest.fixture(scope="module")
 def by_frame(params, files):
     """Scores in calls of one frame, the memory of reset cleared at each."""
-    return stream(params, files, MODEL, ("persist", "reset"), chunk=7, period=1, measured=True)
+    return stream(params, files, MODEL, ("persist", "reset"), chunk=7, reset_every=1, measured=True)
 
 
 def test_the_length_of_calls_changes_no_number(scores, by_frame):
@@ -161,7 +161,7 @@ def test_the_length_of_calls_changes_no_number(scores, by_frame):
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 250, 1000])
 def test_the_length_of_calls_changes_no_number_of_an_arm_alone(params, files, scores, chunk):
-    other = stream(params, files, MODEL, ("persist",), chunk=chunk, period=PERIOD)
+    other = stream(params, files, MODEL, ("persist",), chunk=chunk, reset_every=RESET_EVERY)
     for got, own in zip(scores, other, strict=True):
         assert largest(got.arms["persist"].nats, own.arms["persist"].nats) < 1e-4
 
@@ -186,7 +186,7 @@ def test_a_long_stream_of_one_arm_is_scanned_part_by_part_and_progress_counts_ev
 ):
     monkeypatch.setattr(module, "SEGMENT", 50)
     counts = []
-    found = stream(params, files, MODEL, ("reset",), chunk=8, period=PERIOD, on_frames=counts.append)
+    found = stream(params, files, MODEL, ("reset",), chunk=8, reset_every=RESET_EVERY, on_frames=counts.append)
     assert len(counts) == 3  # 16 calls, 6 a scan
     assert sum(counts) == sum(LENGTHS)
     for got, own in zip(scores, found, strict=True):
@@ -204,44 +204,44 @@ def test_an_interrupt_waits_for_the_program_on_its_way(params, files, monkeypatc
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        stream(params, files, MODEL, ("reset",), chunk=8, period=PERIOD, on_frames=interrupt)
+        stream(params, files, MODEL, ("reset",), chunk=8, reset_every=RESET_EVERY, on_frames=interrupt)
     assert len(waited) == 1
 
 
 # Arms
 
 
-def test_arms_differ_only_after_the_first_period(scores):
+def test_arms_differ_only_after_the_first_reset(scores):
     for got in scores:
         persist = got.arms["persist"].nats
         for arm in ("reset", "permuted"):
             nats = got.arms[arm].nats
-            np.testing.assert_allclose(nats[:, :PERIOD], persist[:, :PERIOD], atol=5e-6)
-            assert np.nanmax(np.abs(nats - persist)[:, PERIOD:]) > 1e-4
+            np.testing.assert_allclose(nats[:, :RESET_EVERY], persist[:, :RESET_EVERY], atol=5e-6)
+            assert np.nanmax(np.abs(nats - persist)[:, RESET_EVERY:]) > 1e-4
 
 
 def test_permuted_is_what_persist_has_learned_on_the_other_file(params, files, scores):
-    """By hand: a stream of its own, which at every period takes the memory of the other row of the stream that
+    """By hand: a stream of its own, which at every reset takes the memory of the other row of the stream that
     persists."""
-    frames, mask = np.stack([file[:, : 3 * PERIOD] for file in files]), jnp.ones((2, PERIOD), bool)
+    frames, mask = np.stack([file[:, : 3 * RESET_EVERY] for file in files]), jnp.ones((2, RESET_EVERY), bool)
     kept = own = model.init_state(MODEL, 2)
-    for start in range(0, 3 * PERIOD, PERIOD):
+    for start in range(0, 3 * RESET_EVERY, RESET_EVERY):
         layers = {
             name: layer._replace(ttt=jax.tree.map(lambda x: x[:, ::-1], kept.layers[name].ttt))
             for name, layer in own.layers.items()
         }
-        call = frames[..., start : start + PERIOD]
+        call = frames[..., start : start + RESET_EVERY]
         outputs, own = quick_forward(params, call, mask, own._replace(layers=layers), MODEL)
         _, kept = quick_forward(params, call, mask, kept, MODEL)
         expected = np.where(outputs.target_mask, token_losses(outputs), np.nan)
         for row, got in enumerate(scores):
-            found = got.arms["permuted"].nats[:, start : start + PERIOD]
+            found = got.arms["permuted"].nats[:, start : start + RESET_EVERY]
             np.testing.assert_allclose(found, expected[row], atol=1e-4)
 
 
 def test_permuted_counts_as_long_as_the_other_file_goes_on(scores):
     """After that its memory would not grow older: it is no control for one that does."""
-    last = (LENGTHS[1] // PERIOD + 1) * PERIOD
+    last = (LENGTHS[1] // RESET_EVERY + 1) * RESET_EVERY
     nats = scores[0].arms["permuted"].nats
     assert np.isfinite(nats[0, :last]).all()
     assert np.isnan(nats[:, last:]).all()
@@ -383,28 +383,28 @@ def test_shuffled_frames_raise_the_loss_of_a_trained_model(trained, files):
 
 @pytest.mark.parametrize("length", [1, 5, 8, 9, 64])
 @pytest.mark.parametrize("chunk", [1, 3, 8, 100])
-@pytest.mark.parametrize("period", [None, 1, 5, 8, 70])
-def test_a_plan_covers_every_frame_once_and_no_call_reaches_over_a_period(length, chunk, period):
-    calls = plan(length, chunk, period)
+@pytest.mark.parametrize("reset_every", [None, 1, 5, 8, 70])
+def test_a_plan_covers_every_frame_once_and_no_call_reaches_over_a_reset(length, chunk, reset_every):
+    calls = plan(length, chunk, reset_every)
     covered = [start + i for start, n in zip(calls.starts, calls.lengths, strict=True) for i in range(n)]
     assert covered == list(range(length))
     assert calls.lengths.max() <= calls.frames <= chunk
     assert calls.frames < 2 * length
-    for start, n, begins in zip(calls.starts, calls.lengths, calls.begins, strict=True):
-        if period:
-            assert start // period == (start + n - 1) // period
-        assert begins == (period is not None and start > 0 and start % period == 0)
+    for start, n, resets in zip(calls.starts, calls.lengths, calls.resets, strict=True):
+        if reset_every:
+            assert start // reset_every == (start + n - 1) // reset_every
+        assert resets == (reset_every is not None and start > 0 and start % reset_every == 0)
 
 
-@pytest.mark.parametrize("period", [None, 250])
-def test_streams_of_many_lengths_need_few_programs(period):
-    assert len({plan(length, 1000, period).frames for length in range(1, 5000)}) <= 11
+@pytest.mark.parametrize("reset_every", [None, 250])
+def test_streams_of_many_lengths_need_few_programs(reset_every):
+    assert len({plan(length, 1000, reset_every).frames for length in range(1, 5000)}) <= 11
 
 
 def test_frames_past_the_end_of_a_file_are_masked(files):
     """Nobody would see it in the file's own scores, but the memory that it leaves to others would have learned from
     them."""
-    calls = plan(max(LENGTHS), 7, PERIOD)
+    calls = plan(max(LENGTHS), 7, RESET_EVERY)
     frames, mask, _ = _block(files, calls, 0, len(calls.starts))
     np.testing.assert_array_equal(mask.sum((0, 2)), LENGTHS)
     assert (np.moveaxis(frames, 2, 0)[:, ~mask] == -1).all()
