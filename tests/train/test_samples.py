@@ -18,10 +18,10 @@ from tests.helpers.micro import files, source
 from tests.helpers.small_tasks import CONFIG
 from train import samples
 from train.samples import Sampler
-from ttt_jax.codec import load_codec
+from ttt_jax.codec import CodecInfo, load_codec
 from ttt_jax.data.codes import read_codes
 from ttt_jax.data.corpus import CorpusConfig, load_coders
-from ttt_jax.data.stated import StatedCodec, StatedTokenizer
+from ttt_jax.data.text import TokenizerInfo
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import generate, model
 from ttt_jax.moshi.generate import Sampling
@@ -30,7 +30,7 @@ from ttt_jax.moshi.generate import Sampling
 PROMPT, FRAMES = 12, 6
 LENGTHS = (15, 7)
 MODEL = CONFIG.model
-STATED = StatedCodec("stated", "ab" * 32, 12.5, 64), StatedTokenizer("cd" * 32, 512)
+STATED = CodecInfo("stated", "ab" * 32, 64), TokenizerInfo("cd" * 32, 512)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_a_sample_is_its_prompt_and_what_the_model_says_to_the_user(tmp_path, pa
     for i, recording in enumerate(files(LENGTHS)):
         stored = read_codes(folder / f"micro-{i}.safetensors")
         begin = min(PROMPT, LENGTHS[i])
-        assert stored.joints == (begin,)
+        assert stored.boundaries == (begin,)
         assert stored.codes.shape == (17, begin + FRAMES)
         np.testing.assert_array_equal(stored.codes[:, :begin], recording[:, :begin])
         rest = recording[9:, begin : begin + FRAMES]

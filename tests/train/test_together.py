@@ -154,7 +154,8 @@ def test_the_folder_of_each_run_is_that_of_a_run_by_itself(runs, name):
     assert metas[0]["codec"]["digest"] == CODEC
     assert kept[name][1].meta["config"] == config_json.to_dict(own)
     loaded = checkpoints.load(mine)
-    assert (loaded.name, loaded.cfg, loaded.run) == (name, own.model, own)
+    assert (loaded.name, loaded.cfg, loaded.chunk, loaded.seed) == (name, own.model, own.data.chunk, own.seed)
+    assert vars(loaded.corpus).items() <= vars(own.data).items()
 
 
 # What cannot train together
