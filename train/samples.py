@@ -105,8 +105,8 @@ class Sampler:
         moshi, _ = generate.generate(weights, jnp.asarray(user), jnp.asarray(mask), state, cfg, first_frame="once")
         return np.asarray(moshi)[:, :, cfg.max_delay :]  # the first calls complete frames of the prompt
 
-    def _write(self, path: Path, tokens: np.ndarray, joint: int) -> None:
-        """Writes the files of one sample, int32 [K, T], generated from frame `joint` on."""
+    def _write(self, path: Path, tokens: np.ndarray, boundary: int) -> None:
+        """Writes the files of one sample, int32 [K, T], generated from frame `boundary` on."""
         codec, tokenizer, codebooks = self._codec, self._tokenizer, self._cfg.dep_q
         about = Codes(
             tokens,
@@ -116,15 +116,15 @@ class Sampler:
             codec.cardinality,
             tokenizer.digest,
             "moshi",
-            boundaries=(joint,),
+            boundaries=(boundary,),
         )
         write_codes(path.with_name(path.name + ".safetensors"), about)
         if not isinstance(codec, CodecInfo):
             voices = [_decode(codec, tokens[1 : 1 + codebooks]), _decode(codec, tokens[1 + codebooks :])]
             write_atomically(path.with_name(path.name + ".wav"), _wav(np.stack(voices), codec.sample_rate))
         if not isinstance(tokenizer, TokenizerInfo):
-            heard, said = (tokenizer.decode(tokens[0, part]) for part in (slice(joint), slice(joint, None)))
-            text = f"prompt: {heard}\nmodel:  {said}\n"
+            prompt, model_text = (tokenizer.decode(tokens[0, part]) for part in (slice(boundary), slice(boundary, None)))
+            text = f"prompt: {prompt}\nmodel:  {model_text}\n"
             write_atomically(path.with_name(path.name + ".txt"), text.encode())
 
 
