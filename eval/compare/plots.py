@@ -10,8 +10,8 @@ import numpy as np
 
 from eval.compare.analysis import Analysis, of_units
 from eval.compare.experiment import BOUND_NAMES, LATER, Experiment, differences
+from eval.results.figures import CHECKPOINTS, COLOURS, DASHES, KINDS, save
 from eval.stats.estimates import Estimate, band, group_means
-from eval.streaming.plots import CHECKPOINTS, COLOURS, DASHES, KINDS, save
 from ttt_jax.config import FRAME_RATE
 
 LOSSES, DIFFERENCES = "loss_by_chunk", "differences"

@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.compare.analysis import Analysis, Comparison
+from eval.compare.cells import Row, aligned, count, number, p_value, percent, pipes, with_bounds
 from eval.compare.experiment import BEYOND, BOUND_NAMES, LATER, REGIONS, WINDOW, Experiment
 from eval.stats.estimates import interval
 from eval.stats.paired import ALPHA, Interval, Paired, Power, Slope
-from eval.stats.verdict import p_words
 from eval.streaming.weighting import WEIGHTINGS
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.utils.files import write_atomically
 
 FILE = "report.md"
 
-Row = Sequence[str]
-
 
 def table(experiment: Experiment, analysis: Analysis) -> str:
     """Returns the results for a terminal; the verdicts are the last lines."""
     blocks = [
         [_head(experiment, analysis), *(f"{region}: {words}" for region, words in _regions(experiment).items())],
-        _aligned(*_conditions(experiment, analysis)),
+        aligned(*_conditions(experiment, analysis)),
         *([_gap(experiment, analysis)] if _has_gap(analysis) else []),
     ]
     for region in _shown_regions(experiment):
         if any(one.regions[region].paired.n for one in analysis.comparisons):
-            blocks.append([_title(experiment, region), *_aligned(*_compared(experiment, analysis, region))])
+            blocks.append([_title(experiment, region), *aligned(*_compared(experiment, analysis, region))])
     for title, rows in (
         ("power, in units: 80 %, two-sided at 0.05 for all comparisons together", _power(experiment, analysis)),
         ("trend of the difference over chunks, nats per chunk (above 0: the benefit grows)", _trend(analysis)),
         ("by seed, after the first chunk", _seeds(experiment, analysis)),
     ):
         if rows[1]:
-            blocks.append([title, *_aligned(*rows)])
+            blocks.append([title, *aligned(*rows)])
     blocks.append([_first_chunk(analysis), *_sentences(experiment, analysis)])
     return "\n\n".join("\n".join(block) for block in blocks)
 
@@ -62,7 +59,7 @@ def markdown(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) 
         "\n".join(f"- {line}" for line in _setting(experiment, analysis, about)),
         "## Conditions",
         "Nats per token, mean [95 % interval, Student's t]; seeds are averaged first.",
-        _pipes(*_conditions(experiment, analysis)),
+        pipes(*_conditions(experiment, analysis)),
         "![Loss by chunk](loss_by_chunk.png)",
     ]
     if _has_gap(analysis):
@@ -86,7 +83,7 @@ def markdown(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) 
             sections.append("The same frames as above.")
             continue
         if any(one.regions[region].paired.n for one in analysis.comparisons):
-            sections.append(_pipes(*_compared(experiment, analysis, region)))
+            sections.append(pipes(*_compared(experiment, analysis, region)))
         else:
             sections.append("No file is so long.")
         verdicts = [one.regions[region].verdict for one in analysis.comparisons]
@@ -103,7 +100,7 @@ def markdown(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) 
         ("Seeds", "Each seed alone, after the first chunk.", _seeds(experiment, analysis)),
     ):
         if rows[1]:
-            sections += [f"## {title}", words, _pipes(*rows)]
+            sections += [f"## {title}", words, pipes(*rows)]
     if experiment.skipped:
         sections += ["## Left out", "\n".join(f"- {file.name}: {file.reason}" for file in experiment.skipped)]
     sections += ["## How to read this", "\n".join(f"- {line}" for line in _notes(experiment))]
@@ -188,12 +185,12 @@ def _compared(experiment: Experiment, analysis: Analysis, region: str) -> tuple[
             [
                 one.name,
                 str(found.n),
-                _with_bounds(Interval(found.mean, found.low, found.high)),
+                with_bounds(Interval(found.mean, found.low, found.high)),
                 _relative(found, experiment),
-                _number(found.dz, "+z.2f"),
-                _number(100 * found.above, ".0f", " %"),
-                *(_p(p) for p in (found.p.t, compared.holm, found.p.wilcoxon, found.p.sign_flip)),
-                *(_p(p) for p in (same.p, compared.holm_equivalence)),
+                number(found.dz, "+z.2f"),
+                number(100 * found.above, ".0f", " %"),
+                *(p_value(p) for p in (found.p.t, compared.holm, found.p.wilcoxon, found.p.sign_flip)),
+                *(p_value(p) for p in (same.p, compared.holm_equivalence)),
                 "-" if math.isnan(same.low) else f"[{same.low:+z.4f}, {same.high:+z.4f}]",
             ]
         )
@@ -216,9 +213,9 @@ def _power(experiment: Experiment, analysis: Analysis) -> tuple[Row, list[Row]]:
         return [
             one.name,
             str(found.n),
-            _count(power.for_effect),
-            _count(power.for_equivalence),
-            _number(100 * power.of_threshold, ".0f", " %") if _has_size(found, experiment) else "-",
+            count(power.for_effect),
+            count(power.for_equivalence),
+            number(100 * power.of_threshold, ".0f", " %") if _has_size(found, experiment) else "-",
         ]
 
     return heads, [row(one) for one in analysis.comparisons]
@@ -227,7 +224,7 @@ def _power(experiment: Experiment, analysis: Analysis) -> tuple[Row, list[Row]]:
 def _trend(analysis: Analysis) -> tuple[Row, list[Row]]:
     def row(one: Comparison) -> Row:
         trend: Slope = one.trend
-        return [one.name, str(trend.n), _with_bounds(Interval(trend.mean, trend.low, trend.high), 6), _p(trend.p)]
+        return [one.name, str(trend.n), with_bounds(Interval(trend.mean, trend.low, trend.high), 6), p_value(trend.p)]
 
     some = [row(one) for one in analysis.comparisons if one.trend.n]
     return ["condition", "n", "nats per chunk [95 %]", "p"], some
@@ -238,16 +235,16 @@ def _seeds(experiment: Experiment, analysis: Analysis) -> tuple[Row, list[Row]]:
     for one, condition in zip(analysis.comparisons, experiment.conditions[1:], strict=True):
         found = one.regions[LATER]
         for checkpoint, seed in zip(condition.checkpoints, found.seeds, strict=False):
-            bounds = _with_bounds(Interval(seed.paired.mean, seed.paired.low, seed.paired.high))
+            bounds = with_bounds(Interval(seed.paired.mean, seed.paired.low, seed.paired.high))
             relative = _relative(seed.paired, experiment)
-            rows.append([one.name, checkpoint, bounds, "", relative, _p(seed.paired.p.t), _p(seed.holm)])
+            rows.append([one.name, checkpoint, bounds, "", relative, p_value(seed.paired.p.t), p_value(seed.holm)])
         if found.seeds and found.paired.n:
             means = [seed.paired.mean for seed in found.seeds]
             over = found.over_seeds
             label = f"over {len(means)} seeds, {sum(mean > 0 for mean in means)} above 0"
-            bounds = _with_bounds(Interval(over.mean, over.low, over.high))
+            bounds = with_bounds(Interval(over.mean, over.low, over.high))
             reached = f"{min(means):+z.4f} to {max(means):+z.4f}"
-            rows.append([one.name, label, bounds, reached, "", _p(over.p), ""])
+            rows.append([one.name, label, bounds, reached, "", p_value(over.p), ""])
     return ["condition", "seed", "nats [95 %]", "range", "% of loss", "p: t", "Holm"], rows
 
 
@@ -264,15 +261,15 @@ def _gap(experiment: Experiment, analysis: Analysis, plain: bool = True) -> list
     rows = []
     for one in experiment.conditions:
         losses = analysis.losses[one.name]
-        row = [one.name, *(_percent(losses.closed[region]) for region in regions)]
+        row = [one.name, *(percent(losses.closed[region]) for region in regions)]
         if several:
-            row.append(", ".join(_number(100 * seed.mean, "+z.1f") for seed in losses.closed_by_seed))
+            row.append(", ".join(number(100 * seed.mean, "+z.1f") for seed in losses.closed_by_seed))
         rows.append(row)
     title = (
         "share of the gap closed between the best loss without memory beyond attention and the best with all, %"
         " [95 % BCa]"
     )
-    return [title, *(_aligned(heads, rows) if plain else [_pipes(heads, rows)])]
+    return [title, *(aligned(heads, rows) if plain else [pipes(heads, rows)])]
 
 
 def _gap_by_chunk(experiment: Experiment, analysis: Analysis) -> str:
@@ -280,11 +277,11 @@ def _gap_by_chunk(experiment: Experiment, analysis: Analysis) -> str:
     next to no gap."""
     closed = [analysis.losses[one.name].closed_by_chunk for one in experiment.conditions]
     rows = [
-        [f"from {start:,}", *(_percent(shares) for shares in chunk)]
+        [f"from {start:,}", *(percent(shares) for shares in chunk)]
         for (start, end), *chunk in zip(experiment.chunks, *closed, strict=True)
         if end > experiment.setting.starts[BEYOND]
     ]
-    return _pipes(["frames", *(one.name for one in experiment.conditions)], rows)
+    return pipes(["frames", *(one.name for one in experiment.conditions)], rows)
 
 
 def _first_chunk(analysis: Analysis) -> str:
@@ -314,7 +311,7 @@ def _worth(experiment: Experiment, analysis: Analysis) -> list[str]:
         return []
     best = [analysis.bounds_by_region[name][BEYOND].mean for name in ("memoryless", "ideal")]
     takes = ", ".join(
-        f"{one.name} {_percent(analysis.losses[one.name].closed[BEYOND])}" for one in experiment.conditions
+        f"{one.name} {percent(analysis.losses[one.name].closed[BEYOND])}" for one in experiment.conditions
     )
     return [
         f"Memory from beyond attention is worth {best[0] - best[1]:.4f} nats at best; of that each takes, in %:"
@@ -380,51 +377,10 @@ def _name(value: Any) -> Any:
     return value.get("name") if isinstance(value, dict) else value
 
 
-def _p(p: float) -> str:
-    return "-" if math.isnan(p) else p_words(p).removeprefix("p ").removeprefix("= ")
-
-
-def _number(value: float, form: str, end: str = "") -> str:
-    return f"{value:{form}}{end}" if math.isfinite(value) else "-"
-
-
 def _has_size(found: Paired, experiment: Experiment) -> bool:
     """Returns whether the loss is large enough for shares of it to mean something."""
     return found.reference >= experiment.setting.margin
 
 
 def _relative(found: Paired, experiment: Experiment) -> str:
-    return _number(100 * found.relative, "+z.2f") if _has_size(found, experiment) else "-"
-
-
-def _count(units: float) -> str:
-    return "-" if math.isnan(units) else f"{units:,.0f}" if math.isfinite(units) else "more than a million"
-
-
-def _with_bounds(value: Interval, digits: int = 4) -> str:
-    if math.isnan(value.mean):
-        return "-"
-    bounds = "" if math.isnan(value.low) else f" [{value.low:+z.{digits}f}, {value.high:+z.{digits}f}]"
-    return f"{value.mean:+z.{digits}f}{bounds}"
-
-
-def _percent(value: Interval) -> str:
-    return _with_bounds(Interval(*(100 * number for number in value)), 1)
-
-
-def _aligned(heads: Row, rows: Sequence[Row]) -> list[str]:
-    """Returns columns for a terminal; words aligned left, numbers right."""
-    wide = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    words = [any(cell[:1].isalpha() for cell in column) for column in zip(*rows, strict=True)] if rows else []
-    return [
-        "  ".join(
-            cell.ljust(width) if left else cell.rjust(width) for cell, width, left in zip(row, wide, words, strict=True)
-        ).rstrip()
-        for row in [heads, *rows]
-    ]
-
-
-def _pipes(heads: Row, rows: Sequence[Row]) -> str:
-    """Returns a table in Markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
+    return number(100 * found.relative, "+z.2f") if _has_size(found, experiment) else "-"

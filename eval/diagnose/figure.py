@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from eval.diagnose.records import Record, names
-from eval.streaming.plots import KINDS, save
+from eval.results.figures import KINDS, save
 
 NAME = "diagnose"
 FILES = tuple(f"{NAME}.{kind}" for kind in KINDS)

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from eval.results.figures import CHECKPOINTS, COLOURS, DASHES, KINDS, save
 from eval.results.schema import CheckpointInfo
 from eval.stats.estimates import Band, Estimate, band, group_means, smooth
 from eval.streaming import table
 from eval.streaming.measure import inner_losses, load_scores
 from eval.streaming.results import RESETTING, CheckpointResults, Results, read
-from ttt_jax.utils.files import write_atomically
 from ttt_jax.utils.paths import file_name
 
-# Colours of Okabe and Ito, which people with any kind of colour vision tell apart.
-COLOURS = {"persist": "#0072B2", "reset": "#D55E00", "frozen": "#6B6B6B", "off": "#E69F00", "permuted": "#009E73"}
-DASHES = {"reset": (4, 2), "permuted": (1, 1)}
-"""Arms that may lie on persist: what is under them still shows."""
 INNER = {
     "loss_base": ("#6B6B6B", "l(W0)"),
     "loss_before": ("#000000", "l(W before)"),
     "loss_after": ("#CC79A7", "l(W after)"),
 }
 """Not the colours of `WITH_MEMORY`: they share a legend."""
-CHECKPOINTS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 SMOOTHED = 10
 """Frames of the moving average in Figure 5."""
@@ -42,8 +36,8 @@ two."""
 BOUNDARIES = 60
 """Boundaries of recordings in a figure by frame up to which they are marked; more would be a block."""
 
-FIGURES, TOGETHER, KINDS = ("memory", "figure5", "state"), "checkpoints", ("png", "pdf")
-"""Figures of each checkpoint, the one of several, and the kinds of file."""
+FIGURES, TOGETHER = ("memory", "figure5", "state"), "checkpoints"
+"""Figures of each checkpoint, and the one of several."""
 
 WITH_MEMORY = ("persist", "reset", "permuted")
 """Arms whose gain is drawn: under the others the fast weights do nothing."""
@@ -85,26 +79,6 @@ def figures(checkpoints: Sequence[str]) -> list[str]:
 def _end(name: str, several: bool) -> str:
     """Of the names of a checkpoint's figures."""
     return f"-{file_name(name)}" if several else ""
-
-
-def save(figure: Any, folder: Path, name: str) -> list[Path]:
-    """Write a figure to `folder` in all of `KINDS`, and close it; the paths."""
-    from matplotlib import pyplot as plt
-    from matplotlib.text import Text
-
-    paths = []
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a $ in a name is a $
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # where things lie is settled once, not for each kind
-    for kind in KINDS:
-        content = io.BytesIO()
-        # Without a date the same results give the same file.
-        figure.savefig(content, dpi=120, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
-        paths.append(folder / f"{name}.{kind}")
-        write_atomically(paths[-1], content.getvalue())
-    plt.close(figure)
-    return paths
 
 
 def _losses(results: Results, checkpoint: CheckpointResults) -> Any:

@@ -10,16 +10,13 @@ import sys
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from eval.__main__ import main
-from eval.inputs import checkpoints, dataset
+from eval.inputs import dataset
 from eval.streaming import plots, score_files
 from eval.streaming.scores import load
 from tests.helpers import made_scores, micro
-from tests.helpers.eval_models import DIGEST, tokens, write_run
-from ttt_jax.data.corpus import CorpusConfig
-from ttt_jax.data.frames import open_manifest
+from tests.helpers.eval_models import tokens, write_data, write_run
 from ttt_jax.errors import InputError
 from ttt_jax.utils.command import PARTIAL
 
@@ -55,18 +52,6 @@ def plain(tmp_path_factory):
     ttt = micro.MODEL.ttt.__class__(layers="none")
     cfg = micro.config(model=micro.MODEL.__class__(**vars(micro.MODEL) | {"ttt": ttt}))
     return write_run(tmp_path_factory.mktemp("checkpoints") / "plain", cfg)
-
-
-def write_data(folder, codes, digest=DIGEST, **extra):
-    """A manifest of code files: with a text row, except the last, which has none."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for i, array in enumerate(codes):
-        path = folder / f"{i}.safetensors"
-        save_file({"codes": array}, path, metadata={"frame_rate": "12.5", "codec": digest})
-        lines.append(json.dumps({"path": path.name, "duration": array.shape[1] / 12.5, **extra}))
-    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
 
 
 @pytest.fixture
@@ -113,48 +98,6 @@ def check_checkpoints_times_files_times_arms(run, plain, data, tmp_path, capsys)
     assert "plain" in shown
 
 
-def test_a_text_that_is_not_known_is_fed_as_nothing(run, data):
-
-    files, skipped = dataset.read(data, [checkpoints.load(run)])
-    assert not skipped
-    assert [file.text_known.mean() for file in files] == [1, 1, 0]
-    assert (files[2].frames[0] == -1).all()
-    np.testing.assert_array_equal(files[2].frames[1:], tokens(LENGTHS[2], 2)[1:])
-    np.testing.assert_array_equal(files[0].frames, tokens(LENGTHS[0], 0))
-
-
-def test_evaluation_feeds_what_training_reads(run, tmp_path):
-    from ttt_jax.codec import load_codec
-    from ttt_jax.data.corpus import load_coders
-
-    words = [["yes", [0.3, 0.5], "SPEAKER_MAIN"], ["\u4e2d", [1.0, 1.2], "SPEAKER_MAIN"]]
-    beside = {"words": {"alignments": words}, "book": {"book_meta": {}}, "emilia": {"id": "x"}, "nothing": None}
-    beside["labels"] = {"alignments": [["yes", [0.3, 0.5], "SPEAKER_00"]]}
-    data = write_data(tmp_path / "data", [tokens(25, i)[1:] for i in range(len(beside))], load_codec().digest)
-    for i, content in enumerate(beside.values()):
-        if content is not None:
-            (data / f"{i}.json").write_text(json.dumps(content))
-    part = tokens(25, 0)
-    part[0, 3:9] = -1
-    data2 = write_data(tmp_path / "part", [part], load_codec().digest)
-    for folder in (data, data2):
-        files, skipped = dataset.read(folder, [checkpoints.load(run)])
-        assert not skipped
-        coders = load_coders(CorpusConfig())
-        trained = open_manifest(folder / "manifest.jsonl", *coders, tmp_path / "cache", progress=False)
-        for file, recording in zip(files, trained, strict=True):
-            np.testing.assert_array_equal(file.frames, recording.read())
-            np.testing.assert_array_equal(file.text_known, file.frames[0] >= 0)
-        known = [file.text_known.sum() for file in files]
-        assert known == ([25 - 4, 0, 0, 0, 0] if folder == data else [19])
-
-
-def test_speakers_are_the_units(run, tmp_path):
-
-    data = write_data(tmp_path / "s", [tokens(20, 0), tokens(20, 1)], speaker="one", group="a/b")
-    assert {file.group for file in dataset.read(data, [checkpoints.load(run)])[0]} == {"one"}
-
-
 def test_a_bad_file_among_good_ones_is_skipped_counted_and_told(run, data, tmp_path, capsys):
     (data / "1.safetensors").write_bytes(b"nothing")
     out = tmp_path / "out"
@@ -184,21 +127,6 @@ def test_absent_files_are_skipped_counted_and_told_briefly(run, tmp_path, capsys
     assert told[-1].startswith(
         f"skipped: 20 more, the last: {packed} line 30 names {data}/gone29.safetensors, which is not"
     )
-
-
-def test_files_are_called_by_the_names_of_their_links(run, tmp_path):
-
-    (tmp_path / "blobs").mkdir()
-    data = write_data(tmp_path / "snapshot", [tokens(16, i) for i in range(2)])
-    for i in range(2):
-        (data / f"{i}.safetensors").rename(tmp_path / "blobs" / f"{i:064x}")
-        (data / f"{i}.safetensors").symlink_to(f"../blobs/{i:064x}")
-    (data / "twin.safetensors").symlink_to(f"../blobs/{0:064x}")
-    with (data / "manifest.jsonl").open("a") as file:
-        file.write(json.dumps({"path": "twin.safetensors", "duration": 16 / 12.5}))
-    files, skipped = dataset.read(data, [checkpoints.load(run)])
-    assert [file.name for file in files] == ["0", "1", "twin"]
-    assert not skipped
 
 
 def test_results_on_other_speech_do_not_replace_the_runs_own(run, data):
@@ -259,71 +187,11 @@ def test_what_cannot_be_is_one_sentence(run, plain, data, tmp_path):
     assert not out.exists() or not any(out.iterdir())
 
 
-def test_a_run_on_code_files_needs_neither_its_codec_nor_its_data(tmp_path):
-
-    gone = CorpusConfig(train="gone.jsonl", codec="files")
-    about = {"codec": {"name": "theirs", "digest": "1" * 64}, "tokenizer": {"digest": "2" * 64, "pieces": None}}
-    trained = checkpoints.Checkpoint("trained", micro.MODEL, None, about, gone)
-    data = write_data(tmp_path / "codes", [tokens(20), tokens(20)[1:], tokens(20)[1:9]], digest="1" * 64)
-    files, (skipped,) = dataset.read(data, [trained])
-    assert [file.text_known.mean() for file in files] == [1, 0]
-    np.testing.assert_array_equal(files[0].frames, tokens(20))
-    assert "holds 8 rows of codes" in skipped.reason
-    with pytest.raises(InputError, match="trained was trained with the codec theirs .*the speech was encoded with"):
-        dataset.read(write_data(tmp_path / "other", [tokens(20)], digest="3" * 64), [trained])
-    (data / "a.wav").write_bytes(b"RIFF")
-    (data / "manifest.jsonl").write_text('{"path": "a.wav", "duration": 4.8}\n')
-    with pytest.raises(InputError, match=r"a\.wav is audio, but data\.codec='files'"):
-        dataset.read(data, [trained])
-
-
 def test_codes_of_another_codec_are_refused(run, tmp_path):
     other = write_data(tmp_path / "other", [tokens(20)], digest="0" * 64)
     refused("was trained with the codec a codec .*was encoded with a codec .digest 000000000000", run, "--data", other)
     large = write_data(tmp_path / "large", [tokens(20) + 40])
     refused("expected -1 to 63", run, "--data", large)
-
-
-@pytest.mark.parametrize("rate", ["25", "12.50001", "6.25"])
-def test_codes_of_another_rate_are_refused_for_converted_weights_too(run, tmp_path, rate):
-
-    weights = checkpoints.Checkpoint("moshi", micro.MODEL, None, {})
-    data = write_data(tmp_path / "fast", [tokens(20)])
-    metadata = {"frame_rate": rate, "codec": DIGEST}
-    save_file({"codes": tokens(20)}, data / "0.safetensors", metadata=metadata)
-    (data / "manifest.jsonl").write_text(json.dumps({"path": "0.safetensors", "duration": 20 / float(rate)}))
-    for model in (weights, checkpoints.load(run)):
-        for place in (data, data / "0.safetensors"):
-            with pytest.raises(InputError, match=f"0.safetensors states frame_rate '{rate}' .*models read 12.5 frames"):
-                dataset.read(place, [model])
-
-
-def test_codes_of_several_codecs_and_of_other_sizes_do_not_pass_with_converted_weights(tmp_path):
-    from ttt_jax.data.codes import Codes, write_codes
-
-    weights = checkpoints.Checkpoint("moshi", micro.MODEL, None, {})
-    data = write_data(tmp_path / "mixed", [tokens(20), tokens(20)], digest="1" * 64)
-    save_file({"codes": tokens(20)}, data / "1.safetensors", metadata={"frame_rate": "12.5", "codec": "2" * 64})
-    with pytest.raises(InputError, match="holds codes of 2 codecs, such as 0 .codec 1111.* and 1 .codec 2222"):
-        dataset.read(data, [weights])
-    write_codes(data / "1.safetensors", Codes(tokens(20), 12.5, "1" * 64, "small", cardinality=32))
-    files, (skipped,) = dataset.read(data, [weights])
-    assert "moshi has 64 codes and 512 text pieces, but the codec small has 32" in skipped.reason
-    assert files[0].codec == {"name": None, "digest": "1" * 64}
-
-
-def test_every_file_has_a_name_of_its_own(run, tmp_path):
-
-    lines = []
-    for folder in ("a", "b"):
-        data = write_data(tmp_path / folder / "audio", [tokens(20)])
-        lines.append(json.dumps({"path": str(data / "0.safetensors"), "duration": 1.6}))
-    other = tmp_path / "elsewhere"
-    other.mkdir()
-    (other / "m.jsonl").write_text("\n".join([*lines, lines[0]]) + "\n")
-    files, (twice,) = dataset.read(other / "m.jsonl", [checkpoints.load(run)])
-    assert len({file.name for file in files}) == len({file.group for file in files}) == 2
-    assert "twice" in twice.reason
 
 
 def test_a_model_that_leaves_the_numbers_is_no_result(run, data, tmp_path, monkeypatch, capsys):
@@ -420,16 +288,3 @@ def test_frames_of_something_else_are_not_replaced(run, data, tmp_path):
     (out / "frames" / "holiday.jpg").write_bytes(b"dear to someone")
     refused("holds frames, but no results.json that says", run, "--data", data, "--out", out)
     assert (out / "frames" / "holiday.jpg").exists()
-
-
-def test_converted_weights_take_code_files_only(tmp_path):
-
-    weights = checkpoints.Checkpoint("moshi", micro.MODEL, None, {})
-    data = write_data(tmp_path / "codes", [tokens(20), tokens(20)[1:], tokens(20)[1:9]], digest="1" * 64)
-    files, (skipped,) = dataset.read(data, [weights])
-    assert [file.text_known.mean() for file in files] == [1, 0]
-    assert "holds 8 rows of codes" in skipped.reason
-    (data / "a.wav").write_bytes(b"RIFF")
-    (data / "manifest.jsonl").write_text('{"path": "a.wav", "duration": 4.8}\n')
-    with pytest.raises(InputError, match="converted weights do not say which codec"):
-        dataset.read(data, [weights])

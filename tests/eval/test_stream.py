@@ -5,7 +5,6 @@ One batch of two files, all arms side by side, random weights.
 
 import contextlib
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import pytest
 
 from eval.streaming import arms
 from eval.streaming import runner as module
-from eval.streaming.runner import _block, batches, plan, score, stream
+from eval.streaming.runner import _block, plan, score, stream
 from eval.streaming.scores import load, not_finite, save
 from tests.helpers import eval_models, micro, quick, small_step
 from tests.helpers.drawing import quick_jit
@@ -381,26 +380,6 @@ def test_shuffled_frames_raise_the_loss_of_a_trained_model(trained, files):
 # Cutting, batching, storing
 
 
-@pytest.mark.parametrize("length", [1, 5, 8, 9, 64])
-@pytest.mark.parametrize("chunk", [1, 3, 8, 100])
-@pytest.mark.parametrize("reset_every", [None, 1, 5, 8, 70])
-def test_a_plan_covers_every_frame_once_and_no_call_reaches_over_a_reset(length, chunk, reset_every):
-    calls = plan(length, chunk, reset_every)
-    covered = [start + i for start, n in zip(calls.starts, calls.lengths, strict=True) for i in range(n)]
-    assert covered == list(range(length))
-    assert calls.lengths.max() <= calls.frames <= chunk
-    assert calls.frames < 2 * length
-    for start, n, resets in zip(calls.starts, calls.lengths, calls.resets, strict=True):
-        if reset_every:
-            assert start // reset_every == (start + n - 1) // reset_every
-        assert resets == (reset_every is not None and start > 0 and start % reset_every == 0)
-
-
-@pytest.mark.parametrize("reset_every", [None, 250])
-def test_streams_of_many_lengths_need_few_programs(reset_every):
-    assert len({plan(length, 1000, reset_every).frames for length in range(1, 5000)}) <= 11
-
-
 def test_frames_past_the_end_of_a_file_are_masked(files):
     """Nobody would see it in the file's own scores, but the memory that it leaves to others would have learned from
     them."""
@@ -408,14 +387,6 @@ def test_frames_past_the_end_of_a_file_are_masked(files):
     frames, mask, _ = _block(files, calls, 0, len(calls.starts))
     np.testing.assert_array_equal(mask.sum((0, 2)), LENGTHS)
     assert (np.moveaxis(frames, 2, 0)[:, ~mask] == -1).all()
-
-
-def test_batches_hold_every_file_once_and_leave_none_alone_where_two_are_needed():
-    for count, rows in itertools.product(range(2, 9), (2, 3)):
-        found = list(batches(list(range(count)), rows, least=2))
-        assert sorted(i for batch in found for i in batch) == list(range(count))
-        assert min(map(len, found)) >= 2
-    assert [len(batch) for batch in batches([5, 1, 9], 2)] == [2, 1]
 
 
 def test_predictions_that_are_no_numbers_are_found(scores):

@@ -50,3 +50,15 @@ def write_codes(path: Path, codes: np.ndarray, codec=DIGEST) -> Path:
     """Writes codes of the embedded codec, or of another digest; returns the path."""
     save_file({"codes": codes}, path, metadata={"frame_rate": "12.5", "codec": codec})
     return path
+
+
+def write_data(folder, codes, digest=DIGEST, **extra):
+    """A manifest of code files: with a text row, except the last, which has none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i, array in enumerate(codes):
+        path = folder / f"{i}.safetensors"
+        save_file({"codes": array}, path, metadata={"frame_rate": "12.5", "codec": digest})
+        lines.append(json.dumps({"path": path.name, "duration": array.shape[1] / 12.5, **extra}))
+    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
