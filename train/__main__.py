@@ -15,9 +15,11 @@ from ttt_jax.config import check, preset
 from ttt_jax.distributed import launch
 from ttt_jax.distributed.launch import Launch
 from ttt_jax.utils import config_json
-from ttt_jax.utils.command import plain_input_errors, run
+from ttt_jax.utils.command import parse as parse_options
+from ttt_jax.utils.command import run
 from ttt_jax.utils.paths import local
 
+PROG = "python -m train"
 DESCRIPTION = f"""Train a Moshi with TTT layers on speech; the layers' state is carried along each file.
 
   python -m train                              the preset "tiny" on the embedded corpus
@@ -80,22 +82,16 @@ def parse(args: Sequence[str]) -> tuple[Options, TrainConfig | None]:
     """
     args = list(args)
     name = args[0] if args and not args[0].startswith("-") else None
-    with plain_input_errors():
-        options, fields = tyro.cli(Options, args=args, return_unknown_args=True, add_help=False)
+    options, fields = parse_options(Options, PROG, args, return_unknown_args=True, add_help=False)
     if options.resume is not None:
         if not fields:
             return options, None
         default = load(local(options.resume) / "config.json")
     else:
         default = preset(name or "tiny", PRESETS) if options.from_ is None else load(local(options.from_))
-    with plain_input_errors():
-        command = tyro.cli(
-            Command,
-            prog="python -m train",
-            description=DESCRIPTION,
-            default=Command(config=default),
-            args=args,
-        )
+    # Its flags come in pairs such as --trainable.base and --trainable.no-base.
+    default = Command(config=default)
+    command = parse_options(Command, PROG, args, default=default, description=DESCRIPTION, config=())
     check(
         command.preset == name,
         f"the preset {command.preset} stands behind other arguments: put it first, right after `python -m train`.",
@@ -103,7 +99,7 @@ def parse(args: Sequence[str]) -> tuple[Options, TrainConfig | None]:
     if options.from_ is not None:
         check(name is None, f"--from and the preset {name} are two configurations: leave one of them out.")
     if options.resume is not None:
-        changed = name or _first_change(command.config, default)
+        changed = name or _first_change(command.config, default.config)
         check(
             not changed,
             f"--resume goes on with the run's own configuration and takes no {changed}: use --from to change it in a"

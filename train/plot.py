@@ -15,7 +15,7 @@ from train.config import load
 from ttt_jax.config import FRAME_RATE, check
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
-from ttt_jax.utils.command import plain_input_errors, run
+from ttt_jax.utils.command import parse, run
 from ttt_jax.utils.paths import local
 
 
@@ -34,8 +34,7 @@ def main(args: Sequence[str]) -> int:
 
     Raises `InputError` where there is no such run, no metrics, or no place to write to.
     """
-    with plain_input_errors():
-        options = tyro.cli(Options, prog="python -m train.plot", args=args)
+    options = parse(Options, "python -m train.plot", args)
     check(bool(options.runs), "no run is named: give the folder of at least one, such as runs/NAME.")
     out = _check_out(local(options.out)) if options.out is not None else None
     folders = [local(name) for name in options.runs]

@@ -123,10 +123,8 @@ class Sampler:
             voices = [_decode(codec, tokens[1 : 1 + codebooks]), _decode(codec, tokens[1 + codebooks :])]
             write_atomically(path.with_name(path.name + ".wav"), _wav(np.stack(voices), codec.sample_rate))
         if not isinstance(tokenizer, TokenizerInfo):
-            prompt, model_text = (
-                tokenizer.decode(tokens[0, part]) for part in (slice(boundary), slice(boundary, None))
-            )
-            text = f"prompt: {prompt}\nmodel:  {model_text}\n"
+            prompt, generated = (tokenizer.decode(part) for part in np.split(tokens[0], [boundary]))
+            text = f"prompt: {prompt}\nmodel:  {generated}\n"
             write_atomically(path.with_name(path.name + ".txt"), text.encode())
 
 

@@ -169,5 +169,6 @@ def parse(options: type[Options], prog: str, args: Sequence[str], **settings: An
     """
     import tyro
 
+    settings = {"config": (tyro.conf.FlagCreatePairsOff,), **settings}
     with plain_input_errors():
-        return tyro.cli(options, prog=prog, args=list(args), config=(tyro.conf.FlagCreatePairsOff,), **settings)
+        return tyro.cli(options, prog=prog, args=list(args), **settings)
