@@ -55,8 +55,14 @@ def _asterisk(folder: str, language: str, stanza: str, license_name: str, credit
 
 
 _ALLISON = "recorded by Allison Smith (http://www.theivrvoice.com); financial contribution by Digium, Inc."
-_JUNE = "recorded by June Wallack (http://www.junewallack.com); translated by Clod Patry, Kristopher Lalletti and June Wallack"
-_CARLO = "recorded by Carlo Flora (http://www.carloflora.com, http://www.segreterietelefoniche.it); translated by Silvia Petrin"
+_JUNE = (
+    "recorded by June Wallack (http://www.junewallack.com); translated by Clod Patry, Kristopher Lalletti and"
+    " June Wallack"
+)
+_CARLO = (
+    "recorded by Carlo Flora (http://www.carloflora.com, http://www.segreterietelefoniche.it); translated by Silvia"
+    " Petrin"
+)
 VOICES = (
     _asterisk("en_us_f_allison", "en", "*", "CC-BY-SA-3.0", _ALLISON),
     _asterisk("es_mx_f_allison", "es", "*", "CC-BY-SA-3.0", _ALLISON),

@@ -65,21 +65,21 @@ def main(options: Options) -> int:
     from ttt_jax.data.encode import Encoder
     from ttt_jax.data.prepare import PreparedFolder
 
-    found = find(options.sources, options.layout)
+    contents = find(options.sources, options.layout)
     codec, tokenizer = load_coders(CorpusConfig(codec=options.codec, tokenizer=options.tokenizer))
     folder = PreparedFolder(local(options.out), Encoder(codec, tokenizer, options.voice), options.join)
     failed: dict[str, InputError] = {}
-    for problem in found.problems:
+    for problem in contents.problems:
         print(printable(f"skipped: {problem}"), file=sys.stderr)
-    todo = streams(found, options.join)
-    with _Progress(found.recordings) as progress:
+    todo = streams(contents, options.join)
+    with _Progress(contents.recordings) as progress:
         try:
             for stream in todo:
                 try:
                     folder.add(stream, lambda blocks: progress.watch(blocks, codec.sample_rate))
                 except InputError as error:
                     failed[stream.name] = error
-                    if len(found.recordings) > 1:
+                    if len(contents.recordings) > 1:
                         progress.print(f"skipped{f' the stream {stream.group}' if options.join else ''}: {error}")
                 progress.finish(stream, folder.speed)
         finally:  # an interrupted run leaves a manifest of what it has made
@@ -87,12 +87,12 @@ def main(options: Options) -> int:
     for name in dropped:
         print(printable(f"left out of {folder.path / MANIFEST}: {name}, which is gone or damaged"), file=sys.stderr)
     if not folder.entries:
-        if len(found.recordings) == 1:
+        if len(contents.recordings) == 1:
             raise next(iter(failed.values()))
         raise InputError(
-            f"none of {len(found.recordings)} recordings could be encoded, for the reasons above: mend them."
+            f"none of {len(contents.recordings)} recordings could be encoded, for the reasons above: mend them."
         )
-    skipped = found.skipped + sum(len(stream.recordings) for stream in todo if stream.name in failed)
+    skipped = contents.skipped + sum(len(stream.recordings) for stream in todo if stream.name in failed)
     _summarise([stream for stream in todo if stream.name not in failed], skipped, folder)
     return PARTIAL if skipped else 0
 

@@ -76,9 +76,9 @@ def explanation() -> str:
     """Returns how to read the records."""
     return (
         "stream: the residual stream after attention (x + attention's update, not the update alone), which the TTT\n"
-        "layer reads; it grows with depth, and ratios and cosines are against it. combined: the stream with the gated\n"
-        "TTT output added. "
-        "change: since the record before. inner loss: at the base minus before the frame is the gain from memory."
+        "layer reads; it grows with depth, and ratios and cosines are against it.\n"
+        "combined: the stream with the gated TTT output added. change: since the record before.\n"
+        "inner loss: at the base minus before the frame is the gain from memory."
     )
 
 

@@ -257,7 +257,7 @@ def _codes(root: Path) -> Path:
     made = root / "codes.safetensors"
     codes = np.random.default_rng(0).integers(0, 64, (17, 40)).astype(np.int32)
     source = Source("talk.wav", "0" * 64, 3.2, 40, 0)
-    write_codes(made, Codes(codes, 12.5, "d" * 64, "made", 64, "t" * 64, "own", (source,)))
+    write_codes(made, Codes(codes, 12.5, "d" * 64, "made", 64, "t" * 64, "moshi", (source,)))
     return made
 
 

@@ -113,8 +113,8 @@ def read_alignments(path: str | Path, seconds: float) -> Alignment:
     rows = content["alignments"]
     if not isinstance(rows, list):
         raise InputError(
-            f'{path} has {_short(rows)} under "alignments", expected a list [[word, [start, end], speaker], ...]: write the'
-            " alignments again or remove the file."
+            f'{path} has {_short(rows)} under "alignments", expected a list [[word, [start, end], speaker], ...]:'
+            " write the alignments again or remove the file."
         )
     words = [word for index, row in enumerate(rows) if (word := _parse_word(path, index, row)).text]
     placed: list[Word] = []

@@ -148,13 +148,8 @@ def load_coders(
 ) -> tuple[Codec | CodecInfo, Tokenizer | TokenizerInfo]:
     """Returns the codec and the tokenizer of `cfg`. Raises `InputError` if one cannot be loaded.
 
-    With codec "files" they are those that the code files state.
-
-    Args:
-        cfg: of the data.
-        card: cardinality of the model's codes, used if no file states that of its codec.
-        text_card: cardinality of the model's text, used for the tokenizer of the files.
-        stored: result of `Corpus.describe`; it replaces the files, which may be gone.
+    With codec "files" they are those that the code files state, or that `stored` (of `Corpus.describe`) states where
+    the files may be gone. `card` and `text_card`, cardinalities of the model, stand for those that no file states.
     """
     if cfg.codec != FILES:
         embedded = EMBEDDED / "tokenizer" / "spm512.model"
@@ -174,12 +169,9 @@ def fit_model(
     weights: str | None = None,
     trained_with: dict[str, str] | None = None,
 ) -> MoshiConfig:
-    """Returns `model` with the cardinalities of the codec and the tokenizer, where these are known.
+    """Returns `model` with the cardinalities of the data's codec and tokenizer, where these are known.
 
     Args:
-        model: its configuration.
-        codec: of the data.
-        tokenizer: of the data.
         weights: name of the model's weights; None if they are still to be initialised.
         trained_with: name and digest of the codec that the weights were trained with; None if it is not known.
 

@@ -61,17 +61,14 @@ class Encoder:
     ) -> Encoded:
         """Returns the codes of an audio file, read block by block; logs which of its words were dropped.
 
-        Args:
-            entry: an audio file; a duration of NaN agrees with any length.
-            watch: passes on the blocks of audio, float32 [channels, n] at the codec's rate.
+        `watch` passes on the blocks of audio, float32 [channels, n] at the codec's rate. A duration of NaN in `entry`
+        agrees with any length.
 
         Raises:
-            InputError: the codec is not here; the audio is unusable, shorter than a frame or not as long as the entry
-                states; or its alignments are unusable. The message names the file.
+            InputError: the audio is unusable, shorter than a frame or not as long as the entry states; or its
+                alignments are unusable. The message names the file.
         """
         codec, path = self.codec, entry.path
-        if isinstance(codec, CodecInfo):
-            raise codec_missing(path)
         channels, num_samples = encode_blocks(watch(read_blocks(path, codec.sample_rate)), codec)
         seconds = num_samples / codec.sample_rate
         if num_samples < codec.frame_size:
@@ -87,22 +84,15 @@ class Encoder:
         return Encoded(np.concatenate([left, right] if self.voice == "moshi" else [right, left]), text.row, seconds)
 
     def text(self, entry: Entry, seconds: float, num_frames: int, is_mono: bool = False) -> Text:
-        """Returns the text row of Moshi's stream, not known if `entry` has no alignments.
-
-        Args:
-            entry: the recording.
-            seconds: length of the audio.
-            num_frames: length of the row.
-            is_mono: whether the right channel is silence.
+        """Returns the text row of Moshi's stream, [num_frames], for `seconds` of audio; in mono the right channel is
+        silent.
 
         Raises:
             InputError: the alignments are unusable, or there is no tokenizer for their words.
         """
         if entry.alignment is None:
             return Text(None, None)
-        if isinstance(self.tokenizer, TokenizerInfo):
-            if read_beside(entry.alignment)[0] is not Kind.ALIGNMENTS:
-                return Text(None, None)
+        if isinstance(self.tokenizer, TokenizerInfo) and read_beside(entry.alignment)[0] is Kind.ALIGNMENTS:
             raise InputError(
                 f"{entry.alignment} has the words of {entry.path.name}, but data.codec='files' brings no tokenizer for"
                 " them: give data.tokenizer, or remove the words."
@@ -120,22 +110,20 @@ class Encoder:
         if self._silence is None:
             self._silence = np.empty((codec.num_codebooks, 0), np.int32)
             self._silence_state = codec.init_state()
-        while (missing := num_frames - self._silence.shape[1]) > 0:
-            zeros = np.zeros(min(missing, _BLOCK) * codec.frame_size, np.float32)
+        pieces = [self._silence]
+        for start in range(self._silence.shape[1], num_frames, _BLOCK):
+            zeros = np.zeros(min(num_frames - start, _BLOCK) * codec.frame_size, np.float32)
             codes, self._silence_state = codec.encode_step(zeros, self._silence_state)
-            self._silence = np.concatenate([self._silence, codes], axis=1)
+            pieces.append(codes)
+        self._silence = np.concatenate(pieces, axis=1)
         return self._silence[:, :num_frames]
 
 
 def encode_blocks(blocks: Iterable[np.ndarray], codec: Codec) -> tuple[list[np.ndarray], int]:
-    """Encodes audio that comes in blocks. The codes equal those of `codec.encode` on the whole.
+    """Encodes blocks of audio, float32 [channels, n], any n, at the codec's rate.
 
-    Args:
-        blocks: float32 [channels, n], any n, at the codec's rate.
-        codec: encodes each channel from a fresh state.
-
-    Returns:
-        For each channel int32 [num_codebooks, T], T = ceil(samples / frame_size); and the number of samples.
+    Returns for each channel int32 [num_codebooks, T], T = ceil(samples / frame_size), equal to `codec.encode` of the
+    whole; and the number of samples.
     """
     size, num_samples = codec.frame_size, 0
     rest: np.ndarray | None = None

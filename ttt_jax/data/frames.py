@@ -74,17 +74,9 @@ def open_manifest(
     cache_dir: str | Path,
     progress: bool = True,
 ) -> tuple[Recording, ...]:
-    """Returns the recordings of a manifest that exist, in its order.
+    """Returns the recordings of a manifest that exist, in its order, opened by a `FrameReader`.
 
-    Args:
-        path: the JSONL file.
-        codec: as for `FrameReader`.
-        tokenizer: as for `FrameReader`.
-        cache_dir: as for `FrameReader`.
-        progress: whether to show a progress bar on standard error.
-
-    Raises:
-        InputError: as `read_manifest` and `FrameReader.open`.
+    `progress` shows a progress bar on standard error. Raises `InputError` as `read_manifest` and `FrameReader.open`.
     """
     from tqdm import tqdm
 
@@ -119,7 +111,7 @@ class FrameReader:
                 holds codes of another codec or outside its range; it is audio and the codec is not here; or the cache
                 cannot be written.
         """
-        if not _is_codes(entry):
+        if entry.path.suffix != ".safetensors":
             return self._read_audio(entry, self._cache_path(entry))
         frames, notice = self._read_codes(entry)
         warn(entry.alignment, notice)
@@ -132,7 +124,7 @@ class FrameReader:
         """
         name = printable(f"{entry.path.parent.name}/{entry.path.stem}")
         speaker = None if entry.speaker is None else printable(entry.speaker)
-        if not _is_codes(entry):
+        if entry.path.suffix != ".safetensors":
             cached = self._cache_path(entry)
             shape = self._read_audio(entry, cached).shape
             return Recording(name, speaker, shape, None, functools.partial(self._reread_audio, entry, shape, cached))
@@ -238,10 +230,6 @@ class FrameReader:
         alignment = file_digest(entry.alignment) if entry.alignment else "none"
         parts = (_VERSION, file_digest(entry.path), alignment, self.codec.digest, self.tokenizer.digest)
         return self._cache_dir / f"{hashlib.sha256(' '.join(map(str, parts)).encode()).hexdigest()}.safetensors"
-
-
-def _is_codes(entry: Entry) -> bool:
-    return entry.path.suffix == ".safetensors"
 
 
 def _changed(entry: Entry) -> InputError:

@@ -66,7 +66,7 @@ class Stream(NamedTuple):
     """A recording of the stream that is left out; then the stream is left out too."""
 
 
-class Found(NamedTuple):
+class Contents(NamedTuple):
     """The recordings of some sources."""
 
     recordings: list[Recording]
@@ -79,7 +79,7 @@ class Found(NamedTuple):
     """The first recording of a group that is left out, by `Recording.group_key`."""
 
 
-def find(sources: Sequence[str | Path], layout: Layout = "auto") -> Found:
+def find(sources: Sequence[str | Path], layout: Layout = "auto") -> Contents:
     """Returns the recordings of all sources in their order, each once, and the problems of those that are left out.
 
     Args:
@@ -104,7 +104,7 @@ def find(sources: Sequence[str | Path], layout: Layout = "auto") -> Found:
     for path, problem in problems.items():
         if problem.group_key is not None:
             gaps.setdefault(problem.group_key, path)
-    return Found(list(recordings.values()), _sentences(problems.values()), len(problems), gaps)
+    return Contents(list(recordings.values()), _sentences(problems.values()), len(problems), gaps)
 
 
 class _Problem(NamedTuple):
@@ -131,14 +131,14 @@ def _sentences(problems: Iterable[_Problem]) -> list[str]:
     return lines
 
 
-def streams(found: Found, join: bool) -> list[Stream]:
+def streams(contents: Contents, join: bool) -> list[Stream]:
     """Returns a stream for each recording, or with `join` one for each group in order of appearance."""
     if not join:
-        return [Stream(name_of(r), r.group, r.speaker, (r,)) for r in found.recordings]
+        return [Stream(name_of(r), r.group, r.speaker, (r,)) for r in contents.recordings]
     groups: dict[str, list[Recording]] = {}
-    for recording in found.recordings:
+    for recording in contents.recordings:
         groups.setdefault(recording.group_key, []).append(recording)
-    return [_joined(key, members, found.gaps.get(key)) for key, members in groups.items()]
+    return [_joined(key, members, contents.gaps.get(key)) for key, members in groups.items()]
 
 
 def name_of(recording: Recording) -> str:

@@ -71,9 +71,7 @@ class Levels:
             return
         if self._peak > LOUD:
             _log.warning(
-                "%s has a peak of %.1f, where full scale is 1: its samples are used unchanged.",
-                self._path,
-                self._peak,
+                "%s has a peak of %.1f, where full scale is 1: its samples are used unchanged.", self._path, self._peak
             )
         if self._peak == 0:
             _log.warning("%s is silent: all its samples are 0.", self._path)
