@@ -218,7 +218,7 @@ class Options:
     trained in four ways."""
     folder: Annotated[Positional[str | None], arg(metavar="[FOLDER]")] = None
     """The same for all parts; what exists in it is used."""
-    seeds: str | None = None
+    seeds: Annotated[str | None, arg(metavar="N,N,...")] = None
     """Joined by commas; unset: those of the report."""
     steps: Annotated[int | None, arg(metavar="N")] = None
     """Steps of training; unset: those of the report."""

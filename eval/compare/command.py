@@ -59,7 +59,7 @@ class Options:
 
     conditions: Annotated[Positional[tuple[str, ...]], arg(metavar="[CONDITION ...]")] = ()
     """Conditions, as above; with --scores they name its checkpoints."""
-    data: str | None = None
+    data: Annotated[str | None, arg(metavar="PATH")] = None
     """Manifest, folder that `python -m eval prepare` made, audio or codes; unset: the runs' own held-out files."""
     reset_every: Annotated[int | None, arg(metavar="N")] = None
     """Frames of a chunk, between resets; unset: a training chunk of the first run, or 1250."""
@@ -73,7 +73,7 @@ class Options:
     """Nats within which conditions are equivalent; unset: 0.02."""
     threshold: Annotated[float | None, arg(metavar="P")] = None
     """Effect worth having, percent of the loss; unset: 10."""
-    out: str | None = None
+    out: Annotated[str | None, arg(metavar="FOLDER")] = None
     """Folder for the results; unset: compare, or compare-DATA with --data, in the first checkpoint's folder. Results of
     the same data, checkpoints and question are replaced, a folder with other results is refused."""
     scores: Annotated[str | None, arg(metavar="FOLDER")] = None
@@ -209,6 +209,8 @@ def _from_scores(options: Options) -> int:
     )
     beside = source.with_name("compare" + source.name.removeprefix("eval").removeprefix("compare"))
     folder = local(options.out) if options.out is not None else beside
+    if os.path.realpath(folder) == os.path.realpath(source):
+        raise InputError(f"--scores {source} is the folder of the results, too: give another folder by --out.")
     subject = _subject(files, evaluation.skipped, compared, infos, setting)
     folders.make(folder)
     replaced(folder, subject)

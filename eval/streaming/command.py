@@ -49,9 +49,9 @@ class Options:
     checkpoints: Annotated[Positional[tuple[str, ...]], arg(metavar="CHECKPOINT [CHECKPOINT ...]")] = ()
     """Folder of a run, of one of its checkpoints (RUN/checkpoints/STEP), or of converted weights; several are
     compared."""
-    data: str | None = None
+    data: Annotated[str | None, arg(metavar="PATH")] = None
     """Manifest, folder that `python -m eval prepare` made, audio or codes; unset: the run's own held-out files."""
-    arms: str | None = None
+    arms: Annotated[str | None, arg(metavar="ARM,ARM,...")] = None
     """Arms joined by commas; unset: persist,reset,frozen,off."""
     reset_every: Annotated[int | None, arg(metavar="N")] = None
     """Frames between resets; unset: a training chunk of the run, or 1250."""
@@ -69,7 +69,7 @@ class Options:
     """Require the inner losses, which are measured by default where there are TTT layers."""
     no_figure5: bool = False
     """Do not measure the inner losses."""
-    out: str | None = None
+    out: Annotated[str | None, arg(metavar="FOLDER")] = None
     """Folder for the results; unset: eval, or eval-DATA with --data, in the first checkpoint's folder. Results of the
     same data, checkpoints and question are replaced, and without --data and --out those of an earlier step of the run;
     a folder with other results is refused."""

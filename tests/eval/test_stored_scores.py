@@ -72,11 +72,19 @@ def test_any_evaluation_can_be_compared_later(evaluation, undrawn, capsys):
         (["tiny", "other@reset"], "has no scores of other under reset, only under persist, off"),
         (["tiny", "other", "--reset-every", "9"], "--reset-every has no effect"),
         (["tiny@persist"], "is a single condition"),
+        (["--out", "EVALUATION"], "is the folder of the results, too: give another folder by --out"),
     ],
 )
 def test_what_is_not_stored_cannot_be_compared(evaluation, words, text):
     with pytest.raises(InputError, match=text):
-        main(["compare", *words, "--scores", str(evaluation)])
+        main(
+            [
+                "compare",
+                *(str(evaluation) if word == "EVALUATION" else word for word in words),
+                "--scores",
+                str(evaluation),
+            ]
+        )
     assert not (evaluation.parent / "compare-talks").exists()
 
 

@@ -20,7 +20,6 @@ from tests.helpers.drawing import quick_jit
 from tests.helpers.micro import CONFIG, MODEL
 from train import initial_params, step
 from train.batches import Batches
-from ttt_jax.data import unigram
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import model
 from ttt_jax.moshi.delays import columns, init_history
@@ -401,9 +400,3 @@ def test_stored_scores_come_back(scores, tmp_path):
     for one in (scores[0], scores[1]._replace(unigram=scores[1].arms["off"].nats)):
         save(tmp_path / "a.npz", one)
         jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "a.npz"), one)
-
-
-def test_unigram_nats_are_those_of_smoothed_counts():
-    tables = unigram.fit([np.array([[0, 0, 1, -1]])], [3])
-    np.testing.assert_allclose(np.exp(tables[0]), [3 / 6, 2 / 6, 1 / 6])
-    np.testing.assert_allclose(unigram.nats(tables, np.array([[2, -1]])), [[np.log(6), np.nan]])
