@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ttt_jax.checkpoints import run_checkpoints, weights
+from ttt_jax.checkpoints import run_checkpoints, run_weights, weights
 from ttt_jax.config import MoshiConfig
 from ttt_jax.data.corpus import CorpusConfig
 from ttt_jax.errors import InputError
@@ -56,7 +56,7 @@ def load(path: str | Path) -> Checkpoint:
     path = local(path)
     name = _name(path, 1)
     if run_and_step(path) is not None:
-        run = run_checkpoints.load_run(path)
+        run = run_weights.load_run(path)
         data = run.meta["config"]["data"]
         fields = {field.name: data[field.name] for field in dataclasses.fields(CorpusConfig)}
         corpus = config_json.from_dict(CorpusConfig, fields, f"the checkpoint in {path}")

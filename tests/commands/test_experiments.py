@@ -20,7 +20,7 @@ from tests.helpers.quick import quickly, scan_calls
 from tests.helpers.small_tasks import CONFIG, LONG, SHORT
 from train import loop, plots
 from ttt_jax.checkpoints.parameter_counts import TTT, parameter_counts
-from ttt_jax.checkpoints.run_checkpoints import load_run
+from ttt_jax.checkpoints.run_weights import load_run
 from ttt_jax.data import corpus as corpora
 from ttt_jax.errors import InputError
 from ttt_jax.utils.command import parse as parse_options

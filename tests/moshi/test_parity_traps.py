@@ -23,7 +23,7 @@ from tests.helpers.broken import Flaw, broken, edited
 from tests.helpers.drawing import quick_jit
 from tests.helpers.places import FIXTURES
 from ttt_jax.checkpoints import weights
-from ttt_jax.convert import from_kyutai, kyutai_config, lora, matching, to_kyutai
+from ttt_jax.convert import from_kyutai, kyutai_config, lora, state_dict, to_kyutai
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import attention, blocks, delays, depth, embed, generate, loss, model
 from ttt_jax.nn import linear, norms, rotary
@@ -505,7 +505,7 @@ TRAPS = {
     # 15
     "released names only": Flaw(
         names_of_a_state_dict_are_read,
-        (matching, from_kyutai),
+        (state_dict, from_kyutai),
         {"if names.fused and not unfused else names.parts": "if names.fused else names.parts"},
     ),
     "adapters without their factor": Flaw(
@@ -516,7 +516,7 @@ TRAPS = {
     "adapters merged without their factor": Flaw(
         merged_adapters_give_pytorchs_logits,
         (lora, from_kyutai, to_kyutai),
-        {"up *= np.float32(scaling)": "pass"},
+        {"up *= np.float32(adapter.scaling)": "pass"},
     ),
     # 16
     "depformer_context is a window": Flaw(

@@ -16,7 +16,7 @@ from tests.helpers.small_tasks import CONFIG, write_data
 from train import loop, plots
 from train.batches import Batches
 from train.config import TrainConfig
-from ttt_jax.checkpoints.run_checkpoints import load_run
+from ttt_jax.checkpoints.run_weights import load_run
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
 
