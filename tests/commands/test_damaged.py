@@ -387,7 +387,7 @@ def _results(root: Path) -> tuple[Path, str]:
 
 def a_results_folder(rng, root, folder):
     """A table that is shown, from the summary or again from the frames, is that of the evaluation."""
-    sound, table = _results(root)
+    sound, shown_before = _results(root)
     copied = place(sound, folder)
     spoil(copied / "results.json" if rng.random() < 0.6 else one_file(copied / "frames", rng), rng)
 
@@ -397,7 +397,7 @@ def a_results_folder(rng, root, folder):
         again = summary.summarise(found.setting, infos, found.files, found.skipped, copied)
         return table.table(found), table.table(again)
 
-    assert attempt(shown) in (None, (table, table))
+    assert attempt(shown) in (None, (shown_before, shown_before))
 
 
 @cache
