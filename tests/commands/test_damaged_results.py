@@ -101,7 +101,7 @@ def _results(root: Path) -> tuple[Path, str]:
 
 def a_results_folder(rng, root, folder):
     """A table that is shown, from the summary or again from the frames, is that of the evaluation."""
-    sound, table = _results(root)
+    sound, shown_before = _results(root)
     copied = damage.copied(sound, folder)
     damage.spoil(copied / "results.json" if rng.random() < 0.6 else damage.one_file(copied / "frames", rng), rng)
 
@@ -111,7 +111,7 @@ def a_results_folder(rng, root, folder):
         again = summary.summarise(found.setting, infos, found.files, found.skipped, copied)
         return table.table(found), table.table(again)
 
-    assert damage.attempt(shown) in (None, (table, table))
+    assert damage.attempt(shown) in (None, (shown_before, shown_before))
 
 
 @cache
