@@ -131,7 +131,7 @@ def again(folder: Path, rule: dict[str, float]) -> int:
 def _stream(options: Options) -> int:
     """Streams the files through the checkpoints, stores the losses, and compares; returns the exit code."""
     from eval.compare.bounds import task_bounds
-    from eval.compare.conditions import conditions, parse
+    from eval.compare.conditions import ARMS, conditions, parse
     from eval.compare.experiment import setting_of
     from eval.compare.losses import collect
     from eval.inputs import checkpoints as loading
@@ -160,26 +160,20 @@ def _stream(options: Options) -> int:
     subject = _subject(file_records, skipped, compared, infos, setting)
     folders.make(folder)
     replaced(folder, subject)  # errors are reported before the work
-    print(
-        f"streaming {len(files)} files through {len(checkpoints)} checkpoint{'s' * (len(checkpoints) > 1)} under"
-        f" {len(compared)} conditions ...",
-        flush=True,
-    )
-    arms = {info.name: arms_of(compared, info.name) for info in infos}
+    several = f"{len(checkpoints)} checkpoint{'s' * (len(checkpoints) > 1)}"
+    print(f"streaming {len(files)} files through {several} under {len(compared)} conditions ...", flush=True)
+    arms = {
+        info.name: [arm for arm in ARMS if any(pair.arm == arm and info.name in pair.checkpoints for pair in compared)]
+        for info in infos
+    }
     with folders.staged(folder) as new:
         outcome = score_files(
             checkpoints, files, arms, new, reset_every=setting.chunk, batch=options.batch, losses_only=True
         )
         scored = [i for i, file in enumerate(files) if file.name not in outcome.failed]
-        experiment = collect(
-            new,
-            setting,
-            compared,
-            infos,
-            [file_records[i] for i in scored],
-            [*skipped, *(Skipped(name, reason) for name, reason in outcome.failed.items())],
-            task_bounds(options.data, [files[i] for i in scored], setting, infos),
-        )
+        skipped = [*skipped, *(Skipped(name, reason) for name, reason in outcome.failed.items())]
+        bounds = task_bounds(options.data, [files[i] for i in scored], setting, infos)
+        experiment = collect(new, setting, compared, infos, [file_records[i] for i in scored], skipped, bounds)
         spent = cost() | {"seconds": round(time.perf_counter() - began, 1)}
         code = _finish(experiment, {"evaluated_with": machine(), "cost": spent}, folder, subject, new)
     print(f"took {spent['seconds']:.0f} s and at most {spent['peak_gigabytes']:.1f} GB of memory")
@@ -195,42 +189,41 @@ def _from_scores(options: Options) -> int:
 
     source = local(options.scores)
     evaluation = stored.read(source)
+    files, skipped, about = evaluation.files, evaluation.skipped, evaluation.about
     compared = stored.conditions(evaluation, options.conditions, source)
-    names = list(dict.fromkeys(name for condition in compared for name in condition.checkpoints))
+    names = dict.fromkeys(name for condition in compared for name in condition.checkpoints)
     infos = [evaluation.checkpoints[name] for name in names]
-    data, files = evaluation.about.get("data"), evaluation.files
     setting = setting_of(
         infos,
         files,
         chunk=evaluation.reset_every,
         weighting=options.weighting,
-        about=evaluation.about | {"scores": str(source)},
+        about=about | {"scores": str(source)},
         **options.rule,
     )
     beside = source.with_name("compare" + source.name.removeprefix("eval").removeprefix("compare"))
     folder = local(options.out) if options.out is not None else beside
     if os.path.realpath(folder) == os.path.realpath(source):
         raise InputError(f"--scores {source} is the folder of the results, too: give another folder by --out.")
-    subject = _subject(files, evaluation.skipped, compared, infos, setting)
+    subject = _subject(files, skipped, compared, infos, setting)
     folders.make(folder)
     replaced(folder, subject)
-    bounds = task_bounds(data, stored_tokens(data, files), setting, infos)
-    experiment = collect(source, setting, compared, infos, files, evaluation.skipped, bounds)
+    bounds = task_bounds(about["data"], stored_tokens(about["data"], files), setting, infos)
+    experiment = collect(source, setting, compared, infos, files, skipped, bounds)
     with folders.staged(folder) as new:
         return _finish(experiment, evaluation.measured_with, folder, subject, new)
 
 
 def _finish(experiment: Experiment, about: dict[str, Any], folder: Path, subject: folders.Subject, new: Path) -> int:
-    """Compares, moves results and what is in `new` to `folder`, and reports; returns the exit code."""
+    """Compares, moves results and the files in `new` to `folder`, and reports; returns the exit code."""
     from eval.compare import losses, results
     from eval.compare.analysis import analyse
 
     analysis = analyse(experiment)
     losses.write(new, experiment)
     results.write(new, experiment, analysis, about)
-    folders.replace(
-        folder, new, replaced(folder, subject)
-    )  # checked again: another command may have written there meanwhile
+    # Checked again: another command may have written there meanwhile.
+    folders.replace(folder, new, replaced(folder, subject))
     return report(experiment, analysis, about, folder)
 
 
@@ -250,21 +243,11 @@ def report(experiment: Experiment, analysis: Analysis, about: dict[str, Any], fo
     return PARTIAL if experiment.skipped else 0
 
 
-def arms_of(compared: Sequence[Condition], checkpoint: str) -> list[str]:
-    """Returns the arms of a checkpoint in the conditions, in the order of reports."""
-    from eval.compare.conditions import ARMS
-
-    arms = {condition.arm for condition in compared if checkpoint in condition.checkpoints}
-    return [arm for arm in ARMS if arm in arms]
-
-
 def _spelled_alike(given: Sequence[Given]) -> list[Given]:
     """Returns `given` with each checkpoint under the first path that it is given by."""
     first: dict[str, str] = {}
-    for path in (path for condition in given for path in condition.paths):
-        first.setdefault(os.path.realpath(path), path)
     return [
-        condition._replace(paths=tuple(first[os.path.realpath(path)] for path in condition.paths))
+        condition._replace(paths=tuple(first.setdefault(os.path.realpath(path), path) for path in condition.paths))
         for condition in given
     ]
 
@@ -272,24 +255,18 @@ def _spelled_alike(given: Sequence[Given]) -> list[Given]:
 def replaced(folder: Path, subject: folders.Subject) -> list[str]:
     """Returns names of the earlier results in `folder` that results of `subject` replace.
 
-    Raises `InputError` if what is there is not to be replaced.
+    Raises `InputError` if they are not to be replaced.
     """
     from eval.compare import losses, plots, results
     from eval.compare import report as words
 
-    def read(folder: Path) -> tuple[Experiment, folders.Subject]:
-        earlier, _ = results.read(folder)
-        return earlier, _subject(
-            earlier.files, earlier.skipped, earlier.conditions, earlier.checkpoints, earlier.setting
-        )
-
     names = [FRAMES, losses.LOSSES, words.FILE, *plots.FILES]
-    stored = folders.stored(folder, RESULTS, read, names)
+    stored = folders.stored(folder, RESULTS, results.read, names)
     if stored is None:
         return []
-    earlier, old = stored
-    folders.check(folder, old, subject)
-    folders.check_frames(folder, earlier.checkpoints, earlier.files)
+    old, _ = stored
+    folders.check(folder, _subject(old.files, old.skipped, old.conditions, old.checkpoints, old.setting), subject)
+    folders.check_frames(folder, old.checkpoints, old.files)
     return names
 
 

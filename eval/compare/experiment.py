@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,10 @@ REGIONS = (LATER, WINDOW, BEYOND)
 
 BOUND_NAMES = {"ideal": "best with all memory", "memoryless": "best with attention's reach alone"}
 """Names of the fields of `Bounds` in tables and figures."""
+
+
+Span = tuple[int, int | None]
+"""First frame and end of a part of a file, both edges of pieces; None: to the end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +95,7 @@ class Condition:
     """Names of its checkpoints, the seeds of one setting."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Bounds:
+class Bounds(NamedTuple):
     """Best possible losses on a controlled task, nats by file and piece, float64 [F, K]; NaN where nothing is
     scored."""
 
@@ -132,35 +135,49 @@ class Experiment:
         return schema.units(self.files)[1]
 
     @property
-    def pieces(self) -> np.ndarray:
-        """First frames of the pieces, int [K]."""
-        return self.setting.pieces(max(file.frames for file in self.files))
-
-    def loss(self, name: str, start: int = 0, end: int | None = None) -> np.ndarray:
-        """Returns nats per token of a condition over frames [start, end), edges of pieces: [S, F]; NaN where nothing is
-        scored."""
-        return pooled(self.losses[name], self.weight, self.within(start, end))
-
-    def by_chunk(self, name: str) -> np.ndarray:
-        """Returns nats per token of a condition by chunk, [S, F, C]; NaN where nothing is scored or a file fills less
-        than half of it."""
-        return np.stack([np.where(self.filled(*one), self.loss(name, *one), np.nan) for one in self.chunks], -1)
-
-    def filled(self, start: int, end: int | None) -> np.ndarray:
-        """Returns which files fill at least half of a chunk, bool [F]: a few tokens at a file's end do not measure a
-        chunk."""
-        if end is None:
-            return np.ones(len(self.files), bool)
-        return np.array([2 * (min(file.frames, end) - start) >= end - start for file in self.files])
+    def longest(self) -> int:
+        """Frames of the longest file."""
+        return max(file.frames for file in self.files)
 
     @property
-    def chunks(self) -> list[tuple[int, int]]:
+    def pieces(self) -> np.ndarray:
+        """First frames of the pieces, int [K]."""
+        return self.setting.pieces(self.longest)
+
+    @property
+    def chunks(self) -> list[Span]:
         """First frame and end of every chunk."""
         size = self.setting.chunk
-        return [(at, at + size) for at in range(0, int(self.pieces[-1]) + 1, size)]
+        return [(at, at + size) for at in range(0, self.longest, size)]
 
-    def within(self, start: int, end: int | None) -> np.ndarray:
-        """Returns which pieces lie in frames [start, end), bool [K]."""
+    def loss(self, name: str, span: Span = (0, None)) -> np.ndarray:
+        """Returns nats per token of a condition over a span, [S, F]; NaN where nothing is scored."""
+        return pooled(self.losses[name], self.weight, self.within(span))
+
+    def bound(self, name: str, span: Span) -> np.ndarray:
+        """Returns the best loss, `ideal` or `memoryless`, over a span, [1, F]; NaN where nothing is scored."""
+        return pooled(getattr(self.bounds, name)[None], self.bounds.weight, self.within(span))
+
+    def differences(self, name: str, span: Span) -> np.ndarray:
+        """Returns the loss of a condition minus that of the first over a span, [S, F]; NaN where nothing is scored."""
+        return self.loss(name, span) - self.loss(self.conditions[0].name, span)
+
+    def differences_by_chunk(self, name: str) -> np.ndarray:
+        """Returns differences averaged over seeds, [F, C]; NaN also where a file fills less than half of a chunk."""
+        by_chunk = [self.differences(name, chunk).mean(0) for chunk in self.chunks]
+        return np.stack(
+            [np.where(self.filled(chunk), d, np.nan) for chunk, d in zip(self.chunks, by_chunk, strict=True)], -1
+        )
+
+    def filled(self, span: Span) -> np.ndarray:
+        """Returns which files fill at least half of a chunk, bool [F]: a few tokens at a file's end do not measure a
+        chunk. A span without an end counts as filled."""
+        start, end = span
+        return np.array([end is None or 2 * (min(file.frames, end) - start) >= end - start for file in self.files])
+
+    def within(self, span: Span) -> np.ndarray:
+        """Returns which pieces lie in a span, bool [K]."""
+        start, end = span
         return (self.pieces >= start) & (self.pieces < (math.inf if end is None else end))
 
 
@@ -168,12 +185,5 @@ def pooled(values: np.ndarray, weight: np.ndarray, used: np.ndarray) -> np.ndarr
     """Returns means over the pieces `used` (bool [K]) weighted by tokens, [..., F, K] and [F, K] -> [..., F]; NaN where
     nothing is scored."""
     weight = np.where(used, weight, 0.0)
-    total = weight.sum(-1)
-    sums = (weight * np.where(weight > 0, values, 0.0)).sum(-1)
-    return np.where(total > 0, sums / np.where(total > 0, total, 1), np.nan)
-
-
-def differences(experiment: Experiment, name: str, start: int) -> np.ndarray:
-    """Returns the loss of condition `name` minus that of the first from frame `start` on, [S, F]; NaN of files that end
-    before."""
-    return experiment.loss(name, start) - experiment.loss(experiment.conditions[0].name, start)
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return (weight * np.where(weight > 0, values, 0.0)).sum(-1) / weight.sum(-1)

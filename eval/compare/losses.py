@@ -3,7 +3,6 @@ jax."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +51,7 @@ def collect(
             by_arm, file_weight = by_piece(load(path), setting.weighting, pieces)
             if lacking := sorted(arms - by_arm.keys()):
                 raise InputError(f"{path} has no scores under {lacking[0]}: run python -m eval stream with that arm.")
-            if np.isnan(weight[i]).all():
+            if checkpoint is checkpoints[0]:
                 weight[i] = file_weight
             elif not np.array_equal(weight[i], file_weight):
                 raise InputError(
@@ -61,16 +60,17 @@ def collect(
                 )
             for arm in arms:
                 losses[name, arm][i] = by_arm[arm]
+    by_condition = {
+        condition.name: np.stack([losses[name, condition.arm] for name in condition.checkpoints])
+        for condition in conditions
+    }
     return Experiment(
         setting,
         list(conditions),
         list(files),
         weight,
-        {
-            condition.name: np.stack([losses[name, condition.arm] for name in condition.checkpoints])
-            for condition in conditions
-        },
-        None if bounds is None else _bounds(bounds, pieces),
+        by_condition,
+        None if bounds is None else _bounds(*bounds, pieces),
         list(checkpoints),
         list(skipped),
     )
@@ -85,13 +85,11 @@ def by_piece(scores: FileScores, weighting: str, pieces: np.ndarray) -> tuple[di
     """
     scored = scores.tokens[1:] >= 0
     token_weights = weights(weighting, len(scored))[:, None] * scored
-    weight = _sums(token_weights, pieces)
-
-    def loss(nats: np.ndarray) -> np.ndarray:
-        sums = _sums(token_weights * np.where(scored, nats[1:].astype(np.float64), 0), pieces)
-        return np.where(weight > 0, np.round(sums / np.where(weight > 0, weight, 1), DIGITS), np.nan)
-
-    return {arm: loss(values.nats) for arm, values in scores.arms.items()}, weight
+    losses = {
+        arm: _mean(np.where(scored, values.nats[1:].astype(np.float64), 0), token_weights, pieces)
+        for arm, values in scores.arms.items()
+    }
+    return losses, _sums(token_weights, pieces)
 
 
 def _sums(values: np.ndarray, pieces: np.ndarray) -> np.ndarray:
@@ -100,34 +98,35 @@ def _sums(values: np.ndarray, pieces: np.ndarray) -> np.ndarray:
     return np.bincount(frames, values.sum(0), minlength=len(pieces))
 
 
-def _bounds(by_frame: tuple[list[np.ndarray], list[np.ndarray]], pieces: np.ndarray) -> Bounds:
+def _mean(values: np.ndarray, weight: np.ndarray, pieces: np.ndarray) -> np.ndarray:
+    """Returns weighted means over rows and over the frames of each piece, [Q, T] -> [K]; NaN where nothing has
+    weight."""
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return np.round(_sums(weight * values, pieces) / _sums(weight, pieces), DIGITS)
+
+
+def _bounds(ideal: list[np.ndarray], memoryless: list[np.ndarray], pieces: np.ndarray) -> Bounds:
     """Averages best possible losses by frame over pieces, [F, K]."""
+    scored = [np.isfinite(frames)[None] for frames in ideal]
 
-    def sums(side: list[np.ndarray]) -> np.ndarray:
-        return np.stack([_sums(np.where(np.isfinite(row), row, 0)[None], pieces) for row in side])
+    def means(by_file: list[np.ndarray]) -> np.ndarray:
+        rows = zip(by_file, scored, strict=True)
+        return np.stack([_mean(np.where(used, frames, 0), used.astype(float), pieces) for frames, used in rows])
 
-    weight = np.stack([_sums(np.isfinite(row)[None], pieces) for row in by_frame[0]])
-
-    def mean(side: list[np.ndarray]) -> np.ndarray:
-        return np.where(weight > 0, np.round(sums(side) / np.maximum(weight, 1), DIGITS), np.nan)
-
-    return Bounds(mean(by_frame[0]), mean(by_frame[1]), weight)
-
-
-def as_npz(experiment: Experiment) -> bytes:
-    """Returns losses.npz: `losses` [conditions, S, F, K], `weight` [F, K], and of a controlled task `bounds` [3, F,
-    K]."""
-    arrays = {"weight": experiment.weight, "losses": np.stack(list(experiment.losses.values()))}
-    if experiment.bounds:
-        arrays["bounds"] = np.stack([getattr(experiment.bounds, field.name) for field in dataclasses.fields(Bounds)])
-    content = io.BytesIO()
-    np.savez_compressed(content, **arrays)
-    return content.getvalue()
+    return Bounds(means(ideal), means(memoryless), np.stack([_sums(used, pieces) for used in scored]))
 
 
 def write(folder: Path, experiment: Experiment) -> Path:
-    """Writes losses.npz to `folder`, at once or not at all; returns its path."""
-    write_atomically(folder / LOSSES, as_npz(experiment))
+    """Writes losses.npz to `folder`, at once or not at all; returns its path.
+
+    It holds `losses` [conditions, S, F, K], `weight` [F, K], and of a controlled task `bounds` [3, F, K].
+    """
+    arrays = {"weight": experiment.weight, "losses": np.stack(list(experiment.losses.values()))}
+    if experiment.bounds:
+        arrays["bounds"] = np.stack(experiment.bounds)
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_atomically(folder / LOSSES, content.getvalue())
     return folder / LOSSES
 
 
