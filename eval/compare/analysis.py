@@ -141,7 +141,7 @@ def _first_chunk(experiment: Experiment) -> FirstChunk:
 def _compare(experiment: Experiment, region: str, sound: bool) -> list[Compared]:
     """Compares every other condition with the first in one region: a family."""
     setting, groups = experiment.setting, experiment.groups
-    span, (first, *others) = (setting.starts[region], None), experiment.conditions
+    span, (first, *others) = setting.regions[region], experiment.conditions
     rule = Rule(setting.margin, setting.threshold, experiment.unit)
 
     def reference(loss: np.ndarray) -> float:
@@ -183,29 +183,27 @@ def _trend(experiment: Experiment, name: str) -> MeanTest:
 
 def _losses(experiment: Experiment, loss: Callable[[Span], np.ndarray]) -> Losses:
     """Averages nats per token that `loss` returns of a span, [S, F]."""
-    regions, chunks = _spans(experiment)
 
     def mean(span: Span) -> Estimate:
         values = np.where(experiment.filled(span), loss(span).mean(0), np.nan)
         return Estimate(*(number.item() for number in band(group_means(values, experiment.groups))))
 
-    return Losses({region: mean(span) for region, span in regions.items()}, [mean(chunk) for chunk in chunks])
-
-
-def _spans(experiment: Experiment) -> tuple[dict[str, Span], list[Span]]:
-    return {region: (start, None) for region, start in experiment.setting.starts.items()}, experiment.chunks
+    regions = experiment.setting.regions
+    return Losses({region: mean(span) for region, span in regions.items()}, list(map(mean, experiment.chunks)))
 
 
 def _condition(experiment: Experiment, name: str) -> Losses:
     losses = _losses(experiment, lambda span: experiment.loss(name, span))
     if not experiment.bounds:
         return losses
-    regions, chunks = _spans(experiment)
+
+    def closed(span: Span) -> Estimate:
+        return _closed(experiment, span, experiment.loss(name, span).mean(0))
+
+    regions = experiment.setting.regions
     return losses._replace(
-        closed={
-            region: _closed(experiment, span, experiment.loss(name, span).mean(0)) for region, span in regions.items()
-        },
-        closed_by_chunk=[_closed(experiment, chunk, experiment.loss(name, chunk).mean(0)) for chunk in chunks],
+        closed={region: closed(span) for region, span in regions.items()},
+        closed_by_chunk=list(map(closed, experiment.chunks)),
         closed_by_seed=[_closed(experiment, regions[BEYOND], loss) for loss in experiment.loss(name, regions[BEYOND])],
     )
 

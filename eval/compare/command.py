@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from eval.results import folder as folders
-from eval.results.schema import FRAMES, RESULTS, CheckpointInfo, FileInfo, Skipped
+from eval.results.schema import FRAMES, RESULTS, Skipped
 from eval.streaming.weighting import Weighting
 from ttt_jax.errors import InputError
 from ttt_jax.utils.command import PARTIAL, cost, keep_compiled, machine
@@ -21,7 +21,7 @@ from ttt_jax.utils.paths import local
 if TYPE_CHECKING:
     from eval.compare.analysis import Analysis
     from eval.compare.conditions import Given
-    from eval.compare.experiment import Condition, Experiment, Setting
+    from eval.compare.experiment import Experiment
 
 BROKEN = 1
 """Exit code if the losses of the first chunk show that the evaluation is faulty."""
@@ -132,7 +132,7 @@ def _stream(options: Options) -> int:
     """Streams the files through the checkpoints, stores the losses, and compares; returns the exit code."""
     from eval.compare.bounds import task_bounds
     from eval.compare.conditions import ARMS, conditions, parse
-    from eval.compare.experiment import setting_of
+    from eval.compare.experiment import Experiment, setting_of
     from eval.compare.losses import collect
     from eval.inputs import checkpoints as loading
     from eval.inputs import evaluation_set
@@ -147,19 +147,18 @@ def _stream(options: Options) -> int:
     infos = [checkpoint_info(checkpoint, brief=True) for checkpoint in checkpoints]
     compared = conditions(given, dict(zip(paths, infos, strict=True)))
     files, skipped, _ = evaluation_set.load(options.data, checkpoints, options.frames)
-    file_records = file_infos(files)
     setting = setting_of(
         infos,
-        file_records,
+        file_infos(files),
         chunk=options.reset_every or checkpoints[0].chunk or RESET_EVERY,
         weighting=options.weighting,
         about={"data": options.data, "codec": files[0].codec},
         **options.rule,
     )
+    experiment = Experiment(setting, compared, infos, file_infos(files), skipped)
     folder = folders.find(options.out, "compare", paths[0], options.data)
-    subject = _subject(file_records, skipped, compared, infos, setting)
     folders.make(folder)
-    replaced(folder, subject)  # errors are reported before the work
+    replaced(folder, experiment)  # errors are reported before the work
     several = f"{len(checkpoints)} checkpoint{'s' * (len(checkpoints) > 1)}"
     print(f"streaming {len(files)} files through {several} under {len(compared)} conditions ...", flush=True)
     arms = {
@@ -170,12 +169,15 @@ def _stream(options: Options) -> int:
         outcome = score_files(
             checkpoints, files, arms, new, reset_every=setting.chunk, batch=options.batch, losses_only=True
         )
-        scored = [i for i, file in enumerate(files) if file.name not in outcome.failed]
-        skipped = [*skipped, *(Skipped(name, reason) for name, reason in outcome.failed.items())]
-        bounds = task_bounds(options.data, [files[i] for i in scored], setting, infos)
-        experiment = collect(new, setting, compared, infos, [file_records[i] for i in scored], skipped, bounds)
+        scored = [file for file in files if file.name not in outcome.failed]
+        experiment = dataclasses.replace(
+            experiment,
+            files=[info for info in experiment.files if info.name not in outcome.failed],
+            skipped=[*skipped, *(Skipped(name, reason) for name, reason in outcome.failed.items())],
+        )
+        experiment = collect(new, experiment, task_bounds(options.data, scored, setting, infos))
         spent = cost() | {"seconds": round(time.perf_counter() - began, 1)}
-        code = _finish(experiment, {"evaluated_with": machine(), "cost": spent}, folder, subject, new)
+        code = _finish(experiment, {"evaluated_with": machine(), "cost": spent}, folder, new)
     print(f"took {spent['seconds']:.0f} s and at most {spent['peak_gigabytes']:.1f} GB of memory")
     return code
 
@@ -184,12 +186,12 @@ def _from_scores(options: Options) -> int:
     """Compares scores that an evaluation has stored; returns the exit code."""
     from eval.compare import stored
     from eval.compare.bounds import stored_tokens, task_bounds
-    from eval.compare.experiment import setting_of
+    from eval.compare.experiment import Experiment, setting_of
     from eval.compare.losses import collect
 
     source = local(options.scores)
     evaluation = stored.read(source)
-    files, skipped, about = evaluation.files, evaluation.skipped, evaluation.about
+    data, files = evaluation.about["data"], evaluation.files
     compared = stored.conditions(evaluation, options.conditions, source)
     names = dict.fromkeys(name for condition in compared for name in condition.checkpoints)
     infos = [evaluation.checkpoints[name] for name in names]
@@ -198,23 +200,22 @@ def _from_scores(options: Options) -> int:
         files,
         chunk=evaluation.reset_every,
         weighting=options.weighting,
-        about=about | {"scores": str(source)},
+        about=evaluation.about | {"scores": str(source)},
         **options.rule,
     )
+    experiment = Experiment(setting, compared, infos, files, evaluation.skipped)
     beside = source.with_name("compare" + source.name.removeprefix("eval").removeprefix("compare"))
     folder = local(options.out) if options.out is not None else beside
     if os.path.realpath(folder) == os.path.realpath(source):
         raise InputError(f"--scores {source} is the folder of the results, too: give another folder by --out.")
-    subject = _subject(files, skipped, compared, infos, setting)
     folders.make(folder)
-    replaced(folder, subject)
-    bounds = task_bounds(about["data"], stored_tokens(about["data"], files), setting, infos)
-    experiment = collect(source, setting, compared, infos, files, skipped, bounds)
+    replaced(folder, experiment)
+    experiment = collect(source, experiment, task_bounds(data, stored_tokens(data, files), setting, infos))
     with folders.staged(folder) as new:
-        return _finish(experiment, evaluation.measured_with, folder, subject, new)
+        return _finish(experiment, evaluation.measured_with, folder, new)
 
 
-def _finish(experiment: Experiment, about: dict[str, Any], folder: Path, subject: folders.Subject, new: Path) -> int:
+def _finish(experiment: Experiment, about: dict[str, Any], folder: Path, new: Path) -> int:
     """Compares, moves results and the files in `new` to `folder`, and reports; returns the exit code."""
     from eval.compare import losses, results
     from eval.compare.analysis import analyse
@@ -223,7 +224,7 @@ def _finish(experiment: Experiment, about: dict[str, Any], folder: Path, subject
     losses.write(new, experiment)
     results.write(new, experiment, analysis, about)
     # Checked again: another command may have written there meanwhile.
-    folders.replace(folder, new, replaced(folder, subject))
+    folders.replace(folder, new, replaced(folder, experiment))
     return report(experiment, analysis, about, folder)
 
 
@@ -252,8 +253,8 @@ def _spelled_alike(given: Sequence[Given]) -> list[Given]:
     ]
 
 
-def replaced(folder: Path, subject: folders.Subject) -> list[str]:
-    """Returns names of the earlier results in `folder` that results of `subject` replace.
+def replaced(folder: Path, experiment: Experiment) -> list[str]:
+    """Returns names of the earlier results in `folder` that results of `experiment` replace.
 
     Raises `InputError` if they are not to be replaced.
     """
@@ -265,28 +266,23 @@ def replaced(folder: Path, subject: folders.Subject) -> list[str]:
     if stored is None:
         return []
     old, _ = stored
-    folders.check(folder, _subject(old.files, old.skipped, old.conditions, old.checkpoints, old.setting), subject)
+    folders.check(folder, _subject(old), _subject(experiment))
     folders.check_frames(folder, old.checkpoints, old.files)
     return names
 
 
-def _subject(
-    files: Sequence[FileInfo],
-    skipped: Sequence[Skipped],
-    compared: Sequence[Condition],
-    checkpoints: Sequence[CheckpointInfo],
-    setting: Setting,
-) -> folders.Subject:
+def _subject(experiment: Experiment) -> folders.Subject:
     """Returns the subject of an experiment; conditions count by arm and checkpoints, not by name."""
-    pairs = {info.name: folders.checkpoint(info.name, info.about) for info in checkpoints}
+    pairs = {info.name: folders.checkpoint(info.name, info.about) for info in experiment.checkpoints}
     by_condition = [
         (f"{pairs[name][0]} under {condition.arm}", f"{pairs[name][1]} {condition.arm}")
-        for condition in compared
+        for condition in experiment.conditions
         for name in condition.checkpoints
     ]
     question = {
-        "seeds by condition": [len(condition.checkpoints) for condition in compared],
-        "--reset-every": setting.chunk,
-        "--weighting": setting.weighting,
+        "seeds by condition": [len(condition.checkpoints) for condition in experiment.conditions],
+        "--reset-every": experiment.setting.chunk,
+        "--weighting": experiment.setting.weighting,
     }
-    return folders.subject(setting.about.get("data"), files, skipped, by_condition, question)
+    data = experiment.setting.about.get("data")
+    return folders.subject(data, experiment.files, experiment.skipped, by_condition, question)

@@ -21,7 +21,6 @@ REGIONS = (LATER, WINDOW, BEYOND)
 BOUND_NAMES = {"ideal": "best with all memory", "memoryless": "best with attention's reach alone"}
 """Names of the fields of `Bounds` in tables and figures."""
 
-
 Span = tuple[int, int | None]
 """First frame and end of a part of a file, both edges of pieces; None: to the end."""
 
@@ -54,13 +53,17 @@ class Setting:
             raise InputError(f"--threshold {self.threshold} is out of range: give 0 or more percent.")
 
     @property
-    def starts(self) -> dict[str, int]:
-        """First frame of each region."""
-        return {LATER: self.chunk, WINDOW: max(self.chunk, self.window), BEYOND: max(self.chunk, self.reach)}
+    def regions(self) -> dict[str, Span]:
+        """Frames of each region."""
+        return {
+            LATER: (self.chunk, None),
+            WINDOW: (max(self.chunk, self.window), None),
+            BEYOND: (max(self.chunk, self.reach), None),
+        }
 
     def pieces(self, frames: int) -> np.ndarray:
         """Returns the first frames of the pieces of files of at most `frames` frames, int [K]."""
-        edges = {*range(0, frames, self.chunk), *self.starts.values()}
+        edges = {*range(0, frames, self.chunk), *(start for start, _ in self.regions.values())}
         return np.array(sorted(edge for edge in edges if edge < frames))
 
 
@@ -114,15 +117,15 @@ class Experiment:
     setting: Setting
     conditions: list[Condition]
     """The first is under test."""
+    checkpoints: list[CheckpointInfo]
     files: list[FileInfo]
-    weight: np.ndarray
-    """Weight of the scored tokens, float64 [F, K]; the same under all conditions."""
-    losses: dict[str, np.ndarray]
+    skipped: list[Skipped]
+    """Files that could not be read, or whose predictions were not finite."""
+    weight: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    """Weight of the scored tokens, float64 [F, K]; the same under all conditions. Empty until `losses.collect`."""
+    losses: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """Nats per token by condition, float64 [S, F, K]; NaN where nothing is scored."""
     bounds: Bounds | None = None
-    checkpoints: list[CheckpointInfo] = dataclasses.field(default_factory=list)
-    skipped: list[Skipped] = dataclasses.field(default_factory=list)
-    """Files that could not be read, or whose predictions were not finite."""
 
     @property
     def groups(self) -> list[str]:
@@ -146,9 +149,9 @@ class Experiment:
 
     @property
     def chunks(self) -> list[Span]:
-        """First frame and end of every chunk."""
+        """Frames of every chunk; the last may end beyond the files."""
         size = self.setting.chunk
-        return [(at, at + size) for at in range(0, self.longest, size)]
+        return [(start, start + size) for start in range(0, self.longest, size)]
 
     def loss(self, name: str, span: Span = (0, None)) -> np.ndarray:
         """Returns nats per token of a condition over a span, [S, F]; NaN where nothing is scored."""
@@ -164,14 +167,13 @@ class Experiment:
 
     def differences_by_chunk(self, name: str) -> np.ndarray:
         """Returns differences averaged over seeds, [F, C]; NaN also where a file fills less than half of a chunk."""
-        by_chunk = [self.differences(name, chunk).mean(0) for chunk in self.chunks]
-        return np.stack(
-            [np.where(self.filled(chunk), d, np.nan) for chunk, d in zip(self.chunks, by_chunk, strict=True)], -1
-        )
+        columns = [np.where(self.filled(chunk), self.differences(name, chunk).mean(0), np.nan) for chunk in self.chunks]
+        return np.stack(columns, -1)
 
     def filled(self, span: Span) -> np.ndarray:
-        """Returns which files fill at least half of a chunk, bool [F]: a few tokens at a file's end do not measure a
-        chunk. A span without an end counts as filled."""
+        """Returns which files fill at least half of a chunk, bool [F]: a few tokens at a file's end do not measure it.
+
+        All fill a span without end."""
         start, end = span
         return np.array([end is None or 2 * (min(file.frames, end) - start) >= end - start for file in self.files])
 

@@ -3,14 +3,14 @@ jax."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from eval.compare.experiment import Bounds, Condition, Experiment, Setting
-from eval.results.schema import CheckpointInfo, FileInfo, Skipped, scores_path
+from eval.compare.experiment import Bounds, Experiment
+from eval.results.schema import scores_path
 from eval.streaming.scores import FileScores, load, load_arrays
 from eval.streaming.weighting import weights
 from ttt_jax.errors import InputError
@@ -23,57 +23,40 @@ DIGITS = 9
 
 
 def collect(
-    folder: Path,
-    setting: Setting,
-    conditions: Sequence[Condition],
-    checkpoints: Sequence[CheckpointInfo],
-    files: Sequence[FileInfo],
-    skipped: Sequence[Skipped],
-    bounds: tuple[list[np.ndarray], list[np.ndarray]] | None = None,
+    folder: Path, experiment: Experiment, bounds: tuple[list[np.ndarray], list[np.ndarray]] | None
 ) -> Experiment:
-    """Returns the experiment of the scores that `folder` holds of `files` under all `conditions`.
+    """Returns the experiment with the losses of the scores that `folder` holds.
 
     Args:
       bounds: of `eval.benchmarks.tasks.bounds_for`, by file; None where the data are no controlled task.
 
-    Raises:
-      InputError: scores are missing or damaged, or checkpoints predict different tokens.
+    Raises `InputError` if scores are missing or damaged, or checkpoints predict different tokens.
     """
-    pieces = setting.pieces(max(file.frames for file in files))
-    weight = np.full((len(files), len(pieces)), np.nan)
-    losses: dict[tuple[str, str], np.ndarray] = {}
-    for checkpoint in checkpoints:
-        name = checkpoint.name
-        arms = {condition.arm for condition in conditions if name in condition.checkpoints}
-        losses |= {(name, arm): np.full(weight.shape, np.nan) for arm in arms}
-        for i, file in enumerate(files):
+    pieces, names = experiment.pieces, [checkpoint.name for checkpoint in experiment.checkpoints]
+    losses: dict[tuple[str, str], list[np.ndarray]] = {}
+    weight: list[np.ndarray] = []
+    for name in names:
+        arms = {condition.arm for condition in experiment.conditions if name in condition.checkpoints}
+        for i, file in enumerate(experiment.files):
             path = scores_path(folder, name, file)
-            by_arm, file_weight = by_piece(load(path), setting.weighting, pieces)
+            by_arm, file_weight = by_piece(load(path), experiment.setting.weighting, pieces)
             if lacking := sorted(arms - by_arm.keys()):
                 raise InputError(f"{path} has no scores under {lacking[0]}: run python -m eval stream with that arm.")
-            if checkpoint is checkpoints[0]:
-                weight[i] = file_weight
+            if name == names[0]:
+                weight.append(file_weight)
             elif not np.array_equal(weight[i], file_weight):
                 raise InputError(
-                    f"{name} predicts other tokens of {file.name} than {checkpoints[0].name}: compare checkpoints of"
-                    " the same codebooks and delays."
+                    f"{name} predicts other tokens of {file.name} than {names[0]}: compare checkpoints of the same"
+                    " codebooks and delays."
                 )
             for arm in arms:
-                losses[name, arm][i] = by_arm[arm]
+                losses.setdefault((name, arm), []).append(by_arm[arm])
     by_condition = {
         condition.name: np.stack([losses[name, condition.arm] for name in condition.checkpoints])
-        for condition in conditions
+        for condition in experiment.conditions
     }
-    return Experiment(
-        setting,
-        list(conditions),
-        list(files),
-        weight,
-        by_condition,
-        None if bounds is None else _bounds(*bounds, pieces),
-        list(checkpoints),
-        list(skipped),
-    )
+    best = None if bounds is None else _bounds(*bounds, pieces)
+    return dataclasses.replace(experiment, weight=np.stack(weight), losses=by_condition, bounds=best)
 
 
 def by_piece(scores: FileScores, weighting: str, pieces: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -130,12 +113,11 @@ def write(folder: Path, experiment: Experiment) -> Path:
     return folder / LOSSES
 
 
-def read(folder: Path, conditions: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray], Bounds | None]:
-    """Returns `weight`, `losses` by name of the `conditions`, and `bounds` of an `Experiment` from losses.npz in
-    `folder`.
-
-    Raises `InputError` if the file is missing or damaged.
-    """
+def read(folder: Path, experiment: Experiment) -> Experiment:
+    """Returns the experiment with the losses that losses.npz in `folder` holds. Raises `InputError` if the file is
+    missing or damaged."""
     arrays = load_arrays(folder / LOSSES, "python -m eval compare")
-    losses = dict(zip(conditions, arrays["losses"], strict=True))
-    return arrays["weight"], losses, Bounds(*arrays["bounds"]) if "bounds" in arrays else None
+    names = [condition.name for condition in experiment.conditions]
+    losses = dict(zip(names, arrays["losses"], strict=True))
+    bounds = Bounds(*arrays["bounds"]) if "bounds" in arrays else None
+    return dataclasses.replace(experiment, weight=arrays["weight"], losses=losses, bounds=bounds)

@@ -73,9 +73,7 @@ def losses(experiment: Experiment, analysis: Analysis) -> Any:
     end = min(shown * setting.chunk or experiment.longest, experiment.longest)
     upper.set_xlim(0, end)
     lower.set_xlabel("frames")
-    name, seconds = ("minutes", 60) if end / FRAME_RATE > 300 else ("seconds", 1)
-    rate = FRAME_RATE * seconds
-    lower.secondary_xaxis(-0.2, functions=(lambda x: x / rate, lambda x: x * rate)).set_xlabel(name)
+    lower.secondary_xaxis(-0.2, functions=(lambda x: x / FRAME_RATE, lambda x: x * FRAME_RATE)).set_xlabel("seconds")
     handles, labels = upper.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
     return figure
@@ -86,12 +84,12 @@ def paired_differences(experiment: Experiment, analysis: Analysis) -> Any:
     interval."""
     from matplotlib import pyplot as plt
 
-    start, margin = experiment.setting.starts[LATER], experiment.setting.margin
+    span, margin = experiment.setting.regions[LATER], experiment.setting.margin
     first, *others = experiment.conditions
     figure, axis = plt.subplots(figsize=(8, 1.8 + 1.1 * len(others)), layout="constrained")
     for i, (condition, comparison) in enumerate(zip(others, analysis.comparisons, strict=True), 1):
         place, colour = len(others) - i, _style(experiment, i)["color"]
-        d = experiment.differences(condition.name, (start, None))
+        d = experiment.differences(condition.name, span)
         units = unit_means(d.mean(0), experiment.groups)
         order = np.argsort(units)
         # Sorted from left to right and from below to above, so that dots do not hide each other.
@@ -113,7 +111,7 @@ def paired_differences(experiment: Experiment, analysis: Analysis) -> Any:
     axis.set_xlim(left, right)
     axis.set_ylim(-0.65, len(others) - 0.45)
     axis.set_yticks(range(len(others)), [condition.name for condition in reversed(others)])
-    axis.set_xlabel(f"nats per token minus {first.name}, frames from {start} on; above 0 {first.name} is better")
+    axis.set_xlabel(f"nats per token minus {first.name}, frames from {span[0]} on; above 0 {first.name} is better")
     axis.grid(alpha=0.25, axis="x")
     seeds = f"; pale: its {len(first.checkpoints)} seeds" if len(first.checkpoints) > 1 else ""
     grey = f"grey: margin of {margin:g}" if drawn else f"the margin of {margin:g} is wider than the figure"

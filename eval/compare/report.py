@@ -22,22 +22,17 @@ Row = Sequence[str]
 
 NOTES = (
     "The unit is the file, or the speaker where the manifest names speakers, never the frame: frames of one recording"
-    " are not independent. n counts units.",
-    "**Better**: Holm-adjusted p of the paired t below 0.05 and an effect of at least the percentage asked for."
-    " **Worse**: p below 0.05 the other way. Either by less than the margin is reported as such. **Equivalent**:"
-    " two one-sided tests (TOST, Holm-adjusted) put the difference within the margin, and p is not below 0.05 or"
-    " the seeds point both ways. **Undecided**: none of these.",
-    "No clear difference is not equivalence: a few noisy files show nothing either way. Only TOST says that there is"
-    " (nearly) none.",
+    " are not independent. n counts units. Intervals are Student's t.",
+    "p of t and of TOST are Holm-adjusted within a region, over the comparisons with the first condition. No clear"
+    " difference is not equivalence: only TOST says that there is (nearly) none.",
     "Units that would find the effect, or establish equivalence if there is no difference, have a power of 80 %,"
     " two-sided at 0.05 for all comparisons together.",
-    "Holm: within a region, over the comparisons with the first condition; p of t and of TOST each.",
     "A reset clears the fast weights, not attention's KV cache: for as long as attention reaches, it passes on what"
     " memory contributed before.",
     "Of several checkpoints (seeds), p-values of the combined difference speak of new files for these seeds; the row"
     " over seeds has the seed as its unit and speaks of new seeds for these files.",
-    "`losses.npz` holds the loss of every file, chunk, condition and seed: `python -m eval compare --again FOLDER`"
-    " does the statistics again, with another `--margin` or `--threshold`.",
+    "`python -m eval compare --again FOLDER` does the statistics again from `losses.npz`, with another `--margin` or"
+    " `--threshold`. All numbers and verdicts are explained in docs/evaluation/compare.md.",
 )
 """How to read the report."""
 
@@ -73,7 +68,7 @@ class Table(NamedTuple):
 
 def table(experiment: Experiment, analysis: Analysis) -> str:
     """Returns the results for a terminal; the verdicts are the last lines."""
-    tables = [_losses(experiment, analysis), *_gap(experiment, analysis)[:1], *_comparisons(experiment, analysis)]
+    tables = [_losses(experiment, analysis), *_gap(experiment, analysis), *_comparisons(experiment, analysis)]
     head = [_head(experiment, analysis), *(f"{region}: {words}" for region, words in _regions(experiment).items())]
     verdicts = [_first_chunk(analysis), *_verdicts(experiment, analysis)]
     return "\n\n".join(["\n".join(head), *(table.aligned() for table in tables), "\n".join(verdicts)])
@@ -136,14 +131,14 @@ def _regions(experiment: Experiment) -> dict[str, str]:
     return {
         region: f"frames from {start:,} on{meanings[region]}"
         + (f"; the longest file has {longest:,}" if longest <= start else "")
-        for region, start in setting.starts.items()
+        for region, (start, _) in setting.regions.items()
     }
 
 
 def _shown_regions(experiment: Experiment) -> list[str]:
     """Returns the regions that are not the same frames as an earlier one."""
-    starts = list(experiment.setting.starts.values())
-    return [region for i, region in enumerate(REGIONS) if starts[i] not in starts[:i]]
+    spans = list(experiment.setting.regions.values())
+    return [region for i, region in enumerate(REGIONS) if spans[i] not in spans[:i]]
 
 
 def _losses(experiment: Experiment, analysis: Analysis) -> Table:
@@ -163,31 +158,24 @@ def _losses(experiment: Experiment, analysis: Analysis) -> Table:
 
 
 def _gap(experiment: Experiment, analysis: Analysis) -> list[Table]:
-    """Returns the shares of the best possible gain on a controlled task that conditions reach: by region, and by chunk.
+    """Returns a table of the shares of the best possible gain on a controlled task that conditions reach.
 
-    While attention reaches the start of a file, there is next to no gap.
+    Chunks that attention can see from the start are left out: there is next to no gap.
     """
     if not _has_gap(analysis):
         return []
-    regions, names = _shown_regions(experiment), [condition.name for condition in experiment.conditions]
-    several = len(experiment.conditions[0].checkpoints) > 1
-    rows = []
-    for name in names:
-        losses = analysis.losses[name]
-        seeds = ", ".join(_number(100 * seed.mean, "+z.1f") for seed in losses.closed_by_seed)
-        rows.append([name, *(_percent(losses.closed[region]) for region in regions), *([seeds] if several else [])])
+    conditions = analysis.losses.values()
+    rows = [
+        [region, *(_percent(losses.closed[region]) for losses in conditions)] for region in _shown_regions(experiment)
+    ]
+    if len(experiment.conditions[0].checkpoints) > 1:
+        seeds = [[_number(100 * seed.mean, "+z.1f") for seed in losses.closed_by_seed] for losses in conditions]
+        rows.append(["each seed, there", *map(", ".join, seeds)])
+    for i, (start, end) in enumerate(experiment.chunks):
+        if end > experiment.setting.regions[BEYOND][0]:
+            rows.append([f"chunk from {start:,}", *(_percent(losses.closed_by_chunk[i]) for losses in conditions)])
     note = "Share of the gap between the best loss without memory beyond attention and the best with all, % [95 %]."
-    heads = ["condition", *regions, *(["each seed, there"] if several else [])]
-    by_chunk = [analysis.losses[name].closed_by_chunk for name in names]
-    chunks = [
-        [f"from {start:,}", *map(_percent, shares)]
-        for (start, end), *shares in zip(experiment.chunks, *by_chunk, strict=True)
-        if end > experiment.setting.starts[BEYOND]
-    ]
-    return [
-        Table("Share of the gap", note, heads, rows),
-        Table("Share of the gap by chunk", "Beyond the attention window.", ["frames", *names], chunks),
-    ]
+    return [Table("Share of the gap", note, ["frames", *analysis.losses], rows)]
 
 
 def _comparisons(experiment: Experiment, analysis: Analysis) -> list[Table]:
@@ -223,7 +211,7 @@ def _compared(experiment: Experiment, analysis: Analysis, region: str) -> Table:
         if compared.verdict and region != LATER:
             verdicts.append(compared.verdict.text)
     note = f"Loss minus that of {first}, by the same file, averaged over seeds: above 0 {first} is better."
-    title = f"{region[0].upper()}{region[1:]}, frames from {setting.starts[region]:,} on"
+    title = f"{region[0].upper()}{region[1:]}, frames from {setting.regions[region][0]:,} on"
     return Table(title, "\n\n".join([note, *([_bullets(verdicts)] if verdicts else [])]), heads, rows)
 
 
@@ -292,11 +280,8 @@ def _setting(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) 
         lines += [f"{name[0].upper()}{name[1:]}: `{value}`"] if value else []
     for info in experiment.checkpoints:
         facts = {"step": info.about.get("step"), "seed": info.seed}
-        parts = [
-            f"`{info.about.get('path', '')}`",
-            *(f"{key} {value}" for key, value in facts.items() if value is not None),
-        ]
-        lines.append(f"Checkpoint `{info.name}`: {', '.join(parts)}")
+        words = "".join(f", {name} {value}" for name, value in facts.items() if value is not None)
+        lines.append(f"Checkpoint `{info.name}`: `{info.about.get('path', '')}`{words}")
     if machine := about.get("evaluated_with"):
         versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
         lines.append(f"{versions}, on {machine['device']}")

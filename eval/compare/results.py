@@ -81,15 +81,6 @@ def read(folder: Path) -> tuple[Experiment, dict[str, Any]]:
             f"{folder / losses.LOSSES} is not as it was written (its SHA-256 is not that in results.json): run"
             f" {Results.COMMAND} again."
         )
-    weight, by_condition, bounds = losses.read(folder, [condition.name for condition in results.conditions])
-    experiment = Experiment(
-        results.setting,
-        results.conditions,
-        results.files,
-        weight,
-        by_condition,
-        bounds,
-        results.checkpoints,
-        results.skipped,
-    )
-    return experiment, {name: content[name] for name in ("evaluated_with", "cost") if name in content}
+    experiment = Experiment(results.setting, results.conditions, results.checkpoints, results.files, results.skipped)
+    about = {name: content[name] for name in ("evaluated_with", "cost") if name in content}
+    return losses.read(folder, experiment), about
