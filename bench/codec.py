@@ -1,8 +1,8 @@
 """Measures the embedded codec on the embedded corpus: ``python -m bench.codec``.
 
-Prints, for the held-out recordings: the variance that each codebook leaves, speed, log-spectral distance of decoded speech
-with a control of shuffled frames, how well codes are predicted by counts, and how much of decoded English speech a speech
-recogniser understands (this last part needs PyPI's pocketsphinx and is left out without it).
+Prints, for the held-out recordings: the variance that each codebook leaves, speed, log-spectral distance of decoded
+speech with a control of shuffled frames, how well codes are predicted by counts, and how much of decoded English speech
+a speech recogniser understands (this last part needs PyPI's pocketsphinx and is left out without it).
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def print_variance(codec: KMeansCodec, voices: dict[str, list], codes: dict[str,
         total = np.square(features - features.mean(axis=0)).mean()
         left = []
         for used in range(1, codec.num_codebooks + 1):
-            kept = np.where(np.arange(codec.num_codebooks)[:, None] < used, rows, silence)
-            left.append(np.square(features - codec.quantised_features(kept)).mean())
+            first = np.where(np.arange(codec.num_codebooks)[:, None] < used, rows, silence)
+            left.append(np.square(features - codec.quantised_features(first)).mean())
         shares = " ".join(f"{value / total:.3f}" for value in left)
         print(f"{split}: variance left after each codebook: {shares}; after all {DECIBEL * left[-1] ** 0.5:.2f} dB rms")
 
@@ -115,7 +115,7 @@ def print_entropies(codec: KMeansCodec, train: list[np.ndarray], heldout: list[n
 
 
 def print_recognition(codec: KMeansCodec, recordings: list[tuple[Entry, np.ndarray]], limit: int) -> None:
-    """What pocketsphinx understands of the original, of decoded codes and of decoded codes in shuffled order."""
+    """Recognition by pocketsphinx of the original, of decoded codes and of decoded codes in shuffled order."""
     try:
         from pocketsphinx import Decoder
     except ImportError:
@@ -138,8 +138,8 @@ def print_recognition(codec: KMeansCodec, recordings: list[tuple[Entry, np.ndarr
         recogniser.start_utt()
         recogniser.process_raw((audio.clip(-1, 1) * 32767).astype("<i2").tobytes(), full_utt=True)
         recogniser.end_utt()
-        found = recogniser.hyp()
-        return re.sub(r"\(\d+\)", "", found.hypstr).split() if found else []
+        hypothesis = recogniser.hyp()
+        return re.sub(r"\(\d+\)", "", hypothesis.hypstr).split() if hypothesis else []
 
     rng = np.random.default_rng(0)
     conditions: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -159,12 +159,12 @@ def print_recognition(codec: KMeansCodec, recordings: list[tuple[Entry, np.ndarr
 
 def utterances(words: Sequence[Word]) -> list[list[Word]]:
     """Splits words where nobody speaks for `PAUSE` seconds."""
-    found: list[list[Word]] = []
+    parts: list[list[Word]] = []
     for word in words:
-        if not found or word.start - found[-1][-1].end > PAUSE:
-            found.append([])
-        found[-1].append(word)
-    return found
+        if not parts or word.start - parts[-1][-1].end > PAUSE:
+            parts.append([])
+        parts[-1].append(word)
+    return parts
 
 
 def edit_distance(left: list[str], right: list[str]) -> int:

@@ -1,14 +1,15 @@
-"""Measures bringing a full-size 7B in and out: ``python -m bench.convert SCRATCH`` (about 50 GB; removed afterwards).
+"""Measures bringing a full-size 7B in and out: `python -m bench.convert SCRATCH` (about 50 GB, removed afterwards).
 
-Makes a random bfloat16 checkpoint in Kyutai's released layout, converts it by the command line in a process of its own, and
-exports the result by another. Prints seconds, MB/s and peak resident memory of both, beside plain copies of the same file by
-reads and writes of 16 MB in the same run, each to disk (fsync) and with the page cache emptied of its source; and whether
-every tensor came back bit for bit (SHA-256).
+Makes a random bfloat16 checkpoint in Kyutai's released layout, converts it by the command line in a process, and
+exports the result by another. Prints seconds, MB/s and peak resident memory of both, beside plain copies of the same
+file by reads and writes of 16 MB in the same run. Each run ends on disk (fsync) and starts with its source out of the
+page cache. Prints also how many tensors came back bit for bit (SHA-256). `--layers 2` measures a model of 3 GB.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -22,33 +23,35 @@ from pathlib import Path
 import numpy as np
 
 from ttt_jax.checkpoints import weights
-from ttt_jax.checkpoints.safetensors_reader import BLOCK, Piece, Ring, TensorFile
+from ttt_jax.checkpoints.safetensors_reader import BLOCK, Piece, TensorFile
 from ttt_jax.checkpoints.safetensors_writer import Spec, write_files
-from ttt_jax.config import MODEL_PRESETS
+from ttt_jax.config import MODEL_PRESETS, MoshiConfig, TTTConfig
 from ttt_jax.convert import kyutai_config, kyutai_names
 from ttt_jax.utils import config_json
-
-NEEDED = 50e9
 
 
 def main() -> None:
     """Prints all figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("scratch", type=Path, help="folder on the disk to measure, with 50 GB free")
+    parser.add_argument("--layers", type=int, default=32, help="temporal layers of the model (default: the 7B's 32)")
     args = parser.parse_args()
+    seven = MODEL_PRESETS["moshi-7b"]
+    cfg = dataclasses.replace(seven, num_layers=args.layers, ttt=TTTConfig(layers="none"))
+    needed = 3.2 * 2 * sum(np.prod(tensor.shape, dtype=float) for tensor in weights.base(cfg))
     free = shutil.disk_usage(args.scratch).free
-    if free < NEEDED:
-        parser.error(f"{args.scratch} has {free / 1e9:.0f} GB free; {NEEDED / 1e9:.0f} GB are needed")
+    if free < needed:
+        parser.error(f"{args.scratch} has {free / 1e9:.0f} GB free; {needed / 1e9:.0f} GB are needed")
     folder = Path(tempfile.mkdtemp(dir=args.scratch, prefix="bench-convert-"))
     try:
-        measure(folder)
+        measure(folder, cfg)
     finally:
         shutil.rmtree(folder)
 
 
-def measure(folder: Path) -> None:
-    """All measurements, in `folder`."""
-    make_checkpoint(folder / "kyutai")
+def measure(folder: Path, cfg: MoshiConfig) -> None:
+    """Takes all measurements, in `folder`."""
+    make_checkpoint(folder / "kyutai", cfg)
     source, back = folder / "kyutai" / "model.safetensors", folder / "exported" / "model.safetensors"
     size = source.stat().st_size
     print(f"{size:,} bytes")
@@ -63,10 +66,9 @@ def measure(folder: Path) -> None:
         print(f"{len(same)} of {len(old.tensors)} tensors came back bit for bit; {len(new.tensors)} were exported")
 
 
-def make_checkpoint(folder: Path) -> None:
-    """A random model of the 7B's shape, as Kyutai releases it."""
+def make_checkpoint(folder: Path, cfg: MoshiConfig) -> None:
+    """Writes a random model of the shape `cfg`, as Kyutai releases it."""
     folder.mkdir()
-    cfg = MODEL_PRESETS["moshi-7b"]
     keys = [key for tensor in weights.base(cfg) for key in kyutai_names.released(kyutai_names.weight(tensor))]
     specs = [Spec(key.name, "BF16", key.shape, (random(i, key.shape),)) for i, key in enumerate(keys)]
     write_files(folder, {"model.safetensors": sorted(specs)})
@@ -74,10 +76,10 @@ def make_checkpoint(folder: Path) -> None:
 
 
 def random(seed: int, shape: tuple[int, ...]) -> Piece:
-    """Random bfloat16 numbers of magnitudes from 2**-7 to 2**-3."""
+    """Returns random bfloat16 numbers of magnitudes from 2**-7 to 2**-3."""
     nbytes = 2 * int(np.prod(shape))
 
-    def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
+    def blocks(unit: int) -> Iterator[memoryview]:
         generator = np.random.default_rng(seed)
         for at in range(0, nbytes, BLOCK):
             bits = np.frombuffer(generator.bytes(min(BLOCK, nbytes - at)), np.uint16)
@@ -87,7 +89,7 @@ def random(seed: int, shape: tuple[int, ...]) -> Piece:
 
 
 def copy(source: Path, target: Path) -> tuple[float, int]:
-    """Seconds of a plain copy, which is removed again, and 0."""
+    """Copies a file and removes the copy. Returns seconds, and 0 for its memory."""
     forget(source)
     start = time.perf_counter()
     with source.open("rb", buffering=0) as old, target.open("wb", buffering=0) as new:
@@ -101,7 +103,7 @@ def copy(source: Path, target: Path) -> tuple[float, int]:
 
 
 def run(source: Path, *command: object) -> tuple[float, int]:
-    """Seconds and peak resident memory in bytes of a command that reads `source` and files beside it."""
+    """Runs a command that reads `source` and files beside it. Returns seconds and peak resident memory in bytes."""
     for path in source.parent.iterdir():
         forget(path)
     start = time.perf_counter()
@@ -115,7 +117,7 @@ def run(source: Path, *command: object) -> tuple[float, int]:
 
 
 def forget(path: Path) -> None:
-    """Take a file out of the page cache where the system lets us."""
+    """Takes a file out of the page cache where the system allows it."""
     os.sync()
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
@@ -123,15 +125,15 @@ def forget(path: Path) -> None:
 
 
 def digest(file: TensorFile, name: str) -> str:
-    """SHA-256 of a tensor's bytes."""
+    """Returns the SHA-256 of a tensor's bytes."""
     sha = hashlib.sha256()
-    for block in file.piece(name).blocks(Ring(), 1):
+    for block in file.piece(name).blocks(1):
         sha.update(block)
     return sha.hexdigest()
 
 
 def report(what: str, size: int, seconds: float, peak: int) -> None:
-    """Print a line."""
+    """Prints a line."""
     memory = f", peak {peak / 1e9:.2f} GB resident" if peak else ""
     print(f"{what:18}{seconds:7.1f} s  {size / seconds / 1e6:6.0f} MB/s{memory}", flush=True)
 

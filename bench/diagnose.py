@@ -1,6 +1,6 @@
 """What records cost: ``python -m bench.diagnose [--shape tiny|7b] [--every 100]``.
 
-Streams a row frame by frame with records of `eval.diagnose.command` every N frames and without any, in turn, on random
+Streams a row frame by frame with records of `eval.diagnose.measure` every N frames and without any, in turn, on random
 weights and a full attention window, and prints the share of the time that records take. Both leave out the depth
 transformer, which a
 record does not need: against a stream that also speaks the share is lower.
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.figures import random_params, spread
-from eval.diagnose.command import advance, fresh, measure
+from eval.diagnose.measure import advance, fresh, measure
 from ttt_jax.config import MoshiConfig, TTTConfig, model_preset
 
 

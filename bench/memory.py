@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.checkpoints.run_checkpoints import load_run
+from ttt_jax.checkpoints.run_weights import load_run
 from ttt_jax.config import MoshiConfig, TTTConfig, check, model_preset
 from ttt_jax.data import corpus
 from ttt_jax.moshi import model

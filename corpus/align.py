@@ -27,7 +27,7 @@ _PRONOUNCED = {  # words of the prompts that pocketsphinx's dictionary lacks
 
 @dataclass(frozen=True)
 class Timed:
-    """A word as written and its start and end in seconds from the start of its prompt."""
+    """A word with its start and end in seconds from the start of its prompt."""
 
     text: str
     start: float
@@ -35,7 +35,7 @@ class Timed:
 
 
 def voiced_frames(audio: np.ndarray) -> np.ndarray:
-    """Return bool [frames], one per 10 ms: whether float32 [samples] at 16 kHz holds speech there, by its energy."""
+    """Returns whether each 10 ms of float32 [samples] at 16 kHz is loud enough for speech, bool [frames]."""
     count = max(1, len(audio) // HOP)
     padded = np.pad(audio.astype(np.float64), (HOP // 2, HOP + HOP // 2))
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * HOP)[::HOP][:count]
@@ -49,7 +49,7 @@ def voiced_frames(audio: np.ndarray) -> np.ndarray:
 
 
 def spread(words: list[str], voiced: np.ndarray) -> list[Timed]:
-    """Return the words laid over the voiced frames in proportion to their letters; pauses inside a prompt stay free."""
+    """Returns the words spread over the voiced frames in proportion to their letters; pauses stay free."""
     letters = np.cumsum([0] + [max(1, len(re.sub(r"\W", "", word))) for word in words])
     frames = np.flatnonzero(voiced)
     marks = (letters / letters[-1] * len(frames)).astype(int)
@@ -71,7 +71,7 @@ class Aligner:
             self._decoder.add_word(word, phones, True)
 
     def align(self, words: list[str], audio: np.ndarray) -> list[Timed] | None:
-        """Return the words' times in float32 [samples] at 16 kHz; None if a word is unknown or no path is found."""
+        """Returns the words' times in float32 [samples] at 16 kHz; None if a word is unknown or no path is found."""
         parts = [re.findall(r"[a-z']+", word.lower()) for word in words]
         if not all(parts) or any(self._decoder.lookup_word(part) is None for word in parts for part in word):
             return None

@@ -1,9 +1,9 @@
-"""Build the embedded corpus: ``python -m corpus.build --work DIR`` from the root of a checkout.
+"""Builds the embedded corpus: ``python -m corpus.build --work DIR`` from the root of a checkout.
 
 Downloads the packages of ``sources.json`` with apt-get (Debian bookworm) into DIR, unpacks them without installing,
-joins prompts of one voice into files of one to two minutes and writes, beside this script, ``voices/<voice>/`` (Ogg Opus,
-word alignments, LICENSE, NOTICE) and the manifests ``train.jsonl`` and ``heldout.jsonl``. Needs numpy, soundfile and, for
-this script alone, PyPI's G722 and pocketsphinx. The same sources and seed give the same files. Afterwards run
+joins prompts of one voice into files of one to two minutes and writes, beside this script, ``voices/<voice>/`` (Ogg
+Opus, word alignments, LICENSE, NOTICE) and the manifests ``train.jsonl`` and ``heldout.jsonl``. Needs numpy, soundfile
+and, for this script alone, PyPI's G722 and pocketsphinx. The same sources and seed give the same files. Afterwards run
 ``python -m corpus.fit_tokenizer`` and ``python -m corpus.fit_codec``.
 """
 
@@ -39,7 +39,7 @@ COMPRESSION = (0.97, 0.965, 0.96, 0.95, 0.93)
 
 @dataclass(frozen=True)
 class Voice:
-    """What a voice folder is made from: packages, the stanza of their copyright file, licence and credit."""
+    """Sources of a voice folder: packages, the stanza of their copyright file, licence and credit."""
 
     folder: str
     language: str
@@ -55,8 +55,14 @@ def _asterisk(folder: str, language: str, stanza: str, license_name: str, credit
 
 
 _ALLISON = "recorded by Allison Smith (http://www.theivrvoice.com); financial contribution by Digium, Inc."
-_JUNE = "recorded by June Wallack (http://www.junewallack.com); translated by Clod Patry, Kristopher Lalletti and June Wallack"
-_CARLO = "recorded by Carlo Flora (http://www.carloflora.com, http://www.segreterietelefoniche.it); translated by Silvia Petrin"
+_JUNE = (
+    "recorded by June Wallack (http://www.junewallack.com); translated by Clod Patry, Kristopher Lalletti and"
+    " June Wallack"
+)
+_CARLO = (
+    "recorded by Carlo Flora (http://www.carloflora.com, http://www.segreterietelefoniche.it); translated by Silvia"
+    " Petrin"
+)
 VOICES = (
     _asterisk("en_us_f_allison", "en", "*", "CC-BY-SA-3.0", _ALLISON),
     _asterisk("es_mx_f_allison", "es", "*", "CC-BY-SA-3.0", _ALLISON),
@@ -69,7 +75,8 @@ VOICES = (
         ("pocketsphinx-testdata",),
         "*",
         "BSD-2",
-        "recorded by a LibriVox volunteer whom the package does not name: Jane Austen, Sense and Sensibility, chapter 1",
+        "recorded by a LibriVox volunteer whom the package does not name: Jane Austen, Sense and Sensibility,"
+        " chapter 1",
     ),
 )
 URLS = {
@@ -79,7 +86,7 @@ URLS = {
 
 
 def fetch(work: Path) -> dict[str, Path]:
-    """Download and unpack every package; return the folder of each. Raises SystemExit if a hash is not the expected one."""
+    """Downloads and unpacks every package; returns its folder. Raises SystemExit if a hash is wrong."""
     folders = {}
     for name, source in json.loads((HERE / "sources.json").read_text())["packages"].items():
         debs = list(work.glob(f"{name}_*.deb"))
@@ -96,7 +103,7 @@ def fetch(work: Path) -> dict[str, Path]:
 
 
 def merge(work: Path, folders: dict[str, Path], voice: Voice) -> Path:
-    """Return one folder that holds all packages of a voice."""
+    """Returns one folder that holds all packages of a voice."""
     root = work / "unpacked" / voice.folder
     for name in voice.packages:
         shutil.copytree(folders[name], root, dirs_exist_ok=True)
@@ -104,7 +111,7 @@ def merge(work: Path, folders: dict[str, Path], voice: Voice) -> Path:
 
 
 def join(prompts: list[Prompt], aligner: Aligner | None, rng: random.Random) -> tuple[np.ndarray, dict]:
-    """Return float32 [samples] of the prompts with gaps between them, and the content of their alignment file."""
+    """Returns float32 [samples] of the prompts with gaps between them, and the content of their alignment file."""
     pieces = [np.zeros(int(EDGE * RATE), np.float32)]
     position, rows, marks = len(pieces[0]), [], []
     for prompt in prompts:
@@ -125,7 +132,7 @@ def join(prompts: list[Prompt], aligner: Aligner | None, rng: random.Random) -> 
 
 
 def align(prompt: Prompt, aligner: Aligner | None) -> tuple[list[Timed], str]:
-    """Return a prompt's timed words and how they were timed: "pocketsphinx", or "spread" where it finds no path."""
+    """Returns a prompt's timed words and the method: "pocketsphinx", or "spread" if that finds no path."""
     timed = aligner.align(list(prompt.words), prompt.audio) if aligner else None
     if timed is not None:
         return timed, "pocketsphinx"
@@ -133,7 +140,7 @@ def align(prompt: Prompt, aligner: Aligner | None) -> tuple[list[Timed], str]:
 
 
 def write_ogg(path: Path, audio: np.ndarray) -> None:
-    """Write float32 [samples] as the left channel of an Ogg Opus file whose right channel is silent."""
+    """Writes float32 [samples] as the left channel of an Ogg Opus file whose right channel is silent."""
     import soundfile
 
     stereo = np.stack([audio, np.zeros_like(audio)], axis=1)
@@ -149,7 +156,7 @@ def write_ogg(path: Path, audio: np.ndarray) -> None:
 
 
 def _with_serial(data: bytes, serial: int) -> bytes:
-    """Return an Ogg stream with this serial number: encoders draw a random one, which would change every build."""
+    """Returns an Ogg stream with this serial number; encoders draw random ones, which would change every build."""
     table = []
     for value in range(256):
         value <<= 24
@@ -172,7 +179,7 @@ def _with_serial(data: bytes, serial: int) -> bytes:
 
 
 def write_notices(folder: Path, voice: Voice, copyright_file: Path) -> None:
-    """Write LICENSE (the legal text as the package carries it) and NOTICE (author, source, changes)."""
+    """Writes LICENSE (the legal text of the package) and NOTICE (author, source, changes)."""
     text = copyright_file.read_text(encoding="utf-8")
     stanza = next(part for part in text.split("\n\n") if part.startswith(f"Files: {voice.stanza}\n"))
     versions = json.loads((HERE / "sources.json").read_text())["packages"]
@@ -193,10 +200,10 @@ def write_notices(folder: Path, voice: Voice, copyright_file: Path) -> None:
     body = re.sub(r"[ \t]+$", "", re.sub(r"^ ", "", body, flags=re.M), flags=re.M)
     (folder / "LICENSE").write_text(head + body.strip("\n") + "\n", encoding="utf-8")
     changes = (
-        "Changes made: prompts trimmed to the speech (5 ms fades), several joined with short silences into one file, a\n"
-        "silent second channel added, encoded as Ogg Opus at 16 kHz. Transcripts: reduced to words, single digits spelled\n"
-        "out, a few misspellings corrected, times added. The JSON files beside the recordings are derived from these\n"
-        "transcripts and stand under the same terms."
+        "Changes made: prompts trimmed to the speech (5 ms fades), several joined with short silences into one file,"
+        " a\nsilent second channel added, encoded as Ogg Opus at 16 kHz. Transcripts: reduced to words, single digits"
+        " spelled\nout, a few misspellings corrected, times added. The JSON files beside the recordings are derived"
+        " from these\ntranscripts and stand under the same terms."
     )
     (folder / "NOTICE").write_text(
         f"Author: {voice.credit}\nTerms: {terms}\nSource packages:\n{sources}\n{changes}\n\n"
@@ -206,9 +213,9 @@ def write_notices(folder: Path, voice: Voice, copyright_file: Path) -> None:
 
 
 def build_voice(voice: Voice, root: Path) -> tuple[list[dict], list[dict]]:
-    """Write a voice's folder; return its manifest lines for training and held out."""
+    """Writes a voice's folder; returns its manifest lines for training and held out."""
     rng = random.Random(f"{SEED} {voice.folder}")
-    aligner = Aligner() if voice.language == "en" else None  # a fresh one: it adapts to what it has heard
+    aligner = Aligner() if voice.language == "en" else None  # a new one each time: it adapts to the speech
     if voice.folder == "en_librivox":
         heldout, files = read_librivox(root), []
     else:
@@ -234,7 +241,7 @@ def build_voice(voice: Voice, root: Path) -> tuple[list[dict], list[dict]]:
 
 
 def main() -> None:
-    """Build all voices and the two manifests."""
+    """Builds all voices and the two manifests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for downloaded and unpacked packages")
     work = parser.parse_args().work

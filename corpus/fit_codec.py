@@ -1,12 +1,10 @@
 """Fits the embedded codec to the training recordings of the embedded corpus: ``python -m corpus.fit_codec``.
 
 Residual k-means, one codebook after the other: k-means++ starts, Lloyd's iterations with unused entries moved to badly
-coded frames, the best of several starts. One entry of the first codebook is pinned to digital silence and one entry of every
-later codebook to zero, so that silence has one exact code. Deterministic: equal recordings give equal parameters on one
-machine.
+coded frames, the best of several starts. One entry of the first codebook is pinned to digital silence and one entry of
+every later codebook to zero, so that silence has one exact code. Equal recordings give equal parameters on one machine.
 
-For other recordings name their ``--manifest``, where the codec goes (``--out``) and what its file says of itself:
-``--name``, ``--licence``, ``--fitted-to``.
+For other recordings give ``--manifest``, ``--out`` and the metadata ``--name``, ``--licence``, ``--fitted-to``.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ STARTS = 3
 ITERATIONS = 40
 
 MANIFEST = DEFAULT_FILE.parents[1] / "train.jsonl"
-OF_EMBEDDED = {  # true of no other recordings
+OF_EMBEDDED = {  # wrong for any other recordings
     "out": DEFAULT_FILE,
     "name": f"melkmeans-{NUM_CODEBOOKS}x{CARDINALITY}",
     "licence": "CC-BY-SA-3.0",
@@ -48,17 +46,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fits the codec, writes it and prints how much each codebook explains."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--manifest", type=Path, default=MANIFEST, help="recordings; unset: the embedded corpus")
-    told = parser.add_argument_group("the codec's file (all four are needed with another manifest)")
-    told.add_argument("--out", type=Path, help="where it is written")
-    told.add_argument("--name", help="the codec's name, printed with every result")
-    told.add_argument("--licence", help="terms of the recordings, which those of the codec follow")
-    told.add_argument("--fitted-to", help="what the recordings are")
+    group = parser.add_argument_group("the codec's file (all four are needed with another manifest)")
+    group.add_argument("--out", type=Path, help="path of the file")
+    group.add_argument("--name", help="the codec's name, stored with every result")
+    group.add_argument("--licence", help="terms of the recordings, which hold for the codec too")
+    group.add_argument("--fitted-to", help="description of the recordings")
     args = parser.parse_args(argv)
     missing = [f"--{key.replace('_', '-')}" for key in OF_EMBEDDED if getattr(args, key) is None]
     if missing and args.manifest.resolve() != MANIFEST.resolve():
         parser.error(
-            f"{args.manifest} is not the embedded corpus, so where the codec goes and what its file says must be told:"
-            f" give {', '.join(missing)}."
+            f"{args.manifest} is not the embedded corpus, so the codec needs its own file and metadata: give"
+            f" {', '.join(missing)}."
         )
     about = {key: default if getattr(args, key) is None else getattr(args, key) for key, default in OF_EMBEDDED.items()}
     out = about.pop("out")
@@ -73,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def fit(voices: list[np.ndarray], name: str, licence: str, fitted_to: str) -> KMeansCodec:
-    """Returns a codec fitted to recordings, float32 [samples] each, at `SAMPLE_RATE`; its metadata say the rest."""
+    """Returns a codec fitted to recordings, float32 [samples] each, at `SAMPLE_RATE`; the other arguments are
+    metadata."""
     metadata = {
         "format": FORMAT,
         "name": name,
@@ -86,7 +85,7 @@ def fit(voices: list[np.ndarray], name: str, licence: str, fitted_to: str) -> KM
     }
     mel = mel_filters(BANDS, WINDOW, SAMPLE_RATE, LOWEST_HZ, HIGHEST_HZ)
     size = SUBFRAMES * BANDS
-    # A codec without content serves to compute the features.
+    # A codec with empty codebooks computes the features.
     empty = {"codebooks": np.zeros((1, 1, size)), "mean": np.zeros(size), "mel": mel}
     front = KMeansCodec(empty, metadata)
     logmel_NF = np.concatenate([front.features(voice) for voice in voices])
@@ -103,11 +102,11 @@ def fit_codebooks(features_NF: np.ndarray, silence_F: np.ndarray) -> np.ndarray:
     books = []
     for index in range(NUM_CODEBOOKS):
         pinned_F = silence_F if index == 0 else np.zeros_like(silence_F)
-        book_VF = min((_k_means(rest_NF, pinned_F, rng) for _ in range(STARTS)), key=lambda found: found[1])[0]
+        book_VF = min((_k_means(rest_NF, pinned_F, rng) for _ in range(STARTS)), key=lambda fit: fit[1])[0]
         books.append(book_VF)
         rest_NF = rest_NF - book_VF[_nearest(rest_NF, book_VF)[0]]
         print(f"codebook {index + 1}: {_share(rest_NF, features_NF):.4f} of the variance left", flush=True)
-    # Shuffled, so that no id means anything by itself: silence is not id 0, and code that confuses the two shows.
+    # Shuffled, so that silence is not id 0: code that confuses the two shows.
     return np.stack([rng.permutation(book_VF) for book_VF in books])
 
 

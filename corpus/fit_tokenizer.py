@@ -1,4 +1,4 @@
-"""Fit the text tokenizer: ``python -m corpus.fit_tokenizer`` from the root of a checkout, after ``corpus.build``.
+"""Fits the text tokenizer: ``python -m corpus.fit_tokenizer`` from the root of a checkout, after ``corpus.build``.
 
 A SentencePiece model of 512 pieces over the words of the training files (``train.jsonl``), all five languages. Its ids
 are Moshi's: 0 unknown (EPAD in a stream), 1 and 2 begin and end, 3 padding. Text is folded to lower case.
@@ -12,12 +12,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PIECES = 512
-# In the model even where the training text lacks them, so that no word of these languages is left without tokens.
+# Letters that every word of these languages needs, even if the training text lacks them.
 LETTERS = "abcdefghijklmnopqrstuvwxyzàâäçèéêëìíîïñòóôöùúûüœабвгдежзийклмнопрстуфхцчшщъыьэюяё0123456789'.,!?-"
 
 
 def training_text() -> list[str]:
-    """Return the words of each training file as one line."""
+    """Returns the words of each training file as one line."""
     lines = []
     for entry in (HERE / "train.jsonl").read_text(encoding="utf-8").strip().split("\n"):
         alignment = (HERE / json.loads(entry)["path"]).with_suffix(".json")
@@ -27,7 +27,7 @@ def training_text() -> list[str]:
 
 
 def main() -> None:
-    """Write tokenizer/spm512.model and its NOTICE."""
+    """Writes tokenizer/spm512.model and its NOTICE."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -51,9 +51,9 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     (folder / f"spm{PIECES}.model").write_bytes(model.getvalue())
     (folder / "NOTICE").write_text(
-        f"spm{PIECES}.model is fitted to the transcripts of the training files in ../voices, which are under CC-BY-SA-3.0\n"
-        "(English, Spanish: Allison Smith, Digium; French: June Wallack) and CC-BY-3.0 (Italian: Carlo Flora; Russian:\n"
-        "Maxim Topal). It is therefore distributed under CC-BY-SA-3.0\n"
+        f"spm{PIECES}.model is fitted to the transcripts of the training files in ../voices, which are under"
+        " CC-BY-SA-3.0\n(English, Spanish: Allison Smith, Digium; French: June Wallack) and CC-BY-3.0 (Italian: Carlo"
+        " Flora; Russian:\nMaxim Topal). It is therefore distributed under CC-BY-SA-3.0\n"
         "(https://creativecommons.org/licenses/by-sa/3.0/, text in ../voices/en_us_f_allison/LICENSE), not under the\n"
         "licence of the project's code. Authors and sources in full: the NOTICE of each folder in ../voices.\n"
         "Made by corpus/fit_tokenizer.py.\n",

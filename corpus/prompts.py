@@ -1,4 +1,4 @@
-"""The prompts behind the corpus: reading packages, cleaning transcripts, choosing what is joined into which file."""
+"""Prompts of the corpus: reading packages, cleaning transcripts, sharing prompts out to files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MISSPELLED = {
 }
 MIN_SECONDS, MAX_SECONDS = 1.5, 20.0
 MIN_WORDS = 4
-LETTERS_PER_SECOND = (6.0, 26.0)  # outside: the transcript is not what is said
+LETTERS_PER_SECOND = (6.0, 26.0)  # outside this range the transcript is wrong
 SIMILAR = 0.6  # share of equal words in order from which two prompts count as the same text
 _MARGIN = (6, 10)  # frames of 10 ms kept before and after the speech of a prompt
 _SKIP = re.compile(r"(silence|letters|phonetic|digits)/|beep|.*2tone$|tt-monkeys$")
@@ -56,7 +56,7 @@ class Prompt:
 
 
 def clean_words(text: str, language: str) -> tuple[str, ...]:
-    """Return a transcript's words with their punctuation, single digits spelled out; empty if it is not plain speech.
+    """Returns a transcript's words with their punctuation, single digits spelled out; empty if it is not plain speech.
 
     Not plain: remarks in brackets, key names as signs (* #), numbers of several digits, abbreviations, addresses, two
     entries run together, characters lost in the package (Italian "pu?"), Latin letters in a Russian text.
@@ -73,13 +73,13 @@ def clean_words(text: str, language: str) -> tuple[str, ...]:
 
 
 def trim(audio: np.ndarray) -> np.ndarray:
-    """Return the audio from just before its first to just after its last voiced frame."""
+    """Returns the audio from just before its first to just after its last voiced frame."""
     voiced = np.flatnonzero(voiced_frames(audio))
     return audio[max(0, voiced[0] - _MARGIN[0]) * HOP : (voiced[-1] + 1 + _MARGIN[1]) * HOP]
 
 
 def read_asterisk(root: Path, language: str) -> list[Prompt]:
-    """Return the usable prompts of one unpacked language: plain sentences whose length fits their text."""
+    """Returns the usable prompts of one unpacked language: plain sentences whose length fits their text."""
     import G722
 
     packed = next(root.glob("usr/share/doc/*/core-sounds-*.txt.gz")).read_bytes()
@@ -102,7 +102,7 @@ def read_asterisk(root: Path, language: str) -> list[Prompt]:
 
 
 def read_librivox(root: Path) -> list[Prompt]:
-    """Return the five sentences of pocketsphinx's test data in reading order."""
+    """Returns the five sentences of pocketsphinx's test data in reading order."""
     folder = next(root.glob("usr/share/pocketsphinx/test/data/librivox"))
     prompts = []
     for line in sorted((folder / "transcription").read_text().splitlines(), key=lambda line: line.split()[-1]):
@@ -115,16 +115,16 @@ def read_librivox(root: Path) -> list[Prompt]:
 
 
 def drop_similar(prompts: list[Prompt]) -> list[Prompt]:
-    """Return the prompts, longest first, without those that nearly repeat the words of a longer one."""
-    kept: list[Prompt] = []
+    """Returns the prompts, longest first, without those that nearly repeat the words of a longer one."""
+    longest: list[Prompt] = []
     for prompt in sorted(prompts, key=lambda p: (-p.seconds, p.name)):
-        if not any(alike(prompt.text, other.text) for other in kept):
-            kept.append(prompt)
-    return kept
+        if not any(alike(prompt.text, other.text) for other in longest):
+            longest.append(prompt)
+    return longest
 
 
 def alike(words: list[str], others: list[str]) -> bool:
-    """Return whether two texts share so many words in order that one must not be held out from the other."""
+    """Returns whether two texts share so many words in order that one must not be held out from the other."""
     matcher = difflib.SequenceMatcher(None, words, others, autojunk=False)
     return matcher.real_quick_ratio() >= SIMILAR and matcher.ratio() >= SIMILAR
 
@@ -132,7 +132,7 @@ def alike(words: list[str], others: list[str]) -> bool:
 def share_out(
     prompts: list[Prompt], seconds: float, heldout_seconds: float, train_files: int, gap: float, seed: int
 ) -> tuple[list[Prompt], list[list[Prompt]]]:
-    """Return (prompts held out, prompts of each training file), drawn from the longest prompts up to `seconds`.
+    """Returns (prompts held out, prompts of each training file), drawn from the longest prompts up to `seconds`.
 
     Lengths count `gap` seconds after each prompt. Training prompts go to the file that is shortest so far.
     """

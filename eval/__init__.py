@@ -1,10 +1,13 @@
-"""Evaluation: `python -m eval`. What a model predicts over long speech, and what its fast weights bring.
+"""Evaluation, `python -m eval`: predictions of a model over long speech, and what its fast weights contribute.
 
-prepare             audio to code files: `prepare.py`, `sources.py` (no jax)
-stream              checkpoints x files x arms: `evaluate.py` is the command; it loads `models.py` and `speech.py`, runs
-                    `stream.py` (the scan and the scores) under `arms.py`, stores `scores.py`
-draw                stored results to numbers, table and figures: `results.py`, `report.py`, `draw.py`, `statistics.py`,
-                    `unigram.py` (no jax)
-check-state   `check_state.py`
-diagnose            `diagnose.py`, `diagnose_report.py`
+__main__      the commands
+prepare.py    audio to code files
+inputs/       checkpoints and files to evaluate on
+streaming/    `stream` and `draw`: checkpoints x files x arms to stored scores, tables and figures
+compare/      `compare`: conditions by file, with statistics and a verdict
+check_state/  `check-state`: whether the fast weights persist
+diagnose/     `diagnose`: what the TTT layers do beside attention
+stats/        estimates, paired statistics, verdicts
+results/      folders of results and their format
+benchmarks/   tasks for which the best possible loss is known
 """

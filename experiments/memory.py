@@ -1,35 +1,27 @@
-"""Does memory help? Trains and compares what docs/results/memory.md reports.
-
-    python -m experiments.memory tasks FOLDER     # recall, speaker, control: the MLP at b = 16, trained in four ways
-    python -m experiments.memory inner FOLDER     # recall: linear and MLP, b = 1 and 16
-    python -m experiments.memory place FOLDER     # recall: the TTT layer in the first, the middle and the last layer
-    python -m experiments.memory speech FOLDER    # the embedded speech, trained in four ways
-
-Data sets go to FOLDER/data (1 GB), runs to FOLDER/runs, comparisons to FOLDER/results (those of other --seeds to folders that end in
-them); runs that have ended are not trained again, so `inner` and `place` use those of `tasks`. Runs that differ in task and seed alone
-train side by side. A GPU needs minutes for each part.
-"""
+"""Does memory help? Trains and compares the models that docs/results/memory.md reports."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import logging
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
 
 from eval.__main__ import main as evaluate
 from eval.benchmarks.tasks import Settings, make
+from eval.compare import command as compare
 from train import together
 from train.config import PRESETS, DataConfig, LossConfig, TrainConfig
 from ttt_jax.checkpoints.parameter_counts import TTT, parameter_counts
 from ttt_jax.config import check
 from ttt_jax.data import corpus
 from ttt_jax.utils import config_json
-from ttt_jax.utils.command import run
+from ttt_jax.utils.command import parse, run
 from ttt_jax.utils.paths import local
 
 TINY = PRESETS["tiny"]
@@ -46,15 +38,18 @@ TASK = dataclasses.replace(
     steps=STEPS,
     checkpoint_every=STEPS,
 )
-"""The preset `tiny` with a short window, on files that begin with what there is to know."""
+"""The preset `tiny` with a short window, on files that begin with the facts."""
 NAMES = ("recall", "speaker", "control")
 SHORT = Settings("", files=24576, frames=CHUNK, every=3, seed=1)
 LONG = Settings("", files=6144, frames=4 * CHUNK, every=6, seed=2)
-"""What is trained on: half of the frames each."""
+"""Training data: half of the frames each."""
 LONG_SPEAKER = dataclasses.replace(LONG, every=48)
 """Of speakers: the rarer a voice speaks, the longer it has to be remembered."""
 HELDOUT = Settings("", files=128, frames=17 * CHUNK, every=131, seed=2000)
-"""What is tested on: 16 questions or tokens, so that next to nothing is told again; the last comes 16 chunks after the start."""
+"""Test data: 16 questions or tokens, so that hardly any fact is repeated; the last comes 16 chunks after the start."""
+
+REPORTED = Path(__file__).parents[1] / "docs" / "results" / "memory"
+"""Copies of FOLDER/results without the frames and the PDF figures."""
 
 Change = Callable[[TrainConfig], TrainConfig]
 
@@ -93,7 +88,7 @@ def ttt(**fields: Any) -> Change:
 
 
 WAYS: dict[str, Change] = {"persist": persist, "reset": reset, "bptt": bptt, "none": none}
-"""How a model is trained."""
+"""Ways to train, by name."""
 INNER: dict[str, Change] = {
     "persist": persist,  # the MLP, b = 16
     "linear-16": ttt(hidden=()),
@@ -141,15 +136,15 @@ class Experiment:
         self._compare(part, conditions, self._heldout("recall"))
 
     def _conditions(self, name: str) -> list[str]:
-        """What is compared: the first with each other one."""
-        kept, cleared, through = (self._runs(way, name) for way in ("persist", "reset", "bptt"))
+        """Returns the conditions: the first is compared with each other one."""
+        persistent, cleared, unrolled = (self._runs(way, name) for way in ("persist", "reset", "bptt"))
         return [
-            f"persist={kept}@persist",
-            f"reset={kept}@reset",
+            f"persist={persistent}@persist",
+            f"reset={persistent}@reset",
             f"none={self._runs('none', name)}@off",
             f"trained-reset={cleared}@reset",
             f"trained-reset-kept={cleared}@persist",
-            f"bptt={through}@persist",
+            f"bptt={unrolled}@persist",
         ]
 
     def _runs(self, way: str, name: str) -> str:
@@ -159,7 +154,7 @@ class Experiment:
         return self._folder / "runs" / f"{way}-{name}-{seed}"
 
     def _train(self, way: str, cfg: TrainConfig, names: Sequence[str]) -> None:
-        """All seeds on all data sets side by side, unless they are there."""
+        """Trains all seeds on all data sets side by side, except runs that have ended."""
         if self._steps:
             cfg = dataclasses.replace(cfg, steps=self._steps, checkpoint_every=self._steps)
         places = {self._run(way, name, seed): (name, seed) for name in names for seed in self._seeds}
@@ -196,41 +191,76 @@ class Experiment:
 
 
 def _remove_rest(place: Path, steps: int) -> None:
-    """Remove what an interrupted run of `steps` has left. Raises `InputError` if it is a run of another length."""
+    """Removes an interrupted run of `steps` steps. Raises `InputError` if it is a run of another length."""
     config = place / "config.json"
     if config.is_file():
-        had = config_json.read_json(config, "the config.json of a run").get("steps")
-        check(had == steps, f"{place} holds a run of {had} steps, not {steps}: give another folder, or --steps {had}.")
+        stored_steps = config_json.read_json(config, "the config.json of a run").get("steps")
+        check(
+            stored_steps == steps,
+            f"{place} holds a run of {stored_steps} steps, not {steps}: give another folder, or --steps"
+            f" {stored_steps}.",
+        )
     shutil.rmtree(place, ignore_errors=True)
 
 
-def main(args: Sequence[str]) -> int:
-    """Run the command line `args`; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("part", choices=("tasks", "inner", "place", "speech"))
-    parser.add_argument(
-        "folder", type=local, metavar="FOLDER", help="the same for all parts; what is there is gone on with"
-    )
-    parser.add_argument("--seeds", help="joined by commas; unset: those of the report")
-    parser.add_argument("--steps", type=int, help="of training; unset: those of the report")
-    options = parser.parse_args(args)
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Does memory help? Train and compare the models that docs/results/memory.md reports.
+
+    Data sets go to FOLDER/data (1 GB), runs to FOLDER/runs, comparisons to FOLDER/results (those of other --seeds to
+    folders that end in them). Runs that have ended are not trained again, so inner and place use those of tasks. Runs
+    that differ in task and seed alone train side by side. A GPU needs minutes for each part.
+    """
+
+    part: Positional[Literal["tasks", "inner", "place", "speech"] | None] = None
+    """tasks: recall, speaker, control, the MLP at b = 16, trained in four ways. inner: recall, linear and MLP, b = 1
+    and 16. place: recall, the TTT layer in the first, the middle and the last layer. speech: the embedded speech,
+    trained in four ways."""
+    folder: Annotated[Positional[str | None], arg(metavar="[FOLDER]")] = None
+    """The same for all parts; what exists in it is used."""
+    seeds: str | None = None
+    """Joined by commas; unset: those of the report."""
+    steps: Annotated[int | None, arg(metavar="N")] = None
+    """Steps of training; unset: those of the report."""
+    again: bool = False
+    """Only compute the statistics, reports and figures in docs/results/memory again, from the losses stored there."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.again == (self.part is None) and (self.part is None) == (self.folder is None),
+            "part and folder are missing, or given together with --again: give PART FOLDER, or --again alone.",
+        )
+        check(
+            self.seeds is None or all(seed.isdecimal() for seed in self.seeds.split(",")),
+            f"--seeds {self.seeds!r} are no seeds: give whole numbers joined by commas.",
+        )
+        check(self.steps is None or self.steps > 0, f"--steps {self.steps} is out of range: give 1 or more.")
+
+
+def main(options: Options) -> int:
+    """Runs the command; returns the exit code."""
+    if options.again:
+        return again(REPORTED)
     log = logging.getLogger("train")
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.INFO)
     log.propagate = False
     usual = SPEECH_SEEDS if options.part == "speech" else SEEDS
-    seeds = usual if options.seeds is None else options.seeds.split(",")
-    check(
-        all(str(seed).isdecimal() for seed in seeds),
-        f"--seeds {options.seeds!r} are no seeds: give whole numbers joined by commas.",
-    )
-    check(options.steps is None or options.steps > 0, f"--steps {options.steps} is out of range: give 1 or more.")
-    experiment = Experiment(options.folder, [int(seed) for seed in seeds], options.steps)
+    seeds = usual if options.seeds is None else [int(seed) for seed in options.seeds.split(",")]
+    experiment = Experiment(local(options.folder), seeds, options.steps)
     getattr(experiment, options.part)()
     return experiment.code
 
 
+def again(folder: Path) -> int:
+    """Computes the comparisons in `folder` again from their losses.npz; returns the worst exit code."""
+    codes = []
+    for results in sorted(folder.glob("*/results.json")):
+        codes.append(compare.again(results.parent, {}))
+        for figure in results.parent.glob("*.pdf"):
+            figure.unlink()  # the documents show PNG
+    return max(codes)
+
+
 if __name__ == "__main__":
-    sys.exit(run(lambda: main(sys.argv[1:])))
+    sys.exit(run(lambda: main(parse(Options, "python -m experiments.memory", sys.argv[1:]))))

@@ -15,8 +15,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from eval.inputs.checkpoints import Model
-from eval.streaming.command import of_run
 from train import dry_run as train_dry_run
 from train import initial_params, messages, plots, trackers
 from train.batches import Batches
@@ -34,7 +32,7 @@ from ttt_jax.data import corpus as corpora
 from ttt_jax.distributed import launch, sharding
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
-from ttt_jax.utils.command import PARTIAL, keep_compiled, machine
+from ttt_jax.utils.command import PARTIAL, call, keep_compiled, machine
 from ttt_jax.utils.paths import local
 from ttt_jax.utils.trees import Tree, merge
 
@@ -128,11 +126,9 @@ def _run(run: Run, state: TrainState, frozen: Tree, position: Any, checkpoints: 
     elif jax.process_count() > 1:
         log.info("evaluate it in one process: python -m eval stream %s", run_dir)
     else:
-        about = {"path": str(run_dir), "config": config_json.to_dict(cfg), "step": cfg.steps, **run.meta}
-        with open_run(run_dir) as saved:
-            about["weights"] = saved.digest(cfg.steps)
-        model = Model(run_dir.resolve().name, cfg.model, merge(state.trainable, frozen), cfg, about)
-        of_run(model, run.corpus, run_dir / "eval")
+        del state, frozen  # evaluation loads the checkpoint
+        code = call("eval", ["stream", str(run_dir)])
+        return code or (PARTIAL if run.corpus.missing else 0)
     return PARTIAL if run.corpus.missing else 0
 
 

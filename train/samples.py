@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.codec import Codec
+from ttt_jax.codec import Codec, CodecInfo
 from ttt_jax.config import MoshiConfig
 from ttt_jax.data.codes import Codes, write_codes
 from ttt_jax.data.frames import ABSENT, Recording
-from ttt_jax.data.stated import StatedCodec, StatedTokenizer
-from ttt_jax.data.text import Tokenizer
+from ttt_jax.data.text import Tokenizer, TokenizerInfo
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import generate, model
 from ttt_jax.utils.files import write_atomically
@@ -61,8 +60,8 @@ class Sampler:
         self,
         cfg: MoshiConfig,
         recordings: Sequence[Recording],
-        codec: Codec | StatedCodec,
-        tokenizer: Tokenizer | StatedTokenizer,
+        codec: Codec | CodecInfo,
+        tokenizer: Tokenizer | TokenizerInfo,
         run_dir: Path,
         seed: int,
         frames: int = 125,
@@ -116,22 +115,22 @@ class Sampler:
             codec.name,
             codec.cardinality,
             tokenizer.digest,
-            "own",
-            joints=(joint,),
+            "moshi",
+            boundaries=(joint,),
         )
         write_codes(path.with_name(path.name + ".safetensors"), about)
-        if not isinstance(codec, StatedCodec):
+        if not isinstance(codec, CodecInfo):
             voices = [_decode(codec, tokens[1 : 1 + codebooks]), _decode(codec, tokens[1 + codebooks :])]
             write_atomically(path.with_name(path.name + ".wav"), _wav(np.stack(voices), codec.sample_rate))
-        if not isinstance(tokenizer, StatedTokenizer):
+        if not isinstance(tokenizer, TokenizerInfo):
             heard, said = (tokenizer.decode(tokens[0, part]) for part in (slice(joint), slice(joint, None)))
             text = f"prompt: {heard}\nmodel:  {said}\n"
             write_atomically(path.with_name(path.name + ".txt"), text.encode())
 
 
-def _silence(codec: Codec | StatedCodec, num_frames: int) -> np.ndarray:
+def _silence(codec: Codec | CodecInfo, num_frames: int) -> np.ndarray:
     """Codes of silence, int32 [codebooks, T]; absent tokens, which the model reads as nothing, where nobody knows them."""
-    if isinstance(codec, StatedCodec):
+    if isinstance(codec, CodecInfo):
         return np.full((codec.num_codebooks, num_frames), ABSENT, np.int32)
     return codec.encode(np.zeros(num_frames * codec.frame_size, np.float32))
 

@@ -79,23 +79,12 @@ def make_folder(run: Run) -> None:
 
 
 def fit_model(cfg: TrainConfig, codec: Codec, tokenizer: Tokenizer) -> TrainConfig:
-    """`cfg` with the model's cardinalities those of the codec and the tokenizer. Raises `InputError` on other misfits."""
-    codebooks = codec.num_codebooks
-    if (cfg.model.n_q, cfg.model.dep_q) != (2 * codebooks, codebooks):
-        raise InputError(
-            f"model.n_q={cfg.model.n_q} and model.dep_q={cfg.model.dep_q} do not fit the codec {codec.name}: give"
-            f" {2 * codebooks} and {codebooks}, two voices of {codebooks} codebooks of which one is predicted."
-        )
-    if cfg.base is not None and (cfg.model.card, cfg.model.text_card) != (codec.cardinality, tokenizer.cardinality):
-        raise InputError(
-            f"the weights in {cfg.base} know {cfg.model.card} codes and {cfg.model.text_card} text pieces, but the codec {codec.name} has"
-            f" {codec.cardinality} and the tokenizer {tokenizer.cardinality}: give data.codec and data.tokenizer those that the"
-            " weights were trained with."
-        )
-    # The inner rate in force is stored: a default may change one day, this run's may not.
-    ttt = dataclasses.replace(cfg.model.ttt, base_lr=cfg.model.inner_lr)
-    model = dataclasses.replace(cfg.model, card=codec.cardinality, text_card=tokenizer.cardinality, ttt=ttt)
-    return dataclasses.replace(cfg, model=model)
+    """Returns `cfg` with the model fitted to codec and tokenizer. Raises `InputError` if they do not fit."""
+    weights = None if cfg.base is None else f"the checkpoint in {cfg.base}"
+    model = corpora.fit_model(cfg.model, codec, tokenizer, weights)
+    # The default inner rate may change in later versions: the run stores its own.
+    ttt = dataclasses.replace(model.ttt, base_lr=model.inner_lr)
+    return dataclasses.replace(cfg, model=dataclasses.replace(model, ttt=ttt))
 
 
 def find_mesh(cfg: TrainConfig) -> Mesh:

@@ -1,30 +1,30 @@
-"""What `python -m eval compare` measures: losses by file and piece of a chunk, under every condition. Nothing here imports jax."""
+"""The data of `python -m eval compare`: losses by file and piece of a chunk, under every condition. Imports no jax."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from eval.streaming.summary import UNIT
+from eval.results import schema
+from eval.results.schema import CheckpointInfo, FileInfo, Skipped
+from eval.stats.verdict import MARGIN, THRESHOLD
 from ttt_jax.errors import InputError
-
-MARGIN, THRESHOLD = 0.02, 10.0
-"""Margin of equivalence in nats, and the effect worth having in percent of the loss, where no others are asked for."""
 
 LATER, WINDOW, BEYOND = "after the first chunk", "beyond one layer's window", "beyond the attention window"
 REGIONS = (LATER, WINDOW, BEYOND)
-"""Parts of a file that conditions are compared in; the first is the primary one."""
+"""Parts of a file in which conditions are compared; the first is the primary one."""
 
 BOUND_NAMES = {"ideal": "best with all memory", "memoryless": "best with attention's reach alone"}
-"""Of the fields of `Bounds` that are losses, as tables and figures call them."""
+"""Names of the fields of `Bounds` in tables and figures."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What was asked for and what the models are."""
+    """The question, and what the numbers depend on."""
 
     chunk: int
     """Frames of a chunk, after which the arm reset clears memory."""
@@ -41,7 +41,7 @@ class Setting:
     dtype: str = "float32"
     """Of the models; bfloat16 if one is."""
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What else results.json should say: data, codec."""
+    """Data and codec."""
 
     def __post_init__(self) -> None:
         if not self.margin > 0 or not math.isfinite(self.margin):
@@ -55,14 +55,35 @@ class Setting:
         return {LATER: self.chunk, WINDOW: max(self.chunk, self.window), BEYOND: max(self.chunk, self.reach)}
 
     def pieces(self, frames: int) -> np.ndarray:
-        """First frames of the pieces that files of at most `frames` frames are cut into, int [K]."""
+        """Returns the first frames of the pieces of files of at most `frames` frames, int [K]."""
         edges = {*range(0, frames, self.chunk), *self.starts.values()}
         return np.array(sorted(edge for edge in edges if edge < frames))
 
 
+def setting_of(
+    checkpoints: Sequence[CheckpointInfo], files: Sequence[FileInfo], *, chunk: int, **fields: Any
+) -> Setting:
+    """Returns the setting for these checkpoints; `fields` are further ones of `Setting`.
+
+    Raises `InputError` if no file is longer than a chunk.
+    """
+    if all(file.frames <= chunk for file in files):
+        raise InputError(
+            f"no file is longer than a chunk of {chunk} frames, so nothing is left to compare: give longer files or a"
+            " smaller --reset-every."
+        )
+    return Setting(
+        chunk=chunk,
+        window=max(info.context for info in checkpoints),
+        reach=max(info.reach for info in checkpoints),
+        dtype="bfloat16" if any(info.dtype == "bfloat16" for info in checkpoints) else "float32",
+        **fields,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """One of the things that are compared."""
+    """One or several checkpoints under one arm."""
 
     name: str
     arm: str
@@ -71,56 +92,44 @@ class Condition:
 
 
 @dataclasses.dataclass(frozen=True)
-class File:
-    """A file that was streamed."""
-
-    name: str
-    group: str
-    """Speaker; its own name if it shares none with another."""
-    frames: int
-    digest: str = ""
-    """Of what was streamed."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Of a controlled task: the best that can be done, nats by file and piece, [F, K]; NaN where nothing is scored."""
+    """Best possible losses on a controlled task, nats by file and piece, float64 [F, K]; NaN where nothing is
+    scored."""
 
     ideal: np.ndarray
-    """With memory of everything before."""
+    """With memory of all frames before."""
     memoryless: np.ndarray
-    """With what attention reaches."""
+    """With the frames that attention reaches."""
     weight: np.ndarray
-    """Scored tokens, 0 where there are none."""
+    """Number of scored tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What streaming gave: F files in K pieces under every condition, of S checkpoints each."""
+    """Losses of F files in K pieces under every condition, of S checkpoints each."""
 
     setting: Setting
     conditions: list[Condition]
     """The first is under test."""
-    files: list[File]
+    files: list[FileInfo]
     weight: np.ndarray
     """Weight of the scored tokens, float64 [F, K]; the same under all conditions."""
     losses: dict[str, np.ndarray]
     """Nats per token by condition, float64 [S, F, K]; NaN where nothing is scored."""
     bounds: Bounds | None = None
-    checkpoints: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """Name, path, step and whatever results.json should say of each."""
-    skipped: list[dict[str, str]] = dataclasses.field(default_factory=list)
-    """Name and reason of files that were not streamed, or whose predictions were no finite numbers."""
+    checkpoints: list[CheckpointInfo] = dataclasses.field(default_factory=list)
+    skipped: list[Skipped] = dataclasses.field(default_factory=list)
+    """Files that could not be read, or whose predictions were not finite."""
 
     @property
     def groups(self) -> list[str]:
-        """Of every file."""
+        """Group of every file."""
         return [file.group for file in self.files]
 
     @property
     def unit(self) -> str:
         """What the units are, in the plural."""
-        return "files" if len(set(self.groups)) == len(self.files) else f"{UNIT}s"
+        return schema.units(self.files)[1]
 
     @property
     def pieces(self) -> np.ndarray:
@@ -128,15 +137,18 @@ class Experiment:
         return self.setting.pieces(max(file.frames for file in self.files))
 
     def loss(self, name: str, start: int = 0, end: int | None = None) -> np.ndarray:
-        """Nats per token of a condition over frames [start, end), edges of pieces: [S, F]; NaN where nothing is scored."""
+        """Returns nats per token of a condition over frames [start, end), edges of pieces: [S, F]; NaN where nothing is
+        scored."""
         return pooled(self.losses[name], self.weight, self.within(start, end))
 
     def by_chunk(self, name: str) -> np.ndarray:
-        """Nats per token of a condition by chunk, [S, F, C]; NaN where nothing is scored or a file fills less than half of it."""
+        """Returns nats per token of a condition by chunk, [S, F, C]; NaN where nothing is scored or a file fills less
+        than half of it."""
         return np.stack([np.where(self.filled(*one), self.loss(name, *one), np.nan) for one in self.chunks], -1)
 
     def filled(self, start: int, end: int | None) -> np.ndarray:
-        """Which files fill at least half of a chunk, bool [F]: the few tokens of a file's end are no measure of one."""
+        """Returns which files fill at least half of a chunk, bool [F]: a few tokens at a file's end do not measure a
+        chunk."""
         if end is None:
             return np.ones(len(self.files), bool)
         return np.array([2 * (min(file.frames, end) - start) >= end - start for file in self.files])
@@ -148,12 +160,13 @@ class Experiment:
         return [(at, at + size) for at in range(0, int(self.pieces[-1]) + 1, size)]
 
     def within(self, start: int, end: int | None) -> np.ndarray:
-        """Which pieces lie in frames [start, end), bool [K]."""
+        """Returns which pieces lie in frames [start, end), bool [K]."""
         return (self.pieces >= start) & (self.pieces < (math.inf if end is None else end))
 
 
 def pooled(values: np.ndarray, weight: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """Means over the pieces `used` (bool [K]) weighted by tokens, [..., F, K] and [F, K] -> [..., F]; NaN where nothing is scored."""
+    """Returns means over the pieces `used` (bool [K]) weighted by tokens, [..., F, K] and [F, K] -> [..., F]; NaN where
+    nothing is scored."""
     weight = np.where(used, weight, 0.0)
     total = weight.sum(-1)
     sums = (weight * np.where(weight > 0, values, 0.0)).sum(-1)
@@ -161,5 +174,6 @@ def pooled(values: np.ndarray, weight: np.ndarray, used: np.ndarray) -> np.ndarr
 
 
 def differences(experiment: Experiment, name: str, start: int) -> np.ndarray:
-    """Loss of condition `name` minus that of the first from frame `start` on, [S, F]; NaN of files that end before."""
+    """Returns the loss of condition `name` minus that of the first from frame `start` on, [S, F]; NaN of files that end
+    before."""
     return experiment.loss(name, start) - experiment.loss(experiment.conditions[0].name, start)

@@ -1,4 +1,5 @@
-"""Figures of `python -m eval compare`: loss by chunk of every condition, and paired differences by file; PNG and PDF."""
+"""Figures of `python -m eval compare`: loss by chunk of every condition, and paired differences by file; PNG and
+PDF."""
 
 from __future__ import annotations
 
@@ -80,7 +81,8 @@ def losses(experiment: Experiment, analysis: Analysis) -> Any:
 
 
 def paired_differences(experiment: Experiment, analysis: Analysis) -> Any:
-    """For each comparison the differences after the first chunk: a dot a unit, sorted; paler dots are seeds; the mean with its interval."""
+    """For each comparison the differences after the first chunk: a dot a unit, sorted; paler dots are seeds; the mean
+    with its interval."""
     from matplotlib import pyplot as plt
 
     start = experiment.setting.starts[LATER]
@@ -126,7 +128,8 @@ def paired_differences(experiment: Experiment, analysis: Analysis) -> Any:
     axis.set_ylim(-0.65, len(others) - 0.45)
     axis.set_yticks(range(len(others)), [one.name for one in reversed(others)])
     axis.set_xlabel(
-        f"nats per token minus {experiment.conditions[0].name}, frames from {start} on; above 0 {experiment.conditions[0].name} is better"
+        f"nats per token minus {experiment.conditions[0].name}, frames from {start} on; above 0"
+        f" {experiment.conditions[0].name} is better"
     )
     axis.grid(alpha=0.25, axis="x")
     seeds = f"; pale: its {len(experiment.conditions[0].checkpoints)} seeds" * (
@@ -153,7 +156,8 @@ def _estimates(values: np.ndarray, experiment: Experiment) -> list[Estimate]:
 
 
 def _end_scale(upper: Any, lower: Any, experiment: Experiment, analysis: Analysis) -> str:
-    """Where the worth of memory is known, curves far off would flatten all others: both scales end before them; their losses in words."""
+    """Where the worth of memory is known, curves far off would flatten all others: both scales end before them; their
+    losses in words."""
     if not analysis.bounds:
         return ""
     best, least = (analysis.bounds_by_region[name][LATER].mean for name in ("memoryless", "ideal"))

@@ -1,4 +1,4 @@
-"""What `python -m eval compare` found as a table for a terminal and as a Markdown report."""
+"""The results of `python -m eval compare` as a table for a terminal and as a Markdown report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eval.compare.experiment import BEYOND, BOUND_NAMES, LATER, REGIONS, WINDOW,
 from eval.stats.estimates import interval
 from eval.stats.paired import ALPHA, Interval, Paired, Power, Slope
 from eval.stats.verdict import p_words
-from eval.streaming.summary import WEIGHTINGS
+from eval.streaming.weighting import WEIGHTINGS
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.utils.files import write_atomically
 
@@ -22,13 +22,13 @@ Row = Sequence[str]
 
 
 def table(experiment: Experiment, analysis: Analysis) -> str:
-    """The results for a terminal; the verdicts are the last lines."""
+    """Returns the results for a terminal; the verdicts are the last lines."""
     blocks = [
         [_head(experiment, analysis), *(f"{region}: {words}" for region, words in _regions(experiment).items())],
         _aligned(*_conditions(experiment, analysis)),
         *([_gap(experiment, analysis)] if _has_gap(analysis) else []),
     ]
-    for region in _told(experiment):
+    for region in _shown_regions(experiment):
         if any(one.regions[region].paired.n for one in analysis.comparisons):
             blocks.append([_title(experiment, region), *_aligned(*_compared(experiment, analysis, region))])
     for title, rows in (
@@ -43,18 +43,19 @@ def table(experiment: Experiment, analysis: Analysis) -> str:
 
 
 def write(folder: Path, experiment: Experiment, analysis: Analysis, about: dict[str, Any]) -> Path:
-    """Write the Markdown report to `folder`, at once or not at all; its path."""
+    """Writes the Markdown report to `folder`, at once or not at all; returns its path."""
     path = folder / FILE
     write_atomically(path, (markdown(experiment, analysis, about) + "\n").encode("utf-8", "backslashreplace"))
     return path
 
 
 def markdown(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) -> str:
-    """The report: question, verdicts, setting, tables, figures, how to read it."""
+    """Returns the report: question, verdicts, setting, tables, figures, how to read it."""
     first, unit = experiment.conditions[0].name, experiment.unit
     sections = [
         "# Does memory help?",
-        f"Is the loss under **{first}** lower than under the other conditions, on the same files, from the second chunk on?",
+        f"Is the loss under **{first}** lower than under the other conditions, on the same files, from the second"
+        " chunk on?",
         "## Verdict",
         "\n".join(f"- {line}" for line in [*_sentences(experiment, analysis), _first_chunk(analysis)]),
         "## Setting",
@@ -75,26 +76,27 @@ def markdown(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) 
         ]
     sections += [
         "## Comparisons",
-        f"Loss of each condition minus that of {first}, by the same file, averaged over seeds: above 0 {first} is better.",
+        f"Loss of each condition minus that of {first}, by the same file, averaged over seeds: above 0 {first} is"
+        " better.",
         "![Differences](differences.png)",
     ]
     for region in REGIONS:
         sections.append(f"### {_title(experiment, region)}")
-        if region not in _told(experiment):
+        if region not in _shown_regions(experiment):
             sections.append("The same frames as above.")
             continue
         if any(one.regions[region].paired.n for one in analysis.comparisons):
             sections.append(_pipes(*_compared(experiment, analysis, region)))
         else:
             sections.append("No file is so long.")
-        said = [one.regions[region].verdict for one in analysis.comparisons]
-        if region != LATER and all(said):
-            sections.append("\n".join(f"- {one.text}" for one in said))
+        verdicts = [one.regions[region].verdict for one in analysis.comparisons]
+        if region != LATER and all(verdicts):
+            sections.append("\n".join(f"- {one.text}" for one in verdicts))
     for title, words, rows in (
         (
             "Power",
-            f"How many {unit} would tell, were differences and spread what they were here, and the chance that these had; 0.05 for all comparisons"
-            " together.",
+            f"How many {unit} would tell, were differences and spread what they were here, and the chance that these"
+            " had; 0.05 for all comparisons together.",
             _power(experiment, analysis),
         ),
         ("Trend", "Slope of the difference over chunks after the first, nats per chunk.", _trend(analysis)),
@@ -103,7 +105,7 @@ def markdown(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) 
         if rows[1]:
             sections += [f"## {title}", words, _pipes(*rows)]
     if experiment.skipped:
-        sections += ["## Left out", "\n".join(f"- {one['name']}: {one['reason']}" for one in experiment.skipped)]
+        sections += ["## Left out", "\n".join(f"- {file.name}: {file.reason}" for file in experiment.skipped)]
     sections += ["## How to read this", "\n".join(f"- {line}" for line in _notes(experiment))]
     return "\n\n".join(sections)
 
@@ -123,13 +125,14 @@ def _head(experiment: Experiment, analysis: Analysis) -> str:
 
 
 def _regions(experiment: Experiment) -> dict[str, str]:
-    """What each part of the files is."""
+    """Returns what each part of the files is, in words."""
     setting, starts = experiment.setting, experiment.setting.starts
     longest = max(file.frames for file in experiment.files)
     meanings = {
         LATER: "",
         WINDOW: f" (the longest attention window is {setting.window:,} frames)",
-        BEYOND: f" (attention of all layers together reaches {setting.reach:,} frames back: without memory nothing can know more)",
+        BEYOND: f" (attention of all layers together reaches {setting.reach:,} frames back: without memory nothing"
+        " can know more)",
     }
     return {
         region: f"frames from {starts[region]:,} on{meaning}"
@@ -138,8 +141,8 @@ def _regions(experiment: Experiment) -> dict[str, str]:
     }
 
 
-def _told(experiment: Experiment) -> list[str]:
-    """The regions that are not the same frames as one before."""
+def _shown_regions(experiment: Experiment) -> list[str]:
+    """Returns the regions that are not the same frames as an earlier one."""
     starts = experiment.setting.starts
     return [region for i, region in enumerate(REGIONS) if starts[region] not in [starts[one] for one in REGIONS[:i]]]
 
@@ -153,10 +156,12 @@ def _conditions(experiment: Experiment, analysis: Analysis) -> tuple[Row, list[R
     for one in experiment.conditions:
         found, seeds = analysis.losses[one.name], len(one.checkpoints)
         label = one.checkpoints[0] if seeds == 1 else f"{one.checkpoints[0]} and {seeds - 1} more"
-        rows.append([one.name, one.arm, label, *(interval(found.regions[region], 4) for region in _told(experiment))])
+        rows.append(
+            [one.name, one.arm, label, *(interval(found.regions[region], 4) for region in _shown_regions(experiment))]
+        )
     for name, found in analysis.bounds_by_region.items():
-        rows.append([BOUND_NAMES[name], "", "", *(interval(found[region], 4) for region in _told(experiment))])
-    return ["condition", "arm", "checkpoint", *(f"loss {region}" for region in _told(experiment))], rows
+        rows.append([BOUND_NAMES[name], "", "", *(interval(found[region], 4) for region in _shown_regions(experiment))])
+    return ["condition", "arm", "checkpoint", *(f"loss {region}" for region in _shown_regions(experiment))], rows
 
 
 def _compared(experiment: Experiment, analysis: Analysis, region: str) -> tuple[Row, list[Row]]:
@@ -247,28 +252,32 @@ def _seeds(experiment: Experiment, analysis: Analysis) -> tuple[Row, list[Row]]:
 
 
 def _has_gap(analysis: Analysis) -> bool:
-    """Whether memory is worth anything at best, as far as that is known."""
+    """Returns whether memory can lower the loss at best; False where that is unknown."""
     return any(math.isfinite(one.mean) for losses in analysis.losses.values() for one in losses.closed.values())
 
 
 def _gap(experiment: Experiment, analysis: Analysis, plain: bool = True) -> list[str]:
-    """What controlled tasks allow and how much of it was taken."""
-    told = _told(experiment)
+    """Returns how much of the best possible gain on a controlled task each condition reaches."""
+    regions = _shown_regions(experiment)
     several = any(len(one.checkpoints) > 1 for one in experiment.conditions)
-    heads = ["condition", *told, *(["each seed, there"] if several else [])]
+    heads = ["condition", *regions, *(["each seed, there"] if several else [])]
     rows = []
     for one in experiment.conditions:
         losses = analysis.losses[one.name]
-        row = [one.name, *(_percent(losses.closed[region]) for region in told)]
+        row = [one.name, *(_percent(losses.closed[region]) for region in regions)]
         if several:
             row.append(", ".join(_number(100 * seed.mean, "+z.1f") for seed in losses.closed_by_seed))
         rows.append(row)
-    title = "share of the gap closed between the best loss without memory beyond attention and the best with all, % [95 % BCa]"
+    title = (
+        "share of the gap closed between the best loss without memory beyond attention and the best with all, %"
+        " [95 % BCa]"
+    )
     return [title, *(_aligned(heads, rows) if plain else [_pipes(heads, rows)])]
 
 
 def _gap_by_chunk(experiment: Experiment, analysis: Analysis) -> str:
-    """The share of the gap that each condition closes, chunk by chunk: where attention reaches the start, next to nothing is the whole."""
+    """Returns the share of the gap that each condition closes, by chunk; while attention reaches the start, there is
+    next to no gap."""
     closed = [analysis.losses[one.name].closed_by_chunk for one in experiment.conditions]
     rows = [
         [f"from {start:,}", *(_percent(shares) for shares in chunk)]
@@ -282,25 +291,25 @@ def _first_chunk(analysis: Analysis) -> str:
     found = analysis.first_chunk
     if not found.pairs:
         return "First chunk: not checked, persist and reset of the same checkpoint were not both run."
-    said = f"First chunk: persist and reset differ by at most {found.largest:.2g} nats"
-    return f"{said} ({found.where}; allowed {found.tolerance:g}): {'BROKEN' if found.broken else 'as it must be'}."
+    sentence = f"First chunk: persist and reset differ by at most {found.largest:.2g} nats"
+    return f"{sentence} ({found.where}; allowed {found.tolerance:g}): {'BROKEN' if found.broken else 'as it must be'}."
 
 
 def _sentences(experiment: Experiment, analysis: Analysis) -> list[str]:
-    """The verdicts: of the primary region, then what differs beyond attention."""
+    """Returns the verdicts: of the primary region, then beyond attention."""
     if analysis.first_chunk.broken:
         return [analysis.first_chunk.broken]
-    said = [one.regions[LATER].verdict.text for one in analysis.comparisons]
+    verdicts = [one.regions[LATER].verdict.text for one in analysis.comparisons]
     beyond = [
         f"Beyond the attention window: {one.regions[BEYOND].verdict.text}"
         for one in analysis.comparisons
-        if one.regions[BEYOND].paired.n and BEYOND in _told(experiment)
+        if one.regions[BEYOND].paired.n and BEYOND in _shown_regions(experiment)
     ]
-    return said + beyond + _worth(experiment, analysis)
+    return verdicts + beyond + _worth(experiment, analysis)
 
 
 def _worth(experiment: Experiment, analysis: Analysis) -> list[str]:
-    """What memory could bring at best and how much of it every condition takes, in a sentence."""
+    """Returns the best possible gain from memory and the share that every condition reaches, in a sentence."""
     if not _has_gap(analysis):
         return []
     best = [analysis.bounds_by_region[name][BEYOND].mean for name in ("memoryless", "ideal")]
@@ -308,7 +317,8 @@ def _worth(experiment: Experiment, analysis: Analysis) -> list[str]:
         f"{one.name} {_percent(analysis.losses[one.name].closed[BEYOND])}" for one in experiment.conditions
     )
     return [
-        f"Memory from beyond attention is worth {best[0] - best[1]:.4f} nats at best; of that each takes, in %: {takes}."
+        f"Memory from beyond attention is worth {best[0] - best[1]:.4f} nats at best; of that each takes, in %:"
+        f" {takes}."
     ]
 
 
@@ -318,12 +328,14 @@ def _setting(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) 
         _head(experiment, analysis),
         f"Codebooks weighted {setting.weighting}: {WEIGHTINGS[setting.weighting]}; the text is no part of the loss",
         *(f"{region[0].upper()}{region[1:]}: {words}" for region, words in _regions(experiment).items()),
-        f"Margin of equivalence {setting.margin:g} nats, effect asked for {setting.threshold:g} % of the loss, error rate {ALPHA:g}",
+        f"Margin of equivalence {setting.margin:g} nats, effect asked for {setting.threshold:g} % of the loss, error"
+        f" rate {ALPHA:g}",
         *(f"{name[0].upper()}{name[1:]}: `{_name(value)}`" for name, value in setting.about.items() if _name(value)),
     ]
     for one in experiment.checkpoints:
-        parts = [f"{what} {one[what]}" for what in ("step", "seed") if one.get(what) is not None]
-        where = f"`{one['name']}`: `{one.get('path', '')}`"
+        facts = {"step": one.about.get("step"), "seed": one.seed}
+        parts = [f"{name} {value}" for name, value in facts.items() if value is not None]
+        where = f"`{one.name}`: `{one.about.get('path', '')}`"
         lines.append(f"Checkpoint {where}{', ' * bool(parts)}{', '.join(parts)}")
     if with_ := about.get("evaluated_with"):
         versions = ", ".join(f"{name} {version}" for name, version in with_["versions"].items())
@@ -336,27 +348,35 @@ def _setting(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) 
 def _notes(experiment: Experiment) -> list[str]:
     setting, unit = experiment.setting, experiment.unit
     return [
-        f"The unit is the {unit.removesuffix('s')}, never the frame: frames of one recording are not independent. n counts {unit}.",
-        "**Better**: Holm-adjusted p of the paired t below 0.05 and an effect of at least the percentage asked for. **Worse**: p below 0.05"
-        " the other way. Either by less than the margin is told as such. **Equivalent**: two one-sided tests (TOST, Holm-adjusted) put the"
-        " difference within the margin, and p is not below 0.05 or the seeds point both ways. **Undecided**: none of these; the number of"
-        " units is the one that has a power of 80 %.",
-        "No clear difference is not equivalence: a few noisy files show nothing either way. Only TOST says that there is (nearly) none.",
-        f"{setting.threshold:g} % of a cross-entropy is much; look at the nats, too: e to the difference is the ratio of perplexities.",
-        "Holm: within a region, over the comparisons with the first condition; p of t and of TOST each. Wilcoxon, sign-flip and the"
-        " columns p: t and TOST are as they come. With few units the signed ranks and the sign-flip test cannot reach 0.05 (below 6), and"
-        " BCa intervals are too narrow (below ten or so): go by p of t.",
-        "The first chunk is left out of every comparison: persist and reset are the same there by construction, which is checked.",
-        "A reset clears the fast weights, not attention's ring: for as long as attention reaches, it hands on what memory said before.",
-        "Where several checkpoints (seeds) stand for a condition, files vary and seeds vary: the p-values of the combined difference speak of"
-        " new files for these seeds; the row over seeds has the seed as its unit and speaks of new seeds for these files.",
-        "`results.json` holds the loss of every file, chunk, condition and seed: `python -m eval compare --again FOLDER` does the"
-        " statistics again, with another `--margin` or `--threshold`.",
+        f"The unit is the {unit.removesuffix('s')}, never the frame: frames of one recording are not independent. n"
+        f" counts {unit}.",
+        "**Better**: Holm-adjusted p of the paired t below 0.05 and an effect of at least the percentage asked for."
+        " **Worse**: p below 0.05 the other way. Either by less than the margin is reported as such. **Equivalent**:"
+        " two one-sided tests (TOST, Holm-adjusted) put the difference within the margin, and p is not below 0.05 or"
+        " the seeds point both ways. **Undecided**: none of these; the number of units is the one that has a power"
+        " of 80 %.",
+        "No clear difference is not equivalence: a few noisy files show nothing either way. Only TOST says that"
+        " there is (nearly) none.",
+        f"{setting.threshold:g} % of a cross-entropy is much; look at the nats, too: e to the difference is the ratio"
+        " of perplexities.",
+        "Holm: within a region, over the comparisons with the first condition; p of t and of TOST each. Wilcoxon,"
+        " sign-flip and the columns p: t and TOST are as they come. With few units the signed ranks and the"
+        " sign-flip test cannot reach 0.05 (below 6), and BCa intervals are too narrow (below ten or so): go by p of"
+        " t.",
+        "The first chunk is left out of every comparison: persist and reset are the same there by construction,"
+        " which is checked.",
+        "A reset clears the fast weights, not attention's KV cache: for as long as attention reaches, it passes on"
+        " what memory contributed before.",
+        "Where several checkpoints (seeds) stand for a condition, files vary and seeds vary: the p-values of the"
+        " combined difference speak of new files for these seeds; the row over seeds has the seed as its unit and"
+        " speaks of new seeds for these files.",
+        "`losses.npz` holds the loss of every file, chunk, condition and seed: `python -m eval compare --again"
+        " FOLDER` does the statistics again, with another `--margin` or `--threshold`.",
     ]
 
 
 def _name(value: Any) -> Any:
-    """What a thing is called: a name stands for itself, or beside a digest."""
+    """Returns a name, which stands for itself or beside a digest."""
     return value.get("name") if isinstance(value, dict) else value
 
 
@@ -369,7 +389,7 @@ def _number(value: float, form: str, end: str = "") -> str:
 
 
 def _has_size(found: Paired, experiment: Experiment) -> bool:
-    """Whether there is enough of a loss for shares of it to mean something."""
+    """Returns whether the loss is large enough for shares of it to mean something."""
     return found.reference >= experiment.setting.margin
 
 
@@ -393,7 +413,7 @@ def _percent(value: Interval) -> str:
 
 
 def _aligned(heads: Row, rows: Sequence[Row]) -> list[str]:
-    """Columns for a terminal; words on the left, all else on the right."""
+    """Returns columns for a terminal; words aligned left, numbers right."""
     wide = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     words = [any(cell[:1].isalpha() for cell in column) for column in zip(*rows, strict=True)] if rows else []
     return [
@@ -405,6 +425,6 @@ def _aligned(heads: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def _pipes(heads: Row, rows: Sequence[Row]) -> str:
-    """A table in Markdown."""
+    """Returns a table in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)

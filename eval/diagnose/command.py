@@ -1,275 +1,163 @@
-"""`python -m eval diagnose`: what the TTT layers do beside attention, a record every N frames of a recording.
-
-Between two records the stream goes on in longer calls that measure nothing; the frame of the record goes alone and measured.
-The state is carried through all of it, and memory does not grow with the recording.
-"""
+"""`python -m eval diagnose`: options, and the way from a recording to records and a figure."""
 
 from __future__ import annotations
 
-import argparse
-import math
+import dataclasses
 import os
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from tqdm import tqdm
+from tyro.conf import Positional, arg
 
-from eval.diagnose import records as report
-from eval.inputs import checkpoints, dataset
-from eval.inputs.checkpoints import Model
+from eval.diagnose import records
+from eval.diagnose.figure import FILES, write_figures
+from eval.diagnose.records import Record
 from eval.results import folder as folders
-from ttt_jax.config import FRAME_RATE, MoshiConfig
-from ttt_jax.data.corpus import CorpusConfig
+from ttt_jax.config import FRAME_RATE
 from ttt_jax.errors import InputError
-from ttt_jax.moshi import model
-from ttt_jax.moshi.model import Params, State
-from ttt_jax.utils.command import keep_compiled
 from ttt_jax.utils.paths import file_name, local
 
-SMALL = 0.01
-"""What counts as open of a gate and as near zero of a channel: the size of tanh(alpha), and of a channel's value."""
-CHUNK = 128
-"""Frames of a call between records, where nothing else is asked for."""
-
-Record = dict[str, Any]
-"""Figures of one frame and layer by name (`report.FIGURES`), with "checkpoint", "frame", "seconds" and "layer"; None: undefined."""
+if TYPE_CHECKING:
+    from eval.inputs.checkpoints import Checkpoint
+    from eval.inputs.dataset import EvalFile
 
 
-class Vectors(NamedTuple):
-    """What the TTT layers read (the stream after attention) and put out at a record, [L, dim] each."""
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Record what the TTT layers do beside attention.
 
-    stream: jax.Array
-    ttt: jax.Array
+    A record of a frame and a TTT layer gives the norms of the stream after attention, which the layer reads, and of the
+    layer's output, their cosines, how far the gate is open, the change since the record before, the displacement of the
+    fast weights and the inner losses. Records are printed, stored as records.jsonl and drawn as diagnose.png and
+    diagnose.pdf. Between records nothing is measured, so records cost next to nothing.
+    """
+
+    checkpoint: Annotated[Positional[str | None], arg(metavar="[CHECKPOINT]")] = None
+    """Folder of a run or of converted weights."""
+    data: str | None = None
+    """Audio, codes (.safetensors) or a manifest, whose first file is read; unset: the held-out files of the run."""
+    every: int = 100
+    """Frames from one record to the next."""
+    frames: int | None = None
+    """First frames that are streamed; unset: all."""
+    chunk: int | None = None
+    """Most frames of a call between records; 1 is a live stream; unset: 128."""
+    compare: str | None = None
+    """A second checkpoint, measured on the same audio; both are shown side by side."""
+    out: str | None = None
+    """Folder for the results; unset: diagnose in CHECKPOINT's folder, diagnose-DATA with --data, diagnose-OTHER with
+    --compare. Records of the same data and checkpoints are replaced; a folder with others is refused."""
+    draw: str | None = None
+    """Draws the figure again from the records in this folder, and does nothing else."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is None and self.draw is None:
+            raise InputError(
+                "there is no CHECKPOINT: give the folder of a run or of converted weights, or --draw FOLDER."
+            )
+        for name in ("every", "frames", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} {value} is out of range: give 1 or more.")
+        if self.frames is not None and self.frames < self.every:
+            raise InputError(
+                f"--frames {self.frames} end before the first record, which --every {self.every} makes: give more"
+                " frames or records more often."
+            )
 
 
-def main(options: argparse.Namespace) -> int:
-    """Diagnose what `options` ask for, or draw the figures of an earlier diagnosis; the exit code. Raises `InputError`."""
+def main(options: Options) -> int:
+    """Measures a recording, or draws the figure of stored records; returns the exit code. Raises `InputError`."""
     if options.draw is not None:
         folder = local(options.draw)
-        for path in report.write_figures(report.read(folder), folder):
-            print(path)
+        _print_paths(write_figures(records.read(folder), folder))
         return 0
-    _check(options)
+    from tqdm import tqdm
+
+    from eval.diagnose.measure import walk
+    from eval.inputs import dataset
+    from ttt_jax.data.corpus import CorpusConfig
+    from ttt_jax.utils.command import keep_compiled
+
     keep_compiled(CorpusConfig().cache_dir / "compiled")
     checkpoints = load(options.checkpoint, options.compare)
     kind = "diagnose" if options.compare is None else f"diagnose-{file_name(checkpoints[1].name)}"
     folder = folders.find(options.out, kind, options.checkpoint, options.data)
-    folders.make(folder)  # what cannot be is told before the work
-    heard = dataset.first(options.data or dataset.heldout(checkpoints[0]), checkpoints, options.frames or options.every)
-    heard = heard._replace(frames=heard.frames[:, : options.frames])
-    frames, subject = heard.frames, _subject(options, checkpoints, heard)
+    folders.make(folder)  # before the work, so that a bad --out is reported at once
+    file = dataset.first(options.data or dataset.heldout(checkpoints[0]), checkpoints, options.frames or options.every)
+    file = file._replace(frames=file.frames[:, : options.frames])
+    length, subject = file.frames.shape[1], _subject(options, checkpoints, file)
     _check_replaced(folder, subject)
-    records: list[Record] = []
+    made: list[Record] = []
     for checkpoint in checkpoints:
-        of = {"checkpoint": checkpoint.name, **{name: checkpoint.about.get(name) for name in ("step", "weights")}}
-        of |= {"data": options.data, "file": heard.name, "frames": frames.shape[1], "tokens": heard.digest}
+        about = checkpoint.about
+        source = {"checkpoint": checkpoint.name, "step": about.get("step"), "weights": about.get("weights")}
+        source |= {"data": options.data, "file": file.name, "frames": length, "tokens": file.digest}
+        layers = checkpoint.cfg.ttt_layers
         print(
-            f"{checkpoint.name}: TTT layers {','.join(map(str, checkpoint.cfg.ttt_layers))}; {frames.shape[1]} frames"
-            f" ({frames.shape[1] / FRAME_RATE:.1f} s) of {heard.name}, a record every {options.every} frames",
+            f"{checkpoint.name}: TTT layers {','.join(map(str, layers))}; {length} frames ({length / FRAME_RATE:.1f} s)"
+            f" of {file.name}, a record every {options.every} frames",
             flush=True,
         )
-        found = walk(checkpoint.params, frames, checkpoint.cfg, options.every, options.chunk)
-        total = frames.shape[1] // options.every * len(checkpoint.cfg.ttt_layers)
-        for record in tqdm(found, total=total, unit="record", leave=False, mininterval=0.5):
-            records.append(of | record)
+        measured = walk(checkpoint.params, file.frames, checkpoint.cfg, options.every, options.chunk)
+        total = length // options.every * len(layers)
+        for record in tqdm(measured, total=total, unit="record", leave=False, mininterval=0.5):
+            made.append(source | record)
             if options.compare is None:
-                tqdm.write(f"\n{report.block(records[-1])}")  # above the bar
+                tqdm.write(f"\n{records.block(made[-1])}")  # above the bar
     if options.compare is not None:
-        print(f"\n{report.comparison(records)}")
-    print(f"\n{report.explanation()}\n")
+        print(f"\n{records.comparison(made)}")
+    print(f"\n{records.explanation()}\n")
     _check_replaced(folder, subject)  # another command may have written there meanwhile
-    for path in (report.write_records(records, folder), *report.write_figures(records, folder)):
-        print(path)
+    _print_paths([records.write_records(made, folder), *write_figures(made, folder)])
     return 0
 
 
-def load(checkpoint: str, other: str | None) -> list[Model]:
-    """The checkpoint, and the one that it is compared with if there is one. Raises `InputError`."""
+def load(checkpoint: str, other: str | None) -> list[Checkpoint]:
+    """Returns the checkpoint and, if there is one, the one to compare with. Raises `InputError`."""
+    from eval.inputs.checkpoints import load_all
+
     if other is not None and os.path.realpath(local(checkpoint)) == os.path.realpath(local(other)):
         raise InputError(f"--compare {other} is the checkpoint itself: give another one.")
-    paths = [path for path in (checkpoint, other) if path is not None]
-    found = checkpoints.load_all(paths)
-    for one in found:
-        if not one.cfg.ttt_layers:
-            raise InputError(f"{one.name} has no TTT layers to look into: give a checkpoint with TTT layers.")
-    return found
+    loaded = load_all([path for path in (checkpoint, other) if path is not None])
+    for entry in loaded:
+        if not entry.cfg.ttt_layers:
+            raise InputError(f"{entry.name} has no TTT layers to look into: give a checkpoint with TTT layers.")
+    return loaded
 
 
-def walk(
-    params: Params, frames: np.ndarray, cfg: MoshiConfig, every: int, chunk: int | None = None
-) -> Iterator[Record]:
-    """Streams a recording from a fresh state and measures every `every`-th frame.
-
-    Args:
-      params: of a model with TTT layers; frames: int32 [K, T]; every: frames from one record to the next.
-      chunk: most frames of a call between records; unset: `CHUNK`. It changes figures by rounding only; 1 is a live stream.
-
-    Yields:
-      The record of each TTT layer, layer by layer, frame by frame.
-    """
-    size = min(chunk or CHUNK, max(1, every - 1))
-    state, previous = fresh(cfg)
-    for start in range(0, frames.shape[1] - every + 1, every):
-        last = start + every - 1
-        for first in range(start, last, size):
-            piece = frames[None, :, first : min(first + size, last)]
-            mask = np.arange(size)[None] < piece.shape[2]
-            state = advance(params, np.pad(piece, ((0, 0), (0, 0), (0, size - piece.shape[2]))), mask, state, cfg)
-        figures, previous, state = measure(params, frames[None, :, last : last + 1], state, previous, cfg)
-        yield from _records(np.asarray(figures), last + 1, cfg.ttt_layers)
-
-
-def fresh(cfg: MoshiConfig) -> tuple[State, Vectors]:
-    """The state of a stream before its first frame, on the device for good, and no vectors of a record before (NaN)."""
-    nothing = Vectors(*(jnp.full((len(cfg.ttt_layers), cfg.dim), jnp.nan, jnp.float32) for _ in range(2)))
-    return jax.device_put((model.init_state(cfg, 1), nothing), jax.devices()[0])
-
-
-@partial(jax.jit, static_argnames="cfg", donate_argnames="state")
-def advance(params: Params, frames: jax.Array, mask: jax.Array, state: State, cfg: MoshiConfig) -> State:
-    """The state after a call that measures nothing; frames int32 [1, K, T], mask bool [1, T]. The state is donated."""
-    return model.forward(params, frames, mask, state, cfg)[1]
-
-
-@partial(jax.jit, static_argnames="cfg", donate_argnames=("state", "previous"))
-def measure(
-    params: Params, frame: jax.Array, state: State, previous: Vectors, cfg: MoshiConfig
-) -> tuple[jax.Array, Vectors, State]:
-    """One frame, int32 [1, K, 1], and its figures. State and vectors are donated.
-
-    Returns:
-      The figures in the order of `report.FIGURES`, [figures, L] (one array: it reaches the host in one piece); the vectors that the
-      next record compares with; the state.
-    """
-    outputs, state = model.forward(params, frame, jnp.ones((1, 1), bool), state, cfg, measured=True)
-    ttt = jax.tree.map(lambda leaf: leaf[:, 0, 0].astype(jnp.promote_types(leaf.dtype, jnp.float32)), outputs.ttt)
-    now = Vectors(ttt.read, ttt.output)
-    gate, base = learned(params, cfg)
-    moved = ttt.inner.displacement * base  # by head: of the norm, the measurement gives the ratio
-    inner = {name: getattr(ttt.inner, name).mean(-1) for name in ("loss_base", "loss_before", "loss_after")}
-    figures = {
-        **of_vectors(now, gate),
-        **of_change(now, previous),
-        **of_heads("displacement", moved),
-        **of_heads("base", base),
-        **of_heads("displacement_to_base", ttt.inner.displacement),
-        **inner,
-        "inner_rate": ttt.rate.mean(-1),
-    }
-    return jnp.stack([figures[name] for name in report.FIGURES]), now, state
-
-
-def learned(params: Params, cfg: MoshiConfig) -> tuple[jax.Array, jax.Array]:
-    """tanh(alpha) of each TTT layer [L, dim], and the norm of its learned start by head [L, H]."""
-    ttts = [params["layers"][run.name]["ttt"] for run in cfg.runs if run.has_ttt]
-    gate = jnp.concatenate([jnp.tanh(ttt["gate"]) for ttt in ttts])
-    squares = [
-        sum((leaf**2).sum(tuple(range(2, leaf.ndim))) for name, leaf in ttt.items() if name.startswith("inner_"))
-        for ttt in ttts
-    ]
-    return gate, jnp.sqrt(jnp.concatenate(squares))
-
-
-def of_vectors(now: Vectors, gate: jax.Array) -> dict[str, jax.Array]:
-    """Figures of one frame's vectors and the gate, [L, dim] each: by name, [L]; NaN where there is no direction."""
-    gated = gate * now.ttt
-    combined = now.stream + gated
-    norm = partial(jnp.linalg.norm, axis=-1)
-
-    def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
-        return (a * b).sum(-1) / (norm(a) * norm(b))
-
-    vectors = {"stream": now.stream, "ttt": now.ttt, "combined": combined}
-    distribution = {}
-    for name, x in vectors.items():
-        near = 100 * (jnp.abs(x) < SMALL).mean(-1)
-        distribution |= {f"{name}_mean": x.mean(-1), f"{name}_std": x.std(-1), f"{name}_near_zero_percent": near}
-    return {
-        **{f"{name}_norm": norm(x) for name, x in {**vectors, "gated": gated}.items()},
-        "ttt_to_stream": norm(now.ttt) / norm(now.stream),
-        "gated_to_stream": norm(gated) / norm(now.stream),
-        "gated_share_percent": 100 * norm(gated) / (norm(gated) + norm(now.stream)),
-        "gate_mean": gate.mean(-1),
-        "gate_mean_abs": jnp.abs(gate).mean(-1),
-        "gate_std": gate.std(-1),
-        "gate_min": gate.min(-1),
-        "gate_max": gate.max(-1),
-        "gate_open_percent": 100 * (jnp.abs(gate) > SMALL).mean(-1),
-        "cosine_stream_ttt": cosine(now.stream, now.ttt),
-        "cosine_stream_combined": cosine(now.stream, combined),
-        "cosine_ttt_combined": cosine(now.ttt, combined),
-        **distribution,
-    }
-
-
-def of_change(now: Vectors, previous: Vectors) -> dict[str, jax.Array]:
-    """How far the vectors are from those of the record before, also relative to their length now; NaN where there was none."""
-    found = {}
-    for name, new, old in zip(Vectors._fields, now, previous, strict=True):
-        change = jnp.linalg.norm(new - old, axis=-1)
-        found |= {f"{name}_change": change, f"{name}_change_relative": change / jnp.linalg.norm(new, axis=-1)}
-    return found
-
-
-def of_heads(name: str, values: jax.Array) -> dict[str, jax.Array]:
-    """Mean over heads and the largest of [L, H]."""
-    return {name: values.mean(-1), f"{name}_largest_head": values.max(-1)}
-
-
-def _records(figures: np.ndarray, frame: int, layers: Sequence[int]) -> Iterator[Record]:
-    for layer, values in zip(layers, figures.T.tolist(), strict=True):
-        named = {
-            name: value if math.isfinite(value) else None for name, value in zip(report.FIGURES, values, strict=True)
-        }
-        yield {"frame": frame, "seconds": round(frame / FRAME_RATE, 2), "layer": layer, **named}
-
-
-def _check(options: argparse.Namespace) -> None:
-    if options.checkpoint is None:
-        raise InputError("there is no CHECKPOINT: give the folder of a run or of converted weights, or --draw FOLDER.")
-    for name in ("every", "frames", "chunk"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value} is out of range: give 1 or more.")
-    if options.frames is not None and options.frames < options.every:
-        raise InputError(
-            f"--frames {options.frames} end before the first record, which --every {options.every} makes: give more frames or records"
-            " more often."
-        )
+def _print_paths(paths: Sequence[Path]) -> None:
+    print("\n".join(map(str, paths)))
 
 
 def _check_replaced(folder: Path, subject: folders.Subject) -> None:
-    """Raise `InputError` if what `folder` holds is not to be replaced by records of `subject`."""
-    old = folders.stored(folder, report.RECORDS, lambda folder: _subject_of(report.read(folder)), report.DRAWN)
+    """Raises `InputError` if `folder` holds anything but records of `subject`."""
+    old = folders.stored(folder, records.RECORDS, lambda folder: _subject_of(records.read(folder)), FILES)
     if old is not None:
         folders.check(folder, old, subject)
 
 
-def _subject(options: argparse.Namespace, checkpoints: Sequence[Model], heard: dataset.Speech) -> folders.Subject:
-    """What is asked for."""
+def _subject(options: Options, checkpoints: Sequence[Checkpoint], file: EvalFile) -> folders.Subject:
+    """Returns the subject of the records to be made."""
     return folders.Subject(
         options.data or folders.OWN_DATA,
-        {heard.name: heard.digest},
+        {file.name: file.digest},
         frozenset(),
-        tuple(folders.checkpoint(one.name, one.about) for one in checkpoints),
+        tuple(folders.checkpoint(entry.name, entry.about) for entry in checkpoints),
         {"--every": options.every},
-        frames={heard.name: heard.frames.shape[1]},
+        frames={file.name: file.frames.shape[1]},
     )
 
 
-def _subject_of(old: Sequence[Record]) -> folders.Subject:
-    """What stored records are of."""
-    first = {one["checkpoint"]: one for one in reversed(old)}
+def _subject_of(stored: Sequence[Record]) -> folders.Subject:
+    """Returns the subject of stored records."""
+    first = {record["checkpoint"]: record for record in reversed(stored)}
     return folders.Subject(
-        old[0].get("data") or folders.OWN_DATA,
-        {one.get("file", ""): one.get("tokens", "") for one in old},
+        stored[0].get("data") or folders.OWN_DATA,
+        {record.get("file", ""): record.get("tokens", "") for record in stored},
         frozenset(),
-        tuple(folders.checkpoint(name, first[name]) for name in report.names(old)),
-        {"--every": min(one["frame"] for one in old)},
-        frames={one.get("file", ""): one.get("frames", 0) for one in old},
+        tuple(folders.checkpoint(name, first[name]) for name in records.names(stored)),
+        {"--every": min(record["frame"] for record in stored)},
+        frames={record.get("file", ""): record.get("frames", 0) for record in stored},
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train.config import TrainConfig
-from ttt_jax.checkpoints import run_checkpoints, weights
+from ttt_jax.checkpoints import run_checkpoints, run_weights, weights
 from ttt_jax.config import MoshiConfig
 from ttt_jax.data.corpus import CorpusConfig
 from ttt_jax.errors import InputError
@@ -18,81 +18,89 @@ from ttt_jax.utils.files import run_and_step
 from ttt_jax.utils.paths import local, printable
 
 
-class Model(NamedTuple):
-    """A checkpoint, loaded."""
+class Checkpoint(NamedTuple):
+    """A loaded checkpoint: of a run, or of converted weights."""
 
     name: str
-    """Of its folder, to be printed: how reports call it."""
+    """Name of its folder, printable; reports call the checkpoint by it."""
     cfg: MoshiConfig
     params: Params
-    run: TrainConfig | None
-    """What made it; None for converted weights."""
     about: dict[str, Any]
-    """What results.json says of it: path, step, digest of its weights; of a run also its meta (versions, codec, tokenizer, data)."""
+    """Facts that results store: path, step, digest of the weights; of a run also its meta (config, codec, data)."""
+    corpus: CorpusConfig | None = None
+    """Speech that the run was trained on; None for converted weights."""
+    chunk: int | None = None
+    """Frames of a training chunk; None for converted weights."""
 
     @property
     def codec(self) -> dict[str, str] | None:
-        """Name and digest of the codec that it was trained on; None where that is not recorded (converted weights)."""
+        """Name and digest of the codec of the training data; None for converted weights, which do not record it."""
         return self.about.get("codec")
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the run; None for converted weights."""
+        return self.about["config"]["seed"] if self.corpus else None
 
     @property
     def cache_dir(self) -> Path:
         """Folder for encoded data and compiled programs."""
-        return (self.run.data if self.run else CorpusConfig()).cache_dir
+        return (self.corpus or CorpusConfig()).cache_dir
 
 
-def load(path: str | Path) -> Model:
-    """The model in `path`: the latest checkpoint of a run, one of its checkpoints, or weights that `python -m ttt_jax.convert` made.
+def load(path: str | Path) -> Checkpoint:
+    """Returns the checkpoint in `path`: the latest of the run RUN, RUN/checkpoints/STEP, or converted weights.
 
-    Raises:
-      InputError: `path` is neither, or cannot be read.
+    Raises `InputError` if `path` is none of these or cannot be read.
     """
     path = local(path)
     name = _name(path, 1)
     if run_and_step(path) is not None:
-        run = run_checkpoints.load_run(path)
-        cfg = config_json.from_dict(TrainConfig, run.meta["config"], f"the checkpoint in {path}")
-        return Model(name, cfg.model, run.params, cfg, {"path": str(path), **run.meta})
+        run = run_weights.load_run(path)
+        data = run.meta["config"]["data"]
+        fields = {field.name: data[field.name] for field in dataclasses.fields(CorpusConfig)}
+        corpus = config_json.from_dict(CorpusConfig, fields, f"the checkpoint in {path}")
+        return Checkpoint(name, run.config, run.params, {"path": str(path), **run.meta}, corpus, data["chunk"])
     if (path / weights.CONFIG).is_file():
-        found = weights.load(path)
-        about = {"path": str(path), **found.info, "weights": weights.whole_digest(found.cfg, found.info["files"])}
-        return Model(name, found.cfg, found.params, None, about)
+        folder = weights.load(path)
+        digest = weights.whole_digest(folder.cfg, folder.info["files"])
+        return Checkpoint(name, folder.cfg, folder.params, {"path": str(path), **folder.info, "weights": digest})
     raise InputError(
-        f"{path} is no checkpoint (it has neither {run_checkpoints.FOLDER}/ nor {weights.CONFIG}): give the folder of a run or of converted"
-        " weights."
+        f"{path} is no checkpoint (it has neither {run_checkpoints.FOLDER}/ nor {weights.CONFIG}): give the folder of a"
+        " run or of converted weights."
     )
 
 
-def load_all(paths: Sequence[str | Path], keep: bool = True) -> list[Model]:
-    """The models in `paths`, each of a name of its own: those that share one get as much of their path as tells all apart.
+def load_all(paths: Sequence[str | Path], keep: bool = True) -> list[Checkpoint]:
+    """Returns the checkpoints in `paths`, with different names: where folders share a name, more of the path is added.
 
     Args:
-      paths: as for `load`; keep: whether they keep their weights, or are described only.
+      paths: as for `load`; keep: False drops the weights after reading, so that at most one checkpoint's are in memory.
 
-    Raises `InputError` as `load` does, or if two are the same checkpoint.
+    Raises `InputError` as `load` does, or if a checkpoint is given twice.
     """
     places = [os.path.realpath(local(path)) for path in paths]
     for i, place in enumerate(places):
         if place in places[:i]:
             raise InputError(f"{paths[i]} is given twice: leave it out once.")
-    models = []
-    for path in paths:  # at most one that is not kept lies in memory
-        model = load(path)
-        models.append(model if keep else model._replace(params=None))
-    names = [model.name for model in models]
+    loaded = []
+    for path in paths:
+        checkpoint = load(path)
+        loaded.append(checkpoint if keep else checkpoint._replace(params=None))
+    names = [checkpoint.name for checkpoint in loaded]
     shared, count = {name for name in names if names.count(name) > 1}, 1
     while len(set(names)) < len(names):
         count += 1
         names = [
-            _name(Path(place), count) if model.name in shared else model.name
-            for model, place in zip(models, places, strict=True)
+            _name(Path(place), count) if checkpoint.name in shared else checkpoint.name
+            for checkpoint, place in zip(loaded, places, strict=True)
         ]
         shared |= {name for name in names if names.count(name) > 1}
-    return [model._replace(name=name) for model, name in zip(models, names, strict=True)]
+    return [checkpoint._replace(name=name) for checkpoint, name in zip(loaded, names, strict=True)]
 
 
 def _name(path: Path, count: int) -> str:
-    """The last `count` parts of a checkpoint's path; RUN-STEP stands for all of RUN/checkpoints/STEP where that is one part."""
+    """Returns the last `count` parts of a checkpoint's path; RUN/checkpoints/STEP counts as one part, RUN-STEP."""
     path = Path(os.path.realpath(path))
     run, step = run_and_step(path) or (path, None)
     if step is None:

@@ -1,58 +1,79 @@
-"""Folders of results: how they are called, what may be replaced in them, and how. Imports no jax.
+"""Folders of results: their names, what may be replaced in them, and how. Imports no jax.
 
-What is in a folder is replaced by the same again: the same data, checkpoints and question. Anything else is refused.
+Results are replaced by results of the same data, checkpoints and question. Anything else is refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from eval.results.schema import FRAMES, RESULTS, CheckpointInfo, FileInfo, Skipped, scores_path
 from ttt_jax.data.manifest import MANIFEST
 from ttt_jax.errors import InputError
 from ttt_jax.utils.files import run_and_step
 from ttt_jax.utils.paths import local, whole_name
 
-RESULTS = "results.json"
-"""What says what a folder's results are of."""
 OWN_DATA = "the held-out files of its run"
-"""As `Subject.data`: none was asked for."""
+"""`Subject.data` where no --data was given."""
 
 Results = TypeVar("Results")
 
 
 class Subject(NamedTuple):
-    """What results are of."""
+    """Data, checkpoints and question of results."""
 
     data: str
-    """As it was asked for."""
+    """As the command line gave it."""
     files: dict[str, str]
     """Digests of the tokens that were streamed, by the file's name."""
     skipped: frozenset[str]
     """Names of files that could not be used."""
     checkpoints: tuple[tuple[str, str | None], ...]
-    """Of each what it is called and the digest of its weights."""
+    """Name and digest of the weights of each."""
     setting: dict[str, Any]
-    """What other numbers would come of, by the name of its flag."""
+    """Options that change numbers, by flag."""
     measured: frozenset[str] = frozenset()
-    """What is stored of them: to replace it, as much has to be measured again."""
+    """What was measured, in words: results are replaced only if all of it is measured again."""
     frames: dict[str, int] = {}
-    """How many of each file were streamed, where that is known; they are part of its digest."""
+    """Frames that were streamed, by the file's name; empty if unknown."""
+
+
+def subject(
+    data: str | None,
+    files: Sequence[FileInfo],
+    skipped: Sequence[Skipped],
+    checkpoints: Iterable[tuple[str, str | None]],
+    setting: dict[str, Any],
+    measured: Iterable[str] = (),
+) -> Subject:
+    """Returns the subject of results on `files`; the rest as in `Subject`."""
+    return Subject(
+        data or OWN_DATA,
+        {file.name: file.digest for file in files},
+        frozenset(file.name for file in skipped),
+        tuple(checkpoints),
+        setting,
+        frozenset(measured),
+        {file.name: file.frames for file in files},
+    )
 
 
 def checkpoint(name: str, about: dict[str, Any]) -> tuple[str, str | None]:
-    """An entry of `Subject.checkpoints`, from what results say of a checkpoint."""
+    """Returns an entry of `Subject.checkpoints`, from what results store about a checkpoint."""
     step, weights = about.get("step"), about.get("weights")
     parts = [*([f"step {step}"] if step is not None else []), f"weights {(weights or 'unknown')[:12]}"]
     return f"{name} ({', '.join(parts)})", weights
 
 
 def find(out: str | None, kind: str, checkpoint: str, data: str | None) -> Path:
-    """The folder that results go to: `out`, or KIND or KIND-DATA in that of the checkpoint, for one of several of a run with its step.
+    """Returns the folder of results: `out`, or KIND or KIND-DATA in the checkpoint's folder; for RUN/checkpoints/STEP
+    with the step.
 
     DATA is the whole name of the file or folder; of a manifest.jsonl, that of its folder.
     """
@@ -69,7 +90,7 @@ def find(out: str | None, kind: str, checkpoint: str, data: str | None) -> Path:
 
 
 def make(folder: Path) -> None:
-    """Make `folder` unless it is there. Raises `InputError` if it cannot be, or cannot be written to."""
+    """Makes `folder` unless it exists. Raises `InputError` if it cannot be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -79,12 +100,12 @@ def make(folder: Path) -> None:
 
 
 def stored(folder: Path, record: str, read: Callable[[Path], Results], others: Iterable[str]) -> Results | None:
-    """What `read` finds in `folder`; None if there are no results.
+    """Returns what `read` reads from `folder`; None if there are no results.
 
     Args:
-      record: name of the file that `read` reads; others: names of what the command writes beside it.
+      record: name of the file that `read` reads; others: names of the command's other files.
 
-    Raises `InputError` if what is there is another command's or nobody's, but would be replaced.
+    Raises `InputError` if a file that would be replaced is not this command's.
     """
     if os.path.lexists(folder / record):
         try:
@@ -94,7 +115,8 @@ def stored(folder: Path, record: str, read: Callable[[Path], Results], others: I
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             because = ""
         raise InputError(
-            f"{folder} holds a {record} that is not this command's, or damaged{because}: give another --out, or remove it."
+            f"{folder} holds a {record} that is not this command's, or damaged{because}: give another --out, or"
+            " remove it."
         )
     if (there := next((name for name in others if os.path.lexists(folder / name)), None)) is not None:
         raise InputError(
@@ -104,9 +126,20 @@ def stored(folder: Path, record: str, read: Callable[[Path], Results], others: I
 
 
 def check(folder: Path, old: Subject, new: Subject) -> None:
-    """Raise `InputError` unless results of `new` may replace those of `old` in `folder`."""
+    """Raises `InputError` unless results of `new` may replace those of `old` in `folder`."""
     if (found := _difference(old, new)) is not None:
         raise InputError(f"{folder} holds results {found}: give another folder by --out, or remove this one.")
+
+
+def check_frames(folder: Path, checkpoints: Sequence[CheckpointInfo], files: Sequence[FileInfo]) -> None:
+    """Raises `InputError` if the scores in `folder` have a file among them that is none of `files` under
+    `checkpoints`."""
+    ours = {scores_path(folder, checkpoint.name, file) for checkpoint in checkpoints for file in files}
+    foreign = next((path for path in (folder / FRAMES).rglob("*") if not path.is_dir() and path not in ours), None)
+    if foreign is not None:
+        raise InputError(
+            f"{folder} holds {foreign.relative_to(folder)}, which is no result of an evaluation: give another --out."
+        )
 
 
 def _difference(old: Subject, new: Subject) -> str | None:
@@ -124,7 +157,7 @@ def _difference(old: Subject, new: Subject) -> str | None:
 
 
 def _other_files(old: Subject, new: Subject) -> str | None:
-    """What tells the data of two results apart; a file that could not be used may be usable now, or the other way round."""
+    """Returns how the data of two results differ; a file that was skipped may be usable now, or the other way round."""
     before, now = (one.files.keys() | one.skipped for one in (old, new))
     if more := sorted(now - before):
         return f"on {old.data} without {more[0]}, but {new.data}, as asked for, has that file"
@@ -139,11 +172,23 @@ def _other_files(old: Subject, new: Subject) -> str | None:
     return None
 
 
-def replace(folder: Path, new: Path, old: Sequence[str]) -> None:
-    """Put what the folder `new` holds in the place of results.json and `old`, names of earlier results; `new` is gone then.
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Yields a new folder in `folder` for results that `replace` then moves; removes it if an error is raised."""
+    new = Path(tempfile.mkdtemp(dir=folder, prefix=".results.", suffix=".tmp"))
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
 
-    results.json goes first and comes last: where it is, everything that it tells of is. Until all is in place, what was there before is
-    kept in a folder beside.
+
+def replace(folder: Path, new: Path, old: Sequence[str]) -> None:
+    """Moves the content of the folder `new` to the place of results.json and `old`, names of earlier results; removes
+    `new`.
+
+    results.json is removed first and moved last: where it is, its results are whole. Until all is in place, the earlier
+    results are in a folder beside.
     """
     aside = Path(tempfile.mkdtemp(dir=folder, prefix=".old.", suffix=".tmp"))
     for name in (RESULTS, *old):

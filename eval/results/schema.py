@@ -1,13 +1,19 @@
-"""results.json: written at once or not at all, in a form that people can read, and known to be as it was written."""
+"""The one schema of results: what every results.json says of checkpoints and files, and how it is written and read.
+
+Commands write a dataclass of their own whose class attributes `COMMAND` and `FORMAT` name the command and the version.
+Imports no jax.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import re
+import types
+import typing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, NewType, Protocol, TypeVar
 
 import numpy as np
 
@@ -15,31 +21,131 @@ from eval.stats.estimates import Estimate
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
 from ttt_jax.utils.files import write_atomically
+from ttt_jax.utils.paths import file_name
+
+RESULTS = "results.json"
+FRAMES = "frames"
+"""Folder of the scores by frame in a result folder."""
+
+Tree = NewType("Tree", dict)
+"""Nested by name; leaves are `Estimate`s, numbers (null was not measured), texts, or lists of them."""
+
+UNIT = "speaker"
+"""What files of one group share."""
 
 
-def write(folder: Path, content: dict[str, Any]) -> Path:
-    """Write `content` and its checksum to results.json in `folder`, at once or not at all; the path."""
-    content = plain(content)
-    path = folder / "results.json"
+class Skipped(NamedTuple):
+    """A file that was not evaluated."""
+
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint that was evaluated."""
+
+    name: str
+    """Also of its folder under frames/, as `file_name` writes it; unique."""
+    contexts: tuple[int, ...]
+    """Attention window of each layer, frames."""
+    ttt_layers: tuple[int, ...]
+    """Indices of the layers that carry a TTT layer, in the order of `eval.streaming.scores.Inner`."""
+    max_delay: int = 0
+    """Longest delay of a codebook, frames."""
+    dtype: str = "float32"
+    seed: int | None = None
+    """Of its training; None of converted weights."""
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Path, step, digest of the weights, and whatever else a command records."""
+
+    @property
+    def context(self) -> int:
+        """Longest attention window, frames."""
+        return max(self.contexts)
+
+    @property
+    def reach(self) -> int:
+        """Frames that attention of all layers together looks back at most.
+
+        Each layer passes on what its window shows, and codebooks come with their delay.
+        """
+        return sum(context - 1 for context in self.contexts) + 1 + self.max_delay
+
+
+@dataclasses.dataclass(frozen=True)
+class FileInfo:
+    """A file that was streamed."""
+
+    name: str
+    """Unique."""
+    group: str
+    """Speaker; its own name if it shares none with another file."""
+    frames: int
+    npz: str
+    """Name of its scores in the folder of each checkpoint."""
+    boundaries: tuple[int, ...] = ()
+    """Frames at which the next joined recording begins."""
+    digest: str = ""
+    """SHA-256 of the tokens that were streamed."""
+
+
+def scores_path(folder: Path, checkpoint: str, file: FileInfo) -> Path:
+    """Returns where a result folder holds the scores of a file under the checkpoint of this name."""
+    return folder / FRAMES / file_name(checkpoint) / file.npz
+
+
+def units(files: Sequence[FileInfo]) -> tuple[int, str]:
+    """Returns the number of independent units, files or groups that share several, and what they are, in the plural."""
+    count = len({file.group for file in files})
+    return count, "files" if count == len(files) else f"{UNIT}s"
+
+
+class Stored(Protocol):
+    """A dataclass that is stored as results.json."""
+
+    COMMAND: ClassVar[str]
+    FORMAT: ClassVar[int]
+
+
+Kind = TypeVar("Kind", bound=Stored)
+
+
+def write(folder: Path, results: Stored, about: dict[str, Any]) -> Path:
+    """Writes results.json to `folder`, at once or not at all; returns its path.
+
+    Args:
+      results: what a command measured; about: further entries at the top (versions, cost, notes).
+    """
+    content = plain({**about, "command": results.COMMAND, "format": results.FORMAT, **plain(results)})
+    path = folder / RESULTS
     write_atomically(path, as_json(content | {"checksum": _checksum(content)}))
     return path
 
 
-def read(folder: Path, command: str, version: int) -> dict[str, Any]:
-    """The content that `write` wrote to `folder`.
-
-    Args:
-      command, version: what the content must state as "command" and "format".
+def read(folder: Path, kind: type[Kind]) -> Kind:
+    """Returns what `write` wrote to `folder`, without its `about`.
 
     Raises:
-      InputError: there is no results.json, it is another command's or of another version, or it is not as it was written.
+      InputError: there is no results.json, it is of another command or version, or it is not as it was written.
     """
-    path = folder / "results.json"
+    return typed(kind, content_of(folder, kind.COMMAND, kind.FORMAT))
+
+
+def typed(kind: type[Kind], content: dict[str, Any]) -> Kind:
+    """Returns the fields of `kind` from the content of a results.json."""
+    return restore(kind, {field.name: content[field.name] for field in dataclasses.fields(kind)})
+
+
+def content_of(folder: Path, command: str, version: int) -> dict[str, Any]:
+    """Returns the content of results.json in `folder`. Raises `InputError` as `read`."""
+    path = folder / RESULTS
     stored = config_json.read_json(path, f"results.json in a folder that {command} wrote")
-    found = (stored.get("command"), stored.get("format")) if isinstance(stored, dict) else None
-    if found != (command, version):
-        known = found is not None and isinstance(found[0], str) and isinstance(found[1], int)
-        what = f"is of format {found[1]} of {found[0]}" if known else "does not say of which command and format it is"
+    header = command_of(stored)
+    if header != (command, version):
+        what = (
+            f"is of format {header[1]} of {header[0]}" if header else "does not say of which command and format it is"
+        )
         raise InputError(f"{path} {what}, but format {version} of {command} is read: run {command} again.")
     if stored.pop("checksum", None) != _checksum(stored):
         raise InputError(
@@ -48,25 +154,47 @@ def read(folder: Path, command: str, version: int) -> dict[str, Any]:
     return stored
 
 
+def command_of(stored: Any) -> tuple[str, int] | None:
+    """Returns the command and version that the content of a results.json names; None if it names none."""
+    header = (stored.get("command"), stored.get("format")) if isinstance(stored, dict) else (None, None)
+    return header if isinstance(header[0], str) and isinstance(header[1], int) else None
+
+
 def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+LEVELS, WIDTH = 4, 400
+"""Levels of nesting whose entries stand on lines of their own (of lists one level less), and characters that fit on one
+line anyway."""
+
+
 def as_json(content: Any) -> bytes:
-    """A file of JSON, an entry a line, lists of numbers on one; the rest as `plain` says."""
-    text = json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False)
-    return (_NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n").encode(
-        "utf-8", "backslashreplace"
-    )
+    """Returns a file of JSON that people can read: lists of numbers, short entries and what lies deep are on one
+    line."""
+    return (_lines(plain(content), 0) + "\n").encode("utf-8", "backslashreplace")
 
 
-_NUMBERS = re.compile(r"\[\n((?:\s+(?:-?\d[\d.e+-]*|null),?\n)+)\s*\]")
-"""A list of numbers, each on a line of its own. No string matches: JSON writes their line ends as \\n."""
+def _lines(value: Any, level: int) -> str:
+    flat = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    is_list = isinstance(value, list)
+    numbers = is_list and not any(isinstance(item, dict | list | str) for item in value)
+    deep = level >= LEVELS - is_list
+    if not isinstance(value, dict | list) or numbers or level and (deep or len(flat) <= WIDTH):
+        return flat
+    if isinstance(value, dict):
+        items = [f"{json.dumps(name, ensure_ascii=False)}: {_lines(item, level + 1)}" for name, item in value.items()]
+    else:
+        items = [_lines(item, level + 1) for item in value]
+    start, end = "{}" if isinstance(value, dict) else "[]"
+    indent = " " * level
+    return f"{start}\n{indent} " + f",\n{indent} ".join(items) + f"\n{indent}{end}"
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON knows it: dataclasses and estimates as objects, arrays' numbers as numbers, NaN as null."""
-    if isinstance(value, Estimate):
+    """Returns `value` as JSON knows it: dataclasses and named tuples as objects, arrays as lists, NaN and infinity as
+    null."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return plain(value._asdict())
     if dataclasses.is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
@@ -79,3 +207,31 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value
+
+
+def restore(kind: Any, value: Any) -> Any:
+    """Returns `value`, read from JSON, as type `kind`: the inverse of `plain`."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Tree:
+        return _tree(value)
+    if kind is float:
+        return float("nan") if value is None else float(value)
+    if dataclasses.is_dataclass(kind) or hasattr(kind, "_fields"):
+        hints = typing.get_type_hints(kind)
+        return kind(**{name: restore(hints[name], item) for name, item in value.items()})
+    if origin is dict:
+        return {name: restore(args[1], item) for name, item in value.items()}
+    if origin in (list, tuple):
+        return origin(restore(args[0], item) for item in value)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else restore(args[0], value)
+    return value
+
+
+def _tree(value: Any) -> Any:
+    if value is None:
+        return float("nan")
+    if isinstance(value, dict):
+        items = {name: _tree(item) for name, item in value.items()}
+        return Estimate(**items) if set(items) == set(Estimate._fields) else items
+    return [_tree(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Means with intervals. The unit is the file (or the speaker), never the frame: frames of one file are not independent."""
+"""Means with intervals over units: files or speakers, never frames, since frames of one file are not independent."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 PER_FRAMES = 1000
-"""Slopes are changes per this many frames."""
+"""Slopes are changes per so many frames."""
 
 
 class Estimate(NamedTuple):
-    """Mean over units with its 95 % interval (Student's t); the interval is NaN where a single unit was measured."""
+    """Mean over `n` units with its 95 % interval (Student's t); bounds are NaN of one unit."""
 
     mean: float
     low: float
@@ -21,7 +21,7 @@ class Estimate(NamedTuple):
 
 
 class Band(NamedTuple):
-    """Estimates side by side: arrays of one shape."""
+    """`Estimate`s as arrays of one shape."""
 
     mean: np.ndarray
     low: np.ndarray
@@ -30,13 +30,13 @@ class Band(NamedTuple):
 
 
 def band(values: np.ndarray) -> Band:
-    """Means and intervals over the first axis, [U, ...] -> arrays [...]; NaN entries (nothing measured) are left out."""
+    """Returns means and intervals over the first axis, [U, ...] -> arrays [...], without NaN entries (not measured)."""
     from scipy import stats
 
     values = np.asarray(values, np.float64)
     present = np.isfinite(values)
     n = present.sum(0)
-    with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 where nothing, or one unit, was measured
+    with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 of no unit or one
         mean = np.where(present, values, 0).sum(0) / n
         variance = np.where(present, (values - mean) ** 2, 0).sum(0) / np.where(n > 1, n - 1, np.nan)
         half = stats.t.ppf(0.975, n - 1) * np.sqrt(variance / n)
@@ -44,10 +44,9 @@ def band(values: np.ndarray) -> Band:
 
 
 def group_means(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
-    """Means within each group, [F, ...] -> [G, ...]: groups in the order of their first file; NaN entries are left out.
+    """Returns means within groups without NaN entries, [F, ...] -> [G, ...], groups in the order of their first file.
 
-    Files of one speaker are not independent of each other, so an interval over files that share speakers takes one value
-    per speaker.
+    Files of one speaker are not independent, so intervals take one value per speaker.
     """
     values = np.asarray(values, np.float64)
     members = np.array(groups)
@@ -55,7 +54,7 @@ def group_means(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
 
 
 def slope(values: np.ndarray) -> np.ndarray:
-    """Change per 1,000 frames, [..., T] -> [...]: least squares against position; NaN frames are left out.
+    """Returns the change per 1,000 frames by least squares, [..., T] -> [...]; NaN frames are left out.
 
     NaN where fewer than two frames are left.
     """
@@ -69,9 +68,9 @@ def slope(values: np.ndarray) -> np.ndarray:
 
 
 def windows(values: np.ndarray, size: int) -> np.ndarray:
-    """Means over windows of `size` frames, [..., T] -> [..., windows]; NaN frames are left out, empty windows are NaN.
+    """Returns means over windows of `size` frames without NaN frames, [..., T] -> [..., windows]; NaN if empty.
 
-    The frames of a last window that is less than half full count nowhere: so few are no measure of a window.
+    A last window that is less than half full is left out.
     """
     frames = values.shape[-1]
     count = frames // size + (2 * (frames % size) >= size)
@@ -80,19 +79,19 @@ def windows(values: np.ndarray, size: int) -> np.ndarray:
     return file_mean(padded.reshape(*values.shape[:-1], count, size))
 
 
-def smooth(values: np.ndarray, size: int, period: int | None = None) -> np.ndarray:
-    """Moving average over the `size` frames around each, [..., T] -> [..., T]; fewer at the ends, NaN frames are left out.
+def smooth(values: np.ndarray, size: int, reset_every: int | None = None) -> np.ndarray:
+    """Returns the moving average over `size` frames, [..., T] -> [..., T]; fewer at the ends, NaN frames are left out.
 
-    With `period`, no average goes over the start of a period: what jumps there is seen to jump.
+    With `reset_every`, no average crosses a reset, so that a jump there stays a jump.
     """
     values = np.asarray(values, np.float64)
     frames = values.shape[-1]
     present = np.isfinite(values)
-    period = period or max(1, frames)
+    reset_every = reset_every or max(1, frames)
     at = np.arange(frames)
-    first = at // period * period
+    first = at // reset_every * reset_every
     start = at - (size - 1) // 2
-    low, high = np.maximum(start, first), np.minimum(start + size, np.minimum(first + period, frames))
+    low, high = np.maximum(start, first), np.minimum(start + size, np.minimum(first + reset_every, frames))
 
     def sums(x: np.ndarray) -> np.ndarray:
         total = np.concatenate([np.zeros((*x.shape[:-1], 1)), np.cumsum(x, -1, dtype=np.float64)], -1)
@@ -103,14 +102,14 @@ def smooth(values: np.ndarray, size: int, period: int | None = None) -> np.ndarr
 
 
 def file_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis without its NaN entries; NaN where there is no other."""
+    """Returns the mean over the last axis without NaN entries; NaN where all are."""
     present = np.isfinite(values)
     count = present.sum(-1)
     return np.where(count > 0, np.where(present, values, 0).sum(-1) / np.maximum(count, 1), np.nan)
 
 
 def interval(value: Estimate, digits: int, signed: bool = False) -> str:
-    """`value` for people: mean [low, high]; the mean alone of one unit; "-" where nothing was measured."""
+    """Returns `value` as text: mean [low, high]; the mean of one unit; "-" of none."""
     if value.n == 0:
         return "-"
     form = f"{'+' if signed else ''}z.{digits}f"  # no "-0.00"

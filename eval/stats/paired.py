@@ -1,7 +1,7 @@
-"""Paired differences of losses, one number for each file or speaker: is there an effect, how large, none at all, and how many files would tell.
+"""Statistics of paired differences: tests, effect sizes, equivalence, power, trends.
 
-Plain functions on arrays, with SciPy; d = loss of the other condition minus loss of the one under test, so above 0 the one under test
-is better. Units lie on the last axis, none of them NaN.
+Arrays hold one difference d for each unit (a file or a speaker) on the last axis, without NaN. d is the loss of another
+condition minus the loss of the condition under test, so that d > 0 means that the condition under test is better.
 """
 
 from __future__ import annotations
@@ -17,26 +17,29 @@ from scipy import stats
 ALPHA, POWER = 0.05, 0.8
 """Two-sided error rate of all tests, and the power that sample sizes are given for."""
 RESAMPLES = 9_999
-"""Of the bootstrap, and of the sign-flip test where its patterns are not all gone through."""
+"""Draws of the bootstrap, and of the sign-flip test of more than `EXACT` units."""
 EXACT = 14
-"""Units up to which the sign-flip test goes through all 2^n patterns."""
+"""Most units for which the sign-flip test goes through all 2^n patterns of signs."""
 MOST = 1 << 20
-"""Units (a million) beyond which a sample size is not looked for."""
+"""Largest sample size that is looked for, a million units."""
 
 
 class PValues(NamedTuple):
-    """Two-sided p-values of the same differences; NaN: one unit cannot be tested."""
+    """Two-sided p-values of the same differences; NaN of fewer than two units.
+
+    Verdicts go by t. Reports show all three: signed ranks and sign flips do not assume normal differences.
+    """
 
     t: np.ndarray
-    """Paired t."""
+    """Paired t test."""
     wilcoxon: np.ndarray
-    """Signed ranks."""
+    """Wilcoxon's signed ranks."""
     sign_flip: np.ndarray
-    """Permutation: the share of patterns of signs under which the mean is as far from 0."""
+    """Permutation test: share of patterns of signs whose mean is at least as far from 0."""
 
 
 class Interval(NamedTuple):
-    """A mean with bounds; NaN where there are too few units for them."""
+    """A value with bounds; NaN where there are too few units."""
 
     mean: float
     low: float
@@ -44,7 +47,7 @@ class Interval(NamedTuple):
 
 
 class Slope(NamedTuple):
-    """Mean over units of their slopes, with a 95 % interval (Student's t) and the p-value of the paired t; `n` units have one."""
+    """Mean of `n` units' slopes with its 95 % interval (Student's t) and the p-value of the t test."""
 
     mean: float
     low: float
@@ -57,33 +60,33 @@ class Equivalence(NamedTuple):
     """Two one-sided t tests (Schuirmann 1987) against a margin."""
 
     p: float
-    """The larger of the two p-values: below 0.05 the mean difference lies within the margin, either way."""
+    """Larger of the two p-values; below 0.05 the mean difference lies within the margin."""
     low: float
-    """Of the 90 % interval, which lies within the margin if and only if p < 0.05."""
+    """Lower bound of the 90 % interval, which lies within the margin if and only if p < 0.05."""
     high: float
 
 
 class Power(NamedTuple):
-    """How many units would tell; inf: more than a million, or never. NaN: not known."""
+    """Sample sizes for a power of `POWER`; inf: more than `MOST`. NaN: not known."""
 
     for_effect: float
-    """Units that find a difference of this size (this d_z) in four of five experiments."""
+    """Units that find a difference of this d_z."""
     for_equivalence: float
-    """Units that establish equivalence at the margin in four of five experiments if there is truly no difference."""
+    """Units that establish equivalence within the margin if there is no difference."""
     of_threshold: float
-    """The chance that this many units had of finding a difference as large as the threshold."""
+    """Power of the present units to find a difference as large as the threshold."""
 
 
 class Paired(NamedTuple):
-    """All that is said about one set of differences."""
+    """All statistics of one set of differences."""
 
     n: int
     mean: float
     """Nats."""
     sd: float
-    """Of the differences; NaN of one unit."""
+    """Standard deviation of the differences; NaN of one unit."""
     low: float
-    """Of the 95 % BCa bootstrap interval of the mean; NaN of fewer than three units."""
+    """Lower bound of the 95 % BCa bootstrap interval of the mean; NaN of fewer than three units."""
     high: float
     p: PValues
     above: float
@@ -99,16 +102,15 @@ class Paired(NamedTuple):
 
 
 def compare(d: np.ndarray, reference: float, margin: float, threshold: float, alpha: float = ALPHA) -> Paired:
-    """Everything about differences d [n], n from 0 on.
+    """Returns all statistics of differences d [n], n >= 0.
 
     Args:
-      reference: mean loss of the other condition, nats; margin: of equivalence, nats; threshold: relative effect worth having, a
-        fraction; alpha: error rate that the power is given for.
+      reference: mean loss of the other condition, nats; margin: of equivalence, nats.
+      threshold: effect worth having, a fraction of `reference`; alpha: error rate for the power.
     """
-    n = len(d)
-    mean, sd = (float(d.mean()) if n else math.nan), spread(d)
-    bounds = bootstrap((d,), np.mean)
-    effect = hedges(d)
+    n, sd = len(d), spread(d)
+    mean = float(d.mean()) if n else math.nan
+    bounds, effect = bootstrap((d,), np.mean), hedges(d)
     power = Power(
         needed(effect, alpha),
         needed_equivalence(sd, margin, alpha),
@@ -131,7 +133,7 @@ def compare(d: np.ndarray, reference: float, margin: float, threshold: float, al
 
 
 def spread(d: np.ndarray) -> float:
-    """Standard deviation of d [n]; 0 where it is rounding of equal numbers, NaN of fewer than two."""
+    """Returns the standard deviation of d [n]; 0 if it is rounding of equal numbers, NaN of fewer than two."""
     if len(d) < 2:
         return math.nan
     sd = float(d.std(ddof=1))
@@ -139,16 +141,16 @@ def spread(d: np.ndarray) -> float:
 
 
 def p_values(d: np.ndarray, seed: int = 0) -> PValues:
-    """The three tests of mean 0 (the signed ranks': of symmetry about 0), d [..., n] -> [...].
+    """Returns the p-values of three tests of mean 0 (of symmetry about 0 for the signed ranks), d [..., n] -> [...].
 
-    The sign-flip test goes through all patterns up to `EXACT` units, else through `RESAMPLES` drawn with `seed`.
+    The sign-flip test of more than `EXACT` units draws `RESAMPLES` patterns with `seed`.
     """
     d = np.asarray(d, np.float64)
     n = d.shape[-1]
     if n < 2:
         return PValues(*(np.full(d.shape[:-1], np.nan) for _ in PValues._fields))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of equal differences; their p-values are mended below
+        warnings.simplefilter("ignore")  # warnings about equal differences; `equal` below replaces their p-values
         ranks = stats.wilcoxon(d, axis=-1).pvalue
         flip = stats.permutation_test(
             (d,),
@@ -160,23 +162,24 @@ def p_values(d: np.ndarray, seed: int = 0) -> PValues:
             axis=-1,
             random_state=np.random.default_rng(seed),
         ).pvalue
-    none = (d == 0).all(-1)  # nothing differs: no test has anything against no effect
-    return PValues(t_test(d), *(np.where(none, 1.0, p) for p in (ranks, flip)))
+    equal = (d == 0).all(-1)
+    return PValues(t_test(d), *(np.where(equal, 1.0, p) for p in (ranks, flip)))
 
 
 def t_test(d: np.ndarray) -> np.ndarray:
-    """p-value of the two-sided paired t test, d [..., n] -> [...]; 1 where nothing differs, NaN of fewer than two units."""
+    """Returns p of the two-sided paired t test, d [..., n] -> [...]; 1 if all d are 0, NaN of fewer than two units."""
     if d.shape[-1] < 2:
         return np.full(d.shape[:-1], np.nan)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # of equal differences
+        warnings.simplefilter("ignore")  # warnings about equal differences
         return np.where((d == 0).all(-1), 1.0, stats.ttest_1samp(d, 0, axis=-1).pvalue)
 
 
 def hedges(d: np.ndarray) -> float:
-    """Cohen's d_z times Hedges' correction for n - 1 degrees of freedom (the exact one, by gamma functions); NaN of fewer than three units.
+    """Returns Cohen's d_z with Hedges' exact correction for n - 1 degrees of freedom; NaN of fewer than three units.
 
-    Uncorrected, d_z of few units is too large: by 9 % of ten. Source: Hedges 1981, doi 10.3102/10769986006002107, equation 6e.
+    Without the correction d_z of ten units is too large by 9 %. Source: Hedges 1981, doi 10.3102/10769986006002107,
+    equation 6e.
     """
     sd = spread(d)
     if math.isnan(sd):
@@ -188,18 +191,19 @@ def hedges(d: np.ndarray) -> float:
 
 
 def correction(df: int) -> float:
-    """Hedges' J: Gamma(df / 2) / (sqrt(df / 2) Gamma((df - 1) / 2)); NaN of one degree of freedom, from which nothing is known."""
+    """Returns Hedges' J: Gamma(df / 2) / (sqrt(df / 2) Gamma((df - 1) / 2)); NaN of one degree of freedom."""
     if df < 2:
         return math.nan
     return math.exp(math.lgamma(df / 2) - math.lgamma((df - 1) / 2)) / math.sqrt(df / 2)
 
 
 def bootstrap(samples: Sequence[np.ndarray], statistic: Callable, seed: int = 0) -> Interval:
-    """A statistic of paired samples [n] with its 95 % interval, bias-corrected and accelerated (BCa), over units.
+    """Returns a statistic of paired samples [n] with its 95 % BCa (bias-corrected, accelerated) interval over units.
 
     Args:
-      statistic: takes the samples and `axis`; seed: of the `RESAMPLES` draws. Bounds are NaN of fewer than three units, and the
-        statistic itself where it is the same for all draws.
+      statistic: function of the samples and `axis`; seed: of the `RESAMPLES` draws.
+
+    Bounds are NaN of fewer than three units, and the statistic itself if all units are equal.
     """
     n = len(samples[0])
     if n == 0:
@@ -210,8 +214,8 @@ def bootstrap(samples: Sequence[np.ndarray], statistic: Callable, seed: int = 0)
     if all(spread(sample) == 0 for sample in samples):
         return Interval(value, value, value)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # of draws that are all alike: bounds are NaN then, and are left so
-        found = stats.bootstrap(
+        warnings.simplefilter("ignore")  # warnings about equal draws, whose bounds stay NaN
+        bounds = stats.bootstrap(
             tuple(samples),
             statistic,
             n_resamples=RESAMPLES,
@@ -221,18 +225,18 @@ def bootstrap(samples: Sequence[np.ndarray], statistic: Callable, seed: int = 0)
             method="BCa",
             random_state=np.random.default_rng(seed),
         ).confidence_interval
-    return Interval(value, float(found.low), float(found.high))
+    return Interval(value, float(bounds.low), float(bounds.high))
 
 
 def share(closed: np.ndarray, gap: np.ndarray) -> Interval:
-    """The share of a gap that is closed, sum of `closed` [n] over sum of `gap` [n], with its BCa interval over units."""
+    """Returns the closed share of a gap, sum of `closed` [n] / sum of `gap` [n], with its BCa interval over units."""
     if not len(gap) or not gap.sum():
         return Interval(math.nan, math.nan, math.nan)
     return bootstrap((closed, gap), lambda a, b, axis: a.sum(axis) / b.sum(axis))
 
 
 def equivalence(d: np.ndarray, margin: float) -> Equivalence:
-    """Whether the mean of d [n] lies within -margin and +margin; NaN of fewer than two units."""
+    """Tests whether the mean of d [n] lies between -margin and +margin; NaN of fewer than two units."""
     n, sd = len(d), spread(d)
     if math.isnan(sd):
         return Equivalence(math.nan, math.nan, math.nan)
@@ -245,32 +249,34 @@ def equivalence(d: np.ndarray, margin: float) -> Equivalence:
 
 
 def power_of(n: int, dz: float, alpha: float = ALPHA) -> float:
-    """The chance that n units give p < alpha in a two-sided paired t test if the true effect is dz, by the noncentral t."""
+    """Returns the power of n units to find an effect dz by a two-sided paired t test at alpha (noncentral t)."""
     edge = stats.t.ppf(1 - alpha / 2, n - 1)
     shift = _shift(abs(dz) * math.sqrt(n), edge)
-    # The far side is below rounding, and nct gives NaN there, wherever the shift is large.
+    # The far tail is below rounding, and nct returns NaN there, where the shift is large.
     far = stats.nct.cdf(-edge, n - 1, shift)
     return float(stats.nct.sf(edge, n - 1, shift) + np.nan_to_num(far))
 
 
 def power_of_equivalence(n: int, sd: float, margin: float, alpha: float = ALPHA) -> float:
-    """The chance that n units establish equivalence if there is no difference.
+    """Returns the power of n units to establish equivalence if there is no difference.
 
-    By noncentral t, which leaves out that both tests share one standard deviation; at the power asked for that is nothing.
+    The noncentral t ignores that both one-sided tests share a standard deviation, which does not matter at a power of
+    `POWER`.
     """
     edge = stats.t.ppf(1 - alpha, n - 1)
     shift = _shift(margin * math.sqrt(n) / sd, edge)
-    # By symmetry both tests fail alike.
+    # By symmetry both tests fail equally often.
     return float(max(0.0, 1 - 2 * np.nan_to_num(stats.nct.cdf(edge, n - 1, shift))))
 
 
 def _shift(noncentrality: float, edge: float) -> float:
-    """As much of the noncentrality as changes the power; nct takes seconds for much more."""
+    """Returns the noncentrality, bounded where more does not change the power; nct takes seconds for much more."""
     return min(noncentrality, 20 * edge + 20)
 
 
 def needed(dz: float, alpha: float = ALPHA) -> float:
-    """Units for `POWER` to find an effect dz, two-sided at alpha; inf of more than `MOST`, NaN of an unknown effect."""
+    """Returns the units that find an effect dz with a power of `POWER`; inf of more than `MOST`, NaN of an unknown
+    effect."""
     if math.isnan(dz):
         return math.nan
     if dz == 0:
@@ -279,14 +285,15 @@ def needed(dz: float, alpha: float = ALPHA) -> float:
 
 
 def needed_equivalence(sd: float, margin: float, alpha: float = ALPHA) -> float:
-    """Units for `POWER` to establish equivalence within the margin (nats) if there is no difference; NaN of an unknown spread."""
+    """Returns the units that establish equivalence within the margin (nats) if there is no difference; NaN of an
+    unknown sd."""
     if math.isnan(sd):
         return math.nan
     return 2 if sd == 0 else _least(lambda n: power_of_equivalence(n, sd, margin, alpha))
 
 
 def _least(power: Callable[[int], float]) -> float:
-    """The fewest units, 2 or more, whose power is enough; power grows with units."""
+    """Returns the fewest units, 2 or more, with a power of `POWER`; power must grow with units."""
     low, high = 1, 2
     while power(high) < POWER:
         low, high = high, 2 * high
@@ -299,7 +306,8 @@ def _least(power: Callable[[int], float]) -> float:
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
-    """p-values of one family, adjusted (Holm 1979): each stands for itself then, and the family errs in at most 5 %. NaN are no part of it."""
+    """Returns p-values adjusted for their family (Holm 1979), so that the family errs in at most 5 %; NaN stay out of
+    the family."""
     p = np.asarray(p, np.float64)
     adjusted = np.full(p.shape, np.nan)
     order = np.flatnonzero(np.isfinite(p))[np.argsort(p[np.isfinite(p)], kind="stable")]
@@ -309,7 +317,8 @@ def holm(p: Sequence[float]) -> np.ndarray:
 
 
 def slopes(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Change per step along the last axis by least squares with weights, [..., C] -> [...]; NaN entries are left out.
+    """Returns the change per step along the last axis by weighted least squares, [..., C] -> [...]; NaN entries are
+    left out.
 
     NaN where fewer than two entries are left.
     """
@@ -324,7 +333,7 @@ def slopes(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def mean_slope(values: np.ndarray) -> Slope:
-    """Slopes of units [U] as one; NaN entries (too few chunks) are left out."""
+    """Returns the mean of slopes of units [U] with interval and p; NaN entries (too few chunks) are left out."""
     values = values[np.isfinite(values)]
     n = len(values)
     if n < 2:

@@ -1,7 +1,8 @@
 """Arms of an experiment on memory: the same weights and files, the TTT layers' state treated differently.
 
-All arms go through one program side by side. What they share is computed once: an arm is a `vmap` over the few parameters that it
-sets and over the state from the first TTT layer on; layers before it, delayed tokens and positions have no arm.
+All arms go through one program side by side. What they share is computed once: an arm is a `vmap` over the few
+parameters that it sets and over the state from the first TTT layer on; layers before it, delayed tokens and positions
+have no arm.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def check(names: Sequence[str], cfg: MoshiConfig, name: str) -> None:
         raise InputError(f"the arms {', '.join(names)} name one twice: give each once.")
     if not cfg.ttt_layers and tuple(names) != WITHOUT_TTT:
         raise InputError(
-            f"{name} has no TTT layers, so the arms {', '.join(names)} would all be the same: give --arms off, or leave --arms out."
+            f"{name} has no TTT layers, so the arms {', '.join(names)} would all be the same: give --arms off, or"
+            " leave --arms out."
         )
     if "permuted" in names and "persist" not in names:
         raise InputError("the arm permuted takes the memories of the arm persist: add persist to --arms.")

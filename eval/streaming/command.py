@@ -1,435 +1,288 @@
-"""`python -m eval stream`: checkpoints x files x arms, scored frame by frame, stored, summed up, drawn."""
+"""`python -m eval stream`: checkpoints x files x arms, scored frame by frame, stored, summarised and drawn."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import re
-import shutil
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import jax
-import numpy as np
+from tyro.conf import Positional, arg
 
-from eval.inputs import checkpoints as models_
-from eval.inputs import dataset as speech_
-from eval.inputs.checkpoints import Model
-from eval.inputs.dataset import Skipped, Speech
 from eval.results import folder as folders
-from eval.streaming import arms as arms_
-from eval.streaming import plots, scores, table
-from eval.streaming.runner import batches, stream
-from eval.streaming.summary import (
-    FRAMES,
-    CheckpointInfo,
-    FileInfo,
-    Results,
-    Setting,
-    read_results,
-    scores_path,
-    summarise,
-    write_results,
-)
-from ttt_jax.config import FRAME_RATE
-from ttt_jax.data import corpus as corpora
-from ttt_jax.data import unigram
+from eval.results.schema import FRAMES, RESULTS, CheckpointInfo, FileInfo, Skipped
+from eval.streaming.weighting import Weighting
 from ttt_jax.errors import InputError
-from ttt_jax.utils.command import PARTIAL, cost, keep_compiled, machine, shortened
-from ttt_jax.utils.paths import file_name
+from ttt_jax.utils.command import PARTIAL, cost, keep_compiled, machine
 
-PERIOD, WINDOW, ROWS = 1250, 250, 8
-"""Where nothing else is asked for: frames between resets (of a run: its training chunk; here the 100 s of Kyutai's fine-tuning), frames
-that a position averages, files side by side."""
+if TYPE_CHECKING:
+    from eval.inputs.checkpoints import Checkpoint
+    from eval.inputs.dataset import EvalFile
+    from eval.inputs.evaluation_set import EvaluationSet
+    from eval.streaming.results import Results
+
+RESET_EVERY, WINDOW = 1250, 250
+"""Defaults: frames between resets for converted weights (the 100 s of Kyutai's fine-tuning), and frames that a position
+averages."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """How to stream and what to measure."""
+class Options:
+    """Stream speech through checkpoints and score every frame, with the memory kept, reset, frozen and off.
 
-    arms: tuple[str, ...] | None = None
-    """Names of arms; None: those that mean something for the checkpoint."""
-    reset_every: int | None = None
-    """Frames between resets; None: a training chunk of the first checkpoint."""
-    chunk: int | None = None
-    """Most frames of a call; None: what suits the device."""
-    batch: int | None = None
-    """Files side by side; None: what suits the model."""
-    window: int | None = None
-    """Frames that a position averages; None: 250, of short files 125."""
-    weighting: str = "equal"
-    """Headline weighting of the codebooks."""
-    inner: bool | None = None
-    """Whether to measure inner losses; None: where there are TTT layers."""
-    frames: int | None = None
-    """First frames of each file that are streamed; None: all."""
+    Arms (same weights, files, attention and tokens; only the fast weights differ):
+
+    persist: memory kept from the first frame to the last.
+
+    reset: memory cleared every --reset-every frames.
+
+    frozen: fast weights stay at their learned start, no updates.
+
+    off: gates closed, TTT layers add nothing.
+
+    permuted: every --reset-every frames the memory that persist has learned on another speaker's file, as long as that
+    file goes on (a control; not among the default arms).
+
+    Exit code: 0 done, 2 an input to mend, 3 done but some files were skipped.
+    """
+
+    checkpoints: Annotated[Positional[tuple[str, ...]], arg(metavar="CHECKPOINT [CHECKPOINT ...]")] = ()
+    """Folder of a run, of one of its checkpoints (RUN/checkpoints/STEP), or of converted weights; several are
+    compared."""
     data: str | None = None
-    """Of which the files are, for the record; None: the run's own."""
+    """Manifest, folder that `python -m eval prepare` made, audio or codes; unset: the run's own held-out files."""
+    arms: str | None = None
+    """Arms joined by commas; unset: persist,reset,frozen,off."""
+    reset_every: Annotated[int | None, arg(metavar="N")] = None
+    """Frames between resets; unset: a training chunk of the run, or 1250."""
+    frames: Annotated[int | None, arg(metavar="N")] = None
+    """First frames of each file that are streamed; unset: all."""
+    chunk: Annotated[int | None, arg(metavar="N")] = None
+    """Most frames of a call, memory against time; changes no number."""
+    batch: Annotated[int | None, arg(metavar="N")] = None
+    """Files side by side; unset: 8, or 1 in bfloat16 (permuted: at least 2)."""
+    window: Annotated[int | None, arg(metavar="N")] = None
+    """Frames that a position averages; unset: 250, or 125 for files below 2,000."""
+    weighting: Weighting = "equal"
+    """How the codebooks become one loss in table and figures (kyutai: 100 on the first); all are stored."""
+    figure5: bool = False
+    """Require the inner losses, which are measured by default where there are TTT layers."""
+    no_figure5: bool = False
+    """Do not measure the inner losses."""
+    out: str | None = None
+    """Folder for the results; unset: eval, or eval-DATA with --data, in the first checkpoint's folder. Results of the
+    same data, checkpoints and question are replaced, and without --data and --out those of an earlier step of the run;
+    a folder with other results is refused."""
 
     def __post_init__(self) -> None:
         for name in ("reset_every", "chunk", "batch", "window", "frames"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value} is out of range: give 1 or more.")
+        if self.figure5 and self.no_figure5:
+            raise InputError("--figure5 and --no-figure5 contradict each other: give one of them.")
+
+    def arms_of(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """Returns the arms that a checkpoint is run under, in the order of reports."""
+        from eval.streaming.arms import ARMS, DEFAULT, WITHOUT_TTT
+
+        default = DEFAULT if checkpoint.cfg.ttt_layers else WITHOUT_TTT
+        names = default if self.arms is None else [arm.strip() for arm in self.arms.split(",")]
+        return tuple(arm for arm in ARMS if arm in names)
+
+    def measures_inner(self, checkpoint: Checkpoint) -> bool:
+        """Returns whether a checkpoint's inner losses are measured."""
+        return bool(checkpoint.cfg.ttt_layers) and not self.no_figure5
 
 
-def main(options: argparse.Namespace) -> int:
-    """Evaluate as the command line asks; the exit code: 0, or 3 if files were skipped. Raises `InputError`."""
-    asked = Asked(
-        None if options.arms is None else tuple(arm.strip() for arm in options.arms.split(",")),
-        options.reset_every,
-        options.chunk,
-        options.batch,
-        options.window,
-        options.weighting,
-        options.figure5,
-        options.frames,
-        options.data,
-    )
-    models = models_.load_all(options.checkpoints)
-    keep_compiled(models[0].cache_dir / "compiled")
-    for model in models:
-        _check(model, asked)
-    skipped: list[Skipped] = []
-    if options.data:
-        files, skipped = speech_.read(options.data, models, asked.frames)
-        corpus = None
-    else:
-        if len(models) > 1:
-            raise InputError(
-                "there is no --data: give a manifest or a folder of python -m eval prepare (only a single run brings its own held-out files)."
-            )
-        corpus = own_corpus(models)
-        files, skipped = speech_.of_corpus(corpus)
-        files = [file._replace(frames=file.frames[:, : asked.frames]) for file in files]
-    for reason in shortened([one.reason for one in skipped]):
-        print(f"skipped: {reason}", file=sys.stderr)
-    found = folders.find(options.out, "eval", options.checkpoints[0], options.data)
-    return PARTIAL if evaluate(models, files, skipped, corpus, asked, found) else 0
+def main(options: Options) -> int:
+    """Runs the command; returns the exit code: 0, or 3 if files were skipped. Raises `InputError`."""
+    from eval.inputs import checkpoints as loading
+    from eval.inputs import evaluation_set
 
-
-def of_run(model: Model, corpus: corpora.Corpus, folder: Path) -> None:
-    """Evaluate a run on its own held-out files, as `python -m train` does at its end.
-
-    What an earlier evaluation of the same run has left in `folder` is replaced, of whatever step it was.
-    """
-    evaluate([model], *speech_.of_corpus(corpus), corpus, Asked(), folder, of_its_run=True)
-
-
-def evaluate(
-    models: Sequence[Model],
-    files: Sequence[Speech],
-    skipped: Sequence[Skipped],
-    corpus: corpora.Corpus | None,
-    asked: Asked,
-    folder: Path,
-    of_its_run: bool = False,
-) -> int:
-    """Stream `files` through `models` under the arms asked for, each from a fresh state; print the results and store them.
-
-    Args:
-      skipped: files that could not be used, for the record; corpus: whose training data the unigram baseline is fitted to, if any;
-        folder: of the results; of_its_run: whether it may hold results of another step of the same run.
-
-    Returns:
-      How many files were skipped, those included whose predictions were no finite numbers.
-
-    Raises `InputError` before anything is streamed if the folder holds results of something else.
-    """
-    if asked.arms and "permuted" in asked.arms and len({file.group for file in files}) < 2:
+    paths = options.checkpoints
+    if not paths:
+        raise InputError("there is no checkpoint: give the folder of a run or of converted weights.")
+    checkpoints = loading.load_all(paths, keep=len(paths) == 1)
+    keep_compiled(checkpoints[0].cache_dir / "compiled")
+    for checkpoint in checkpoints:
+        _check(checkpoint, options)
+    if not options.data and len(checkpoints) > 1:
         raise InputError(
-            "the arm permuted exchanges memories between speakers (files, where speakers are not named), but there is one: give files"
-            " of two or leave it out."
+            "there is no --data: give a manifest or a folder of python -m eval prepare (only a single run brings its"
+            " own held-out files)."
         )
-    first, longest = models[0], max(file.frames.shape[1] for file in files)
-    folders.make(folder)  # what cannot be is told before the work
-    _check_replaced(folder, models, files, skipped, asked, of_its_run)
-    period = _period(models, asked)
-    chunk = asked.chunk or calls(models)
-    tables = unigram.fit(unigram.some(corpus.recordings), first.cfg.target_streams.values()) if corpus else None
-    minutes = sum(file.frames.shape[1] for file in files) / FRAME_RATE / 60
-    names = ", ".join(model.name for model in models)
-    print(f"streaming {minutes:.1f} minutes of speech, {len(files)} files, through {names} ...", flush=True)
-    infos = [_info(i, file) for i, file in enumerate(files)]
-    checkpoints, run_arms = [], dict.fromkeys(arm for model in models for arm in _arms(model, asked))
-    failed: dict[str, str] = {}
-    new = Path(tempfile.mkdtemp(dir=folder, prefix=".results.", suffix=".tmp"))
-    try:
-        for model in models:
-            own = new / FRAMES / file_name(model.name)
-            own.mkdir(parents=True)
-            partners = _stream(model, files, infos, tables, asked, period, chunk, own, failed)
-            about = model.about | ({"permuted_with": partners} if partners else {})
-            checkpoints.append(CheckpointInfo(model.name, model.cfg.context, model.cfg.ttt_layers, about))
-        if len(failed) == len(files):
-            raise InputError(next(iter(failed.values())))
-        setting = Setting(
-            streams=tuple(first.cfg.target_streams),
-            arms={arm: entry.meaning for arm, entry in arms_.ARMS.items() if arm in run_arms},
-            reset_every=period,
-            chunk=chunk,
-            window=asked.window or (WINDOW if longest >= 8 * WINDOW else WINDOW // 2),
-            weighting=asked.weighting,
+    inputs = evaluation_set.load(options.data, checkpoints, options.frames)
+    folder = folders.find(options.out, "eval", paths[0], options.data)
+    return PARTIAL if evaluate(checkpoints, inputs, options, folder).skipped else 0
+
+
+def evaluate(checkpoints: Sequence[Checkpoint], inputs: EvaluationSet, options: Options, folder: Path) -> Results:
+    """Streams files through checkpoints, prints, stores and draws the results.
+
+    Raises `InputError` before anything is streamed if `folder` holds results that are not to be replaced.
+    """
+    from eval.streaming import plots, results, table
+    from eval.streaming.arms import ARMS
+    from eval.streaming.score_files import call_frames, checkpoint_info, file_infos, score_files
+    from eval.streaming.summary import summarise
+    from ttt_jax.config import FRAME_RATE
+    from ttt_jax.data import unigram
+
+    files, skipped, corpus = inputs
+    if "permuted" in options.arms_of(checkpoints[0]) and len({file.group for file in files}) < 2:
+        raise InputError(
+            "the arm permuted exchanges memories between speakers (files, where speakers are not named), but there"
+            " is one: give files of two or leave it out."
+        )
+    infos, checkpoint_infos = file_infos(files), [checkpoint_info(checkpoint) for checkpoint in checkpoints]
+    arms = {checkpoint.name: options.arms_of(checkpoint) for checkpoint in checkpoints}
+    inner = [checkpoint.name for checkpoint in checkpoints if options.measures_inner(checkpoint)]
+    reset_every = options.reset_every or checkpoints[0].chunk or RESET_EVERY
+    subject = _subject(options.data, infos, skipped, checkpoint_infos, reset_every, arms, inner)
+    own_run = checkpoint_infos[0] if options.data is None and options.out is None else None
+    folders.make(folder)
+    replaced(folder, subject, own_run)  # errors are reported before the work
+    longest, minutes = max(file.frames for file in infos), sum(file.frames for file in infos) / FRAME_RATE / 60
+    print(f"streaming {minutes:.1f} minutes of speech, {len(files)} files, through {', '.join(arms)} ...", flush=True)
+    streams = checkpoints[0].cfg.target_streams
+    with folders.staged(folder) as new:
+        outcome = score_files(
+            checkpoints,
+            files,
+            arms,
+            new,
+            reset_every=reset_every,
+            chunk=options.chunk,
+            batch=options.batch,
+            inner=inner,
+            baseline=unigram.fit(unigram.some(corpus.recordings), streams.values()) if corpus else None,
+        )
+        setting = results.Setting(
+            streams=tuple(streams),
+            arms={name: arm.meaning for name, arm in ARMS.items() if any(name in names for names in arms.values())},
+            reset_every=reset_every,
+            chunk=options.chunk or call_frames(checkpoints),
+            window=options.window or (WINDOW if longest >= 8 * WINDOW else WINDOW // 2),
+            weighting=options.weighting,
             text=_text_policy(files),
-            about={"data": asked.data, "codec": files[0].codec},
+            about={"data": options.data, "codec": files[0].codec},
         )
-        left_out = [*skipped, *(Skipped(name, reason) for name, reason in failed.items())]
-        infos = [info for info in infos if info.name not in failed]
-        results = summarise(setting, checkpoints, infos, [one._asdict() for one in left_out], new)
+        checkpoint_infos = [
+            dataclasses.replace(info, about=info.about | {"permuted_with": outcome.partners[info.name]})
+            if info.name in outcome.partners
+            else info
+            for info in checkpoint_infos
+        ]
+        left_out = [*skipped, *(Skipped(name, reason) for name, reason in outcome.failed.items())]
+        infos = [info for info in infos if info.name not in outcome.failed]
+        found = summarise(setting, checkpoint_infos, infos, left_out, new)
         spent = cost()
-        write_results(new, results, {"evaluated_with": machine(), "cost": spent})
-        # Another command may have written here meanwhile.
-        old = _check_replaced(folder, models, files, skipped, asked, of_its_run)
+        results.write(new, found, {"evaluated_with": machine(), "cost": spent})
+        old = replaced(folder, subject, own_run)  # again: another command may have written there meanwhile
         folders.replace(folder, new, old)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    print(f"\n{table.table(results)}\n")
-    for path in (folder / folders.RESULTS, folder / FRAMES, *plots.draw_all(folder)):
+    print(f"\n{table.table(found)}\n")
+    for path in (folder / RESULTS, folder / FRAMES, *plots.draw_all(folder)):
         print(path)
     print(f"took {spent['seconds']:.0f} s and at most {spent['peak_gigabytes']:.1f} GB of memory")
-    return len(left_out)
-
-
-def _stream(
-    model: Model,
-    files: Sequence[Speech],
-    infos: Sequence[FileInfo],
-    tables: list[np.ndarray] | None,
-    asked: Asked,
-    period: int,
-    chunk: int,
-    folder: Path,
-    failed: dict[str, str],
-) -> dict[str, str]:
-    """Stream all files through a model and store their scores in `folder`; whose memory each had in the arm permuted.
-
-    Files whose predictions are no finite numbers get a sentence in `failed`.
-    """
-    from tqdm import tqdm
-
-    own = _arms(model, asked)
-    measured = _measures_inner(model, asked)
-    permuted, partner_of = "permuted" in own, {}
-    total = sum(file.frames.shape[1] for file in files)
-    with tqdm(total=total, desc=model.name, unit="frame", unit_scale=True, leave=False, mininterval=0.5) as bar:
-        for batch in batches(
-            [file.frames.shape[1] for file in files], asked.batch or rows(model), least=2 if permuted else 1
-        ):
-            some = [files[i] for i in batch]
-            partners = _partners(some) if permuted else None
-            found = stream(
-                model.params,
-                [file.frames for file in some],
-                model.cfg,
-                own,
-                chunk=chunk,
-                period=period,
-                measured=measured,
-                partners=partners,
-                on_frames=bar.update,
-            )
-            for place, (i, got) in enumerate(zip(batch, found, strict=True)):
-                if tables is not None:
-                    got = got._replace(unigram=unigram.nats(tables, got.tokens).astype(np.float32))
-                if reason := diverged(model, files[i], got):
-                    failed[files[i].name] = reason
-                    tqdm.write(f"skipped: {reason}", file=sys.stderr)
-                    continue
-                scores.save(folder / infos[i].npz, got)
-                if partners is not None:
-                    partner_of[files[i].name] = some[partners[place]].name
-    return partner_of
-
-
-def diverged(model: Model, file: Speech, found: scores.FileScores) -> str | None:
-    """A sentence if the predictions of a file are not all finite numbers; None if they are."""
-    bad = scores.not_finite(found)
-    return bad and (
-        f"{model.name} under {bad[0]} gives no finite predictions of {file.name} from frame {bad[1]} on: its fast weights"
-        " or its weights have diverged, so lower ttt.base_lr or bound them (ttt.horizon, ttt.max_displacement)."
-    )
-
-
-def _partners(files: Sequence[Speech]) -> list[int]:
-    """For each file of a batch the longest one of another speaker."""
-    found = []
-    for file in files:
-        others = [i for i, other in enumerate(files) if other.group != file.group]
-        if not others:
-            raise InputError(
-                f"the arm permuted finds no file of another speaker beside {file.name} among the {len(files)} that go side by side: raise"
-                " --batch."
-            )
-        found.append(max(others, key=lambda i: files[i].frames.shape[1]))
     return found
 
 
-def _check_replaced(
-    folder: Path,
-    models: Sequence[Model],
-    files: Sequence[Speech],
-    skipped: Sequence[Skipped],
-    asked: Asked,
-    of_its_run: bool,
-) -> list[str]:
-    """Names of earlier results in `folder`. Raises `InputError` if they, or what else has such a name, are not to be replaced."""
-    names = [FRAMES, *plots.figures([model.name for model in models])]
-    found = folders.stored(folder, folders.RESULTS, _read, names)
-    if found is None:
+def replaced(folder: Path, subject: folders.Subject, own_run: CheckpointInfo | None = None) -> list[str]:
+    """Returns names of the earlier results in `folder` that results of `subject` replace.
+
+    Args:
+      own_run: the checkpoint, if `folder` is its run's own: results of another step of that run are replaced whatever
+        their subject.
+
+    Raises `InputError` if what is there is not to be replaced.
+    """
+    from eval.streaming import plots, results
+
+    def read(folder: Path) -> tuple[Results, folders.Subject]:
+        stored = results.read(folder)
+        return stored, _subject_of(stored)
+
+    names = [FRAMES, *plots.figures([name for name, _ in subject.checkpoints])]
+    earlier = folders.stored(folder, RESULTS, read, names)
+    if earlier is None:
         return []
-    old, subject = found
-    if not (of_its_run and _is_same_run(old, models[0])):
-        folders.check(folder, subject, _subject(models, files, skipped, asked))
-    infos = [own.info for own in old.checkpoints]
-    ours = {scores_path(folder, info, file) for info in infos for file in old.files}
-    foreign = next((path for path in (folder / FRAMES).rglob("*") if not path.is_dir() and path not in ours), None)
-    if foreign is not None:
-        raise InputError(
-            f"{folder} holds {foreign.relative_to(folder)}, which is no result of an evaluation: give another --out."
-        )
+    stored, old = earlier
+    if own_run is None or not _is_other_step(stored, own_run):
+        folders.check(folder, old, subject)
+    infos = [checkpoint.info for checkpoint in stored.checkpoints]
+    folders.check_frames(folder, infos, stored.files)
     return [FRAMES, *plots.figures([info.name for info in infos])]
 
 
-def _read(folder: Path) -> tuple[Results, folders.Subject]:
-    results = read_results(folder)
-    return results, _subject_of(results)
-
-
 def _subject(
-    models: Sequence[Model], files: Sequence[Speech], skipped: Sequence[Skipped], asked: Asked
+    data: str | None,
+    files: Sequence[FileInfo],
+    skipped: Sequence[Skipped],
+    checkpoints: Sequence[CheckpointInfo],
+    reset_every: int,
+    arms: dict[str, Sequence[str]],
+    inner: Sequence[str],
 ) -> folders.Subject:
-    """What is asked for."""
-    return folders.Subject(
-        asked.data or folders.OWN_DATA,
-        {file.name: file.digest for file in files},
-        frozenset(one.name for one in skipped),
-        tuple(folders.checkpoint(model.name, model.about) for model in models),
-        {"--reset-every": _period(models, asked)},
-        _measured([_arms(model, asked) for model in models], [_measures_inner(model, asked) for model in models]),
-        {file.name: file.frames.shape[1] for file in files},
+    measured = []
+    for i, checkpoint in enumerate(checkpoints):
+        where = f" of checkpoint {i + 1}" if len(checkpoints) > 1 else ""
+        measured += [f"the arm {arm}{where}" for arm in arms[checkpoint.name]]
+        measured += [f"inner losses{where}"] if checkpoint.name in inner else []
+    pairs = [folders.checkpoint(checkpoint.name, checkpoint.about) for checkpoint in checkpoints]
+    return folders.subject(data, files, skipped, pairs, {"--reset-every": reset_every}, measured)
+
+
+def _subject_of(stored: Results) -> folders.Subject:
+    setting, checkpoints = stored.setting, stored.checkpoints
+    return _subject(
+        setting.about.get("data"),
+        stored.files,
+        stored.skipped,
+        [checkpoint.info for checkpoint in checkpoints],
+        setting.reset_every,
+        {checkpoint.info.name: checkpoint.arms for checkpoint in checkpoints},
+        [checkpoint.info.name for checkpoint in checkpoints if checkpoint.inner],
     )
 
 
-def _subject_of(old: Results) -> folders.Subject:
-    """What stored results are of."""
-    return folders.Subject(
-        old.setting.about.get("data") or folders.OWN_DATA,
-        {file.name: file.digest for file in old.files},
-        frozenset(one["name"] for one in old.skipped),
-        tuple(folders.checkpoint(own.info.name, own.info.about) for own in old.checkpoints),
-        {"--reset-every": old.setting.reset_every},
-        _measured([own.arms for own in old.checkpoints], [bool(own.inner) for own in old.checkpoints]),
-        {file.name: file.frames for file in old.files},
-    )
+def _is_other_step(stored: Results, checkpoint: CheckpointInfo) -> bool:
+    """Returns whether results are of another step of the run that made `checkpoint`, on its own held-out files.
 
-
-def _measured(arms: Sequence[Sequence[str]], inner: Sequence[bool]) -> frozenset[str]:
-    """Of each checkpoint in words."""
-    which = [f" of checkpoint {i + 1}" if len(arms) > 1 else "" for i in range(len(arms))]
-    found = [f"the arm {arm}{one}" for one, names in zip(which, arms, strict=True) for arm in names]
-    return frozenset([*found, *(f"inner losses{one}" for one, is_there in zip(which, inner, strict=True) if is_there)])
-
-
-def _is_same_run(old: Results, model: Model) -> bool:
-    """Whether results are of the run that made `model` and no other, perhaps of another step, on its own held-out files.
-
-    Where the run lies and how it is spread over devices may have changed.
+    The run may have moved or be spread over devices differently.
     """
-    if len(old.checkpoints) != 1 or old.setting.about.get("data") is not None:
+    if len(stored.checkpoints) != 1 or stored.setting.about.get("data") is not None:
         return False
 
-    def of_run(about: dict[str, Any]) -> dict[str, Any]:
+    def run(about: dict[str, Any]) -> dict[str, Any]:
         free = ("run_dir", "mesh", "accumulate", "remat")
         config = {name: value for name, value in (about.get("config") or {}).items() if name not in free}
-        same = ("train", "heldout", "codec", "tokenizer", "base")
-        return config | {f"meta {name}": about.get(name) for name in same}
+        return config | {f"meta {name}": about.get(name) for name in ("train", "heldout", "codec", "tokenizer", "base")}
 
-    return of_run(old.checkpoints[0].info.about) == of_run(model.about)
-
-
-def _info(index: int, file: Speech) -> FileInfo:
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", file.name)
-    npz = f"{index:04d}-{safe[-80:]}.npz"
-    return FileInfo(file.name, file.group, file.frames.shape[1], npz, file.joints, file.digest)
+    old, new = stored.checkpoints[0].info.about, checkpoint.about
+    return bool(new.get("config")) and run(old) == run(new) and old.get("weights") != new.get("weights")
 
 
-def _arms(model: Model, asked: Asked) -> tuple[str, ...]:
-    """In the order of reports."""
-    names = asked.arms or (arms_.DEFAULT if model.cfg.ttt_layers else arms_.WITHOUT_TTT)
-    return tuple(arm for arm in arms_.ARMS if arm in names)
+def _check(checkpoint: Checkpoint, options: Options) -> None:
+    """Raises `InputError` if a checkpoint cannot be evaluated with these options."""
+    from eval.streaming import arms
 
-
-def _measures_inner(model: Model, asked: Asked) -> bool:
-    return bool(model.cfg.ttt_layers) if asked.inner is None else asked.inner
-
-
-def _period(models: Sequence[Model], asked: Asked) -> int:
-    """Frames between resets."""
-    run = models[0].run
-    return asked.reset_every or (run.data.chunk if run else PERIOD)
-
-
-def _check(model: Model, asked: Asked) -> None:
-    """Raise `InputError` if a checkpoint cannot be evaluated as asked."""
-    if asked.arms is not None:
-        arms_.check(asked.arms, model.cfg, model.name)
-    if asked.inner and not model.cfg.ttt_layers:
+    if options.arms is not None:
+        arms.check(tuple(arm.strip() for arm in options.arms.split(",")), checkpoint.cfg, checkpoint.name)
+    if options.figure5 and not checkpoint.cfg.ttt_layers:
         raise InputError(
-            f"{model.name} has no TTT layers, so there are no inner losses for Figure 5: leave --figure5 out, or give a checkpoint with"
-            " TTT layers."
+            f"{checkpoint.name} has no TTT layers, so there are no inner losses for Figure 5: leave --figure5 out, or"
+            " give a checkpoint with TTT layers."
         )
 
 
-def rows(model: Model) -> int:
-    """Files side by side that suit a model."""
-    return 1 if model.cfg.dtype == "bfloat16" else ROWS
-
-
-def calls(models: Sequence[Model]) -> int:
-    """Frames of a call that suit the device: on a GPU long ones read the weights seldom, on a CPU short ones stay in its caches."""
-    longest = max(max(model.cfg.contexts) for model in models)
-    return 250 if jax.default_backend() == "cpu" else max(1000, 4 * longest)
-
-
-def own_corpus(models: Sequence[Model]) -> corpora.Corpus:
-    """The corpus of a single run, or of runs that share one, with its held-out files. Raises `InputError` if there is none or it has changed."""
-    model = models[0]
-    data = {
-        one.run and (one.run.data.train, one.run.data.heldout, one.run.data.codec, one.run.data.tokenizer)
-        for one in models
-    }
-    if None in data or len(data) > 1:
-        raise InputError(
-            "there is no --data: give a manifest or a folder of python -m eval prepare (only runs of the same data bring their own held-out"
-            " files)."
-        )
-    corpus = corpora.load(model.run.data, *corpora.load_coders(model.run.data, model.cfg.card, model.cfg.text_card))
-    # The unigram model is fitted to the training data, the codes mean nothing with another codec.
-    for part, found in corpus.describe().items():
-        for one in models:
-            if part not in ("heldout", "validation") and found != one.about[part]:
-                if part == "train" and corpus.absent[part]:
-                    raise InputError(corpus.absent[part][0].reason)
-                raise InputError(
-                    f"{part} is not what {one.name} was trained with ({found}, but its meta.json has {one.about[part]}): bring the old"
-                    " one back."
-                )
-    if not corpus.heldout:
-        raise InputError(f"{model.name} was trained without held-out files: give some with --data.")
-    return corpus
-
-
-def _text_policy(files: Sequence[Speech]) -> str:
+def _text_policy(files: Sequence[EvalFile]) -> str:
     known = [file.text_known.mean() for file in files]
     if min(known) == 1:
         return "text known and scored"
     if max(known) == 0:
         return "text not known: fed as nothing (-1), not scored"
     return (
-        f"text known in {sum(share > 0 for share in known)} of {len(files)} files; fed as nothing (-1) and not scored where it is"
-        " not known"
+        f"text known in {sum(share > 0 for share in known)} of {len(files)} files; fed as nothing (-1) and not scored"
+        " where it is not known"
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,20 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from eval.results.schema import CheckpointInfo
 from eval.stats.estimates import Band, Estimate, band, group_means, smooth
 from eval.streaming import table
-from eval.streaming.summary import (
-    RESETTING,
-    CheckpointInfo,
-    CheckpointResults,
-    Results,
-    inner_losses,
-    load_scores,
-    read_results,
-    summarise,
-)
+from eval.streaming.measure import inner_losses, load_scores
+from eval.streaming.results import RESETTING, CheckpointResults, Results, read
 from ttt_jax.utils.files import write_atomically
-from ttt_jax.utils.paths import file_name, local
+from ttt_jax.utils.paths import file_name
 
 # Colours of Okabe and Ito, which people with any kind of colour vision tell apart.
 COLOURS = {"persist": "#0072B2", "reset": "#D55E00", "frozen": "#6B6B6B", "off": "#E69F00", "permuted": "#009E73"}
@@ -45,37 +36,17 @@ POINTS = 1500
 """Frames that a curve by frame is drawn at, at most; they are chosen after smoothing."""
 
 TEETH = 30
-"""Resets in a figure by frame up to which each is drawn; of more, the moving average goes over the frames between two."""
+"""Resets in a figure by frame up to which each is drawn; of more, the moving average goes over the frames between
+two."""
 
-JOINTS = 60
-"""Joints of recordings in a figure by frame up to which they are marked; more would be a block."""
+BOUNDARIES = 60
+"""Boundaries of recordings in a figure by frame up to which they are marked; more would be a block."""
 
 FIGURES, TOGETHER, KINDS = ("memory", "figure5", "state"), "checkpoints", ("png", "pdf")
 """Figures of each checkpoint, the one of several, and the kinds of file."""
 
 WITH_MEMORY = ("persist", "reset", "permuted")
 """Arms whose gain is drawn: under the others the fast weights do nothing."""
-
-
-def main(options: argparse.Namespace) -> int:
-    """Run `python -m eval draw`; the exit code.
-
-    Args:
-      options: folder: of the results; weighting, window: other ones than those of the results, or None.
-
-    Raises:
-      InputError: the folder holds no results of this version, or scores are missing or damaged.
-    """
-    folder = local(options.folder)
-    results = read_results(folder)
-    changed = {name: value for name in ("weighting", "window") if (value := getattr(options, name)) is not None}
-    if changed:
-        setting = dataclasses.replace(results.setting, **changed)
-        results = summarise(setting, [own.info for own in results.checkpoints], results.files, results.skipped, folder)
-    print(f"{table.table(results)}\n")
-    for path in draw_all(folder, results):
-        print(path)
-    return 0
 
 
 def draw_all(folder: Path, results: Results | None = None) -> list[Path]:
@@ -90,7 +61,7 @@ def draw_all(folder: Path, results: Results | None = None) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    results = read_results(folder) if results is None else results
+    results = read(folder) if results is None else results
     several = len(results.checkpoints) > 1
     paths = []
     for own in results.checkpoints:
@@ -274,7 +245,8 @@ def _time_below(axis: Any, results: Results) -> None:
 
 
 def _mark_windows(axes: Sequence[Any], contexts: Sequence[int]) -> None:
-    """Dotted lines where attention begins to forget; their places in words, which also tell of those beyond the figure."""
+    """Dotted lines where attention begins to forget; their places in words, which also tell of those beyond the
+    figure."""
     end = axes[0].get_xlim()[1]
     for axis in axes:
         for context in contexts:
@@ -355,12 +327,12 @@ def _figure5(results: Results, own: CheckpointResults, folder: Path) -> Any:
         axis.set_ylabel("gain" if i % 2 else "inner loss")
     for axis in axes[-1]:
         _time_below(axis, results)
-    joints = results.files[0].joints if len(results.files) == 1 else ()
-    joints = joints if len(joints) <= JOINTS else ()
+    boundaries = results.files[0].boundaries if len(results.files) == 1 else ()
+    boundaries = boundaries if len(boundaries) <= BOUNDARIES else ()
     for axis in axes.flat:
         axis.grid(alpha=0.25)
-        for joint in joints:
-            axis.axvline(joint, color="#8C6D46", lw=0.7, alpha=0.4, label="another recording begins")
+        for boundary in boundaries:
+            axis.axvline(boundary, color="#8C6D46", lw=0.7, alpha=0.4, label="another recording begins")
         if own.info.context < frames[-1]:
             axis.axvline(own.info.context, color="black", lw=0.9, ls=":", label="attention window")
     _legend(figure, axes[:2, 0], columns=4)

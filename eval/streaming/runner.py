@@ -32,10 +32,12 @@ class Scored(NamedTuple):
 
 
 def score(outputs: model.Outputs, off: int | None) -> Scored:
-    """Scores predictions of several arms, leading axis A, against the targets that they share; what is masked means nothing.
+    """Scores predictions of several arms, leading axis A, against the targets that they share; what is masked means
+    nothing.
 
     Args:
-      outputs: of `model.forward`, leaves with a leading axis of arms; off: which of the arms is `off`, for the comparison with it.
+      outputs: of `model.forward`, leaves with a leading axis of arms; off: which of the arms is `off`, for the
+        comparison with it.
     """
 
     def of_streams(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:  # [A, B, T, ..., V], [A, B, T, ...]
@@ -75,7 +77,8 @@ def scan_calls(
 
     Args:
       params, state: of `arms.set_params`, `arms.init_state`; frames: int32 [N, B, K, T]; mask: bool [N, B, T].
-      begins: bool [N], calls at whose start a period begins; partners: of `arms.begin_period`; arms: names; measured: whether to measure inner losses.
+      begins: bool [N], calls at whose start a period begins; partners: of `arms.begin_period`; arms: names; measured:
+        whether to measure inner losses.
 
     Returns:
       The state and by call: scores, targets int32 [B, S, T], whether scored bool [B, S, T].
@@ -101,16 +104,19 @@ class Plan(NamedTuple):
     starts: np.ndarray
     """First frame of each call, int [N]."""
     lengths: np.ndarray
-    """Its frames, int [N], at most `frames`: where a period ends the call before may be shorter, filled up with masked frames."""
+    """Its frames, int [N], at most `frames`: where a period ends the call before may be shorter, filled up with masked
+    frames."""
     frames: int
     begins: np.ndarray
     """Whether a period begins with it, bool [N]; the first is none, there is nothing to clear yet."""
 
 
 def plan(length: int, chunk: int, period: int | None) -> Plan:
-    """Cuts a stream of `length` frames into calls of at most `chunk` frames that do not reach over the end of a period of `period`.
+    """Cuts a stream of `length` frames into calls of at most `chunk` frames that do not reach over the end of a period
+    of `period`.
 
-    Calls of streams of all lengths have few shapes, so that few programs are compiled: what is left at the end is masked.
+    Calls of streams of all lengths have few shapes, so that few programs are compiled: what is left at the end is
+    masked.
     """
     frames = math.ceil(period / math.ceil(period / chunk)) if period else chunk
     frames = min(frames, _bucket(length))
@@ -137,14 +143,16 @@ def stream(
     partners: Sequence[int] | None = None,
     on_frames: Callable[[int], None] = lambda frames: None,
 ) -> list[FileScores]:
-    """Streams a batch of files side by side, each from a fresh state, under every arm; ends are masked, nothing crosses files.
+    """Streams a batch of files side by side, each from a fresh state, under every arm; ends are masked, nothing crosses
+    files.
 
     Args:
       params: of the model; files: int32 [K, T_i] each; arms: names in `ARMS`, that `arms.check` let pass.
-      chunk: most frames of a call; it does not change the numbers beyond rounding. period: frames after which `reset` clears and
-        `permuted` exchanges memories.
-      measured: whether to measure inner losses; partners: for each file the one whose memory it takes in `permuted`, which counts
-        as long as that one goes on. on_frames: told how many frames of all files have been scored since it was last.
+      chunk: most frames of a call; it does not change the numbers beyond rounding. period: frames after which `reset`
+        clears and `permuted` exchanges memories.
+      measured: whether to measure inner losses; partners: for each file the one whose memory it takes in `permuted`,
+        which counts as long as that one goes on. on_frames: told how many frames of all files have been scored since it
+        was last.
 
     Returns:
       Scores of every file; `unigram` is left None.
@@ -185,7 +193,8 @@ def _until(arms: dict[str, ArmScores], name: str, end: int) -> dict[str, ArmScor
 
 
 def _block(files: Sequence[np.ndarray], calls: Plan, first: int, count: int) -> tuple[jax.Array, ...]:
-    """Frames [N, B, K, T], masks [N, B, T] and beginnings [N] of `count` calls from `first` on; calls beyond the last are masked."""
+    """Frames [N, B, K, T], masks [N, B, T] and beginnings [N] of `count` calls from `first` on; calls beyond the last
+    are masked."""
     frames = np.full((count, len(files), files[0].shape[0], calls.frames), -1, np.int32)
     mask = np.zeros((count, len(files), calls.frames), bool)
     begins = np.zeros(count, bool)
@@ -241,7 +250,8 @@ class _Gathered:
 
 
 def batches(lengths: Sequence[int], rows: int, least: int = 1) -> Iterator[list[int]]:
-    """Files in batches of at most `rows` (but never fewer than `least`), like lengths together; sizes differ by one at most."""
+    """Files in batches of at most `rows` (but never fewer than `least`), like lengths together; sizes differ by one at
+    most."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     count = min(math.ceil(len(order) / rows), len(order) // least)
     for part in np.array_split(np.array(order), count):

@@ -1,4 +1,4 @@
-"""What streaming a file gave, frame by frame, and its place on disk: one npz per file."""
+"""Scores of a streamed file, frame by frame, and their file: one npz for each file and checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ttt_jax.utils.files import write_atomically
 
 
 class Inner(NamedTuple):
-    """What TTT layers did, float32 [L, T]: layers in the order of `MoshiConfig.ttt_layers`, mean over heads."""
+    """Inner losses and state of the TTT layers, float32 [L, T]: layers in the order of `MoshiConfig.ttt_layers`, mean
+    over heads."""
 
     loss_base: np.ndarray
     """l(W0; x_t), W0 the learned base."""
@@ -35,21 +36,25 @@ class Against(NamedTuple):
     kl: np.ndarray
     """KL(arm || off), nats."""
     changed: np.ndarray
-    """Whether the likeliest token is another one: 0 or 1."""
+    """Whether the top-1 token is another one: 0 or 1."""
 
 
 class ArmScores(NamedTuple):
-    """One file under one arm: S streams (text, then own codebooks), T frames of the delayed grid; NaN where nothing was scored."""
+    """One file under one arm: S streams (text, then Moshi's codebooks), T frames of the delayed grid; NaN where nothing
+    was scored.
+
+    All but `nats` is None where losses alone were stored.
+    """
 
     nats: np.ndarray
     """Cross-entropy of the token, float32 [S, T]."""
-    entropy: np.ndarray
+    entropy: np.ndarray | None = None
     """Of the prediction, nats, float32 [S, T]."""
-    rank: np.ndarray
-    """Tokens thought likelier than the right one, float32 [S, T]; 0: it was the likeliest."""
-    against_off: Against | None
+    rank: np.ndarray | None = None
+    """Number of tokens that were strictly likelier than the right one, float32 [S, T]."""
+    against_off: Against | None = None
     """None where `off` was not run, and for `off` itself."""
-    inner: Inner | None
+    inner: Inner | None = None
     """None where it was not measured."""
 
 
@@ -59,43 +64,54 @@ class FileScores(NamedTuple):
     tokens: np.ndarray
     """Scored tokens, int32 [S, T]; -1 where nothing was scored."""
     arms: dict[str, ArmScores]
-    unigram: np.ndarray | None
+    unigram: np.ndarray | None = None
     """Cross-entropy under the memory-less baseline, float32 [S, T]; None without training data."""
 
 
 def not_finite(scores: FileScores) -> tuple[str, int] | None:
-    """The first arm and frame whose predictions are not finite numbers though there was a token to score; None if all are."""
-    for arm, own in scores.arms.items():
-        if arm != "permuted":  # which ends with its partner; what it takes comes from persist
-            bad = ((scores.tokens >= 0) & ~np.isfinite(own.nats)).any(0)
+    """Returns the first arm and frame with a scored token whose loss is not a finite number; None if there is none."""
+    for arm, values in scores.arms.items():
+        if arm != "permuted":  # it ends with its partner; its memory comes from persist, which is checked
+            bad = ((scores.tokens >= 0) & ~np.isfinite(values.nats)).any(0)
             if bad.any():
                 return arm, int(bad.argmax())
     return None
 
 
+def losses_only(scores: FileScores) -> FileScores:
+    """Returns tokens and losses alone: all that `python -m eval compare` needs, in a third of the space or less."""
+    return FileScores(scores.tokens, {arm: ArmScores(values.nats) for arm, values in scores.arms.items()})
+
+
 def save(path: Path, scores: FileScores) -> None:
-    """Write the scores of a file, at once or not at all."""
-    arrays = {"tokens": scores.tokens}
-    if scores.unigram is not None:
-        arrays["unigram"] = scores.unigram
-    for arm, own in scores.arms.items():
-        arrays |= {f"{arm}/{name}": getattr(own, name) for name in ("nats", "entropy", "rank")}
-        for part in (own.against_off, own.inner):
+    """Writes the scores of a file, at once or not at all."""
+    arrays = {"tokens": scores.tokens, "unigram": scores.unigram}
+    for arm, values in scores.arms.items():
+        arrays |= {f"{arm}/{name}": getattr(values, name) for name in ("nats", "entropy", "rank")}
+        for part in (values.against_off, values.inner):
             arrays |= {f"{arm}/{name}": array for name, array in (part._asdict() if part else {}).items()}
     content = io.BytesIO()
-    np.savez_compressed(content, **arrays)
+    np.savez_compressed(content, **{name: array for name, array in arrays.items() if array is not None})
     write_atomically(path, content.getvalue())
 
 
 def load(path: Path) -> FileScores:
-    """What `save` wrote. Raises `InputError` if that is not there or not whole."""
+    """Returns what `save` wrote. Raises `InputError` if the file is missing or damaged."""
+    arrays = load_arrays(path, "python -m eval stream")
+    names = list(dict.fromkeys(name.split("/")[0] for name in arrays if "/" in name))
+    try:
+        return FileScores(arrays["tokens"], {arm: _arm(arrays, arm) for arm in names}, arrays.get("unigram"))
+    except KeyError as error:
+        raise InputError(f"{path} cannot be read ({error}): run python -m eval stream again.") from None
+
+
+def load_arrays(path: Path, command: str) -> dict[str, np.ndarray]:
+    """Returns the arrays of an npz file that `command` wrote. Raises `InputError` if the file is missing or damaged."""
     try:
         with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
-        names = list(dict.fromkeys(name.split("/")[0] for name in arrays if "/" in name))
-        return FileScores(arrays["tokens"], {arm: _arm(arrays, arm) for arm in names}, arrays.get("unigram"))
+            return {name: file[name] for name in file.files}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} cannot be read ({error}): run python -m eval stream again.") from None
+        raise InputError(f"{path} cannot be read ({error}): run {command} again.") from None
 
 
 def _arm(arrays: dict[str, np.ndarray], arm: str) -> ArmScores:
@@ -103,5 +119,5 @@ def _arm(arrays: dict[str, np.ndarray], arm: str) -> ArmScores:
         fields = [arrays.get(f"{arm}/{name}") for name in kind._fields]
         return None if fields[0] is None else kind(*fields)
 
-    own = (arrays[f"{arm}/{name}"] for name in ("nats", "entropy", "rank"))
-    return ArmScores(*own, part(Against), part(Inner))
+    entropy, rank = (arrays.get(f"{arm}/{name}") for name in ("entropy", "rank"))
+    return ArmScores(arrays[f"{arm}/nats"], entropy, rank, part(Against), part(Inner))

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from eval.stats.estimates import Estimate, interval
-from eval.streaming.summary import ALL, BEYOND, LAST, LATER, RESETTING, TREND, WEIGHTINGS, CheckpointResults, Results
+from eval.streaming.results import ALL, BEYOND, LAST, LATER, RESETTING, TREND, CheckpointResults, Results
+from eval.streaming.weighting import WEIGHTINGS
 
 POSITIONS, THINNED = 10, 8
 """Rows of the table by position: all windows up to the first number; of more the second, evenly spaced."""
 
-WIDE = 28
-"""Columns of a difference with its interval."""
+LABEL, WIDE = 18, 28
+"""Columns of a row's label, and of a difference with its interval."""
 
 
 def table(results: Results) -> str:
@@ -85,10 +86,10 @@ def _streams(results: Results, own: CheckpointResults) -> list[str]:
     head = results.setting.weighting
     columns = [arm for arm in own.losses if arm in (*own.arms, "unigram")]
     compared = f"   unigram minus {own.main}" if own.against_unigram else ""
-    lines = ["nats per token" + "".join(f"{arm:>10}" for arm in columns) + compared]
+    lines = [f"{'nats per token':<{LABEL}}" + "".join(f"{arm:>10}" for arm in columns) + compared]
 
     def row(name: str, cells: list[str], end: str = "") -> None:
-        lines.append(f"{name:<14}" + "".join(f"{cell:>10}" for cell in cells) + end)
+        lines.append(f"{name:<{LABEL}}" + "".join(f"{cell:>10}" for cell in cells) + end)
 
     # "semantic" would repeat the first codebook.
     for name in [*results.setting.streams, *(name for name in WEIGHTINGS if name != "semantic")]:
@@ -97,16 +98,17 @@ def _streams(results: Results, own: CheckpointResults) -> list[str]:
         better = f"   {interval(own.against_unigram[name], 3)}" if compared else ""
         row(name, [_number(own.losses[arm][name]) for arm in columns], better)
     row("entropy", [_number(own.entropy[arm][head]) for arm in own.arms])
-    row("likeliest %", [_number(own.accuracy[arm][head], 1, 100) for arm in own.arms])
+    row("top-1 accuracy %", [_number(own.accuracy[arm][head], 1, 100) for arm in own.arms])
     if own.against_off:
         off = {arm: own.against_off.get(arm) for arm in own.arms}
         row("KL to off", [_number(there["kl"], 4) if there else "-" for there in off.values()])
-        row("changed %", [_number(there["changed"], 1, 100) if there else "-" for there in off.values()])
+        row("top-1 changed %", [_number(there["changed"], 1, 100) if there else "-" for there in off.values()])
     return lines
 
 
 def _positions(results: Results, own: CheckpointResults) -> list[str]:
-    """Losses of the main arm and two differences in windows that more than half of the units reach (of many windows some, evenly spaced), and their slopes."""
+    """Losses of the main arm and two differences in windows that more than half of the units reach (of many windows
+    some, evenly spaced), and their slopes."""
     losses, differences = own.by_position["losses"][own.main], own.by_position["against_persist"]
     count = shown(losses, results.units)
     if not count:
@@ -148,8 +150,8 @@ def _inner(results: Results, own: CheckpointResults) -> list[str]:
     if not layers:
         return []
     lines = [
-        f"{'inner losses':<15}{'l(W0)':>8}{'before':>8}{'after':>8}   {'gain: l(W0) - before':<{WIDE}}{'gain in the last window':<{WIDE}}"
-        "per 1,000 frames"
+        f"{'inner losses':<15}{'l(W0)':>8}{'before':>8}{'after':>8}  "
+        f" {'gain: l(W0) - before':<{WIDE}}{'gain in the last window':<{WIDE}}per 1,000 frames"
     ]
     for layer, found in layers.items():
         means = "".join(f"{_number(found[f'loss_{name}'][ALL]):>8}" for name in ("base", "before", "after"))

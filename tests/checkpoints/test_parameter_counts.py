@@ -42,7 +42,13 @@ def leaves(cfg):
     return {"/".join(key.key for key in path): math.prod(leaf.shape) for path, leaf in found}
 
 
-@pytest.mark.parametrize("name", MODELS)
+NIGHTLY = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["extra heads, shared and low-rank depth", *(pytest.param(name, marks=NIGHTLY) for name in ("tiny", "moshi-7b"))],
+)
 def test_parts_sum_up_to_the_model(name):
     cfg = MODELS[name]
     counts, sizes = parameter_counts(cfg), leaves(cfg)
@@ -59,8 +65,19 @@ def test_parts_sum_up_to_the_model(name):
     assert counts["embeddings"] == sizes["text_emb"] + sizes["audio_emb"]
 
 
-@pytest.mark.parametrize("maps", [("attention", "ffn", "depth", "heads"), ("attention", "ffn")])
-@pytest.mark.parametrize("name", ["tiny", "moshi-7b"])
+ALL = ("attention", "ffn", "depth", "heads")
+
+
+@pytest.mark.parametrize(
+    ("name", "maps"),
+    [
+        ("tiny", ("attention", "ffn")),
+        *(
+            pytest.param(*case, marks=NIGHTLY)
+            for case in (("tiny", ALL), ("moshi-7b", ALL), ("moshi-7b", ("attention", "ffn")))
+        ),
+    ],
+)
 def test_the_rank_is_the_nearest(name, maps):
     cfg = dataclasses.replace(MODELS[name], lora=LoRAConfig(maps=maps))
     ttt, linears = parameter_counts(cfg)["TTT layers"], [t for t in weights.base(cfg) if t.inputs]

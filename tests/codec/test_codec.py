@@ -58,6 +58,26 @@ def test_features_have_the_same_bits_for_any_number_of_frames(codec, speech):
             np.testing.assert_array_equal(block[1:], offline[start : start + frames])
 
 
+def test_a_click_is_seen_by_the_windows_that_hold_it_and_no_others(codec):
+    hop, frame, click = 256, 20, 20 * 1280 + 700
+    audio = np.zeros(40 * 1280, np.float32)
+    audio[click] = 0.9
+    windows = codec.features(audio).reshape(-1, codec.num_bands)  # row i: the 512 samples before (i + 1) * hop
+    seen = np.flatnonzero(np.abs(windows - windows[0]).max(axis=1) > 0.1)
+    assert seen.tolist() == [i for i in range(len(windows)) if (i + 1) * hop - 512 < click < (i + 1) * hop]
+    codes = codec.encode(audio)
+    assert np.flatnonzero((codes != codes[:, :1]).any(axis=0)).tolist() == [frame]
+
+
+@pytest.mark.parametrize("start", [17 * 1280 + 640, 25 * 1280 + 333])
+def test_a_burst_is_decoded_at_its_place(codec, start):
+    burst = np.zeros(30 * 1280, np.float32)
+    burst[start : start + 640] = np.random.default_rng(0).normal(0, 0.2, 640)
+    decoded = codec.decode(codec.encode(burst))
+    places = [np.average(np.arange(len(audio)), weights=np.square(audio)) for audio in (burst, decoded)]
+    assert places[1] == pytest.approx(places[0], abs=64)  # a quarter of the hop between windows
+
+
 def test_state_is_a_value(codec, speech):
     state = codec.init_state()
     block = speech[: 3 * codec.frame_size].copy()

@@ -25,14 +25,16 @@ import soundfile
 from matplotlib import pyplot
 
 from eval.__main__ import main as eval_main
-from eval.compare import analysis, command, report
+from eval.compare import analysis, losses, report
+from eval.compare import results as compare_results
 from eval.diagnose import records
 from eval.inputs import checkpoints
+from eval.streaming import results as stream_results
 from eval.streaming import summary, table
-from tests.eval.test_compare import made as made_experiment
 from tests.eval.test_diagnose import made as diagnosed
 from tests.helpers import damage, eval_models, made_scores, micro
 from tests.helpers import kyutai_files as kyutai_made
+from tests.helpers.made_experiment import made as made_experiment
 from tests.train.test_plot import STREAMS, lines_of
 from train import metrics, plot
 from train.config import TrainConfig
@@ -255,7 +257,7 @@ def _codes(root: Path) -> Path:
     made = root / "codes.safetensors"
     codes = np.random.default_rng(0).integers(0, 64, (17, 40)).astype(np.int32)
     source = Source("talk.wav", "0" * 64, 3.2, 40, 0)
-    write_codes(made, Codes(codes, 12.5, "d" * 64, "made", 64, "t" * 64, "own", (source,)))
+    write_codes(made, Codes(codes, 12.5, "d" * 64, "made", 64, "t" * 64, "moshi", (source,)))
     return made
 
 
@@ -379,9 +381,8 @@ def what_a_run_says_of_itself(rng, root, folder):
 def _results(root: Path) -> tuple[Path, str]:
     made = root / "results"
     made_scores.write(made)
-    found = summary.summarise(made_scores.SETTING, [made_scores.CHECKPOINT], made_scores.FILES, [], made)
-    summary.write_results(made, found, {})
-    return made, table.table(summary.read_results(made))
+    made_scores.write_results(made, [made_scores.CHECKPOINT])
+    return made, table.table(stream_results.read(made))
 
 
 def a_results_folder(rng, root, folder):
@@ -391,7 +392,7 @@ def a_results_folder(rng, root, folder):
     spoil(copied / "results.json" if rng.random() < 0.6 else one_file(copied / "frames", rng), rng)
 
     def shown():
-        found = summary.read_results(copied)
+        found = stream_results.read(copied)
         infos = [one.info for one in found.checkpoints]
         again = summary.summarise(found.setting, infos, found.files, found.skipped, copied)
         return table.table(found), table.table(again)
@@ -403,12 +404,14 @@ def a_results_folder(rng, root, folder):
 def _comparison(root: Path) -> tuple[Path, str]:
     made = root / "comparison"
     made.mkdir()
-    command.tell(made_experiment({"reset": 0.05}), {}, made)
+    experiment = made_experiment({"reset": 0.05})
+    losses.write(made, experiment)
+    compare_results.write(made, experiment, analysis.analyse(experiment), {})
     return made, report.table(*_analysed(made))
 
 
 def _analysed(folder: Path):
-    experiment, _ = analysis.read(folder)
+    experiment, _ = compare_results.read(folder)
     return experiment, analysis.analyse(experiment)
 
 
@@ -416,7 +419,7 @@ def a_comparison(rng, root, folder):
     """Statistics are done again on what was measured, or not at all."""
     sound, table = _comparison(root)
     copied = place(sound, folder)
-    spoil(copied / "results.json", rng)
+    spoil(copied / ("results.json" if rng.random() < 0.6 else "losses.npz"), rng)
     found = attempt(_analysed, copied)
     assert found is None or report.table(*found) == table
 

@@ -1,25 +1,29 @@
-"""`python -m experiments.memory`, shrunk: runs, results and best losses from end to end, and what the report compares."""
+"""`python -m experiments.memory`, shrunk: runs, results and best losses from end to end, and what the report
+compares."""
 
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from eval.compare import plots as compare_plots
+from eval.compare import results
 from eval.compare.conditions import parse
 from eval.compare.experiment import BEYOND
 from eval.streaming import runner
 from experiments import memory
-from tests.helpers.places import ROOT
 from tests.helpers.quick import quickly, scan_calls
 from tests.helpers.small_tasks import CONFIG, LONG, SHORT
 from train import plots, together
 from ttt_jax.checkpoints.parameter_counts import TTT, parameter_counts
-from ttt_jax.checkpoints.run_checkpoints import load_run
+from ttt_jax.checkpoints.run_weights import load_run
 from ttt_jax.data import corpus as corpora
 from ttt_jax.errors import InputError
+from ttt_jax.utils.command import parse as parse_options
 
 KINDS = ("persist", "none")
 """Ways to train that are done: one with TTT layers, one without."""
@@ -27,7 +31,8 @@ KINDS = ("persist", "none")
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """The part `tasks` on a small model, one task and two ways to train: its folder, and what changed when it was done again."""
+    """The part `tasks` on a small model, one task and two ways to train: its folder, and what changed when it was done
+    again."""
     folder = tmp_path_factory.mktemp("memory")
     whole, drawn = memory.Experiment._conditions, []
 
@@ -52,10 +57,10 @@ def done(tmp_path_factory):
         patch.setattr(compare_plots, "draw_all", lambda *_: [])
         patch.setattr(plots, "draw_run", lambda lines, unigram, folder: drawn.append((len(lines), folder.name)))
         # As many runs and steps as in tests/train/test_together.py: the program may be there already.
-        asked = ["tasks", str(folder), "--seeds", "3,4", "--steps", "6"]
-        assert memory.main(asked) == 0
+        options = memory.Options("tasks", str(folder), seeds="3,4", steps=6)
+        assert memory.main(options) == 0
         before = stamps(folder)
-        assert memory.main(asked) == 0
+        assert memory.main(options) == 0
         return folder, drawn, before, stamps(folder)
 
 
@@ -64,6 +69,7 @@ def stamps(folder):
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.integration
 def test_every_way_to_train_leaves_a_run_that_is_whole(done):
     folder, drawn, *_ = done
     names = [f"{way}-recall-{seed}" for way in KINDS for seed in (3, 4)]
@@ -76,6 +82,7 @@ def test_every_way_to_train_leaves_a_run_that_is_whole(done):
         assert bool(run.config.ttt_layers) == name.startswith("persist")
 
 
+@pytest.mark.integration
 def test_runs_learn_from_short_and_long_files_half_of_the_frames_each(done):
     folder, *_ = done
     cfg = dataclasses.replace(
@@ -88,23 +95,25 @@ def test_runs_learn_from_short_and_long_files_half_of_the_frames_each(done):
     assert short.weight * memory.SHORT.frames == long.weight * memory.LONG.frames
 
 
+@pytest.mark.integration
 def test_the_comparison_tells_how_near_the_best_losses_it_comes(done):
     folder, *_ = done
-    stored = json.loads((folder / "results" / "tasks-recall-seeds-3-4" / "results.json").read_text())
-    assert [file["frames"] for file in stored["files"]] == [192] * 3
-    assert stored["setting"]["chunk"] == CONFIG.data.chunk
-    values = [
-        (ideal, memoryless)
-        for sides in zip(stored["bounds"]["ideal"], stored["bounds"]["memoryless"], strict=True)
-        for ideal, memoryless in zip(*sides, strict=True)
-        if ideal is not None
-    ]
-    assert values
-    assert all(value == (0, pytest.approx(math.log(16))) for value in values)
-    assert {name: len(losses) for name, losses in stored["losses"].items()} == {"persist": 2, "reset": 2, "none": 2}
-    assert stored["analysis"]["losses"]["persist"]["closed"]
+    out = folder / "results" / "tasks-recall-seeds-3-4"
+    experiment, _ = results.read(out)
+    assert [file.frames for file in experiment.files] == [192] * 3
+    assert experiment.setting.chunk == CONFIG.data.chunk
+    ideal, memoryless = (
+        values[np.isfinite(values)] for values in (experiment.bounds.ideal, experiment.bounds.memoryless)
+    )
+    assert len(ideal)
+    np.testing.assert_array_equal(ideal, 0)
+    np.testing.assert_allclose(memoryless, math.log(16))
+    assert {name: len(losses) for name, losses in experiment.losses.items()} == {"persist": 2, "reset": 2, "none": 2}
+    assert json.loads((out / "results.json").read_text())["analysis"]["losses"]["persist"]["closed"]
+    assert len(list((out / "frames").rglob("*.npz"))) == 4 * 3
 
 
+@pytest.mark.integration
 def test_runs_that_have_ended_are_not_trained_again(done):
     _, _, before, after = done
     runs = [name for name in before if not name.startswith("results/")]
@@ -148,11 +157,18 @@ def test_an_interrupt_in_training_ends_the_whole(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["--seeds", "a"], "--seeds 'a'"), (["--seeds", ""], "--seeds ''"), (["--steps", "0"], "--steps 0")],
+    [
+        (["tasks", "FOLDER", "--seeds", "a"], "--seeds 'a'"),
+        (["tasks", "FOLDER", "--seeds", ""], "--seeds ''"),
+        (["tasks", "FOLDER", "--steps", "0"], "--steps 0"),
+        (["tasks"], "part and folder are missing"),
+        (["tasks", "FOLDER", "--again"], "part and folder are missing, or given together with --again"),
+        ([], "part and folder are missing"),
+    ],
 )
 def test_a_mistake_is_one_sentence(tmp_path, words, said):
     with pytest.raises(InputError, match=said):
-        memory.main(["tasks", str(tmp_path), *words])
+        parse_options(memory.Options, "memory", words)
     assert not list(tmp_path.iterdir())
 
 
@@ -224,7 +240,7 @@ def test_variants_are_compared_with_the_runs_of_the_report(tmp_path, monkeypatch
     assert memory.INNER["persist"](memory.TASK) == memory.PLACES["persist"](memory.TASK) == memory.persist(memory.TASK)
 
 
-def test_conditions_are_those_that_persistence_understands_with_all_seeds_each(tmp_path):
+def test_conditions_are_those_that_compare_understands_with_all_seeds_each(tmp_path):
     found = [parse(text) for text in memory.Experiment(tmp_path, [1, 2], None)._conditions("recall")]
     assert [(one.name, one.arm, Path(one.paths[0]).name) for one in found] == [
         ("persist", "persist", "persist-recall-1"),
@@ -239,31 +255,52 @@ def test_conditions_are_those_that_persistence_understands_with_all_seeds_each(t
 
 
 @pytest.mark.parametrize(
-    ("part", "words", "seeds"),
+    ("part", "given", "seeds"),
     [
-        ("tasks", [], [20, 21, 22]),
-        ("place", [], [20, 21, 22]),
-        ("speech", [], list(range(20, 29))),
-        ("speech", ["--seeds", "7,8"], [7, 8]),
+        ("tasks", None, [20, 21, 22]),
+        ("place", None, [20, 21, 22]),
+        ("speech", None, list(range(20, 29))),
+        ("speech", "7,8", [7, 8]),
     ],
 )
-def test_a_part_has_the_seeds_of_the_report_unless_others_are_asked_for(tmp_path, monkeypatch, part, words, seeds):
+def test_a_part_has_the_seeds_of_the_report_unless_others_are_asked_for(tmp_path, monkeypatch, part, given, seeds):
     had = []
     monkeypatch.setattr(memory.Experiment, part, lambda experiment: had.extend(experiment._seeds))
-    assert memory.main([part, str(tmp_path), *words]) == 0
+    assert memory.main(memory.Options(part, str(tmp_path), seeds=given)) == 0
     assert had == seeds
 
 
-REPORTED = ROOT / "docs" / "results" / "memory"
+PARTS = ("control", "inner", "place", "recall", "speaker", "speech")
+
+
+def test_the_stored_results_are_whole_and_small():
+    folders = sorted(memory.REPORTED.iterdir())
+    assert [folder.name for folder in folders] == list(PARTS)
+    for folder in folders:
+        experiment, about = results.read(folder)
+        assert len((folder / "results.json").read_text().splitlines()) <= 300
+        assert len(experiment.losses) >= 3
+        assert about.keys() == {"evaluated_with", "cost"}
+    assert sum((folder / "losses.npz").stat().st_size for folder in folders) < 1e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+def test_the_stored_losses_give_the_stored_reports_again(tmp_path, part, monkeypatch):
+    monkeypatch.setattr(compare_plots, "draw_all", lambda *_: [])
+    folder = Path(shutil.copytree(memory.REPORTED / part, tmp_path / part))
+    assert memory.again(tmp_path) == 0
+    for name in ("report.md", "results.json"):
+        assert (folder / name).read_bytes() == (memory.REPORTED / part / name).read_bytes()
 
 
 def reported(part):
     """What the stored results of a part say: units, losses, and the comparisons with what cannot remember."""
-    results = json.loads((REPORTED / part / "results.json").read_text())
-    analysis = results["analysis"]
+    stored = json.loads((memory.REPORTED / part / "results.json").read_text())
+    analysis = stored["analysis"]
     rivals = [one for one in analysis["comparisons"] if one["name"] in ("reset", "none")]
     assert len(rivals) == 2
-    return analysis["units"], analysis["losses"]["persist"], [one["regions"][BEYOND] for one in rivals], results
+    return analysis["units"], analysis["losses"]["persist"], [one["regions"][BEYOND] for one in rivals], stored
 
 
 @pytest.mark.parametrize(("part", "share"), [("recall", 0.8), ("speaker", 0.5)])
@@ -280,7 +317,7 @@ def test_the_reported_memory_closes_the_gap_in_every_seed(part, share):
 
 
 def test_the_reported_memory_is_equivalent_where_there_is_nothing_to_remember():
-    _, _, rivals, results = reported("control")
-    assert results["setting"]["margin"] == 0.02
+    _, _, rivals, stored = reported("control")
+    assert stored["setting"]["margin"] == 0.02
     for rival in rivals:
         assert rival["paired"]["equivalence"]["p"] < 0.01

@@ -1,10 +1,6 @@
-"""Kyutai's weights in and out: what arrives, in every layout, type and variant, and that it comes back bit for bit."""
+"""Kyutai's weights in and out: they arrive in every layout, type and variant, and come back bit for bit."""
 
-import dataclasses
-import functools
 import json
-import operator
-import re
 
 import jax
 import ml_dtypes
@@ -13,9 +9,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers import kyutai_files as files
+from tests.helpers.comparing import same
+from tests.helpers.converting import close, info_of, layout, nightly, shapes_of, with_adapters
 from tests.helpers.places import FIXTURES
 from ttt_jax.checkpoints import weights
-from ttt_jax.config import LoRAConfig, TTTConfig
+from ttt_jax.config import TTTConfig
 from ttt_jax.convert import export, kyutai
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import model
@@ -31,25 +29,12 @@ def fixture_source(tmp_path):
     return folder
 
 
-def same(a, b):
-    """Equal in names, shapes, types and bits."""
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype, name
-        assert a[name].shape == b[name].shape, name
-        assert a[name].tobytes() == b[name].tobytes(), name
-
-
-def flat(tree):
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
 def test_the_fixture_arrives_where_the_model_wants_it(fixture_source, tmp_path):
     kyutai(fixture_source, tmp_path / "ours")
     cfg, params, info = weights.load(tmp_path / "ours", verify=True)
     w = load_file(fixture_source / "model.safetensors")
     like = jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0))
-    assert {k: v.shape for k, v in flat(params).items()} == {k: v.shape for k, v in flat(like).items()}
+    assert shapes_of(params) == shapes_of(like)
     assert (cfg.hidden, cfg.depth.hidden, cfg.dep_q, cfg.dtype) == (176, 88, 3, "float32")
     assert cfg.delays == (0, 0, 1, 1, 0, 1, 1)
 
@@ -88,29 +73,36 @@ def test_the_fixture_comes_back(fixture_source, tmp_path):
     kyutai(fixture_source, tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "back")
     same(load_file(tmp_path / "back" / "model.safetensors"), load_file(fixture_source / "model.safetensors"))
-    old, new = (json.loads((f / "config.json").read_text()) for f in (fixture_source, tmp_path / "back"))
+    old, new = (info_of(f) for f in (fixture_source, tmp_path / "back"))
     assert {key: new[key] for key in old} == old
 
 
-@pytest.mark.parametrize("kind", ["BF16", "F16", "F32"])
-@pytest.mark.parametrize("variant", files.VARIANTS)
+TYPES = ("BF16", "F16", "F32")
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind"),
+    nightly(
+        ("all", "BF16"), ("plain", "F16"), *((variant, kind) for variant in files.VARIANTS for kind in TYPES), default=2
+    ),
+)
 def test_both_layouts_arrive_alike_and_come_back_bit_for_bit(tmp_path, variant, kind):
     c = files.config(**files.VARIANTS[variant])
     unfused = files.weights(c, kind)
     for name, tensors in (("unfused", unfused), ("fused", files.fuse(unfused))):
         kyutai(files.write(tmp_path / name, c, tensors), tmp_path / f"{name}-ours")
     kinds = ("unfused-ours", "fused-ours")
-    one, other = (json.loads((tmp_path / name / "config.json").read_text()) for name in kinds)
+    one, other = (info_of(tmp_path / name) for name in kinds)
     assert one["digest"] == other["digest"]
     assert one["files"] == other["files"]
     cfg, params, _ = weights.load(tmp_path / "fused-ours")
     like = jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0))
-    assert {k: v.shape for k, v in flat(params).items()} == {k: v.shape for k, v in flat(like).items()}
-    assert {str(leaf.dtype) for leaf in flat(params).values()} == {np.dtype(files.TYPES[kind]).name}
+    assert shapes_of(params) == shapes_of(like)
+    assert {str(dtype) for _, dtype in layout(params).values()} == {np.dtype(files.TYPES[kind]).name}
     assert cfg.dtype == ("bfloat16" if kind == "BF16" else "float32")
     export(tmp_path / "unfused-ours", tmp_path / "back")
     same(load_file(tmp_path / "back" / "model.safetensors"), files.fuse(unfused))
-    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    config = info_of(tmp_path / "back")
     assert {key: config[key] for key in c} == c
 
 
@@ -130,104 +122,6 @@ def test_what_variants_hold(tmp_path):
     np.testing.assert_array_equal(depth["qkv"][1].reshape(24, 8), w["depformer.layers.0.self_attn.in_projs.1.weight"])
 
 
-def test_special_numbers_keep_their_bits_and_those_that_are_not_finite_are_told(tmp_path, caplog):
-    c = files.config()
-    w = files.weights(c, "BF16")
-    w["text_emb.weight"].view(np.uint16)[:] = np.resize([0x7F80, 0xFF80, 0x7FC1, 0x0001, 0x8000], (10, 16))
-    kyutai(files.write(tmp_path / "source", c, w), tmp_path / "ours")
-    (said,) = caplog.messages
-    assert said.startswith(
-        f"{tmp_path / 'source' / 'model.safetensors'}: text_emb.weight holds NaN or infinite numbers"
-    )
-    export(tmp_path / "ours", tmp_path / "back")
-    same(load_file(tmp_path / "back" / "model.safetensors"), files.fuse(w))
-
-
-@pytest.mark.parametrize("kind", ["BF16", "F16", "F32"])
-@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
-def test_one_number_that_is_not_finite_is_found_in_every_type(tmp_path, caplog, kind, value):
-    c = files.config(num_layers=1, depformer_num_layers=1)
-    w = files.weights(c, kind)
-    w["linears.1.weight"][-1, -1] = value
-    kyutai(files.write(tmp_path / "source", c, w), tmp_path / "ours")
-    (said,) = caplog.messages
-    assert said.startswith(f"{tmp_path / 'source' / 'model.safetensors'}: linears.1.weight holds NaN or infinite")
-
-
-@pytest.mark.parametrize("merge", [False, True])
-@pytest.mark.parametrize("value", [np.nan, -np.inf])
-@pytest.mark.parametrize(
-    "key", ["text_linear.lora_A.weight", "transformer.layers.1.self_attn.in_projs.0.lora_B.weight"]
-)
-def test_adapters_that_are_not_finite_are_told_merged_or_not(tmp_path, caplog, key, value, merge):
-    c = files.config(lora=True, lora_scaling=2.0)
-    a = files.lora(c, 3)
-    a[key][0, 0] = value
-    source = files.write(tmp_path / "source", c, files.weights(c), lora=a)
-    kyutai(source, tmp_path / "ours", merge_lora=merge)
-    (said,) = caplog.messages
-    assert said.startswith(f"{source / 'lora.safetensors'}: {key} holds NaN or infinite numbers, which are kept")
-    caplog.clear()
-    export(tmp_path / "ours", tmp_path / "out")
-    (said,) = caplog.messages
-    assert said.startswith(f"{tmp_path / 'ours'}: ")
-    if not merge:
-        caplog.clear()
-        export(tmp_path / "ours", tmp_path / "merged", merge_lora=True)
-        (again,) = caplog.messages
-        assert again == said
-
-
-@pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_a_base_that_is_not_finite_is_told_when_adapters_are_merged(tmp_path, caplog, dtype):
-    c = files.config(lora=True, lora_scaling=2.0)
-    w = files.weights(c, dtype)
-    w["linears.0.weight"][1, 1] = np.inf
-    source = files.write(tmp_path / "source", c, w, lora=files.lora(c, 3))
-    kyutai(source, tmp_path / "ours", merge_lora=True)
-    (said,) = caplog.messages
-    assert said.startswith(f"{source / 'model.safetensors'}: linears.0.weight holds NaN")
-
-
-def test_what_is_not_finite_has_the_name_of_its_own_file_in_other_layouts(tmp_path, caplog):
-    c = files.config()
-    theirs = files.huggingface(files.weights(c), c)
-    keys = ["decoder.model.layers.0.self_attn.k_proj.linear.weight", "depth_decoder.lm_heads.weight"]
-    for key in keys:
-        theirs[key][...] = np.nan
-    source = files.write(tmp_path / "hf", files.huggingface_config(c), theirs)
-    kyutai(source, tmp_path / "from-hf")
-    assert sorted(said.split(" holds ")[0] for said in caplog.messages) == [
-        f"{source / 'model.safetensors'}: {key}" for key in keys
-    ]
-    caplog.clear()
-    w = {f"module.{key}": array for key, array in files.weights(c).items()}
-    w["module.emb.0.weight"][0, 0] = np.nan
-    source = files.write(tmp_path / "wrapped", c, w)
-    kyutai(source, tmp_path / "from-wrapped")
-    (said,) = caplog.messages
-    assert said.startswith(f"{source / 'model.safetensors'}: module.emb.0.weight holds")
-
-
-@pytest.mark.parametrize(("name", "value"), [("gate", np.nan), ("inner_w0", np.inf), ("out_kernel", -np.inf)])
-def test_ttt_layers_that_are_not_finite_are_told_and_kept(tmp_path, caplog, name, value):
-    c = files.config()
-    source = files.write(tmp_path / "source", c, files.weights(c))
-    kyutai(source, tmp_path / "ours", ttt=TTTConfig(layers="1"))
-    export(tmp_path / "ours", tmp_path / "out")
-    path = tmp_path / "out" / "ttt.safetensors"
-    tensors = load_file(path)
-    tensors[f"layer_01/{name}"].flat[0] = value
-    save_file(tensors, path)
-    assert not caplog.messages
-    kyutai(tmp_path / "out", tmp_path / "again")
-    (said,) = caplog.messages
-    assert said.startswith(f"{path}: layer_01/{name} holds NaN or infinite numbers, which are kept")
-    np.testing.assert_array_equal(
-        load_file(tmp_path / "again" / "ttt_01.safetensors")[name], tensors[f"layer_01/{name}"]
-    )
-
-
 def test_a_hidden_width_by_another_rule_is_taken_from_the_tensors(tmp_path):
     c = files.config(hidden_scale=4)  # 42 by PyTorch's rule, 44 by that of the other ports
     w = files.weights(files.config(hidden_scale=4.125))
@@ -235,49 +129,27 @@ def test_a_hidden_width_by_another_rule_is_taken_from_the_tensors(tmp_path):
     assert plan.cfg.hidden == 44
     assert any("hidden_scale would give hidden width 42" in note for note in plan.notes)
     export(tmp_path / "ours", tmp_path / "back")
-    scale = json.loads((tmp_path / "back" / "config.json").read_text())["hidden_scale"]
+    scale = info_of(tmp_path / "back")["hidden_scale"]
     assert 2 * int(scale * 16) // 3 == 44
 
 
-def lora_sum(w, a, scaling):
-    """W + scaling B A of every map, in float32."""
-    merged = dict(w)
-    for name in a:
-        if name.endswith(".lora_A.weight"):
-            module = name.removesuffix(".lora_A.weight")
-            up, down = a[f"{module}.lora_B.weight"].astype(np.float32), a[name].astype(np.float32)
-            key = f"{module}.weight"
-            merged[key] = (w[key].astype(np.float32) + np.float32(scaling) * up @ down).astype(w[key].dtype)
-    return merged
-
-
-def close(a, b):
-    """Equal but for the last bit: sums in another order."""
-    assert a.keys() == b.keys()
-    for name in a:
-        eps = ml_dtypes.finfo(a[name].dtype).eps
-        x, y = a[name].astype(np.float32), b[name].astype(np.float32)
-        np.testing.assert_allclose(x, y, rtol=2 * eps, atol=16 * 2**-23, err_msg=name)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("kind", ["BF16", "F32"])
+@pytest.mark.parametrize(("kind", "fused"), nightly(("BF16", False), ("F32", True), ("BF16", True), ("F32", False)))
 def test_adapters_merge_on_the_way_in_and_out_alike(tmp_path, kind, fused):
     c = files.config(**files.VARIANTS["all"], lora=True, lora_rank=3, lora_scaling=1.5)
     w, a = files.weights(c, kind), files.lora(c, 3, kind)
     source = files.write(tmp_path / "source", c, files.fuse(w) if fused else w, lora=a)
-    wanted = files.fuse(lora_sum(w, a, 1.5))
+    wanted = files.fuse(with_adapters(w, a, 1.5))
     kyutai(source, tmp_path / "merged", merge_lora=True)
     assert weights.load(tmp_path / "merged").cfg.lora.rank == 0
     export(tmp_path / "merged", tmp_path / "back")
     close(load_file(tmp_path / "back" / "model.safetensors"), wanted)
-    assert "lora" not in json.loads((tmp_path / "back" / "config.json").read_text())
+    assert "lora" not in info_of(tmp_path / "back")
 
     kyutai(source, tmp_path / "apart")
     cfg, params, _ = weights.load(tmp_path / "apart")
     assert (cfg.lora.rank, cfg.lora.scaling) == (3, 1.5)
     like = jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0))
-    assert {k: v.shape for k, v in flat(params).items()} == {k: v.shape for k, v in flat(like).items()}
+    assert shapes_of(params) == shapes_of(like)
     np.testing.assert_array_equal(
         params["depth"]["qkv_lora_a"][3], a["depformer.layers.1.self_attn.in_projs.1.lora_A.weight"]
     )
@@ -289,7 +161,7 @@ def test_adapters_merge_on_the_way_in_and_out_alike(tmp_path, kind, fused):
     export(tmp_path / "apart", tmp_path / "lora")
     same(load_file(tmp_path / "lora" / "lora.safetensors"), a)
     same(load_file(tmp_path / "lora" / "model.safetensors"), files.fuse(w))
-    config = json.loads((tmp_path / "lora" / "config.json").read_text())
+    config = info_of(tmp_path / "lora")
     assert [config[k] for k in ("lora", "lora_rank", "lora_scaling", "lora_name")] == [True, 3, 1.5, "lora.safetensors"]
 
 
@@ -312,12 +184,12 @@ def test_an_adapter_file_by_option_with_its_own_scaling_and_tables(tmp_path):
 
 def test_a_config_by_option_goes_before_the_one_in_the_source(tmp_path):
     c = files.config()
-    told = {**c, "lora": True, "lora_rank": 2}
-    source = files.write(tmp_path / "source", told | {"lora_scaling": 3.0}, files.weights(c))
+    config = {**c, "lora": True, "lora_rank": 2}
+    source = files.write(tmp_path / "source", config | {"lora_scaling": 3.0}, files.weights(c))
     save_file(files.lora(c, 2), source / "lora.safetensors")
-    (tmp_path / "other.json").write_text(json.dumps(told | {"lora_scaling": 0.25, "lora_name": "lora.safetensors"}))
+    (tmp_path / "other.json").write_text(json.dumps(config | {"lora_scaling": 0.25, "lora_name": "lora.safetensors"}))
     assert kyutai(source, tmp_path / "plain").cfg.lora.scaling == 3
-    assert kyutai(source, tmp_path / "told", config=tmp_path / "other.json").cfg.lora.scaling == 0.25
+    assert kyutai(source, tmp_path / "given", config=tmp_path / "other.json").cfg.lora.scaling == 0.25
 
 
 def test_adapters_merged_on_the_way_out_are_rounded_once(tmp_path):
@@ -350,49 +222,6 @@ def test_another_type_on_the_way_out(tmp_path):
     assert not (tmp_path / "half").exists()
 
 
-def test_ttt_layers_are_added_without_effect_and_travel_in_files_of_their_own(tmp_path):
-    c = files.config()
-    source = files.write(tmp_path / "source", c, files.weights(c))
-    ttt = TTTConfig(layers="1", hidden=(), gate_init=0.25)
-    kyutai(source, tmp_path / "ours", ttt=ttt, seed=3)
-    cfg, params, info = weights.load(tmp_path / "ours", verify=True)
-    assert cfg.ttt == ttt
-    tree = params["layers"]["layers_01_01"]["ttt"]
-    like = jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0))
-    assert {k: (v.shape, v.dtype) for k, v in flat(params).items()} == {
-        k: (v.shape, v.dtype) for k, v in flat(like).items()
-    }
-    assert not tree["out_kernel"].any()
-    assert not tree["out_bias"].any()
-    assert (tree["gate"] == 0.25).all()
-    assert tree["q_kernel"].any()
-    for part in ("kernel", "bias"):  # as in fresh weights
-        np.testing.assert_array_equal(tree[f"q_{part}"], tree[f"k_{part}"])
-        assert (tree[f"q_{part}"] != tree[f"v_{part}"]).all()
-    kyutai(source, tmp_path / "plain")
-    assert json.loads((tmp_path / "plain" / "config.json").read_text())["digest"] == info["digest"]
-
-    tokens = jax.random.randint(jax.random.key(0), (1, 5, 6), 0, 6)
-    logits = []
-    for folder in ("plain", "ours"):
-        cfg, params, _ = weights.load(tmp_path / folder)
-        outputs, _ = model.forward(params, tokens, np.ones((1, 6), bool), model.init_state(cfg, 1), cfg)
-        logits.append(outputs)
-    np.testing.assert_array_equal(logits[0].text_logits, logits[1].text_logits)
-    np.testing.assert_array_equal(logits[0].audio_logits, logits[1].audio_logits)
-
-    export(tmp_path / "ours", tmp_path / "out")
-    out = load_file(tmp_path / "out" / "ttt.safetensors")
-    np.testing.assert_array_equal(out["layer_01/q_kernel"], tree["q_kernel"][0])
-    same(load_file(tmp_path / "out" / "model.safetensors"), files.fuse(files.weights(c)))
-    kyutai(tmp_path / "out", tmp_path / "again")
-    again = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert again["files"]["ttt_01.safetensors"] == info["files"]["ttt_01.safetensors"]
-    assert again["model"]["ttt"] == json.loads((tmp_path / "ours" / "config.json").read_text())["model"]["ttt"]
-    with pytest.raises(InputError, match="has TTT layers of its own"):
-        kyutai(tmp_path / "out", tmp_path / "never", ttt=ttt)
-
-
 def test_what_travels_along(tmp_path):
     c = files.config(
         tokenizer_name="pieces.model", mimi_name="codec.safetensors", lm_gen_config={"temp": 0.5}, model_type="moshi"
@@ -412,128 +241,10 @@ def test_what_travels_along(tmp_path):
     assert (tmp_path / "back" / "pieces.model").read_bytes() == b"pieces"
     assert (tmp_path / "back" / "LICENSE").read_text() == "as you like"
     assert (tmp_path / "back" / "README.md").read_text().startswith("---\nlicense: cc-by-4.0\n---")
-    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    config = info_of(tmp_path / "back")
     assert {key: config[key] for key in c} == c
     kyutai(tmp_path / "back", tmp_path / "again")
     assert weights.load(tmp_path / "again").info["source"]["licence"] == "cc-by-4.0"
-
-
-def test_a_trained_run_goes_out(tmp_path):
-    from ttt_jax.checkpoints import run_checkpoints
-    from ttt_jax.utils import config_json
-
-    c = files.config(**files.VARIANTS["all"])
-    kyutai(
-        files.write(tmp_path / "source", c, files.weights(c)), tmp_path / "ours", ttt=TTTConfig(layers="0", hidden=())
-    )
-    cfg, params, _ = weights.load(tmp_path / "ours")
-    checkpoints = run_checkpoints.Checkpoints(tmp_path / "run", keep=1)
-    checkpoints.save(1, params, {"x": np.zeros(1)}, {}, {"config": {"model": config_json.to_dict(cfg)}})
-    checkpoints.close()
-    export(tmp_path / "run", tmp_path / "out")
-    same(load_file(tmp_path / "out" / "model.safetensors"), files.fuse(files.weights(c)))
-    export(tmp_path / "ours", tmp_path / "direct")
-    same(load_file(tmp_path / "out" / "ttt.safetensors"), load_file(tmp_path / "direct" / "ttt.safetensors"))
-    export(tmp_path / "run", tmp_path / "small", dtype="bfloat16")
-    assert load_file(tmp_path / "small" / "model.safetensors")["text_emb.weight"].dtype == ml_dtypes.bfloat16
-
-
-@pytest.fixture
-def tuned(tmp_path, monkeypatch):
-    """Runs that were fine-tuned from a folder of bfloat16 weights with float32 adapters; those weights and adapters."""
-    from ttt_jax.checkpoints import run_checkpoints
-
-    c = files.config(**files.VARIANTS["all"], lora=True, lora_rank=3, lora_scaling=1.5, mimi_name="codec.safetensors")
-    w, a = files.weights(c, "BF16"), files.lora(c, 3)
-    source = files.write(tmp_path / "source", c, w, lora=a)
-    (source / "tokenizer_spm_32k_3.model").write_bytes(b"pieces")
-    (source / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
-    kyutai(source, tmp_path / "ours", ttt=TTTConfig(layers="1", hidden=()))
-    cfg, params, info = weights.load(tmp_path / "ours")
-    folder = tmp_path / "run"
-    (folder / "checkpoints").mkdir(parents=True)
-
-    def run(*maps, base="ours", trained=None):
-        """The folder of a run with adapters on `maps`, which holds the leaves `trained` (by path) otherwise than its base."""
-        told = dataclasses.replace(cfg, lora=LoRAConfig(3 if maps else 0, 1.5, maps))
-        tree = {}
-        for path in {tensor.path for tensor in weights.tensors(told)}:
-            branch = functools.reduce(lambda branch, key: branch.setdefault(key, {}), path[:-1], tree)
-            leaf = functools.reduce(operator.getitem, path, params)
-            branch[path[-1]] = (trained or {}).get(path, leaf)
-        meta = {"base": {"path": str(tmp_path / base), "digest": info["digest"]}}
-        monkeypatch.setattr(run_checkpoints, "load_run", lambda path: run_checkpoints.Run(told, tree, meta))
-        return folder
-
-    return run, w, a
-
-
-def test_a_fine_tuned_run_goes_out_with_the_bits_and_papers_of_its_base(tuned, tmp_path):
-    run, w, _ = tuned
-    assert export(run(), tmp_path / "out").notes == ()
-    same(load_file(tmp_path / "out" / "model.safetensors"), files.fuse(w))
-    export(tmp_path / "ours", tmp_path / "direct", merge_lora=True)
-    for name in ("config.json", "README.md", "tokenizer_spm_32k_3.model", "ttt.safetensors", "ttt_config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes(), name
-    assert "license: cc-by-4.0" in (tmp_path / "out" / "README.md").read_text()
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["mimi_name"] == "codec.safetensors"
-
-
-def test_a_run_without_its_base_is_refused(tuned, tmp_path):
-    run, *_ = tuned
-    c = files.config()
-    kyutai(files.write(tmp_path / "plain", c, files.weights(c)), tmp_path / "another")
-    for base in ("nowhere", "another"):
-        with pytest.raises(InputError, match=rf"{base}, the weights that .*run started from, is gone or another"):
-            export(run(base=base), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("part", "modules"),
-    [
-        ("attention", r"transformer\..*self_attn"),
-        ("ffn", r"transformer\..*gating"),
-        ("depth", r"depformer|linears"),
-        ("heads", r"text_linear|extra_heads"),
-    ],
-)
-def test_adapters_on_some_maps_merge_and_leave_the_others_alone(tuned, tmp_path, part, modules):
-    run, w, a = tuned
-    with pytest.raises(InputError, match=rf"has adapters on {part} only, but Kyutai's .* give --merge-lora"):
-        export(run(part), tmp_path / "out")
-    export(run(part), tmp_path / "out", merge_lora=True)
-    mine = {name: array for name, array in a.items() if re.match(modules, name)}
-    wanted, plain = files.fuse(lora_sum(w, mine, 1.5)), files.fuse(w)
-    got = load_file(tmp_path / "out" / "model.safetensors")
-    close(got, wanted)
-    others = [name for name in plain if not re.match(modules, name)]
-    same({name: got[name] for name in others}, {name: plain[name] for name in others})
-    assert "lora" not in json.loads((tmp_path / "out" / "config.json").read_text())
-
-
-def test_adapters_on_all_maps_of_a_run_are_kyutais_file(tuned, tmp_path):
-    run, w, a = tuned
-    export(run("heads", "depth", "ffn", "attention"), tmp_path / "out")
-    same(load_file(tmp_path / "out" / "lora.safetensors"), a)
-    same(load_file(tmp_path / "out" / "model.safetensors"), files.fuse(w))
-
-
-def test_weights_trained_over_a_frozen_rest_take_its_type_unless_another_is_asked_for(tuned, tmp_path):
-    run, w, _ = tuned
-    path = next(
-        t.path
-        for t in weights.base(weights.load(tmp_path / "ours").cfg)
-        if t.name == "attention/out" and "01" in t.file
-    )
-    mine = np.random.default_rng(3).normal(size=(1, 16, 16)).astype(np.float32)
-    (note,) = export(run(trained={path: mine}), tmp_path / "out").notes
-    assert note == f"{'/'.join(path)} are rounded to bfloat16, the others' type; --dtype float32 keeps them"
-    key = "transformer.layers.1.self_attn.out_proj.weight"
-    same(load_file(tmp_path / "out" / "model.safetensors"), files.fuse(w) | {key: mine[0].astype(ml_dtypes.bfloat16)})
-    assert export(run(trained={path: mine}), tmp_path / "wide", dtype="float32").notes == ()
-    wide = {name: array.astype(np.float32) for name, array in files.fuse(w).items()}
-    same(load_file(tmp_path / "wide" / "model.safetensors"), wide | {key: mine[0]})
 
 
 def test_dry_run_checks_all_and_writes_nothing(tmp_path):
@@ -541,9 +252,9 @@ def test_dry_run_checks_all_and_writes_nothing(tmp_path):
     source = files.write(tmp_path / "source", c, files.weights(c))
     plan = kyutai(source, tmp_path / "ours", ttt=TTTConfig(layers="0,1"), dry_run=True)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
-    told = "\n".join(plan.lines())
-    assert "TTT layers    0, 1" in told
-    assert "ttt_01.safetensors" in told
+    lines = "\n".join(plan.lines())
+    assert "TTT layers    0, 1" in lines
+    assert "ttt_01.safetensors" in lines
     kyutai(source, tmp_path / "ours")
     before = {path.name for path in tmp_path.iterdir()}
     assert "model.safetensors" in "\n".join(export(tmp_path / "ours", tmp_path / "back", dry_run=True).lines())

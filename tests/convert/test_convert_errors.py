@@ -1,54 +1,20 @@
-"""What a conversion refuses: unsupported models by name, files and configurations that do not fit, full disks, no network."""
+"""Conversions refuse unsupported models by name, and tensors and configurations that do not fit."""
 
-import errno
-import importlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from tests.helpers import kyutai_files as files
-from tests.helpers.places import ROOT
-from ttt_jax.checkpoints import safetensors_reader, safetensors_writer, weights
+from tests.helpers.converting import change_config, nightly, refused
 from ttt_jax.config import TTTConfig
 from ttt_jax.convert import export, kyutai
 from ttt_jax.errors import InputError
 
 
-@pytest.fixture
-def source(tmp_path):
-    """A sound source folder."""
-    return files.write(tmp_path / "source", files.config(), files.weights(files.config()))
-
-
-def change_config(source, **changes):
-    """Change or (with `...`) remove keys of config.json."""
-    c = json.loads((source / "config.json").read_text()) | changes
-    (source / "config.json").write_text(json.dumps({key: value for key, value in c.items() if value is not ...}))
-
-
-def refused(source, *said, out="ours", **options):
-    """The message of a conversion that must fail, with all of `said` in it, in one sentence, and nothing left behind."""
-    folder = Path(source).parent
-    before = {path.name for path in folder.iterdir()}
-    with pytest.raises(InputError) as caught:
-        kyutai(source, folder / out, **options)
-    message = str(caught.value)
-    for words in said:
-        assert words in message
-    assert "\n" not in message
-    assert message.endswith(".")
-    assert {path.name for path in folder.iterdir()} == before
-    return message
-
-
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "words"),
     [
         ({"quantize": True}, "8-bit weights (quantize=True)"),
         ({"cross_attention": True}, "cross-attention (cross_attention=True)"),
@@ -83,13 +49,13 @@ def refused(source, *said, out="ours", **options):
         ({"quantize": True, "norm": "layer_norm"}, "8-bit weights (quantize=True); another norm"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(source, changes, said):
+def test_what_is_not_supported_is_refused_by_name(source, changes, words):
     change_config(source, **changes)
-    refused(source, "not supported yet", said, str(source / "config.json"))
+    refused(source, "not supported yet", words, str(source / "config.json"))
 
 
 @pytest.mark.parametrize(
-    ("key", "said"),
+    ("key", "words"),
     [
         ("transformer.layers.0.gating.linear_in.weight_scb", "8-bit weights"),
         ("transformer.layers.1.cross_attention.in_proj_weight", "cross-attention"),
@@ -103,10 +69,10 @@ def test_what_is_not_supported_is_refused_by_name(source, changes, said):
         ("depformer.slices.0.emb.weight", "MLX"),
     ],
 )
-def test_what_only_the_tensors_give_away_is_refused_by_name(tmp_path, key, said):
+def test_what_only_the_tensors_give_away_is_refused_by_name(tmp_path, key, words):
     c = files.config()
     source = files.write(tmp_path / "source", c, files.weights(c) | {key: np.zeros((2, 2), np.float32)})
-    refused(source, "not supported yet", said, key, "model.safetensors")
+    refused(source, "not supported yet", words, key, "model.safetensors")
 
 
 def test_weights_without_a_depth_transformer_are_refused_by_name(tmp_path):
@@ -115,7 +81,7 @@ def test_weights_without_a_depth_transformer_are_refused_by_name(tmp_path):
     refused(files.write(tmp_path / "source", c, w), "no depth transformer")
 
 
-def test_all_that_does_not_fit_is_told_at_once(tmp_path):
+def test_everything_that_does_not_fit_is_listed_at_once(tmp_path):
     c = files.config()
     w = files.weights(c)
     del w["emb.2.weight"], w["linears.1.weight"]
@@ -134,9 +100,20 @@ def test_all_that_does_not_fit_is_told_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["emb.3.weight", "transformer.layers.1.norm2.alpha", "depformer.layers.0.gating.1.linear_in.weight"]
+    ("name", "fused"),
+    nightly(
+        ("emb.3.weight", True),
+        *(
+            (name, fused)
+            for name in (
+                "emb.3.weight",
+                "transformer.layers.1.norm2.alpha",
+                "depformer.layers.0.gating.1.linear_in.weight",
+            )
+            for fused in (False, True)
+        ),
+    ),
 )
-@pytest.mark.parametrize("fused", [False, True])
 def test_a_missing_and_a_left_over_tensor(tmp_path, name, fused):
     c = files.config()
     w = files.weights(c)
@@ -155,31 +132,31 @@ def test_a_map_in_both_layouts_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "words"),
     [
-        ({"dim": 32}, "dim 32 where the tensors say 16"),
-        ({"n_q": 3, "delays": [0, 0, 1, 0]}, "n_q 3 where the tensors say 4"),
-        ({"dep_q": 3}, "dep_q 3 where the tensors say 2"),
-        ({"num_layers": 3}, "num_layers 3 where the tensors say 2"),
-        ({"card": 7}, "card 7 where the tensors say 6"),
-        ({"text_card": 10}, "text_card 10 where the tensors say 9"),
-        ({"depformer_dim": 16}, "depformer_dim 16 where the tensors say 8"),
-        ({"depformer_num_layers": 1}, "depformer_num_layers 1 where the tensors say 2"),
+        ({"dim": 32}, "dim 32 where the tensors have 16"),
+        ({"n_q": 3, "delays": [0, 0, 1, 0]}, "n_q 3 where the tensors have 4"),
+        ({"dep_q": 3}, "dep_q 3 where the tensors have 2"),
+        ({"num_layers": 3}, "num_layers 3 where the tensors have 2"),
+        ({"card": 7}, "card 7 where the tensors have 6"),
+        ({"text_card": 10}, "text_card 10 where the tensors have 9"),
+        ({"depformer_dim": 16}, "depformer_dim 16 where the tensors have 8"),
+        ({"depformer_num_layers": 1}, "depformer_num_layers 1 where the tensors have 2"),
         ({"extra_heads_num_heads": 1}, "lacks extra_heads.0.weight"),
         (
             {"depformer_low_rank_embeddings": 5},
             "lacks depformer_text_emb.low_rank.weight, depformer_emb.0.low_rank.weight",
         ),
-        ({"depformer_weights_per_step_schedule": [0, 0]}, "depformer weight sets 1 where the tensors say 2"),
+        ({"depformer_weights_per_step_schedule": [0, 0]}, "depformer weight sets 1 where the tensors have 2"),
     ],
 )
-def test_a_configuration_that_contradicts_the_tensors(source, changes, said):
+def test_a_configuration_that_contradicts_the_tensors(source, changes, words):
     change_config(source, **changes)
-    refused(source, "model.safetensors does not fit", str(source / "config.json"), said)
+    refused(source, "model.safetensors does not fit", str(source / "config.json"), words)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "words"),
     [
         ({"num_heads": 3}, "does not divide into model.num_heads=3"),
         ({"delays": [0, 1]}, "has 2 entries"),
@@ -198,78 +175,14 @@ def test_a_configuration_that_contradicts_the_tensors(source, changes, said):
         ({"depformer_multi_linear": 1}, "depformer_multi_linear is 1"),
         ({"lora": "yes"}, "lora is 'yes'"),
         ({"lm_gen_config": [1]}, "lm_gen_config is [1]"),
-        ({"num_layers": 10**30}, "tells of 1000000000000000000000000000000 layers, as it has"),
-        ({"depformer_num_layers": 10**9}, "tells of 1000000000 layers in the depth transformer, as it has"),
-        ({"extra_heads_num_heads": 10**9}, "tells of 1000000000 extra heads, as it has"),
+        ({"num_layers": 10**30}, "has 1000000000000000000000000000000 layers, as it holds only"),
+        ({"depformer_num_layers": 10**9}, "has 1000000000 layers in the depth transformer, as it holds only"),
+        ({"extra_heads_num_heads": 10**9}, "has 1000000000 extra heads, as it holds only"),
     ],
 )
-def test_a_configuration_that_no_model_can_have(source, changes, said):
+def test_a_configuration_that_no_model_can_have(source, changes, words):
     change_config(source, **changes)
-    refused(source, str(source / "config.json"), said)
-
-
-def test_files_that_are_none(source, tmp_path):
-    refused(tmp_path / "nowhere", "nowhere is no folder or file here")
-    refused(tmp_path / "nowhere.safetensors", "nowhere.safetensors is no folder or file")
-    (source / "config.json").write_text("{")
-    refused(source, "config.json is not JSON")
-    (source / "config.json").write_text("[" * 99999)
-    refused(source, "config.json is not JSON")
-    (source / "config.json").write_text("[]")
-    refused(source, "config.json holds no object")
-    change = files.write(tmp_path / "source", files.config(), {})
-    (change / "model.safetensors").unlink()
-    refused(change, "holds no model.safetensors")
-    (change / "model.pth").write_bytes(b"pickle")
-    refused(change, "model.pth, which is pickled")
-    refused(change / "model.pth", "model.pth is pickled")
-    (change / "config.json").write_text(json.dumps(files.config(moshi_name="other.safetensors")))
-    refused(change, "has no other.safetensors")
-
-
-@pytest.mark.parametrize("keep", [0, 5, 100, 0.5, 0.999, 1.001])
-def test_a_file_cut_off_or_too_long(source, keep):
-    path = source / "model.safetensors"
-    content = path.read_bytes()
-    size = keep if isinstance(keep, int) else int(keep * len(content))
-    path.write_bytes((content + bytes(1000))[:size])
-    refused(source, str(path))
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"not safetensors at all, but text" * 9,
-        (9).to_bytes(8, "little") + b"[1, 2, 3]",
-        (2).to_bytes(8, "little") + b"{]",
-        (60).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,8]}}'.ljust(60) + bytes(8),
-        (60).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}'.ljust(60) + bytes(16),
-        (60).to_bytes(8, "little") + b'{"a":{"dtype":"X99","shape":[2],"data_offsets":[0,8]}}'.ljust(60) + bytes(8),
-        (60).to_bytes(8, "little") + b'{"a":{"dtype":["F"],"shape":[2],"data_offsets":[0,8]}}'.ljust(60) + bytes(8),
-        (60).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[2.5],"data_offsets":[0,8]}}'.ljust(60) + bytes(8),
-        (60).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":["2"],"data_offsets":[0,8]}}'.ljust(60) + bytes(8),
-        (60).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8,8]}}'.ljust(60) + bytes(8),
-        (99999).to_bytes(8, "little") + b"[" * 99999,
-    ],
-)
-def test_a_file_that_is_no_safetensors(source, content):
-    (source / "model.safetensors").write_bytes(content)
-    refused(source, str(source / "model.safetensors"))
-
-
-def test_an_empty_tensor_between_others(source):
-    w = {"b": np.ones(3, np.float32), "a": np.zeros((0, 4), np.float32), "c": np.ones(1, np.float32)}
-    path = source / "model.safetensors"
-    header = {
-        "b": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]},
-        "c": {"dtype": "F32", "shape": [1], "data_offsets": [12, 16]},
-        "a": {"dtype": "F32", "shape": [0, 4], "data_offsets": [12, 12]},
-    }
-    head = json.dumps(header).encode()
-    path.write_bytes(len(head).to_bytes(8, "little") + head + w["b"].tobytes() + w["c"].tobytes())
-    with safetensors_reader.TensorFile(path) as file:
-        for name, array in w.items():
-            np.testing.assert_array_equal(file.array(name), array)
+    refused(source, str(source / "config.json"), words)
 
 
 def test_integers_are_no_weights(tmp_path):
@@ -305,15 +218,20 @@ def test_adapters_that_do_not_fit(tmp_path):
     refused(source, "names no adapters that could be merged", merge_lora=True)
 
 
-@pytest.mark.parametrize("scaling", [float("inf"), float("-inf"), float("nan"), 1e39])
-@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize(
+    ("scaling", "merge"),
+    nightly(
+        *((scaling, merge) for scaling in (float("nan"), 1e39, float("inf"), float("-inf")) for merge in (False, True)),
+        default=4,
+    ),
+)
 def test_a_scaling_of_adapters_that_is_no_number_is_refused(tmp_path, scaling, merge):
     c = files.config(lora=True, lora_scaling=scaling)
     source = files.write(tmp_path / "source", c, files.weights(c), lora=files.lora(c, 3))
     refused(source, f"{source / 'config.json'}: lora_scaling is {scaling}", merge_lora=merge)
 
 
-@pytest.mark.parametrize(("kind", "scaling"), [("F16", 1e9), ("F32", 3e38), ("BF16", 3e38)])
+@pytest.mark.parametrize(("kind", "scaling"), nightly(("F16", 1e9), ("F32", 3e38), ("BF16", 3e38), default=2))
 def test_merged_weights_beyond_the_range_of_their_type(tmp_path, kind, scaling):
     c = files.config(lora=True, lora_scaling=scaling)
     a = {key: np.full_like(array, 50.0) for key, array in files.lora(c, 3).items()}
@@ -328,12 +246,13 @@ def test_a_table_of_the_lora_file_beyond_the_range_of_the_weights_type(tmp_path)
     source = files.write(tmp_path / "source", c, files.weights(c, "F16"), lora=a)
     refused(
         source,
-        f"{source / 'lora.safetensors'}: text_emb.weight holds a number beyond the range of float16: give weights of another",
+        f"{source / 'lora.safetensors'}: text_emb.weight holds a number beyond the range of float16: give weights of"
+        " another",
     )
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "words"),
     [
         ({"base_lr": float("nan")}, "ttt.base_lr=nan"),
         ({"layers": "9"}, 'ttt.layers="9"'),
@@ -341,14 +260,10 @@ def test_a_table_of_the_lora_file_beyond_the_range_of_the_weights_type(tmp_path)
         ({"wings": 1}, "wings"),
     ],
 )
-def test_settings_of_exported_ttt_layers_that_cannot_be(source, tmp_path, changes, said):
-    kyutai(source, tmp_path / "ours", ttt=TTTConfig(layers="1"))
-    export(tmp_path / "ours", tmp_path / "out")
-    path = tmp_path / "out" / "ttt_config.json"
-    raw = json.loads(path.read_text())
-    raw["ttt"] |= changes
-    path.write_text(json.dumps(raw))
-    assert refused(tmp_path / "out", said, out="again").startswith(str(path))
+def test_settings_of_exported_ttt_layers_that_cannot_be(source, changes, words):
+    path = source / "ttt_config.json"
+    path.write_text(json.dumps({"format": 1, "ttt": {"layers": "1"} | changes}))
+    assert refused(source, words).startswith(str(path))
 
 
 def test_a_file_without_config_must_be_the_7b_or_come_with_one(tmp_path):
@@ -383,71 +298,16 @@ def test_a_file_of_the_7bs_shape_needs_no_config(tmp_path):
     )
 
 
-def test_out_must_be_new(source, tmp_path):
-    refused(source, "source is not empty", out="source")
-    (tmp_path / "file").touch()
-    refused(source, "file is a file", out="file")
-    refused(source, "cannot be made in it", out="no/where")
-    (tmp_path / "empty").mkdir()
-    kyutai(source, tmp_path / "empty")
-    assert weights.load(tmp_path / "empty").cfg.dim == 16
-
-
 def test_ttt_layers_that_cannot_be(source):
     refused(source, "names layer 2, but the model has layers 0 to 1", ttt=TTTConfig(layers="2"))
 
 
-@pytest.mark.parametrize("when", [1, 7])
-@pytest.mark.parametrize(
-    ("error", "caught"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), InputError),
-        (KeyboardInterrupt(), KeyboardInterrupt),
-        (PermissionError(errno.EACCES, "denied", "x"), PermissionError),
-    ],
-)
-@pytest.mark.parametrize("direction", ["in", "out"])
-def test_a_write_that_fails_leaves_nothing(source, tmp_path, monkeypatch, when, error, caught, direction):
-    if direction == "out":
-        kyutai(source, tmp_path / "first")
-    before = {path.name for path in tmp_path.iterdir()}
-    real, calls = safetensors_writer.write_block, []
-
-    def write_block(fd, block):
-        calls.append(1)
-        if len(calls) == when:
-            raise error
-        real(fd, block)
-
-    monkeypatch.setattr(safetensors_writer, "write_block", write_block)
-    with pytest.raises(caught, match="is full" if caught is InputError else None):
-        kyutai(source, tmp_path / "ours") if direction == "in" else export(tmp_path / "first", tmp_path / "ours")
-    assert {path.name for path in tmp_path.iterdir()} == before
-
-
-def test_a_read_that_is_interrupted_leaves_nothing(source, tmp_path, monkeypatch):
-    def read_into(self, start, view):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(safetensors_reader.TensorFile, "read_into", read_into)
-    with pytest.raises(KeyboardInterrupt):
-        kyutai(source, tmp_path / "ours")
-    assert {path.name for path in tmp_path.iterdir()} == {"source"}
-
-
-def test_a_disk_that_is_too_small_is_noticed_before(source, monkeypatch):
-    usage = os.statvfs(source)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    assert usage
-    refused(source, "has 1,000 bytes left")
-
-
-def test_export_refuses_what_is_no_checkpoint_or_cannot_be_told(source, tmp_path):
-    for folder, said in (
+def test_export_refuses_folders_that_are_no_checkpoints_and_models_that_kyutai_cannot_express(source, tmp_path):
+    for folder, words in (
         (tmp_path / "nowhere", "is not a folder of weights"),
-        (source, "is not that of converted weights"),
+        (source, "does not describe converted weights"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=words):
             export(folder, tmp_path / "back")
     kyutai(source, tmp_path / "ours")
     with pytest.raises(InputError, match="has no adapters that could be merged"):
@@ -458,157 +318,3 @@ def test_export_refuses_what_is_no_checkpoint_or_cannot_be_told(source, tmp_path
     with pytest.raises(InputError, match=r"model.layer_context=\(\(1, 4\),\) .* Kyutai's layout cannot express"):
         export(tmp_path / "ours", tmp_path / "back")
     assert not (tmp_path / "back").exists()
-
-
-def test_a_damaged_folder_is_told_with_all_that_is_wrong(source, tmp_path):
-    ours = tmp_path / "ours"
-    kyutai(source, ours)
-    content = (ours / "head.safetensors").read_bytes()
-    (ours / "head.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    weights.load(ours)
-    with pytest.raises(InputError, match=r"head.safetensors has another SHA-256"):
-        weights.load(ours, verify=True)
-    (ours / "layer_01.safetensors").unlink()
-    (ours / "depth.safetensors").write_bytes(b"short")
-    with pytest.raises(InputError, match=r"layer_01.safetensors is missing; depth.safetensors has 5 bytes instead of"):
-        weights.load(ours)
-    info = json.loads((ours / "config.json").read_text())
-    (ours / "config.json").write_text(json.dumps({**info, "format": 2}))
-    with pytest.raises(InputError, match="has format 2, this version reads 1"):
-        weights.load(ours)
-
-
-def test_a_folder_whose_config_tells_of_another_model(source, tmp_path):
-    kyutai(source, tmp_path / "ours")
-    info = json.loads((tmp_path / "ours" / "config.json").read_text())
-    info["model"]["hidden"] = 45
-    (tmp_path / "ours" / "config.json").write_text(json.dumps(info))
-    with pytest.raises(
-        InputError, match=r"layer_00.safetensors has ffn/gate_up of shape \[2, 44, 16\] instead of \[2, 45, 16\]"
-    ):
-        weights.load(tmp_path / "ours")
-
-
-def run(folder, *args, **environment):
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    env = {**os.environ, "PYTHONPATH": path, "HF_HOME": str(folder / "hub"), **environment}
-    command = [sys.executable, "-m", "ttt_jax.convert", *map(str, args)]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
-
-
-def assert_one_sentence(done, *said):
-    assert done.returncode == 2, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    for words in said:
-        assert words in line
-    assert "Traceback" not in done.stderr
-
-
-def test_the_command_line(source, tmp_path):
-    done = run(tmp_path, "kyutai", "--help")
-    assert done.returncode == 0
-    for said in ("--ttt-layers", "--ttt.mini-batch", "--ttt.hidden", "--lora", "--merge-lora", "--dry-run", "--config"):
-        assert said in done.stdout
-    assert "--ttt.layers" not in done.stdout
-    done = run(tmp_path, "kyutai", source, "ours", "--ttt-layers", "0,1", "--ttt.mini-batch", "4", "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert "TTT layers    0, 1" in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"source"}
-    assert_one_sentence(run(tmp_path, "kyutai", source, "ours", "--ttt.mini-batch", "0"), "mini_batch=0 is not a size")
-    assert_one_sentence(run(tmp_path, "export", "nowhere", "back"), "nowhere is not a folder of weights")
-    done = run(tmp_path, "kyutai", source, "ours")
-    assert done.returncode == 0, done.stderr
-    assert "100%" in done.stderr
-    done = run(tmp_path, "export", "ours", "back", "--dtype", "bfloat16")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "back" / "model.safetensors").is_file()
-
-
-def test_the_command_line_is_read_without_jax():
-    code = "import sys, ttt_jax.convert.__main__; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def test_the_hub_offline(source, tmp_path):
-    pytest.importorskip("huggingface_hub")
-    snapshot = tmp_path / "hub" / "hub" / "models--some--one" / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
-    snapshot.mkdir(parents=True)
-    (snapshot.parent.parent / "refs").mkdir()
-    (snapshot.parent.parent / "refs" / "main").write_text(snapshot.name)
-    for path in source.iterdir():
-        (snapshot / path.name).write_bytes(path.read_bytes())
-    done = run(tmp_path, "kyutai", "some/one", "ours", HF_HUB_OFFLINE="1")
-    assert done.returncode == 0, done.stderr
-    about = weights.load(tmp_path / "ours").info["source"]
-    assert about["revision"] == snapshot.name
-    assert about["mimi"] == "hf://some/one/tokenizer-e351c8d8-checkpoint125.safetensors"
-    done = run(tmp_path, "kyutai", "no/such", "never", HF_HUB_OFFLINE="1")
-    assert_one_sentence(done, "config.json of no/such on the hub is not in the hub's cache", "offline mode")
-    config = (snapshot / "config.json").read_bytes()
-    (snapshot / "config.json").unlink()  # which is not to know that the repository has none
-    done = run(tmp_path, "kyutai", "some/one", "never", HF_HUB_OFFLINE="1")
-    assert_one_sentence(done, "config.json of some/one on the hub is not in the hub's cache")
-    (snapshot / "config.json").write_bytes(config)
-    (snapshot / "model.safetensors").unlink()
-    done = run(tmp_path, "kyutai", "some/one", "never", HF_HUB_OFFLINE="1")
-    assert_one_sentence(done, "model.safetensors of some/one on the hub is not in the hub's cache")
-    assert {path.name for path in tmp_path.iterdir()} == {"source", "ours", "hub"}
-
-
-@pytest.mark.slow  # the hub's client tries six times
-def test_no_network(tmp_path):
-    pytest.importorskip("huggingface_hub")
-    done = run(tmp_path, "kyutai", "no/such@v1", "never", HF_ENDPOINT="http://127.0.0.1:9")
-    assert_one_sentence(done, "config.json of no/such on the hub is not in the hub's cache", "no network")
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("RepositoryNotFoundError", "nor a repository of the hub"),
-        ("GatedRepoError", "is closed to you"),
-        ("RevisionNotFoundError", "has no revision v1"),
-        ("HfHubHTTPError", "could not be had from the hub"),
-        ("OfflineModeIsEnabled", "could not be had from the hub"),
-    ],
-)
-def test_what_the_hub_answers(source, monkeypatch, name, said):
-    hub = pytest.importorskip("huggingface_hub")
-    kind = getattr(importlib.import_module("huggingface_hub.utils"), name)
-
-    def download(*args, **options):
-        raise kind.__new__(kind, "no")
-
-    monkeypatch.setattr(hub, "hf_hub_download", download)
-    monkeypatch.chdir(source)
-    with pytest.raises(InputError, match=said):
-        kyutai("some/one@v1", source.parent / "ours")
-
-
-def test_the_hub_breaks_off(tmp_path, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-
-    class TransportError(Exception):
-        """What HTTP clients raise: no kin of OSError."""
-
-    def broken(*_, **__):
-        raise TransportError("the read timed out")
-
-    monkeypatch.setattr(hub, "hf_hub_download", broken)
-    with pytest.raises(InputError, match=r"config.json of some/one could not be had from the hub .the read timed out."):
-        kyutai("some/one", tmp_path / "never")
-
-
-def test_out_is_a_link(source, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "ours").symlink_to(tmp_path / "elsewhere")
-    refused(source, "ours is a link: give a new folder.")
-
-
-def test_merged_adapters_beyond_the_range_of_the_weights(tmp_path):
-    c = files.config()
-    large = {name: np.full_like(array, 200) for name, array in files.lora(c, 2).items()}
-    w = {name: array.astype(np.float16) for name, array in files.weights(c).items()}
-    source = files.write(tmp_path / "source", c, w)
-    save_file({name: array.astype(np.float16) for name, array in large.items()}, tmp_path / "lora.safetensors")
-    refused(source, "beyond the range of float16", lora=tmp_path / "lora.safetensors", merge_lora=True)

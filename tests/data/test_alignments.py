@@ -1,4 +1,4 @@
-"""The JSON beside a recording: what it is taken for, which words are kept, and what is refused."""
+"""The JSON beside a recording: its kind, its words, and every kind of bad input."""
 
 import json
 import math
@@ -100,17 +100,17 @@ def test_times_of_another_recording_or_unit_are_refused(tmp_path, rows):
         ([0, 1], False),
     ],
 )
-def test_whose_voice_is_the_models_must_be_said(tmp_path, labels, known):
+def test_whose_voice_is_the_models_must_be_stated(tmp_path, labels, known):
     found = read(tmp_path, *(["word", [0.1 + i / 4, 0.2 + i / 4], label] for i, label in enumerate(labels)))
     assert (found.words is not None) is known
     assert (found.notice is None) is known
     if not known:
         name = "no label" if labels[0] is None else repr(str(labels[0]))
         assert f"of {len(labels)} words none is of SPEAKER_MAIN (but of {name}" in found.notice
-        assert "give the words of the model's voice the label SPEAKER_MAIN" in found.notice
+        assert "give the words of Moshi's stream the label SPEAKER_MAIN" in found.notice
 
 
-def test_many_labels_are_not_all_told(tmp_path):
+def test_many_labels_are_not_all_listed(tmp_path):
     rows = [["word", [i / 10, i / 10 + 0.1], f"S{i}"] for i in range(9)]
     assert "(but of 'S0', 'S1', 'S2' and 6 more)" in read(tmp_path, *rows).notice
 
@@ -145,7 +145,7 @@ def test_a_row_of_another_shape_is_refused(tmp_path, row):
 
 @pytest.mark.parametrize("value", ["{}", "null", '"words"', "3", "true"])
 def test_what_is_meant_as_alignments_must_be_a_list(tmp_path, value):
-    with pytest.raises(InputError, match='has .* under the key "alignments", expected a list'):
+    with pytest.raises(InputError, match='has .* under "alignments", expected a list'):
         read_alignments(write(tmp_path, f'{{"alignments": {value}}}'), 2.0)
 
 
@@ -173,7 +173,7 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "kind", "told"),
+    ("content", "kind", "warned"),
     [
         (
             {"speaker": "64", "book_meta": {"title": "T"}, "voice_activity": [[0.1, 5.0]]},
@@ -193,13 +193,13 @@ def test_a_missing_file_is_refused(tmp_path):
         (GOOD, Kind.OTHER_WORDS, True),
     ],
 )
-def test_other_json_is_no_alignment_and_told_where_it_holds_words(tmp_path, content, kind, told):
+def test_other_json_is_no_alignment_and_its_words_are_reported(tmp_path, content, kind, warned):
     path = write(tmp_path, content)
     found = read_alignments(path, 2.0)
     assert read_beside(path)[0] is kind
     assert found.words is None
-    assert (found.notice is not None) is told
-    assert not told or "holds words that are not read" in found.notice
+    assert (found.notice is not None) is warned
+    assert not warned or "holds words that are not read" in found.notice
 
 
 def test_alignments_beside_other_data_are_alignments(tmp_path):

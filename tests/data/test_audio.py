@@ -48,12 +48,40 @@ def test_every_format_gives_both_channels_at_the_asked_rate(tmp_path, name):
     np.testing.assert_allclose(level * np.sqrt(2), [0.4, 0.2], rtol=0.1)
 
 
-@pytest.mark.parametrize("rate", [8000, 22050, 24000, 44100, 48000])
-def test_any_rate_keeps_the_duration_and_the_pitch(tmp_path, rate):
-    soundfile.write(tmp_path / "a.wav", tones(1.5, rate, channels=1), rate)
-    samples = read_audio(tmp_path / "a.wav", 24000)
-    assert samples.shape == (1, 36000)
-    assert strongest_hz(samples[0], 24000) == pytest.approx(440, abs=1)
+def spectrum(samples, rate):
+    """Amplitudes by frequency in whole Hz, of the middle second."""
+    middle = samples[len(samples) // 2 - rate // 2 :][:rate]
+    return 2 * np.abs(np.fft.rfft(middle * np.hanning(rate))) / np.hanning(rate).sum()
+
+
+@pytest.mark.parametrize(
+    ("rate", "hertz", "new", "left"),
+    [
+        (48000, 1000, 16000, 1000),
+        (48000, 7000, 16000, 7000),  # near the new Nyquist frequency of 8,000 Hz
+        (48000, 10000, 16000, None),  # beyond it, 6,000 Hz if aliased
+        (44100, 9000, 16000, None),
+        (8000, 3000, 16000, 3000),
+        (22050, 440, 24000, 440),
+    ],
+)
+def test_resampling_keeps_tones_below_nyquist_and_removes_all_else(tmp_path, rate, hertz, new, left):
+    tone = 0.5 * np.sin(2 * np.pi * hertz * np.arange(2 * rate) / rate)
+    soundfile.write(tmp_path / "a.wav", tone.astype(np.float32), rate, subtype="FLOAT")
+    samples = read_audio(tmp_path / "a.wav", new)
+    assert samples.shape == (1, 2 * new)
+    amplitudes = spectrum(samples[0], new)
+    if left is not None:
+        assert amplitudes[left] == pytest.approx(0.5, rel=0.01)
+        amplitudes[left - 5 : left + 6] = 0
+    assert amplitudes.max() < 0.5e-3  # -60 dB of the tone
+
+
+def test_resampling_keeps_a_click_in_its_place(tmp_path):
+    click = np.zeros(48000, np.float32)
+    click[30000] = 1
+    soundfile.write(tmp_path / "a.wav", click, 48000, subtype="FLOAT")
+    assert np.abs(read_audio(tmp_path / "a.wav", 16000)[0]).argmax() == 10000
 
 
 def test_equal_rate_returns_the_samples_of_the_file(tmp_path):
@@ -73,31 +101,12 @@ def test_reading_in_blocks_changes_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_cut_off_file_is_refused(tmp_path, name, keep):
     path = tmp_path / name
-    noise = np.random.default_rng(0).uniform(-0.3, 0.3, (10 * RATE, 1))
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, (3 * RATE, 1))
     soundfile.write(path, noise, RATE, **FORMATS[name])
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
     with pytest.raises(InputError, match=rf"{name} is (cut off|not audio)"):
         read_audio(path, RATE)
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_bytes_after_the_end_do_no_harm(tmp_path, name):
-    path = tmp_path / name
-    soundfile.write(path, tones(), RATE, **FORMATS[name])
-    with path.open("ab") as file:
-        file.write(bytes(2000))
-    assert read_audio(path, RATE).shape == (2, 2 * RATE)
-
-
-def test_a_wav_written_to_a_pipe_may_leave_its_size_open(tmp_path):
-    path = tmp_path / "piped.wav"
-    soundfile.write(path, tones(), RATE, subtype="PCM_16")
-    content = bytearray(path.read_bytes())
-    at = content.index(b"data") + 4
-    content[at : at + 4] = b"\xff\xff\xff\xff"
-    path.write_bytes(content)
-    assert read_audio(path, RATE).shape == (2, 2 * RATE)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -157,12 +166,7 @@ def test_samples_that_are_no_numbers_are_refused(tmp_path, value):
         read_audio(tmp_path / "a.wav", 24000)
 
 
-def test_other_sound_formats_are_named(tmp_path):
-    soundfile.write(tmp_path / "a.aiff", tones(), RATE)
-    with pytest.raises(InputError, match="AIFF"):
-        read_audio(tmp_path / "a.aiff", RATE)
-
-
+@pytest.mark.integration
 def test_importing_the_reader_loads_no_audio_library():
     code = (
         "import sys, ttt_jax.data.audio.reader, ttt_jax.data.manifest, ttt_jax.data.text\n"

@@ -1,263 +1,22 @@
-"""The embedded corpus keeps what its README says, and the steps of its build do what they claim."""
+"""The data of a run: its sources, codec and tokenizer, and their fit to a model."""
 
 import dataclasses
 import gzip
 import json
-import re
 import weakref
 
 import numpy as np
 import pytest
-import soundfile
 from safetensors.numpy import save_file
 
-from corpus import fit_codec
-from corpus.align import HOP, spread, voiced_frames
-from corpus.prompts import Prompt, alike, clean_words, drop_similar, share_out, trim
 from tests.helpers.places import CORPUS
-from ttt_jax.codec import DEFAULT_FILE, load_codec
+from ttt_jax.codec import CodecInfo, load_codec
+from ttt_jax.config import MoshiConfig
 from ttt_jax.data import codes as codefiles
 from ttt_jax.data import corpus as corpora
 from ttt_jax.data import unigram
-from ttt_jax.data.alignments import read_alignments
-from ttt_jax.data.audio.reader import read_audio
-from ttt_jax.data.manifest import check_duration, read_manifest
-from ttt_jax.data.text import load_tokenizer, text_stream
+from ttt_jax.data.text import TokenizerInfo, load_tokenizer
 from ttt_jax.errors import InputError
-
-RATE = 16000
-READER = "en_librivox"  # one short file, held out
-
-
-def entries(split):
-    return read_manifest(CORPUS / f"{split}.jsonl").entries
-
-
-def by_voice(split):
-    voices = {}
-    for entry in entries(split):
-        voices.setdefault(entry.path.parent.name, []).append(entry)
-    return voices
-
-
-def prompts_of(split):
-    """(voice, prompt name, its words) of every prompt in a split."""
-    for entry in entries(split):
-        content = json.loads(entry.alignment.read_text(encoding="utf-8"))
-        for prompt in content["prompts"]:
-            end = prompt["start"] + prompt["seconds"] + 0.02
-            words = [row[0] for row in content["alignments"] if prompt["start"] - 0.02 <= row[1][0] < end]
-            yield entry.path.parent.name, prompt["name"], [word.lower().strip(".,!?") for word in words]
-
-
-@pytest.fixture(scope="module")
-def recordings():
-    """Every recording at its own rate, float32 [2, samples], with its entry."""
-    return [(entry, read_audio(entry.path, RATE)) for split in ("train", "heldout") for entry in entries(split)]
-
-
-def test_each_voice_has_five_to_six_minutes_in_files_of_one_to_three():
-    train, heldout = by_voice("train"), by_voice("heldout")
-    assert len(train) == 5
-    assert set(heldout) == {*train, READER}
-    for voice in train:
-        files = train[voice] + heldout[voice]
-        assert 300 <= sum(entry.duration for entry in files) <= 360
-        assert all(60 <= entry.duration <= 180 for entry in files)
-
-
-def test_the_readme_states_the_length_of_the_recordings():
-    minutes = {split: sum(entry.duration for entry in entries(split)) / 60 for split in ("train", "heldout")}
-    said = " ".join((CORPUS / "README.md").read_text(encoding="utf-8").split())
-    parts = f"({minutes['train']:.1f} for training, {minutes['heldout']:.1f} held out)"
-    assert f"{sum(minutes.values()):.0f} minutes in all {parts}" in said
-
-
-def test_the_audio_fits_in_eight_megabytes():
-    files = list((CORPUS / "voices").rglob("*.ogg"))
-    assert sum(file.stat().st_size for file in files) <= 8e6
-    assert {entry.path for split in ("train", "heldout") for entry in entries(split)} == set(files)
-
-
-def test_every_voice_states_licence_author_source_and_changes():
-    for voice in by_voice("heldout"):
-        notice = (CORPUS / "voices" / voice / "NOTICE").read_text(encoding="utf-8")
-        assert all(part in notice for part in ("Author: ", "Terms: ", "Source packages:", "Changes made: ")), voice
-        license_text = (CORPUS / "voices" / voice / "LICENSE").read_text(encoding="utf-8")
-        assert len(license_text.splitlines()) > (20 if voice == READER else 250), voice
-        assert license_text.startswith(notice.split("Terms: ")[1].split(" (")[0]) or voice == READER
-    assert "CC-BY-SA-3.0" in (CORPUS / "tokenizer" / "NOTICE").read_text()
-
-
-def test_left_speaks_and_right_is_silent(recordings):
-    for entry, audio in recordings:
-        left, right = audio
-        check_duration(entry, audio.shape[1] / RATE)
-        assert 0.03 < np.sqrt(np.mean(left**2)) < 0.25, entry.path
-        assert np.abs(left).max() < 1, entry.path
-        assert np.sqrt(np.mean(right**2)) < 1e-5, entry.path
-        assert np.abs(right).max() < 2e-3, entry.path
-
-
-def test_words_lie_on_the_speech(recordings):
-    for entry, audio in recordings:
-        voiced = voiced_frames(audio[0])
-        spoken = np.zeros(len(voiced), bool)
-        for word in read_alignments(entry.alignment, entry.duration).words:
-            spoken[round(word.start * 100) : round(word.end * 100)] = True
-        agreement = {shift: np.mean(np.roll(spoken, shift) == voiced) for shift in (-30, 0, 30)}
-        assert agreement[0] > 0.85, entry.path
-        assert agreement[0] > 0.03 + max(agreement[-30], agreement[30]), entry.path
-
-
-def test_alignments_say_how_they_were_made():
-    for split in ("train", "heldout"):
-        for entry in entries(split):
-            method = json.loads(entry.alignment.read_text(encoding="utf-8"))["alignment_method"]
-            assert method == ("pocketsphinx" if entry.path.parent.name.startswith("en_") else "spread")
-
-
-def test_no_held_out_prompt_has_a_twin_in_training():
-    train = list(prompts_of("train"))
-    assert len(train) > 100
-    for voice, name, words in prompts_of("heldout"):
-        assert len(words) >= 4, name
-        twins = [other for place, other, text in train if place == voice and (other == name or alike(words, text))]
-        assert not twins, (voice, name, twins)
-
-
-def test_the_tokenizer_covers_every_word_and_leaves_the_special_ids_free():
-    tokenizer = load_tokenizer(CORPUS / "tokenizer" / "spm512.model")
-    assert tokenizer.cardinality == 512
-    words = {word for split in ("train", "heldout") for _, _, text in prompts_of(split) for word in text}
-    words |= {"Zürich", "ça", "ящик", "1234", "d'été"}
-    for word in words:
-        assert tokenizer.decode(tokenizer.encode(word)) == word.lower()
-        assert min(tokenizer.encode(word)) > 3
-
-
-def test_most_tokens_find_room_in_the_text_row():
-    tokenizer = load_tokenizer(CORPUS / "tokenizer" / "spm512.model")
-    for entry in entries("train"):
-        words = read_alignments(entry.alignment, entry.duration).words
-        tokens = [tokenizer.encode(word.text) for word in words]
-        row = text_stream(words, tokens, int(entry.duration * 12.5), 12.5)
-        wanted = sum(map(len, tokens))
-        assert (row > 3).sum() > 0.95 * wanted, entry.path
-
-
-def test_sources_are_pinned_by_hash():
-    packages = json.loads((CORPUS / "sources.json").read_text())["packages"]
-    assert len(packages) == 11
-    assert all(len(bytes.fromhex(source["sha256"])) == 32 and source["version"] for source in packages.values())
-
-
-@pytest.fixture
-def other_manifest(tmp_path):
-    """Fifteen seconds of noise that changes its level, as another's recordings."""
-    rng = np.random.default_rng(0)
-    level = np.repeat(10 ** rng.uniform(-3, -0.5, 150), RATE // 10)
-    soundfile.write(tmp_path / "a.wav", (level * rng.normal(size=len(level))).clip(-1, 1), RATE, subtype="FLOAT")
-    (tmp_path / "m.jsonl").write_text(json.dumps({"path": "a.wav", "duration": 15.0}))
-    return tmp_path / "m.jsonl"
-
-
-ABOUT = {"--name": "mine-8x64", "--licence": "CC0-1.0", "--fitted-to": "noise"}
-
-
-def test_a_codec_of_other_recordings_says_what_it_is_told(other_manifest, tmp_path):
-    out = tmp_path / "new" / "mine.safetensors"
-    told = [part for pair in ABOUT.items() for part in pair]
-    fit_codec.main(["--manifest", str(other_manifest), "--out", str(out), *told])
-    codec = load_codec(out)
-    assert (codec.name, codec.metadata["licence"], codec.metadata["fitted_to"]) == tuple(ABOUT.values())
-
-
-@pytest.mark.parametrize("missing", ["--out", *ABOUT])
-def test_a_codec_of_other_recordings_never_claims_the_embedded_corpus(other_manifest, tmp_path, capsys, missing):
-    before = DEFAULT_FILE.read_bytes()
-    told = {**ABOUT, "--out": str(tmp_path / "mine.safetensors")}
-    del told[missing]
-    with pytest.raises(SystemExit) as stop:
-        fit_codec.main(["--manifest", str(other_manifest), *[part for pair in told.items() for part in pair]])
-    assert stop.value.code == 2
-    assert re.search(rf"m\.jsonl is not the embedded corpus.*give {missing}\.", capsys.readouterr().err)
-    assert DEFAULT_FILE.read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"a.wav", "m.jsonl"}
-
-
-def speech(*spans, seconds=4.0):
-    """Noise inside the spans (in seconds), nothing elsewhere: float32 [samples]."""
-    audio = np.zeros(int(seconds * RATE), np.float32)
-    for start, end in spans:
-        part = slice(int(start * RATE), int(end * RATE))
-        audio[part] = np.random.default_rng(0).normal(0, 0.1, audio[part].shape)
-    return audio
-
-
-def test_voiced_frames_are_those_with_energy():
-    voiced = voiced_frames(speech((1.0, 1.5), (1.55, 2.0), (3.0, 3.5)))
-    expected = np.zeros(400, bool)
-    expected[100:200] = expected[300:350] = True  # the gap of 50 ms is bridged
-    assert (voiced != expected).sum() <= 8
-
-
-def test_trimming_keeps_a_margin_around_the_speech():
-    assert len(trim(speech((1.0, 2.0)))) == pytest.approx(1.16 * RATE, abs=4 * HOP)
-
-
-def test_spread_words_share_the_voiced_part_by_their_letters():
-    voiced = np.zeros(300, bool)
-    voiced[50:100] = voiced[200:250] = True
-    timed = spread(["aa", "bbb,", "ccccc"], voiced)
-    assert [(word.text, word.start, word.end) for word in timed] == [
-        ("aa", 0.5, 0.7),
-        ("bbb,", 0.7, 1.0),
-        ("ccccc", 2.0, 2.5),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("text", "language", "words"),
-    [
-        ("Press 1 to “stop”...", "en", ("Press", "one", "to", "stop")),
-        (
-            "Appuyez sur 4 ou 6, s'il vous plaît!",
-            "fr",
-            ["Appuyez", "sur", "quatre", "ou", "six,", "s'il", "vous", "plaît!"],
-        ),
-        ("Нажмите «решётку» - или 7.", "ru", ["Нажмите", "решётку", "или", "семь."]),
-        ("Press * now", "en", ()),
-        ("dial 1234 now", "en", ()),
-        ("[sound of monkeys]", "en", ()),
-        ("connect to the PBX", "en", ()),
-        ("La chiamata non pu? essere", "it", ()),
-        ("это Asterisk", "ru", ()),
-    ],
-)
-def test_only_plain_speech_is_taken(text, language, words):
-    assert clean_words(text, language) == tuple(words)
-
-
-def test_similar_prompts_leave_only_the_longest():
-    def prompt(name, text, seconds):
-        return Prompt(name, tuple(text.split()), np.zeros(int(seconds * RATE), np.float32))
-
-    first = prompt("a", "please press one to hear the message", 2)
-    longer = prompt("b", "Please press two to hear the message.", 3)
-    other = prompt("c", "your call cannot be completed", 1)
-    assert drop_similar([first, other, longer]) == [longer, other]
-
-
-def test_files_share_the_prompts_without_overlap():
-    prompts = [Prompt(str(i), ("w",), np.zeros(RATE * (3 + i % 5), np.float32)) for i in range(80)]
-    heldout, files = share_out(prompts, 300.0, 60.0, 4, 0.3, seed=1)
-    names = [prompt.name for group in (heldout, *files) for prompt in group]
-    assert len(names) == len(set(names))
-    lengths = [sum(prompt.seconds + 0.3 for prompt in file) for file in files]
-    assert max(lengths) - min(lengths) < 10
-    assert sum(lengths) + sum(prompt.seconds + 0.3 for prompt in heldout) == pytest.approx(304, abs=4.5)
-    assert share_out(prompts, 300.0, 60.0, 4, 0.3, seed=1) == (heldout, files)
 
 
 def write_codes(folder, codes, made_by, name="a", **metadata):
@@ -289,10 +48,7 @@ def prepared(folder, *files, **metadata):
 
 
 EMBEDDED_DESCRIPTION = {
-    "codec": {
-        "name": "melkmeans-8x64",
-        "digest": "ae66c5be10645ee4dea7a6ee2c27662a77061f9ac182bec93d531cf860feacdf",
-    },
+    "codec": {"name": "melkmeans-8x64", "digest": "ae66c5be10645ee4dea7a6ee2c27662a77061f9ac182bec93d531cf860feacdf"},
     "tokenizer": {"digest": "75d8fe2c18433f45f287b4297fb87fa5914f162e2ddda2e9000f109252443470", "pieces": 512},
     "train": {
         "files": 20,
@@ -325,7 +81,7 @@ def test_the_embedded_corpus_is_what_stored_runs_were_trained_on(embedded):
     assert embedded.validation is embedded.heldout
     (source,) = embedded.train
     assert (source.weight, len(source.recordings)) == (1.0, EMBEDDED_DESCRIPTION["train"]["files"])
-    assert [one.name for one in embedded.heldout][-1].startswith(READER)
+    assert [one.name for one in embedded.heldout][-1].startswith("en_librivox")
 
 
 def test_unigrams_are_counted_file_by_file(embedded):
@@ -501,12 +257,15 @@ def test_a_given_tokenizer_must_be_that_of_the_code_files(tmp_path):
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"made_by": "d" * 64}, r"b\.safetensors states codec 'dddd.*other files of the data state 'cccc"),
+        ({"made_by": "d" * 64}, r"b\.safetensors states codec 'dddd.*the codec of the data, .*, has the digest cccc"),
         ({"made_by": None}, r"b\.safetensors (does not state its codec|states codec None)"),
         ({"frame_rate": "25"}, r"b\.safetensors states frame_rate '25' .*models read 12\.5 frames"),
-        ({"tokenizer": "u" * 64}, r"b\.safetensors states tokenizer 'uuuu.*other files of the data state 'tttt"),
+        (
+            {"tokenizer": "u" * 64},
+            r"b\.safetensors states tokenizer 'uuuu.*the tokenizer of the data has the digest tttt",
+        ),
         ({"cardinality": "32"}, r"b\.safetensors states cardinality 32 .*has 64"),
-        ({"codes": codes_of(8)}, r"b\.safetensors holds 8 rows.*write both voices"),
+        ({"codes": codes_of(8)}, r"b\.safetensors holds 8 rows.*write both streams"),
     ],
 )
 @pytest.mark.parametrize("other", ["same manifest", "other source", "heldout", "validation"])
@@ -527,20 +286,15 @@ def test_files_that_do_not_go_together_are_refused(tmp_path, second, message, ot
         load(dataclasses.replace(FILES, **places[other]))
 
 
-@pytest.mark.parametrize("rate", ["25", "50", "6.25"])
-def test_codes_of_another_rate_alone_are_refused_as_beside_others(tmp_path, rate):
-    folder = prepared(tmp_path / "fast", codes_of(17, 20), codes_of(17, 20), frame_rate=rate)
-    with pytest.raises(InputError, match=rf"states frame_rate '{rate}' .*models read 12\.5 frames"):
-        load(dataclasses.replace(FILES, train=str(folder)))
-
-
-def test_audio_is_refused_where_the_codec_is_that_of_code_files(other_manifest, tmp_path):
-    cfg = dataclasses.replace(FILES, train=str(other_manifest))
+def test_audio_is_refused_where_the_codec_is_that_of_code_files(tmp_path):
+    manifest = write_manifest(tmp_path, '{"path": "a.wav", "duration": 1.0}', name="m.jsonl")
+    (tmp_path / "a.wav").touch()
+    cfg = dataclasses.replace(FILES, train=str(manifest))
     with pytest.raises(InputError, match=r"a\.wav is audio, but data\.codec='files'"):
         load(cfg)
     folder = prepared(tmp_path / "codes", codes_of())
     with pytest.raises(InputError, match=r"a\.wav is audio, but data\.codec='files'"):
-        load(dataclasses.replace(cfg, train=f"{folder},{other_manifest}"))
+        load(dataclasses.replace(cfg, train=f"{folder},{manifest}"))
     with pytest.raises(InputError, match="is audio"):
         load(FILES)  # the embedded corpus
 
@@ -574,7 +328,45 @@ def test_a_run_on_code_files_reads_others_without_its_own(tmp_path):
     cfg = dataclasses.replace(FILES, train=str(folder))
     meta = json.loads(json.dumps(load(cfg, 64, 300).describe()))
     (folder / "manifest.jsonl").unlink()
-    codec, tokenizer = corpora.stored_coders(cfg, meta, 64, 300)
+    codec, tokenizer = corpora.load_coders(cfg, 64, 300, meta)
     assert (codec.name, codec.digest, codec.cardinality) == (meta["codec"]["name"], MADE_BY, 64)
     assert (tokenizer.digest, tokenizer.cardinality) == ("t" * 64, 300)
-    assert corpora.stored_coders(corpora.CorpusConfig(), {}, 64, 512)[0].digest == load_codec().digest
+    assert corpora.load_coders(corpora.CorpusConfig(), 64, 512, {})[0].digest == load_codec().digest
+
+
+MODEL = MoshiConfig(n_q=16, dep_q=8, card=32, text_card=100, delays=(0,) * 17)
+CODEC, TEXT = CodecInfo("theirs", "a" * 64, 64), TokenizerInfo("b" * 64, 512)
+
+
+def test_a_model_takes_the_cardinalities_of_codec_and_tokenizer():
+    fitted = corpora.fit_model(MODEL, CODEC, TEXT)
+    assert fitted == dataclasses.replace(MODEL, card=64, text_card=512)
+    assert corpora.fit_model(MODEL, CodecInfo("theirs", "a" * 64), TokenizerInfo()) == MODEL
+    assert corpora.fit_model(fitted, CODEC, TEXT, "run", {"name": "theirs", "digest": "a" * 64}) == fitted
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights", "codec", "message"),
+    [
+        ({"n_q": 8, "dep_q": 4}, None, None, "n_q=8 and model.dep_q=4 do not fit the codec theirs: give 16 and 8"),
+        (
+            {"text_card": 512},
+            "run",
+            None,
+            "run has 32 codes and 512 text pieces, but the codec theirs has 64 and .* 512",
+        ),
+        ({"card": 64}, "run", None, "run has 64 codes and 100 text pieces, but .* and the tokenizer 512"),
+        (
+            {"card": 64, "text_card": 512},
+            "run",
+            "c" * 64,
+            "run was trained with the codec mine .*with theirs .digest aaaa",
+        ),
+    ],
+)
+def test_a_model_that_does_not_fit_codec_and_tokenizer_is_refused(changes, weights, codec, message):
+    delays = (0,) * (1 + changes.get("n_q", 16))
+    model = dataclasses.replace(MODEL, **changes, delays=delays)
+    trained_with = None if codec is None else {"name": "mine", "digest": codec}
+    with pytest.raises(InputError, match=message):
+        corpora.fit_model(model, CODEC, TEXT, weights, trained_with)

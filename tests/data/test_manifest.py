@@ -151,8 +151,8 @@ def test_a_manifest_of_a_wrong_folder_is_one_sentence(folder):
     with pytest.raises(InputError) as error:
         read_manifest(write(folder, *lines))
     assert str(error.value) == (
-        f"none of the 3,000 recordings is there: {folder / 'train.jsonl'} line 1 names {folder / 'other/0.wav'}, which is not"
-        " there: paths are relative to the manifest's folder."
+        f"none of the 3,000 recordings is there: {folder / 'train.jsonl'} line 1 names {folder / 'other/0.wav'}, which"
+        " is not there: paths are relative to the manifest's folder."
     )
 
 

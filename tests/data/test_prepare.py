@@ -1,104 +1,42 @@
-"""`python -m eval prepare`: layouts, codes to the bit, joints, going on after an interrupt, and every kind of bad input."""
+"""`python -m eval prepare`: layouts, equal codes, text, boundaries."""
 
 import hashlib
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import tracemalloc
-import types
-from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import safetensors.numpy
 import soundfile
 
-from eval import prepare
 from eval.__main__ import main
 from tests.helpers.places import ROOT
-from ttt_jax.codec import load_codec
-from ttt_jax.codec.kmeans import KMeansCodec
-from ttt_jax.data import sources
+from tests.helpers.recordings import (
+    CODEC,
+    RATE,
+    TOKENIZER,
+    babble,
+    codes_of,
+    librilight,
+    lines_of,
+    offline,
+    record,
+    run,
+    stems,
+)
+from ttt_jax.data import encode, sources
 from ttt_jax.data.audio import reader
-from ttt_jax.data.audio.reader import read_audio, read_blocks
-from ttt_jax.data.codes import Codes, Source, read_codes, write_codes
-from ttt_jax.data.corpus import EMBEDDED, CorpusConfig, load_coders
-from ttt_jax.data.frames import load_frames, open_manifest
+from ttt_jax.data.codes import Source, read_codes
+from ttt_jax.data.corpus import EMBEDDED
+from ttt_jax.data.frames import FrameReader, open_manifest
 from ttt_jax.data.manifest import read_manifest
 from ttt_jax.data.text import EPAD, PAD
-from ttt_jax.errors import InputError
-from ttt_jax.utils import command
-
-RATE = 16000
-CODEC, TOKENIZER = load_coders(CorpusConfig())
-
-
-def babble(seconds, seed=0, channels=1, rate=RATE):
-    """Noise whose level changes every tenth of a second: float32 [samples, channels]."""
-    rng = np.random.default_rng(seed)
-    level = np.repeat(10 ** rng.uniform(-3, -0.5, (round(seconds * 10), channels)), rate // 10, axis=0)
-    return (level * rng.normal(size=level.shape)).clip(-1, 1).astype(np.float32)
-
-
-def record(path, seconds=1.0, seed=None, channels=1, rate=RATE, words=None, **format_):
-    """Writes a recording, all different, and its alignments if there are `words`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    seed = sum(str(path.name).encode()) if seed is None else seed
-    soundfile.write(path, babble(seconds, seed, channels, rate), rate, **format_)
-    if words is not None:
-        path.with_suffix(".json").write_text(json.dumps({"alignments": words}))
-    return path
-
-
-def librilight(root, *chapters):
-    """LibriLight's tree with speaker/book/chapter.flac and their JSON."""
-    for chapter in chapters:
-        path = record(root / f"{chapter}.flac")
-        about = {"speaker": chapter.split("/")[0], "book_meta": {"id": "7", "title": "T"}, "snr": 1.0}
-        path.with_suffix(".json").write_text(json.dumps({**about, "voice_activity": [[0.1, 0.9]]}))
-    return root
-
-
-def run(*args):
-    """The exit code of `python -m eval prepare`, as the shell sees it."""
-    return command.run(lambda: main(["prepare", *map(str, args)]))
-
-
-def lines_of(folder):
-    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-
-
-def codes_of(folder):
-    return [read_codes(folder / entry["path"]) for entry in lines_of(folder)]
-
-
-def offline(path):
-    """The codes of each channel in one piece, and silence for as long."""
-    channels = [CODEC.encode(channel) for channel in read_audio(path, RATE)]
-    silence = CODEC.encode(np.zeros(channels[0].shape[1] * CODEC.frame_size, np.float32))
-    return channels, silence
-
-
-def stems(folder):
-    return [[Path(source["path"]).stem for source in entry["sources"]] for entry in lines_of(folder)]
-
-
-@pytest.fixture
-def encoded(monkeypatch):
-    """How many recordings have been encoded: a list with one item for each."""
-    real, calls = prepare.encode_blocks, []
-
-    def counting(blocks, codec):
-        calls.append(None)
-        return real(blocks, codec)
-
-    monkeypatch.setattr(prepare, "encode_blocks", counting)
-    return calls
 
 
 @pytest.mark.parametrize("rate", [RATE, 44100])
@@ -106,22 +44,13 @@ def encoded(monkeypatch):
 @pytest.mark.parametrize("block", [1000, 1 << 18])
 def test_codes_equal_offline_encoding_to_the_bit(tmp_path, monkeypatch, rate, channels, block):
     monkeypatch.setattr(reader, "_BLOCK", block)
-    monkeypatch.setattr(prepare, "_BLOCK", 5)
+    monkeypatch.setattr(encode, "_BLOCK", 5)
     path = record(tmp_path / "a.wav", 2.5, channels=channels, rate=rate)
     assert run(path, "--out", tmp_path / "out") == 0
     voices, silence = offline(path)
     (codes,) = codes_of(tmp_path / "out")
     np.testing.assert_array_equal(codes.codes, np.concatenate([voices[0], voices[1] if channels == 2 else silence]))
     assert len(np.unique(codes.codes[0])) > 3
-
-
-def test_blocks_are_the_samples_of_read_audio(tmp_path, monkeypatch):
-    path = record(tmp_path / "a.flac", 2.0, channels=2)
-    monkeypatch.setattr(reader, "_BLOCK", 3000)
-    blocks = list(read_blocks(path, 24000))
-    assert len(blocks) > 5
-    assert {block.dtype.name for block in blocks} == {"float32"}
-    np.testing.assert_array_equal(np.concatenate(blocks, axis=1), read_audio(path, 24000))
 
 
 def test_memory_does_not_grow_with_length(tmp_path):
@@ -138,9 +67,9 @@ def test_memory_does_not_grow_with_length(tmp_path):
     assert peaks[1] < 2 * one_channel, peaks
 
 
-@pytest.mark.parametrize("voice", ["own", "other"])
+@pytest.mark.parametrize("voice", ["moshi", "user"])
 @pytest.mark.parametrize("channels", [1, 2])
-def test_voice_says_where_the_left_channel_goes(tmp_path, voice, channels):
+def test_voice_decides_where_the_left_channel_goes(tmp_path, voice, channels):
     words = [["yes", [0.3, 0.5], "SPEAKER_MAIN"], ["no", [0.6, 0.8], "SPEAKER_OTHER"]]
     path = record(tmp_path / "a.wav", 2.0, channels=channels, words=words)
     assert run(path, "--out", tmp_path / "out", "--voice", voice) == 0
@@ -149,11 +78,11 @@ def test_voice_says_where_the_left_channel_goes(tmp_path, voice, channels):
     (codes,) = codes_of(tmp_path / "out")
     assert codes.voice == voice
     assert codes.codes.shape == (17, 25)
-    own, other = (left, right) if voice == "own" else (right, left)
-    np.testing.assert_array_equal(codes.codes[1:9], own)
-    np.testing.assert_array_equal(codes.codes[9:], other)
-    # The text is what the model's voice says: the swapped channel's words, none where it is silent.
-    spoken = {("own", 1): "yes", ("own", 2): "yes", ("other", 2): "no", ("other", 1): ""}[voice, channels]
+    moshi, user = (left, right) if voice == "moshi" else (right, left)
+    np.testing.assert_array_equal(codes.codes[1:9], moshi)
+    np.testing.assert_array_equal(codes.codes[9:], user)
+    # The text is that of Moshi's stream: with --voice user that of the right channel, none if it is silent.
+    spoken = {("moshi", 1): "yes", ("moshi", 2): "yes", ("user", 2): "no", ("user", 1): ""}[voice, channels]
     expected = np.full(25, PAD)
     if spoken:
         start, tokens = {"yes": 3, "no": 7}[spoken], TOKENIZER.encode(spoken)
@@ -170,7 +99,7 @@ def test_embedded_corpus_gives_the_frames_that_training_reads(tmp_path):
     made = open_manifest(out / "manifest.jsonl", CODEC, TOKENIZER, tmp_path / "cache", progress=False)
     assert not (tmp_path / "cache").exists()
     for one, entry in zip(made, read_manifest(manifest).entries, strict=True):
-        np.testing.assert_array_equal(one.read(), load_frames(entry, CODEC, TOKENIZER, tmp_path / "cache"))
+        np.testing.assert_array_equal(one.read(), FrameReader(CODEC, TOKENIZER, tmp_path / "cache").read(entry))
     assert [codes.tokenizer for codes in codes_of(out)] == [TOKENIZER.digest] * 2
     stored = safetensors.numpy.load_file(out / lines_of(out)[0]["path"])
     assert stored["codes"].dtype == np.int16
@@ -180,7 +109,7 @@ YES = ["yes", [0.3, 0.5], "SPEAKER_MAIN"]
 
 
 @pytest.mark.parametrize(
-    ("content", "known", "told"),
+    ("content", "known", "warning"),
     [
         ({"alignments": [YES]}, 25, None),
         ({"alignments": []}, 25, None),
@@ -200,7 +129,7 @@ YES = ["yes", [0.3, 0.5], "SPEAKER_MAIN"]
     ],
 )
 def test_training_takes_the_json_beside_a_recording_for_what_prepare_takes_it(
-    tmp_path, capsys, caplog, content, known, told
+    tmp_path, capsys, caplog, content, known, warning
 ):
     path = record(tmp_path / "a.wav", 2.0)
     path.with_suffix(".json").write_text(json.dumps(content))
@@ -215,15 +144,15 @@ def test_training_takes_the_json_beside_a_recording_for_what_prepare_takes_it(
     ]
     np.testing.assert_array_equal(frames[0], frames[1])
     assert (frames[0][0] >= 0).sum() == known
-    assert shown == ([] if told is None else [caplog.messages[0]])
-    assert caplog.messages == shown  # of frames from the cache and from code files nothing is said again
-    assert told is None or caplog.messages[0].startswith(f"{tmp_path / 'a.json'}: {told}")
+    assert shown == ([] if warning is None else [caplog.messages[0]])
+    assert caplog.messages == shown  # of frames from the cache and from code files nothing is logged again
+    assert warning is None or caplog.messages[0].startswith(f"{tmp_path / 'a.json'}: {warning}")
 
 
 @pytest.mark.parametrize(("label", "rows"), [("SPEAKER_01", 16), ("SPEAKER_OTHER", 17), ("SPEAKER_MAIN", 17)])
 def test_the_other_voice_is_known_where_one_of_both_is_named(tmp_path, label, rows):
     path = record(tmp_path / "a.wav", 2.0, channels=2, words=[["yes", [0.3, 0.5], label]])
-    assert run(path, "--out", tmp_path / "out", "--voice", "other") == 0
+    assert run(path, "--out", tmp_path / "out", "--voice", "user") == 0
     (codes,) = codes_of(tmp_path / "out")
     assert len(codes.codes) == rows
     assert rows == 16 or (codes.codes[0] == PAD).all() == (label == "SPEAKER_MAIN")
@@ -248,7 +177,7 @@ def test_manifest_and_metadata_say_what_was_made_of_what(tmp_path):
     codes = read_codes(out / entry["path"])
     source = Source(str(path), hashlib.sha256(path.read_bytes()).hexdigest(), 1.0, 13, 0)
     assert codes.sources == (source,)
-    assert (codes.frame_rate, codes.codec, codes.codec_name, codes.cardinality, codes.joints) == (
+    assert (codes.frame_rate, codes.codec, codes.codec_name, codes.cardinality, codes.boundaries) == (
         12.5,
         CODEC.digest,
         CODEC.name,
@@ -263,7 +192,7 @@ def test_manifest_and_metadata_say_what_was_made_of_what(tmp_path):
         "codec": CODEC.digest,
         "codec_name": CODEC.name,
         "sha256": hashlib.sha256((out / entry["path"]).read_bytes()).hexdigest(),
-        "joints": [],
+        "boundaries": [],
         "sources": [source._asdict()],
     }
     names = {line["path"] for line in lines_of(out)}
@@ -281,18 +210,12 @@ def test_a_folder_is_read_recursively_in_natural_order(tmp_path):
     assert groups == [("in", 1), ("a", 1), ("b", 2)]
 
 
-def test_a_recording_named_twice_comes_once(tmp_path, monkeypatch):
-    path = record(tmp_path / "in" / "a.wav")
-    monkeypatch.chdir(tmp_path)
-    assert len(sources.find([path, "in", "in/../in/a.wav"]).recordings) == 1
-
-
 def test_librilight_chapters_join_to_books_in_natural_order(tmp_path):
     tree = librilight(tmp_path / "small", "9/b/c_10", "9/b/c_2", "10/x/c_1", "9/a/c_1")
     out = tmp_path / "out"
     assert run(tree, "--out", out, "--join") == 0
     assert stems(out) == [["c_1"], ["c_2", "c_10"], ["c_1"]]
-    assert [(e["group"], e["speaker"], e["joints"]) for e in lines_of(out)] == [
+    assert [(e["group"], e["speaker"], e["boundaries"]) for e in lines_of(out)] == [
         ("9/a", "9", []),
         ("9/b", "9", [13]),
         ("10/x", "10", []),
@@ -350,7 +273,7 @@ def test_joined_recordings_are_each_encoded_from_the_start(tmp_path):
     (codes,) = codes_of(tmp_path / "out")
     each = [np.concatenate([voices[0], silence]) for voices, silence in map(offline, paths)]
     np.testing.assert_array_equal(codes.codes[1:], np.concatenate(each, axis=1))
-    assert codes.joints == (13, 32)
+    assert codes.boundaries == (13, 32)
     assert [source.start for source in codes.sources] == [0, 13, 32]
     assert [source.seconds for source in codes.sources] == [1.0, 1.5, 0.5]
     text = codes.codes[0]
@@ -360,384 +283,7 @@ def test_joined_recordings_are_each_encoded_from_the_start(tmp_path):
     assert codes.tokenizer == TOKENIZER.digest
 
 
-def test_a_second_run_encodes_only_what_is_new_or_changed(tmp_path, encoded, capsys):
-    for index in range(3):
-        record(tmp_path / "in" / f"{index}.wav")
-    args = (tmp_path / "in", "--out", tmp_path / "out")
-    assert run(*args) == 0
-    first = lines_of(tmp_path / "out")
-    assert len(encoded) == 3
-    assert run(*args) == 0
-    assert len(encoded) == 3
-    assert lines_of(tmp_path / "out") == first
-    assert "3 encoded before; 0 recordings skipped" in capsys.readouterr().out
-    record(tmp_path / "in" / "0.wav", 1.2)
-    record(tmp_path / "in" / "1.wav", seed=77)  # as long as before
-    record(tmp_path / "in" / "3.wav")
-    assert run(*args) == 0
-    assert len(encoded) == 6
-    assert [entry["frames"] for entry in lines_of(tmp_path / "out")] == [15, 13, 13, 13]
-    ((expected,), _) = offline(tmp_path / "in" / "1.wav")
-    np.testing.assert_array_equal(codes_of(tmp_path / "out")[1].codes[:8], expected)
-
-
-@pytest.mark.parametrize("what", ["voice", "tokenizer", "alignment", "codes damaged", "codes of another recording"])
-def test_whatever_decides_the_codes_makes_them_again(tmp_path, encoded, what):
-    path = record(tmp_path / "a.wav", words=[["yes", [0.3, 0.5], "SPEAKER_MAIN"]])
-    args, out = [path, "--out", tmp_path / "out"], tmp_path / "out"
-    assert run(*args) == 0
-    before, (line,) = codes_of(out)[0].codes, lines_of(out)
-    if what == "voice":
-        args += ["--voice", "other"]
-    elif what == "tokenizer":
-        model = (EMBEDDED / "tokenizer" / "spm512.model").read_bytes()
-        # An unknown field behind the message: another digest, the same pieces.
-        (tmp_path / "t.model").write_bytes(model + b"\xa2\x06\x01x")
-        args += ["--tokenizer", tmp_path / "t.model"]
-    elif what == "alignment":
-        path.with_suffix(".json").write_text(json.dumps({"alignments": [["no", [0.3, 0.5], "SPEAKER_MAIN"]]}))
-    elif what == "codes damaged":
-        content = bytearray((out / line["path"]).read_bytes())
-        content[-20] ^= 1
-        (out / line["path"]).write_bytes(content)
-    else:
-        record(tmp_path / "b.wav", words=[["yes", [0.3, 0.5], "SPEAKER_MAIN"]])
-        assert run(tmp_path / "b.wav", "--out", out) == 0
-        encoded.pop()
-        shutil.copy(out / lines_of(out)[1]["path"], out / line["path"])
-    assert run(*args) == 0
-    assert len(encoded) == 2
-    changed = what in ("voice", "alignment")
-    assert (codes_of(out)[0].codes.tolist() != before.tolist()) == changed
-
-
-@pytest.mark.parametrize("join", [False, True])
-def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch, encoded, capsys, join):
-    tree = librilight(tmp_path / "small", *(f"9/b/c_{i}" for i in range(4)))
-    args = (tree, "--out", tmp_path / "out", *(["--join"] if join else []))
-    with monkeypatch.context() as patch:
-        real = KMeansCodec.encode_step
-
-        def interrupted(self, samples, state):
-            if len(encoded) == 3 and samples.any():
-                raise KeyboardInterrupt
-            return real(self, samples, state)
-
-        patch.setattr(KMeansCodec, "encode_step", interrupted)
-        assert run(*args) == command.INTERRUPTED
-    assert len(lines_of(tmp_path / "out")) == 2 if not join else not (tmp_path / "out" / "manifest.jsonl").exists()
-    assert len(encoded) == 3
-    assert run(*args) == 0
-    assert len(encoded) == 5
-    assert "2 encoded before" in capsys.readouterr().out
-    whole = np.concatenate([codes.codes for codes in codes_of(tmp_path / "out")], axis=1)
-    each = [
-        np.concatenate([voices[0], silence]) for voices, silence in (offline(p) for p in sorted(tree.rglob("*.flac")))
-    ]
-    np.testing.assert_array_equal(whole, np.concatenate(each, axis=1))
-
-
-def test_a_killed_run_leaves_only_whole_files(tmp_path, encoded):
-    for index in range(40):
-        record(tmp_path / "in" / f"{index}.wav", 4.0)
-    out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "eval", "prepare", tmp_path / "in", "--out", out],
-        cwd=ROOT,
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    while process.poll() is None and len(list(out.rglob("*.safetensors"))) < 3:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    finished = len([read_codes(path) for path in out.rglob("*.safetensors")])
-    assert finished >= 3
-    assert run(tmp_path / "in", "--out", out) == 0
-    assert len(encoded) == 40 - finished
-    assert len(lines_of(out)) == 40
-
-
-def test_earlier_entries_stay_while_their_file_is_intact(tmp_path, capsys):
-    out = tmp_path / "out"
-    for name in "abcd":
-        assert run(record(tmp_path / f"{name}.wav"), "--out", out) == 0
-    assert stems(out) == [["a"], ["b"], ["c"], ["d"]]
-    (out / lines_of(out)[1]["path"]).unlink()
-    with (out / lines_of(out)[3]["path"]).open("ab") as file:
-        file.write(b"more")
-    assert run(tmp_path / "a.wav", "--out", out) == 0
-    assert stems(out) == [["a"], ["c"]]
-    assert capsys.readouterr().err.count("which is gone or damaged") == 2
-    (tmp_path / "a.wav").write_bytes(b"no audio any more")
-    assert run(tmp_path / "a.wav", "--out", out) == command.BAD_INPUT
-    assert stems(out) == [["c"]]
-
-
-def damage(path, kind):
-    """Makes the recording at `path` bad; what is said of it."""
-    content = path.read_bytes()
-    if kind == "text":
-        path.write_text("no audio")
-        return "is not audio"
-    if kind == "empty":
-        path.write_bytes(b"")
-        return "is an empty file"
-    if kind == "cut off":
-        path.write_bytes(content[: len(content) // 2])
-        return "is cut off"
-    if kind == "short":
-        soundfile.write(path, babble(1.0)[:1000], RATE)
-        return "lasts 0.062 s, less than one frame of 0.080 s"
-    if kind == "channels":
-        record(path, channels=3)
-        return "has 3 channels"
-    if kind == "nan":
-        samples = babble(1.0)
-        samples[700] = np.nan
-        soundfile.write(path, samples, RATE, subtype="FLOAT")
-        return "holds NaN or infinity"
-    words = {"alignment": '{"alignments": [["yes", [0.5, 9.0], "SPEAKER_MAIN"]]}', "json": "{"}[kind]
-    path.with_suffix(".json").write_text(words)
-    return {"alignment": "does not match its audio of 1.00 s", "json": "is not JSON"}[kind]
-
-
-KINDS = ("text", "empty", "cut off", "short", "channels", "nan", "alignment", "json")
-
-
-def test_bad_files_among_good_ones_are_named_and_left_out(tmp_path, capsys):
-    for index, _ in enumerate(KINDS):
-        record(tmp_path / "in" / f"bad{index}.wav")
-    said = [damage(tmp_path / "in" / f"bad{index}.wav", kind) for index, kind in enumerate(KINDS)]
-    for name in ("a", "z"):
-        record(tmp_path / "in" / f"{name}.wav")
-    assert run(tmp_path / "in", "--out", tmp_path / "out") == command.PARTIAL == 3
-    shown = capsys.readouterr()
-    assert stems(tmp_path / "out") == [["a"], ["z"]]
-    lines = [line for line in re.split(r"[\r\n]", shown.err) if line.startswith("skipped")]
-    assert len(lines) == len(KINDS)
-    for index, (line, what) in enumerate(zip(lines, said, strict=True)):
-        assert f"bad{index}." in line
-        assert what in line
-    assert "2 code files of 2 recordings, 0.00 hours of audio; 0 encoded before, the others at " in shown.out
-    assert f"{len(KINDS)} recordings skipped" in shown.out
-    assert f"manifest: {tmp_path / 'out' / 'manifest.jsonl'}" in shown.out
-    assert f"python -m eval stream RUN --data {tmp_path / 'out'}" in shown.out
-    assert len(list((tmp_path / "out").rglob("*.safetensors"))) == 2
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_single_bad_file_ends_in_its_sentence(tmp_path, capsys, kind):
-    path = record(tmp_path / "bad.wav")
-    said = damage(path, kind)
-    assert run(path, "--out", tmp_path / "out") == command.BAD_INPUT
-    error = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.startswith("error: ")]
-    assert len(error) == 1
-    assert "bad." in error[0]
-    assert said in error[0]
-    assert not (tmp_path / "out" / "manifest.jsonl").exists()
-
-
-def test_words_without_tokens_name_their_file(tmp_path):
-    path = record(tmp_path / "a.wav", words=[["yes", [0.3, 0.5], "SPEAKER_MAIN"]])
-    mute = types.SimpleNamespace(cardinality=9, digest="m", encode=lambda word: [])
-    (recording,) = sources.find([path]).recordings
-    with (
-        prepare.Progress([recording]) as progress,
-        pytest.raises(InputError, match=r"a\.json: the text tokenizer has no"),
-    ):
-        prepare.Encoder(CODEC, mute, "own").encode(recording, progress)
-
-
-def test_a_stream_with_a_bad_recording_is_left_out_whole(tmp_path, capsys):
-    tree = librilight(tmp_path / "small", "9/a/c_1", "9/b/c_1", "9/b/c_2")
-    damage(tree / "9/b/c_2.flac", "text")
-    assert run(tree, "--out", tmp_path / "out", "--join") == command.PARTIAL
-    assert [entry["group"] for entry in lines_of(tmp_path / "out")] == ["9/a"]
-    err = capsys.readouterr().err
-    assert "skipped the stream 9/b: " in err
-    assert "c_2.flac is not audio" in err
-
-
-@pytest.mark.parametrize("join", [False, True])
-def test_a_book_without_chapters_among_others_is_told_and_left_out(tmp_path, capsys, join):
-    tree = librilight(tmp_path / "small", "9/a/c_1", "9/z/c_1")
-    (tree / "9" / "empty").mkdir()
-    args = (tree, tree / "9", "--out", tmp_path / "out", *(["--join"] if join else []))
-    assert run(*args) == command.PARTIAL
-    shown = capsys.readouterr()
-    assert [entry["group"] for entry in lines_of(tmp_path / "out")] == ["9/a", "9/z"]
-    said = [line for line in re.split(r"[\r\n]", shown.err) if line.startswith("skipped")]
-    assert said == [
-        f"skipped: {tree / '9' / 'empty'} is a book without chapters (it holds no audio): complete the download, remove the"
-        " folder or give --layout folder."
-    ]
-    assert "2 code files of 2 recordings" in shown.out
-    assert "; 1 recording skipped" in shown.out
-
-
-def test_nothing_usable_at_all_is_an_error(tmp_path, capsys):
-    for name in "ab":
-        damage(record(tmp_path / "in" / f"{name}.wav"), "empty")
-    assert run(tmp_path / "in", "--out", tmp_path / "out") == command.BAD_INPUT
-    assert "none of 2 recordings could be encoded" in capsys.readouterr().err
-
-
-def test_a_duration_that_the_manifest_states_wrongly_is_told(tmp_path, capsys):
-    record(tmp_path / "a.wav")
-    (tmp_path / "m.jsonl").write_text(json.dumps({"path": "a.wav", "duration": 5.0}))
-    assert run(tmp_path / "m.jsonl", "--out", tmp_path / "out") == command.BAD_INPUT
-    assert "a.wav lasts 1.00 s but its manifest says 5.00 s" in capsys.readouterr().err
-
-
-def manifest_of_garbage(folder):
-    (folder / "m.jsonl").write_text('{"path": "a.wav", "duration": 1.0}\n{"path"\n')
-    return [folder / "m.jsonl"]
-
-
-def book_without_chapters(folder):
-    (folder / "ll" / "9" / "empty").mkdir(parents=True)
-    return [folder / "ll", folder / "ll" / "9", "--layout", "librilight"]
-
-
-def books_without_chapters(folder):
-    (folder / "ll" / "9" / "another").mkdir(parents=True)
-    return book_without_chapters(folder)
-
-
-def folder_without_audio(folder):
-    (folder / "docs").mkdir()
-    (folder / "docs" / "a.txt").write_text("text")
-    return [folder / "docs"]
-
-
-def file_for_folder(folder):
-    (folder / "taken").write_text("a file")
-    return [folder / "a.wav", "--out", folder / "taken" / "out"]
-
-
-def foreign_manifest(folder):
-    (folder / "data").mkdir()
-    (folder / "data" / "manifest.jsonl").write_text("{}")
-    return [folder / "a.wav", "--out", folder / "data"]
-
-
-@pytest.mark.parametrize(
-    ("make", "said"),
-    [
-        (lambda folder: [folder / "nowhere"], "nowhere does not exist: give an audio file, a folder"),
-        (manifest_of_garbage, "m.jsonl line 2 is not JSON"),
-        (book_without_chapters, "9/empty is a book without chapters (it holds no audio)"),
-        (books_without_chapters, "none of 2 recordings or books can be used, for one: "),
-        (folder_without_audio, "docs holds no audio (.wav"),
-        (
-            lambda folder: [folder / "a.wav", "--layout", "librilight"],
-            "a.wav is a file, but layout librilight is one of",
-        ),
-        (file_for_folder, "taken/out cannot be made or used (Not a directory): give another folder"),
-        (foreign_manifest, "data holds a manifest.jsonl that is not from `prepare`"),
-        (lambda folder: [folder / "a.wav", "--codec", "mimi"], "codec 'mimi' is not available"),
-        (lambda folder: [folder / "a.wav", "--tokenizer", folder / "no.model"], "no.model cannot be read"),
-    ],
-)
-def test_a_mistake_is_one_sentence_and_makes_nothing(tmp_path, capsys, make, said):
-    record(tmp_path / "a.wav")
-    args = make(tmp_path)
-    before = set(tmp_path.rglob("*"))
-    assert run("--out", tmp_path / "out", *args) == command.BAD_INPUT
-    err = capsys.readouterr().err
-    assert said in err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert set(tmp_path.rglob("*")) == before
-
-
-def test_another_codec_or_another_choice_of_joining_needs_another_folder(tmp_path, capsys):
-    path, out = record(tmp_path / "a.wav"), tmp_path / "out"
-    assert run(path, "--out", out) == 0
-    line = lines_of(out)
-    other = load_codec()
-    other.tensors["mean"] = other.tensors["mean"] + 1
-    other.save(tmp_path / "other.safetensors")
-    digest = load_codec(tmp_path / "other.safetensors").digest
-    assert run(path, "--out", out, "--codec", tmp_path / "other.safetensors") == command.BAD_INPUT
-    err = capsys.readouterr().err
-    assert CODEC.digest in err
-    assert digest in err
-    assert run(path, "--out", out, "--join") == command.BAD_INPUT
-    assert "was prepared without --join" in capsys.readouterr().err
-    assert lines_of(out) == line
-
-
-@pytest.mark.parametrize("out", ["out", "new/deep/out"])
-@pytest.mark.parametrize("there", [True, False])
-def test_a_run_that_made_nothing_leaves_nothing_and_does_not_bind_the_next(tmp_path, out, there):
-    folder = tmp_path / out
-    bad, good = record(tmp_path / "other" / "bad.wav"), record(tmp_path / "good.wav")
-    damage(bad, "text")
-    if there:
-        folder.mkdir(parents=True)
-    before = sorted(tmp_path.rglob("*"))
-    assert run(bad, "--out", folder) == command.BAD_INPUT
-    assert sorted(tmp_path.rglob("*")) == before
-    assert run(good, "--out", folder, "--join") == 0
-    assert run(bad, "--out", folder, "--join") == command.BAD_INPUT
-    assert len(lines_of(folder)) == 1
-    assert run(good, "--out", folder) == command.BAD_INPUT  # now the choice holds
-
-
-def test_code_files_of_others_need_only_rate_and_codec(tmp_path):
-    metadata = {"frame_rate": "12.5", "codec": "d" * 64}
-    safetensors.numpy.save_file({"codes": np.zeros((8, 5), np.int64)}, tmp_path / "a.safetensors", metadata=metadata)
-    codes = read_codes(tmp_path / "a.safetensors")
-    assert codes[1:] == (12.5, "d" * 64, None, None, None, None, (), (), None)
-    assert codes.codes.dtype == np.int32
-    assert (codes.num_frames, codes.seconds, codes.has_text) == (5, 0.4, False)
-
-
-def test_code_files_return_what_was_written(tmp_path):
-    source = Source("\u00e9\udcff.wav", "0" * 64, 0.25, 4, 0)
-    tokens = np.full((17, 9), 40000, np.int32)  # no int16
-    codes = Codes(tokens, 12.5, "d", "name", 50000, "t", "own", (source, source._replace(start=4)), (4,), "i")
-    write_codes(tmp_path / "sub" / "a.safetensors", codes)
-    found = read_codes(tmp_path / "sub" / "a.safetensors")
-    np.testing.assert_array_equal(found.codes, tokens)
-    assert found[1:] == codes[1:]
-    assert found.has_text
-    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["a.safetensors"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"joints": "[5]"}, r"states joints \[5\]"),
-        ({"joints": "[3, 2]"}, r"states joints \[3, 2\]"),
-        ({"joints": "{"}, "metadata that cannot be read"),
-        ({"sources": '[{"path": "a"}]'}, "metadata that cannot be read"),
-        ({"cardinality": "many"}, "metadata that cannot be read"),
-        ({"frame_rate": "0"}, "states frame_rate '0'"),
-        ({"checksum": "0" * 64}, "is damaged"),
-    ],
-)
-def test_metadata_that_make_no_sense_are_refused(tmp_path, changes, said):
-    metadata = {"frame_rate": "12.5", "codec": "d" * 64} | changes
-    safetensors.numpy.save_file({"codes": np.zeros((8, 5), np.int16)}, tmp_path / "a.safetensors", metadata=metadata)
-    with pytest.raises(InputError, match=said):
-        read_codes(tmp_path / "a.safetensors")
-
-
-def test_a_text_row_of_another_tokenizer_is_refused(tmp_path):
-    record(tmp_path / "a.wav", words=[["yes", [0.3, 0.5], "SPEAKER_MAIN"]])
-    assert run(tmp_path / "a.wav", "--out", tmp_path / "out") == 0
-    (entry,) = read_manifest(tmp_path / "out" / "manifest.jsonl").entries
-    codes = read_codes(entry.path)
-    write_codes(entry.path, codes._replace(tokenizer="u" * 64))
-    with pytest.raises(InputError, match=f"states tokenizer 'u*' in its metadata.*{TOKENIZER.digest}"):
-        load_frames(entry, CODEC, TOKENIZER, tmp_path / "cache")
-    write_codes(entry.path, codes._replace(tokenizer=None))
-    assert load_frames(entry, CODEC, TOKENIZER, tmp_path / "cache").shape == (17, 13)
-
-
+@pytest.mark.integration
 def test_prepare_loads_no_jax():
     code = "import sys, eval.prepare, eval.__main__; sys.exit('jax' in sys.modules)"
     root = ROOT
@@ -747,7 +293,7 @@ def test_prepare_loads_no_jax():
 def test_help_tells_the_exit_codes(capsys):
     with pytest.raises(SystemExit):
         main(["prepare", "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "3 some recordings were unusable" in shown
-    for layout in sources.LAYOUTS:
+    for layout in get_args(sources.Layout):
         assert layout in shown

@@ -124,18 +124,18 @@ def read(folder, words, frames=25, **more):
     return read_text(folder / "talk.json", frames / RATE, frames, TOKENIZER, RATE, **more)
 
 
-def said(text, start, speaker="SPEAKER_MAIN", end=None):
+def spoken(text, start, speaker="SPEAKER_MAIN", end=None):
     return [text, [start, start + 0.2 if end is None else end], speaker]
 
 
-def test_words_of_the_voice_are_the_text_and_nothing_is_told(tmp_path):
-    text = read(tmp_path, [said("no", 1.6, "SPEAKER_OTHER"), said("привет", 0.4), said("", 1.0)])
+def test_words_of_the_voice_are_the_text_and_nothing_is_reported(tmp_path):
+    text = read(tmp_path, [spoken("no", 1.6, "SPEAKER_OTHER"), spoken("привет", 0.4), spoken("", 1.0)])
     tokens = TOKENIZER.encode("привет")
     assert text.notice is None
     assert text.row.tolist() == [PAD] * 4 + [EPAD, *tokens] + [PAD] * (20 - len(tokens))
     other = read(
         tmp_path,
-        [said("no", 0.4, "SPEAKER_OTHER"), said("中", 1.0)],
+        [spoken("no", 0.4, "SPEAKER_OTHER"), spoken("中", 1.0)],
         speaks=lambda word: word.speaker != "SPEAKER_MAIN",
     )
     assert other.notice is None
@@ -146,7 +146,7 @@ def test_words_of_the_voice_are_the_text_and_nothing_is_told(tmp_path):
 
 @pytest.mark.parametrize("word", ["もしもし", "مرحبا", "नमस्ते", "😀"])
 def test_words_of_another_script_are_counted_and_masked(tmp_path, word):
-    text = read(tmp_path, [said("yes", 0.0), said(word, 0.8), said("no", 1.6, "SPEAKER_OTHER")])
+    text = read(tmp_path, [spoken("yes", 0.0), spoken(word, 0.8), spoken("no", 1.6, "SPEAKER_OTHER")])
     assert text.notice == f"1 of 2 words dropped, 1 without a token (such as {word!r})."
     assert text.row.tolist() == [
         *TOKENIZER.encode("yes"),
@@ -157,8 +157,19 @@ def test_words_of_another_script_are_counted_and_masked(tmp_path, word):
 
 
 def test_all_that_was_dropped_is_one_sentence(tmp_path):
-    words = [said("a", 0.0), said("b", 0.1, end=0.1), said("c", 0.3), said("d", 0.5, end=0.4), said("中", 0.6)]
-    words += [said("e", 1.0), ["f", [None, None], "SPEAKER_MAIN"], said("g", 9.0), said("h", 9.0, "SPEAKER_OTHER")]
+    words = [
+        spoken("a", 0.0),
+        spoken("b", 0.1, end=0.1),
+        spoken("c", 0.3),
+        spoken("d", 0.5, end=0.4),
+        spoken("中", 0.6),
+    ]
+    words += [
+        spoken("e", 1.0),
+        ["f", [None, None], "SPEAKER_MAIN"],
+        spoken("g", 9.0),
+        spoken("h", 9.0, "SPEAKER_OTHER"),
+    ]
     assert read(tmp_path, words).notice == (
         "5 of 8 words dropped, 1 without duration (such as 'b'), 1 with the end before the start (such as 'd'),"
         " 1 without times (such as 'f'), 1 outside the audio (such as 'g'), 1 without a token (such as '中')."
@@ -171,15 +182,15 @@ LOST = ["7", [None, None], "SPEAKER_MAIN"]
 @pytest.mark.parametrize(
     ("words", "unknown"),
     [
-        ([said("a", 0.4), LOST, said("a", 1.6)], range(6, 20)),  # and the frame before it, which would be EPAD
-        ([said("a", 0.4), LOST, LOST, ["8", None, "SPEAKER_MAIN"], said("a", 1.6)], range(6, 20)),
-        ([LOST, said("a", 0.4)], range(5)),
-        ([said("a", 0.4), LOST], range(6, 25)),
-        ([said("a", 0.4), LOST, said("b", 0.9, end=0.9), said("a", 1.6)], range(6, 20)),  # b has no place either
-        ([said("a", 0.4), said("x", 0.7, "SPEAKER_OTHER"), LOST, said("a", 1.6)], range(6, 20)),
-        ([said("a", 0.4, end=1.6), LOST, said("a", 1.6)], ()),  # there is no room for it
-        ([said("a", 1.6), LOST, said("a", 0.4)], ()),  # the file has no order
-        ([said("a", 0.4), ["x", None, "SPEAKER_OTHER"], said("a", 1.6)], ()),
+        ([spoken("a", 0.4), LOST, spoken("a", 1.6)], range(6, 20)),  # and the frame before it, which would be EPAD
+        ([spoken("a", 0.4), LOST, LOST, ["8", None, "SPEAKER_MAIN"], spoken("a", 1.6)], range(6, 20)),
+        ([LOST, spoken("a", 0.4)], range(5)),
+        ([spoken("a", 0.4), LOST], range(6, 25)),
+        ([spoken("a", 0.4), LOST, spoken("b", 0.9, end=0.9), spoken("a", 1.6)], range(6, 20)),  # b has no place either
+        ([spoken("a", 0.4), spoken("x", 0.7, "SPEAKER_OTHER"), LOST, spoken("a", 1.6)], range(6, 20)),
+        ([spoken("a", 0.4, end=1.6), LOST, spoken("a", 1.6)], ()),  # there is no room for it
+        ([spoken("a", 1.6), LOST, spoken("a", 0.4)], ()),  # the file has no order
+        ([spoken("a", 0.4), ["x", None, "SPEAKER_OTHER"], spoken("a", 1.6)], ()),
     ],
 )
 def test_where_a_word_without_times_may_be_spoken_the_text_is_not_known(tmp_path, words, unknown):
@@ -193,22 +204,22 @@ def test_words_that_the_tokenizer_knows_none_of_are_refused(tmp_path):
     with pytest.raises(
         InputError, match=r"talk\.json: the text tokenizer has no token for any of 2 words .*'もしもし'"
     ):
-        read(tmp_path, [said("もしもし", 0.4), said("はい。", 1.0), said("yes", 1.5, "SPEAKER_OTHER")])
+        read(tmp_path, [spoken("もしもし", 0.4), spoken("はい。", 1.0), spoken("yes", 1.5, "SPEAKER_OTHER")])
 
 
 @pytest.mark.parametrize("times", [[None, None], [0.5, 0.5], None])
 def test_where_no_word_has_a_place_the_text_is_not_known(tmp_path, times):
-    text = read(tmp_path, [["yes", times, "SPEAKER_MAIN"], said("no", 1.0, "SPEAKER_OTHER")])
+    text = read(tmp_path, [["yes", times, "SPEAKER_MAIN"], spoken("no", 1.0, "SPEAKER_OTHER")])
     assert text.row is None
     assert text.notice.startswith("1 of 1 words dropped, 1 without ")
     assert text.notice.endswith("(such as 'yes'), so that the text counts as not known.")
 
 
 def test_where_nobody_is_the_model_the_text_is_not_known(tmp_path):
-    text = read(tmp_path, [said("yes", 0.4, "SPEAKER_00"), said("no", 1.0, "SPEAKER_01")])
+    text = read(tmp_path, [spoken("yes", 0.4, "SPEAKER_00"), spoken("no", 1.0, "SPEAKER_01")])
     assert text.row is None
     assert "2 words none is of SPEAKER_MAIN (but of 'SPEAKER_00', 'SPEAKER_01')" in text.notice
-    silent = read(tmp_path, [said("yes", 0.4, "SPEAKER_OTHER")])
+    silent = read(tmp_path, [spoken("yes", 0.4, "SPEAKER_OTHER")])
     assert (silent.row.tolist(), silent.notice) == ([PAD] * 25, None)
     assert read(tmp_path, []).row.tolist() == [PAD] * 25
 
@@ -256,7 +267,8 @@ def test_unknown_characters_give_no_token(fitted):
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
-    """SentencePiece models that number their special pieces in another way: unknown is 2; and with pieces for all bytes."""
+    """SentencePiece models that number their special pieces in another way: unknown is 2; and with pieces for all
+    bytes."""
     import sentencepiece
 
     found = []

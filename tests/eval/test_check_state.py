@@ -1,4 +1,4 @@
-"""The persistence check passes on the model and fails, in the right line, on every way of not persisting."""
+"""The checks pass on the model and fail, each in its line, on broken copies of a step."""
 
 import dataclasses
 from functools import partial
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from eval import __main__ as command
-from eval import check_state as check
+from eval.check_state import checks as check
+from eval.check_state import command as check_command
 from tests.helpers import eval_models, micro
 from tests.helpers.drawing import quick_jit
 from tests.helpers.micro import MODEL
@@ -33,13 +34,19 @@ quick = quick_jit(check.forward.__wrapped__, static_argnames="cfg")
 forward = partial(quick, cfg=MODEL)
 
 
+@pytest.fixture(autouse=True)
+def quick_programs(monkeypatch):
+    """All tests share three programs that compile quickly."""
+    monkeypatch.setattr(check, "forward", quick)
+
+
 def run(call=forward, params=None, cfg=MODEL):
     return check.check(params or eval_models.params(), eval_models.tokens(FRAMES), cfg, call)
 
 
 def failed(report) -> set[str]:
-    assert [found.what for found in report.checks] == list(LINES.values())
-    return {name for name, found in zip(LINES, report.checks, strict=True) if not found.passed}
+    assert [entry.what for entry in report.checks] == list(LINES.values())
+    return {name for name, entry in zip(LINES, report.checks, strict=True) if not entry.passed}
 
 
 def edit_ttt(params, **leaves):
@@ -65,7 +72,7 @@ def test_the_model_passes():
     assert "persist:" in report.meaning
 
 
-# Ways of not persisting: a call that stands in for `forward`, and the lines that must say so.
+# Broken copies of `forward`.
 
 
 def keeps_the_old_state(params, frames, mask, state):
@@ -94,9 +101,9 @@ def leaks_rows(params, frames, mask, state):
 
 
 def learns_into_the_parameters(params, frames, mask, state):
-    found = forward(params, frames, mask, state)
+    result = forward(params, frames, mask, state)
     params["text_head"] = params["text_head"] * (1 + 1e-7)
-    return found
+    return result
 
 
 def depends_on_the_call(params, frames, mask, state):
@@ -110,7 +117,7 @@ def loses_numbers(params, frames, mask, state):
 
 
 @pytest.mark.parametrize(
-    ("call", "lines", "said"),
+    ("call", "lines", "meaning"),
     [
         (keeps_the_old_state, {"changes", "builds", "calls"}, "do not persist"),
         (keeps_the_old_fast_weights, {"changes", "builds", "calls"}, "do not persist"),
@@ -123,15 +130,14 @@ def loses_numbers(params, frames, mask, state):
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_a_broken_step_fails_in_its_line(call, lines, said):
-    own = edit_ttt(eval_models.params())  # dictionaries of its own, which a step may spoil
-    report = run(call, own)
+def test_a_broken_step_fails_in_its_line(call, lines, meaning):
+    report = run(call, edit_ttt(eval_models.params()))  # a copy, which a step may change
     assert failed(report) == lines
     assert not report.passed
-    assert said in report.meaning
+    assert meaning in report.meaning
 
 
-def test_a_step_that_misses_one_frame_is_told_which():
+def test_a_missed_frame_is_named():
     (changes, *_) = run(misses_a_frame).checks
     assert changes.figure == "layer 1: no change at 1 of 16 frames, first at frame 6"
 
@@ -174,7 +180,7 @@ def test_a_broken_reset_fails(monkeypatch, reset):
 
 
 @pytest.mark.slow
-def test_every_layer_is_looked_at():
+def test_every_layer_is_checked():
     cfg = dataclasses.replace(MODEL, ttt=TTTConfig(layers="all", mini_batch=1, hidden=()))
     params = eval_models.params(cfg)
     report = run(partial(quick, cfg=cfg), params, cfg)
@@ -191,23 +197,6 @@ def test_every_layer_is_looked_at():
     assert report.checks[0].figure.startswith("layer 1: no change at 16 of 16 frames")
 
 
-def test_the_trace_is_that_of_the_state():
-    trace = run().trace
-    frames, state = eval_models.tokens(FRAMES), model.init_state(MODEL, 1)
-    base = eval_models.params()["layers"][RUN]["ttt"]
-    norm = lambda leaves: np.sqrt(sum((np.asarray(leaf, np.float64) ** 2).sum() for leaf in leaves))  # noqa: E731
-    base = norm(leaf for name, leaf in base.items() if name.startswith("inner_"))
-    before = None
-    for t in range(FRAMES):
-        _, state = model.forward(eval_models.params(), frames[None, :, t : t + 1], np.ones((1, 1), bool), state, MODEL)
-        ttt = state.layers[RUN].ttt
-        now = [np.asarray(a - b) for a, b in zip(*map(jax.tree.leaves, (ttt.displacement, ttt.open_sum)), strict=True)]
-        assert trace.displacement[t + 1, 0, 0] == pytest.approx(norm(now) / base, rel=1e-4)
-        step = now if before is None else [a - b for a, b in zip(now, before, strict=True)]
-        assert trace.step[t + 1, 0, 0] == pytest.approx(norm(step) / base, rel=1e-4)
-        before = now
-
-
 def test_the_digest_does_not_see_the_count():
     (ttt,) = check.fast_weights(model.init_state(MODEL, 2), MODEL)
     counted = ttt._replace(count=ttt.count + 1)
@@ -218,19 +207,26 @@ def test_the_digest_does_not_see_the_count():
 def test_the_table_is_shortened_in_the_middle_and_shows_few_of_many_layers():
     layers, frames = 5, 51
     digest = np.char.add("d", np.arange(frames * layers * 2).astype(str)).reshape(frames, layers, 2)
-    zeros = np.zeros(digest.shape)
-    lines = check.table(check.Trace(digest, zeros, zeros, zeros, None), (3, 4, 5, 6, 7))
-    assert len(lines) == 1 + 3 * (1 + check.HEAD + check.TAIL) + 1 + 2
+    lines = check_command.table(check.Trace(digest, None, None), (3, 4, 5, 6, 7))
+    assert len(lines) == 1 + 3 * (1 + check_command.HEAD + check_command.TAIL) + 1 + 1
     assert sum(" NO" in line for line in lines) == 0
     assert "(3 of 5 TTT layers)" in lines
+    assert [line.split() for line in lines if " 51" in line or " 50 " in line][-1] == [
+        "50",
+        "7",
+        digest[50, 4, 0],
+        "yes",
+    ]
 
 
 # The command
 
+integration = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("persistence")
+    folder = tmp_path_factory.mktemp("check_state")
     eval_models.write_run(folder / "run")
     eval_models.write_codes(folder / "speech.safetensors", eval_models.tokens(FRAMES))
     return folder
@@ -240,43 +236,46 @@ def main(*args):
     return command.main(["check-state", *map(str, args)])
 
 
+@integration
 def test_the_command_passes(folder, capsys):
     assert main(folder / "run", "--audio", folder / "speech.safetensors", "--frames", FRAMES) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("run: TTT layers 1, mini-batch 4, float32; 16 frames (1.3 s) of ")
-    assert said[-1] == "PASS"
-    assert [line for line in said if "  PASS  " in line] == [
-        line for line in said if line.startswith(tuple(LINES.values()))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("run: TTT layers 1, mini-batch 4, float32; 16 frames (1.3 s) of ")
+    assert lines[-1] == "PASS"
+    assert [line for line in lines if "  PASS  " in line] == [
+        line for line in lines if line.startswith(tuple(LINES.values()))
     ]
 
 
+@integration
 def test_the_command_fails(folder, capsys, monkeypatch):
     monkeypatch.setattr(check, "forward", lambda *call, cfg: keeps_the_old_state(*call))
     assert main(folder / "run", "--audio", folder / "speech.safetensors", "--frames", FRAMES) == 1
-    said = capsys.readouterr().out.splitlines()
-    assert said[-1] == "FAIL"
-    assert sum("  FAIL  " in line for line in said) == 3
-    assert sum(line.endswith(" NO") for line in said) == check.HEAD + check.TAIL
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "FAIL"
+    assert sum("  FAIL  " in line for line in lines) == 3
+    assert sum(line.endswith(" NO") for line in lines) == check_command.HEAD + check_command.TAIL
 
 
 def test_without_a_checkpoint_an_untrained_tiny_is_checked(monkeypatch):
     monkeypatch.setattr(model, "init_params", lambda cfg, key: cfg.dim)
-    tiny = check.fresh_tiny()
+    tiny = check_command.fresh_tiny()
     assert (tiny.name, tiny.params, tiny.cfg.ttt_layers) == ("tiny, freshly initialised", 128, (0,))
 
 
-def test_mistakes_are_told(folder, tmp_path):
+@integration
+def test_mistakes_are_reported(folder, tmp_path):
     plain = dataclasses.replace(MODEL, ttt=dataclasses.replace(MODEL.ttt, layers="none"))
     speech = folder / "speech.safetensors"
     eval_models.write_run(tmp_path / "plain", micro.config(model=plain))
     eval_models.write_codes(tmp_path / "foreign.safetensors", eval_models.tokens(FRAMES), "another")
-    for args, said in (
+    for args, message in (
         ((tmp_path / "nowhere",), "is no checkpoint"),
         ((tmp_path / "plain",), "plain has no TTT layers"),
         ((folder / "run", "--frames", 1), "--frames 1 cannot show persistence"),
         ((folder / "run", "--audio", speech, "--frames", 17), "lasts 16 frames"),
-        ((folder / "run", "--audio", tmp_path / "foreign.safetensors"), "but run was trained with"),
+        ((folder / "run", "--audio", tmp_path / "foreign.safetensors"), "does not fit run: run was trained with"),
         ((folder / "run", "--audio", tmp_path / "no.wav"), "no.wav does not exist"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             main(*args)

@@ -3,6 +3,7 @@
 import pytest
 
 from eval.compare import conditions
+from eval.results.schema import CheckpointInfo
 from ttt_jax.errors import InputError
 from ttt_jax.utils import paths
 
@@ -96,6 +97,62 @@ def test_what_is_none_is_one_sentence(here, text, said):
     with pytest.raises(InputError, match=said) as refused:
         conditions.parse(text)
     assert "\n" not in str(refused.value)
+
+
+CHECKPOINTS = {name: CheckpointInfo(name, (8, 8), () if name == "plain" else (1,)) for name in ("a", "b", "c", "plain")}
+
+
+def chosen(*texts):
+    return [
+        (one.name, one.arm, one.checkpoints)
+        for one in conditions.conditions(list(map(conditions.parse, texts)), CHECKPOINTS)
+    ]
+
+
+def test_conditions():
+    arms = ("persist", "reset", "frozen", "off")
+    assert chosen("a") == [(arm, arm, ("a",)) for arm in arms]
+    assert chosen("a,b") == [(arm, arm, ("a", "b")) for arm in arms]
+    assert chosen("x=a")[1] == ("x reset", "reset", ("a",))
+    assert chosen("a@reset", "a@off") == [("reset", "reset", ("a",)), ("off", "off", ("a",))]
+    assert chosen("a", "plain") == [("a@persist", "persist", ("a",)), ("plain@off", "off", ("plain",))]
+    assert chosen("kept=a,b@persist", "b,c@frozen") == [
+        ("kept", "persist", ("a", "b")),
+        ("b+1@frozen", "frozen", ("b", "c")),
+    ]
+    assert conditions.parse("runs/lr=3/x@2/y@off") == (None, ("runs/lr=3/x@2/y",), "off")
+    assert conditions.parse("m=runs/x@2/y/") == ("m", ("runs/x@2/y",), None)
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (("a@sideways",), "'sideways' cannot be compared"),
+        (("a@permuted", "a"), "'permuted' cannot be compared"),
+        (("a@reset",), "single condition"),
+        (("plain",), "plain has no TTT layers, so there is nothing to compare"),
+        (("a", "plain@reset"), "plain has no TTT layers, so there is no arm reset"),
+        (("a,b", "c"), "2 and 1 checkpoints"),
+        (("a", "a"), "two conditions are called persist"),
+        (("a,a", "b,c"), "names one checkpoint twice"),
+        (("x=",), "names no checkpoint"),
+    ],
+)
+def test_conditions_that_cannot_be(texts, said):
+    with pytest.raises(InputError, match=said):
+        chosen(*texts)
+
+
+def test_names_of_stored_checkpoints_may_be_like_paths_arms_and_lists():
+    names = ("a=b", "x@off", "one,two", "one", "plain")
+    for text, expected in {
+        "a=b": (None, ("a=b",), None),
+        "x@off": (None, ("x@off",), None),
+        "x@off@reset": (None, ("x@off",), "reset"),
+        "k=one,two,one@off": ("k", ("one,two", "one"), "off"),
+        "gone@off": (None, ("gone",), "off"),
+    }.items():
+        assert conditions.parse(text, names) == expected
 
 
 def test_names_become_names_of_files_that_differ():

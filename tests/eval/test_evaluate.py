@@ -3,9 +3,9 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
-import types
 
 import jax
 import numpy as np
@@ -13,15 +13,35 @@ import pytest
 from safetensors.numpy import save_file
 
 from eval.__main__ import main
-from eval.streaming import command as module
+from eval.inputs import checkpoints, dataset
+from eval.streaming import plots, score_files
 from eval.streaming.scores import load
-from tests.helpers import micro
+from tests.helpers import made_scores, micro
 from tests.helpers.eval_models import DIGEST, tokens, write_run
+from ttt_jax.data.corpus import CorpusConfig
 from ttt_jax.data.frames import open_manifest
 from ttt_jax.errors import InputError
 from ttt_jax.utils.command import PARTIAL
 
 LENGTHS = (60, 45, 52)
+
+
+@pytest.fixture(autouse=True)
+def made_up(request, monkeypatch):
+    """Made-up scores and empty figures; tests/eval/test_stream.py and test_draw.py look at the real ones."""
+    if "integration" in request.keywords:
+        return
+    monkeypatch.setattr(score_files, "stream", made_scores.stream)
+    for name in ("_losses", "_figure5", "_state", "_checkpoints"):
+        monkeypatch.setattr(plots, name, lambda *_: None)
+
+    def save(figure, folder, name):
+        paths = [folder / f"{name}.{kind}" for kind in plots.KINDS]
+        for path in paths:
+            path.write_bytes(b"a figure")
+        return paths
+
+    monkeypatch.setattr(plots, "save", save)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +79,16 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.integration
+def test_checkpoints_times_files_times_arms_with_models(run, plain, data, tmp_path, capsys):
+    check_checkpoints_times_files_times_arms(run, plain, data, tmp_path, capsys)
+
+
 def test_checkpoints_times_files_times_arms(run, plain, data, tmp_path, capsys):
+    check_checkpoints_times_files_times_arms(run, plain, data, tmp_path, capsys)
+
+
+def check_checkpoints_times_files_times_arms(run, plain, data, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["stream", str(run), str(plain), "--data", str(data), "--out", str(out), "--window", "20"]) == 0
     found = results(out)
@@ -85,7 +114,6 @@ def test_checkpoints_times_files_times_arms(run, plain, data, tmp_path, capsys):
 
 
 def test_a_text_that_is_not_known_is_fed_as_nothing(run, data):
-    from eval.inputs import checkpoints, dataset
 
     files, skipped = dataset.read(data, [checkpoints.load(run)])
     assert not skipped
@@ -96,9 +124,8 @@ def test_a_text_that_is_not_known_is_fed_as_nothing(run, data):
 
 
 def test_evaluation_feeds_what_training_reads(run, tmp_path):
-    from eval.inputs import checkpoints, dataset
     from ttt_jax.codec import load_codec
-    from ttt_jax.data.corpus import CorpusConfig, load_coders
+    from ttt_jax.data.corpus import load_coders
 
     words = [["yes", [0.3, 0.5], "SPEAKER_MAIN"], ["\u4e2d", [1.0, 1.2], "SPEAKER_MAIN"]]
     beside = {"words": {"alignments": words}, "book": {"book_meta": {}}, "emilia": {"id": "x"}, "nothing": None}
@@ -123,7 +150,6 @@ def test_evaluation_feeds_what_training_reads(run, tmp_path):
 
 
 def test_speakers_are_the_units(run, tmp_path):
-    from eval.inputs import checkpoints, dataset
 
     data = write_data(tmp_path / "s", [tokens(20, 0), tokens(20, 1)], speaker="one", group="a/b")
     assert {file.group for file in dataset.read(data, [checkpoints.load(run)])[0]} == {"one"}
@@ -161,7 +187,6 @@ def test_absent_files_are_skipped_counted_and_told_briefly(run, tmp_path, capsys
 
 
 def test_files_are_called_by_the_names_of_their_links(run, tmp_path):
-    from eval.inputs import checkpoints, dataset
 
     (tmp_path / "blobs").mkdir()
     data = write_data(tmp_path / "snapshot", [tokens(16, i) for i in range(2)])
@@ -200,7 +225,7 @@ def test_an_interrupted_evaluation_leaves_the_one_before(run, data, tmp_path, mo
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "stream", interrupted)
+    monkeypatch.setattr(score_files, "stream", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(asked)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
@@ -235,18 +260,16 @@ def test_what_cannot_be_is_one_sentence(run, plain, data, tmp_path):
 
 
 def test_a_run_on_code_files_needs_neither_its_codec_nor_its_data(tmp_path):
-    from eval.inputs import dataset
 
-    gone = micro.CONFIG.data.__class__(train="gone.jsonl", codec="files")
+    gone = CorpusConfig(train="gone.jsonl", codec="files")
     about = {"codec": {"name": "theirs", "digest": "1" * 64}, "tokenizer": {"digest": "2" * 64, "pieces": None}}
-    run = types.SimpleNamespace(data=gone)
-    trained = types.SimpleNamespace(name="trained", cfg=micro.MODEL, run=run, codec=about["codec"], about=about)
+    trained = checkpoints.Checkpoint("trained", micro.MODEL, None, about, gone)
     data = write_data(tmp_path / "codes", [tokens(20), tokens(20)[1:], tokens(20)[1:9]], digest="1" * 64)
     files, (skipped,) = dataset.read(data, [trained])
     assert [file.text_known.mean() for file in files] == [1, 0]
     np.testing.assert_array_equal(files[0].frames, tokens(20))
     assert "holds 8 rows of codes" in skipped.reason
-    with pytest.raises(InputError, match="was encoded with .*but trained was trained with theirs"):
+    with pytest.raises(InputError, match="trained was trained with the codec theirs .*the speech was encoded with"):
         dataset.read(write_data(tmp_path / "other", [tokens(20)], digest="3" * 64), [trained])
     (data / "a.wav").write_bytes(b"RIFF")
     (data / "manifest.jsonl").write_text('{"path": "a.wav", "duration": 4.8}\n')
@@ -256,16 +279,15 @@ def test_a_run_on_code_files_needs_neither_its_codec_nor_its_data(tmp_path):
 
 def test_codes_of_another_codec_are_refused(run, tmp_path):
     other = write_data(tmp_path / "other", [tokens(20)], digest="0" * 64)
-    refused("was encoded with a codec .digest 000000000000.*was trained with a codec", run, "--data", other)
+    refused("was trained with the codec a codec .*was encoded with a codec .digest 000000000000", run, "--data", other)
     large = write_data(tmp_path / "large", [tokens(20) + 40])
     refused("expected -1 to 63", run, "--data", large)
 
 
 @pytest.mark.parametrize("rate", ["25", "12.50001", "6.25"])
 def test_codes_of_another_rate_are_refused_for_converted_weights_too(run, tmp_path, rate):
-    from eval.inputs import checkpoints, dataset
 
-    weights = types.SimpleNamespace(name="moshi", cfg=micro.MODEL, run=None, codec=None)
+    weights = checkpoints.Checkpoint("moshi", micro.MODEL, None, {})
     data = write_data(tmp_path / "fast", [tokens(20)])
     metadata = {"frame_rate": rate, "codec": DIGEST}
     save_file({"codes": tokens(20)}, data / "0.safetensors", metadata=metadata)
@@ -277,22 +299,20 @@ def test_codes_of_another_rate_are_refused_for_converted_weights_too(run, tmp_pa
 
 
 def test_codes_of_several_codecs_and_of_other_sizes_do_not_pass_with_converted_weights(tmp_path):
-    from eval.inputs import dataset
     from ttt_jax.data.codes import Codes, write_codes
 
-    weights = types.SimpleNamespace(name="moshi", cfg=micro.MODEL, run=None, codec=None)
+    weights = checkpoints.Checkpoint("moshi", micro.MODEL, None, {})
     data = write_data(tmp_path / "mixed", [tokens(20), tokens(20)], digest="1" * 64)
     save_file({"codes": tokens(20)}, data / "1.safetensors", metadata={"frame_rate": "12.5", "codec": "2" * 64})
     with pytest.raises(InputError, match="holds codes of 2 codecs, such as 0 .codec 1111.* and 1 .codec 2222"):
         dataset.read(data, [weights])
     write_codes(data / "1.safetensors", Codes(tokens(20), 12.5, "1" * 64, "small", cardinality=32))
     files, (skipped,) = dataset.read(data, [weights])
-    assert "small of 32 entries a codebook, but moshi has 64" in skipped.reason
+    assert "moshi has 64 codes and 512 text pieces, but the codec small has 32" in skipped.reason
     assert files[0].codec == {"name": None, "digest": "1" * 64}
 
 
 def test_every_file_has_a_name_of_its_own(run, tmp_path):
-    from eval.inputs import checkpoints, dataset
 
     lines = []
     for folder in ("a", "b"):
@@ -307,17 +327,12 @@ def test_every_file_has_a_name_of_its_own(run, tmp_path):
 
 
 def test_a_model_that_leaves_the_numbers_is_no_result(run, data, tmp_path, monkeypatch, capsys):
-    from eval.streaming import runner as module_stream
-
-    whole = module_stream.stream
-
     def spoilt(*args, **rest):
-        found = whole(*args, **rest)
-        first = found[0].arms["persist"]
-        first.nats[:, 10:] = np.nan
+        found = made_scores.stream(*args, **rest)
+        found[0].arms["persist"].nats[:, 10:] = np.nan
         return found
 
-    monkeypatch.setattr(module, "stream", spoilt)
+    monkeypatch.setattr(score_files, "stream", spoilt)
     out = tmp_path / "out"
     assert (
         main(["stream", str(run), "--data", str(data), "--arms", "persist", "--frames", "16", "--out", str(out)])
@@ -350,15 +365,16 @@ def test_the_same_again_replaces_everything_and_less_is_refused(run, data, tmp_p
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.integration
 def test_interrupting_ends_as_it_should(run, data, tmp_path):
     """With a program on its way: an interpreter that ended under it would crash."""
     code = """
 import os, signal, sys
-from eval import stream
+from eval.streaming import runner
 from eval.__main__ import main
 from ttt_jax.utils.command import run
 
-block, calls = stream._block, []
+block, calls = runner._block, []
 
 
 def interrupting(*args):
@@ -368,7 +384,7 @@ def interrupting(*args):
     return block(*args)
 
 
-stream._block, stream.SEGMENT = interrupting, 1
+runner._block, runner.SEGMENT = interrupting, 1
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do without
 sys.exit(run(lambda: main(sys.argv[1:])))
 """
@@ -383,6 +399,21 @@ sys.exit(run(lambda: main(sys.argv[1:])))
     assert not any((tmp_path / "o").iterdir())
 
 
+def test_a_run_of_more_steps_replaces_its_own_evaluation_alone(run, data, tmp_path, monkeypatch):
+    from eval.inputs import evaluation_set
+
+    files = [dataset.EvalFile("a", "a", tokens(20), (), {"name": "c", "digest": "d"})]
+    monkeypatch.setattr(evaluation_set, "load", lambda *_: evaluation_set.EvaluationSet(files, [], None))
+    first, second = write_run(tmp_path / "first"), write_run(tmp_path / "second", seed=1)
+    assert main(["stream", str(first)]) == 0
+    shutil.rmtree(first / "checkpoints")
+    shutil.copytree(second / "checkpoints", first / "checkpoints")
+    refused(r"holds results of first \(step 1, .*not of first \(step 1, ", first, "--out", first / "eval")
+    before = results(first / "eval")["checkpoints"][0]["info"]["about"]["weights"]
+    assert main(["stream", str(first), "--arms", "persist"]) == 0
+    assert results(first / "eval")["checkpoints"][0]["info"]["about"]["weights"] != before
+
+
 def test_frames_of_something_else_are_not_replaced(run, data, tmp_path):
     out = tmp_path / "out"
     (out / "frames").mkdir(parents=True)
@@ -392,13 +423,12 @@ def test_frames_of_something_else_are_not_replaced(run, data, tmp_path):
 
 
 def test_converted_weights_take_code_files_only(tmp_path):
-    from eval.inputs import dataset
 
-    weights = types.SimpleNamespace(name="moshi", cfg=micro.MODEL, run=None, codec=None)
+    weights = checkpoints.Checkpoint("moshi", micro.MODEL, None, {})
     data = write_data(tmp_path / "codes", [tokens(20), tokens(20)[1:], tokens(20)[1:9]], digest="1" * 64)
     files, (skipped,) = dataset.read(data, [weights])
     assert [file.text_known.mean() for file in files] == [1, 0]
-    assert "has 8 rows of codes" in skipped.reason
+    assert "holds 8 rows of codes" in skipped.reason
     (data / "a.wav").write_bytes(b"RIFF")
     (data / "manifest.jsonl").write_text('{"path": "a.wav", "duration": 4.8}\n')
     with pytest.raises(InputError, match="converted weights do not say which codec"):

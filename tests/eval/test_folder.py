@@ -1,26 +1,28 @@
 """Folders of results: names, what may be replaced in them, and what is there when it goes wrong. No model is run."""
 
+import dataclasses
 import json
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from eval.compare import command as compare_command
-from eval.compare import plots as compare_plots
+from eval.compare import losses
+from eval.compare import results as compare_results
 from eval.compare.analysis import analyse
-from eval.compare.analysis import write as write_experiment
 from eval.diagnose import records
 from eval.inputs import checkpoints
 from eval.results import folder as folders
+from eval.results.schema import CheckpointInfo, scores_path
 from eval.streaming import command as streaming_command
 from eval.streaming import plots as streaming_plots
-from eval.streaming.summary import CheckpointInfo, Results, Setting, read_results, summarise, write_results
-from tests.eval.test_compare import made
+from eval.streaming import results as stream_results
+from eval.streaming.results import Results, Setting
 from tests.eval.test_diagnose import made as made_records
 from tests.helpers import made_scores, micro
+from tests.helpers.made_experiment import made
 from tests.helpers.made_scores import FILES
 from ttt_jax.errors import InputError
+from ttt_jax.utils import config_json
 
 CFG = micro.CONFIG
 
@@ -75,7 +77,7 @@ def test_a_checkpoint_of_several_has_its_step_in_the_runs_folder(tmp_path, monke
 
 def test_checkpoints_of_one_name_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        checkpoints, "load", lambda path: checkpoints.Model(checkpoints._name(path, 1), None, {}, None, {})
+        checkpoints, "load", lambda path: checkpoints.Checkpoint(checkpoints._name(path, 1), None, {}, {})
     )
     for name in ("A/x", "B/x", "B/C/x", "a.1", "a.2", "x-5", "x/checkpoints/5", "new\nline", "new\\nline"):
         (tmp_path / name).mkdir(parents=True)
@@ -92,10 +94,10 @@ def test_checkpoints_of_one_name_are_told_apart(tmp_path, monkeypatch):
     for same in ("a.1", "a.1/", "A/../a.1", "link"):
         with pytest.raises(InputError, match="is given twice: leave it out once"):
             names("a.1", same)
-    infos = [CheckpointInfo(name, 9, ()) for name in names("A/x", "B/x")]
+    infos = [CheckpointInfo(name, (9,), ()) for name in names("A/x", "B/x")]
     assert streaming_plots.figures([info.name for info in infos])[:2] == ["memory-A%2Fx.png", "memory-A%2Fx.pdf"]
     file = FILES[0]
-    assert len({streaming_command.scores_path(tmp_path, info, file) for info in infos}) == 2
+    assert len({scores_path(tmp_path, info.name, file) for info in infos}) == 2
 
 
 # What may be replaced
@@ -150,71 +152,80 @@ def test_results_of_something_else_are_refused(tmp_path, changes, said):
         folders.check(tmp_path, OLD, OLD._replace(**changes))
 
 
-def model(weights="w1", name="tiny", run=CFG, **about):
-    config = streaming_command.models_.config_json.to_dict(run)
-    about = {"step": 7, "weights": weights, "config": config, "train": {"digest": "t"}, **about}
-    return checkpoints.Model(name, run.model, None, run, about)
-
-
-MODEL = model()
-
-
-def speech(*files):
-    return [SimpleNamespace(name=file.name, digest=file.digest, frames=np.zeros((1, file.frames))) for file in files]
+def info(weights="w1", name="tiny", run=CFG, **about):
+    about = {"step": 7, "weights": weights, "config": config_json.to_dict(run), "train": {"digest": "t"}, **about}
+    return CheckpointInfo(name, (60,), micro.MODEL.ttt_layers, about=about)
 
 
 @pytest.fixture
 def stored(tmp_path):
     """A folder of results of the arms persist and reset; beside them a file of the user's."""
-    checkpoint = CheckpointInfo("tiny", 60, micro.MODEL.ttt_layers, model().about)
     arms = {name: made_scores.ARMS[name] for name in ("persist", "reset")}
-    made_scores.write(tmp_path, checkpoint, FILES[:2], arms=("persist", "reset"))
+    made_scores.write(tmp_path, info(), FILES[:2], arms=("persist", "reset"))
     setting = Setting(made_scores.STREAMS, arms, reset_every=CFG.data.chunk, chunk=20, window=25)
-    results = summarise(setting, [checkpoint], FILES[:2], [], tmp_path)
-    write_results(tmp_path, results, {})
+    made_scores.write_results(tmp_path, [info()], FILES[:2], setting=setting)
     (tmp_path / "memory.png").write_bytes(b"old")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "memory-of-a-day.png").write_text("mine")
     return tmp_path
 
 
-ARMS = streaming_command.Asked(arms=("persist", "reset"))
-
-
-def replaced(folder, models=(MODEL,), files=FILES[:2], asked=ARMS, of_its_run=False):
-    return streaming_command._check_replaced(folder, models, speech(*files), [], asked, of_its_run)
+def replaced(
+    folder,
+    infos=None,
+    files=FILES[:2],
+    arms=("persist", "reset"),
+    reset_every=CFG.data.chunk,
+    inner=True,
+    own_run=False,
+):
+    infos = infos or [info()]
+    names = [one.name for one in infos]
+    subject = streaming_command._subject(
+        None, files, [], infos, reset_every, dict.fromkeys(names, arms), names if inner else []
+    )
+    return streaming_command.replaced(folder, subject, infos[0] if own_run else None)
 
 
 def test_stored_results_are_replaced_by_the_same_again_alone(stored):
-    assert isinstance(read_results(stored), Results)
+    assert isinstance(stream_results.read(stored), Results)
     assert {"frames", "memory.png", "state.pdf"} <= set(replaced(stored))
     assert "memory-of-a-day.png" not in replaced(stored)
-    replaced(
-        stored, asked=streaming_command.Asked(window=9, chunk=3, weighting="kyutai")
-    )  # numbers are the same, and there are more
-    for said, changes in {
+    replaced(stored, arms=("persist", "reset", "off"))  # there are more
+    for text, changes in {
         "without c, but .* has that file": {"files": FILES[:3]},
         "with b, but .* does not have that file": {"files": FILES[:1]},
-        "of tiny .*weights w1.*not of tiny .*weights w2": {"models": (model("w2"),)},
-        "not of tiny .*, other ": {"models": (model(), model("w2", "other"))},
-        f"with --reset-every {CFG.data.chunk}, not 5": {"asked": streaming_command.Asked(ARMS.arms, reset_every=5)},
-        "of the arm reset, which would not": {"asked": streaming_command.Asked(("persist",))},
-        "of inner losses, which would not": {"asked": streaming_command.Asked(ARMS.arms, inner=False)},
+        "of tiny .*weights w1.*not of tiny .*weights w2": {"infos": [info("w2")]},
+        "not of tiny .*, other ": {"infos": [info(), info("w2", "other")]},
+        f"with --reset-every {CFG.data.chunk}, not 5": {"reset_every": 5},
+        "of the arm reset, which would not": {"arms": ("persist",)},
+        "of inner losses, which would not": {"inner": False},
     }.items():
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=text):
             replaced(stored, **changes)
 
 
-def test_training_replaces_its_own_evaluation_of_any_step(stored):
-    later = model("w2", step=9)
-    elsewhere = model("w2", run=micro.config(run_dir="moved"))
+def test_a_run_replaces_its_own_evaluation_of_another_step(stored):
+    later = info("w2", step=9)
+    elsewhere = info("w2", run=micro.config(run_dir="moved"))
     for own in (later, elsewhere):
-        assert replaced(stored, (own,), FILES, streaming_command.Asked(), of_its_run=True)
-    for other in (model("w2", run=micro.config(seed=99)), model("w2", train={"digest": "other"})):
+        assert replaced(stored, [own], FILES, ("persist",), own_run=True)
+    for other in (
+        info("w2", run=micro.config(seed=99)),
+        info("w2", train={"digest": "other"}),
+        info("w2", config=None),
+        info(),  # the same step: there it is less
+    ):
         with pytest.raises(InputError, match="without c, but .* has that file"):
-            replaced(stored, (other,), FILES, streaming_command.Asked(), of_its_run=True)
+            replaced(stored, [other], FILES, own_run=True)
     with pytest.raises(InputError, match="without c, but .* has that file"):
-        replaced(stored, (later,), FILES, streaming_command.Asked())
+        replaced(stored, [later], FILES)
+    content = json.loads((stored / "results.json").read_text())
+    data = dataclasses.replace(stream_results.read(stored).setting, about={"data": "talks"})
+    assert content["setting"]["about"] == {}
+    made_scores.write_results(stored, [info()], FILES[:2], setting=data)
+    with pytest.raises(InputError, match="without c, but .* has that file"):
+        replaced(stored, [later], FILES, own_run=True)
 
 
 @pytest.mark.parametrize("name", ["frames", "memory.png", "figure5.pdf"])
@@ -229,11 +240,11 @@ def test_what_lies_there_and_is_no_result_is_not_replaced(tmp_path, name):
     ("content", "said"),
     [
         ("", "is not JSON"),
-        ("{}", "does not say of which command and format it is, but format 2 of python -m eval stream is read"),
+        ("{}", "does not say of which command and format it is, but format 3 of python -m eval stream is read"),
         ('{"format": 2}', "does not say of which command and format it is"),
         ("[1]", "does not say of which command and format it is"),
         ('{"command": "python -m eval compare", "format": 3}', "is of format 3 of python -m eval compare, but"),
-        ('{"command": "python -m eval stream", "format": 2}', "is not as it was written"),
+        ('{"command": "python -m eval stream", "format": 3}', "is not as it was written"),
     ],
 )
 def test_results_of_another_command_are_refused(tmp_path, content, said):
@@ -259,9 +270,9 @@ def test_damaged_results_are_refused(stored, damage):
     content = json.loads((stored / "results.json").read_text())
     damage(content)
     (stored / "results.json").write_text(json.dumps(content))
-    for of_its_run in (False, True):
+    for own_run in (False, True):
         with pytest.raises(InputError, match="damaged|holds results of"):
-            replaced(stored, of_its_run=of_its_run)
+            replaced(stored, own_run=own_run)
 
 
 def test_files_among_the_scores_are_not_replaced(stored):
@@ -307,39 +318,41 @@ def test_a_crash_between_old_and_new_leaves_no_mixture(stored, monkeypatch):
 # The other commands
 
 
-def test_an_experiment_is_replaced_by_the_same_again_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare_plots, "draw_all", lambda *_: [])
+def test_an_experiment_is_replaced_by_the_same_again_alone(tmp_path):
+    replace = dataclasses.replace
     experiment = made({"reset": 0.05, "off": 0.1}, files=3)
-    names = experiment.conditions[0].checkpoints
-    about = [{"name": name, "weights": f"w{i}", "step": 1} for i, name in enumerate(names)]
-    experiment = compare_command.dataclasses.replace(experiment, checkpoints=about)
-    write_experiment(tmp_path, experiment, analyse(experiment), {})
+    infos = [replace(one, about={"weights": f"w{i}", "step": 1}) for i, one in enumerate(experiment.checkpoints)]
+    experiment = replace(experiment, checkpoints=infos)
+    losses.write(tmp_path, experiment)
+    compare_results.write(tmp_path, experiment, analyse(experiment), {})
 
-    def subject(conditions=experiment.conditions, files=experiment.files, about=about, **setting):
-        setting = compare_command.dataclasses.replace(experiment.setting, **setting)
-        return compare_command._subject(None, files, [], conditions, about, setting)
+    def subject(conditions=experiment.conditions, files=experiment.files, infos=infos, **setting):
+        return compare_command._subject(files, [], conditions, infos, replace(experiment.setting, **setting))
 
-    replace = compare_command.dataclasses.replace
-    compare_command._check_replaced(tmp_path, subject())
-    compare_command._check_replaced(tmp_path, subject(margin=0.5, threshold=1.0))
+    assert {"frames", "losses.npz", "report.md"} <= set(compare_command.replaced(tmp_path, subject()))
+    compare_command.replaced(tmp_path, subject(margin=0.5, threshold=1.0))
     renamed = [replace(one, name=f"new {one.name}") for one in experiment.conditions]
-    compare_command._check_replaced(tmp_path, subject(renamed))
-    for said, other in {
+    compare_command.replaced(tmp_path, subject(renamed))
+    for text, other in {
         "with file2, but .* does not have that file": subject(files=experiment.files[:2]),
         "not of .* under persist, .* under off:": subject(experiment.conditions[::2]),
         "under reset, .* under persist, ": subject([experiment.conditions[i] for i in (1, 0, 2)]),
-        "weights v": subject(about=[{**one, "weights": f"v{one['weights']}"} for one in about]),
+        "weights v": subject(infos=[replace(one, about={"weights": "v", "step": 1}) for one in infos]),
         "with --weighting equal, not kyutai": subject(weighting="kyutai"),
         "with --reset-every .*, not 7": subject(chunk=7),
     }.items():
-        with pytest.raises(InputError, match=said):
-            compare_command._check_replaced(tmp_path, other)
+        with pytest.raises(InputError, match=text):
+            compare_command.replaced(tmp_path, other)
+    touched(tmp_path / "frames" / "run0" / "mine.npz")
+    with pytest.raises(InputError, match="holds frames/run0/mine.npz, which is no result"):
+        compare_command.replaced(tmp_path, subject())
 
 
-def test_reports_of_somebody_else_are_not_replaced(tmp_path):
-    (tmp_path / "report.md").write_text("mine")
-    with pytest.raises(InputError, match="holds report.md, but no results.json"):
-        compare_command._check_replaced(tmp_path, OLD)
+@pytest.mark.parametrize("name", ["report.md", "losses.npz"])
+def test_reports_of_somebody_else_are_not_replaced(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"holds {name}, but no results.json"):
+        compare_command.replaced(tmp_path, OLD)
 
 
 def test_records_say_what_they_are_of(tmp_path):

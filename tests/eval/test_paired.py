@@ -8,6 +8,7 @@ from scipy import stats
 
 from eval.compare.experiment import pooled
 from eval.stats import paired
+from eval.stats.verdict import BETTER, Rule, verdict
 
 D = np.array([0.031, -0.012, 0.044, 0.052, 0.007, 0.019, 0.038, -0.004, 0.027, 0.061])
 
@@ -27,23 +28,23 @@ def compare(d, reference=3.0, margin=0.02, threshold=0.1):
 
 
 def test_all_numbers_by_formula():
-    found, n = compare(D), len(D)
+    result, n = compare(D), len(D)
     mean, sd = D.sum() / n, math.sqrt(((D - D.mean()) ** 2).sum() / (n - 1))
-    assert (found.n, found.reference) == (n, 3)
-    assert found.mean == pytest.approx(mean)
-    assert found.sd == pytest.approx(sd)
-    assert found.relative == pytest.approx(mean / 3)
-    assert found.above == 0.8
+    assert (result.n, result.reference) == (n, 3)
+    assert result.mean == pytest.approx(mean)
+    assert result.sd == pytest.approx(sd)
+    assert result.relative == pytest.approx(mean / 3)
+    assert result.above == 0.8
     t = mean / (sd / math.sqrt(n))
-    assert found.p.t == pytest.approx(2 * stats.t.sf(t, n - 1))
-    assert found.p.t == pytest.approx(stats.ttest_rel(D + 5, np.full(n, 5.0)).pvalue)
-    assert found.p.wilcoxon == pytest.approx(stats.wilcoxon(D, method="exact").pvalue)
+    assert result.p.t == pytest.approx(2 * stats.t.sf(t, n - 1))
+    assert result.p.t == pytest.approx(stats.ttest_rel(D + 5, np.full(n, 5.0)).pvalue)
+    assert result.p.wilcoxon == pytest.approx(stats.wilcoxon(D, method="exact").pvalue)
     # Hedges' J for nine degrees of freedom is 0.9139 (his table; 1 - 3 / (4 * 9 - 1) = 0.9143 is the approximation).
     assert paired.correction(9) == pytest.approx(0.9139, abs=5e-5)
-    assert found.dz == pytest.approx(mean / sd * paired.correction(9))
-    assert found.power.of_threshold == pytest.approx(paired.power_of(n, 0.3 / sd))
-    assert found.power.for_effect == paired.needed(found.dz)
-    assert found.power.for_equivalence == paired.needed_equivalence(sd, 0.02)
+    assert result.dz == pytest.approx(mean / sd * paired.correction(9))
+    assert result.power.of_threshold == pytest.approx(paired.power_of(n, 0.3 / sd))
+    assert result.power.for_effect == paired.needed(result.dz)
+    assert result.power.for_equivalence == paired.needed_equivalence(sd, 0.02)
 
 
 def test_sign_flips_go_through_all_patterns():
@@ -73,10 +74,14 @@ def test_side_by_side_is_one_by_one():
     assert together.t[2] == together.wilcoxon[2] == together.sign_flip[2] == 1
 
 
-def test_bca_is_scipys_and_covers():
+def test_bca_is_scipys():
     expected = stats.bootstrap((D,), np.mean, n_resamples=9999, method="BCa", random_state=np.random.default_rng(0))
-    found = compare(D)
-    assert (found.low, found.high) == tuple(expected.confidence_interval)
+    result = compare(D)
+    assert (result.low, result.high) == tuple(expected.confidence_interval)
+
+
+@pytest.mark.slow
+def test_bca_covers():
     rng = np.random.default_rng(5)
     covered = 0
     for _ in range(300):
@@ -89,24 +94,24 @@ def test_the_share_of_a_gap_is_a_ratio_of_sums_with_its_interval():
     rng = np.random.default_rng(6)
     gap = rng.uniform(0.5, 2, 40)
     closed = 0.6 * gap + rng.normal(0, 0.05, 40)
-    found = paired.share(closed, gap)
-    assert found.mean == pytest.approx(closed.sum() / gap.sum())
-    assert found.low < 0.6 < found.high
-    assert found.high - found.low < 0.05
+    result = paired.share(closed, gap)
+    assert result.mean == pytest.approx(closed.sum() / gap.sum())
+    assert result.low < 0.6 < result.high
+    assert result.high - result.low < 0.05
     assert all(math.isnan(value) for value in paired.share(closed, 0 * gap))
 
 
 def test_equivalence_is_two_one_sided_tests():
     n, error = len(D), stats.sem(D)
     for margin in (0.02, 0.05):
-        found = paired.equivalence(D, margin)
+        result = paired.equivalence(D, margin)
         above = stats.ttest_1samp(D, -margin, alternative="greater").pvalue
         below = stats.ttest_1samp(D, margin, alternative="less").pvalue
-        assert found.p == pytest.approx(max(above, below))
+        assert result.p == pytest.approx(max(above, below))
         half = stats.t.ppf(0.95, n - 1) * error
-        assert (found.low, found.high) == pytest.approx((D.mean() - half, D.mean() + half))
-        assert (found.p < 0.05) == (-margin < found.low and found.high < margin)
-        assert paired.equivalence(-D, margin).p == pytest.approx(found.p)
+        assert (result.low, result.high) == pytest.approx((D.mean() - half, D.mean() + half))
+        assert (result.p < 0.05) == (-margin < result.low and result.high < margin)
+        assert paired.equivalence(-D, margin).p == pytest.approx(result.p)
 
 
 def test_holm_by_hand():
@@ -124,20 +129,20 @@ def test_sample_sizes_are_those_of_the_tables(dz, units):
 
 def test_power_is_what_simulated_experiments_have():
     rng = np.random.default_rng(7)
-    found = np.mean(paired.t_test(rng.normal(0.6, 1, (4000, 15))) < 0.05)
-    assert found == pytest.approx(paired.power_of(15, 0.6), abs=0.025)
+    result = np.mean(paired.t_test(rng.normal(0.6, 1, (4000, 15))) < 0.05)
+    assert result == pytest.approx(paired.power_of(15, 0.6), abs=0.025)
     units = paired.needed_equivalence(0.05, 0.02)
-    found = [paired.equivalence(d, 0.02).p < 0.05 for d in rng.normal(0, 0.05, (2000, units))]
-    assert np.mean(found) == pytest.approx(0.8, abs=0.03)
+    result = [paired.equivalence(d, 0.02).p < 0.05 for d in rng.normal(0, 0.05, (2000, units))]
+    assert np.mean(result) == pytest.approx(0.8, abs=0.03)
     assert paired.power_of_equivalence(units, 0.05, 0.02) >= 0.8 > paired.power_of_equivalence(units - 1, 0.05, 0.02)
     assert paired.needed(0.5, 0.05 / 3) > paired.needed(0.5)  # a stricter test needs more
 
 
-def test_what_cannot_be_known_is_nan():
+def test_unknown_numbers_are_nan():
     for d in ([], [0.1]):
-        found = compare(d)
-        unknown = (found.sd, found.low, found.dz, *found.p, *found.equivalence, *found.power)
-        assert found.n == len(d)
+        result = compare(d)
+        unknown = (result.sd, result.low, result.dz, *result.p, *result.equivalence, *result.power)
+        assert result.n == len(d)
         assert all(math.isnan(value) for value in unknown)
     two = compare([0.1, 0.2])
     assert math.isnan(two.low)
@@ -165,15 +170,29 @@ def test_slopes_are_weighted_least_squares():
     values[0, 2] = math.nan
     weight[1, 5:] = 0
     values[2, 1:] = math.nan
-    found = paired.slopes(values, weight)
+    result = paired.slopes(values, weight)
     for i in (0, 1):
         used = np.isfinite(values[i]) & (weight[i] > 0)
         expected = np.polyfit(np.arange(7)[used], values[i][used], 1, w=np.sqrt(weight[i][used]))[0]
-        assert found[i] == pytest.approx(expected)
-    assert math.isnan(found[2])
+        assert result[i] == pytest.approx(expected)
+    assert math.isnan(result[2])
     slope = paired.mean_slope(np.append(D, math.nan))
     low, high = stats.t.interval(0.95, 9, D.mean(), stats.sem(D))
     assert slope == pytest.approx((D.mean(), low, high, stats.ttest_1samp(D, 0).pvalue, 10))
+
+
+@pytest.mark.parametrize(("p", "words"), [(0.04, None), (0.07, "p = 0.070"), (0.11, "p = 0.11")])
+def test_the_verdict_reports_seeds_that_do_not_show_what_the_files_show(p, words):
+    # Of three seeds p of the t test is 1 - t / sqrt(t^2 + 2), so that p fixes t and t the spread of the seeds.
+    t = math.sqrt(2 * (1 - p) ** 2 / (1 - (1 - p) ** 2))
+    seeds = 0.5 + 0.5 * math.sqrt(3) / t * np.array([-1, 0, 1])
+    assert paired.t_test(seeds) == pytest.approx(p)
+    assert (seeds > 0).all()
+    files = compare(10 * D + 0.24)
+    result = verdict(files, files.p.t, files.equivalence.p, Rule(0.02, 10, "files"), ("a", "b"), seeds.tolist())
+    assert result.kind == BETTER
+    caveat = f" For these 3 seeds: with the seed as unit {words}." if words else ""
+    assert result.text.endswith(f"at least the 10 % asked for.{caveat}")
 
 
 # Without an effect p < 0.05 must come in 5 % of experiments: what the whole command rests on.
@@ -184,8 +203,8 @@ EXPERIMENTS, FILES, CHUNKS = 2000, 12, 8
 def no_effect(seed, conditions=2):
     """Losses of conditions that do not differ, [conditions, experiments, files, chunks], and tokens [files, chunks].
 
-    Files are hard or easy and drift, which all conditions share; each condition has noise of its own by file and by chunk, larger in
-    some files, and chunks follow from each other.
+    Files are hard or easy and drift, which all conditions share; each condition has noise of its own by file and by
+    chunk, larger in some files, and chunks follow from each other.
     """
     rng = np.random.default_rng(seed)
     shape = (EXPERIMENTS, FILES, CHUNKS)
@@ -202,13 +221,13 @@ def no_effect(seed, conditions=2):
     return np.where(weight > 0, losses, np.nan), weight
 
 
-@pytest.mark.parametrize("seed", [11, 12])
+@pytest.mark.parametrize("seed", [11, pytest.param(12, marks=pytest.mark.slow)])
 def test_false_positives(seed):
     losses, weight = no_effect(seed)
     one, other = (pooled(own, weight, np.arange(CHUNKS) > 0) for own in losses)
-    found = paired.p_values(other - one)
-    for name in found._fields:
-        assert 0.035 <= np.mean(getattr(found, name) < 0.05) <= 0.065, name
+    result = paired.p_values(other - one)
+    for name in result._fields:
+        assert 0.035 <= np.mean(getattr(result, name) < 0.05) <= 0.065, name
 
 
 def test_false_positives_of_a_family():
@@ -222,5 +241,5 @@ def test_false_positives_of_a_family():
 def test_false_equivalence():
     """A difference as large as the margin is called equivalent in at most 5 %."""
     rng = np.random.default_rng(14)
-    found = [paired.equivalence(d, 0.02).p < 0.05 for d in rng.normal(0.02, 0.02, (EXPERIMENTS, FILES))]
-    assert 0.035 <= np.mean(found) <= 0.065
+    result = [paired.equivalence(d, 0.02).p < 0.05 for d in rng.normal(0.02, 0.02, (EXPERIMENTS, FILES))]
+    assert 0.035 <= np.mean(result) <= 0.065

@@ -2,19 +2,21 @@
 
 import dataclasses
 import json
-import re
 import subprocess
 import sys
+import typing
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from eval.results.schema import as_json, plain
-from eval.stats import estimates
-from eval.streaming import scores, table
-from eval.streaming import summary as made
-from eval.streaming.summary import CheckpointInfo, FileInfo, Setting
+from eval.results.schema import CheckpointInfo, FileInfo, Skipped, as_json, plain, scores_path
+from eval.stats import estimates, paired
+from eval.stats.verdict import MARGIN, THRESHOLD, WORSE, Rule, advise, verdict
+from eval.streaming import measure, scores, table, weighting
+from eval.streaming import results as stream_results
+from eval.streaming.results import Setting
+from eval.streaming.summary import summarise
 from tests.helpers import made_scores
 from tests.helpers.made_scores import ARMS, CHECKPOINT, FILES, LAYERS, SETTING, STREAMS, write
 from ttt_jax.errors import InputError
@@ -27,7 +29,7 @@ SHORT = 1e-6
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     files = write(folder)
-    return folder, files, made.summarise(SETTING, [CHECKPOINT], FILES, [], folder)
+    return folder, files, summarise(SETTING, [CHECKPOINT], FILES, [], folder)
 
 
 def expected(values):
@@ -45,7 +47,8 @@ def agree(estimate, values):
 
 
 def by_hand(values, row):
-    """Frames of a row, one at a time: a stream, or the weighted codebooks of each frame where all that count are scored."""
+    """Frames of a row, one at a time: a stream, or the weighted codebooks of each frame where all that count are
+    scored."""
     if row in STREAMS:
         return values[STREAMS.index(row)].astype(float)
     frames = []
@@ -66,18 +69,18 @@ ROWS = [*STREAMS, *WEIGHTS]
 
 def test_weights_are_those_that_are_named():
     for name, weight in WEIGHTS.items():
-        np.testing.assert_array_equal(made.weights(name, 3), weight)
-    assert list(made.WEIGHTINGS) == list(WEIGHTS)
+        np.testing.assert_array_equal(weighting.weights(name, 3), weight)
+    assert list(weighting.WEIGHTINGS) == list(WEIGHTS)
 
 
 def test_a_frame_counts_where_all_weighted_codebooks_are_scored():
     nan = np.nan
     values = np.array([[9, 9, 9, 9], [1, 1, nan, 1], [nan, 2, 2, 2], [nan, 6, 6, nan]], np.float32)
-    np.testing.assert_allclose(made.aggregate(values, "equal"), [nan, 3, nan, nan])
-    np.testing.assert_allclose(made.aggregate(values, "kyutai"), [nan, 108 / 102, nan, nan])
-    np.testing.assert_allclose(made.aggregate(values, "semantic"), [1, 1, nan, 1])
-    np.testing.assert_allclose(made.aggregate(values, "acoustic"), [nan, 4, 4, nan])
-    assert np.isnan(made.aggregate(values[:2], "acoustic")).all()  # a single codebook has no acoustic ones
+    np.testing.assert_allclose(weighting.aggregate(values, "equal"), [nan, 3, nan, nan])
+    np.testing.assert_allclose(weighting.aggregate(values, "kyutai"), [nan, 108 / 102, nan, nan])
+    np.testing.assert_allclose(weighting.aggregate(values, "semantic"), [1, 1, nan, 1])
+    np.testing.assert_allclose(weighting.aggregate(values, "acoustic"), [nan, 4, 4, nan])
+    assert np.isnan(weighting.aggregate(values[:2], "acoustic")).all()  # a single codebook has no acoustic ones
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -114,7 +117,7 @@ def test_paired_differences_by_part_of_the_file(run, row):
 
 def test_the_headline_weighting_decides_mean_positions_and_slopes(run):
     folder, files, results = run
-    other = made.summarise(dataclasses.replace(SETTING, weighting="kyutai"), [CHECKPOINT], FILES, [], folder)
+    other = summarise(dataclasses.replace(SETTING, weighting="kyutai"), [CHECKPOINT], FILES, [], folder)
     first, second = results.checkpoints[0], other.checkpoints[0]
     assert first.against_unigram["mean"] == first.against_unigram["equal"]
     assert second.against_unigram["mean"] == second.against_unigram["kyutai"]
@@ -185,10 +188,11 @@ def test_slopes_by_file(run, arm):
 
 
 def test_a_known_slope_is_found(tmp_path):
-    """Losses fall by 2 nats in 1,000 frames under persist and by 1 under reset; noise hides little of it in long files."""
+    """Losses fall by 2 nats in 1,000 frames under persist and by 1 under reset; noise hides little of it in long
+    files."""
     files = [FileInfo(name, name, 3000, f"{name}.npz") for name in "abc"]
     write(tmp_path, files=files, arms=("persist", "reset"))
-    found = made.summarise(SETTING, [CHECKPOINT], files, [], tmp_path).checkpoints[0]
+    found = summarise(SETTING, [CHECKPOINT], files, [], tmp_path).checkpoints[0]
     assert found.slopes["losses"]["persist"].mean == pytest.approx(-2, abs=0.03)
     assert found.slopes["against_persist"]["reset"].mean == pytest.approx(1, abs=0.03)
 
@@ -218,12 +222,13 @@ def test_inner_losses_by_layer(run, arm, i):
 def test_files_of_one_speaker_are_one_unit(run):
     folder, files, results = run
     shared = [dataclasses.replace(file, group="bc" if file.name in "bc" else file.name) for file in FILES]
-    grouped = made.summarise(SETTING, [CHECKPOINT], shared, [], folder)
+    grouped = summarise(SETTING, [CHECKPOINT], shared, [], folder)
     assert (grouped.units, grouped.unit) == (3, "speakers")
     assert (results.units, results.unit) == (4, "files")
     a, b, c, d = (mean(by_hand(file.arms["off"].nats, "equal")) for file in files)
     agree(grouped.checkpoints[0].losses["off"]["equal"], [a, (b + c) / 2, d])
-    # Windows 5 and 6 of c have no counterpart in b, which is shorter (it fills 10 frames of window 5): its group has the value of c
+    # Windows 5 and 6 of c have no counterpart in b, which is shorter (it fills 10 frames of window 5): its group has
+    # the value of c
     # there.
     b5, c5 = (chunks(by_hand(file.arms["off"].nats, "equal")) for file in files[1:3])
     assert len(b5) == 4
@@ -238,10 +243,10 @@ def test_files_of_one_speaker_are_one_unit(run):
 def several(tmp_path_factory):
     """A model with memory, one without TTT layers, one that is 0.03 nats better."""
     folder = tmp_path_factory.mktemp("several")
-    base = CheckpointInfo("base", context=60, ttt_layers=())
+    base = CheckpointInfo("base", contexts=(60,), ttt_layers=())
     better = dataclasses.replace(CHECKPOINT, name="better")
     files = write(folder), write(folder, base, arms=("off",), unigram=False), write(folder, better, shift=-0.03)
-    return folder, files, made.summarise(SETTING, [CHECKPOINT, base, better], FILES, [], folder)
+    return folder, files, summarise(SETTING, [CHECKPOINT, base, better], FILES, [], folder)
 
 
 def test_checkpoints_are_compared_by_the_same_files(several):
@@ -264,7 +269,7 @@ def test_checkpoints_are_compared_by_the_same_files(several):
 def test_speakers_are_units_between_checkpoints_too(several):
     folder, (first, base, _), results = several
     shared = [dataclasses.replace(file, group="bc" if file.name in "bc" else file.name) for file in FILES]
-    found = made.summarise(SETTING, [own.info for own in results.checkpoints[:2]], shared, [], folder).between["base"]
+    found = summarise(SETTING, [own.info for own in results.checkpoints[:2]], shared, [], folder).between["base"]
     a, b, c, d = (
         mean(by_hand(two.arms["off"].nats, "equal")) - mean(by_hand(one.arms["persist"].nats, "equal"))
         for one, two in zip(first, base, strict=True)
@@ -282,13 +287,13 @@ def test_a_model_without_ttt_layers_has_one_arm_and_no_memory(several):
 
 def test_results_are_read_as_they_were_written(several, run, tmp_path):
     for results in (several[2], run[2]):
-        results = dataclasses.replace(results, skipped=[{"name": "x", "reason": "too short"}])
+        results = dataclasses.replace(results, skipped=[Skipped("x", "too short")])
         about = {"cost": {"seconds": 1.5}, "versions": {"numpy": "2"}, "not measured": float("nan")}
-        path = made.write_results(tmp_path, results, about)
-        back = made.read_results(tmp_path)
+        path = stream_results.write(tmp_path, results, about)
+        back = stream_results.read(tmp_path)
         assert plain(back) == plain(results)
         assert isinstance(back.checkpoints[0].losses["off"]["text"], estimates.Estimate)
-        assert (type(back.setting), type(back.files[0]), back.files[0].joints) == (Setting, FileInfo, (50,))
+        assert (type(back.setting), type(back.files[0]), back.files[0].boundaries) == (Setting, FileInfo, (50,))
         assert (back.checkpoints[0].info, back.setting) == (CHECKPOINT, SETTING)
         stored = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
         assert stored["cost"] == {"seconds": 1.5}
@@ -297,18 +302,22 @@ def test_results_are_read_as_they_were_written(several, run, tmp_path):
         assert stored["files"][0]["digest"] == "d1"
         assert stored["checkpoints"][0]["info"]["about"] == {"step": 7}
         assert stored["checkpoints"][0]["verdict"] == results.checkpoints[0].verdict
-        fields = {field.name for field in dataclasses.fields(made.CheckpointResults)} - {"info", "arms", "main"}
+        fields = {field.name for field in dataclasses.fields(stream_results.CheckpointResults)} - {
+            "info",
+            "arms",
+            "main",
+        }
         assert fields - {"by_file", "verdict"} <= set(stored["notes"])
 
 
 def test_what_was_not_measured_is_null_and_read_as_nan(tmp_path):
     write(tmp_path, files=FILES[:1], arms=("persist",), text=False, unigram=False)
-    results = made.summarise(SETTING, [CHECKPOINT], FILES[:1], [], tmp_path)
-    stored = json.loads(made.write_results(tmp_path, results, {}).read_text())["checkpoints"][0]
+    results = summarise(SETTING, [CHECKPOINT], FILES[:1], [], tmp_path)
+    stored = json.loads(stream_results.write(tmp_path, results, {}).read_text())["checkpoints"][0]
     assert stored["losses"]["persist"]["text"] == {"mean": None, "low": None, "high": None, "n": 0}
     assert stored["losses"]["persist"]["equal"]["low"] is None
     assert stored["by_file"]["a"]["persist"]["text"] is None
-    back = made.read_results(tmp_path).checkpoints[0]
+    back = stream_results.read(tmp_path).checkpoints[0]
     assert np.isnan(back.losses["persist"]["text"].mean)
     assert np.isnan(back.by_file["a"]["persist"]["text"])
 
@@ -320,7 +329,7 @@ def test_of_a_file_only_means_stay(run):
         for value in tree.values():
             yield from leaves(value) if isinstance(value, dict) else [value]
 
-    for value in leaves(made.measure(files[0], SETTING, CHECKPOINT)):
+    for value in leaves(measure.measure(files[0], SETTING, CHECKPOINT)):
         assert np.size(value) in (1, 8)
         assert getattr(value, "base", None) is None  # a view would keep the frames
 
@@ -343,23 +352,23 @@ def test_missing_and_damaged_scores_are_named(tmp_path, how):
     write(tmp_path)
     damage(tmp_path / "frames" / "tiny" / "b.npz", how)
     with pytest.raises(InputError, match=r"tiny/b\.npz .* again"):
-        made.summarise(SETTING, [CHECKPOINT], FILES, [], tmp_path)
+        summarise(SETTING, [CHECKPOINT], FILES, [], tmp_path)
 
 
 def test_scores_of_another_file_are_refused(tmp_path):
     write(tmp_path)
     (tmp_path / "frames/tiny/a.npz").rename(tmp_path / "frames/tiny/b.npz")
     with pytest.raises(InputError, match="b.npz holds .* 200.* but b has .* 110"):
-        made.summarise(SETTING, [CHECKPOINT], FILES[1:], [], tmp_path)
+        summarise(SETTING, [CHECKPOINT], FILES[1:], [], tmp_path)
 
 
 def test_other_results_are_refused(run, tmp_path):
     with pytest.raises(InputError, match="results.json is not a file"):
-        made.read_results(tmp_path)
-    path = made.write_results(tmp_path, run[2], {})
+        stream_results.read(tmp_path)
+    path = stream_results.write(tmp_path, run[2], {})
     stored = json.loads(path.read_text())
     for change, problem in [
-        ({"format": 99}, "is of format 99 of python -m eval stream, but format 2 of python -m eval stream is read"),
+        ({"format": 99}, "is of format 99 of python -m eval stream, but format 3 of python -m eval stream is read"),
         ({"format": None}, "does not say of which command and format it is"),
         ({"command": ["x"]}, "does not say of which command and format it is"),
         ({"checkpoints": [{}]}, "not as it was written"),
@@ -367,10 +376,10 @@ def test_other_results_are_refused(run, tmp_path):
     ]:
         path.write_text(json.dumps(stored | change))
         with pytest.raises(InputError, match=problem):
-            made.read_results(tmp_path)
+            stream_results.read(tmp_path)
     path.write_text("[]")
     with pytest.raises(InputError, match="format"):
-        made.read_results(tmp_path)
+        stream_results.read(tmp_path)
 
 
 def test_a_setting_is_checked():
@@ -381,7 +390,8 @@ def test_a_setting_is_checked():
 
 
 def gains(folder, gain, files=6, noise=1e-3):
-    """Results where reset is worse than persist by `gain` in every file, but for noise between files; losses are large at first."""
+    """Results where reset is worse than persist by `gain` in every file, but for noise between files; losses are large
+    at first."""
     infos = [FileInfo(str(i), str(i), 80, f"{i}.npz") for i in range(files)]
     rng = np.random.default_rng(0)
     for i, file in enumerate(infos):
@@ -389,42 +399,45 @@ def gains(folder, gain, files=6, noise=1e-3):
         persist = own.arms["persist"]
         persist = persist._replace(nats=persist.nats + np.where(np.arange(80) < 40, np.float32(2), np.float32(0)))
         reset = persist._replace(nats=persist.nats + np.float32(gain + rng.normal(0, noise)))
-        path = made.scores_path(folder, CHECKPOINT, file)
+        path = scores_path(folder, CHECKPOINT.name, file)
         path.parent.mkdir(parents=True, exist_ok=True)
         scores.save(path, own._replace(arms={"persist": persist, "reset": reset}))
-    return made.summarise(SETTING, [CHECKPOINT], infos, [], folder)
+    return summarise(SETTING, [CHECKPOINT], infos, [], folder)
 
 
 @pytest.mark.parametrize(
-    ("gain", "said"),
-    [(0.01, "lowers the loss by 0.0"), (-0.01, "raises the loss by 0.0"), (0.0, "no clear difference here: [+-]0.000")],
+    ("gain", "kind"),
+    [(0.01, "clearly better than reset"), (-0.01, "clearly worse than reset"), (0.0, "are equivalent")],
 )
-def test_the_verdict_follows_the_interval(tmp_path, gain, said):
-    results = gains(tmp_path, gain)
-    assert re.search(said, results.checkpoints[0].verdict)
-    assert "over 6 files" in results.checkpoints[0].verdict
-    assert results.checkpoints[0].verdict in table.table(results)
+def test_the_verdict_follows_the_difference(tmp_path, gain, kind):
+    found = gains(tmp_path, gain)
+    assert kind in found.checkpoints[0].verdict
+    assert found.checkpoints[0].verdict in table.table(found)
 
 
-def test_the_verdict_of_a_clear_difference_gives_its_share_and_bounds(tmp_path):
+def test_the_verdict_is_that_of_compare_on_the_frames_after_the_first_reset(tmp_path):
     found = gains(tmp_path, -0.2).checkpoints[0]
-    value = found.against_persist["reset"]["after the first reset"]["equal"]
-    # Of the loss in the same frames: all files have 80, memory is cleared at 40.
+    # All files have 80 frames, memory is cleared at 40.
     folder = tmp_path / "frames" / "tiny"
-    reset = [by_hand(scores.load(folder / f"{i}.npz").arms["reset"].nats, "equal")[40:] for i in range(6)]
-    agree(found.losses_later["reset"]["equal"], [mean(values) for values in reset])
-    share = -100 * value.mean / np.mean([mean(values) for values in reset])
-    assert f"raises the loss by {-value.mean:.4f} nats ({share:.2f} %)" in found.verdict
-    assert f"interval {-value.high:.4f} to {-value.low:.4f}." in found.verdict
+    arms = [scores.load(folder / f"{i}.npz").arms for i in range(6)]
+    reset, persist = (
+        np.array([mean(by_hand(one[arm].nats, "equal")[40:]) for one in arms]) for arm in ("reset", "persist")
+    )
+    agree(found.losses_later["reset"]["equal"], reset)
+    value = paired.compare(reset - persist, reset.mean(), MARGIN, THRESHOLD / 100)
+    rule = Rule(MARGIN, THRESHOLD, "files")
+    expected = verdict(value, value.p.t, value.equivalence.p, rule, ("persist", "reset"))
+    assert expected.kind == WORSE
+    assert found.verdict == advise(expected, "files").text
 
 
 def test_the_verdict_says_what_it_cannot_tell(tmp_path):
-    assert "One file gives no interval" in gains(tmp_path / "one", 0.1, files=1).checkpoints[0].verdict
+    assert "one file cannot be tested" in gains(tmp_path / "one", 0.1, files=1).checkpoints[0].verdict
     write(tmp_path, arms=("persist", "off"))
-    assert "not both run" in made.summarise(SETTING, [CHECKPOINT], FILES, [], tmp_path).checkpoints[0].verdict
+    assert "not both run" in summarise(SETTING, [CHECKPOINT], FILES, [], tmp_path).checkpoints[0].verdict
     write(tmp_path)
     rare = dataclasses.replace(SETTING, reset_every=1000)
-    assert "No file is longer" in made.summarise(rare, [CHECKPOINT], FILES, [], tmp_path).checkpoints[0].verdict
+    assert "no file is so long" in summarise(rare, [CHECKPOINT], FILES, [], tmp_path).checkpoints[0].verdict
 
 
 def test_the_table_shows_what_was_found(run):
@@ -446,8 +459,8 @@ def test_the_table_shows_what_was_found(run):
     assert line("KL to off").split()[3:] == [
         f"{found.against_off[arm]['kl'].mean:.4f}" if arm != "off" else "-" for arm in ARMS
     ]
-    assert line("changed %").split()[2] == f"{100 * found.against_off['persist']['changed'].mean:.1f}"
-    assert line("likeliest %").split()[2] == f"{100 * found.accuracy['persist']['equal'].mean:.1f}"
+    assert line("top-1 changed %").split()[3] == f"{100 * found.against_off['persist']['changed'].mean:.1f}"
+    assert line("top-1 accuracy %").split()[3] == f"{100 * found.accuracy['persist']['equal'].mean:.1f}"
     third = line("4 to 6 s")
     assert third.split()[4] == "3"
     assert estimates.interval(found.by_position["against_persist"]["off"][2], 4, signed=True) in third
@@ -477,7 +490,7 @@ def test_the_table_of_several_checkpoints(several):
 def test_the_table_of_little(tmp_path, arms):
     info = dataclasses.replace(CHECKPOINT, ttt_layers=() if arms == ("off",) else LAYERS)
     write(tmp_path, info, FILES[:1], arms=arms, text=False, unigram=False)
-    text = table.table(made.summarise(SETTING, [info], FILES[:1], [{"name": "y", "reason": "gone"}], tmp_path))
+    text = table.table(summarise(SETTING, [info], FILES[:1], [Skipped("y", "gone")], tmp_path))
     assert "nan" not in text
     assert "None" not in text
     assert "1 skipped" in text
@@ -487,7 +500,7 @@ def test_the_table_of_little(tmp_path, arms):
 def test_the_table_of_an_hour_is_short(tmp_path):
     files = [FileInfo("a", "a", 45000, "a.npz")]
     write(tmp_path, files=files, arms=("persist", "off"))
-    text = table.table(made.summarise(dataclasses.replace(SETTING, window=250), [CHECKPOINT], files, [], tmp_path))
+    text = table.table(summarise(dataclasses.replace(SETTING, window=250), [CHECKPOINT], files, [], tmp_path))
     assert "by position, 8/180" in text
     assert "59:40 to 60:00" in text
     assert len(text.splitlines()) < 45
@@ -497,17 +510,17 @@ def test_the_table_ends_where_the_longest_file_ends(tmp_path):
     files = [FileInfo("a", "a", 170, "a.npz"), FileInfo("b", "b", 160, "b.npz")]
     write(tmp_path, files=files)
     setting = dataclasses.replace(SETTING, window=50)
-    text = table.table(made.summarise(setting, [CHECKPOINT], files, [], tmp_path))
+    text = table.table(summarise(setting, [CHECKPOINT], files, [], tmp_path))
     assert "8 to 12 s" in text
     assert "12 to" not in text  # 20 of 50 frames
-    text = table.table(made.summarise(dataclasses.replace(setting, window=60), [CHECKPOINT], files, [], tmp_path))
+    text = table.table(summarise(dataclasses.replace(setting, window=60), [CHECKPOINT], files, [], tmp_path))
     assert "\n9.6 to 13.6 s  " in text
 
 
 def test_files_shorter_than_half_a_window_have_no_positions(tmp_path):
     write(tmp_path)
     setting = dataclasses.replace(SETTING, window=1000)
-    results = made.summarise(setting, [CHECKPOINT], FILES, [], tmp_path)
+    results = summarise(setting, [CHECKPOINT], FILES, [], tmp_path)
     assert results.checkpoints[0].by_position["losses"]["persist"] == []
     assert "by position" not in table.table(results)
 
@@ -517,7 +530,7 @@ def test_files_shorter_than_half_a_window_have_no_positions(tmp_path):
 )
 def test_the_first_reset_is_of_interest_where_an_arm_resets(tmp_path, arms, there):
     write(tmp_path, arms=arms)
-    results = made.summarise(SETTING, [CHECKPOINT], FILES, [], tmp_path)
+    results = summarise(SETTING, [CHECKPOINT], FILES, [], tmp_path)
     (head,) = [line for line in table.table(results).splitlines() if line.startswith("minus persist")]
     assert ("after the first reset" in head) == there
     assert "beyond the attention window" in head
@@ -526,19 +539,19 @@ def test_the_first_reset_is_of_interest_where_an_arm_resets(tmp_path, arms, ther
 def test_one_speaker_is_singular(tmp_path):
     files = [dataclasses.replace(file, group="x") for file in FILES[:2]]
     write(tmp_path, files=files)
-    text = table.table(made.summarise(SETTING, [CHECKPOINT], files, [], tmp_path))
+    text = table.table(summarise(SETTING, [CHECKPOINT], files, [], tmp_path))
     assert text.startswith("2 files of 1 speaker, ")
 
 
 def test_only_a_finite_rank_of_zero_is_right():
-    got = made._first(np.array([0, 1, np.nan, np.inf], np.float32))
+    got = measure._first(np.array([0, 1, np.nan, np.inf], np.float32))
     np.testing.assert_array_equal(got, [1, 0, np.nan, np.nan])
 
 
 def test_notes_say_what_could_mislead():
-    assert "ties count as right" in made.NOTES["accuracy"]
-    assert "L layers" in made.NOTES[made.BEYOND]
-    assert "mean" not in made.NOTES["against_off"]
+    assert "ties count as right" in stream_results.NOTES["accuracy"]
+    assert "L layers" in stream_results.NOTES[stream_results.BEYOND]
+    assert "mean" not in stream_results.NOTES["against_off"]
 
 
 def test_an_estimate_is_students_interval_over_units():
@@ -597,6 +610,7 @@ def test_group_means_keep_the_order_of_groups():
     np.testing.assert_array_equal(got, [[2, 4], [5, 2]])
 
 
+@pytest.mark.integration
 def test_no_jax_is_needed():
     code = (
         "import sys, eval.streaming.summary, eval.streaming.table, eval.streaming.plots; sys.exit('jax' in sys.modules)"
@@ -605,17 +619,20 @@ def test_no_jax_is_needed():
 
 
 def test_the_command_line_knows_the_weightings():
-    from eval import __main__
-
-    assert tuple(made.WEIGHTINGS) == __main__.WEIGHTINGS
+    assert typing.get_args(weighting.Weighting) == tuple(weighting.WEIGHTINGS)
 
 
-def test_lists_of_numbers_stand_on_one_line_and_are_what_they_were():
+def test_json_has_a_line_for_each_entry_of_some_levels_and_is_what_it_was():
     content = {
         "numbers": [[1, -2.5e-07, None, float("nan")], [1e16], []],
         "names": ["a", "[\n 1\n]", "1"],
-        "mixed": [1, "a", {"b": [0.1, True]}],
+        "rows": [{"name": "x" * 300, "of": [0.1, True]}, {"name": "y" * 200, "of": {}}],
+        "deep": {"a": {"b": [{"c": "z" * 500, "d": {"e": 1}}]}},
+        "empty": [{}, []],
     }
     text = as_json(content).decode()
     assert json.loads(text) == content | {"numbers": [[1, -2.5e-07, None, None], [1e16], []]}
-    assert "[1, -2.5e-07, null, null],\n" in text
+    lines = text.splitlines()
+    assert ' "numbers": [[1, -2.5e-07, null, null], [1e+16], []],' in lines
+    assert sum(line.startswith("  {") for line in lines) == 2  # rows
+    assert sum("zzz" in line and '"e": 1' in line for line in lines) == 1

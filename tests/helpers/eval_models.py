@@ -1,4 +1,4 @@
-"""Small checkpoints on disk and recordings for them: tests of the evaluation commands build on these."""
+"""Small checkpoints, in memory and on disk, and recordings for them: tests of the evaluation commands use these."""
 
 import json
 from functools import cache
@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from eval.inputs.checkpoints import Checkpoint
 from tests.helpers import micro
 from tests.helpers.drawing import random_params
 from ttt_jax.checkpoints.run_checkpoints import Checkpoints
@@ -26,12 +27,18 @@ def params(cfg=micro.MODEL, seed=0):
 
 
 def write_run(folder: Path, cfg=micro.CONFIG, seed=0, codec=DIGEST) -> Path:
-    """A run's folder with one checkpoint of random weights."""
+    """Writes a run with one checkpoint of random weights; returns its folder."""
     checkpoints = Checkpoints(folder, keep=1)
     meta = {"config": config_json.to_dict(cfg), "codec": {"name": "a codec", "digest": codec}}
     checkpoints.save(1, params(cfg.model, seed), {"none": np.zeros(1)}, {"none": 0}, json.loads(json.dumps(meta)))
     checkpoints.close()
     return folder
+
+
+def checkpoint(cfg=micro.MODEL, name="run") -> Checkpoint:
+    """A run's checkpoint without weights."""
+    about = {"codec": {"name": "a codec", "digest": DIGEST}}
+    return Checkpoint(name, cfg, {}, about, micro.CONFIG.data, micro.CONFIG.data.chunk)
 
 
 def tokens(frames=60, seed=0) -> np.ndarray:
@@ -40,6 +47,6 @@ def tokens(frames=60, seed=0) -> np.ndarray:
 
 
 def write_codes(path: Path, codes: np.ndarray, codec=DIGEST) -> Path:
-    """Codes in a file, of the embedded codec unless another digest is given."""
+    """Writes codes of the embedded codec, or of another digest; returns the path."""
     save_file({"codes": codes}, path, metadata={"frame_rate": "12.5", "codec": codec})
     return path

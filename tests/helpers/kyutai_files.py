@@ -1,4 +1,5 @@
-"""Small random checkpoints in Kyutai's layouts, made from the rules of PyPI `moshi`'s `LMModel`, apart from `ttt_jax.convert`."""
+"""Small random checkpoints in Kyutai's layouts, made from the rules of PyPI `moshi`'s `LMModel`, apart from
+`ttt_jax.convert`."""
 
 from __future__ import annotations
 
@@ -208,7 +209,8 @@ def huggingface_config(c: dict, **changes: object) -> dict:
 
 
 def huggingface(w: dict[str, np.ndarray], c: dict) -> dict[str, np.ndarray]:
-    """Un-fused tensors as transformers' script stores them: q and k rotated by halves, depth weights stacked by codebook."""
+    """Un-fused tensors as transformers' script stores them: q and k rotated by halves, depth weights stacked by
+    codebook."""
     d, heads, q = c["dim"], c["num_heads"], c["dep_q"]
     half = d // heads // 2
     order = [head * 2 * half + 2 * pair + side for head in range(heads) for side in (0, 1) for pair in range(half)]

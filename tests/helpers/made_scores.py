@@ -1,9 +1,12 @@
-"""Made-up scores of streamed files with known means, slopes and distances, as `eval.streaming.summary` reads them."""
+"""Made-up scores of streamed files with known means, slopes and distances, as `eval.streaming.measure` reads them."""
 
 import numpy as np
 
+from eval.results.schema import CheckpointInfo, FileInfo, scores_path
+from eval.streaming import results as stream_results
 from eval.streaming import scores
-from eval.streaming.summary import CheckpointInfo, FileInfo, Setting, scores_path
+from eval.streaming.results import Setting
+from eval.streaming.summary import summarise
 
 Q = 3
 STREAMS = ("text", "codebook 1", "codebook 2", "codebook 3")
@@ -26,7 +29,7 @@ SETTING = Setting(
     text="own transcripts",
     about={"codec": {"name": "made", "digest": "d0"}, "voice": "left"},
 )
-CHECKPOINT = CheckpointInfo("tiny", context=60, ttt_layers=LAYERS, about={"step": 7})
+CHECKPOINT = CheckpointInfo("tiny", contexts=(60,), ttt_layers=LAYERS, about={"step": 7})
 FILES = [
     FileInfo("a", "a", 200, "a.npz", (50,), "d1"),
     FileInfo("b", "b", 110, "b.npz"),
@@ -56,7 +59,8 @@ def make(
     shift: float = 0.0,
     noise: float = 0.3,
 ) -> scores.FileScores:
-    """One file of `frames` frames; `shift` is added to the losses of all arms; `noise` is shared by arms, and a little is their own."""
+    """One file of `frames` frames; `shift` is added to the losses of all arms; `noise` is shared by arms, and a little
+    is their own."""
     rng = np.random.default_rng(seed)
     there = scored(frames)
     there[0] &= text
@@ -104,7 +108,34 @@ def write(folder, checkpoint=CHECKPOINT, files=FILES, **options) -> list[scores.
     made = []
     for seed, file in enumerate(files):
         made.append(make(file.frames, seed, layers=checkpoint.ttt_layers, **options))
-        path = scores_path(folder, checkpoint, file)
+        path = scores_path(folder, checkpoint.name, file)
         path.parent.mkdir(parents=True, exist_ok=True)
         scores.save(path, made[-1])
     return made
+
+
+def write_results(folder, checkpoints, files=FILES, skipped=(), setting=SETTING):
+    """Writes results.json for the scores in `folder`; returns the results."""
+    results = summarise(setting, checkpoints, files, list(skipped), folder)
+    stream_results.write(folder, results, {})
+    return results
+
+
+def stream(params, files, cfg, arms, *, measured=False, on_frames=lambda count: None, seed=0, **_):
+    """In place of `eval.streaming.runner.stream`: random scores of the tokens that are there, inner losses if
+    `measured`."""
+    rng, found = np.random.default_rng(seed), []
+    for file in files:
+        tokens = np.where(file[: 1 + cfg.dep_q] >= 0, file[: 1 + cfg.dep_q], -1).astype(np.int32)
+
+        def draw(tokens=tokens):
+            return np.where(tokens >= 0, rng.uniform(1, 4, tokens.shape), np.nan).astype(np.float32)
+
+        def arm(name, tokens=tokens, draw=draw):
+            against = scores.Against(draw(), draw()) if "off" in arms and name != "off" else None
+            own = inner("persist", tokens.shape[1], len(cfg.ttt_layers), rng) if measured else None
+            return scores.ArmScores(draw(), draw(), draw().round(), against, own)
+
+        found.append(scores.FileScores(tokens, {name: arm(name) for name in arms}))
+        on_frames(file.shape[1])
+    return found

@@ -1,7 +1,9 @@
-"""Small random checkpoints as the original saves them: names and shapes as its modules give them, apart from `ttt_jax.convert`.
+"""Small random checkpoints as the original saves them: names and shapes as its modules give them, apart from
+`ttt_jax.convert`.
 
-Its layer N holds Kyutai's as `original_layer` and again inside `seq_modeling_block`, with the TTT layer and two gates. A run that
-trains all saves `consolidated.safetensors`, adapters merged; another saves what it trained as `lora.safetensors`.
+Its layer N holds Kyutai's as `original_layer` and again inside `seq_modeling_block`, with the TTT layer and two gates.
+A run that trains all saves `consolidated.safetensors`, adapters merged; another saves what it trained as
+`lora.safetensors`.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def layer_shapes(d: int, heads: int, inner: tuple[int, ...] = (), kind: str = "T
 
 
 def layer(shapes: dict[str, tuple[int, ...]], seed: int, kind: str = "F32") -> dict[str, np.ndarray]:
-    """Random parameters in these shapes, as far from any initial value as trained ones; some gates beyond where they are clamped."""
+    """Random parameters in these shapes, as far from any initial value as trained ones; some gates beyond where they
+    are clamped."""
     p = files.random(shapes, kind, seed)
     for name in p:
         if "norm.weight" in name or "norm_weight" in name:
@@ -71,7 +74,8 @@ def own(layers: dict[int, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def wrapped(kyutai: dict[str, np.ndarray], layers, copies: bool = True) -> dict[str, np.ndarray]:
-    """Kyutai's tensors by the names that they have in a model with TTT in `layers`; twice, unless only parameters are walked."""
+    """Kyutai's tensors by the names that they have in a model with TTT in `layers`; twice, unless only parameters are
+    walked."""
     found = {}
     for name, values in kyutai.items():
         stem = next((f"transformer.layers.{n}." for n in layers if name.startswith(f"transformer.layers.{n}.")), None)
@@ -99,7 +103,7 @@ def write(
     """A folder `checkpoints/checkpoint_000123/consolidated` of the original.
 
     Args:
-      numbers: its TTT layers, as its settings tell them.
+      numbers: its TTT layers, as in its settings.
       changes: of these settings; None leaves one out.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +111,13 @@ def write(
     save_file(tensors, folder / f"{name}.safetensors")
     settings = TTT | {"layers": ",".join(map(str, numbers))} | changes
     settings = {key: value for key, value in settings.items() if value is not None}
-    told = {"optim": {"lr": 1e-4}, "ttt": settings, "lora": {"enable": c.get("lora", False)}}
-    (folder / "training_config.json").write_text(json.dumps(told))
+    config = {"optim": {"lr": 1e-4}, "ttt": settings, "lora": {"enable": c.get("lora", False)}}
+    (folder / "training_config.json").write_text(json.dumps(config))
     (folder / "optimizer_state.pt").write_bytes(b"pickled")
     return folder
+
+
+def layers_of(kind: str = "TTTMLP", inner: tuple[int, ...] = (), numbers=(0, 1), type: str = "F32"):
+    """Random TTT layers of the model `CONFIG` by number, for `consolidated` and `own`."""
+    shapes = layer_shapes(CONFIG["dim"], CONFIG["num_heads"], inner, kind)
+    return {n: layer(shapes, seed=n, kind=type) for n in numbers}

@@ -1,4 +1,5 @@
-"""Training on controlled tasks, so small that it takes seconds: one configuration, so that its program compiles once."""
+"""Training on controlled tasks, so small that it takes seconds: one configuration, so that its program compiles
+once."""
 
 import dataclasses
 from pathlib import Path

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from eval.inputs import checkpoints
-from eval.streaming.summary import read_results
+from eval.streaming import results as stream_results
 
 
 def test_the_shared_run_is_whole(tiny_run):
@@ -13,7 +13,7 @@ def test_the_shared_run_is_whole(tiny_run):
     assert len((tiny_run.run / "metrics.jsonl").read_text().splitlines()) == 4
     trained, converted = (checkpoints.load(path) for path in (tiny_run.run, tiny_run.weights))
     jax.tree.map(np.testing.assert_array_equal, converted.params, trained.params)
-    results = read_results(tiny_run.eval)
+    results = stream_results.read(tiny_run.eval)
     assert results.checkpoints[0].info.about["weights"] == trained.about["weights"]
     assert results.checkpoints[0].arms == ["persist", "reset", "frozen", "off"]
     assert not results.skipped

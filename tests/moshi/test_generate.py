@@ -281,8 +281,8 @@ def test_damaged_state(tmp_path, damage, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda leaves, about: about.clear(), "does not say what model it is from"),
-        (lambda leaves, about: about.update(model="{"), "does not say what model it is from"),
+        (lambda leaves, about: about.clear(), "does not name its model"),
+        (lambda leaves, about: about.update(model="{"), "does not name its model"),
         (lambda leaves, about: leaves.update(position=leaves["position"].astype(np.int64)), "has position of shape"),
         (lambda leaves, about: leaves.pop("history"), "lacks history"),
     ],

@@ -21,7 +21,7 @@ from train import loop, plots
 from train.batches import Batches
 from train.config import TrainConfig
 from ttt_jax.checkpoints import checksums
-from ttt_jax.checkpoints.run_checkpoints import load_run
+from ttt_jax.checkpoints.run_weights import load_run
 from ttt_jax.codec import load_codec
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json

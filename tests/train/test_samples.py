@@ -17,10 +17,10 @@ from tests.helpers.drawing import digest, quick_jit
 from tests.helpers.micro import MODEL, files, source
 from train import samples
 from train.samples import Sampler
-from ttt_jax.codec import load_codec
+from ttt_jax.codec import CodecInfo, load_codec
 from ttt_jax.data.codes import read_codes
 from ttt_jax.data.corpus import CorpusConfig, load_coders
-from ttt_jax.data.stated import StatedCodec, StatedTokenizer
+from ttt_jax.data.text import TokenizerInfo
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import generate, model
 from ttt_jax.moshi.generate import Sampling
@@ -28,7 +28,7 @@ from ttt_jax.moshi.generate import Sampling
 # The same for all tests, so that programs compile once; the second recording is shorter than the prompt.
 PROMPT, FRAMES = 12, 6
 LENGTHS = (15, 7)
-STATED = StatedCodec("stated", "ab" * 32, 12.5, 64), StatedTokenizer("cd" * 32, 512)
+STATED = CodecInfo("stated", "ab" * 32, 64), TokenizerInfo("cd" * 32, 512)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_a_sample_is_its_prompt_and_what_the_model_says_to_the_other_voice(tmp_p
     for i, recording in enumerate(files(LENGTHS)):
         stored = read_codes(folder / f"micro-{i}.safetensors")
         begin = min(PROMPT, LENGTHS[i])
-        assert stored.joints == (begin,)
+        assert stored.boundaries == (begin,)
         assert stored.codes.shape == (17, begin + FRAMES)
         np.testing.assert_array_equal(stored.codes[:, :begin], recording[:, :begin])
         rest = recording[9:, begin : begin + FRAMES]

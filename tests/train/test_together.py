@@ -16,7 +16,7 @@ from tests.helpers.small_tasks import CONFIG, write_data
 from train import loop, plots, together
 from train.batches import Batches
 from train.config import TrainConfig
-from ttt_jax.checkpoints.run_checkpoints import load_run
+from ttt_jax.checkpoints.run_weights import load_run
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
 
@@ -153,7 +153,8 @@ def test_the_folder_of_each_run_is_that_of_a_run_by_itself(runs, name):
     assert metas[0]["codec"]["digest"] == CODEC
     assert kept[name][1].meta["config"] == config_json.to_dict(own)
     loaded = checkpoints.load(mine)
-    assert (loaded.name, loaded.cfg, loaded.run) == (name, own.model, own)
+    assert (loaded.name, loaded.cfg, loaded.chunk, loaded.seed) == (name, own.model, own.data.chunk, own.seed)
+    assert vars(loaded.corpus).items() <= vars(own.data).items()
 
 
 # What cannot train together

@@ -19,7 +19,7 @@ def _raise(error):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "words"),
     [
         (InputError("layer 9 is not there: name another."), 2, "error: layer 9 is not there: name another."),
         (ModuleNotFoundError("no", name="soxr"), 2, "the package soxr is not installed"),
@@ -28,10 +28,10 @@ def _raise(error):
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
-def test_a_mendable_problem_is_one_line(capsys, error, code, said):
+def test_a_mendable_problem_is_one_line(capsys, error, code, words):
     assert command.run(lambda: _raise(error)) == code
     shown = capsys.readouterr().err
-    assert said in shown
+    assert words in shown
     assert shown.count("\n") == 1
 
 
@@ -47,7 +47,7 @@ def test_a_warning_of_the_library_is_one_line(capsys):
     root = logging.StreamHandler(sys.stderr)  # as absl installs one
     logging.getLogger().addHandler(root)
     try:
-        for _ in range(2):  # commands that run in one process do not say it twice
+        for _ in range(2):  # commands that run in one process show it once
             assert command.run(lambda: command.log.warning("a\nb.wav is nearly silent.") or 0) == 0
             assert capsys.readouterr().err == "warning: a\\nb.wav is nearly silent.\n"
     finally:

@@ -39,7 +39,7 @@ def test_layer_names(text, layers):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "words"),
     [
         ("32", "names layer 32, but the model has layers 0 to 31"),
         ("-33", "names layer -1, but the model has layers 0 to 31"),
@@ -51,14 +51,14 @@ def test_layer_names(text, layers):
         ("1.5", "cannot be read"),
     ],
 )
-def test_impossible_layers_are_refused(text, said):
+def test_impossible_layers_are_refused(text, words):
     with pytest.raises(InputError) as error:
         parse_layers(text, 32)
-    assert said in str(error.value)
+    assert words in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("build", "said"),
+    ("build", "words"),
     [
         (lambda: TTTConfig(mini_batch=0), "ttt.mini_batch=0"),
         (lambda: TTTConfig(remat_group=0), "ttt.remat_group=0"),
@@ -114,10 +114,10 @@ def test_impossible_layers_are_refused(text, said):
         ),
     ],
 )
-def test_refused_settings_name_field_and_value(build, said):
+def test_refused_settings_name_field_and_value(build, words):
     with pytest.raises(InputError) as error:
         build()
-    assert said in str(error.value)
+    assert words in str(error.value)
     assert "\n" not in str(error.value)
 
 

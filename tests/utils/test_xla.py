@@ -22,6 +22,7 @@ def test_another_error_than_an_unknown_name_is_raised():
         xla.known_options({"xla_backend_optimization_level": "fast"})
 
 
+@pytest.mark.integration
 def test_a_process_starts_with_the_flags_that_the_module_prints():
     printed = subprocess.run(
         [sys.executable, "-m", "ttt_jax.utils.xla"], capture_output=True, text=True, check=True

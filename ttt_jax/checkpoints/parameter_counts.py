@@ -1,4 +1,4 @@
-"""How many parameters a model has, part by part, and adapters of the size of its TTT layers; from shapes, without weights."""
+"""Counts the parameters of a model by part, and finds adapters of the size of its TTT layers. Needs shapes only."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ NORMS_AND_HEADS, DEPTH, TTT, ADAPTERS = "norms and heads", "depth transformer", 
 
 
 def parameter_counts(cfg: MoshiConfig) -> dict[str, int]:
-    """Parameters of `cfg` by part; the parts sum up to the whole model.
+    """Returns the parameters of `cfg` by part. The parts sum up to the whole model.
 
-    "embeddings" and "norms and heads" are those of the temporal transformer; the depth transformer counts with its own.
+    "embeddings" and "norms and heads" are those of the temporal transformer; the depth transformer includes its own.
     """
     counts = dict.fromkeys((EMBEDDINGS, ATTENTION, FFN, NORMS_AND_HEADS, DEPTH), 0)
     for tensor in weights.base(cfg):
@@ -28,15 +28,17 @@ def parameter_counts(cfg: MoshiConfig) -> dict[str, int]:
 
 
 def lora_rank_like_ttt(cfg: MoshiConfig) -> int:
-    """The rank, at least 1, at which adapters on `cfg.lora.maps` come nearest to the TTT layers of `cfg` in parameters.
+    """Returns the rank, at least 1, at which adapters on `cfg.lora.maps` come nearest to the TTT layers of `cfg` in
+    size.
 
-    Counts the true shapes. The original system reckoned with maps of width 1024 and gave TTT layers of 4.35 M parameters rank 11; on
-    the 7B's attention and feed-forward that many are rank 2. Raises `InputError` if there are no TTT layers, or no maps.
+    Counts the true shapes. The original system reckoned with maps of width 1024 and gave TTT layers of 4.35 M
+    parameters rank 11; on the 7B's attention and feed-forward that many are rank 2. Raises `InputError` if there are no
+    TTT layers, or no maps.
     """
-    one = dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, rank=1))
+    rank_one = dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, rank=1))
     if not cfg.ttt_layers:
         raise InputError(f'ttt.layers="{cfg.ttt.layers}" gives no layers whose size adapters could have: name some.')
-    counts = parameter_counts(one)
+    counts = parameter_counts(rank_one)
     return max(1, round(counts[TTT] / counts[ADAPTERS]))  # adapters grow in proportion to their rank
 
 

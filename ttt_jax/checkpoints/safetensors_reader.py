@@ -1,6 +1,6 @@
-"""Safetensors files read and written tensor by tensor, in blocks, so that a large model never lies in memory.
+"""Reads safetensors files tensor by tensor, in blocks, so that a large model never lies in memory.
 
-Reading is by plain reads, not by a memory map: pages of a map that were touched count as resident memory of the process.
+Files are read, not mapped: touched pages of a map count as resident memory of the process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from ttt_jax.errors import InputError
 _log = logging.getLogger("ttt_jax")
 
 BLOCK = 16 << 20  # bytes that are read, hashed and written together
-QUEUE = 4  # blocks between the reading and the writing thread
 LARGEST_HEADER = 100_000_000  # bytes; the bound of the format's own library
 
 DTYPES = {
@@ -38,7 +37,7 @@ SIZES |= {"U64": 8, "F64": 8} | {name: dtype.itemsize for name, dtype in DTYPES.
 
 
 class Info(NamedTuple):
-    """Where a tensor lies in its file."""
+    """Type, shape and place of a tensor in its file."""
 
     dtype: str
     """As files name it: "BF16", "F16", "F32", ..."""
@@ -50,15 +49,16 @@ class Info(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Bytes to be written: where they come from is known, they are not read yet."""
+    """Bytes to be written, which are not read yet."""
 
     nbytes: int
-    blocks: Callable[[Ring, int], Iterator[memoryview]]
-    """Yields them in blocks that are multiples of the second argument (1: any size) and die when the next one is asked for."""
+    blocks: Callable[[int], Iterator[memoryview]]
+    """Yields the bytes in blocks whose sizes are multiples of the argument (1: any size). A block is valid until the
+    next one."""
 
 
 class TensorFile:
-    """A safetensors file open for reading; its header is checked against its size when it is opened."""
+    """A safetensors file open for reading. Its header is checked against its size when it is opened."""
 
     def __init__(self, path: Path):
         """Raises `InputError` if `path` is no whole safetensors file."""
@@ -73,7 +73,7 @@ class TensorFile:
             raise
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         self._file.close()
 
     def __enter__(self) -> TensorFile:
@@ -83,7 +83,7 @@ class TensorFile:
         self.close()
 
     def read_into(self, start: int, view: memoryview) -> None:
-        """Fill `view` with the bytes from `start` on. Raises `InputError` if the file ends before."""
+        """Fills `view` with the bytes from `start` on. Raises `InputError` if the file ends before."""
         self._file.seek(start)
         done = 0
         while done < len(view):
@@ -95,39 +95,45 @@ class TensorFile:
             done += count
 
     def array(self, name: str) -> np.ndarray:
-        """The tensor `name`, of a type in `DTYPES`, in its shape."""
+        """Returns the tensor `name`, of a type in `DTYPES`, in its shape."""
         info = self.tensors[name]
         array = np.empty(info.shape, DTYPES[info.dtype])
         self.read_into(info.start, as_bytes(array))
         return array
 
     def piece(self, name: str, part: int = 0, parts: int = 1) -> Piece:
-        """One of `parts` equal consecutive shares of the bytes of the tensor `name`."""
+        """Returns number `part` of `parts` equal consecutive shares of the bytes of the tensor `name`."""
         info = self.tensors[name]
         size = (info.stop - info.start) // parts
         start = info.start + part * size
 
-        def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
-            step = max(1, BLOCK // unit) * unit
+        def blocks(unit: int) -> Iterator[memoryview]:
+            step = _block_size(unit)
+            buffer = memoryview(np.empty(min(step, size), np.uint8))
             for at in range(0, size, step):
-                view = ring.next(min(step, size - at))
+                view = buffer[: size - at]
                 self.read_into(start + at, view)
                 yield view
 
         return Piece(size, blocks)
 
 
+def _block_size(unit: int) -> int:
+    """Returns the largest multiple of `unit` that is at most `BLOCK`, at least `unit`."""
+    return max(1, BLOCK // unit) * unit
+
+
 def as_bytes(array: np.ndarray) -> memoryview:
-    """The bytes of a contiguous array, in place."""
+    """Returns the bytes of a contiguous array, in place."""
     return memoryview(array.reshape(-1).view(np.uint8))
 
 
 def of_array(nbytes: int, make: Callable[[], np.ndarray]) -> Piece:
-    """The bytes of the array that `make` returns when it is its turn to be written."""
+    """Returns the bytes of the array that `make` returns when the piece is read."""
 
-    def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
+    def blocks(unit: int) -> Iterator[memoryview]:
         view = as_bytes(np.ascontiguousarray(make()))
-        step = max(1, BLOCK // unit) * unit
+        step = _block_size(unit)
         for at in range(0, len(view), step):
             yield view[at : at + step]
 
@@ -135,18 +141,24 @@ def of_array(nbytes: int, make: Callable[[], np.ndarray]) -> Piece:
 
 
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
-"""Bits of infinity by type; those of NaN, without the sign, are a larger number, those of all others a smaller one."""
+"""Bits of infinity by type. Without the sign, the bits of NaN are a larger number and those of all finite values a
+smaller one."""
 
 
-def watched(piece: Piece, dtype: str, where: str, told: set[str]) -> Piece:
-    """`piece` of type `dtype` as it is. Reading it warns, naming `where`, if a number is NaN or infinite, unless `where` is in `told`."""
+def watched(piece: Piece, dtype: str, where: str, warned: set[str]) -> Piece:
+    """Returns `piece` of type `dtype` unchanged. Reading it logs a warning if a number is NaN or infinite.
+
+    Args:
+      where: names the tensor in the warning.
+      warned: the names that a warning was logged for, each only once.
+    """
     bits = np.dtype(f"u{DTYPES[dtype].itemsize}")
     unsigned = np.array(np.iinfo(bits).max >> 1, bits)
 
-    def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
-        for view in piece.blocks(ring, max(unit, bits.itemsize)):
-            if where not in told and (np.frombuffer(view, bits) & unsigned).max(initial=0) >= _INFINITY[dtype]:
-                told.add(where)
+    def blocks(unit: int) -> Iterator[memoryview]:
+        for view in piece.blocks(max(unit, bits.itemsize)):
+            if where not in warned and (np.frombuffer(view, bits) & unsigned).max(initial=0) >= _INFINITY[dtype]:
+                warned.add(where)
                 _log.warning("%s holds NaN or infinite numbers, which are kept: the model may give no others.", where)
             yield view
 
@@ -156,48 +168,34 @@ def watched(piece: Piece, dtype: str, where: str, told: set[str]) -> Piece:
 OTHER_TYPE = "write another type, such as float32"
 
 
-def cast(piece: Piece, source: str, target: str, where: str, mend: str = OTHER_TYPE) -> Piece:
-    """`piece` of type `source` as `target`, rounded to the nearest value.
+def cast(piece: Piece, source: str, target: str, where: str, advice: str = OTHER_TYPE) -> Piece:
+    """Returns `piece` of type `source` as type `target`, rounded to the nearest value.
 
-    Reading it raises `InputError` naming `where` and what `mend`s it if a number is beyond the range of `target`.
+    Reading it raises `InputError` with `where` and `advice` if a number is beyond the range of `target`.
     """
     if source == target:
         return piece
     old, new = DTYPES[source], DTYPES[target]
 
-    def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
-        for view in piece.blocks(ring, max(1, unit // new.itemsize) * old.itemsize):
-            yield as_bytes(rounded(np.frombuffer(view, old), target, where, mend))
+    def blocks(unit: int) -> Iterator[memoryview]:
+        for view in piece.blocks(max(1, unit // new.itemsize) * old.itemsize):
+            yield as_bytes(rounded(np.frombuffer(view, old), target, where, advice))
 
     return Piece(piece.nbytes // old.itemsize * new.itemsize, blocks)
 
 
-def rounded(values: np.ndarray, target: str, where: str, mend: str) -> np.ndarray:
-    """`values` as type `target`, to nearest. Raises `InputError` as `cast` does."""
+def rounded(values: np.ndarray, target: str, where: str, advice: str) -> np.ndarray:
+    """Returns `values` as type `target`, rounded to nearest. Raises `InputError` as `cast` does."""
     with np.errstate(over="ignore"):
         result = values.astype(DTYPES[target])
     if (np.isinf(result) & np.isfinite(values)).any():
-        raise InputError(f"{where} holds a number beyond the range of {NAMES[target]}: {mend}.")
+        raise InputError(f"{where} holds a number beyond the range of {NAMES[target]}: {advice}.")
     return result
 
 
-class Ring:
-    """Buffers that are used in turn: more of them than blocks can be under way at once."""
-
-    def __init__(self) -> None:
-        self._buffers = [bytearray(0) for _ in range(QUEUE + 2)]
-        self._turn = 0
-
-    def next(self, size: int) -> memoryview:
-        """`size` bytes to be filled; they are overwritten `QUEUE` + 2 calls later."""
-        self._turn = (self._turn + 1) % len(self._buffers)
-        if len(self._buffers[self._turn]) < size:
-            self._buffers[self._turn] = bytearray(size)
-        return memoryview(self._buffers[self._turn])[:size]
-
-
 def _header(path: Path, file: io.FileIO) -> dict[str, Info]:
-    """Tensors by name. Raises `InputError` if what is there is not a header followed by the tensors it tells of."""
+    """Returns the tensors by name. Raises `InputError` unless the file is a header followed by the tensors that it
+    lists."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or not 2 <= length <= LARGEST_HEADER:
@@ -218,19 +216,20 @@ def _header(path: Path, file: io.FileIO) -> dict[str, Info]:
         sound = info.dtype in SIZES and min(info.shape, default=0) >= 0
         if not sound or info.start != end or info.stop - info.start != expected:
             raise InputError(
-                f"{path} says of {name} that it is {info.dtype} of shape {list(info.shape)} in bytes {info.start} to"
-                f" {info.stop}, which does not fit: write the file again by a safetensors library."
+                f"{path} lists {name} as {info.dtype} of shape {list(info.shape)} in bytes {info.start} to {info.stop},"
+                " which does not fit: write the file again by a safetensors library."
             )
         end = info.stop
     if size != end:
         raise InputError(
-            f"{path} has {size} bytes where its header tells of {end}: it is cut off or damaged; copy or download it again."
+            f"{path} has {size} bytes, but its header lists {end}: it is cut off or damaged; copy or download it again."
         )
     return tensors
 
 
 def _info(entry: dict[str, object], data: int) -> Info:
-    """What a header says of one tensor; its data begin at byte `data`. Raises as a header of other JSON types does."""
+    """Returns one tensor of a header whose data begin at byte `data`. Raises what a header of other JSON types
+    raises."""
     dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or any(type(number) is not int for number in (*shape, start, stop)):
         raise TypeError

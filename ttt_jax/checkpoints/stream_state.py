@@ -1,4 +1,4 @@
-"""A running stream's state as a file, so that a conversation can go on another day or be forked."""
+"""Saves and loads the state of a running stream, so that a conversation can go on another day or be forked."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ from ttt_jax.checkpoints.differences import differences
 from ttt_jax.config import MoshiConfig, TTTConfig
 from ttt_jax.errors import InputError
 from ttt_jax.moshi.model import State, init_state
-from ttt_jax.utils import config_json
+from ttt_jax.utils import config_json, trees
 from ttt_jax.utils.files import write_atomically
 
 
 def save_state(path: str | Path, state: State, cfg: MoshiConfig) -> None:
-    """Write `state` to `path`, at once or not at all: safetensors, a tensor for each leaf, the model's configuration, a checksum.
+    """Write `state` to `path`, at once or not at all: safetensors, a tensor for each leaf, the model's configuration, a
+    checksum.
 
     Raises `InputError` if it cannot be written; what was there before is left as it was.
     """
-    leaves = {name: np.asarray(leaf) for name, leaf in _named(state).items()}
+    leaves = {name: np.asarray(leaf) for name, leaf in trees.named(state).items()}
     about = json.dumps(config_json.to_dict(_model(cfg)))
     content = save(leaves, {"model": about, "checksum": _checksum(leaves, about)})
     try:
         write_atomically(Path(path), content)
     except OSError as error:
         raise InputError(
-            f"{path} could not be written ({error.strerror}), {len(content):,} bytes are needed: mend that, or give another path."
+            f"{path} could not be written ({error.strerror}), {len(content):,} bytes are needed: mend that, or give"
+            " another path."
         ) from error
 
 
 def load_state(path: str | Path, cfg: MoshiConfig) -> State:
-    """The state in `path`, bit for bit; a stream goes on from it as if it had never stopped.
+    """Returns the state in `path`, bit for bit. A stream goes on from it as if it had never stopped.
 
     Raises `InputError` if the file is damaged or is not the state of a model with the configuration `cfg`.
     """
@@ -57,18 +59,18 @@ def load_state(path: str | Path, cfg: MoshiConfig) -> State:
     try:
         model = dict(json.loads(metadata["model"]))
     except (KeyError, ValueError, TypeError):
-        raise InputError(f"{path} does not say what model it is from: give a state that save_state wrote.") from None
+        raise InputError(f"{path} does not name its model: give a state that save_state wrote.") from None
     if differing := [key for key in wanted if model.get(key) != wanted[key]]:
         key = differing[0]
         raise InputError(
-            f"{path} is the state of another model, whose {key} is {model.get(key)!r} where this one's is {wanted[key]!r}:"
-            " give the state of this model, or load that one."
+            f"{path} is the state of another model, whose {key} is {model.get(key)!r} where this one's is"
+            f" {wanted[key]!r}: give the state of this model, or load that one."
         )
     rows = leaves["position"].shape[0] if "position" in leaves else 1
     fresh = jax.eval_shape(lambda: init_state(cfg, rows))
-    expected = {name: (*leaf.shape, str(leaf.dtype)) for name, leaf in _named(fresh).items()}
-    if told := list(differences(expected, {name: (*leaf.shape, str(leaf.dtype)) for name, leaf in leaves.items()})):
-        raise InputError(f"{path} {'; '.join(told)}: give a state that save_state wrote.")
+    expected = {name: (*leaf.shape, str(leaf.dtype)) for name, leaf in trees.named(fresh).items()}
+    if problems := list(differences(expected, {name: (*leaf.shape, str(leaf.dtype)) for name, leaf in leaves.items()})):
+        raise InputError(f"{path} {'; '.join(problems)}: give a state that save_state wrote.")
     if metadata.get("checksum") != _checksum(leaves, metadata["model"]):
         raise InputError(f"{path} is damaged (its checksum does not match its content): bring back a sound copy.")
     return jax.tree.unflatten(jax.tree.structure(fresh), [jnp.asarray(leaves[name]) for name in expected])
@@ -83,15 +85,10 @@ def _checksum(leaves: dict[str, np.ndarray], about: str) -> str:
 
 
 def _model(cfg: MoshiConfig) -> MoshiConfig:
-    """`cfg` with what has no effect on a running stream at its default, and layers named one way."""
+    """Returns `cfg` in a normal form: fields without effect on a running stream at their defaults, layers as
+    numbers."""
     layers = ",".join(map(str, cfg.ttt_layers)) or "none"
     plain = TTTConfig()
     return dataclasses.replace(
         cfg, ttt=dataclasses.replace(cfg.ttt, layers=layers, remat_group=plain.remat_group, gate_init=plain.gate_init)
     )
-
-
-def _named(state: State) -> dict[str, jax.Array]:
-    """Leaves of a state by their path in it, such as "layers/layers_29_31/ring/k"."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}

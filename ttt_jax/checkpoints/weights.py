@@ -1,7 +1,7 @@
 """Base weights on disk: a folder of safetensors, one file per layer, with a `config.json` (docs/checkpoints.md).
 
-`tensors` says which tensor of which file goes where in the parameters; `load` reads a folder. `python -m ttt_jax.convert`
-writes it.
+`tensors` lists the tensors of the files and their places in the parameters; `load` reads a folder.
+`python -m ttt_jax.convert` writes it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 
 from ttt_jax.checkpoints.differences import differences
 from ttt_jax.checkpoints.safetensors_reader import DTYPES, TensorFile
-from ttt_jax.checkpoints.safetensors_writer import digest
 from ttt_jax.config import MoshiConfig, Part
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
+from ttt_jax.utils.files import file_digest
 
 FORMAT = 1
 CONFIG = "config.json"
@@ -34,8 +34,8 @@ class Tensor(NamedTuple):
     path: tuple[str, ...]
     """Keys of its leaf in the parameters."""
     index: int | None
-    """Layer within the leaf, whose first axis then counts layers (layers and what `lead` stacks, layer by layer); None: the leaf
-    itself."""
+    """Layer within the leaf, whose first axis then counts layers (layers and what `lead` stacks, layer by layer); None:
+    the leaf itself."""
     shape: tuple[int, ...]
     lead: int = 0
     """Leading axes that stack equal maps or tables."""
@@ -58,22 +58,22 @@ class Weights(NamedTuple):
 
     cfg: MoshiConfig
     params: dict[str, Any]
-    """As `ttt_jax.moshi.model.init_params` makes them, in the types of the files."""
+    """In the structure of `ttt_jax.moshi.model.init_params`, in the types of the files."""
     info: dict[str, Any]
-    """All of `config.json`: "source" tells where the weights are from, "digest" names the base."""
+    """All of `config.json`: "source" gives the origin of the weights, "digest" identifies the base."""
 
 
 def base(cfg: MoshiConfig) -> list[Tensor]:
-    """Tensors of the model without adapters and TTT layers, in the order of the files."""
+    """Returns the tensors of the model without adapters and TTT layers, in the order of the files."""
     d, heads, width, depth = cfg.dim, cfg.num_heads, cfg.head_dim, cfg.depth
     e, depth_width, narrow = depth.dim, depth.dim // depth.num_heads, depth.low_rank or depth.dim
     sets, q, texts, codes = max(cfg.depth_sets) + 1, cfg.dep_q, cfg.text_card + 1, cfg.card + 1
-    found = []
+    tensors = []
 
     def add(
         file: str, prefix: tuple[str, ...], name: str, shape: tuple[int, ...], lead=0, inputs=0, index=None
     ) -> None:
-        found.append(Tensor(f"{file}.safetensors", name, (*prefix, *name.split("/")), index, shape, lead, inputs))
+        tensors.append(Tensor(f"{file}.safetensors", name, (*prefix, *name.split("/")), index, shape, lead, inputs))
 
     add("embeddings", (), "text_emb", (texts, d))
     add("embeddings", (), "audio_emb", (cfg.n_q, codes, d), 1)
@@ -105,34 +105,34 @@ def base(cfg: MoshiConfig) -> list[Tensor]:
         layer("down", (sets, e, depth.hidden), 1, 1)
         layer("norm1", (e,))
         layer("norm2", (e,))
-    return found
+    return tensors
 
 
 def adapters(cfg: MoshiConfig) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The linear maps that have adapters, each with its two tensors A and B."""
+    """Returns the linear maps that have adapters, each with its two tensors A and B."""
     return [(t, *adapter(t, cfg.lora.rank)) for t in base(cfg) if t.inputs and cfg.lora.of(owner(t)).rank]
 
 
 def owner(tensor: Tensor) -> Part:
-    """The part of the base that a linear map belongs to, as `LoRAConfig.maps` names it."""
+    """Returns the part of the base that a linear map belongs to, as in `LoRAConfig.maps`."""
     name = tensor.path[2] if tensor.path[0] == "layers" else tensor.path[0]
     return name if name in ("attention", "ffn", "depth") else "heads"
 
 
 def adapter(tensor: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [*lead, rank, *inputs] and B [*lead, *rows, rank] of a linear map."""
+    """Returns A [*lead, rank, *inputs] and B [*lead, *rows, rank] of a linear map."""
     lead, columns = tensor.shape[: tensor.lead], tensor.shape[len(tensor.shape) - tensor.inputs :]
     stem = "" if tensor.index is None else Path(tensor.file).stem + "/"
 
-    def one(letter: str, shape: tuple[int, ...], inputs: int) -> Tensor:
+    def part(letter: str, shape: tuple[int, ...], inputs: int) -> Tensor:
         path = (*tensor.path[:-1], f"{tensor.path[-1]}_lora_{letter}")
         return Tensor(LORA, f"{stem}{tensor.name}_lora_{letter}", path, tensor.index, shape, tensor.lead, inputs)
 
-    return one("a", (*lead, rank, *columns), tensor.inputs), one("b", (*lead, *tensor.rows, rank), 1)
+    return part("a", (*lead, rank, *columns), tensor.inputs), part("b", (*lead, *tensor.rows, rank), 1)
 
 
 def ttt(cfg: MoshiConfig) -> list[Tensor]:
-    """Tensors of the TTT layers."""
+    """Returns the tensors of the TTT layers."""
     if not cfg.ttt_layers:
         return []
     shapes = {name: tuple(leaf.shape) for name, leaf in _ttt_shapes(cfg).items()}
@@ -146,30 +146,30 @@ def ttt(cfg: MoshiConfig) -> list[Tensor]:
 
 
 def tensors(cfg: MoshiConfig) -> list[Tensor]:
-    """All tensors of a folder: base, adapters kept apart, TTT layers."""
+    """Returns all tensors of a folder: base, adapters, TTT layers."""
     return base(cfg) + [t for _, *pair in adapters(cfg) for t in pair] + ttt(cfg)
 
 
-def by_file(some: Iterable[Tensor]) -> dict[str, list[Tensor]]:
-    """Tensors by the file that they stand in."""
+def by_file(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
+    """Groups tensors by their file."""
     files: dict[str, list[Tensor]] = {}
-    for tensor in some:
+    for tensor in tensors:
         files.setdefault(tensor.file, []).append(tensor)
     return files
 
 
 def base_digest(cfg: MoshiConfig, files: Mapping[str, Mapping[str, Any]]) -> str:
-    """What names a base: SHA-256 over the names and digests of its files, TTT layers and adapters left out."""
+    """Returns the SHA-256 over the names and digests of the files of a base, without TTT layers and adapters."""
     return _digest_of(base(cfg), files)
 
 
 def whole_digest(cfg: MoshiConfig, files: Mapping[str, Mapping[str, Any]]) -> str:
-    """What names weights, TTT layers and adapters included: SHA-256 over the names and digests of their files."""
+    """Returns the SHA-256 over the names and digests of all files of weights, with TTT layers and adapters."""
     return _digest_of(tensors(cfg), files)
 
 
-def _digest_of(some: Iterable[Tensor], files: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = "".join(f"{files[name]['sha256']}  {name}\n" for name in sorted(by_file(some)))
+def _digest_of(tensors: Iterable[Tensor], files: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = "".join(f"{files[name]['sha256']}  {name}\n" for name in sorted(by_file(tensors)))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -180,11 +180,11 @@ class Folder:
         """Opens all files of `folder`.
 
         Args:
-          folder: what `python -m ttt_jax.convert kyutai` wrote.
+          folder: written by `python -m ttt_jax.convert kyutai`.
           verify: whether to read all files once and compare their SHA-256 with `config.json`.
 
-        Raises `InputError` if `folder` is none, or a file, tensor, shape or type differs from what its `config.json` says;
-        all differences are told at once.
+        Raises `InputError` with all differences if `folder` is none, or a file, tensor, shape or type differs from its
+        `config.json`.
         """
         self.path = Path(folder)
         self.info = _read_config(self.path)
@@ -194,15 +194,13 @@ class Folder:
         try:
             problems = list(self._problems(verify))
             if problems:
-                raise InputError(
-                    f"{self.path} differs from what its {CONFIG} tells: {'; '.join(problems)}: convert it again."
-                )
+                raise InputError(f"{self.path} differs from its {CONFIG}: {'; '.join(problems)}: convert it again.")
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Close all files."""
+        """Closes all files."""
         for file in self.files.values():
             file.close()
 
@@ -213,11 +211,11 @@ class Folder:
         self.close()
 
     def dtype(self, tensor: Tensor) -> str:
-        """Type of a tensor as files name it."""
+        """Returns the type of a tensor as files name it."""
         return self.files[tensor.file].tensors[tensor.name].dtype
 
     def array(self, tensor: Tensor) -> np.ndarray:
-        """A tensor."""
+        """Returns a tensor."""
         return self.files[tensor.file].array(tensor.name)
 
     def _problems(self, verify: bool) -> Iterator[str]:
@@ -230,15 +228,14 @@ class Folder:
                 yield f"{name} is missing"
             elif path.stat().st_size != about["bytes"]:
                 yield f"{name} has {path.stat().st_size} bytes instead of {about['bytes']}"
-            elif verify and digest(path) != about["sha256"]:
+            elif verify and file_digest(path) != about["sha256"]:
                 yield f"{name} has another SHA-256 than when it was written"
             elif name in grouped:
                 self.files[name] = TensorFile(path)
-        whole = {name: some for name, some in grouped.items() if name in self.files}
-        for name, some in whole.items():
-            found = {key: info.shape for key, info in self.files[name].tensors.items()}
-            expected = {t.name: t.shape for t in some}
-            yield from (f"{name} {problem}" for problem in differences(expected, found))
+        for name, file in self.files.items():
+            stored = {key: info.shape for key, info in file.tensors.items()}
+            expected = {t.name: t.shape for t in grouped[name]}
+            yield from (f"{name} {problem}" for problem in differences(expected, stored))
         for kind in (base(self.cfg), [t for t in self.tensors if t.file == LORA]):
             types = {
                 (name, info.dtype)
@@ -254,41 +251,43 @@ class Folder:
 
 
 Place = Callable[[tuple[str, ...], np.ndarray], Any]
-"""From a leaf's keys and its content to the array that stands in the parameters."""
+"""From a leaf's keys and its content to the array in the parameters."""
 
 
 def load(folder: str | Path, verify: bool = False) -> Weights:
-    """The weights in `folder`, stacked as the model takes them; beside them one leaf at a time lies in memory twice.
+    """Returns the weights in `folder`, stacked for the model. Needs memory for them and, once more, for the largest
+    leaf.
 
     Args and errors as for `Folder`.
     """
-    with Folder(folder, verify) as found:
-        return Weights(found.cfg, read(found, found.cfg), found.info)
+    with Folder(folder, verify) as opened:
+        return Weights(opened.cfg, read(opened, opened.cfg), opened.info)
 
 
 def read(
     folder: Folder, cfg: MoshiConfig, names: Collection[str] | None = None, place: Place | None = None
 ) -> dict[str, Any]:
-    """The leaves of `cfg`'s parameters that are in `folder`; `cfg` may stack layers otherwise and have layers or adapters more.
+    """Returns the leaves of `cfg`'s parameters that are in `folder`. `cfg` may stack layers otherwise and have more
+    layers or adapters.
 
     Args:
-      names: the leaves wanted, as "layers/layers_00_28/norm1"; None: all.
+      names: the leaves to read, as "layers/layers_00_28/norm1"; None: all.
       place: puts a leaf where it belongs; None: on the first device.
 
     Returns:
-      Nested as in the parameters; a leaf of which a layer is missing is left out.
+      Nested as in the parameters, without leaves that lack a layer.
     """
     import jax.numpy as jnp
 
     place = place or (lambda _, array: jnp.asarray(array))
-    here = {(tensor.file, tensor.name): tensor for tensor in folder.tensors}
+    stored = {(tensor.file, tensor.name): tensor for tensor in folder.tensors}
     leaves: dict[tuple[str, ...], list[Tensor]] = {}
     for tensor in tensors(cfg):
         if names is None or "/".join(tensor.path) in names:
             leaves.setdefault(tensor.path, []).append(tensor)
     params: dict[str, Any] = {}
     for path, parts in leaves.items():
-        found = [here.get((tensor.file, tensor.name)) for tensor in parts]
+        found = [stored.get((tensor.file, tensor.name)) for tensor in parts]
         if None in found or any(a.shape != b.shape for a, b in zip(parts, found, strict=True)):
             continue
         *parents, name = path
@@ -308,12 +307,14 @@ def read(
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise InputError(
-            f"{folder} is not a folder of weights (it has no {CONFIG}): give one that python -m ttt_jax.convert kyutai made."
+            f"{folder} is not a folder of weights (it has no {CONFIG}): give one that python -m ttt_jax.convert kyutai"
+            " made."
         )
     info = config_json.read_json(folder / CONFIG, f"the {CONFIG} of converted weights")
     if not isinstance(info, dict) or not {"format", "model", "files", "source", "digest"} <= info.keys():
         raise InputError(
-            f"{folder / CONFIG} is not that of converted weights: give a folder that python -m ttt_jax.convert kyutai made."
+            f"{folder / CONFIG} does not describe converted weights: give a folder that python -m ttt_jax.convert"
+            " kyutai made."
         )
     if info["format"] != FORMAT:
         raise InputError(
@@ -322,6 +323,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return info
 
 
+@functools.lru_cache(maxsize=8)
 def _ttt_shapes(cfg: MoshiConfig) -> dict[str, Any]:
     import jax
 
@@ -329,7 +331,7 @@ def _ttt_shapes(cfg: MoshiConfig) -> dict[str, Any]:
 
 
 def init_ttt(cfg: MoshiConfig, key: Any) -> dict[str, Any]:
-    """Parameters of a TTT layer to be added to a trained model: float32, its output projection 0."""
+    """Returns parameters of a TTT layer to add to a trained model: float32, output projection 0."""
     import jax
     import jax.numpy as jnp
 

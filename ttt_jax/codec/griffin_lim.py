@@ -1,7 +1,7 @@
 """From log-mel energies back to a waveform: spectrum by non-negative inversion, phase by fast Griffin-Lim, in NumPy.
 
-Griffin & Lim 1984 with the momentum of Perraudin, Balazs & Søndergaard 2013. Nothing here is left to chance: the first
-phase comes from a fixed seed, so equal input gives equal samples.
+Griffin & Lim 1984 with the momentum of Perraudin, Balazs & Søndergaard 2013. The first phase comes from a fixed seed,
+so equal input gives equal samples.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def waveform(logmel: np.ndarray, filters: np.ndarray, floor: float, taper: np.nd
     Args:
         logmel: float [n, bands], log(power + floor); row i belongs to the window that ends at sample (i + 1) * hop.
         filters: float [window // 2 + 1, bands], mel filters that average power.
-        floor: Power below which there is silence.
+        floor: Power of silence.
         taper: float [window], the analysis window; its length is a multiple of 4.
         hop: Samples from one row to the next.
 
@@ -30,7 +30,7 @@ def waveform(logmel: np.ndarray, filters: np.ndarray, floor: float, taper: np.nd
     num_samples = len(logmel) * hop
     if not num_samples:
         return np.zeros(0, dtype=np.float32)
-    # Phase retrieval needs more overlap than the rows have: columns stand `step` apart, column j is centred on j * step.
+    # Phase retrieval needs more overlap than the rows have: columns are `step` apart, column j is centred on j * step.
     step = len(taper) // _OVERLAP
     centres = np.arange(-(-num_samples // step) + 1) * step
     logmel = _interpolate(logmel, (centres + len(taper) / 2) / hop - 1)
@@ -58,7 +58,7 @@ def _invert_filters(bands: np.ndarray, filters: np.ndarray) -> np.ndarray:
 
 
 def _griffin_lim(magnitude: np.ndarray, taper: np.ndarray, step: int) -> np.ndarray:
-    """Returns samples, half a window longer at both ends, whose spectrum has nearly the given magnitude [columns, bins]."""
+    """Returns samples, half a window longer at both ends, whose spectrum has about the magnitude [columns, bins]."""
     weight = _overlap_add(np.broadcast_to(np.square(taper), (len(magnitude), len(taper))), step)
     weight = np.maximum(weight, 0.01 * weight.max())
 

@@ -1,14 +1,13 @@
 """Residual k-means over log-mel frames: the small codec that comes with the project, in NumPy.
 
-A frame is 80 ms of 16 kHz audio. Its features are the log-mel energies of a few short windows (the sub-frames), which see
-the frame's own samples and at most one window of samples before it, never later ones. The features are quantised by
-``num_codebooks`` codebooks one after the other, each coding what the ones before it left over (greedy residual k-means).
-Decoding adds the entries up again, undoes the mel filters and finds a phase (`ttt_jax.codec.griffin_lim`): speech one can
-recognise, not speech one would want to listen to.
+A frame is 80 ms of 16 kHz audio. Its features are the log-mel energies of a few short windows (the sub-frames) over the
+samples of the frame and at most one window of samples before it, never later ones. ``num_codebooks`` codebooks quantise
+the features one after the other, each the residual of those before it (greedy residual k-means). Decoding sums the
+entries, inverts the mel filters and finds a phase (`ttt_jax.codec.griffin_lim`). The speech is intelligible, but rough.
 
-Two things hold by construction. *Streaming equals offline, bit by bit*: the arithmetic on a frame, in float64, is the same
-whatever else is computed in the same call. *Silence is one code vector*: energies far below `floor` vanish in the
-logarithm, one entry of the first codebook is exactly the silent frame and one entry of every later codebook is exactly
+Two laws hold by construction. *Streaming equals offline, bit by bit*: the arithmetic on a frame, in float64, does not
+depend on the other frames of the call. *Silence is one code vector*: energies far below `floor` vanish in the
+logarithm, one entry of the first codebook is exactly the silent frame, and one entry of every later codebook is exactly
 zero.
 
 File format: safetensors, written by `KMeansCodec.save`.
@@ -42,15 +41,15 @@ _TENSORS = {"codebooks": 3, "mean": 1, "mel": 2}
 
 
 class KMeansCodec:
-    """A codec in the sense of `ttt_jax.codec.Codec`; see the module's docstring for what it computes.
+    """The `ttt_jax.codec.Codec` of the module's docstring.
 
     Args:
         tensors: ``codebooks``, ``mean`` and ``mel`` as in the file format.
         metadata: The file's metadata, strings only.
-        source: Where the parameters come from, for messages.
+        source: Origin of the parameters, for messages.
 
     Raises:
-        InputError: A tensor or a metadata key is missing, misshapen or makes no sense.
+        InputError: A tensor or a metadata key is missing or invalid.
     """
 
     def __init__(self, tensors: dict[str, np.ndarray], metadata: dict[str, str], source: str = "codec") -> None:
@@ -110,7 +109,7 @@ class KMeansCodec:
 
         Args:
             audio: float [frame_size * n], any n >= 0.
-            state: What `init_state` or the previous call returned; never changed in place.
+            state: Result of `init_state` or of the previous call; never changed in place.
 
         Returns:
             Codes int32 [num_codebooks, n] and the next state.
@@ -122,8 +121,8 @@ class KMeansCodec:
         num_frames, rest = divmod(len(audio), self.frame_size)
         if rest:
             raise InputError(
-                f"encode_step got {len(audio)} samples, which is not a multiple of frame_size={self.frame_size}; "
-                "hand over whole frames and keep the rest for the next call."
+                f"encode_step got {len(audio)} samples, which is not a multiple of frame_size={self.frame_size}: "
+                "give whole frames and keep the rest for the next call."
             )
         samples = np.concatenate([state, audio])
         codes = [self._quantise(features_TF) for features_TF in self._blocks(samples)]
@@ -147,7 +146,7 @@ class KMeansCodec:
         return self.encode_step(audio, self.init_state())[0]
 
     def features(self, audio: np.ndarray) -> np.ndarray:
-        """Returns what `encode` quantises: log-mel energies minus their mean, float64 [T, features]."""
+        """Returns the features that `encode` quantises: log-mel energies minus their mean, float64 [T, features]."""
         audio = _check_audio(audio)
         samples = np.pad(audio, (self.window - self._hop, -len(audio) % self.frame_size))
         return np.concatenate([np.empty((0, len(self._mean_F))), *self._blocks(samples)])
@@ -162,17 +161,17 @@ class KMeansCodec:
         if codes_QT.ndim != 2 or len(codes_QT) != self.num_codebooks or not np.issubdtype(codes_QT.dtype, np.integer):
             raise InputError(
                 f"decode got {codes_QT.dtype} codes of shape {codes_QT.shape}, but {self.name} needs integers of shape "
-                f"[{self.num_codebooks}, T]; hand over the codes of one voice."
+                f"[{self.num_codebooks}, T]: give the codes of one stream."
             )
         if codes_QT.size and (codes_QT.min() < 0 or codes_QT.max() >= self.cardinality):
             raise InputError(
                 f"decode got codes from {codes_QT.min()} to {codes_QT.max()}, but {self.name} has entries "
-                f"0 to {self.cardinality - 1}; drop absent (-1) and special tokens first."
+                f"0 to {self.cardinality - 1}: drop absent (-1) and special tokens first."
             )
         return sum(book_VF[row_T] for book_VF, row_T in zip(self._codebooks_QVF, codes_QT, strict=True))
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Returns audio with (nearly) the features that `codes` stand for; the same codes always give the same samples.
+        """Returns audio with about the features that `codes` stand for; equal codes give equal samples.
 
         Args:
             codes: int [num_codebooks, T] in [0, cardinality).
@@ -190,7 +189,7 @@ class KMeansCodec:
         """Yields the features [T, F] of some frames at a time; `samples` begins with the state before them.
 
         Streaming needs equal bits for any number of frames: the products below are batches of one frame each, since a
-        matrix product of other shape may add up in another order.
+        matrix product of another shape may sum in another order.
         """
         windows = np.lib.stride_tricks.sliding_window_view(samples, self.window)[:: self._hop]
         windows = windows.reshape(-1, self.num_subframes, self.window)
@@ -234,13 +233,13 @@ def _check_audio(audio: np.ndarray) -> np.ndarray:
     audio = np.asarray(audio)
     if audio.ndim != 1 or not np.issubdtype(audio.dtype, np.floating):
         raise InputError(
-            f"The codec got {audio.dtype} audio of shape {audio.shape}, expected floats of shape [samples]; "
-            "hand over one channel with full scale 1."
+            f"The codec got {audio.dtype} audio of shape {audio.shape}, expected floats of shape [samples]: "
+            "give one channel with full scale 1."
         )
     audio = audio.astype(np.float32, copy=False)
     if not np.isfinite(audio).all():
         raise InputError(
-            f"The codec got audio whose sample {int(np.argmin(np.isfinite(audio)))} is not finite; "
+            f"The codec got audio whose sample {int(np.argmin(np.isfinite(audio)))} is not finite: "
             "mend the recording or leave it out."
         )
     return audio
@@ -278,7 +277,7 @@ def _check(tensors: dict[str, np.ndarray], metadata: dict[str, str], source: str
 
 
 def _digest(tensors: dict[str, np.ndarray], numbers: dict[str, float]) -> str:
-    """SHA-256 over all that decides which codes come out and what they mean; names and licences do not."""
+    """SHA-256 over the parameters that determine the codes; name and licence do not."""
     digest = hashlib.sha256(json.dumps([FORMAT, sorted(numbers.items())]).encode())
     for key in sorted(tensors):
         digest.update(f"{key}{tensors[key].shape}".encode())

@@ -1,4 +1,4 @@
-"""Kyutai's weights in and out: `python -m ttt_jax.convert`, or `kyutai` and `export` from Python."""
+"""Converts weights between Kyutai's layouts and ours: `python -m ttt_jax.convert`, in Python `kyutai` and `export`."""
 
 from ttt_jax.convert.from_kyutai import kyutai
 from ttt_jax.convert.to_kyutai import export

@@ -1,8 +1,9 @@
-"""Moshi as Hugging Face's `transformers` stores it (`MoshiForConditionalGeneration`, as kmhf/hf-moshiko), told in Kyutai's names.
+"""Renames Moshi as Hugging Face's `transformers` stores it (`MoshiForConditionalGeneration`, as kmhf/hf-moshiko) to
+Kyutai's names.
 
-The map is that of transformers' conversion script (`models/moshi/convert_moshi_transformers.py`) backwards: q and k have the
-rows of each head in another order, since transformers rotates halves of a head where Kyutai rotates neighbours; q, k and v
-stand apart; the depth transformer's matrices are stacked by codebook. No number changes.
+The map inverts transformers' conversion script (`models/moshi/convert_moshi_transformers.py`): q and k have the rows of
+each head in another order, since transformers rotates halves of a head where Kyutai rotates neighbours; q, k and v are
+separate; the depth transformer's matrices are stacked by codebook. No number changes.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttt_jax.checkpoints.safetensors_reader import SIZES, Piece, Ring, as_bytes
+from ttt_jax.checkpoints.safetensors_reader import SIZES, Piece, as_bytes
 from ttt_jax.config import DepthConfig, LoRAConfig, MoshiConfig, TTTConfig
-from ttt_jax.convert import kyutai_config
-from ttt_jax.convert.matching import misfits, refuse_misfits
-from ttt_jax.convert.tensor_view import Held, View
+from ttt_jax.convert import kyutai_config, unsupported
+from ttt_jax.convert.state_dict import StateDict, StoredTensor, misfits, refuse_misfits
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
 
@@ -54,16 +54,16 @@ DEPTH_DEFAULTS: dict[str, Any] = COMMON | {
     "sliding_window": 8,
     "ffn_dim": 5632,
 }
-"""What transformers' `MoshiConfig` and `MoshiDepthConfig` take for keys that a file leaves out."""
+"""Defaults of transformers' `MoshiConfig` and `MoshiDepthConfig`."""
 CODES = 2048  # entries of a codebook of transformers' `MimiConfig`
 CODEBOOKS = 32
 MIMI = "hf://kyutai/moshiko-pytorch-bf16/tokenizer-e351c8d8-checkpoint125.safetensors"
-"""Kyutai's file of the codec that transformers has among the weights."""
+"""Kyutai's file of the codec, which transformers stores among the weights."""
 CODEC = "audio_encoder."
 BUFFER = ".rotary_emb.inv_freq"
 
 
-class Taken(NamedTuple):
+class Share(NamedTuple):
     """A tensor of theirs, or the share of it that belongs to one codebook."""
 
     name: str
@@ -71,25 +71,25 @@ class Taken(NamedTuple):
     part: int = 0
     parts: int = 1
     heads: int = 0
-    """Heads whose rows are to be put back in Kyutai's order; 0: rows stay."""
+    """Number of heads whose rows are reordered; 0: rows stay."""
 
 
 def is_config(raw: Mapping[str, Any]) -> bool:
-    """Whether `raw` is a config.json of transformers' Moshi; Kyutai's may say model_type "moshi", too."""
+    """Returns whether `raw` is a config.json of transformers' Moshi. Kyutai's may have the model_type "moshi", too."""
     classes = raw.get("architectures")
     named = raw.get("model_type") == "moshi" or (isinstance(classes, list) and CLASS in classes)
     return named and "dim" not in raw and "hidden_size" in raw
 
 
 def is_layout(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are transformers' Moshi's."""
+    """Returns whether these are names of transformers' Moshi."""
     return any(name.startswith(("decoder.model.", "depth_decoder.")) for name in names)
 
 
 def architecture(raw: Mapping[str, Any], where: str) -> MoshiConfig:
-    """The model that transformers' config.json describes, without its codec.
+    """Returns the model that transformers' config.json describes, without its codec.
 
-    Raises `InputError` naming the key if a value cannot be or is not supported; `where` names the file.
+    Raises `InputError` with the file `where` and the key if a value is impossible or not supported.
     """
 
     def get(key: str, kind: Any = int) -> Any:
@@ -116,26 +116,24 @@ def architecture(raw: Mapping[str, Any], where: str) -> MoshiConfig:
     ):
         if given.get(key) is not None and deep(key) != wanted:
             raise InputError(
-                f"{where} contradicts itself: depth_decoder_config.{key} is {depth[key]}, but {of} is {wanted}; correct it there."
+                f"{where} contradicts itself: depth_decoder_config.{key} is {depth[key]}, but {of} is {wanted}; correct"
+                " it there."
             )
-    told = [*_unsupported(get, ""), *_unsupported(deep, "depth_decoder_config.")]
+    problems = [*_unsupported(get, ""), *_unsupported(deep, "depth_decoder_config.")]
     if (kind := rope.get("rope_type", "default")) != "default" or values["rope_scaling"] is not None:
-        told.append(f"scaled positions ({values['rope_scaling'] or kind!r})")
-    if (
-        share := config_json.conform(float, rope.get("partial_rotary_factor", 1.0), where, "partial_rotary_factor")
-    ) != 1:
-        told.append(f"positions on a part of each head (rope_parameters.partial_rotary_factor={share})")
+        problems.append(f"scaled positions ({values['rope_scaling'] or kind!r})")
+    share = config_json.conform(float, rope.get("partial_rotary_factor", 1.0), where, "partial_rotary_factor")
+    if share != 1:
+        problems.append(f"positions on a part of each head (rope_parameters.partial_rotary_factor={share})")
     if values["quantization_config"] is not None:
-        told.append("quantised weights (quantization_config)")
+        problems.append("quantised weights (quantization_config)")
     if codebooks > CODEBOOKS:
-        told.append(f"more codebooks than Mimi's {CODEBOOKS} (num_codebooks={codebooks})")
+        problems.append(f"more codebooks than Mimi's {CODEBOOKS} (num_codebooks={codebooks})")
     if deep("sliding_window") < codebooks:
-        told.append(
-            f"a window in the depth transformer (depth_decoder_config.sliding_window={depth['sliding_window']})"
-        )
-    if told:
-        raise InputError(f"{where} describes what is not supported yet: {'; '.join(told)}; give a model without it.")
-    try:
+        window = depth["sliding_window"]
+        problems.append(f"a window in the depth transformer (depth_decoder_config.sliding_window={window})")
+    unsupported.refuse(where, problems)
+    with kyutai_config.describing(where):
         return MoshiConfig(
             dim=get("hidden_size"),
             num_layers=get("num_hidden_layers"),
@@ -159,25 +157,23 @@ def architecture(raw: Mapping[str, Any], where: str) -> MoshiConfig:
             lora=LoRAConfig(),
             ttt=TTTConfig(layers="none"),
         )
-    except InputError as error:
-        if str(error).startswith(where):
-            raise
-        raise InputError(f"{where} describes no model that can be: {error}") from None
 
 
 def _check_numbers(get: Callable[..., Any], where: str, prefix: str) -> None:
-    """Raise `InputError` if one of the two transformers has heads or widths that none can have."""
+    """Raises `InputError` if heads or widths of one of the two transformers are impossible."""
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim"):
         if get(key) < 1:
             raise InputError(f"{where}: {prefix}{key} is {get(key)}, but must be 1 or more; correct it there.")
     if get("ffn_dim") % 2:
         raise InputError(
-            f"{where}: {prefix}ffn_dim is {get('ffn_dim')}, but must be even, as gate and values share it; correct it there."
+            f"{where}: {prefix}ffn_dim is {get('ffn_dim')}, but must be even, as gate and values share it; correct it"
+            " there."
         )
 
 
 def _unsupported(get: Callable[..., Any], prefix: str) -> Iterator[str]:
-    """What one of the two transformers has that we do not; `get` gives its values by key and type."""
+    """Describes settings of one of the two transformers that are not supported. `get` returns a value by key and
+    type."""
     heads, width = get("num_attention_heads"), get("hidden_size")
     expected = {
         "num_key_value_heads": (int | None, heads),
@@ -194,36 +190,36 @@ def _unsupported(get: Callable[..., Any], prefix: str) -> Iterator[str]:
             yield f"{prefix}{key}={value!r} instead of {wanted!r}"
 
 
-def as_kyutais(view: View, cfg: MoshiConfig, where: str, notes: list[str]) -> View:
-    """The tensors of `view`, which must be all of the model `cfg` and nothing else, under Kyutai's names.
+def to_kyutai_names(state_dict: StateDict, cfg: MoshiConfig, where: str, notes: list[str]) -> StateDict:
+    """Returns the tensors of `state_dict`, which must be those of the model `cfg`, under Kyutai's names.
 
-    The codec and buffers that transformers computes anew are left out and told in `notes`. Raises `InputError` naming the
-    file and transformers' own names for what is missing, left over or of another shape or type than `where` says.
+    Leaves out the codec and buffers that transformers computes, and adds a note. Raises `InputError` with the file and
+    transformers' names of tensors that are missing, left over or of another shape or type than `where` gives.
     """
-    codec = [key for key in view.tensors if key.startswith(CODEC)]
-    buffers = [key for key in view.tensors if key.endswith(BUFFER) and key not in codec]
+    codec = [key for key in state_dict.tensors if key.startswith(CODEC)]
+    buffers = [key for key in state_dict.tensors if key.endswith(BUFFER) and key not in codec]
     if codec:
         notes.append(f"{CODEC}* ({len(codec)} tensors) is Mimi, the codec, and left out: Kyutai's file of it is {MIMI}")
     if buffers:
         notes.append(f"*{BUFFER} ({len(buffers)} tensors) follows from the configuration and is left out")
-    used = {key: held for key, held in view.tensors.items() if key not in {*codec, *buffers}}
-    kyutai_config.check_counts(cfg, len(used), view.path, where)
-    moved = dict(_moved(cfg))
-    expected = {taken.name: taken.shape for parts in moved.values() for taken in parts}
-    if problems := misfits(expected, used, view.path):
+    used = {key: stored for key, stored in state_dict.tensors.items() if key not in {*codec, *buffers}}
+    kyutai_config.check_counts(cfg, len(used), state_dict.path, where)
+    sources = dict(_sources(cfg))
+    expected = {share.name: share.shape for shares in sources.values() for share in shares}
+    if problems := misfits(expected, used, state_dict.path):
         refuse_misfits(problems, where)
-    return View(view.path, {name: _joined(parts, used) for name, parts in moved.items()})
+    return StateDict(state_dict.path, {name: _joined(shares, used) for name, shares in sources.items()})
 
 
-def _moved(cfg: MoshiConfig) -> Iterator[tuple[str, tuple[Taken, ...]]]:
-    """By Kyutai's name what makes it up, laid end to end."""
+def _sources(cfg: MoshiConfig) -> Iterator[tuple[str, tuple[Share, ...]]]:
+    """Yields each of Kyutai's names with the tensors, end to end, that make it up."""
     d, e, q, depth = cfg.dim, cfg.depth.dim, cfg.dep_q, cfg.depth
 
-    def whole(name: str, *shape: int, heads: int = 0) -> Taken:
-        return Taken(name + ".weight", shape, heads=heads)
+    def whole(name: str, *shape: int, heads: int = 0) -> Share:
+        return Share(name + ".weight", shape, heads=heads)
 
-    def stacked(name: str, *shape: int) -> list[Taken]:
-        return [Taken(name + ".weight", (q, *shape), k, q) for k in range(q)]
+    def stacked(name: str, *shape: int) -> list[Share]:
+        return [Share(name + ".weight", (q, *shape), k, q) for k in range(q)]
 
     yield "text_emb.weight", (whole("decoder.model.embed_tokens", cfg.text_card + 1, d),)
     for n in range(cfg.n_q):
@@ -266,36 +262,37 @@ def _moved(cfg: MoshiConfig) -> Iterator[tuple[str, tuple[Taken, ...]]]:
         yield f"{ours}.norm2.alpha", (whole(f"{theirs}.post_attention_layernorm", e),)
 
 
-def _joined(parts: tuple[Taken, ...], used: Mapping[str, Held]) -> Held:
-    """What `parts` make up, as Kyutai shapes it."""
+def _joined(parts: tuple[Share, ...], used: Mapping[str, StoredTensor]) -> StoredTensor:
+    """Returns the tensor that `parts` make up, in Kyutai's shape."""
     first = used[parts[0].name]
     if len(first.shape) == 1:
-        return Held(first.path, first.name, first.dtype, (1, 1, *first.shape), first.piece)
+        return StoredTensor(first.path, first.name, first.dtype, (1, 1, *first.shape), first.piece)
     rows, columns = parts[0].shape[-2:]
     size = SIZES[first.dtype]
 
     def piece() -> Piece:
         pieces = [
-            _interleaved(got, taken.heads, columns * size) if taken.heads else got
-            for taken in parts
-            for got in [used[taken.name].piece(taken.part, taken.parts)]
+            _interleaved(piece, share.heads, columns * size) if share.heads else piece
+            for share in parts
+            for piece in [used[share.name].piece(share.part, share.parts)]
         ]
 
-        def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
-            for got in pieces:
-                yield from got.blocks(ring, unit)
+        def blocks(unit: int) -> Iterator[memoryview]:
+            for piece in pieces:
+                yield from piece.blocks(unit)
 
-        return Piece(sum(got.nbytes for got in pieces), blocks)
+        return Piece(sum(piece.nbytes for piece in pieces), blocks)
 
-    return Held(first.path, first.name, first.dtype, (len(parts) * rows, columns), piece)
+    return StoredTensor(first.path, first.name, first.dtype, (len(parts) * rows, columns), piece)
 
 
 def _interleaved(piece: Piece, heads: int, row: int) -> Piece:
-    """The rows (of `row` bytes) of each head, first halves then second halves of the pairs that rotate, put pair by pair."""
+    """Reorders the rows (of `row` bytes) of each head from first and second halves of the rotating pairs to pair by
+    pair."""
     head = piece.nbytes // heads
 
-    def blocks(ring: Ring, unit: int) -> Iterator[memoryview]:
-        for view in piece.blocks(ring, math.lcm(unit, head)):
+    def blocks(unit: int) -> Iterator[memoryview]:
+        for view in piece.blocks(math.lcm(unit, head)):
             halves = np.frombuffer(view, np.uint8).reshape(-1, 2, head // row // 2, row)
             yield as_bytes(np.ascontiguousarray(halves.swapaxes(1, 2)))
 

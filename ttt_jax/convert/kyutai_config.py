@@ -1,15 +1,16 @@
-"""Kyutai's `config.json` as our configuration and back, and what of it is not supported.
+"""Translates Kyutai's `config.json` to our configuration and back.
 
-Keys and defaults are those of PyPI `moshi` 0.2.13; a key that its `LMModel` would take but that stands in neither list here
-is unknown and refused.
+Keys and defaults are those of PyPI `moshi` 0.2.13. Unknown keys are refused, also those that its `LMModel` would
+accept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ttt_jax.config import DepthConfig, LoRAConfig, MoshiConfig, TTTConfig
@@ -39,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "causal": True,
     "kv_repeat": 1,
 }
-"""What `LMModel` takes for keys that a file leaves out, where it is not None or false."""
+"""Defaults of `LMModel` that are not None or false."""
 
 REQUIRED = ("num_layers", "num_heads", "context", "depformer_num_heads", "delays")
 BESIDE = {
@@ -54,7 +55,7 @@ BESIDE = {
     "stt_config",
     "model_id",
 }
-"""Keys that tell of more than the language model; they travel along."""
+"""Keys about more than the language model; they travel along."""
 NO_EFFECT = {
     "existing_text_padding_id",
     "existing_text_end_padding_id",
@@ -63,20 +64,21 @@ NO_EFFECT = {
     "depformer_max_period",
     "gradient_checkpointing",
 }
-"""Keys that change no weight and no score; they travel along."""
+"""Keys without effect on weights and scores; they travel along."""
 LORA = {"lora", "lora_rank", "lora_scaling"}
 
 
 def architecture(raw: Mapping[str, Any], shapes: Shapes, dtype: str, where: str) -> MoshiConfig:
-    """The model that `raw` describes, without adapters and TTT layers.
+    """Returns the model that `raw` describes, without adapters and TTT layers.
 
     Args:
-      raw: a `config.json` that `unsupported` has nothing to say about.
-      shapes: of the tensors; they give the hidden widths, for which Kyutai's PyTorch, MLX and Rust have different rules.
+      raw: a `config.json` that `unsupported` has checked.
+      shapes: of the tensors. They give the hidden widths, since Kyutai's PyTorch, MLX and Rust have different rules for
+        them.
       dtype: of the tensors: "BF16", "F16" or "F32".
       where: names the file in messages.
 
-    Raises `InputError` naming the key if one is missing or its value cannot be.
+    Raises `InputError` with the key if one is missing or its value is impossible.
     """
     if missing := [key for key in REQUIRED if key not in raw]:
         raise InputError(f"{where} has no {', '.join(missing)}: give the config.json that belongs to these weights.")
@@ -95,19 +97,15 @@ def architecture(raw: Mapping[str, Any], shapes: Shapes, dtype: str, where: str)
             raise InputError(f"{where}: {key} is {values[key]!r}, but must be a number above 0; correct it there.")
     for key in ("causal", "depformer_multi_linear", "depformer_weights_per_step"):
         get(key, bool)
-    try:
+    with describing(where):
         return MoshiConfig(
-            dim=get("dim"),
-            num_layers=get("num_layers"),
-            num_heads=get("num_heads"),
+            **{
+                key: get(key)
+                for key in ("dim", "num_layers", "num_heads", "context", "n_q", "dep_q", "card", "text_card")
+            },
             hidden=_width(shapes, r"transformer\.layers\.\d+\.gating\.linear_out\.weight")
             or hidden_width(get("dim"), int(scale * get("dim"))),
-            context=get("context"),
             max_period=get("max_period", float),
-            n_q=get("n_q"),
-            dep_q=get("dep_q"),
-            card=get("card"),
-            text_card=get("text_card"),
             delays=get("delays", tuple[int, ...]),
             dtype="bfloat16" if dtype == "BF16" else "float32",
             extra_heads=get("extra_heads_num_heads"),
@@ -124,6 +122,13 @@ def architecture(raw: Mapping[str, Any], shapes: Shapes, dtype: str, where: str)
             lora=LoRAConfig(),
             ttt=TTTConfig(layers="none"),
         )
+
+
+@contextlib.contextmanager
+def describing(where: str) -> Iterator[None]:
+    """Raises an `InputError` of a model's configuration with the file `where` that describes it."""
+    try:
+        yield
     except InputError as error:
         if str(error).startswith(where):
             raise
@@ -131,7 +136,8 @@ def architecture(raw: Mapping[str, Any], shapes: Shapes, dtype: str, where: str)
 
 
 def check_counts(cfg: MoshiConfig, tensors: int, path: object, where: str) -> None:
-    """Raise `InputError` if `cfg`, from `where`, has more layers or heads than `path` has tensors, before they are gone through."""
+    """Raises `InputError` if `cfg`, from `where`, has more layers or heads than `path` has tensors: a bound on later
+    loops."""
     counts = {
         "layers": cfg.num_layers,
         "layers in the depth transformer": cfg.depth.num_layers,
@@ -140,13 +146,13 @@ def check_counts(cfg: MoshiConfig, tensors: int, path: object, where: str) -> No
     for name, count in counts.items():
         if count > tensors:
             raise InputError(
-                f"{path} does not fit {where}, which tells of {count} {name}, as it has {tensors} tensors in all: give weights and a"
-                " config.json that belong together."
+                f"{path} does not fit {where}, which has {count} {name}, as it holds only {tensors} tensors in all:"
+                " give weights and a config.json that belong together."
             )
 
 
 def hidden_widths(raw: Mapping[str, Any], cfg: MoshiConfig) -> dict[str, tuple[int, int]]:
-    """By key: the hidden width that PyPI `moshi` would give it, and that of `cfg`."""
+    """Returns by key the hidden width that PyPI `moshi` would take, and that of `cfg`."""
     values = {**DEFAULTS, **raw}
     temporal = hidden_width(cfg.dim, int(values["hidden_scale"] * cfg.dim))
     depth = hidden_width(cfg.depth.dim, _depth_feed_forward(values))
@@ -154,7 +160,7 @@ def hidden_widths(raw: Mapping[str, Any], cfg: MoshiConfig) -> dict[str, tuple[i
 
 
 def contradictions(cfg: MoshiConfig, shapes: Shapes) -> list[str]:
-    """Sizes that the tensors tell otherwise than `cfg`, in words; for messages, so it may miss some."""
+    """Describes sizes in which the tensors contradict `cfg`. For messages: it may miss some."""
 
     def axis(key: str, number: int) -> int | None:
         shape = shapes.get(key, ())
@@ -179,19 +185,22 @@ def contradictions(cfg: MoshiConfig, shapes: Shapes) -> list[str]:
         "depformer weight sets": (max(cfg.depth_sets) + 1, count(r"depformer_in\.(\d+)\.")),
     }
     return [
-        f"{name} {said} where the tensors say {has}" for name, (said, has) in pairs.items() if has not in (None, said)
+        f"{name} {value} where the tensors have {actual}"
+        for name, (value, actual) in pairs.items()
+        if actual not in (None, value)
     ]
 
 
 def export(cfg: MoshiConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Kyutai's configuration of `cfg`; `raw` is that of its source ({}: none) and keeps its other keys.
+    """Returns Kyutai's configuration of `cfg`. Keeps the other keys of `raw`, the configuration of its source ({}:
+    none).
 
-    Raises `InputError` by name for what theirs cannot express.
+    Raises `InputError` for settings that theirs cannot express.
     """
     if cfg.layer_context:
         raise InputError(
-            f"model.layer_context={cfg.layer_context} gives layers windows of their own, which Kyutai's layout cannot express:"
-            " export a model with one window."
+            f"model.layer_context={cfg.layer_context} gives some layers other windows, which Kyutai's layout cannot"
+            " express: export a model with one window."
         )
     kept = {key: value for key, value in raw.items() if key in BESIDE | NO_EFFECT}
     depth = cfg.depth
@@ -204,7 +213,7 @@ def export(cfg: MoshiConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(wide, int) or hidden_width(depth.dim, wide) != depth.hidden:
         wide = _feed_forward(depth.dim, depth.hidden, "depth.hidden")
     period = int(cfg.max_period) if cfg.max_period == int(cfg.max_period) else cfg.max_period
-    made = {
+    config = {
         "dim": cfg.dim,
         "num_layers": cfg.num_layers,
         "num_heads": cfg.num_heads,
@@ -235,29 +244,29 @@ def export(cfg: MoshiConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
         "depformer_max_period": 10000,
     }
     if depth.schedule:
-        made["depformer_weights_per_step_schedule"] = list(depth.schedule)
+        config["depformer_weights_per_step_schedule"] = list(depth.schedule)
     if depth.low_rank is not None:
-        made["depformer_low_rank_embeddings"] = depth.low_rank
+        config["depformer_low_rank_embeddings"] = depth.low_rank
     if cfg.extra_heads:
-        made |= {"extra_heads_num_heads": cfg.extra_heads, "extra_heads_dim": cfg.extra_heads_dim}
+        config |= {"extra_heads_num_heads": cfg.extra_heads, "extra_heads_dim": cfg.extra_heads_dim}
     if cfg.lora.rank:
-        made |= {"lora": True, "lora_rank": cfg.lora.rank, "lora_scaling": cfg.lora.scaling}
-    return made | kept
+        config |= {"lora": True, "lora_rank": cfg.lora.rank, "lora_scaling": cfg.lora.scaling}
+    return config | kept
 
 
 def hidden_width(dim: int, feed_forward: int) -> int:
-    """Hidden width that PyPI `moshi` gives a SwiGLU layer of nominal width `feed_forward`."""
+    """Returns the hidden width that PyPI `moshi` gives a SwiGLU layer of nominal width `feed_forward`."""
     return 21 * dim // 8 if feed_forward == 4 * dim else 2 * feed_forward // 3
 
 
 def _feed_forward(dim: int, hidden: int, name: str) -> int:
-    """Nominal width for which `hidden_width` gives `hidden`."""
+    """Returns a nominal width for which `hidden_width` gives `hidden`. Raises `InputError` if there is none."""
     for width in (4 * dim, (3 * hidden + 1) // 2, (3 * hidden + 1) // 2 + 1):
         if hidden_width(dim, width) == hidden:
             return width
     raise InputError(
-        f"model.{name}={hidden} at width {dim} cannot be expressed in Kyutai's layout, whose rule for hidden widths leaves it"
-        " out: export a model of another hidden width."
+        f"model.{name}={hidden} at width {dim} cannot be expressed in Kyutai's layout, whose rule for hidden widths"
+        " leaves it out: export a model of another hidden width."
     )
 
 
@@ -269,6 +278,6 @@ def _depth_feed_forward(values: Mapping[str, Any]) -> int:
 
 
 def _width(shapes: Shapes, pattern: str) -> int | None:
-    """Input width that most matrices matching `pattern` have."""
-    found = Counter(shape[1] for key, shape in shapes.items() if re.fullmatch(pattern, key) and len(shape) == 2)
-    return found.most_common(1)[0][0] if found else None
+    """Returns the input width of most matrices that match `pattern`; None if there are none."""
+    widths = Counter(shape[1] for key, shape in shapes.items() if re.fullmatch(pattern, key) and len(shape) == 2)
+    return widths.most_common(1)[0][0] if widths else None

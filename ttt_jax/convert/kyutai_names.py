@@ -1,4 +1,4 @@
-"""Kyutai's names of our tensors. Both store a matrix as [out, in], so every tensor of ours is a row of theirs laid end to end."""
+"""Kyutai's names of our tensors. Both store a matrix as [out, in], so a tensor of ours is some of theirs end to end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DEPTH_LAYER = {
     "norm1": "norm1",
     "norm2": "norm2",
 }
-"""Their modules; a number for each map or table that a tensor of ours stacks (attention counts its one map as 0)."""
+"""Their modules. A number counts the maps or tables that a tensor of ours stacks; attention numbers its one map 0."""
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
@@ -50,16 +50,17 @@ class Key(NamedTuple):
 
 
 class Names(NamedTuple):
-    """What a tensor of ours is called at Kyutai's."""
+    """Kyutai's names of a tensor of ours."""
 
     parts: tuple[Key, ...]
     """One name for each map, as PyTorch holds them in memory."""
     fused: tuple[Key, ...]
-    """Names that the parts end to end may have in a file instead, the released one first; none if there is only one layout."""
+    """Names that a file may use for all parts end to end instead, the released one first; none if there is only one
+    layout."""
 
 
 def modules(tensor: Tensor) -> tuple[str, ...]:
-    """Kyutai's modules that make up `tensor`, in order."""
+    """Returns Kyutai's modules that make up `tensor`, in order."""
     count = tensor.shape[0] if tensor.lead else 1
     if tensor.index is None:
         pattern = TOP[tensor.name]
@@ -73,7 +74,7 @@ def modules(tensor: Tensor) -> tuple[str, ...]:
 
 
 def weight(tensor: Tensor) -> Names:
-    """Names of a tensor of the base."""
+    """Returns the names of a tensor of the base."""
     if len(tensor.part) == 1:
         return Names((Key(f"{modules(tensor)[0]}.alpha", (1, 1, *tensor.part)),), ())
     rows = math.prod(tensor.rows) if tensor.inputs else tensor.part[0]
@@ -82,7 +83,7 @@ def weight(tensor: Tensor) -> Names:
 
 
 def adapter(tensor: Tensor, rank: int) -> tuple[Names, Names]:
-    """Names of the adapters A and B of a linear map."""
+    """Returns the names of the adapters A and B of a linear map."""
     rows = math.prod(tensor.rows)
     columns = math.prod(tensor.part) // rows
     return (
@@ -92,20 +93,20 @@ def adapter(tensor: Tensor, rank: int) -> tuple[Names, Names]:
 
 
 def _names(tensor: Tensor, suffix: str, shape: tuple[int, int], fused: tuple[str, ...]) -> Names:
-    found = modules(tensor)
-    parts = tuple(Key(module + suffix, shape) for module in found)
-    if not found or "_projs." not in found[0]:
+    names = modules(tensor)
+    parts = tuple(Key(name + suffix, shape) for name in names)
+    if not names or "_projs." not in names[0]:
         return Names(parts, ())
-    stem = found[0].removesuffix("s.0")
-    return Names(parts, tuple(Key(stem + ending, (len(found) * shape[0], shape[1])) for ending in fused))
+    stem = names[0].removesuffix("s.0")
+    return Names(parts, tuple(Key(stem + ending, (len(names) * shape[0], shape[1])) for ending in fused))
 
 
 def released(names: Names) -> tuple[Key, ...]:
-    """The tensors of the layout that Kyutai releases."""
+    """Returns the tensors of the layout that Kyutai releases."""
     return names.fused[:1] or names.parts
 
 
 def lora_rank(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """The rank that most adapters among `shapes` have; 0 if there are none."""
+    """Returns the rank of most adapters among `shapes`; 0 if there are none."""
     ranks = [shape[1] for key, shape in shapes.items() if key.endswith(LORA_B) and len(shape) == 2]
     return max(set(ranks), key=ranks.count) if ranks else 0

@@ -1,4 +1,4 @@
-"""The licence that a model card names: README.md with front matter in YAML, as the Hugging Face hub has it."""
+"""Reads and writes the licence in a model card: README.md with front matter in YAML, as on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import re
 UNKNOWN = "unknown"
 FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?\n)---", re.DOTALL)
 WORD = re.compile(r"(?!null$)[\w.-]+")
-"""A licence of the hub's list; null would be none."""
+"""A licence of the hub's list; null means none."""
 QUOTED = re.compile(r"""'((?:[^']|'')*)'|("(?:[^"\\]|\\.)*")""")
 FOLDED = re.compile(r"[>|][+-]?\s*(#.*)?")
-"""Starts a value that stands on the following lines."""
+"""Starts a value on the following lines."""
 
 
 def licence(card: str) -> str:
-    """The licence, several joined by commas; what is no licence of the hub's list with its name and link; or "unknown".
+    """Returns the licence, several joined by commas, or "unknown"; for "other" its name and link.
 
-    Of YAML only what cards use is read: words, quoted or not, lists in brackets or one entry a line, folded lines.
+    Reads the part of YAML that cards use: words, quoted or not, lists in brackets or one entry a line, folded lines.
     """
     front = FRONT.match(card.removeprefix("\ufeff"))
     if front is None:
@@ -31,7 +31,7 @@ def licence(card: str) -> str:
 
 
 def front_matter(licence: str) -> str:
-    """The front matter of a card, from which `licence` reads `licence` again; "" if it is unknown."""
+    """Returns the front matter of a card with this licence; "" if it is unknown."""
     if licence == UNKNOWN:
         return ""
     names = licence.split(", ")
@@ -43,7 +43,7 @@ def front_matter(licence: str) -> str:
 
 
 def _values(front: str, key: str) -> list[str]:
-    """What the top-level `key` holds: one value or those of a list."""
+    """Returns the value, or the values of a list, of the top-level `key`."""
     lines = front.splitlines()
     start = next((i for i, line in enumerate(lines) if re.match(rf"(['\"]?){key}\1\s*:(\s|$)", line)), None)
     if start is None:
@@ -64,7 +64,7 @@ def _values(front: str, key: str) -> list[str]:
 
 
 def _scalar(text: str) -> str:
-    """A plain or quoted value without quotes and comment; "" for null."""
+    """Returns a plain or quoted value without quotes and comment; "" for null."""
     text = text.strip()
     if quoted := QUOTED.match(text):
         single, double = quoted.groups()

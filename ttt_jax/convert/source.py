@@ -1,4 +1,4 @@
-"""Where Kyutai's weights are found: a folder, a file, or a repository of the Hugging Face hub."""
+"""Finds Kyutai's files in a folder, beside a file, or in a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ttt_jax.checkpoints.weights import LORA
 from ttt_jax.convert import model_card
-from ttt_jax.convert.tensor_view import INDEX, SHARD, Beside
+from ttt_jax.convert.state_dict import INDEX, SHARD, Beside
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
 from ttt_jax.utils.paths import local
@@ -18,15 +18,15 @@ CONFIG = "config.json"
 MOSHI = "model.safetensors"
 MIMI = "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER = "tokenizer_spm_32k_3.model"
-"""Names that Kyutai's loader takes where config.json gives none."""
+"""Defaults of Kyutai's loader for names in config.json."""
 PICKLED = {".pt", ".pth", ".bin", ".ckpt", ".th"}
 LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "LICENCE.md", "LICENCE.txt")
 FINE_TUNED = "consolidated.safetensors"
-"""What moshi-finetune calls the weights of a full fine-tune, beside a config.json that still has the base's `moshi_name`."""
+"""Weights of a full fine-tune by moshi-finetune, beside a config.json that still has the base's `moshi_name`."""
 
 
 class Source(NamedTuple):
-    """Kyutai's files, found; `fetch` brings one here by its name."""
+    """Kyutai's files."""
 
     name: str
     """As the user gave it."""
@@ -35,31 +35,33 @@ class Source(NamedTuple):
     where: str
     """Names config.json in messages."""
     fetch: Callable[[str], Path | None]
-    """Path of a file by its name there, or hf://OWNER/NAME/FILE or file://PATH; None if there is none."""
+    """Returns the local path of a file by its name there, hf://OWNER/NAME/FILE or file://PATH; None if there is
+    none."""
     folder: Path | None
     """Local folder; None: the hub."""
     file: Path | None = None
     """The weights if the user named them."""
     repository: str | None = None
     revision: str | None = None
-    """Commit that the hub gave."""
+    """Commit on the hub."""
 
     @property
     def raw(self) -> dict[str, Any]:
-        """config.json or nothing."""
+        """config.json, or {}."""
         return self.config or {}
 
     def need(self, name: str, what: str) -> Path:
-        """Path of the file `name`. Raises `InputError` if there is none."""
+        """Returns the path of the file `name`. Raises `InputError` if there is none."""
         path = self.fetch(name)
         if path is None:
             raise InputError(f"{self.name} has no {name}: put {what} there, or correct its name in {self.where}.")
         return path
 
     def weights(self) -> tuple[Path, Beside]:
-        """The language model's weights or the index of their shards, and how files beside it are found.
+        """Returns the path of the language model's weights or of the index of their shards, and a function that finds
+        files beside it.
 
-        Raises `InputError` if they are not there or it is not clear which file they are.
+        Raises `InputError` if there are none, or several files that could be meant.
         """
         if self.file is not None:
             return self.file, self.fetch
@@ -74,22 +76,24 @@ class Source(NamedTuple):
             path = self._only(self.folder)
         if path is None and self.folder is not None and self.fetch(LORA):
             raise InputError(
-                f"{self.name} holds adapters ({LORA}) without the weights that they belong to: give those as SOURCE, and"
-                f" {self.folder / LORA} by --lora."
+                f"{self.name} holds adapters ({LORA}) without the weights that they belong to: give those as SOURCE,"
+                f" and {self.folder / LORA} by --lora."
             )
         return path or self.need(name, "the weights"), beside
 
     def _only(self, folder: Path) -> Path | None:
-        """The one file of `folder`, or index, that can be meant; None: there are no weights. Raises `InputError` if several can."""
+        """Returns the only file or index in `folder` that can be meant; None if there are adapters only. Raises
+        `InputError` otherwise."""
         beside = {self.raw.get("mimi_name") or MIMI, self.raw.get("lora_name"), LORA, "ttt.safetensors"}
-        found = [path for path in sorted(folder.glob("*.safetensors")) if path.name not in beside]
-        shards = [path for path in found if SHARD.fullmatch(path.name)]
-        found = [path for path in found if path not in shards] + sorted(folder.glob(f"*.safetensors{INDEX}"))
-        if len(found) == 1:
-            return found[0]
-        if found:
+        paths = [path for path in sorted(folder.glob("*.safetensors")) if path.name not in beside]
+        shards = [path for path in paths if SHARD.fullmatch(path.name)]
+        paths = [path for path in paths if path not in shards] + sorted(folder.glob(f"*.safetensors{INDEX}"))
+        if len(paths) == 1:
+            return paths[0]
+        if paths:
             raise InputError(
-                f"{self.name} has no {MOSHI} but {', '.join(path.name for path in found)}: name the one to convert as SOURCE."
+                f"{self.name} has no {MOSHI} but {', '.join(path.name for path in paths)}: name the one to convert as"
+                " SOURCE."
             )
         if shards:
             return shards[0]
@@ -100,21 +104,21 @@ class Source(NamedTuple):
         raise InputError(f"{self.name} holds no {MOSHI}: give a folder with the weights as safetensors.")
 
     def tokenizer(self) -> Path | None:
-        """The text tokenizer, if it is there."""
+        """Returns the path of the text tokenizer, if there is one."""
         return self.fetch(self.raw.get("tokenizer_name") or TOKENIZER)
 
     def mimi(self) -> str:
-        """Where the codec is: a file's name, for the hub with its repository."""
+        """Returns the name of the codec's file, on the hub with its repository."""
         name = self.raw.get("mimi_name") or MIMI
         return f"hf://{self.repository}/{name}" if self.repository and "://" not in name else name
 
     def mimi_config(self) -> Path | None:
-        """The codec's own configuration, if config.json names one and it is there."""
+        """Returns the path of the codec's configuration, if config.json names one that exists."""
         name = self.raw.get("mimi_config_name")
         return self.fetch(name) if name else None
 
     def licence(self) -> tuple[str, list[Path]]:
-        """The weights' licence as README.md names it, or "unknown", and licence files."""
+        """Returns the weights' licence in README.md, or "unknown", and the licence files."""
         names = LICENCES if self.folder is not None else LICENCES[:1]
         readme = self.fetch("README.md")
         text = readme.read_text(encoding="utf-8", errors="replace") if readme else ""
@@ -122,9 +126,9 @@ class Source(NamedTuple):
 
 
 def find(name: str) -> Source:
-    """What `name` stands for: an existing folder or file, else OWNER/NAME or OWNER/NAME@REVISION on the hub.
+    """Returns an existing folder or file, else OWNER/NAME or OWNER/NAME@REVISION on the hub.
 
-    Raises `InputError` if it is nothing of that.
+    Raises `InputError` if `name` is neither.
     """
     path = local(name)
     if path.is_dir():
@@ -183,9 +187,9 @@ def _from_hub(name: str) -> Path | None:
 
 
 def download(repository: str, name: str, revision: str | None) -> Path | None:
-    """A file of a hub repository, by the hub's own client and cache; None if the repository has no such file.
+    """Returns a file of a hub repository, by the hub's client and cache; None if the repository has no such file.
 
-    Raises `InputError` if the repository is unknown or closed, or neither the hub can be reached nor the file is cached.
+    Raises `InputError` if the repository is unknown or closed, or the file is not cached and the hub cannot be reached.
     """
     from huggingface_hub import hf_hub_download, utils
 
@@ -195,8 +199,8 @@ def download(repository: str, name: str, revision: str | None) -> Path | None:
         if _known_absent(repository, name, revision):
             return None
         raise InputError(
-            f"there is no folder {repository} here, {name} of {repository} on the hub is not in the hub's cache, and the hub"
-            " cannot be reached (no network, or offline mode): go online, or correct the path."
+            f"there is no folder {repository} here, {name} of {repository} on the hub is not in the hub's cache, and"
+            " the hub cannot be reached (no network, or offline mode): go online, or correct the path."
         ) from None
     except utils.EntryNotFoundError:
         return None
@@ -208,12 +212,12 @@ def download(repository: str, name: str, revision: str | None) -> Path | None:
         raise InputError(f"{repository} on the hub has no revision {revision}: name a branch, tag or commit.") from None
     except utils.RepositoryNotFoundError:
         raise InputError(
-            f"{repository} is neither a folder or file here nor a repository of the hub that you can read: correct the name,"
-            " or log in by `hf auth login`."
+            f"{repository} is neither a folder or file here nor a repository of the hub that you can read: correct the"
+            " name, or log in by `hf auth login`."
         ) from None
     except utils.HFValidationError:
         raise InputError(f"{repository} is neither a folder or file here nor a hub id: give OWNER/NAME.") from None
-    except Exception as error:  # the client's transport has errors of its own, of other types in each version
+    except Exception as error:  # errors of the client's transport differ in type from version to version
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{name} of {repository} could not be had from the hub ({reason}): try again, or give a folder."
@@ -221,9 +225,9 @@ def download(repository: str, name: str, revision: str | None) -> Path | None:
 
 
 def _known_absent(repository: str, name: str, revision: str | None) -> bool:
-    """Whether the hub's cache holds the repository without this small file, which then counts as absent offline.
+    """Returns whether a file counts as absent offline: the hub's cache holds the repository without it.
 
-    Weights and config.json only do so if the cache knows that the repository has none, or has the index of their shards.
+    Weights and config.json do so only if the cache has recorded their absence, or holds an index of shards.
     """
     from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 
@@ -236,7 +240,8 @@ def _known_absent(repository: str, name: str, revision: str | None) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Kyutai's config.json in `path`. Raises `InputError` if that is no object or names files by anything but strings, or the like."""
+    """Reads Kyutai's config.json. Raises `InputError` if it is no object or a name of a file is no string, or the
+    like."""
     raw = config_json.read_json(path, "a config.json of Kyutai's")
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds no object: give the config.json that belongs to the weights.")

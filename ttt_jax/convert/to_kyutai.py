@@ -1,4 +1,4 @@
-"""A checkpoint of ours to Kyutai's layout."""
+"""Writes a checkpoint of ours in Kyutai's layout."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ttt_jax.checkpoints.safetensors_writer import Spec
 from ttt_jax.checkpoints.weights import Tensor
 from ttt_jax.config import LoRAConfig, MoshiConfig
 from ttt_jax.convert import kyutai_config, kyutai_names, ttt_layers
-from ttt_jax.convert.lora import merged
+from ttt_jax.convert.lora import Adapter, merged
 from ttt_jax.convert.model_card import UNKNOWN, front_matter
-from ttt_jax.convert.plan import Plan, carry_out, check_copies, log
+from ttt_jax.convert.plan import Plan, execute
 from ttt_jax.convert.source import CONFIG, MOSHI
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
@@ -31,18 +31,22 @@ from ttt_jax.utils.paths import local
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
-class Opened(NamedTuple):
+class Checkpoint(NamedTuple):
     """A checkpoint, open for reading."""
 
     cfg: MoshiConfig
     source: dict[str, Any]
-    """What is known of where it came from."""
+    """Its origin: "source" in the config.json of the weights that it began with; {} if there were none."""
     copies: tuple[Path, ...]
     """Files that travel along."""
     part: Callable[[Tensor, int, int], Piece]
-    """Piece of a tensor: one of so many equal shares."""
+    """From a tensor, `number` and `count` to that one of `count` equal shares of its bytes."""
     dtype: Callable[[Tensor], str]
     """Type of a tensor as files name it."""
+
+    def shares(self, tensor: Tensor, count: int) -> list[Piece]:
+        """Returns the bytes of a tensor in `count` equal shares."""
+        return [self.part(tensor, i, count) for i in range(count)]
 
 
 def export(
@@ -53,113 +57,110 @@ def export(
     dtype: Dtype | None = None,
     dry_run: bool = False,
 ) -> Plan:
-    """Write a checkpoint as safetensors and config.json that Kyutai's tools load; what was or would be written.
+    """Writes a checkpoint as safetensors and config.json that Kyutai's tools load. Returns the plan of what is written.
 
     Args:
       checkpoint: a folder that `kyutai` made, or the folder of a training run.
       out: the new folder.
-      merge_lora: whether adapters are added to the weights; else they are written as a LoRA file of Kyutai's.
-      dtype: type of weights and adapters; None: as they are, those of the base that were trained in float32 over a frozen rest rounded
-        to the type of that.
-      dry_run: whether to check all and write nothing.
+      merge_lora: whether to add adapters to the weights instead of writing them as a LoRA file of Kyutai's.
+      dtype: type of weights and adapters; None: as stored. Trainable weights in float32 take the type of the frozen
+        weights.
+      dry_run: whether to check everything and write nothing.
 
-    Raises `InputError` if the checkpoint is damaged or Kyutai's layout cannot express it; then nothing is written.
+    Raises `InputError`, and writes nothing, if the checkpoint is damaged or Kyutai's layout cannot express it.
     """
     out = local(out)
     check_new(out)
     with contextlib.ExitStack() as stack:
-        found = _watched(_open(local(checkpoint), stack), checkpoint)
-        cfg = found.cfg
+        opened = _watched(_open(local(checkpoint), stack), checkpoint)
+        cfg = opened.cfg
         if merge_lora and not cfg.lora.rank:
             raise InputError(f"{checkpoint} has no adapters that could be merged: leave out --merge-lora.")
         if cfg.lora.rank and not merge_lora and not cfg.lora.is_everywhere:
             raise InputError(
-                f"{checkpoint} has adapters on {', '.join(cfg.lora.maps)} only, but Kyutai's loader wants them on every linear map:"
-                " give --merge-lora."
+                f"{checkpoint} has adapters on {', '.join(cfg.lora.maps)} only, but Kyutai's loader wants them on every"
+                " linear map: give --merge-lora."
             )
-        told = dataclasses.replace(cfg, lora=LoRAConfig()) if merge_lora else cfg
-        config = _config(told, found)
+        exported = dataclasses.replace(cfg, lora=LoRAConfig()) if merge_lora else cfg
+        config = _config(exported, opened)
         base = weights.base(cfg)
         # Kyutai's files have one type; the first tensor, an embedding, is trained only with all the others.
-        target = {name: short for short, name in NAMES.items()}[dtype] if dtype else found.dtype(base[0])
+        target = {name: short for short, name in NAMES.items()}[dtype] if dtype else opened.dtype(base[0])
         notes = []
-        if rounded := sorted({"/".join(t.path) for t in base if not dtype and found.dtype(t) != target}):
+        if rounded := sorted({"/".join(t.path) for t in base if not dtype and opened.dtype(t) != target}):
             notes.append(
                 f"{', '.join(rounded)} are rounded to {NAMES[target]}, the others' type; --dtype float32 keeps them"
             )
-        files = {MOSHI: _base_specs(found, merge_lora, target)}
+        files = {MOSHI: _base_specs(opened, merge_lora, target)}
         others = [CONFIG, "README.md"]
         if cfg.lora.rank and not merge_lora:
-            files[weights.LORA] = _lora_specs(found, target if dtype else None)
+            files[weights.LORA] = _lora_specs(opened, target if dtype else None)
         if cfg.ttt_layers:
             files[ttt_layers.TTT] = [
-                Spec(ttt_layers.exported_name(t), "F32", t.shape, (found.part(t, 0, 1),)) for t in weights.ttt(cfg)
+                Spec(ttt_layers.exported_name(t), "F32", t.shape, (opened.part(t, 0, 1),)) for t in weights.ttt(cfg)
             ]
             others.append(ttt_layers.TTT_CONFIG)
-        plan = Plan(str(checkpoint), out, told, target, files, found.copies, tuple(others), tuple(notes))
-        check_copies(plan)
-        for line in plan.lines():
-            log.info(line)
+        plan = Plan(str(checkpoint), out, exported, target, files, opened.copies, tuple(others), tuple(notes))
 
         def finish(folder: Path, written: dict[str, dict[str, Any]]) -> None:
             config_json.write_json(folder / CONFIG, config)
-            (folder / "README.md").write_text(_readme(plan, found), encoding="utf-8")
+            (folder / "README.md").write_text(_readme(plan, opened), encoding="utf-8")
             if cfg.ttt_layers:
                 ttt_layers.write_ttt_config(folder / ttt_layers.TTT_CONFIG, cfg)
 
-        if not dry_run:
-            carry_out(plan, finish, metadata={"format": "pt"})
+        execute(plan, finish, dry_run, metadata={"format": "pt"})
         return plan
 
 
-def _open(path: Path, stack: contextlib.ExitStack) -> Opened:
+def _open(path: Path, stack: contextlib.ExitStack) -> Checkpoint:
     if run_and_step(path) is not None:
-        from ttt_jax.checkpoints import run_checkpoints  # loads jax
+        from ttt_jax.checkpoints import run_weights  # loads jax
 
-        run = run_checkpoints.load_run(path)
+        run = run_weights.load_run(path)
         base = run.meta.get("base")
         origin = _base_origin(path, **base) if base else ({}, ())
-        return Opened(run.config, *origin, *_of_params(run.params))
+        return Checkpoint(run.config, *origin, *_of_params(run.params))
     folder = stack.enter_context(weights.Folder(path))
 
     def part(tensor: Tensor, number: int, count: int) -> Piece:
         return folder.files[tensor.file].piece(tensor.name, number, count)
 
-    return Opened(folder.cfg, *_origin(folder), part, folder.dtype)
+    return Checkpoint(folder.cfg, *_origin(folder), part, folder.dtype)
 
 
-def _watched(found: Opened, checkpoint: str | Path) -> Opened:
-    """`found`, reading which warns once of each tensor that holds NaN or infinity."""
-    told: set[str] = set()
+def _watched(opened: Checkpoint, checkpoint: str | Path) -> Checkpoint:
+    """Returns `opened`. Reading it logs a warning once for each tensor that holds NaN or infinity."""
+    warned: set[str] = set()
 
     def part(tensor: Tensor, number: int, count: int) -> Piece:
         where = f"{checkpoint}: {tensor.file.removesuffix('.safetensors')}/{tensor.name}"
-        return watched(found.part(tensor, number, count), found.dtype(tensor), where, told)
+        return watched(opened.part(tensor, number, count), opened.dtype(tensor), where, warned)
 
-    return found._replace(part=part)
+    return opened._replace(part=part)
 
 
 def _origin(folder: weights.Folder) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """What a folder of weights says of where they come from, and the files that travel along."""
+    """Returns the origin of a folder of weights, and the files that travel along."""
     source = folder.info["source"]
     return source, tuple(folder.path / name for name in source["travelling"])
 
 
 def _base_origin(run: Path, path: str, digest: str) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """`_origin` of the weights in `path` that a run started from, whose licence and files are the run's, too."""
+    """Returns `_origin` of the base weights of a run, in `path`: the run has their licence and files."""
     if (Path(path) / weights.CONFIG).is_file():
         with weights.Folder(path) as folder:
             if folder.info["digest"] == digest:
                 return _origin(folder)
     raise InputError(
-        f"{path}, the weights that {run} started from, is gone or another, and with it their licence: bring it back to that place."
+        f"{path}, the base weights of {run}, is gone or another, and with it their licence: bring it back to that"
+        " place."
     )
 
 
 def _of_params(
     params: dict[str, Any],
 ) -> tuple[Callable[[Tensor, int, int], Piece], Callable[[Tensor], str]]:
-    """`Opened.part` and `Opened.dtype` of parameters in memory, each leaf of a type of its own."""
+    """Returns `Checkpoint.part` and `Checkpoint.dtype` of parameters in memory. Leaves may differ in type."""
 
     def leaf(tensor: Tensor) -> Any:
         return functools.reduce(operator.getitem, tensor.path, params)
@@ -177,42 +178,37 @@ def _of_params(
     return part, dtype
 
 
-def _base_specs(found: Opened, merge_lora: bool, target: str) -> list[Spec]:
-    cfg, specs = found.cfg, []
+def _base_specs(opened: Checkpoint, merge_lora: bool, target: str) -> list[Spec]:
+    cfg, specs = opened.cfg, []
     adapters = {tensor: pair for tensor, *pair in weights.adapters(cfg)}
     for tensor in weights.base(cfg):
-        named, dtype = kyutai_names.weight(tensor), found.dtype(tensor)
-        pieces = _shares(found, tensor, len(kyutai_names.modules(tensor)))
+        names, dtype = kyutai_names.weight(tensor), opened.dtype(tensor)
+        pieces = opened.shares(tensor, len(kyutai_names.modules(tensor)))
         if merge_lora and tensor in adapters:
-            a, b = adapters[tensor]
+            downs, ups = (opened.shares(adapter, len(pieces)) for adapter in adapters[tensor])
+            kind = opened.dtype(adapters[tensor][0])
             pieces = [
-                merged(w, dtype, down, up, found.dtype(a), cfg.lora.rank, cfg.lora.scaling, target, tensor.name)
-                for w, down, up in zip(
-                    pieces, _shares(found, a, len(pieces)), _shares(found, b, len(pieces)), strict=True
-                )
+                merged(piece, dtype, Adapter(down, up, kind, cfg.lora.rank, cfg.lora.scaling), target, tensor.name)
+                for piece, down, up in zip(pieces, downs, ups, strict=True)
             ]
             dtype = target
-        specs += _specs(named, pieces, dtype, target)
+        specs += _specs(names, pieces, dtype, target)
     return specs
 
 
-def _lora_specs(found: Opened, target: str | None) -> list[Spec]:
-    cfg, specs = found.cfg, []
+def _lora_specs(opened: Checkpoint, target: str | None) -> list[Spec]:
+    cfg, specs = opened.cfg, []
     for tensor, *pair in weights.adapters(cfg):
-        for adapter, named in zip(pair, kyutai_names.adapter(tensor, cfg.lora.rank), strict=True):
-            dtype = found.dtype(adapter)
-            pieces = _shares(found, adapter, len(named.parts))
-            specs += _specs(named._replace(fused=()), pieces, dtype, target or dtype)
+        for adapter, names in zip(pair, kyutai_names.adapter(tensor, cfg.lora.rank), strict=True):
+            dtype = opened.dtype(adapter)
+            pieces = opened.shares(adapter, len(names.parts))
+            specs += _specs(names._replace(fused=()), pieces, dtype, target or dtype)
     return specs
 
 
-def _shares(found: Opened, tensor: Tensor, count: int) -> list[Piece]:
-    return [found.part(tensor, i, count) for i in range(count)]
-
-
-def _specs(named: kyutai_names.Names, pieces: list[Piece], dtype: str, target: str) -> list[Spec]:
-    """Tensors of theirs, as they release them, that hold `pieces`, one piece for each map."""
-    keys = kyutai_names.released(named)
+def _specs(names: kyutai_names.Names, pieces: list[Piece], dtype: str, target: str) -> list[Spec]:
+    """Returns Kyutai's tensors, as they release them, from one piece for each map."""
+    keys = kyutai_names.released(names)
     share = len(pieces) // len(keys) if keys else 0
     return [
         Spec(
@@ -225,26 +221,22 @@ def _specs(named: kyutai_names.Names, pieces: list[Piece], dtype: str, target: s
     ]
 
 
-def _config(cfg: MoshiConfig, found: Opened) -> dict[str, Any]:
-    source = found.source
+def _config(cfg: MoshiConfig, opened: Checkpoint) -> dict[str, Any]:
+    source = opened.source
     config = kyutai_config.export(cfg, source.get("config") or {}) | {"moshi_name": MOSHI}
     config.pop("lora_name", None)
     if cfg.lora.rank:
         config["lora_name"] = weights.LORA
-    if source.get("mimi"):
-        config["mimi_name"] = source["mimi"]
-    if source.get("tokenizer"):
-        config["tokenizer_name"] = source["tokenizer"]
-    if source.get("lm_gen_config"):
-        config["lm_gen_config"] = source["lm_gen_config"]
-    return config
+    known = {"mimi_name": "mimi", "tokenizer_name": "tokenizer", "lm_gen_config": "lm_gen_config"}
+    return config | {key: source[name] for key, name in known.items() if source.get(name)}
 
 
-def _readme(plan: Plan, found: Opened) -> str:
-    front = front_matter(found.source.get("licence", UNKNOWN))
-    origin = f" The weights come from {found.source['repository']}." if found.source.get("repository") else ""
+def _readme(plan: Plan, opened: Checkpoint) -> str:
+    front = front_matter(opened.source.get("licence", UNKNOWN))
+    origin = f" The weights come from {opened.source['repository']}." if opened.source.get("repository") else ""
     ttt = (
-        f"`{ttt_layers.TTT}` and `{ttt_layers.TTT_CONFIG}` hold TTT layers (layers {', '.join(map(str, plan.cfg.ttt_layers))}), which"
+        f"`{ttt_layers.TTT}` and `{ttt_layers.TTT_CONFIG}` hold TTT layers (layers"
+        f" {', '.join(map(str, plan.cfg.ttt_layers))}), which"
         " Kyutai's tools do not read.\n"
         if plan.cfg.ttt_layers
         else ""

@@ -14,7 +14,7 @@ import numpy as np
 
 from ttt_jax.checkpoints import weights
 from ttt_jax.checkpoints.differences import differences
-from ttt_jax.checkpoints.safetensors_reader import Piece, TensorFile, of_array, watched
+from ttt_jax.checkpoints.safetensors_reader import TensorFile, of_array, watched
 from ttt_jax.checkpoints.safetensors_writer import Spec
 from ttt_jax.checkpoints.weights import Tensor
 from ttt_jax.config import MoshiConfig, TTTConfig
@@ -25,20 +25,28 @@ TTT = "ttt.safetensors"
 TTT_CONFIG = "ttt_config.json"
 FORMAT = 1
 
+Parameters = Callable[[int], dict[str, Any]]
+"""From a layer's number to the parameters of its TTT layer."""
+
+
+def _layer_of(tensor: Tensor) -> str:
+    """Returns the number of a TTT layer in two digits, which the name of its file ends in."""
+    return tensor.file.removesuffix(".safetensors").rsplit("_", 1)[1]
+
 
 def exported_name(tensor: Tensor) -> str:
-    """Name in `ttt.safetensors` of a tensor of a TTT layer."""
-    return f"layer_{tensor.file.removesuffix('.safetensors').rsplit('_', 1)[1]}/{tensor.name}"
+    """Returns the name in `ttt.safetensors` of a tensor of a TTT layer."""
+    return f"layer_{_layer_of(tensor)}/{tensor.name}"
 
 
 def write_ttt_config(path: Path, cfg: MoshiConfig) -> None:
-    """Write the settings of the TTT layers of `cfg`."""
+    """Writes the settings of the TTT layers of `cfg`."""
     layers = ",".join(map(str, cfg.ttt_layers))
     config_json.write_json(path, {"format": FORMAT, "ttt": {**config_json.to_dict(cfg.ttt), "layers": layers}})
 
 
 def read_ttt_config(path: Path) -> TTTConfig:
-    """What `write_ttt_config` wrote. Raises `InputError` if that is not what `path` holds."""
+    """Reads the file of `write_ttt_config`. Raises `InputError` if `path` holds anything else."""
     raw = config_json.read_json(path, "the settings of TTT layers")
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise InputError(f"{path} is not of format {FORMAT}: export the model again, or take the file away.")
@@ -46,7 +54,7 @@ def read_ttt_config(path: Path) -> TTTConfig:
 
 
 def check_ttt(cfg: MoshiConfig, file: TensorFile) -> None:
-    """Raise `InputError` unless `file` holds the TTT layers of `cfg` and nothing else, in float32."""
+    """Raises `InputError` unless `file` holds the TTT layers of `cfg` and nothing else, in float32."""
     expected = {exported_name(tensor): tensor.shape for tensor in weights.ttt(cfg)}
     problems = list(differences(expected, {key: info.shape for key, info in file.tensors.items()}))
     problems += [
@@ -56,33 +64,33 @@ def check_ttt(cfg: MoshiConfig, file: TensorFile) -> None:
         raise InputError(f"{file.path} does not fit {TTT_CONFIG}, as it {'; '.join(problems)}: export the model again.")
 
 
-def ttt_spec(tensor: Tensor, make: Callable[[int], dict[str, Any]] | TensorFile) -> Spec:
-    """A tensor of a TTT layer for our folder: out of a file that was exported, or made by `make` from the layer's number."""
-    if isinstance(make, TensorFile):
-        return Spec(tensor.name, "F32", tensor.shape, (_watched(make, exported_name(tensor)),))
-    layer = int(tensor.file.removesuffix(".safetensors").rsplit("_", 1)[1])
-    nbytes = 4 * int(np.prod(tensor.shape, dtype=int))
-    return Spec(tensor.name, "F32", tensor.shape, (of_array(nbytes, lambda: np.asarray(make(layer)[tensor.name])),))
+def ttt_spec(tensor: Tensor, source: Parameters | TensorFile) -> Spec:
+    """Returns a tensor of a TTT layer for our folder, from an exported file or from `Parameters`."""
+    if isinstance(source, TensorFile):
+        name = exported_name(tensor)
+        piece = watched(source.piece(name), "F32", f"{source.path}: {name}", set())
+    else:
+        nbytes = 4 * int(np.prod(tensor.shape, dtype=int))
+        piece = of_array(nbytes, lambda: np.asarray(source(int(_layer_of(tensor)))[tensor.name]))
+    return Spec(tensor.name, "F32", tensor.shape, (piece,))
 
 
-def _watched(file: TensorFile, name: str) -> Piece:
-    return watched(file.piece(name), "F32", f"{file.path}: {name}", set())
-
-
-def fresh(cfg: MoshiConfig, seed: int) -> Callable[[int], dict[str, Any]]:
-    """Parameters of new TTT layers by the layer's number, on the CPU; those of the last layer asked for are kept."""
-
-    @functools.cache
-    def program() -> Callable[[Any], dict[str, Any]]:
-        import jax
-
-        return jax.jit(functools.partial(weights.init_ttt, cfg))
+def fresh(cfg: MoshiConfig, seed: int) -> Parameters:
+    """Returns the parameters of new TTT layers, each drawn from a key of its own, on the CPU. Keeps those of the last
+    layer."""
 
     @functools.lru_cache(maxsize=1)
     def make(layer: int) -> dict[str, Any]:
         import jax
 
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            return program()(jax.random.fold_in(jax.random.key(seed), layer))
+            return _init_program(cfg)(jax.random.fold_in(jax.random.key(seed), layer))
 
     return make
+
+
+@functools.lru_cache(maxsize=1)
+def _init_program(cfg: MoshiConfig) -> Callable[[Any], dict[str, Any]]:
+    import jax
+
+    return jax.jit(functools.partial(weights.init_ttt, cfg))

@@ -1,8 +1,7 @@
-"""The JSON beside a recording: what it is, and which of its words have a place in the audio.
+"""The JSON beside a recording: its kind, and the words that lie in the audio.
 
-Word alignments are those of moshi-finetune: ``{"alignments": [[word, [start, end], speaker], ...]}``, times in seconds,
-further keys unread. Many corpora put another JSON there, such as LibriLight's book data; that is no alignment. What a JSON is
-decides `read_beside`, for training, evaluation and `python -m eval prepare` alike.
+Word alignments are those of moshi-finetune: ``{"alignments": [[word, [start, end], speaker], ...]}``, times in seconds;
+other keys are ignored. Many corpora put another JSON there, such as LibriLight's book data: see `read_beside`.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from ttt_jax.data.manifest import TOLERANCE
 from ttt_jax.errors import InputError
 
 MAIN_SPEAKER = "SPEAKER_MAIN"
-"""Label of the model's voice."""
+"""Label of Moshi's stream."""
 OTHER_SPEAKER = "SPEAKER_OTHER"
-"""Label of the voice that the model listens to."""
+"""Label of the user's stream."""
 
 
 class Kind(enum.Enum):
-    """What a JSON beside a recording is."""
+    """Kinds of JSON beside a recording."""
 
     ALIGNMENTS = "alignments"
     BOOK = "LibriLight's book data"
@@ -35,7 +34,7 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Word:
-    """A spoken word: its text, start and end in seconds (NaN: nobody says), who spoke it (None: nobody says)."""
+    """A spoken word: text, start and end in seconds (NaN if missing), label of the speaker (None if missing)."""
 
     text: str
     start: float
@@ -47,34 +46,31 @@ class Alignment(NamedTuple):
     """The words of a recording."""
 
     words: tuple[Word, ...] | None
-    """Those that have a place in the audio, ordered by start; None: what is said is not known."""
+    """The words that lie in the audio, ordered by start; None if the text is not known."""
     dropped: dict[str, list[Word]]
-    """The others by what is wrong with them, in the file's order."""
+    """The other words by their fault, in the file's order."""
     notice: str | None = None
-    """Why the words are not known, where somebody may think they were: what is to be said of the file behind its path."""
+    """Warning to log behind the file's path: why its words are not used."""
     between: tuple[Word, ...] = ()
-    """Spans in which words without times were spoken, each as its first word: from the end of the word before it in the file to
-    the start of the one behind it, of the same speaker; where there is none, from the beginning or to the end of the audio."""
+    """Spans in which words without times were spoken, each as its first word. A span reaches from the end of the word
+    before (or the beginning of the audio) to the start of the word behind (or the end), both of the same speaker."""
 
 
 def read_beside(path: str | Path) -> tuple[Kind, Any]:
-    """What the JSON beside a recording is, and its content.
+    """Returns the kind of the JSON beside a recording, and its content.
 
-    An object with the key "alignments" is meant as an alignment, whatever stands there. Any other JSON is metadata; of these
-    Whisper's output ("segments", "words") and a bare list of rows hold words that nothing reads.
+    An object with the key "alignments" is an alignment. Whisper's output ("segments", "words") and a bare list of rows
+    hold words in a form that is not read. Any other JSON is metadata.
 
     Raises:
-        InputError: the file cannot be read or is not JSON: what it was meant as cannot be told.
+        InputError: the file cannot be read or is not JSON.
     """
     path = Path(path)
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): bring it back or remove it.") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: of the JSON, of its encoding, of a number of many digits
+    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, encoding, or number of too many digits
         raise InputError(f"{path} is not JSON ({error}): write the alignments again or remove it.") from None
     if isinstance(content, dict):
         if "alignments" in content:
@@ -89,21 +85,21 @@ def read_beside(path: str | Path) -> tuple[Kind, Any]:
 
 
 def read_alignments(path: str | Path, seconds: float) -> Alignment:
-    """The words in the JSON beside a recording.
+    """Returns the words in the JSON beside a recording.
 
-    A word is dropped where it has no place in the audio: without times (null, NaN), without duration, with its end before
-    its start, beginning before 0 or ending more than `TOLERANCE` past the end. An empty word is none.
+    A word is dropped if it has no times (null, NaN), no duration, its end before its start, a start before 0, or an end
+    more than `TOLERANCE` past the end of the audio. Empty words are ignored.
 
-    The words are not known where the JSON is no alignment, and where it has words, none of `MAIN_SPEAKER`, and some of
-    another label than `OTHER_SPEAKER`: whose voice is the model's is not said then, as in a diarizer's output.
+    The words are not known if the JSON is no alignment. Nor are they if none has the label `MAIN_SPEAKER` and some have
+    another label than `OTHER_SPEAKER`, as in a diarizer's output: any of them could be Moshi's.
 
     Args:
         path: the JSON file.
         seconds: length of the audio.
 
     Raises:
-        InputError: as `read_beside`; what stands under "alignments" has another structure; or more than half of the words
-            with times lie outside the audio or end before they begin, so that they are another recording's or in another unit.
+        InputError: as `read_beside`; the value of "alignments" has another structure; or more than half of the words
+            with times lie outside the audio or end before they begin, so that they are of another recording or unit.
     """
     path = Path(path)
     kind, content = read_beside(path)
@@ -117,7 +113,7 @@ def read_alignments(path: str | Path, seconds: float) -> Alignment:
     rows = content["alignments"]
     if not isinstance(rows, list):
         raise InputError(
-            f'{path} has {_short(rows)} under the key "alignments", expected a list [[word, [start, end], speaker], ...]:'
+            f'{path} has {_short(rows)} under "alignments", expected a list [[word, [start, end], speaker], ...]:'
             " write the alignments again or remove the file."
         )
     words = [word for index, row in enumerate(rows) if (word := _parse_word(path, index, row)).text]
@@ -138,7 +134,7 @@ _OUTSIDE, _REVERSED = "outside the audio", "with the end before the start"
 
 
 def _misplaced(word: Word, seconds: float) -> str | None:
-    """What is wrong with the times of a word; None if nothing is."""
+    """Returns the fault of a word's times, or None."""
     if math.isnan(word.start) or math.isnan(word.end):
         return _NO_TIMES
     if min(word.start, word.end) < 0 or max(word.start, word.end) > seconds + TOLERANCE:
@@ -149,7 +145,7 @@ def _misplaced(word: Word, seconds: float) -> str | None:
 
 
 def _between(words: Sequence[Word], seconds: float) -> tuple[Word, ...]:
-    """`Alignment.between`."""
+    """Returns `Alignment.between`."""
     spans = []
     for speaker in dict.fromkeys(word.speaker for word in words):
         lost, end = None, 0.0
@@ -169,9 +165,9 @@ def _check_times(path: Path, seconds: float, timed: int, dropped: dict[str, list
     if 2 * len(wrong) > timed:
         first = wrong[0]
         raise InputError(
-            f"{path} does not match its audio of {seconds:.2f} s: {len(wrong)} of {timed} words lie outside it or end before"
-            f" they start (such as {_short(first.text)} from {first.start:g} to {first.end:g}), so align the recording again,"
-            " [start, end] in seconds, or remove the file."
+            f"{path} does not match its audio of {seconds:.2f} s: {len(wrong)} of {timed} words lie outside it or end"
+            f" before they start (such as {_short(first.text)} from {first.start:g} to {first.end:g}), so align the"
+            " recording again, [start, end] in seconds, or remove the file."
         )
 
 
@@ -179,8 +175,8 @@ def _no_main_speaker(words: Sequence[Word]) -> str:
     labels = list(dict.fromkeys("no label" if word.speaker is None else repr(word.speaker[:30]) for word in words))
     named = ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
     return (
-        f"of {len(words)} words none is of {MAIN_SPEAKER} (but of {named}), so that the text counts as not known: give the words"
-        f" of the model's voice the label {MAIN_SPEAKER} and all others {OTHER_SPEAKER}."
+        f"of {len(words)} words none is of {MAIN_SPEAKER} (but of {named}), so that the text counts as not known: give"
+        f" the words of Moshi's stream the label {MAIN_SPEAKER} and all others {OTHER_SPEAKER}."
     )
 
 
@@ -197,13 +193,13 @@ def _parse_word(path: Path, index: int, row: object) -> Word:
         ):
             return Word(_plain(text), *map(_seconds, times), None if speaker is None else _plain(str(speaker)))
     raise InputError(
-        f"{path}, alignments[{index}] is {_short(row)}, expected [word, [start, end], speaker]: write the alignments again or"
-        " remove the file."
+        f"{path}, alignments[{index}] is {_short(row)}, expected [word, [start, end], speaker]: write the alignments"
+        " again or remove the file."
     )
 
 
 def _plain(text: str) -> str:
-    """Without blanks around it and without halves of surrogate pairs, which JSON may hold and nothing else takes."""
+    """Returns the text without blanks around it and without lone surrogates, which JSON may hold."""
     return text.encode("utf-8", "ignore").decode().strip()
 
 

@@ -1,19 +1,19 @@
-"""Code files: the codes of a stream of speech, with what they were made of.
+"""Code files: the codes of a stream of speech.
 
-A safetensors file with one tensor ``codes``, int [K, T] (written as int16 where that fits, else int32). For a codec of 8
-codebooks K is 8 (the model's voice), 16 (both voices) or 17 (the text as row 0, then both voices); -1 stands for a token
-that is not known. Metadata, all strings:
+A safetensors file with one tensor ``codes``, int [K, T], as int16 if the values fit, else int32. For a codec of 8
+codebooks K is 8 (Moshi's stream), 16 (Moshi's and the user's) or 17 (the text as row 0, then both); a token that is not
+known is -1. Metadata, all strings:
 
-    frame_rate    frames a second, "12.5": those of all models; files of another rate are refused
-    codec         the codec's digest; its name would not do, as two fits may share it
+    frame_rate    frames a second, "12.5"; files of another rate are refused
+    codec         the codec's digest; its name is not unique
     codec_name    for messages
     cardinality   entries of a codebook
-    tokenizer     digest of the tokenizer, where there is a text row
-    voice         "own" or "other": where the left or only channel of the recordings went
+    tokenizer     digest of the tokenizer, if there is a text row
+    voice         "moshi" or "user": the stream of the left or only channel of the recordings
     sources       JSON list of `Source`s: the recordings, in order
-    joints        JSON list: the frames at which each recording but the first begins
-    input         what `python -m eval prepare` knows the file by when it runs again
-    format        "ttt_jax.codes/1"
+    boundaries    JSON list: the frames at which the next joined recording begins
+    input         digest of everything that the codes depend on, by which `python -m eval prepare` recognises its files
+    format        "ttt_jax.codes/2"
     checksum      SHA-256, hex, over the codes and all other metadata
 
 Only ``frame_rate`` and ``codec`` need to be there; `python -m eval prepare` writes all of them.
@@ -36,25 +36,25 @@ from ttt_jax.config import FRAME_RATE
 from ttt_jax.errors import InputError
 from ttt_jax.utils.files import write_atomically
 
-FORMAT = "ttt_jax.codes/1"
+FORMAT = "ttt_jax.codes/2"
 
 
 class Source(NamedTuple):
     """A recording in a code file."""
 
     path: str
-    """As it was given."""
+    """As given by the user."""
     sha256: str
-    """Of the audio file's content, hex."""
+    """SHA-256 of the audio file, hex."""
     seconds: float
-    """Length of the audio; up to a frame less than its frames last."""
+    """Length of the audio; the frames last up to a frame longer."""
     frames: int
     start: int
     """The frame at which it begins."""
 
 
 class Codes(NamedTuple):
-    """What a code file holds; see the module's docstring. None or empty: the file does not say."""
+    """Content of a code file; see the module's docstring. None or empty if the file does not state it."""
 
     codes: np.ndarray
     """int32 [K, T], T > 0."""
@@ -65,7 +65,7 @@ class Codes(NamedTuple):
     tokenizer: str | None = None
     voice: str | None = None
     sources: tuple[Source, ...] = ()
-    joints: tuple[int, ...] = ()
+    boundaries: tuple[int, ...] = ()
     input: str | None = None
 
     @property
@@ -85,12 +85,12 @@ class Codes(NamedTuple):
 
     @property
     def has_text(self) -> bool:
-        """Whether row 0 is the text: two voices of equally many rows and one more."""
+        """Whether row 0 is the text: the number of rows is odd."""
         return len(self.codes) % 2 == 1
 
 
 class Header(NamedTuple):
-    """What a code file says of itself: its size, and the fields of `Codes` that decide whether it can be used."""
+    """Size and metadata of a code file."""
 
     rows: int
     """K."""
@@ -101,8 +101,9 @@ class Header(NamedTuple):
     codec_name: str | None
     cardinality: int | None
     tokenizer: str | None
+    boundaries: tuple[int, ...]
     checksum: str | None
-    """As stated; whether it is that of the codes shows only when they are read."""
+    """As stated; `read_codes` checks it."""
 
     @property
     def seconds(self) -> float:
@@ -111,7 +112,7 @@ class Header(NamedTuple):
 
 
 def write_codes(path: str | Path, codes: Codes) -> None:
-    """Write a code file, all of it or nothing; its folder is made if need be. Raises `OSError` if it cannot be written."""
+    """Writes a code file atomically and makes its folder. Raises `OSError` if it cannot be written."""
     fields = {
         "format": FORMAT,
         "frame_rate": repr(codes.frame_rate),
@@ -121,7 +122,7 @@ def write_codes(path: str | Path, codes: Codes) -> None:
         "tokenizer": codes.tokenizer,
         "voice": codes.voice,
         "sources": json.dumps([source._asdict() for source in codes.sources]),
-        "joints": json.dumps(codes.joints),
+        "boundaries": json.dumps(codes.boundaries),
         "input": codes.input,
     }
     metadata = {key: value for key, value in fields.items() if value is not None}
@@ -134,11 +135,10 @@ def write_codes(path: str | Path, codes: Codes) -> None:
 
 
 def read_codes(path: str | Path) -> Codes:
-    """Return what a code file holds.
+    """Returns the content of a code file. The caller checks rows and values against a codec.
 
     Raises:
-        InputError: as `read_header`, or a checksum that does not match. Whether rows and values suit a codec is left to
-            the caller.
+        InputError: as `read_header`, or the checksum does not match.
     """
     path = Path(path)
     with _opened(path) as file:
@@ -151,11 +151,11 @@ def read_codes(path: str | Path) -> Codes:
 
 
 def read_header(path: str | Path) -> Header:
-    """Return what a code file says of itself, without reading its codes.
+    """Returns the size and metadata of a code file without reading its codes.
 
     Raises:
-        InputError: no such file, not safetensors with integers ``codes`` [K, T], T > 0, no frame_rate of `FRAME_RATE`, or
-            metadata that make no sense.
+        InputError: the file is missing, is not safetensors with integers ``codes`` [K, T], T > 0, does not state
+            `FRAME_RATE` as frame_rate, or has invalid metadata.
     """
     path = Path(path)
     with _opened(path) as file:
@@ -164,7 +164,7 @@ def read_header(path: str | Path) -> Header:
         shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
     _check_shape(path, shape, kind, kind[0] in "IU")
     fields = _parse(path, shape[1], metadata)
-    stated = {name: fields[name] for name in ("frame_rate", "codec", "codec_name", "cardinality", "tokenizer")}
+    stated = {name: fields[name] for name in Header._fields if name in fields}
     return Header(rows=shape[0], num_frames=shape[1], checksum=metadata.get("checksum"), **stated)
 
 
@@ -189,7 +189,12 @@ def _check_shape(path: Path, shape: tuple[int, ...], kind: str, is_integer: bool
 
 
 def _parse(path: Path, num_frames: int, metadata: dict[str, str]) -> dict[str, Any]:
-    """The fields of `Codes` that metadata give."""
+    """Returns the fields of `Codes` in the metadata."""
+    if metadata.get("format", FORMAT) != FORMAT:
+        raise InputError(
+            f"{path} has the format {metadata['format']!r}, but this version reads {FORMAT!r}: make the file again"
+            " (python -m eval prepare)."
+        )
     rate = metadata.get("frame_rate")
     try:
         frame_rate = float(rate if rate is not None else "nan")
@@ -197,22 +202,22 @@ def _parse(path: Path, num_frames: int, metadata: dict[str, str]) -> dict[str, A
         frame_rate = float("nan")
     if frame_rate != FRAME_RATE:
         raise InputError(
-            f"{path} states frame_rate {rate!r} in its metadata, but models read {FRAME_RATE} frames a second: make the codes"
-            f" with a codec of {FRAME_RATE} frames a second and state frame_rate '{FRAME_RATE}'."
+            f"{path} states frame_rate {rate!r} in its metadata, but models read {FRAME_RATE} frames a second: make the"
+            f" codes with a codec of {FRAME_RATE} frames a second and state frame_rate '{FRAME_RATE}'."
         )
     try:
         cardinality = int(metadata["cardinality"]) if "cardinality" in metadata else None
         sources = tuple(_source(source) for source in json.loads(metadata.get("sources", "[]")))
-        joints = tuple(int(joint) for joint in json.loads(metadata.get("joints", "[]")))
+        boundaries = tuple(int(frame) for frame in json.loads(metadata.get("boundaries", "[]")))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
             f"{path} has metadata that cannot be read ({type(error).__name__}: {error}), expected a number under"
-            " 'cardinality' and JSON lists under 'sources' and 'joints': write them so or leave them out."
+            " 'cardinality' and JSON lists under 'sources' and 'boundaries': write them so or leave them out."
         ) from None
-    bounds = (0, *joints, num_frames)
+    bounds = (0, *boundaries, num_frames)
     if any(after <= before for before, after in zip(bounds, bounds[1:], strict=False)):
         raise InputError(
-            f"{path} states joints {list(joints)} in its metadata, expected growing frames between 0 and its"
+            f"{path} states boundaries {list(boundaries)} in its metadata, expected growing frames between 0 and its"
             f" {num_frames} frames: write them so or leave them out."
         )
     names = ("codec", "codec_name", "tokenizer", "voice", "input")
@@ -220,7 +225,7 @@ def _parse(path: Path, num_frames: int, metadata: dict[str, str]) -> dict[str, A
         "frame_rate": frame_rate,
         "cardinality": cardinality,
         "sources": sources,
-        "joints": joints,
+        "boundaries": boundaries,
         **{name: metadata.get(name) for name in names},
     }
 

@@ -1,4 +1,4 @@
-"""From manifests to the recordings that a run trains on and is evaluated on. Imports no jax."""
+"""The data of a run: its recordings, codec and tokenizer, and their fit to a model. Imports no jax."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttt_jax.codec import Codec, load_codec
-from ttt_jax.config import FRAME_RATE
+from ttt_jax.codec import Codec, CodecInfo, load_codec
+from ttt_jax.config import MoshiConfig
 from ttt_jax.data.codes import Header, read_header
-from ttt_jax.data.frames import Recording, not_codes, open_manifest
+from ttt_jax.data.encode import codec_missing
+from ttt_jax.data.frames import Recording, open_manifest
 from ttt_jax.data.manifest import MANIFEST, Absent, read_manifest
-from ttt_jax.data.stated import StatedCodec, StatedTokenizer
-from ttt_jax.data.text import Tokenizer, load_tokenizer
+from ttt_jax.data.text import Tokenizer, TokenizerInfo, load_tokenizer
 from ttt_jax.errors import InputError
 from ttt_jax.utils.paths import exists, listed, local
 
@@ -30,32 +30,33 @@ _LEAST, _MOST = 1e-6, 1e6  # weights of sources
 
 @dataclasses.dataclass(frozen=True)
 class CorpusConfig:
-    """Which speech, and what encodes it."""
+    """Speech to train and evaluate on, its codec and its tokenizer."""
 
     train: str | None = None
-    """Training files: a manifest (JSONL with path and duration, plain or gzip) or a prepared folder, or several with weights:
-    a.jsonl:3,b.jsonl:1 takes three files of a for one of b; unset: the embedded corpus."""
+    """Training files: a manifest (JSONL with path and duration, plain or gzip) or a prepared folder, or several with
+    weights: a.jsonl:3,b.jsonl:1 takes three files of a for one of b; unset: the embedded corpus."""
     heldout: str | None = None
-    """Manifest or prepared folder of the files that are evaluated at the end; unset: the embedded corpus's if `train` is unset, else none."""
+    """Manifest or prepared folder of the files that are evaluated at the end; unset: the embedded corpus's if `train`
+    is unset, else none."""
     validation: str | None = None
     """Manifest or prepared folder of the files that are scored during training; unset: the held-out files."""
     codec: str = "kmeans"
-    """Codec that turns audio into codes: "kmeans" (embedded), the path of a codec file, or "files": no audio, code files only,
-    and whatever codec they state. A codec file of such a name is ./kmeans or ./files."""
+    """Codec that turns audio into codes: "kmeans" (embedded), the path of a codec file, or "files": code files only, of
+    the codec that they state. A codec file of such a name is ./kmeans or ./files."""
     tokenizer: str | None = None
-    """SentencePiece model for the text stream; unset: the embedded one, with codec "files" the one that the files state."""
+    """SentencePiece model for the text stream; unset: the embedded one, with codec "files" the one that they state."""
     cache: str | None = None
     """Folder for encoded data and compiled programs; unset: ttt_jax in the user's cache folder."""
 
     @property
     def cache_dir(self) -> Path:
-        """The cache folder in force."""
+        """Path of the cache folder."""
         if self.cache is not None:
             return local(self.cache)
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ttt_jax"
 
     def resolved(self) -> CorpusConfig:
-        """The same with absolute paths, so that it means the same in any folder. Raises `InputError` as `parse_sources`."""
+        """Returns the configuration with absolute paths. Raises `InputError` as `parse_sources`."""
         names = ["heldout", "validation", "tokenizer", "cache"]
         if self.codec not in ("kmeans", FILES) and exists(self.codec):
             names.append("codec")
@@ -69,42 +70,42 @@ class CorpusConfig:
 
 
 class Source(NamedTuple):
-    """Recordings to train on that share a weight."""
+    """Training recordings that share a weight."""
 
     name: str
-    """The path that was given."""
+    """Path given by the user."""
     weight: float
-    """Its share of the files that rows take, relative to the other sources' weights."""
+    """Its files are taken in proportion to it."""
     recordings: tuple[Recording, ...]
 
 
 class Corpus(NamedTuple):
-    """Speech that is ready to be read, with what encoded it."""
+    """Opened recordings, with their codec and tokenizer."""
 
-    codec: Codec
-    tokenizer: Tokenizer
+    codec: Codec | CodecInfo
+    tokenizer: Tokenizer | TokenizerInfo
     train: tuple[Source, ...]
     validation: tuple[Recording, ...]
-    """Scored during training; the held-out files themselves where no others were named."""
+    """Scored during training; `heldout` itself if no others were named."""
     heldout: tuple[Recording, ...]
     absent: dict[str, list[Absent]]
-    """Files that the manifests of train, heldout and validation name and that are not there, so that they are left out."""
+    """Files that the manifests of train, heldout and validation name but that do not exist; they are left out."""
 
     @property
     def recordings(self) -> Iterator[Recording]:
-        """The training files, source by source."""
+        """Training recordings, source by source."""
         return (recording for source in self.train for recording in source.recordings)
 
     @property
     def missing(self) -> list[Absent]:
         """All of `absent`, each once."""
-        return list(dict.fromkeys(one for part in self.absent.values() for one in part))
+        return list(dict.fromkeys(file for part in self.absent.values() for file in part))
 
     def describe(self) -> dict[str, Any]:
-        """Names, digests and sizes, as a run stores them.
+        """Returns names, digests and sizes, as a run stores them.
 
-        Code files are known by their digests; audio is known by its frames, which are read for it. Raises `InputError`
-        where they cannot be.
+        The digest of code files is that of their digests; the digest of audio is that of its frames, which are read.
+        Raises `InputError` if they cannot be read.
         """
         described: dict[str, Any] = {
             "codec": {"name": self.codec.name, "digest": self.codec.digest},
@@ -112,7 +113,7 @@ class Corpus(NamedTuple):
             "train": _describe(list(self.recordings)),
             "heldout": _describe(self.heldout),
         }
-        if len(self.train) > 1:  # which file is in which source
+        if len(self.train) > 1:  # the sources differ in weight
             described["train"]["sources"] = [
                 {"name": source.name, "weight": source.weight, "files": len(source.recordings)} for source in self.train
             ]
@@ -122,73 +123,90 @@ class Corpus(NamedTuple):
 
 
 def parse_sources(text: str) -> list[tuple[str, float]]:
-    """Paths and weights of PATH[:WEIGHT][,PATH[:WEIGHT]...]; a weight that is left out is 1.
+    """Returns paths and weights of PATH[:WEIGHT][,PATH[:WEIGHT]...]; the default weight is 1.
 
-    What exists as a path is one, whatever commas, colons and blanks it has; other blanks around paths and weights are
-    dropped. Raises `InputError`.
+    A part that exists as a path is a path, even with commas, colons and blanks; other blanks around paths and weights
+    are dropped. Raises `InputError` for an empty path or a bad weight.
     """
 
     def is_part(part: str) -> bool:
         path, _, weight = part.rpartition(":")
         return exists(_bare(part)) or ("," not in weight and exists(_bare(path)))
 
-    found = []
+    sources = []
     for part in listed(text, is_part):
         path, colon, weight = part.rpartition(":")
         whole = not colon or exists(_bare(part))
-        found.append((_bare(part), 1.0) if whole else (_bare(path), _weight(text, part, weight)))
-    if not all(path for path, _ in found):
+        sources.append((_bare(part), 1.0) if whole else (_bare(path), _weight(text, part, weight)))
+    if not all(path for path, _ in sources):
         raise InputError(f"data.train={text!r} names an empty path: give PATH or PATH:WEIGHT, separated by commas.")
-    return found
+    return sources
 
 
 def load_coders(
-    cfg: CorpusConfig, card: int | None = None, text_card: int | None = None
-) -> tuple[Codec | StatedCodec, Tokenizer | StatedTokenizer]:
-    """The codec and the tokenizer of `cfg`. Raises `InputError`.
+    cfg: CorpusConfig, card: int | None = None, text_card: int | None = None, stored: dict[str, Any] | None = None
+) -> tuple[Codec | CodecInfo, Tokenizer | TokenizerInfo]:
+    """Returns the codec and the tokenizer of `cfg`. Raises `InputError` if one cannot be loaded.
 
-    With codec "files" they are what the files state; `card` and `text_card` stand for cardinalities that no file states,
-    which are None otherwise.
+    With codec "files" they are those that the code files state, or that `stored` (of `Corpus.describe`) states where
+    the files may be gone. `card` and `text_card`, cardinalities of the model, stand for those that no file states.
     """
     if cfg.codec != FILES:
-        return load_codec(cfg.codec), load_tokenizer(
-            EMBEDDED / "tokenizer" / "spm512.model" if cfg.tokenizer is None else cfg.tokenizer
+        embedded = EMBEDDED / "tokenizer" / "spm512.model"
+        return load_codec(cfg.codec), load_tokenizer(embedded if cfg.tokenizer is None else cfg.tokenizer)
+    if stored is not None:
+        codec, text_digest = CodecInfo(**stored["codec"], cardinality=card), stored["tokenizer"]["digest"]
+    else:
+        codec, text_digest = _stated(cfg, card)
+    tokenizer = TokenizerInfo(text_digest, text_card) if cfg.tokenizer is None else load_tokenizer(cfg.tokenizer)
+    return codec, tokenizer
+
+
+def fit_model(
+    model: MoshiConfig,
+    codec: Codec | CodecInfo,
+    tokenizer: Tokenizer | TokenizerInfo,
+    weights: str | None = None,
+    trained_with: dict[str, str] | None = None,
+) -> MoshiConfig:
+    """Returns `model` with the cardinalities of the data's codec and tokenizer, where these are known.
+
+    Args:
+        weights: name of the model's weights; None if they are still to be initialised.
+        trained_with: name and digest of the codec that the weights were trained with; None if it is not known.
+
+    Raises:
+        InputError: the model has another number of codebooks; or its weights have other cardinalities or were trained
+            with another codec.
+    """
+    codebooks = codec.num_codebooks
+    if (model.n_q, model.dep_q) != (2 * codebooks, codebooks):
+        raise InputError(
+            f"model.n_q={model.n_q} and model.dep_q={model.dep_q} do not fit the codec {codec.name}: give"
+            f" {2 * codebooks} and {codebooks}, two streams of {codebooks} codebooks of which Moshi's is predicted."
         )
-    codec, digest = None, None
-    manifests = [path for paths in _by_part(cfg).values() for path in paths]
-    for entry in (entry for path in manifests for entry in read_manifest(path).entries):
-        header = _header(entry.path)
-        if codec is None:
-            name = header.codec_name or f"codec {header.codec[:12]}"
-            codec = StatedCodec(name, header.codec, header.frame_rate, header.cardinality)
-        if codec.cardinality is None:
-            codec = dataclasses.replace(codec, cardinality=header.cardinality)
-        if header.rows == 1 + 2 * codec.num_codebooks:
-            digest = digest or header.tokenizer
-        if codec.cardinality is not None and digest is not None:
-            break
-    if codec.cardinality is None:
-        codec = dataclasses.replace(codec, cardinality=card)
-    return codec, _stated_tokenizer(cfg, digest, text_card)
+    cards = model.card if codec.cardinality is None else codec.cardinality, tokenizer.cardinality or model.text_card
+    if weights is not None and cards != (model.card, model.text_card):
+        raise InputError(
+            f"{weights} has {model.card} codes and {model.text_card} text pieces, but the codec {codec.name} has"
+            f" {cards[0]} and the tokenizer {cards[1]}: give the codec and the tokenizer that the weights were trained"
+            " with."
+        )
+    if trained_with is not None and trained_with["digest"] != codec.digest:
+        raise InputError(
+            f"{weights} was trained with the codec {trained_with['name']} (digest {trained_with['digest'][:12]}), but"
+            f" the speech was encoded with {codec.name} (digest {(codec.digest or 'not stated')[:12]}): encode it with"
+            " the checkpoint's codec."
+        )
+    return dataclasses.replace(model, card=cards[0], text_card=cards[1])
 
 
-def stored_coders(
-    cfg: CorpusConfig, meta: dict[str, Any], card: int, text_card: int
-) -> tuple[Codec | StatedCodec, Tokenizer | StatedTokenizer]:
-    """`load_coders` for a run whose files may be gone: with codec "files", what `Corpus.describe` stored in `meta`.
-
-    `card` and `text_card` are the model's. Raises `InputError`.
-    """
-    if cfg.codec != FILES:
-        return load_coders(cfg)
-    codec = StatedCodec(meta["codec"]["name"], meta["codec"]["digest"], FRAME_RATE, card)
-    return codec, _stated_tokenizer(cfg, meta["tokenizer"]["digest"], text_card)
-
-
-def load(cfg: CorpusConfig, codec: Codec | StatedCodec, tokenizer: Tokenizer | StatedTokenizer) -> Corpus:
-    """Open the files of `cfg`; audio that was not encoded before is encoded into the cache. Raises `InputError`."""
-    manifests = _by_part(cfg)  # all: a mistake in the last is told before the first is encoded
-    absent = {part: [one for path in paths for one in read_manifest(path).absent] for part, paths in manifests.items()}
+def load(cfg: CorpusConfig, codec: Codec | CodecInfo, tokenizer: Tokenizer | TokenizerInfo) -> Corpus:
+    """Opens the files of `cfg`; audio that is not in the cache is encoded. Raises `InputError`."""
+    manifests = _by_part(cfg)  # all are read before the first file is encoded, so that mistakes show at once
+    absent = {
+        part: [file for path in paths for file in read_manifest(path).absent] for part, paths in manifests.items()
+    }
 
     def opened(manifest: Path | None) -> tuple[Recording, ...]:
         return open_manifest(manifest, codec, tokenizer, cfg.cache_dir / "frames") if manifest is not None else ()
@@ -199,25 +217,38 @@ def load(cfg: CorpusConfig, codec: Codec | StatedCodec, tokenizer: Tokenizer | S
     return Corpus(codec, tokenizer, train, validation, heldout, absent)
 
 
+def _stated(cfg: CorpusConfig, card: int | None) -> tuple[CodecInfo, str | None]:
+    """Returns the codec and the tokenizer's digest that code files state; reads headers until all is known."""
+    codec, text_digest = None, None
+    manifests = [path for paths in _by_part(cfg).values() for path in paths]
+    for entry in (entry for path in manifests for entry in read_manifest(path).entries):
+        header = _header(entry.path)
+        if codec is None:
+            codec = CodecInfo(header.codec_name or f"codec {header.codec[:12]}", header.codec, header.cardinality)
+        if codec.cardinality is None:
+            codec = dataclasses.replace(codec, cardinality=header.cardinality)
+        if header.rows == 1 + 2 * codec.num_codebooks:
+            text_digest = text_digest or header.tokenizer
+        if codec.cardinality is not None and text_digest is not None:
+            break
+    return codec if codec.cardinality is not None else dataclasses.replace(codec, cardinality=card), text_digest
+
+
 def _header(path: Path) -> Header:
-    """Of a code file that states its codec."""
+    """Returns the header of a code file that states its codec. Raises `InputError` for any other file."""
     if path.suffix != ".safetensors":
-        raise not_codes(path)
+        raise codec_missing(path)
     header = read_header(path)
     if header.codec is None:
         raise InputError(
-            f"{path} does not state its codec, which data.codec='files' relies on: write the codec's digest under 'codec' in"
-            " its metadata."
+            f"{path} does not state its codec, which data.codec='files' relies on: write the codec's digest under"
+            " 'codec' in its metadata."
         )
     return header
 
 
-def _stated_tokenizer(cfg: CorpusConfig, digest: str | None, cardinality: int | None) -> Tokenizer | StatedTokenizer:
-    return load_tokenizer(cfg.tokenizer) if cfg.tokenizer is not None else StatedTokenizer(digest, cardinality)
-
-
 def _sources(cfg: CorpusConfig) -> list[tuple[str, float, Path]]:
-    """Name, weight and manifest of the training data."""
+    """Returns name, weight and manifest of each source of training files."""
     if cfg.train is None:
         return [(str(EMBEDDED / "train.jsonl"), 1.0, EMBEDDED / "train.jsonl")]
     return [(path, weight, _manifest(path)) for path, weight in parse_sources(cfg.train)]
@@ -230,7 +261,7 @@ def _heldout(cfg: CorpusConfig) -> Path | None:
 
 
 def _by_part(cfg: CorpusConfig) -> dict[str, list[Path]]:
-    """The manifests of what is trained on, held out, and for validation alone."""
+    """Returns the manifests of training, held-out and validation files."""
     heldout = _heldout(cfg)
     return {
         "train": [manifest for _, _, manifest in _sources(cfg)],
@@ -240,19 +271,19 @@ def _by_part(cfg: CorpusConfig) -> dict[str, list[Path]]:
 
 
 def _manifest(path: str) -> Path:
-    """The manifest that `path` names: itself, or that of the folder."""
-    found = local(path)
-    if not found.is_dir():
-        return found
-    if not (found / MANIFEST).is_file():
+    """Returns `path` itself, or the manifest in it if it is a folder."""
+    manifest = local(path)
+    if not manifest.is_dir():
+        return manifest
+    if not (manifest / MANIFEST).is_file():
         raise InputError(
             f"{path} is a folder without {MANIFEST}: give a manifest, or a folder that python -m eval prepare made."
         )
-    return found / MANIFEST
+    return manifest / MANIFEST
 
 
 def _bare(path: str) -> str:
-    """A path as it is if it exists, else without blanks around it."""
+    """Returns a path unchanged if it exists, else without blanks around it."""
     return path if exists(path) else path.strip()
 
 

@@ -1,9 +1,8 @@
 """Manifests in moshi-finetune's format.
 
-A manifest is a JSONL file, plain or gzip, one recording a line: ``{"path": ..., "duration": seconds}``; paths are absolute
-or relative to the manifest's folder, with "/" between folders. Further keys are left unread. Beside a recording a JSON of the
-same stem may hold its words (`ttt_jax.data.alignments`).
-Nothing here opens audio: `check_duration` is for the one who does.
+A manifest is a JSONL file, plain or gzip, one recording a line: ``{"path": ..., "duration": seconds}``. Paths are
+absolute or relative to the manifest's folder, with "/" between folders. "speaker" is read too; other keys are ignored.
+Beside a recording a JSON of the same stem may hold its words (`ttt_jax.data.alignments`). Audio is not opened here.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ttt_jax.utils.jsonl import GZIP, read_lines
 from ttt_jax.utils.paths import Missing, beside, missing, native, spelled
 
 MANIFEST = "manifest.jsonl"
-"""In a folder that `python -m eval prepare` made."""
+"""Name of the manifest in a folder that `python -m eval prepare` made."""
 TOLERANCE = 0.5  # seconds by which a manifest or an alignment may disagree with its audio
 _HEAD = 4096  # bytes that show whether a file is text
 
@@ -33,9 +32,9 @@ class Entry:
 
     Attributes:
         path: the audio file.
-        duration: seconds, as the manifest states them.
-        alignment: the JSON beside the audio, which may hold its words; None if there is none.
-        speaker: whose voice it is, if the manifest says so: streams of one speaker are no independent witnesses.
+        duration: seconds that the manifest states.
+        alignment: the JSON beside the audio; None if there is none.
+        speaker: who speaks, if the manifest states it: recordings of one speaker are not independent.
     """
 
     path: Path
@@ -45,18 +44,18 @@ class Entry:
 
 
 class Absent(NamedTuple):
-    """A recording of a manifest that is not there, or whose words are not."""
+    """A recording of a manifest whose audio or alignment does not exist."""
 
     path: Path
     """The audio file."""
     reason: str
-    """A sentence that names the line."""
+    """Sentence that names the line of the manifest."""
     speaker: str | None = None
     """As in `Entry`."""
 
 
 class Manifest(NamedTuple):
-    """What a manifest names, in its order."""
+    """The recordings of a manifest, in its order."""
 
     entries: list[Entry]
     """At least one."""
@@ -65,7 +64,7 @@ class Manifest(NamedTuple):
 
 
 def is_manifest(path: Path) -> bool:
-    """Whether a file is meant as a manifest: its name ends in .jsonl or .jsonl.gz, or in nothing of sound or codes and it is text."""
+    """Returns whether a file is a manifest: named .jsonl or .jsonl.gz, or text with no ending of audio or codes."""
     if path.name.lower().endswith((".jsonl", ".jsonl.gz")):
         return True
     if formats.is_read(path) or formats.is_other(path) or path.suffix == ".safetensors" or not path.is_file():
@@ -76,27 +75,27 @@ def is_manifest(path: Path) -> bool:
         if head.startswith(GZIP):
             head = zlib.decompressobj(wbits=31).decompress(head, _HEAD)
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
-    except (OSError, zlib.error, UnicodeDecodeError):  # it is something else, which is told where that is read
+    except (OSError, zlib.error, UnicodeDecodeError):  # no text
         return False
     return text != "" and not any(character < " " and character not in "\t\r\n" for character in text)
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Return the recordings of a JSONL manifest, plain or gzip; blank lines are skipped.
+    """Returns the recordings of a JSONL manifest, plain or gzip; blank lines are skipped.
 
     Raises:
-        InputError: the manifest is missing, empty or not JSONL, a line lacks a field or holds a wrong one, or no audio
-            file at all is there. The message names the line.
+        InputError: the manifest is missing, empty or not JSONL, a line lacks a field or has a bad one, or none of the
+            audio files exists. The message names the line.
     """
     path = Path(path)
     lines = enumerate(_read(path), start=1)
-    found = [_parse_entry(path, number, line) for number, line in lines if line.strip()]
-    if not found:
+    recordings = [_parse_entry(path, number, line) for number, line in lines if line.strip()]
+    if not recordings:
         raise InputError(
             f'{path} is empty: a manifest has one line {{"path": ..., "duration": seconds}} per recording.'
         )
-    entries = [one for one in found if isinstance(one, Entry)]
-    absent = [one for one in found if isinstance(one, Absent)]
+    entries = [recording for recording in recordings if isinstance(recording, Entry)]
+    absent = [recording for recording in recordings if isinstance(recording, Absent)]
     if not entries:
         first = absent[0].reason
         raise InputError(first if len(absent) == 1 else f"none of the {len(absent):,} recordings is there: {first}")
@@ -104,7 +103,7 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def check_duration(entry: Entry, seconds: float) -> None:
-    """Raise `InputError` unless the audio's real length `seconds` is the entry's duration to within `TOLERANCE`."""
+    """Raises `InputError` if the audio lasts `seconds`, more than `TOLERANCE` off the entry's duration (unless NaN)."""
     if abs(entry.duration - seconds) > TOLERANCE:
         raise InputError(
             f"{entry.path} lasts {seconds:.2f} s but its manifest says {entry.duration:.2f} s: correct the duration"
@@ -155,7 +154,7 @@ def _parse_entry(manifest: Path, number: int, line: str) -> Entry | Absent:
 
 
 def _is_name(value: object) -> bool:
-    """Whether a file can have the name."""
+    """Returns whether a file can have this name."""
     try:
         return isinstance(value, str) and bool(native(value)) and "\0" not in value
     except UnicodeEncodeError:
@@ -163,7 +162,7 @@ def _is_name(value: object) -> bool:
 
 
 def _advice(problem: Missing, name: str) -> str:
-    """What to do about a file that is not there, by the way the manifest names it."""
+    """Returns advice on a missing file, by the way the manifest names it."""
     if problem.problem != "is not there":
         return problem.advice
     if name.startswith("~"):

@@ -1,18 +1,18 @@
-"""Which recordings a source of audio holds, and which of them make one stream.
+"""The recordings of a source of audio, and the streams that they make.
 
 A source is an audio file, a folder, a manifest of moshi-finetune, or the tree of a data set:
 
     folder            all audio below it
     manifest          JSONL of `ttt_jax.data.manifest`
     librilight        speaker/book/chapter.flac, beside each a JSON with `book_meta` (no alignment)
-    librispeech-long  split/speaker/chapter/recording.flac, transcripts beside them (not used: they carry no times)
+    librispeech-long  split/speaker/chapter/recording.flac, transcripts beside them (not used: they have no times)
 
-Order is that of the manifest, else the natural order of paths: chapter_2 comes before chapter_10. What is hidden (a name
-that begins with a dot) is not looked at.
+Recordings come in the order of the manifest, else in the natural order of paths: chapter_2 before chapter_10. Hidden
+files and folders (names that begin with a dot) are ignored.
 
-Links are followed and keep their own names: speaker, book and chapter are the folders of the path by which a recording is
-reached, whatever its content is called elsewhere, as in trees of git-annex and in Hugging Face's cache. Two links to one
-content are two recordings. A folder that several paths reach comes once, by a path without links where there is one.
+Links are followed and keep their own names, as trees of git-annex and Hugging Face's cache need: speaker, book and
+chapter are the folders of the path by which a recording is reached. Two links to one content are two recordings. A
+folder that several paths reach comes once, by a path without links if there is one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 from ttt_jax.data.alignments import Kind, read_beside
 from ttt_jax.data.audio import formats
@@ -32,26 +32,26 @@ from ttt_jax.data.manifest import Absent, Entry, is_manifest, read_manifest
 from ttt_jax.errors import InputError
 from ttt_jax.utils.paths import absolute, beside, local, missing, place, portable
 
-LAYOUTS = ("auto", "folder", "manifest", "librilight", "librispeech-long")
-_FEW = 3  # problems of a kind that are told one by one
-_JUDGED = 100  # files of a folder by which a layout is judged; bounds what is read of a large one
+Layout = Literal["auto", "folder", "manifest", "librilight", "librispeech-long"]
+_FEW = 3  # most problems of a kind that are listed one by one
+_JUDGED = 100  # files of a folder that decide its layout; bounds the reading of a large one
 
 
 class Recording(NamedTuple):
     """One audio file of a source."""
 
     path: Path
-    """As it was given."""
+    """As given by the user."""
     group: str
-    """Of the recordings that belong to one stream: a book, a speaker, a folder or a speaker in a folder; for people."""
+    """Name for people of a book, speaker, folder, or speaker in a folder; joining makes one stream of a group."""
     group_key: str
-    """The same, unique among all sources."""
+    """Key of the group, unique among all sources."""
     speaker: str | None
-    """Where the layout tells it."""
+    """None if the layout does not state it."""
     alignment: Path | None
-    """The JSON beside the audio; None if there is none or the layout says that it holds none."""
+    """The JSON beside the audio; None if there is none or the layout has no alignments."""
     duration: float | None
-    """Seconds that a manifest states."""
+    """Seconds that a manifest states, or None."""
 
 
 class Stream(NamedTuple):
@@ -63,39 +63,39 @@ class Stream(NamedTuple):
     speaker: str | None
     recordings: tuple[Recording, ...]
     gap: Path | None = None
-    """A recording of it that is left out, so that the stream has to be."""
+    """A recording of the stream that is left out; then the stream is left out too."""
 
 
-class Found(NamedTuple):
-    """What sources hold."""
+class Contents(NamedTuple):
+    """The recordings of some sources."""
 
     recordings: list[Recording]
     """In the order of the sources; at least one."""
     problems: list[str]
-    """Sentences on what is left out, the rest being sound."""
+    """Sentences on the recordings that are left out."""
     skipped: int
-    """How many recordings and books without any they are about."""
+    """Number of recordings, and of books without any, that are left out."""
     gaps: dict[str, Path]
-    """By `Recording.group_key` the first recording that is left out of the group."""
+    """The first recording of a group that is left out, by `Recording.group_key`."""
 
 
-def find(sources: Sequence[str | Path], layout: str = "auto") -> Found:
-    """Return the recordings of all sources in their order, and what is left out; what is named twice comes once.
+def find(sources: Sequence[str | Path], layout: Layout = "auto") -> Contents:
+    """Returns the recordings of all sources in their order, each once, and the problems of those that are left out.
 
     Args:
         sources: files and folders.
-        layout: one of `LAYOUTS`, for all of them; "auto" looks at each.
+        layout: of all sources; "auto" decides for each.
 
     Raises:
-        InputError: a source is not there, is not of the layout, holds no audio, or has a mistake in its manifest; or all
-            that they hold is left out.
+        InputError: a source does not exist, has another layout, holds no audio, or has a mistake in its manifest; or no
+            recording is left.
     """
-    found: dict[Path, Recording] = {}
+    recordings: dict[Path, Recording] = {}
     problems: dict[Path, _Problem] = {}
     for source in sources:
         for recording in _find(local(source), layout, problems):
-            found.setdefault(place(recording.path), recording)
-    if not found:
+            recordings.setdefault(place(recording.path), recording)
+    if not recordings:
         first, count = next(iter(problems.values())).sentence, len(problems)
         raise InputError(
             first if count == 1 else f"none of {count:,} recordings or books can be used, for one: {first}"
@@ -104,63 +104,63 @@ def find(sources: Sequence[str | Path], layout: str = "auto") -> Found:
     for path, problem in problems.items():
         if problem.group_key is not None:
             gaps.setdefault(problem.group_key, path)
-    return Found(list(found.values()), _told(problems.values()), len(problems), gaps)
+    return Contents(list(recordings.values()), _sentences(problems.values()), len(problems), gaps)
 
 
 class _Problem(NamedTuple):
-    """Something that is left out."""
+    """A file or folder that is left out."""
 
     sentence: str
-    like: str
-    """What it has in common with others of which it can stand for all."""
+    kind: str
+    """Plural noun for problems that one sentence can stand for."""
     group_key: str | None
-    """Of the stream that it would be part of if it could be used; None: of none."""
+    """Of the stream that lacks this recording; None if none does."""
 
 
-def _told(problems: Iterable[_Problem]) -> list[str]:
-    """A sentence for each kind of problem, or for each problem of a kind that has few."""
+def _sentences(problems: Iterable[_Problem]) -> list[str]:
+    """Returns a sentence for each kind of problem, or for each problem of a kind that has few."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:
-        kinds.setdefault(problem.like, []).append(problem.sentence)
-    told = []
-    for like, sentences in kinds.items():
+        kinds.setdefault(problem.kind, []).append(problem.sentence)
+    lines = []
+    for kind, sentences in kinds.items():
         if len(sentences) <= _FEW:
-            told += sentences
+            lines += sentences
         else:
-            told.append(f"{sentences[0].removesuffix('.')}; the same holds for {len(sentences) - 1:,} more {like}.")
-    return told
+            lines.append(f"{sentences[0].removesuffix('.')}; the same holds for {len(sentences) - 1:,} more {kind}.")
+    return lines
 
 
-def streams(found: Found, join: bool) -> list[Stream]:
-    """Return the streams that recordings become: each by itself, or (`join`) one for each group in order of appearance."""
+def streams(contents: Contents, join: bool) -> list[Stream]:
+    """Returns a stream for each recording, or with `join` one for each group in order of appearance."""
     if not join:
-        return [Stream(name_of(r), r.group, r.speaker, (r,)) for r in found.recordings]
+        return [Stream(name_of(r), r.group, r.speaker, (r,)) for r in contents.recordings]
     groups: dict[str, list[Recording]] = {}
-    for recording in found.recordings:
+    for recording in contents.recordings:
         groups.setdefault(recording.group_key, []).append(recording)
-    return [_joined(key, members, found.gaps.get(key)) for key, members in groups.items()]
+    return [_joined(key, members, contents.gaps.get(key)) for key, members in groups.items()]
 
 
 def name_of(recording: Recording) -> str:
-    """The relative path of a recording's own code file, without its ending: the same whichever source names it."""
+    """Returns the relative path of a recording's code file, without ending: the same whichever source names it."""
     path = absolute(recording.path)
     return _name((*path.parts[1:][-3:-1], path.stem), str(place(path)))
 
 
 def _name(parts: Iterable[str], key: str) -> str:
-    """`parts` in safe characters, at most 60 of each; the digest of `key` tells apart what would look the same."""
+    """Returns `parts` in safe characters, at most 60 of each; the digest of `key` makes the name unique."""
     safe = [re.sub(r"[^A-Za-z0-9._-]+", "_", part).lstrip(".")[:60] or "_" for part in parts]
     return f"{'/'.join(safe)}-{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
 
 
 def _joined(key: str, members: list[Recording], gap: Path | None) -> Stream:
-    # A chapter that was named by itself does not tell its speaker, the tree that it is part of does.
+    # A chapter given by itself has no speaker; in its tree it has one.
     group, speaker = members[0].group, next((member.speaker for member in members if member.speaker is not None), None)
     return Stream(_name(Path(group).parts, key), group, speaker, tuple(members), gap)
 
 
 def _find(source: Path, layout: str, problems: dict[Path, _Problem]) -> list[Recording]:
-    """The recordings of a source; what is left out comes to `problems`, by its place."""
+    """Returns the recordings of a source; adds those that are left out to `problems`, by `place`."""
     if not os.path.exists(source):
         if os.path.islink(source):
             raise InputError(f"{source} {': '.join(missing(source))}.")
@@ -181,16 +181,16 @@ def _find(source: Path, layout: str, problems: dict[Path, _Problem]) -> list[Rec
     make = {"librilight": _in_librilight, "librispeech-long": _in_speech_long}.get(layout, _in_folder)
     left = {path: sentence for path in files if (sentence := _unusable(path)) is not None}
     recordings = [make(path) for path in sounds if path not in left]
-    for one in recordings:
-        if one.alignment is not None and (problem := missing(one.alignment)) is not None:
-            left[one.path] = f"{one.path} has {one.alignment.name} beside it, which {': '.join(problem)}."
+    for path, alignment in ((recording.path, recording.alignment) for recording in recordings):
+        if alignment is not None and (problem := missing(alignment)) is not None:
+            left[path] = f"{path} has {alignment.name} beside it, which {': '.join(problem)}."
     read = {path.with_suffix("") for path in sounds}
     for path, sentence in left.items():
-        # No stream lacks what may be a link to a folder, or what was converted: the same name is read beside it.
+        # No gap in a stream: a possible link to a folder, and a file with a converted copy (the same stem) beside it.
         is_gap = path.suffix and (formats.is_read(path) or path.with_suffix("") not in read)
-        like = f"{path.suffix.lower()} files below {source}" if path.suffix else f"links below {source}"
-        problems[place(path)] = _Problem(sentence, like, make(path).group_key if is_gap else None)
-    books = [one.path for one in folders if one.is_empty and layout == "librilight"]
+        kind = f"{path.suffix.lower()} files below {source}" if path.suffix else f"links below {source}"
+        problems[place(path)] = _Problem(sentence, kind, make(path).group_key if is_gap else None)
+    books = [folder.path for folder in folders if folder.is_empty and layout == "librilight"]
     problems |= {place(absolute(book)): _no_chapters(book, source) for book in books}
     if not files and not books:
         raise InputError(f"{source} holds no audio ({', '.join(formats.READ)}): give a folder with recordings.")
@@ -198,13 +198,13 @@ def _find(source: Path, layout: str, problems: dict[Path, _Problem]) -> list[Rec
 
 
 def _layout(paths: Iterable[Path]) -> str:
-    """The layout of a folder that holds the audio `paths`, that of the first flac that tells one: of some, a JSON may be missing."""
+    """Returns the layout of a folder with the audio `paths`: that of the first flac that shows one."""
     folders: dict[Path, list[Path]] = {}
     for path in paths:
         if path.suffix.lower() == ".flac":
             folders.setdefault(path.parent, []).append(path)
-    for folder, found in folders.items():
-        if any(_is_book(path.with_suffix(".json")) for path in found[:_JUDGED]):
+    for folder, flacs in folders.items():
+        if any(_is_book(path.with_suffix(".json")) for path in flacs[:_JUDGED]):
             return "librilight"
         chapter = absolute(folder)
         if chapter.name.isdigit() and chapter.parent.name.isdigit() and any(folder.glob("*.txt")):
@@ -215,18 +215,18 @@ def _layout(paths: Iterable[Path]) -> str:
 def _is_book(path: Path) -> bool:
     try:
         return read_beside(path)[0] is Kind.BOOK
-    except InputError:  # there is none, or it is damaged, which is told where its words are read
+    except InputError:  # it is missing or damaged
         return False
 
 
 def _of_manifest(manifest: Path, problems: dict[Path, _Problem]) -> list[Recording]:
     entries, absent = read_manifest(manifest)
 
-    def key(one: Entry | Absent) -> str:
-        speaker = "" if one.speaker is None else f" {json.dumps(one.speaker)}"  # which has any character as ASCII
-        return f"{place(absolute(manifest))} {os.path.realpath(one.path.parent)}{speaker}"
+    def key(line: Entry | Absent) -> str:
+        speaker = "" if line.speaker is None else f" {json.dumps(line.speaker)}"  # in ASCII
+        return f"{place(absolute(manifest))} {os.path.realpath(line.path.parent)}{speaker}"
 
-    problems |= {place(one.path): _Problem(one.reason, f"lines of {manifest}", key(one)) for one in absent}
+    problems |= {place(line.path): _Problem(line.reason, f"lines of {manifest}", key(line)) for line in absent}
     return [
         Recording(
             entry.path,
@@ -267,7 +267,7 @@ def _no_chapters(folder: Path, root: Path) -> _Problem:
 
 
 def _unusable(path: Path) -> str | None:
-    """A sentence on what sounds, or may be a link to a folder of such, and cannot be used; None if it can."""
+    """Returns a sentence on a file, or possible link to a folder of audio, that cannot be used; None if it can."""
     if formats.is_other(path):
         return f"{path} is in a format that is not read: {formats.advice(path)}."
     problem = missing(path)
@@ -275,7 +275,7 @@ def _unusable(path: Path) -> str | None:
 
 
 def _is_annexed(link: Path) -> bool:
-    """Whether a link is one of git-annex to a file's content, so not to a folder."""
+    """Returns whether a link is one of git-annex to a file's content, so not to a folder."""
     return {"annex", "objects"} <= set(Path(os.readlink(link)).parts)
 
 
@@ -284,15 +284,15 @@ class _Folder(NamedTuple):
 
     path: Path
     files: list[Path]
-    """Those in it that sound, and links to nothing that may be to folders."""
+    """Audio files, and broken links that may lead to folders of audio."""
     is_empty: bool
     """Whether it holds neither such files nor folders."""
 
 
 def _walk(root: Path) -> Iterator[_Folder]:
-    """Yield each folder at and below `root`; what is hidden is left out.
+    """Yields each folder at and below `root` that is not hidden.
 
-    Links to folders are followed after all others, those to folders that were reached before or hold `root` are not.
+    Links to folders are followed last, unless the folder was reached before or holds `root`.
     """
     seen = {_node(folder) for folder in (*Path(os.path.realpath(root)).parents, *absolute(root).parents)}
     starts = [root]
@@ -313,16 +313,16 @@ def _walk(root: Path) -> Iterator[_Folder]:
 
 
 def _sounds(path: Path) -> bool:
-    """Whether a file is sound by its name, or a link to nothing that may be to a folder of such."""
+    """Returns whether a file is audio by its name, or a broken link that may lead to a folder of audio."""
     if formats.is_read(path) or formats.is_other(path):
         return True
     return not path.suffix and path.is_symlink() and not path.exists() and not _is_annexed(path)
 
 
 def _node(folder: str | Path) -> tuple[int, int]:
-    """What tells a folder from all others, by whichever path it is reached."""
-    found = os.stat(folder)
-    return found.st_dev, found.st_ino
+    """Returns a folder's identity, the same by whichever path it is reached."""
+    stat = os.stat(folder)
+    return stat.st_dev, stat.st_ino
 
 
 def _refuse(error: OSError) -> NoReturn:
@@ -330,7 +330,7 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def _natural(path: Path) -> tuple[tuple[tuple[str | int, ...], str], ...]:
-    """A key by which paths sort part by part, numbers in them as numbers, in whichever Unicode form a system wrote them."""
+    """Returns a key that sorts paths part by part, numbers in them as numbers, in any Unicode form."""
     return tuple((_numbers(unicodedata.normalize("NFC", portable(part))), part) for part in path.parts)
 
 

@@ -1,17 +1,18 @@
 """Text tokens: a SentencePiece model and the text row of a stream.
 
 Moshi's ids: EPAD (0) on the frame before a word's first token, PAD (3) where no text is due. A SentencePiece model
-trained with unk_id=0, bos_id=1, eos_id=2, pad_id=3 leaves both free. Any other model works too, but where a word's own
-tokens fall on 0 or 3 they could not be told from EPAD and PAD, so `Tokenizer.encode` drops them.
+trained with unk_id=0, bos_id=1, eos_id=2, pad_id=3 leaves both free. Any other model works too: `Tokenizer.encode`
+drops a word's tokens 0 and 3, which would read as EPAD and PAD.
 
-A word that the model cannot write, such as one of another script, has no tokens: where it is spoken the text is not known
-(-1), neither its piece for what is unknown nor PAD, which would say that nothing is spoken.
+A word that the model cannot write, such as one of another script, has no tokens. While it is spoken the text is not
+known (-1): the unknown piece would be noise, and PAD would mean that nothing is spoken.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,12 +25,12 @@ from ttt_jax.utils.paths import local
 EPAD = 0
 PAD = 3
 ABSENT = -1
-"""Token that is not known; equals `ttt_jax.moshi.delays.ABSENT`, whose module would load jax."""
-_BOUNDARY = "\u2581"  # SentencePiece's mark for the beginning of a word
+"""Token that is not known; equals `ttt_jax.moshi.delays.ABSENT`, whose module loads jax."""
+_WORD_START = "\u2581"  # SentencePiece's mark
 
 
 class Tokenizer:
-    """A SentencePiece model as words to ids and back; made by `load_tokenizer`.
+    """Words to ids and back by a SentencePiece model; made by `load_tokenizer`.
 
     Attributes:
         cardinality: number of ids; they run from 0 to cardinality - 1.
@@ -43,27 +44,37 @@ class Tokenizer:
         self._silent = {EPAD, PAD, processor.bos_id(), processor.eos_id()}
 
     def encode(self, word: str) -> list[int]:
-        """The ids of one word, without begin or end marks.
+        """Returns the ids of one word, without begin or end marks.
 
-        What the model does not know gives none; byte pieces (<0xE4>) are known. A word partly known keeps what is known of it
-        if that has a letter or a digit, else it has none. The mark of a word's boundary alone is no token.
+        Unknown pieces are dropped; byte pieces (<0xE4>) are known. A partly known word keeps its known pieces if they
+        have a letter or a digit, else it has no ids. The mark of a word's beginning alone is no token.
         """
-        found = self._processor.encode(word.strip())
-        left = [token for token in found if token not in (EPAD, PAD, self._processor.unk_id())]
-        text = "".join(self._processor.id_to_piece(token) for token in left).replace(_BOUNDARY, "")
-        meant = text if len(left) == len(found) else any(map(str.isalnum, text))
+        tokens = self._processor.encode(word.strip())
+        left = [token for token in tokens if token not in (EPAD, PAD, self._processor.unk_id())]
+        text = "".join(self._processor.id_to_piece(token) for token in left).replace(_WORD_START, "")
+        meant = text if len(left) == len(tokens) else any(map(str.isalnum, text))
         return left if meant else []
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of a row of ids; EPAD, PAD, begin and end marks and absent (negative) ids are skipped."""
+        """Returns the text of a row of ids without EPAD, PAD, begin and end marks and absent (negative) ids."""
         return self._processor.decode([int(i) for i in ids if i >= 0 and int(i) not in self._silent])
 
 
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """A tokenizer that is not here, as code files state it: enough to read their text rows, not to encode words."""
+
+    digest: str | None = None
+    """SHA-256, hex; None if no file states it."""
+    cardinality: int | None = None
+    """Number of ids; None if it is not known."""
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Return the tokenizer in a SentencePiece ``.model`` file.
+    """Returns the tokenizer in a SentencePiece ``.model`` file.
 
     Raises:
-        InputError: the file is missing, is not a SentencePiece model, or has no room for the four special ids.
+        InputError: the file is missing, is not a SentencePiece model, or has no more than the four special ids.
     """
     path = local(path)
     try:
@@ -73,7 +84,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     import sentencepiece
 
     try:
-        # An empty file is a valid (empty) protobuf message and would only fail at the first word.
+        # An empty file is a valid protobuf message and would only fail at the first word.
         processor = sentencepiece.SentencePieceProcessor(model_proto=content) if content else None
     except RuntimeError:
         processor = None
@@ -89,9 +100,9 @@ class Text(NamedTuple):
     """The text row of a recording."""
 
     row: np.ndarray | None
-    """int32 [T]; -1 in frames whose text is not known; None: it is known in none."""
+    """int32 [T], -1 in frames whose text is not known; None if it is known in none."""
     notice: str | None
-    """What was left out, or why nothing is known: what is to be said of the file behind its path; None: nothing."""
+    """Warning to log behind the file's path: which words were dropped, or why none is used; or None."""
 
 
 def read_text(
@@ -102,11 +113,10 @@ def read_text(
     frame_rate: float,
     speaks: Callable[[Word], bool] = lambda word: word.speaker == MAIN_SPEAKER,
 ) -> Text:
-    """The text row that the JSON beside a recording gives: as `text_stream`, not known where `read_alignments` says so.
+    """Returns the text row of the JSON beside a recording, made by `text_stream` of the words of `read_alignments`.
 
-    Words of this voice without a place in the audio and without tokens are counted in the notice. Where words without times
-    were spoken (`Alignment.between`) the text is not known; where others without a place would be, nothing is spoken. If there are words, but
-    none has a place, the text is not known.
+    The notice counts dropped words and words without tokens. The text is not known in spans of words without times
+    (`Alignment.between`), and in no frame if all words were dropped. In place of other dropped words nothing is spoken.
 
     Args:
         path: the JSON file.
@@ -114,27 +124,27 @@ def read_text(
         num_frames: T.
         tokenizer: gives the ids.
         frame_rate: frames per second.
-        speaks: which words are this voice's.
+        speaks: whether a word belongs to the stream.
 
     Raises:
-        InputError: as `read_alignments`, or the tokenizer has no token for any of the words: it is another language's.
+        InputError: as `read_alignments`, or the tokenizer, being of another language, has no token for any word.
     """
-    found = read_alignments(path, seconds)
-    if found.words is None:
-        return Text(None, found.notice)
-    words = [word for word in found.words if speaks(word)]
+    alignment = read_alignments(path, seconds)
+    if alignment.words is None:
+        return Text(None, alignment.notice)
+    words = [word for word in alignment.words if speaks(word)]
     tokens = [tokenizer.encode(word.text) for word in words]
     if words and not any(tokens):
         raise InputError(
-            f"{path}: the text tokenizer has no token for any of {len(words)} words (the first is {words[0].text[:30]!r}): give a"
-            " SentencePiece model fitted to this language, or remove the file."
+            f"{path}: the text tokenizer has no token for any of {len(words)} words (the first is"
+            f" {words[0].text[:30]!r}): give a SentencePiece model fitted to this language, or remove the file."
         )
-    dropped = {reason: [word for word in several if speaks(word)] for reason, several in found.dropped.items()}
+    dropped = {reason: [word for word in several if speaks(word)] for reason, several in alignment.dropped.items()}
     dropped["without a token"] = [word for word, ids in zip(words, tokens, strict=True) if not ids]
     notice = _notice(len(words) + sum(map(len, dropped.values())) - len(dropped["without a token"]), dropped)
     if notice is not None and not words:
         return Text(None, f"{notice}, so that the text counts as not known.")
-    pairs = [*zip(words, tokens, strict=True), *((word, []) for word in found.between if speaks(word))]
+    pairs = [*zip(words, tokens, strict=True), *((word, []) for word in alignment.between if speaks(word))]
     pairs.sort(key=lambda pair: pair[0].start)
     row = text_stream([word for word, _ in pairs], [ids for _, ids in pairs], num_frames, frame_rate)
     return Text(row, notice and f"{notice}.")
@@ -149,14 +159,14 @@ def _notice(total: int, dropped: dict[str, list[Word]]) -> str | None:
 def text_stream(
     words: Sequence[Word], tokens: Sequence[Sequence[int]], num_frames: int, frame_rate: float
 ) -> np.ndarray:
-    """The text row of a stream: int32 [num_frames], one token a frame.
+    """Returns the text row of a stream: int32 [num_frames], one token a frame.
 
     As in moshi-finetune with its defaults: frame t takes the words that start before its end, (t + 1) / frame_rate
     seconds; a new word replaces the tokens that the one before has not placed yet; a word's tokens follow one a frame,
     all other frames hold PAD, and a PAD right before a word's first token becomes EPAD.
 
-    A word without tokens makes its frames, to its end or to the next word, -1, and so a PAD right before them: were the word
-    known, it would be EPAD.
+    A word without tokens makes its frames, to its end or to the next word, -1. So is a PAD right before them, which
+    would be EPAD if the word were known.
 
     Args:
         words: ordered by start.
@@ -166,7 +176,7 @@ def text_stream(
     """
     row = np.full(num_frames, PAD, np.int32)
     pending: list[int] = []
-    unknown = 0.0  # frames that begin before it have a word without tokens
+    unknown = 0.0  # a word without tokens is spoken in frames below this
     upcoming = 0
     for t in range(num_frames):
         while upcoming < len(words) and words[upcoming].start * frame_rate < t + 1:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 FRAMES = 500_000
-"""Frames that a baseline is fitted to, 11 hours: more would change nothing that shows."""
+"""Frames that a baseline is fitted to, 11 hours; more would not change it visibly."""
 
 
 def some(recordings: Iterable[Any], frames: int = FRAMES) -> Iterator[np.ndarray]:
-    """Tokens of the first of `recordings`, whole ones until there are so many frames."""
+    """Yields the tokens of the first of `recordings`, each whole, until there are so many frames."""
     for recording in recordings:
         if frames <= 0:
             return
@@ -21,11 +21,11 @@ def some(recordings: Iterable[Any], frames: int = FRAMES) -> Iterator[np.ndarray
 
 
 def fit(files: Iterable[np.ndarray], cardinalities: Iterable[int]) -> list[np.ndarray]:
-    """Log-probabilities of each stream's tokens, one added to every count.
+    """Returns the log-probabilities of each stream's tokens, one added to every count.
 
     Args:
-        files: int32 [S, T_i] tokens; negative ones are absent. Streams beyond those asked for are left out.
-        cardinalities: tokens of each stream, text first.
+        files: int32 [S, T_i] tokens; negative ones are absent.
+        cardinalities: number of tokens of each stream, text first; streams behind these are ignored.
 
     Returns:
         One float64 [cardinality] table of nats (negative) per stream.
@@ -38,7 +38,10 @@ def fit(files: Iterable[np.ndarray], cardinalities: Iterable[int]) -> list[np.nd
 
 
 def nats(tables: Sequence[np.ndarray], tokens: np.ndarray) -> np.ndarray:
-    """Cross-entropy of every token under `fit`'s tables: float64 [..., len(tables), T] of int32 [..., S, T]; NaN where absent."""
+    """Returns the cross-entropy of every token under `fit`'s tables.
+
+    Tokens int32 [..., S, T] give float64 [..., len(tables), T]; NaN for absent tokens.
+    """
     streams = [
         np.where(tokens[..., i, :] >= 0, -table[np.maximum(tokens[..., i, :], 0)], np.nan)
         for i, table in enumerate(tables)

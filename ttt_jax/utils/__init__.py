@@ -1,1 +1,1 @@
-"""Commands, files, paths, JSON and trees: what every part needs and none is about."""
+"""Commands, files, paths, JSON and trees, for all parts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import io
 import logging
 import os
@@ -14,11 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ttt_jax import __version__
 from ttt_jax.errors import InputError
 from ttt_jax.utils.paths import printable
+
+Options = TypeVar("Options")
 
 BAD_INPUT = 2
 PARTIAL = 3
@@ -131,6 +134,14 @@ def run(command: Callable[[], int]) -> int:
     return BAD_INPUT
 
 
+def call(package: str, args: Sequence[str]) -> int:
+    """Runs the command line of `python -m PACKAGE ARGS` in this process and returns its exit code.
+
+    The package is imported by name, so that a package can call another without depending on it.
+    """
+    return importlib.import_module(f"{package}.__main__").main(args)
+
+
 @contextlib.contextmanager
 def plain_input_errors() -> Iterator[None]:
     """Raise the `InputError` behind tyro's exit, if there is one, instead of its drawing of it."""
@@ -146,3 +157,17 @@ def plain_input_errors() -> Iterator[None]:
             raise cause from None
         sys.stderr.write(shown.getvalue())
         raise
+
+
+def parse(options: type[Options], prog: str, args: Sequence[str], **settings: Any) -> Options:
+    """Returns the `options` (a frozen dataclass; docstrings are the help text) that the command line `args` gives.
+
+    Args:
+      prog: name of the command in its help; settings: further arguments of `tyro.cli`, such as `default`.
+
+    Raises `InputError` where the dataclass does. Exits with 0 on --help and with 2 on wrong flags and values.
+    """
+    import tyro
+
+    with plain_input_errors():
+        return tyro.cli(options, prog=prog, args=list(args), config=(tyro.conf.FlagCreatePairsOff,), **settings)

@@ -1,4 +1,4 @@
-"""Configurations as JSON and back: what a run stores, so that it can be read, compared and run again. Imports no jax."""
+"""Configurations as JSON and back. Imports no jax."""
 
 from __future__ import annotations
 
@@ -17,31 +17,27 @@ Config = TypeVar("Config")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass, nested ones too, as JSON would give them back (tuples are lists)."""
+    """Returns the fields of a dataclass, also nested ones, as JSON gives them back (tuples are lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(kind: type[Config], values: Any, where: str) -> Config:
-    """A `kind` (a dataclass) made of the fields in `values`; fields that are missing keep their default.
+    """Returns a `kind` (a dataclass) with the fields in `values`. Missing fields keep their default.
 
-    Raises `InputError` naming the key if `values` has a key that `kind` lacks or a value of another type; `where` names
-    the file in the message.
+    Raises `InputError` with the file `where` and the key if `values` has a key that `kind` lacks or a value of another
+    type.
     """
-    return _build(kind, values, where, "")
-
-
-def conform(kind: Any, value: Any, where: str, key: str) -> Any:
-    """`value` as one of type `kind` (a field's), lists as tuples. Raises `InputError` naming `where` and `key` if it is of another."""
-    return _build(kind, value, where, key)
+    return conform(kind, values, where, "")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` at once or not at all; bytes of file names that are no UTF-8 become JSON's escapes."""
+    """Writes `value` to `path` at once or not at all. Bytes of file names that are not UTF-8 become escapes of JSON."""
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: Path, what: str) -> Any:
-    """The JSON value in `path`; `what` says in messages what was looked for. Raises `InputError` if there is none."""
+    """Returns the JSON value in `path`. Raises `InputError`, which names the wanted file by `what`, if there is
+    none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -50,7 +46,9 @@ def read_json(path: Path, what: str) -> Any:
         raise InputError(f"{path} is not JSON ({error}): give the path of {what}.") from None
 
 
-def _build(kind: Any, value: Any, where: str, key: str) -> Any:
+def conform(kind: Any, value: Any, where: str, key: str) -> Any:
+    """Returns `value` as the type `kind` of a field, lists as tuples. Raises `InputError` with `where` and `key` if it
+    differs."""
     if dataclasses.is_dataclass(kind):
         if isinstance(value, kind):
             return value
@@ -60,13 +58,13 @@ def _build(kind: Any, value: Any, where: str, key: str) -> Any:
         if value is None and type(None) in args:
             return None
         (kind,) = (arg for arg in args if arg is not type(None))
-        return _build(kind, value, where, key)
+        return conform(kind, value, where, key)
     if origin is tuple:
         _expect(isinstance(value, list | tuple), where, key, value, "a list")
         if args[-1] is not Ellipsis:
             _expect(len(value) == len(args), where, key, value, f"a list of {len(args)}")
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_build(kind, item, where, key) for kind, item in zip(kinds, value, strict=True))
+        return tuple(conform(kind, item, where, key) for kind, item in zip(kinds, value, strict=True))
     if origin is typing.Literal:
         _expect(value in args, where, key, value, " or ".join(map(repr, args)))
         return value
@@ -85,7 +83,7 @@ def _build_dataclass(kind: Any, value: Any, where: str, key: str) -> Any:
             near = difflib.get_close_matches(name, hints, n=1)
             hint = f'perhaps "{prefix}{near[0]}" is meant' if near else f"known are {', '.join(hints)}"
             raise InputError(f'{where} has the key "{prefix}{name}", which is no field: {hint}.')
-    return kind(**{name: _build(hints[name], item, where, prefix + name) for name, item in value.items()})
+    return kind(**{name: conform(hints[name], item, where, prefix + name) for name, item in value.items()})
 
 
 def _expect(condition: bool, where: str, key: str, value: Any, expected: str) -> None:

@@ -14,7 +14,7 @@ from ttt_jax.errors import InputError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path`; whoever reads it meanwhile, or after a crash, sees the old file or the new one, whole."""
+    """Writes `content` to `path`. A reader sees the whole old file or the whole new one, also after a crash."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -27,7 +27,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256, hex, of a file's content. Raises `InputError` if it cannot be read."""
+    """Returns the SHA-256, hex, of a file's content. Raises `InputError` if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -40,20 +40,20 @@ CHECKPOINTS = "checkpoints"
 
 
 def run_and_step(path: Path) -> tuple[Path, int | None] | None:
-    """A run's folder, and the step if `path` is that of one of its checkpoints (RUN/checkpoints/STEP); None if it is neither.
+    """Returns a run's folder, and the step if `path` is one of its checkpoints (RUN/checkpoints/STEP); None if neither.
 
     `path` may be relative to the checkpoint (`.`) or a link.
     """
-    for one in (path, Path(os.path.realpath(path))):
-        if (one / CHECKPOINTS).is_dir():
-            return one, None
-        if one.parent.name == CHECKPOINTS and one.name.isdecimal() and one.is_dir():
-            return one.parent.parent, int(one.name)
+    for folder in (path, Path(os.path.realpath(path))):
+        if (folder / CHECKPOINTS).is_dir():
+            return folder, None
+        if folder.parent.name == CHECKPOINTS and folder.name.isdecimal() and folder.is_dir():
+            return folder.parent.parent, int(folder.name)
     return None
 
 
 def check_new(folder: Path) -> None:
-    """Raise `InputError` unless a folder can be made at `folder`: nothing is there, or an empty folder."""
+    """Raises `InputError` unless a folder can be made at `folder`: nothing is there, or an empty folder."""
     if folder.is_symlink():
         raise InputError(f"{folder} is a link: give a new folder.")
     if folder.is_dir():
@@ -67,7 +67,7 @@ def check_new(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name when all is done; on an error or interrupt it is removed.
+    """Yields a temporary folder beside `folder`, renamed to it at the end and removed on an error or interrupt.
 
     Raises `InputError` as `check_new` does.
     """
@@ -85,7 +85,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _to_disk(path: Path) -> None:
-    """Wait until `path` would outlive a loss of power."""
+    """Waits until `path` would survive a loss of power."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -1,7 +1,7 @@
-"""Lines of JSON Lines files (jsonlines.org): manifests, metrics, records.
+"""Reads the lines of JSON Lines files (jsonlines.org): manifests, metrics, records.
 
-A line ends at a line feed, perhaps with a carriage return. A carriage return alone is a blank of
-JSON, and JSON strings may hold U+2028, U+0085 and other characters at which `str.splitlines` breaks a text.
+A line ends at a line feed, perhaps after a carriage return. `str.splitlines` would also break it at a carriage return
+alone, which is a blank of JSON, and at U+2028, U+0085 and others, which JSON strings may hold.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ GZIP = b"\x1f\x8b"  # how gzip files begin; never UTF-8
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 text, plain or gzip whatever its name, without their ends; a byte order mark is left out.
+    """Returns the lines of a UTF-8 text, plain or gzip whatever its name, without line ends and byte order mark.
 
     Raises:
         OSError: it cannot be read.

@@ -1,6 +1,6 @@
-"""XLA's compiler options and flags, as far as the installed XLA knows them: it refuses to compile with any other.
+"""XLA's compiler options and flags that the installed XLA knows. It refuses to compile with any other.
 
-python -m ttt_jax.utils.xla     the value of XLA_FLAGS with which programs compile quickly and run slowly
+`python -m ttt_jax.utils.xla` prints a value of XLA_FLAGS with which programs compile quickly and run slowly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ QUICK = {
 
 
 def known_options(options: dict[str, bool | int]) -> dict[str, bool | int]:
-    """Those of `options`, as the argument `compiler_options` of `jax.jit` takes them, that the installed XLA knows."""
+    """Returns those of `options` (the argument `compiler_options` of `jax.jit`) that the installed XLA knows."""
     return {name: value for name, value in options.items() if _is_known(name, value)}
 
 
@@ -34,7 +34,7 @@ def _is_known(name: str, value: bool | int) -> bool:
 
 
 def flags(options: dict[str, bool | int]) -> str:
-    """The options as the environment variable XLA_FLAGS takes them."""
+    """Returns the options as a value of the environment variable XLA_FLAGS."""
     return " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
 
 

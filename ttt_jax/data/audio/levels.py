@@ -1,11 +1,11 @@
-"""How loud the samples of a recording are: what cannot be sound is refused, what is hardly usable is said.
+"""Levels of a recording: refuses samples that cannot be sound and warns of recordings that are hardly usable.
 
 | samples | |
 |---|---|
 | NaN, infinity | refused |
 | beyond 16 | refused at once: full scale is 1, and these are integers written as floats |
 | beyond 16 in a file that holds no floats, beyond 2**31 | refused at once: no such integers, so this is damage |
-| beyond 2 | taken as they are, with a warning at the end; decoders of lossy formats overshoot 1 by less |
+| beyond 2 | used unchanged, with a warning at the end; decoders of lossy formats overshoot 1 by less |
 | none beyond 0.001 (-60 dB) | warning: nearly silent |
 | more than 1 in 100 at 0.999 or more | warning: clipped |
 """
@@ -25,7 +25,7 @@ INTEGER = 2.0**31  # the largest sample that is written as an integer
 LOUD = 2.0  # 6 dB above full scale; lossy codecs overshoot by 1 to 4 dB
 SILENT = 0.001  # -60 dB of full scale: below the noise of any room that was recorded for speech
 FULL = 0.999  # a sample of 16 bits within 32 steps of full scale
-CLIPPED = 0.01  # share; speech that is not clipped reaches its own peak in less than 1 of 1,000 samples
+CLIPPED = 0.01  # share; speech that is not clipped reaches its peak in less than 1 of 1,000 samples
 
 _log = logging.getLogger("ttt_jax")
 
@@ -39,7 +39,7 @@ class Levels:
         self._full, self._peak = 0, 0.0
 
     def add(self, block: np.ndarray, sample_rate: int, written_as_floats: bool) -> None:
-        """Take in samples float32 [n, channels] at a rate in Hz, and whether the file holds floats rather than a codec's code.
+        """Adds samples, float32 [n, channels], at a rate in Hz; `written_as_floats` states the file's encoding.
 
         Raises:
             InputError: they are not finite, or far beyond full scale.
@@ -53,12 +53,12 @@ class Levels:
                 raise InputError(f"{self._path} holds NaN or infinity near second {second}: write the file again.")
             if peak > INTEGER or not written_as_floats:
                 raise InputError(
-                    f"{self._path} is damaged (it holds samples of {peak:.6g} near second {second}, where full scale is 1):"
-                    " copy or encode the file again."
+                    f"{self._path} is damaged (it holds samples of {peak:.6g} near second {second}, where full scale is"
+                    " 1): copy or encode the file again."
                 )
             raise InputError(
-                f"{self._path} holds samples of {peak:.6g} near second {second}, where full scale is 1: divide them by the"
-                " full scale of what they were, 32768 for 16 bits."
+                f"{self._path} holds samples of {peak:.6g} near second {second}, where full scale is 1: divide them by"
+                " the full scale of the original integers, 32768 for 16 bits."
             )
         self._peak = max(self._peak, peak)
         self._full += int((size >= FULL).sum())
@@ -66,14 +66,12 @@ class Levels:
         self._seconds += len(block) / sample_rate
 
     def report(self) -> None:
-        """Warn of a recording that is too loud, nearly silent or clipped, once all samples are taken in."""
+        """Warns if the whole recording is too loud, nearly silent or clipped."""
         if self.samples == 0:
             return
         if self._peak > LOUD:
             _log.warning(
-                "%s has a peak of %.1f, where full scale is 1: its samples are taken as they are.",
-                self._path,
-                self._peak,
+                "%s has a peak of %.1f, where full scale is 1: its samples are used unchanged.", self._path, self._peak
             )
         if self._peak == 0:
             _log.warning("%s is silent: all its samples are 0.", self._path)

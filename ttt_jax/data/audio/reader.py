@@ -1,7 +1,8 @@
 """Sound files to float32 samples at one rate: wav, flac, ogg (Opus, Vorbis) and mp3 through libsndfile and soxr.
 
-What decides is what a file holds, not its name nor the lengths in its headers: `ttt_jax.data.audio.containers` finds the parts of a
-file and their true lengths, and libsndfile decodes each of them. `ttt_jax.data.audio.levels` judges the samples.
+The content of a file decides, not its name nor the lengths in its headers: `ttt_jax.data.audio.containers` finds the
+parts of a file and their true lengths, and libsndfile decodes each part. `ttt_jax.data.audio.levels` checks the
+samples.
 """
 
 from __future__ import annotations
@@ -24,28 +25,28 @@ _RATES = 1000, 1_000_000  # Hz; others are a damaged header
 
 
 def read_audio(path: str | Path, sample_rate: int) -> np.ndarray:
-    """Return a sound file as float32 [channels, samples], full scale 1, resampled with soxr's HQ filter where needed.
+    """Returns a sound file as float32 [channels, samples], full scale 1, resampled with soxr's HQ filter if needed.
 
     Args:
         path: a wav, flac, ogg or mp3 file with one or two channels, at any rate. Files joined one behind the other
             (`cat a.mp3 b.mp3`, chained Ogg) are one recording, if they have as many channels.
         sample_rate: rate of the result in Hz; n samples at rate r become round(n * sample_rate / r).
 
-    A length in a header that is wrong and was mended, and levels that are doubtful, are logged as warnings.
+    Wrong lengths in headers, which are corrected, and doubtful levels are logged as warnings.
 
     Raises:
-        InputError: the file is missing, is not audio, is cut off or damaged, has no channel or more than two, holds no
-            samples, or holds NaN, infinity or samples beyond 16.
+        InputError: the file is missing, is not audio, is cut off or damaged, has no channel or more than two, has no
+            samples, or has NaN, infinity or samples beyond 16.
     """
     return np.concatenate(list(read_blocks(path, sample_rate)), axis=1)
 
 
 def read_blocks(path: str | Path, sample_rate: int) -> Iterator[np.ndarray]:
-    """Yield the samples of `read_audio` block by block, float32 [channels, n] with n >= 0, in memory of constant size.
+    """Yields the samples of `read_audio` block by block, float32 [channels, n] with n >= 0, in constant memory.
 
     Raises:
-        InputError: as `read_audio`; for what only the end of a file shows, such as a cut, after the last block. So no
-            block may count before all have been read.
+        InputError: as `read_audio`. Some faults, such as a cut, show after the last block only: use no block before all
+            are read.
     """
     path = Path(path)
     with _open(path) as file:
@@ -72,7 +73,7 @@ def _unreadable(path: Path, error: OSError) -> InputError:
 
 
 def _read(source: Source, parts: Iterable[Part], sample_rate: int) -> Iterator[np.ndarray]:
-    """Decode parts one after the other as one recording at one rate."""
+    """Decodes parts one after the other as one recording at one rate."""
     import soxr
 
     levels = Levels(source.path)
@@ -81,7 +82,8 @@ def _read(source: Source, parts: Iterable[Part], sample_rate: int) -> Iterator[n
         for block, part_rate, subtype in _decode(source, part):
             if channels not in (None, block.shape[1]):
                 raise InputError(
-                    f"{source.path} is joined of files with {channels} and {block.shape[1]} channels: give them one by one."
+                    f"{source.path} is joined of files with {channels} and {block.shape[1]} channels: give them one by"
+                    " one."
                 )
             channels = block.shape[1]
             levels.add(block, part_rate, subtype in ("FLOAT", "DOUBLE"))
@@ -102,7 +104,7 @@ def _read(source: Source, parts: Iterable[Part], sample_rate: int) -> Iterator[n
 
 
 def _decode(source: Source, part: Part) -> Iterator[tuple[np.ndarray, int, str]]:
-    """Yield a part's samples, float32 [n, channels], their rate and the coding that libsndfile names."""
+    """Yields a part's samples, float32 [n, channels], their rate and libsndfile's name of their encoding."""
     import soundfile
 
     window = Window(source, part)
@@ -133,8 +135,8 @@ def _decode(source: Source, part: Part) -> Iterator[tuple[np.ndarray, int, str]]
 def _check_form(source: Source, channels: int, rate: int) -> None:
     if channels > 2:
         raise InputError(
-            f"{source.path} has {channels} channels: give one (the model's voice) or two (left the model's voice, right the"
-            " other)."
+            f"{source.path} has {channels} channels: give one (Moshi's stream) or two (left Moshi's stream, right the"
+            " user's)."
         )
     if not _RATES[0] <= rate <= _RATES[1]:
         raise InputError(f"{source.path} has a rate of {rate} Hz: give one from {_RATES[0]} to {_RATES[1]} Hz.")

@@ -1,9 +1,8 @@
-"""What a sound file holds, by walking its container: its parts, each with a length that is that of its bytes.
+"""The parts of a sound file with their true lengths, found by walking its container.
 
-A length in a header may be wrong: of a file that was written to a pipe, whose recorder crashed, that is over 4 GB, or that
-was joined of several by `cat`. Decoders believe it and stop early. So each container is walked here, and every part of it is
-given to the decoder as a file of its own with a true header (`Window`). What cannot be true is refused, what was
-mended is said.
+Lengths in headers are wrong in files that were written to a pipe, whose recorder crashed, that are over 4 GB, or that
+`cat` joined of several. Decoders trust them and stop early. So each container is walked here, and the decoder gets
+every part as a file with a true header (`Window`). Impossible lengths are refused; corrected lengths are logged.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ __all__ = ["Part", "Source", "Window", "find_parts"]
 
 
 def find_parts(source: Source) -> list[Part]:
-    """The parts of a sound file in order, found in one pass over it at most, in memory of constant size.
+    """Returns the parts of a sound file in order, in at most one pass over it and constant memory.
 
     Raises:
         InputError: the file is empty, is no wav, flac, ogg or mp3, or is cut off or damaged.

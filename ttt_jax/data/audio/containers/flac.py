@@ -1,7 +1,7 @@
-"""FLAC files (RFC 9639): their length from the last frame, as the one in STREAMINFO may be open or wrong.
+"""FLAC files (RFC 9639): their length from the last frame, as that in STREAMINFO may be missing or wrong.
 
-Each frame states its number, or that of its first sample, and its length, and ends with a checksum over all of it. So the last
-frame tells how long the stream is, and that it is whole.
+Each frame states its number (or that of its first sample) and its length, and ends with a checksum over the frame. So
+the last frame shows the length of the stream, and that it is whole.
 """
 
 from __future__ import annotations
@@ -12,33 +12,21 @@ from ttt_jax.data.audio.containers.source import Part, Source, skip_stray, skip_
 
 _BEGIN = 42  # bytes of the magic and the STREAMINFO block
 _BLOCKS = 1000  # no file has more blocks of metadata
-_BACK = 1 << 20  # bytes before the end in which the last frame is looked for: twice the largest frame of two channels
-_TRIES = 16  # frame headers that are tried; the last or the one before it is whole
-_RATES = {
-    1: 88200,
-    2: 176400,
-    3: 192000,
-    4: 8000,
-    5: 16000,
-    6: 22050,
-    7: 24000,
-    8: 32000,
-    9: 44100,
-    10: 48000,
-    11: 96000,
-}
-_TOTAL = (1 << 36) - 1  # largest number of samples that STREAMINFO can state; as a mark: not known
+_BACK = 1 << 20  # bytes before the end that are searched for the last frame: twice the largest frame of two channels
+_TRIES = 16  # frame headers to try; the last or the one before it is whole
+_RATES = (None, 88200, 176400, 192000, 8000, 16000, 22050, 24000, 32000, 44100, 48000, 96000)  # Hz by code
+_TOTAL = (1 << 36) - 1  # largest number of samples that STREAMINFO can state; also means "not known"
 _SIZES = {1: 192, **{code: 576 << code - 2 for code in range(2, 6)}, **{code: 256 << code - 8 for code in range(8, 16)}}
 
 
 def begins(source: Source, at: int) -> bool:
-    """Whether a FLAC stream begins at a position."""
+    """Returns whether a FLAC stream begins at a position."""
     head = source.read(at, 8)
     return head[:4] == b"fLaC" and head[4] & 0x7F == 0 and head[5:8] == b"\x00\x00\x22"
 
 
 def find_parts(source: Source, at: int) -> list[Part]:
-    """The FLAC streams that stand one behind the other from `at` on.
+    """Returns the FLAC streams, one behind the other, from `at` on.
 
     Raises:
         InputError: the file is cut off or damaged.
@@ -59,7 +47,7 @@ def find_parts(source: Source, at: int) -> list[Part]:
 
 
 def _first_frame(source: Source, at: int) -> int:
-    """Where the frames begin, behind the blocks of metadata."""
+    """Returns the position of the frames, behind the blocks of metadata."""
     at += 4
     for _ in range(_BLOCKS):
         head = source.read(at, 4)
@@ -74,7 +62,7 @@ def _first_frame(source: Source, at: int) -> int:
 
 
 def _next(source: Source, at: int) -> int:
-    """Where another stream begins from `at` on; the end of the file if none does."""
+    """Returns the position of the next stream from `at` on, or the end of the file."""
     while (found := source.find(b"fLaC", at)) >= 0:
         if begins(source, found):
             return found
@@ -83,7 +71,7 @@ def _next(source: Source, at: int) -> int:
 
 
 def _part(source: Source, at: int, first: int, following: int) -> tuple[Part, int]:
-    """A stream with its true length, and where its last frame ends."""
+    """Returns a stream with its true length, and the end of its last frame."""
     head = source.read(at, _BEGIN)
     if len(head) < _BEGIN:
         raise source.cut_off("it ends within its header")
@@ -102,7 +90,7 @@ def _part(source: Source, at: int, first: int, following: int) -> tuple[Part, in
 
 
 def _last_frame(source: Source, head: bytes, first: int, end: int) -> tuple[int, int]:
-    """The number of samples up to the end of the last whole frame, and the position of that end."""
+    """Returns the number of samples up to the end of the last whole frame, and the position of that end."""
     start = max(first, end - _BACK)
     tail = source.read(start, end - start)
     found, tried = len(tail), 0
@@ -117,12 +105,12 @@ def _last_frame(source: Source, head: bytes, first: int, end: int) -> tuple[int,
             clean = [stop for stop in stops if skip_tags(source, stop) >= end]
             if stops:
                 return samples, (clean or stops)[-1]
-        found += 1  # the first byte of this mark may be the second of one before it
+        found += 1  # this mark may overlap with one before it
     raise source.cut_off("its last frame is incomplete, or none fits its header")
 
 
 def _samples_up_to(header: bytes, head: bytes) -> int | None:
-    """The number of samples up to the end of the frame that begins so; None: it is no frame header."""
+    """Returns the number of samples up to the end of the frame with this header; None if it is no frame header."""
     if len(header) < 6:
         return None
     variable, size_code, rate_code = header[1] & 1, header[2] >> 4, header[2] & 0xF
@@ -145,21 +133,21 @@ def _samples_up_to(header: bytes, head: bytes) -> int | None:
         return None
     if _rate(header, rate_code, at) not in (None, int.from_bytes(head[18:21], "big") >> 4):
         return None
-    nominal = int.from_bytes(head[10:12], "big")  # samples of every frame but the last, if not variable
+    nominal = int.from_bytes(head[10:12], "big")  # samples of every frame but the last, if fixed
     return (number if variable else number * nominal) + samples
 
 
 def _rate(header: bytes, code: int, end: int) -> int | None:
-    """The rate in Hz that a frame states by a code, or in the bytes before `end`; None: that of the whole stream."""
+    """Returns the rate in Hz by a frame's code or in the bytes before `end`; None if the frame states none."""
     if code == 12:
         return header[end - 1] * 1000
     if code in (13, 14):
         return int.from_bytes(header[end - 2 : end], "big") * (1 if code == 13 else 10)
-    return _RATES.get(code)
+    return _RATES[code] if code < len(_RATES) else None
 
 
 def _checked_ends(data: bytes, start: int) -> list[int]:
-    """Where the frame that begins at `start` may end by its checksum: the true end, and rarely others."""
+    """Returns the ends that the checksum allows for the frame at `start`: the true end, and rarely others."""
     ends, remainder = [], 0
     for at in range(start, len(data)):
         before, remainder = remainder, (remainder << 8 & 0xFFFF) ^ _CRC16[remainder >> 8 ^ data[at]]
@@ -176,7 +164,7 @@ def _crc8(data: bytes) -> int:
 
 
 def _table(polynomial: int, bits: int) -> list[int]:
-    """The remainders of all bytes for a checksum of so many bits."""
+    """Returns the remainders of all bytes for a checksum of so many bits."""
     table = []
     for byte in range(256):
         value = byte << bits - 8

@@ -1,15 +1,15 @@
-"""What a file that is not read holds, by its first bytes."""
+"""Names of file formats that are not read, by a file's first bytes."""
 
 from __future__ import annotations
 
 import dataclasses
 
-SIZE = 1024  # first bytes that `name` looks at
+SIZE = 1024  # bytes that `name` needs
 
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """What a file is, as in "FILE is TEXT", and whether a converter of sound and video reads it."""
+    """Name of a format, as in "FILE is TEXT", and whether converters of sound and video read it."""
 
     text: str
     convertible: bool = True
@@ -58,7 +58,7 @@ _NO_SOUND = (
 
 
 def name(head: bytes) -> Name | None:
-    """What a file is that begins with `head`; None: not known."""
+    """Returns the format of a file that begins with `head`; None if it is not known."""
     for start, text in _AT_START:
         if head.startswith(start):
             return Name(text)

@@ -1,9 +1,9 @@
 """MPEG audio (mp3; ISO/IEC 11172-3, 13818-3 and MPEG-2.5): its length by counting frames.
 
-A frame states its own length and nothing else. Where no header (Xing, Info, VBRI) counts the frames, decoders guess the
-number from the bit rate of the first ones and stop there. So the frames are counted here, and every part gets a true
-Info header (http://gabriel.mp3-tech.org/mp3infotag.html). A part ends where another header counts anew, where a tag
-stands, and where rate or channels change.
+A frame states its own length only. Without a header that counts the frames (Xing, Info, VBRI), decoders guess their
+number from the first bit rates and stop there. So the frames are counted here, and every part gets a true Info header
+(http://gabriel.mp3-tech.org/mp3infotag.html). A part ends at the next such header, at a tag, and where rate or channels
+change.
 """
 
 from __future__ import annotations
@@ -14,17 +14,14 @@ import functools
 from ttt_jax.data.audio.containers.source import STRAY, Part, Source, count_zeros, skip_stray, skip_tags
 
 _BLOCK = 1 << 20  # bytes read at a time
-_SEARCH = 1 << 16  # bytes in which a first frame is looked for behind others: stations' streams begin within a frame
+_SEARCH = 1 << 16  # bytes that are searched for a first frame: stations' streams begin within a frame
 _LONGEST = 2881  # bytes of a frame
-_INFO = 140  # bytes that an Info header with all its fields takes
-_CERTAIN = 3  # frames in a row that show that bytes are MPEG audio
+_INFO = 140  # bytes of an Info header with all its fields
+_CERTAIN = 3  # frames in a row that prove MPEG audio
 _PAIRS = 288  # of values in a granule: half of its 576
-_OPEN = 0x7FFF0000  # counts from here on, and 0, are marks: not known
-_RATES = {
-    3: (44100, 48000, 32000),
-    2: (22050, 24000, 16000),
-    0: (11025, 12000, 8000),
-}  # Hz by version (3: 1, 2: 2, 0: 2.5)
+_OPEN = 0x7FFF0000  # counts from here on, and 0, mean "not known"
+# Hz by version (3: MPEG-1, 2: MPEG-2, 0: MPEG-2.5)
+_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
 _KBITS = {  # by (MPEG-1, layer)
     (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -40,24 +37,24 @@ class _Frame:
     length: int  # bytes
     samples: int  # of each channel
     kind: tuple[int, int, int, bool]  # version, layer, rate, mono: the same in all frames of a part
-    info_at: int  # where in the frame a Xing or Info header stands: behind the side information of layer III
+    info_at: int  # offset of a Xing or Info header: behind the side information of layer III
 
 
 @dataclasses.dataclass(frozen=True)
 class _Info:
-    """A frame that counts those behind it instead of holding sound."""
+    """A frame without sound that counts the frames behind it."""
 
     frame: bytes
-    begin: int  # of the header in the frame
-    count_at: int  # where in the frame the number of frames stands; 0: nowhere, or not as in a Xing header
-    size_at: int  # the same for the number of bytes
-    count: int | None  # None: not stated
-    size: int | None  # bytes from this frame to the end; None: not stated
+    begin: int  # offset of the header in the frame
+    count_at: int  # offset of the number of frames; 0 if it is missing or not a Xing header's
+    size_at: int  # offset of the number of bytes, likewise
+    count: int | None  # None if not stated
+    size: int | None  # bytes from this frame to the end; None if not stated
 
 
 @functools.lru_cache(1 << 14)
 def _parse(header: bytes) -> _Frame | None:
-    """The frame that begins with four bytes, or None if none does. A free bit rate is not read."""
+    """Returns the frame with this header of four bytes, or None if it is none. A free bit rate is not read."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE0 != 0xE0:
         return None
     version, layer = header[1] >> 3 & 3, 4 - (header[1] >> 1 & 3)
@@ -76,7 +73,7 @@ def _parse(header: bytes) -> _Frame | None:
 
 
 def find_parts(source: Source, at: int) -> list[Part]:
-    """The parts of MPEG audio from `at` on; none if there is no MPEG audio.
+    """Returns the parts of MPEG audio from `at` on; none if there is no MPEG audio.
 
     Raises:
         InputError: the file is cut off or damaged.
@@ -112,10 +109,10 @@ def find_parts(source: Source, at: int) -> list[Part]:
 
 
 def _check_zeros(source: Source, end: int) -> None:
-    """Warn of few zeros behind frames that no header counts. Many are where a broken copy lost sound.
+    """Warns of few zeros behind frames that no header counts.
 
     Raises:
-        InputError: they are many.
+        InputError: there are many zeros, which a broken copy leaves.
     """
     zeros = count_zeros(source, end)
     if zeros >= STRAY:
@@ -125,7 +122,7 @@ def _check_zeros(source: Source, end: int) -> None:
 
 
 def _search(source: Source, at: int) -> int | None:
-    """The first position from `at` on where MPEG audio begins; None: nowhere near."""
+    """Returns the first position of MPEG audio from `at` on; None if none is near."""
     if _is_frame(source, at, _CERTAIN):
         return at
     data = source.read(at, _SEARCH)
@@ -138,7 +135,7 @@ def _search(source: Source, at: int) -> int | None:
 
 
 def _is_frame(source: Source, at: int, count: int, whole: bool = False) -> bool:
-    """Whether so many frames of a kind stand in a row, or fewer up to the end (with `whole`: no fewer)."""
+    """Returns whether `count` frames of a kind stand in a row, or unless `whole` fewer up to the end."""
     kind = None
     for number in range(count):
         frame = _parse(source.read(at, 4))
@@ -149,9 +146,9 @@ def _is_frame(source: Source, at: int, count: int, whole: bool = False) -> bool:
 
 
 def _part(source: Source, start: int) -> tuple[Part | None, int, bool]:
-    """The frames of one kind and count from a position on, where they end, and whether a header counts them all.
+    """Returns the frames of one kind from a position on, their end, and whether a header counts them all.
 
-    There is no part where no frame holds sound.
+    The part is None if no frame has sound.
     """
     first = _parse(source.read(start, 4))
     info = _info(source.read(start, first.length), first)
@@ -185,7 +182,7 @@ def _part(source: Source, start: int) -> tuple[Part | None, int, bool]:
 
 
 def _true_info(first: _Frame, info: _Info, count: int, size: int) -> bytes:
-    """The frame of a header with its numbers made true; what else it states (delay and padding of the encoder) is kept."""
+    """Returns the frame of a header with true numbers; delay and padding of the encoder stay."""
     frame = bytearray(info.frame)
     frame[info.count_at : info.count_at + 4] = count.to_bytes(4, "big")
     if info.size_at:
@@ -196,7 +193,7 @@ def _true_info(first: _Frame, info: _Info, count: int, size: int) -> bytes:
 
 
 def _made_info(header: bytes, count: int) -> bytes:
-    """A frame of the same kind that holds nothing but an Info header with the number of frames."""
+    """Returns a frame of the same kind with an Info header that states the number of frames."""
     bits = 5 if header[1] & 8 else 8  # 64 kbit/s: long enough for the header at every rate
     start = bytes([header[0], header[1] | 1, bits << 4 | header[2] & 0x0C, header[3]])
     frame = _parse(start)
@@ -205,9 +202,9 @@ def _made_info(header: bytes, count: int) -> bytes:
 
 
 def _count(source: Source, at: int, kind: tuple[int, int, int, bool]) -> tuple[int, int, bool, int]:
-    """Count the frames of a kind from `at` on up to the next that counts anew.
+    """Counts the frames of a kind from `at` on up to the next header.
 
-    Returns the number of whole frames, where they end, whether the file ends within one more, and how many are damaged.
+    Returns the number of whole frames, their end, whether the file ends within one more, and how many are damaged.
     """
     count, broken, block, base = 0, 0, b"", at
     while True:
@@ -224,12 +221,12 @@ def _count(source: Source, at: int, kind: tuple[int, int, int, bool]) -> tuple[i
 
 
 def _is_damaged(data: bytes, frame: _Frame) -> bool:
-    """Whether the side information of a frame of layer III promises what no frame can hold."""
+    """Returns whether the side information of a frame of layer III promises more than a frame can hold."""
     mpeg1, channels = frame.kind[0] == 3, 1 if frame.kind[3] else 2
     begin = 4 if data[1] & 1 else 6  # behind a checksum
     length = frame.info_at - 4
     bits = int.from_bytes(data[begin : begin + length], "big")
-    granule = 59 if mpeg1 else 63  # bits about each granule of each channel, which stand at the end
+    granule = 59 if mpeg1 else 63  # bits on each granule of each channel, at the end
     fields = [bits >> granule * number + granule - 21 & 0x1FFFFF for number in range(channels * (2 if mpeg1 else 1))]
     borrowed = bits >> 8 * length - (9 if mpeg1 else 8)  # bytes of frames before this one
     there = borrowed + frame.length - begin - length
@@ -237,7 +234,7 @@ def _is_damaged(data: bytes, frame: _Frame) -> bool:
 
 
 def _info(data: bytes, frame: _Frame) -> _Info | None:
-    """What a frame says about those behind it; None: it is a frame of sound."""
+    """Returns the header in a frame; None if it is a frame of sound."""
     data = data[: frame.length]
     if frame.kind[1] != 3:
         return None

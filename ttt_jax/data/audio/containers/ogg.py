@@ -1,8 +1,8 @@
 """Ogg files: their links (RFC 3533), which are files joined one behind the other, checked page by page.
 
-A link is whole if its pages are numbered without a gap, their checksums are right, their positions (granules) never go back, and
-each of its streams ends with a page that has the end mark. What an Ogg states as its length is the position of that page; it may leave out
-the end of what that page holds and no more, and the decoder must reach it.
+A link is whole if its pages are numbered without a gap, their checksums are right, their positions (granules) never go
+back, and each of its streams ends with a page that has the end mark. The position of that page is the length of the
+stream. It may drop samples of the last page only, and the decoder must reach it.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ class _Stream:
 
 
 def begins(source: Source, at: int) -> bool:
-    """Whether an Ogg page begins at a position."""
+    """Returns whether an Ogg page begins at a position."""
     return source.read(at, 4) == b"OggS"
 
 
 def find_parts(source: Source, at: int) -> list[Part]:
-    """The links from `at` on.
+    """Returns the links from `at` on.
 
     Raises:
-        InputError: the file is cut off or damaged, or a link holds anything but one stream of Vorbis or Opus.
+        InputError: the file is cut off or damaged, or a link is not one stream of Vorbis or Opus.
     """
     parts: list[Part] = []
     while begins(source, at):
@@ -57,14 +57,14 @@ def find_parts(source: Source, at: int) -> list[Part]:
 
 
 def _link(source: Source, start: int) -> int:
-    """Walk the pages of one link; where it ends."""
+    """Walks the pages of one link; returns its end."""
     streams: dict[int, _Stream] = {}
     names: list[str] = []
     at, beginning = start, True
     while not (streams and not beginning and all(stream.ended for stream in streams.values())):
         head = source.read(at, _HEADER.size + 255)
         if head[:4] != b"OggS":
-            # A first page may itself have the end mark: a stream without samples.
+            # A first page may have the end mark: a stream without samples.
             missing = "its last Ogg page lacks the end mark" if at >= source.size else f"byte {at} begins no Ogg page"
             raise source.cut_off(missing)
         if len(head) < _HEADER.size:
@@ -94,15 +94,16 @@ def _link(source: Source, start: int) -> int:
     if len(names) != 1 or names[0] not in _READ.values():
         held = " and ".join(names) if names else "no known stream"
         raise InputError(
-            f"{source.path} is an Ogg file that holds {held}, where one stream of Vorbis or Opus is read: {advice(source.path)}."
+            f"{source.path} is an Ogg file that holds {held}, where one stream of Vorbis or Opus is read:"
+            f" {advice(source.path)}."
         )
     return at
 
 
 def _checksum(page: bytes) -> int:
-    """The CRC-32 that an Ogg page states, computed with its own field as 0.
+    """Returns the CRC-32 of an Ogg page, its checksum field taken as 0.
 
-    It is that of zlib with the bits of all bytes in reverse order, starting from 0, and not inverted at the end.
+    It is zlib's on bytes in reverse bit order, starting from 0 and not inverted at the end.
     """
     page = page[:22] + bytes(4) + page[26:]
     remainder = zlib.crc32(page.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF

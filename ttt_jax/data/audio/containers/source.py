@@ -1,4 +1,4 @@
-"""A file to be walked, a part of it as a file, and what may stand between and after parts without being sound."""
+"""A file to walk, a part of it as a file, and the tags and stray bytes around parts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import BinaryIO
 from ttt_jax.errors import InputError
 
 _BLOCK = 1 << 20  # bytes read at a time in a search
-STRAY = 1024  # fewer bytes of an unknown kind behind the sound are left out: too few to be a piece worth keeping
-_LYRICS = 1 << 16  # longest Lyrics3 tag that is looked through
+STRAY = 1024  # fewer unknown bytes behind the sound are ignored: too few to be sound worth keeping
+_LYRICS = 1 << 16  # bytes of the longest Lyrics3 tag
 
 _log = logging.getLogger("ttt_jax")
 
@@ -26,12 +26,12 @@ class Source:
     size: int
 
     def read(self, at: int, count: int) -> bytes:
-        """Up to `count` bytes from position `at`, fewer at the end."""
+        """Returns up to `count` bytes from position `at`, fewer at the end."""
         self.file.seek(at)
         return self.file.read(max(0, min(count, self.size - at)))
 
     def find(self, pattern: bytes, at: int) -> int:
-        """The first position of `pattern` from `at` on, or -1."""
+        """Returns the first position of `pattern` from `at` on, or -1."""
         while at < self.size:
             block = self.read(at, _BLOCK)
             if (found := block.find(pattern)) >= 0:
@@ -42,23 +42,23 @@ class Source:
         return -1
 
     def cut_off(self, detail: str) -> InputError:
-        """The error of a file that is not whole."""
+        """Returns the error for a file that is not whole."""
         return InputError(f"{self.path} is cut off or damaged ({detail}): copy or encode the file again.")
 
     def warn(self, text: str) -> None:
-        """Log a sentence about the file."""
+        """Logs a sentence about the file."""
         _log.warning("%s %s.", self.path, text)
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What is decoded by itself: `head`, then the bytes `start` to `end` of the file.
+    """A part that is decoded alone: `head`, then the bytes `start` to `end` of the file.
 
     Attributes:
-        head: a header with true lengths that takes the place of the file's own; empty where that is true.
+        head: a header with true lengths that replaces the file's; empty if the file's is true.
         start: position in the file.
         end: position in the file, exclusive.
-        samples: of each channel, as the walk counts them; None: as the decoder does.
+        samples: number for each channel; None if only the decoder counts them.
     """
 
     head: bytes
@@ -68,7 +68,7 @@ class Part:
 
 
 class Window(io.RawIOBase):
-    """A part as a readable file. An error of the file is kept in `error`: decoders cannot pass on exceptions."""
+    """A part as a readable file. Stores an error of the file in `error`: decoders cannot raise it."""
 
     def __init__(self, source: Source, part: Part):
         self._source, self._part, self._at = source, part, 0
@@ -88,12 +88,12 @@ class Window(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a position, counted from the start, from here or from the end."""
+        """Goes to a position, counted from the start, from here or from the end."""
         self._at = max(0, offset + (0, self._at, self._size)[whence])
         return self._at
 
     def readinto(self, buffer) -> int:
-        """Fill `buffer` as far as there are bytes."""
+        """Fills `buffer` as far as there are bytes; returns their number."""
         head = self._part.head
         if self._at < len(head):
             data = head[self._at : self._at + len(buffer)]
@@ -109,7 +109,7 @@ class Window(io.RawIOBase):
 
 
 def skip_tags(source: Source, at: int) -> int:
-    """The position behind all tags (ID3v1, ID3v2, APE, Lyrics3) and zeros that stand at `at`."""
+    """Returns the position behind all tags (ID3v1, ID3v2, APE, Lyrics3) and zeros at `at`."""
     while at < source.size:
         length = _tag(source, at)
         if length == 0:
@@ -119,10 +119,10 @@ def skip_tags(source: Source, at: int) -> int:
 
 
 def skip_stray(source: Source, at: int, kind: str) -> None:
-    """See to what stands from `at` to the end: tags are left out, other bytes too, with a warning, where they are few.
+    """Checks the bytes from `at` to the end: tags are ignored, few other bytes too, with a warning.
 
     Raises:
-        InputError: they are many, so that they may be sound.
+        InputError: there are many other bytes, which may be sound.
     """
     at = skip_tags(source, at)
     count = source.size - at
@@ -133,7 +133,7 @@ def skip_stray(source: Source, at: int, kind: str) -> None:
 
 
 def _footed_tag(source: Source, at: int) -> int:
-    """The length of an APE tag without a header that goes from a position to the end, or to an ID3v1 tag there; or 0."""
+    """Returns the length of an APE tag without header from a position to the end, or to an ID3v1 tag there; or 0."""
     for end in (source.size, source.size - 128):
         footer = source.read(end - 32, 32) if end - 32 >= at else b""
         if footer[:8] == b"APETAGEX" and at + int.from_bytes(footer[12:16], "little") == end:
@@ -142,7 +142,7 @@ def _footed_tag(source: Source, at: int) -> int:
 
 
 def _tag(source: Source, at: int) -> int:
-    """The length of the tag or of the zeros at a position; 0: there are none."""
+    """Returns the length of the tag or of the zeros at a position, or 0."""
     head = source.read(at, 32)
     if head[:1] == b"\0":
         return count_zeros(source, at)
@@ -164,7 +164,7 @@ def _tag(source: Source, at: int) -> int:
 
 
 def count_zeros(source: Source, at: int) -> int:
-    """How many bytes from a position on are zero."""
+    """Returns the number of zeros from a position on."""
     start = at
     while block := source.read(at, _BLOCK):
         rest = block.lstrip(b"\0")

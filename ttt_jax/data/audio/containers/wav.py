@@ -1,18 +1,17 @@
-"""Wav files (RIFF, RIFX, RF64, BW64): where the sound begins and ends, whatever the header says.
+"""Wav files (RIFF, RIFX, RF64, BW64): the true beginning and end of the sound.
 
-The size S of the data chunk is judged by the A bytes that follow its header:
+The size S of the data chunk is compared with the A bytes that follow its header. Every correction is logged.
 
 - S <= A, and behind S bytes the file ends, or there are chunks, tags or another wav file: S is true.
-- S > A is the mark of a writer that could not come back to the header (a pipe, a crash) where it is within 64 KiB of 2**32
-  or about 2**31, or where the header states none: all A bytes are sound, and that is said. Any other S > A is refused: nothing
-  tells a broken copy from a wrong header.
-- S = 0 with other bytes behind it: as such a mark.
-- A is larger than S by 2**32 or more: S was counted in 32 bits; the multiples of 2**32 are added, and that is said.
-- 0 < S < A and the size of the whole (the RIFF field) does not end where S does: the data size is wrong; the sound goes on to the
-  end of the RIFF chunk, or of the file, and that is said. So do zeros behind it: they are silence. If both sizes agree, zeros are
-  padding, and what else follows is stray: left out with a warning where it is less than 1 KiB, refused otherwise.
+- S > A, and S is within 64 KiB of 2**32 or 2**31, or missing: the mark of a writer that could not go back to the header
+  (a pipe, a crash). All A bytes are sound. Any other S > A is refused: the copy may be broken.
+- S = 0 with other bytes behind it: such a mark too.
+- A exceeds S by 2**32 or more: S was counted in 32 bits; the multiples of 2**32 are added.
+- 0 < S < A, and the size of the whole (the RIFF field) does not end where S does: S is wrong. The sound goes on to the
+  end of the RIFF chunk, or of the file; zeros there are silence. If both sizes agree, zeros are padding, and other
+  bytes are stray: less than 1 KiB is ignored with a warning, more is refused.
 
-Chunks of metadata are passed over. A second data chunk, and 1 KiB or more in chunks that are not known, may be sound: refused.
+Chunks of metadata are skipped. A second data chunk, or 1 KiB or more in unknown chunks, may be sound: refused.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from ttt_jax.errors import InputError
 _OPEN = 0xFFFFFFFF
 _NEAR = 1 << 16  # sizes this near 2**32 or 2**31 are marks: writers subtract headers, or round down to their blocks
 _CHUNKS = 1000  # no header has more chunks
-_KNOWN = (  # chunks that hold no sound: a cut in one costs none
+_KNOWN = (  # chunks without sound: a cut in one loses none
     *(b"LIST", b"list", b"id3 ", b"ID3 ", b"bext", b"iXML", b"PEAK", b"fact", b"cue ", b"smpl", b"inst", b"JUNK"),
     *(b"junk", b"PAD ", b"_PMX", b"LGWV", b"acid", b"plst", b"afsp", b"DISP", b"axml", b"chna", b"umid", b"FLLR"),
     *(b"levl", b"cart", b"ds64", b"r64m", b"aXML", b"sxml", b"dbmd", b"MD5 ", b"mext", b"qlty", b"link", b"ovwf"),
@@ -36,12 +35,10 @@ _KNOWN = (  # chunks that hold no sound: a cut in one costs none
     *(b"strc", b"basc", b"trns", b"cate", b"CSET", b"IDIT", b"clm ", b"wamd", b"guan"),
 )
 _TAGS = (b"TAG", b"APETAGEX", b"ID3\x03", b"ID3\x04")
-_TAIL = 1 << 16  # bytes at the end in which chunks are looked for behind sound whose size is wrong
+_TAIL = 1 << 16  # bytes at the end that are searched for chunks behind sound of wrong size
 _PLAIN = (1, 3, 6, 7)  # codec numbers with samples of fixed size: PCM, float, A-law, mu-law
-_ADPCM = (2, 0x11, 0x31)  # codecs with blocks of a number of samples that the header states: Microsoft's, IMA's, GSM
-_NOT_STATED = (
-    16000  # bytes a second that ffmpeg writes for all ADPCM: its default of 128 kbit/s, which these do not have
-)
+_ADPCM = (2, 0x11, 0x31)  # codecs whose blocks have a number of samples in the header: Microsoft's, IMA's, GSM
+_NOT_STATED = 16000  # bytes a second that ffmpeg writes for any ADPCM
 _MPEG = (0x50, 0x55)
 _ROUNDED = 0.02  # share by which encoders round the bytes a second
 _EXTENSIBLE = 0xFFFE
@@ -52,19 +49,19 @@ _LARGEST = 0xFFFF0000  # bytes of sound above which the header must be that of a
 class _Header:
     order: str  # of the bytes in numbers, as in struct
     format: bytes  # content of the fmt chunk
-    whole: int | None  # where the RIFF chunk ends by its size; None: not stated
+    whole: int | None  # end of the RIFF chunk by its size; None if not stated
     start: int  # of the sound
-    size: int | None  # of the data chunk; None: not stated
+    size: int | None  # of the data chunk; None if not stated
 
 
 def begins(source: Source, at: int) -> bool:
-    """Whether a wav file begins at a position."""
+    """Returns whether a wav file begins at a position."""
     head = source.read(at, 12)
     return head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:] == b"WAVE"
 
 
 def find_parts(source: Source, at: int) -> list[Part]:
-    """The wav files that stand one behind the other from `at` on.
+    """Returns the wav files, one behind the other, from `at` on.
 
     Raises:
         InputError: the file is cut off or damaged, or states no channel.
@@ -131,7 +128,7 @@ def _is_mark(size: int) -> bool:
 
 
 def _end(source: Source, header: _Header) -> tuple[int, int]:
-    """Where the sound ends, and where the search for what follows goes on."""
+    """Returns the end of the sound, and the position from which to look for another file."""
     start, size = header.start, header.size
     there = source.size - start
     if size is None or (size > there and _is_mark(size)):
@@ -160,8 +157,9 @@ def _end(source: Source, header: _Header) -> tuple[int, int]:
 
 def _wrong_size(source: Source, size: int, there: int) -> InputError:
     return InputError(
-        f"{source.path} is cut off or damaged (its header states {size} bytes of sound, {there} are there): copy the file"
-        f" again or, if the sound is whole, write it anew, for example by {conversion(source.path, '-ignore_length 1 ')}."
+        f"{source.path} is cut off or damaged (its header states {size} bytes of sound, {there} are there): copy the"
+        " file again or, if the sound is whole, write it anew, for example by"
+        f" {conversion(source.path, '-ignore_length 1 ')}."
     )
 
 
@@ -170,7 +168,7 @@ def _unknown_chunk(source: Source, name: bytes, length: int, at: int) -> InputEr
 
 
 def _mended(source: Source, header: _Header, limit: int) -> tuple[int, int]:
-    """The end of sound whose size is wrong or not stated: the next wav header, chunks or a tag at the end, or `limit`."""
+    """Returns the end of sound of unknown size: the next wav header, chunks or a tag at the end, or `limit`."""
     start, end = header.start, limit
     at = start
     while (found := source.find(b"WAVEfmt ", at)) >= 0:
@@ -185,7 +183,7 @@ def _mended(source: Source, header: _Header, limit: int) -> tuple[int, int]:
 
 
 def _before_chunks(source: Source, start: int, end: int) -> int:
-    """Where the chunks or tags begin that stand at the end of the sound, if any that are known do."""
+    """Returns the position of known chunks or tags at the end of the sound, else `end`."""
     begin = max(start, end - _TAIL)
     tail = source.read(begin, end - begin)
     bounded = dataclasses.replace(source, size=end)
@@ -198,7 +196,7 @@ def _before_chunks(source: Source, start: int, end: int) -> int:
 
 
 def _fits(source: Source, at: int) -> bool:
-    """Whether a chunk or tag at a position is as long as it says, rather than cut by the end."""
+    """Returns whether the chunk or tag at a position is whole, not cut by the end."""
     header = source.read(at, 8)
     if header[:4] not in _KNOWN:
         return header[:3] != b"TAG" or source.size - at == 128
@@ -206,7 +204,7 @@ def _fits(source: Source, at: int) -> bool:
 
 
 def _after(source: Source, start: int, size: int) -> int | None:
-    """Where the chunks behind `size` bytes of sound end; None: what stands there shows that the size is wrong."""
+    """Returns the end of the chunks behind `size` bytes of sound; None if the bytes there prove the size wrong."""
     for at in dict.fromkeys((start + size + size % 2, start + size)):  # some writers leave out the padding
         after = _skip_chunks(source, at)
         behind = skip_tags(source, after)
@@ -219,7 +217,7 @@ def _after(source: Source, start: int, size: int) -> int | None:
 
 
 def _skip_chunks(source: Source, at: int) -> int:
-    """Where the chunks end that begin at a position.
+    """Returns the end of the chunks that begin at a position.
 
     Raises:
         InputError: one of them is, or may be, sound.
@@ -230,7 +228,7 @@ def _skip_chunks(source: Source, at: int) -> int:
         name = header[:4]
         if len(header) < 8 or name in (b"RIFF", b"RIFX", b"RF64", b"BW64"):
             return at
-        # The byte order of a chunk behind the sound is that of the file; a wrong one gives a length that does not fit.
+        # A length in the wrong byte order does not fit the file.
         lengths = [int.from_bytes(header[4:], order) for order in ("little", "big")]
         fits = [length for length in lengths if at + 8 + length <= source.size]
         rest = source.size - at - 8
@@ -252,7 +250,7 @@ def _skip_chunks(source: Source, at: int) -> int:
 
 
 def _parts(source: Source, header: _Header, end: int) -> list[Part]:
-    """The sound with a header whose sizes are true; frames of MPEG audio as they are."""
+    """Returns the sound with a header of true sizes; MPEG audio without."""
     order, form, start = header.order, header.format, header.start
     codec, _, _, _, block = struct.unpack(order + "HHIIH", form[:14])
     if codec in _MPEG:
@@ -267,7 +265,7 @@ def _parts(source: Source, header: _Header, end: int) -> list[Part]:
     _check_rate(source, form, order, codec)
     if codec in _PLAIN:
         if block == 0:
-            raise source.cut_off("its header says that a sample has 0 bytes")
+            raise source.cut_off("its header states 0 bytes for a sample")
         samples = size // block
         size = samples * block
     chunks = b"fmt " + struct.pack(order + "I", len(form)) + form + bytes(len(form) % 2)
@@ -284,7 +282,7 @@ def _parts(source: Source, header: _Header, end: int) -> list[Part]:
 
 
 def _check_rate(source: Source, form: bytes, order: str, codec: int) -> None:
-    """Warn if the bytes a second that a header states are not those of its rate and its blocks."""
+    """Warns if the header's bytes a second contradict its rate and block size."""
     rate, per_second, block = struct.unpack(order + "IIH", form[4:14])
     samples = 1
     if codec in _ADPCM and len(form) >= 20:
@@ -295,6 +293,6 @@ def _check_rate(source: Source, form: bytes, order: str, codec: int) -> None:
         return
     if abs(per_second * samples - rate * block) > _ROUNDED * rate * block:
         source.warn(
-            f"states {per_second} bytes a second in its header, which does not fit its {rate} Hz and {block} bytes for each"
-            f" {'sample' if samples == 1 else f'{samples} samples'}: it is read at {rate} Hz"
+            f"states {per_second} bytes a second in its header, which does not fit its {rate} Hz and {block} bytes for"
+            f" each {'sample' if samples == 1 else f'{samples} samples'}: it is read at {rate} Hz"
         )

@@ -1,0 +1,1 @@
+"""`python -m eval check-state`: whether the fast weights of a checkpoint persist from frame to frame."""

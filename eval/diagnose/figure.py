@@ -1,0 +1,93 @@
+"""The figure of `python -m eval diagnose`. Imports no jax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.diagnose.records import Record, names
+from eval.streaming.plots import KINDS, save
+
+NAME = "diagnose"
+FILES = tuple(f"{NAME}.{kind}" for kind in KINDS)
+PANELS = {
+    "stream_norm": "norm of stream after attention",
+    "ttt_norm": "norm of TTT output, before the gate",
+    "combined_norm": "norm of stream + gated TTT",
+    "ttt_to_stream": "TTT / stream",
+    "gated_to_stream": "gated TTT / stream",
+    "gate_mean_abs": "mean |tanh(alpha)|",
+    "cosine_stream_ttt": "cosine stream, TTT",
+    "cosine_stream_combined": "cosine stream, combined",
+    "cosine_ttt_combined": "cosine TTT, combined",
+    "stream_change_relative": "change of stream, relative",
+    "ttt_change_relative": "change of TTT, relative",
+    "ttt_near_zero_percent": "TTT channels near zero, %",
+    "displacement_to_base": "displacement / base",
+    "loss_before": "inner loss before the frame",
+    "memory": "inner loss: base minus before",
+}
+COLUMNS = 3
+STYLES = ("-", "--")
+COLOURS = ("#1b6ca8", "#d1495b", "#edae49", "#4c956c", "#7d5ba6", "#7d8597")
+
+
+def write_figures(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Draws the records over time as diagnose.png and diagnose.pdf; returns the paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    return save(draw(records), folder, NAME)
+
+
+def draw(records: Sequence[Record]) -> Any:
+    """Returns a figure with a panel for each of `PANELS`, a colour for each layer, a line style for each checkpoint."""
+    from matplotlib import pyplot as plt
+
+    rows = -(-len(PANELS) // COLUMNS)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(12, 2.3 * rows + 0.9), sharex=True, layout="constrained")
+    layers, checkpoints = sorted({record["layer"] for record in records}), names(records)
+    colours = COLOURS if len(layers) <= len(COLOURS) else plt.get_cmap("viridis")(np.linspace(0, 0.95, len(layers)))
+    curves = {
+        (layer, checkpoint): [r for r in records if (r["layer"], r["checkpoint"]) == (layer, checkpoint)]
+        for layer in layers
+        for checkpoint in checkpoints
+    }
+    lines = {}
+    for axis, (name, title) in zip(axes.flat, PANELS.items(), strict=True):
+        for (layer, checkpoint), curve in curves.items():
+            if curve:
+                label = f"{checkpoint}, layer {layer}"
+                (lines[label],) = axis.plot(
+                    [record["seconds"] for record in curve],
+                    [_value(record, name) for record in curve],
+                    color=colours[layers.index(layer)],
+                    ls=STYLES[checkpoints.index(checkpoint)],
+                    marker="o" if len(curve) < 40 else None,
+                    markersize=3,
+                    lw=1.4,
+                )
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.25)
+        axis.tick_params(labelsize=8)
+        axis.ticklabel_format(axis="y", useOffset=False)
+        axis.margins(y=0.12)
+        bottom, top = axis.get_ylim()
+        if not name.startswith("cosine") and bottom > 0:  # sizes start at 0, so that small changes look small
+            axis.set_ylim(0, max(top, 1.05 * axis.dataLim.ymax))
+    for axis in axes[-1]:
+        axis.set_xlabel("seconds of speech", fontsize=9)
+    columns = max(1, min(len(layers), 4, 160 // (8 + max(map(len, lines)))))  # a column a layer where they fit
+    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
+    return figure
+
+
+def _value(record: Record, name: str) -> float:
+    """Returns the value to draw; NaN, a gap, where it is undefined."""
+    if name == "memory":
+        parts = record["loss_base"], record["loss_before"]
+        return np.nan if None in parts else parts[0] - parts[1]
+    return np.nan if record[name] is None else record[name]

@@ -1,0 +1,224 @@
+"""`python -m eval prepare` on bad input: what is left out, and errors of one sentence."""
+
+import json
+import re
+import types
+
+import numpy as np
+import pytest
+import soundfile
+
+from tests.helpers.recordings import CODEC, RATE, babble, librilight, lines_of, record, run, stems
+from ttt_jax.codec import load_codec
+from ttt_jax.data import encode
+from ttt_jax.data.manifest import Entry
+from ttt_jax.errors import InputError
+from ttt_jax.utils import command
+
+
+def damage(path, kind):
+    """Makes the recording at `path` bad; returns a part of the error."""
+    content = path.read_bytes()
+    if kind == "text":
+        path.write_text("no audio")
+        return "is not audio"
+    if kind == "empty":
+        path.write_bytes(b"")
+        return "is an empty file"
+    if kind == "cut off":
+        path.write_bytes(content[: len(content) // 2])
+        return "is cut off"
+    if kind == "short":
+        soundfile.write(path, babble(1.0)[:1000], RATE)
+        return "lasts 0.062 s, less than one frame of 0.080 s"
+    if kind == "channels":
+        record(path, channels=3)
+        return "has 3 channels"
+    if kind == "nan":
+        samples = babble(1.0)
+        samples[700] = np.nan
+        soundfile.write(path, samples, RATE, subtype="FLOAT")
+        return "holds NaN or infinity"
+    words = {"alignment": '{"alignments": [["yes", [0.5, 9.0], "SPEAKER_MAIN"]]}', "json": "{"}[kind]
+    path.with_suffix(".json").write_text(words)
+    return {"alignment": "does not match its audio of 1.00 s", "json": "is not JSON"}[kind]
+
+
+KINDS = ("text", "empty", "cut off", "short", "channels", "nan", "alignment", "json")
+
+
+def test_bad_files_among_good_ones_are_named_and_left_out(tmp_path, capsys):
+    for index, _ in enumerate(KINDS):
+        record(tmp_path / "in" / f"bad{index}.wav")
+    messages = [damage(tmp_path / "in" / f"bad{index}.wav", kind) for index, kind in enumerate(KINDS)]
+    for name in ("a", "z"):
+        record(tmp_path / "in" / f"{name}.wav")
+    assert run(tmp_path / "in", "--out", tmp_path / "out") == command.PARTIAL == 3
+    shown = capsys.readouterr()
+    assert stems(tmp_path / "out") == [["a"], ["z"]]
+    lines = [line for line in re.split(r"[\r\n]", shown.err) if line.startswith("skipped")]
+    assert len(lines) == len(KINDS)
+    for index, (line, what) in enumerate(zip(lines, messages, strict=True)):
+        assert f"bad{index}." in line
+        assert what in line
+    assert "2 code files of 2 recordings, 0.00 hours of audio; 0 encoded before, the others at " in shown.out
+    assert f"{len(KINDS)} recordings skipped" in shown.out
+    assert f"manifest: {tmp_path / 'out' / 'manifest.jsonl'}" in shown.out
+    assert f"python -m eval stream RUN --data {tmp_path / 'out'}" in shown.out
+    assert len(list((tmp_path / "out").rglob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_bad_file_ends_in_its_sentence(tmp_path, capsys, kind):
+    path = record(tmp_path / "bad.wav")
+    message = damage(path, kind)
+    assert run(path, "--out", tmp_path / "out") == command.BAD_INPUT
+    error = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.startswith("error: ")]
+    assert len(error) == 1
+    assert "bad." in error[0]
+    assert message in error[0]
+    assert not (tmp_path / "out" / "manifest.jsonl").exists()
+
+
+def test_words_without_tokens_name_their_file(tmp_path):
+    path = record(tmp_path / "a.wav", words=[["yes", [0.3, 0.5], "SPEAKER_MAIN"]])
+    mute = types.SimpleNamespace(cardinality=9, digest="m", encode=lambda word: [])
+    with pytest.raises(InputError, match=r"a\.json: the text tokenizer has no"):
+        encode.Encoder(CODEC, mute).encode(Entry(path, 1.0, path.with_suffix(".json")))
+
+
+def test_a_stream_with_a_bad_recording_is_left_out_whole(tmp_path, capsys):
+    tree = librilight(tmp_path / "small", "9/a/c_1", "9/b/c_1", "9/b/c_2")
+    damage(tree / "9/b/c_2.flac", "text")
+    assert run(tree, "--out", tmp_path / "out", "--join") == command.PARTIAL
+    assert [entry["group"] for entry in lines_of(tmp_path / "out")] == ["9/a"]
+    err = capsys.readouterr().err
+    assert "skipped the stream 9/b: " in err
+    assert "c_2.flac is not audio" in err
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_a_book_without_chapters_among_others_is_reported_and_left_out(tmp_path, capsys, join):
+    tree = librilight(tmp_path / "small", "9/a/c_1", "9/z/c_1")
+    (tree / "9" / "empty").mkdir()
+    args = (tree, tree / "9", "--out", tmp_path / "out", *(["--join"] if join else []))
+    assert run(*args) == command.PARTIAL
+    shown = capsys.readouterr()
+    assert [entry["group"] for entry in lines_of(tmp_path / "out")] == ["9/a", "9/z"]
+    lines = [line for line in re.split(r"[\r\n]", shown.err) if line.startswith("skipped")]
+    assert lines == [
+        f"skipped: {tree / '9' / 'empty'} is a book without chapters (it holds no audio): complete the download,"
+        " remove the folder or give --layout folder."
+    ]
+    assert "2 code files of 2 recordings" in shown.out
+    assert "; 1 recording skipped" in shown.out
+
+
+def test_nothing_usable_at_all_is_an_error(tmp_path, capsys):
+    for name in "ab":
+        damage(record(tmp_path / "in" / f"{name}.wav"), "empty")
+    assert run(tmp_path / "in", "--out", tmp_path / "out") == command.BAD_INPUT
+    assert "none of 2 recordings could be encoded" in capsys.readouterr().err
+
+
+def test_a_duration_that_the_manifest_states_wrongly_is_reported(tmp_path, capsys):
+    record(tmp_path / "a.wav")
+    (tmp_path / "m.jsonl").write_text(json.dumps({"path": "a.wav", "duration": 5.0}))
+    assert run(tmp_path / "m.jsonl", "--out", tmp_path / "out") == command.BAD_INPUT
+    assert "a.wav lasts 1.00 s but its manifest says 5.00 s" in capsys.readouterr().err
+
+
+def manifest_of_garbage(folder):
+    (folder / "m.jsonl").write_text('{"path": "a.wav", "duration": 1.0}\n{"path"\n')
+    return [folder / "m.jsonl"]
+
+
+def book_without_chapters(folder):
+    (folder / "ll" / "9" / "empty").mkdir(parents=True)
+    return [folder / "ll", folder / "ll" / "9", "--layout", "librilight"]
+
+
+def books_without_chapters(folder):
+    (folder / "ll" / "9" / "another").mkdir(parents=True)
+    return book_without_chapters(folder)
+
+
+def folder_without_audio(folder):
+    (folder / "docs").mkdir()
+    (folder / "docs" / "a.txt").write_text("text")
+    return [folder / "docs"]
+
+
+def file_for_folder(folder):
+    (folder / "taken").write_text("a file")
+    return [folder / "a.wav", "--out", folder / "taken" / "out"]
+
+
+def foreign_manifest(folder):
+    (folder / "data").mkdir()
+    (folder / "data" / "manifest.jsonl").write_text("{}")
+    return [folder / "a.wav", "--out", folder / "data"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: [folder / "nowhere"], "nowhere does not exist: give an audio file, a folder"),
+        (manifest_of_garbage, "m.jsonl line 2 is not JSON"),
+        (book_without_chapters, "9/empty is a book without chapters (it holds no audio)"),
+        (books_without_chapters, "none of 2 recordings or books can be used, for one: "),
+        (folder_without_audio, "docs holds no audio (.wav"),
+        (
+            lambda folder: [folder / "a.wav", "--layout", "librilight"],
+            "a.wav is a file, but layout librilight is one of",
+        ),
+        (file_for_folder, "taken/out cannot be made or used (Not a directory): give another folder"),
+        (foreign_manifest, "data holds a manifest.jsonl that is not from `prepare`"),
+        (lambda folder: [folder / "a.wav", "--codec", "mimi"], "codec 'mimi' is not available"),
+        (lambda folder: [folder / "a.wav", "--tokenizer", folder / "no.model"], "no.model cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_makes_nothing(tmp_path, capsys, make, message):
+    record(tmp_path / "a.wav")
+    args = make(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    assert run("--out", tmp_path / "out", *args) == command.BAD_INPUT
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_another_codec_or_another_choice_of_joining_needs_another_folder(tmp_path, capsys):
+    path, out = record(tmp_path / "a.wav"), tmp_path / "out"
+    assert run(path, "--out", out) == 0
+    line = lines_of(out)
+    other = load_codec()
+    other.tensors["mean"] = other.tensors["mean"] + 1
+    other.save(tmp_path / "other.safetensors")
+    digest = load_codec(tmp_path / "other.safetensors").digest
+    assert run(path, "--out", out, "--codec", tmp_path / "other.safetensors") == command.BAD_INPUT
+    err = capsys.readouterr().err
+    assert CODEC.digest in err
+    assert digest in err
+    assert run(path, "--out", out, "--join") == command.BAD_INPUT
+    assert "was prepared without --join" in capsys.readouterr().err
+    assert lines_of(out) == line
+
+
+@pytest.mark.parametrize("out", ["out", "new/deep/out"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_run_that_made_nothing_leaves_nothing_and_does_not_bind_the_next(tmp_path, out, there):
+    folder = tmp_path / out
+    bad, good = record(tmp_path / "other" / "bad.wav"), record(tmp_path / "good.wav")
+    damage(bad, "text")
+    if there:
+        folder.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    assert run(bad, "--out", folder) == command.BAD_INPUT
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run(good, "--out", folder, "--join") == 0
+    assert run(bad, "--out", folder, "--join") == command.BAD_INPUT
+    assert len(lines_of(folder)) == 1
+    assert run(good, "--out", folder) == command.BAD_INPUT  # now the choice holds

@@ -1,0 +1,37 @@
+"""Made-up experiments of `python -m eval compare` with known effects."""
+
+import numpy as np
+
+from eval.compare.experiment import Condition, Experiment, Setting
+from eval.results.schema import CheckpointInfo, FileInfo
+
+CHUNK, FRAMES = 100, 860
+
+
+def made(effects, files=12, seeds=1, noise=0.01, seed=0, groups=None, reach=430, **setting):
+    """Losses under conditions whose difference from the first grows to `effects` (by arm) nats on average after the
+    first chunk.
+
+    The window ends at frame 150 and attention's reach at `reach`; the last file is short.
+    """
+    rng = np.random.default_rng(seed)
+    own = Setting(CHUNK, "equal", 150, reach, **setting)
+    lengths = [FRAMES] * (files - 1) + [520]
+    pieces = own.pieces(max(lengths))
+    weight = np.stack([np.diff(np.minimum(np.append(pieces, max(lengths)), length)) * 8.0 for length in lengths])
+    later = pieces >= CHUNK
+    base = rng.normal(3, 0.3, (1, files, 1)) + rng.normal(0, 0.05, (1, files, len(pieces)))
+    base = base + rng.normal(0, 0.02, (seeds, 1, 1))
+    arms = {"persist": 0.0} | effects
+    losses = {}
+    for arm, effect in arms.items():
+        apart = rng.normal(0, noise, (seeds, files, 1)) if effect or arm != "persist" else 0
+        losses[arm] = np.where(weight > 0, np.round(base + later * (effect + apart), 9), np.nan)
+    conditions = [Condition(arm, arm, tuple(f"run{i}" for i in range(seeds))) for arm in arms]
+    groups = groups or [f"file{i}" for i in range(files)]
+    found = [
+        FileInfo(f"file{i}", group, length, f"file{i}.npz")
+        for i, (group, length) in enumerate(zip(groups, lengths, strict=True))
+    ]
+    infos = [CheckpointInfo(name, (150, 150, 133), (1,), about={"step": 1}) for name in conditions[0].checkpoints]
+    return Experiment(own, conditions, found, weight, losses, checkpoints=infos)

@@ -1,0 +1,170 @@
+"""A recording to codes: audio to the codes of both streams, alignments to the text row. Imports no jax.
+
+Training, `python -m eval prepare` and evaluation all encode audio here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from ttt_jax.codec import Codec, CodecInfo
+from ttt_jax.data.alignments import MAIN_SPEAKER, Kind, Word, read_beside
+from ttt_jax.data.audio.reader import read_blocks
+from ttt_jax.data.manifest import Entry, check_duration
+from ttt_jax.data.text import ABSENT, Text, Tokenizer, TokenizerInfo, read_text
+from ttt_jax.errors import InputError
+
+Voice = Literal["moshi", "user"]
+"""The stream of the left or only channel."""
+_BLOCK = 256  # frames of silence encoded at a time; bounds memory
+
+log = logging.getLogger("ttt_jax")
+
+
+class Encoded(NamedTuple):
+    """The codes of a recording."""
+
+    codes: np.ndarray
+    """int32 [2 * num_codebooks, T]: Moshi's stream, then the user's."""
+    text: np.ndarray | None
+    """Moshi's text, int32 [T]; None if it is not known."""
+    seconds: float
+    """Length of the audio."""
+
+    @property
+    def frames(self) -> np.ndarray:
+        """Text, Moshi's stream and the user's, int32 [1 + 2 * num_codebooks, T]; text that is not known is -1."""
+        return join_rows(self.text, self.codes)
+
+
+class Encoder:
+    """Encodes recordings with one codec and one tokenizer.
+
+    Args:
+        codec: encodes each channel, from a fresh state for every recording.
+        tokenizer: gives the text row where there are alignments.
+        voice: the stream of the left or only channel; the right channel is the other stream, silence if there is none.
+    """
+
+    def __init__(self, codec: Codec | CodecInfo, tokenizer: Tokenizer | TokenizerInfo, voice: Voice = "moshi") -> None:
+        self.codec, self.tokenizer, self.voice = codec, tokenizer, voice
+        self._silence: np.ndarray | None = None
+        self._silence_state: Any = None
+
+    def encode(
+        self, entry: Entry, watch: Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]] = lambda blocks: blocks
+    ) -> Encoded:
+        """Returns the codes of an audio file, read block by block; logs which of its words were dropped.
+
+        `watch` passes on the blocks of audio, float32 [channels, n] at the codec's rate. A duration of NaN in `entry`
+        agrees with any length.
+
+        Raises:
+            InputError: the audio is unusable, shorter than a frame or not as long as the entry states; or its
+                alignments are unusable. The message names the file.
+        """
+        codec, path = self.codec, entry.path
+        channels, num_samples = encode_blocks(watch(read_blocks(path, codec.sample_rate)), codec)
+        seconds = num_samples / codec.sample_rate
+        if num_samples < codec.frame_size:
+            raise InputError(
+                f"{path} lasts {seconds:.3f} s, less than one frame of {1 / codec.frame_rate:.3f} s: give a longer"
+                " recording or leave it out."
+            )
+        check_duration(entry, seconds)
+        num_frames, is_mono = channels[0].shape[1], len(channels) == 1
+        left, right = channels[0], self.silence(num_frames) if is_mono else channels[1]
+        text = self.text(entry, seconds, num_frames, is_mono)
+        warn(entry.alignment, text.notice)
+        return Encoded(np.concatenate([left, right] if self.voice == "moshi" else [right, left]), text.row, seconds)
+
+    def text(self, entry: Entry, seconds: float, num_frames: int, is_mono: bool = False) -> Text:
+        """Returns the text row of Moshi's stream, [num_frames], for `seconds` of audio; in mono the right channel is
+        silent.
+
+        Raises:
+            InputError: the alignments are unusable, or there is no tokenizer for their words.
+        """
+        if entry.alignment is None:
+            return Text(None, None)
+        if isinstance(self.tokenizer, TokenizerInfo) and read_beside(entry.alignment)[0] is Kind.ALIGNMENTS:
+            raise InputError(
+                f"{entry.alignment} has the words of {entry.path.name}, but data.codec='files' brings no tokenizer for"
+                " them: give data.tokenizer, or remove the words."
+            )
+
+        def is_moshis(word: Word) -> bool:
+            is_left = word.speaker == MAIN_SPEAKER
+            return is_left if self.voice == "moshi" else not (is_left or is_mono)
+
+        return read_text(entry.alignment, seconds, num_frames, self.tokenizer, self.codec.frame_rate, is_moshis)
+
+    def silence(self, num_frames: int) -> np.ndarray:
+        """Returns the codes of silence, int32 [num_codebooks, num_frames], equal to `codec.encode` of zeros."""
+        codec = self.codec
+        if self._silence is None:
+            self._silence = np.empty((codec.num_codebooks, 0), np.int32)
+            self._silence_state = codec.init_state()
+        pieces = [self._silence]
+        for start in range(self._silence.shape[1], num_frames, _BLOCK):
+            zeros = np.zeros(min(num_frames - start, _BLOCK) * codec.frame_size, np.float32)
+            codes, self._silence_state = codec.encode_step(zeros, self._silence_state)
+            pieces.append(codes)
+        self._silence = np.concatenate(pieces, axis=1)
+        return self._silence[:, :num_frames]
+
+
+def encode_blocks(blocks: Iterable[np.ndarray], codec: Codec) -> tuple[list[np.ndarray], int]:
+    """Encodes blocks of audio, float32 [channels, n], any n, at the codec's rate.
+
+    Returns for each channel int32 [num_codebooks, T], T = ceil(samples / frame_size), equal to `codec.encode` of the
+    whole; and the number of samples.
+    """
+    size, num_samples = codec.frame_size, 0
+    rest: np.ndarray | None = None
+    states: list[Any] = []
+    codes: list[list[np.ndarray]] = []
+
+    def step(audio: np.ndarray) -> None:
+        for channel, samples in enumerate(audio):
+            block_codes, states[channel] = codec.encode_step(samples, states[channel])
+            codes[channel].append(block_codes)
+
+    for block in blocks:
+        if rest is None:
+            rest, states, codes = block[:, :0], [codec.init_state() for _ in block], [[] for _ in block]
+        num_samples += block.shape[1]
+        joined = np.concatenate([rest, block], axis=1)
+        whole = joined.shape[1] // size * size
+        rest = joined[:, whole:].copy()  # a view would keep the block in memory
+        if whole:
+            step(joined[:, :whole])
+    if rest is not None and rest.shape[1]:
+        step(np.pad(rest, ((0, 0), (0, size - rest.shape[1]))))
+    empty = np.empty((codec.num_codebooks, 0), np.int32)
+    return [np.concatenate([empty, *channel], axis=1) for channel in codes], num_samples
+
+
+def join_rows(text: np.ndarray | None, *codes: np.ndarray) -> np.ndarray:
+    """Returns a text row int32 [T], or -1 for None, above codes int [K, T]: int32 [1 + K, T]."""
+    row = np.full(codes[0].shape[1], ABSENT, np.int32) if text is None else text
+    return np.concatenate([row[None], *codes]).astype(np.int32)
+
+
+def warn(path: Path | None, notice: str | None) -> None:
+    """Logs `Text.notice` on the words in `path`, if there is one."""
+    if notice is not None:
+        log.warning("%s: %s", path, notice)
+
+
+def codec_missing(path: Path) -> InputError:
+    """Returns the error for audio where the codec is known by code files only."""
+    return InputError(
+        f"{path} is audio, but data.codec='files' reads code files only: make codes of it with the codec of the other"
+        " files (docs/data.md), or give data.codec the codec itself."
+    )
