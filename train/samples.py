@@ -103,7 +103,7 @@ class Sampler:
         mask = np.ones((rows, heard.shape[2]), bool)
         weights = generate.streaming_params(params, cfg)
         own, _ = generate.generate(weights, jnp.asarray(heard), jnp.asarray(mask), state, cfg, first_frame="once")
-        return np.asarray(moshi)[:, :, cfg.max_delay :]  # the first calls complete frames of the prompt
+        return np.asarray(own)[:, :, cfg.max_delay :]  # the first calls complete frames of the prompt
 
     def _write(self, path: Path, tokens: np.ndarray, joint: int) -> None:
         """The files of one sample: int32 [K, T], generated from frame `joint` on."""
