@@ -132,7 +132,7 @@ def _stream(options: Options) -> int:
     """Streams the files through the checkpoints, stores the losses, and compares; returns the exit code."""
     from eval.compare.bounds import task_bounds
     from eval.compare.conditions import ARMS, conditions, parse
-    from eval.compare.experiment import Experiment, setting_of
+    from eval.compare.experiment import plan
     from eval.compare.losses import collect
     from eval.inputs import checkpoints as loading
     from eval.inputs import evaluation_set
@@ -147,15 +147,16 @@ def _stream(options: Options) -> int:
     infos = [checkpoint_info(checkpoint, brief=True) for checkpoint in checkpoints]
     compared = conditions(given, dict(zip(paths, infos, strict=True)))
     files, skipped, _ = evaluation_set.load(options.data, checkpoints, options.frames)
-    setting = setting_of(
+    experiment = plan(
+        compared,
         infos,
         file_infos(files),
+        skipped,
         chunk=options.reset_every or checkpoints[0].chunk or RESET_EVERY,
         weighting=options.weighting,
         about={"data": options.data, "codec": files[0].codec},
         **options.rule,
     )
-    experiment = Experiment(setting, compared, infos, file_infos(files), skipped)
     folder = folders.find(options.out, "compare", paths[0], options.data)
     folders.make(folder)
     replaced(folder, experiment)  # errors are reported before the work
@@ -167,7 +168,7 @@ def _stream(options: Options) -> int:
     }
     with folders.staged(folder) as new:
         outcome = score_files(
-            checkpoints, files, arms, new, reset_every=setting.chunk, batch=options.batch, losses_only=True
+            checkpoints, files, arms, new, reset_every=experiment.setting.chunk, batch=options.batch, losses_only=True
         )
         scored = [file for file in files if file.name not in outcome.failed]
         experiment = dataclasses.replace(
@@ -175,7 +176,7 @@ def _stream(options: Options) -> int:
             files=[info for info in experiment.files if info.name not in outcome.failed],
             skipped=[*skipped, *(Skipped(name, reason) for name, reason in outcome.failed.items())],
         )
-        experiment = collect(new, experiment, task_bounds(options.data, scored, setting, infos))
+        experiment = collect(new, experiment, task_bounds(experiment, scored))
         spent = cost() | {"seconds": round(time.perf_counter() - began, 1)}
         code = _finish(experiment, {"evaluated_with": machine(), "cost": spent}, folder, new)
     print(f"took {spent['seconds']:.0f} s and at most {spent['peak_gigabytes']:.1f} GB of memory")
@@ -186,31 +187,33 @@ def _from_scores(options: Options) -> int:
     """Compares scores that an evaluation has stored; returns the exit code."""
     from eval.compare import stored
     from eval.compare.bounds import stored_tokens, task_bounds
-    from eval.compare.experiment import Experiment, setting_of
+    from eval.compare.conditions import Given, conditions, parse
+    from eval.compare.experiment import plan
     from eval.compare.losses import collect
 
     source = local(options.scores)
     evaluation = stored.read(source)
-    data, files = evaluation.about["data"], evaluation.files
-    compared = stored.conditions(evaluation, options.conditions, source)
+    known, data = evaluation.checkpoints, evaluation.about["data"]
+    given = [parse(text, known) for text in options.conditions] or [Given(None, (name,), None) for name in known]
+    compared = conditions(given, known, evaluation.arms)
     names = dict.fromkeys(name for condition in compared for name in condition.checkpoints)
-    infos = [evaluation.checkpoints[name] for name in names]
-    setting = setting_of(
-        infos,
-        files,
+    experiment = plan(
+        compared,
+        [known[name] for name in names],
+        evaluation.files,
+        evaluation.skipped,
         chunk=evaluation.reset_every,
         weighting=options.weighting,
         about=evaluation.about | {"scores": str(source)},
         **options.rule,
     )
-    experiment = Experiment(setting, compared, infos, files, evaluation.skipped)
     beside = source.with_name("compare" + source.name.removeprefix("eval").removeprefix("compare"))
     folder = local(options.out) if options.out is not None else beside
     if os.path.realpath(folder) == os.path.realpath(source):
         raise InputError(f"--scores {source} is the folder of the results, too: give another folder by --out.")
     folders.make(folder)
     replaced(folder, experiment)
-    experiment = collect(source, experiment, task_bounds(data, stored_tokens(data, files), setting, infos))
+    experiment = collect(source, experiment, task_bounds(experiment, stored_tokens(data, evaluation.files)))
     with folders.staged(folder) as new:
         return _finish(experiment, evaluation.measured_with, folder, new)
 

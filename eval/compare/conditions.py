@@ -43,7 +43,11 @@ def parse(text: str, names: Collection[str] | None = None) -> Given:
         raise InputError(
             f"{text!r} names no checkpoint where one is expected: give [NAME=]CHECKPOINT[,CHECKPOINT...][@ARM]."
         )
-    return Given(name and printable(name), paths if names is not None else tuple(map(str, map(local, paths))), arm)
+    if names is None:
+        paths = tuple(str(local(path)) for path in paths)
+    elif unknown := next((path for path in paths if path not in names), None):
+        raise InputError(f"there are no scores of the checkpoint {unknown}: give some of {', '.join(names)}.")
+    return Given(name and printable(name), paths, arm)
 
 
 def _readings(text: str, known: Callable[[str], bool]) -> Iterator[Given]:
@@ -69,10 +73,17 @@ def _items(text: str, known: Callable[[str], bool]) -> tuple[str, ...]:
     return tuple(item if known(item) else item.strip() for item in items)
 
 
-def conditions(given: Sequence[Given], checkpoints: Mapping[str, CheckpointInfo]) -> list[Condition]:
-    """Returns the conditions that are given; `checkpoints` by path, with different names.
+def conditions(
+    given: Sequence[Given],
+    checkpoints: Mapping[str, CheckpointInfo],
+    stored: Mapping[str, Collection[str]] | None = None,
+) -> list[Condition]:
+    """Returns the conditions that are given.
 
-    Raises `InputError` if they cannot be compared.
+    Args:
+      checkpoints: by path, with different names; stored: arms by checkpoint, where stored scores are compared.
+
+    Raises `InputError` if they cannot be compared, or are not stored.
     """
     spread = []
     for condition in given:
@@ -82,7 +93,8 @@ def conditions(given: Sequence[Given], checkpoints: Mapping[str, CheckpointInfo]
         if plain and len(given) == 1:
             raise InputError(f"{plain[0]} has no TTT layers, so there is nothing to compare: give another condition.")
         if len(given) == 1 and condition.arm is None:
-            spread = [Given(condition.name and f"{condition.name} {arm}", condition.paths, arm) for arm in ARMS]
+            arms = [arm for arm in ARMS if stored is None or all(arm in stored[path] for path in condition.paths)]
+            spread = [Given(condition.name and f"{condition.name} {arm}", condition.paths, arm) for arm in arms]
         else:
             spread.append(condition._replace(arm=condition.arm or (WITHOUT_TTT if plain else "persist")))
     if len(spread) < 2:
@@ -103,5 +115,10 @@ def conditions(given: Sequence[Given], checkpoints: Mapping[str, CheckpointInfo]
             raise InputError(f"two conditions are called {name}: give them names (NAME=CHECKPOINT), or leave one out.")
         if len(set(names)) < len(names):
             raise InputError(f"{name} names one checkpoint twice: seeds are different runs, leave it out.")
+        if lacking := next((path for path in condition.paths if stored and condition.arm not in stored[path]), None):
+            raise InputError(
+                f"there are no scores of {lacking} under {condition.arm}, only under {', '.join(stored[lacking])}: run"
+                " python -m eval stream with that arm."
+            )
         named[name] = Condition(name, condition.arm, names)
     return list(named.values())

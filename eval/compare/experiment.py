@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,27 +64,6 @@ class Setting:
         """Returns the first frames of the pieces of files of at most `frames` frames, int [K]."""
         edges = {*range(0, frames, self.chunk), *(start for start, _ in self.regions.values())}
         return np.array(sorted(edge for edge in edges if edge < frames))
-
-
-def setting_of(
-    checkpoints: Sequence[CheckpointInfo], files: Sequence[FileInfo], *, chunk: int, **fields: Any
-) -> Setting:
-    """Returns the setting for these checkpoints; `fields` are further ones of `Setting`.
-
-    Raises `InputError` if no file is longer than a chunk.
-    """
-    if all(file.frames <= chunk for file in files):
-        raise InputError(
-            f"no file is longer than a chunk of {chunk} frames, so nothing is left to compare: give longer files or a"
-            " smaller --reset-every."
-        )
-    return Setting(
-        chunk=chunk,
-        window=max(info.context for info in checkpoints),
-        reach=max(info.reach for info in checkpoints),
-        dtype="bfloat16" if any(info.dtype == "bfloat16" for info in checkpoints) else "float32",
-        **fields,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +159,28 @@ class Experiment:
         """Returns which pieces lie in a span, bool [K]."""
         start, end = span
         return (self.pieces >= start) & (self.pieces < (math.inf if end is None else end))
+
+
+def plan(
+    conditions: list[Condition],
+    checkpoints: list[CheckpointInfo],
+    files: list[FileInfo],
+    skipped: list[Skipped],
+    **setting: Any,
+) -> Experiment:
+    """Returns the experiment on these files, without losses; `setting` are further fields of `Setting`.
+
+    Raises `InputError` if no file is longer than a chunk.
+    """
+    if all(file.frames <= setting["chunk"] for file in files):
+        raise InputError(
+            f"no file is longer than a chunk of {setting['chunk']} frames, so nothing is left to compare: give longer"
+            " files or a smaller --reset-every."
+        )
+    setting["window"] = max(info.context for info in checkpoints)
+    setting["reach"] = max(info.reach for info in checkpoints)
+    setting["dtype"] = "bfloat16" if any(info.dtype == "bfloat16" for info in checkpoints) else "float32"
+    return Experiment(Setting(**setting), conditions, checkpoints, files, skipped)
 
 
 def pooled(values: np.ndarray, weight: np.ndarray, used: np.ndarray) -> np.ndarray:

@@ -25,8 +25,8 @@ NOTES = (
     " are not independent. n counts units. Intervals are Student's t.",
     "p of t and of TOST are Holm-adjusted within a region, over the comparisons with the first condition. No clear"
     " difference is not equivalence: only TOST says that there is (nearly) none.",
-    "Units that would find the effect, or establish equivalence if there is no difference, have a power of 80 %,"
-    " two-sided at 0.05 for all comparisons together.",
+    "n: d_z and n: TOST are the units that would find the effect, or establish equivalence if there is no difference,"
+    " with a power of 80 %, two-sided at 0.05 for all comparisons together.",
     "A reset clears the fast weights, not attention's KV cache: for as long as attention reaches, it passes on what"
     " memory contributed before.",
     "Of several checkpoints (seeds), p-values of the combined difference speak of new files for these seeds; the row"
@@ -68,7 +68,7 @@ class Table(NamedTuple):
 
 def table(experiment: Experiment, analysis: Analysis) -> str:
     """Returns the results for a terminal; the verdicts are the last lines."""
-    tables = [_losses(experiment, analysis), *_gap(experiment, analysis), *_comparisons(experiment, analysis)]
+    tables = [_losses(experiment, analysis), *_comparisons(experiment, analysis)]
     head = [_head(experiment, analysis), *(f"{region}: {words}" for region, words in _regions(experiment).items())]
     verdicts = [_first_chunk(analysis), *_verdicts(experiment, analysis)]
     return "\n\n".join(["\n".join(head), *(table.aligned() for table in tables), "\n".join(verdicts)])
@@ -188,7 +188,7 @@ def _comparisons(experiment: Experiment, analysis: Analysis) -> list[Table]:
 def _compared(experiment: Experiment, analysis: Analysis, region: str) -> Table:
     first, setting = experiment.conditions[0].name, experiment.setting
     heads = [f"minus {first}", "n", "nats [95 %]", "% of loss", "d_z", "above 0", "p: t", "Holm"]
-    heads += [f"TOST {setting.margin:g}", "Holm", "90 % interval", "units: effect", "units: TOST"]
+    heads += [f"TOST {setting.margin:g}", "Holm", "90 % interval", "n: d_z", "n: TOST"]
     rows, verdicts = [], []
     for comparison in analysis.comparisons:
         compared = comparison.regions[region]

@@ -4,35 +4,27 @@ jax."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from eval.compare import results as compare_results
-from eval.compare.conditions import ARMS, Given, parse
-from eval.compare.conditions import conditions as conditions_of
-from eval.compare.experiment import Condition
+from eval.compare.conditions import ARMS
 from eval.results import schema
 from eval.results.schema import CheckpointInfo, FileInfo, Skipped
 from eval.streaming import results as stream_results
-from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
 
 
 class Evaluation(NamedTuple):
-    """A result folder's scores."""
+    """A result folder's scores: checkpoints and their arms by name, data and codec, versions and cost."""
 
     checkpoints: dict[str, CheckpointInfo]
-    """By name."""
     arms: dict[str, list[str]]
-    """By checkpoint: the arms that can be compared."""
     files: list[FileInfo]
     skipped: list[Skipped]
     reset_every: int
     about: dict[str, Any]
-    """Data and codec."""
     measured_with: dict[str, Any]
-    """Versions, device and cost."""
 
 
 def read(folder: Path) -> Evaluation:
@@ -63,30 +55,3 @@ def read(folder: Path) -> Evaluation:
         {name: results.setting.about.get(name) for name in ("data", "codec")},
         {name: content[name] for name in ("evaluated_with", "cost") if name in content},
     )
-
-
-def conditions(evaluation: Evaluation, texts: Sequence[str], folder: Path) -> list[Condition]:
-    """Returns the conditions that `texts` name; by default the arms of a single checkpoint, or all checkpoints.
-
-    Raises `InputError` if one is not stored or they cannot be compared.
-    """
-    known, stored_arms = evaluation.checkpoints, evaluation.arms
-    given = [parse(text, known) for text in texts] or [Given(None, (name,), None) for name in known]
-    for name in (name for condition in given for name in condition.paths):
-        if name not in known:
-            raise InputError(f"{folder} has no scores of the checkpoint {name}: give some of {', '.join(known)}.")
-    if len(given) == 1 and known[given[0].paths[0]].ttt_layers and given[0].arm is None:
-        (only,) = given
-        given = [
-            only._replace(arm=arm, name=only.name and f"{only.name} {arm}")
-            for arm in ARMS
-            if all(arm in stored_arms[name] for name in only.paths)
-        ]
-    compared = conditions_of(given, known)
-    for name, arm in ((name, condition.arm) for condition in compared for name in condition.checkpoints):
-        if arm not in stored_arms[name]:
-            raise InputError(
-                f"{folder} has no scores of {name} under {arm}, only under {', '.join(stored_arms[name])}: run python"
-                " -m eval stream with that arm."
-            )
-    return compared

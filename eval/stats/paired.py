@@ -6,11 +6,10 @@ condition minus the loss of the condition under test, so that d > 0 means that t
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -103,19 +102,12 @@ def spread(d: np.ndarray) -> float:
     return 0.0 if sd <= 1e-12 * float(np.abs(d).max()) else sd
 
 
-@contextlib.contextmanager
-def _equal_units() -> Iterator[None]:
-    """Silences SciPy's warnings about equal differences, whose statistics are right or replaced."""
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        yield
-
-
 def t_test(d: np.ndarray) -> np.ndarray:
     """Returns p of the two-sided paired t test, d [..., n] -> [...]; 1 if all d are 0, NaN of fewer than two units."""
     if d.shape[-1] < 2:
         return np.full(d.shape[:-1], np.nan)
-    with _equal_units():
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # warnings about equal differences
         return np.where((d == 0).all(-1), 1.0, stats.ttest_1samp(d, 0, axis=-1).pvalue)
 
 

@@ -72,10 +72,12 @@ def verdict(
             else "no file is so long, or has anything to score there"
         )
         return Verdict(UNDECIDED, f"{tested} against {other}: undecided, {why}.", math.inf)
-    means = np.array(seeds)
+    means, firm = np.array(seeds), len(seeds) >= FIRM
     clear = p < ALPHA and abs(comparison.mean) >= NOTHING
-    same = bool(p_equivalent < ALPHA) and _within(means, rule.margin)
-    if clear and _point(means, comparison.mean):
+    seeds_point = paired.t_test(means) < ALPHA if firm else (means * comparison.mean > 0).all()
+    seeds_lie_within = paired.equivalence(means, rule.margin).p < ALPHA if firm else (abs(means) < rule.margin).all()
+    same = bool(p_equivalent < ALPHA and seeds_lie_within)
+    if clear and seeds_point:
         kind, text = _clear(comparison, p, same, rule, names)
     elif same:
         within = f"the difference of {comparison.mean:+z.4f} nats lies within {rule.margin:g} either way"
@@ -91,16 +93,6 @@ def verdict(
         return _undecided(comparison, p, rule, names)
     equivalent = same and abs(comparison.mean) < rule.margin
     return Verdict(kind, text + _caveat(kind, equivalent, means, rule.margin), equivalent=equivalent)
-
-
-def _point(seeds: np.ndarray, mean: float) -> bool:
-    """Returns whether the seeds' means [n] show the direction of the whole."""
-    return bool((seeds * mean > 0).all()) if len(seeds) < FIRM else bool(paired.t_test(seeds) < ALPHA)
-
-
-def _within(seeds: np.ndarray, margin: float) -> bool:
-    """Returns whether the seeds' means [n] show that the whole lies within the margin."""
-    return bool((abs(seeds) < margin).all()) if len(seeds) < FIRM else bool(paired.equivalence(seeds, margin).p < ALPHA)
 
 
 def _clear(comparison: Paired, p: float, same: bool, rule: Rule, names: tuple[str, str]) -> tuple[str, str]:
