@@ -91,9 +91,8 @@ class Options:
         if self.again is not None and self.conditions:
             raise InputError(f"--again {self.again} takes no conditions (given: {self.conditions[0]}): leave them out.")
         fixed = ("data", "reset_every", "frames", "batch")
-        for flag, without in (("again", (*fixed, "out", "scores")), ("scores", fixed)):
-            given = [name for name in without if getattr(self, name) is not None]
-            given += ["weighting"] if flag == "again" and self.weighting != "equal" else []
+        for flag, without in (("again", (*fixed, "out", "scores", "weighting")), ("scores", fixed)):
+            given = [name for name in without if getattr(self, name) not in (None, "equal")]
             if getattr(self, flag) is not None and given:
                 raise InputError(
                     f"--{flag} {getattr(self, flag)} streams nothing, so --{given[0].replace('_', '-')} has no"

@@ -37,28 +37,23 @@ class Setting:
     reach: int
     """Frames that attention of all layers together can look back at most."""
     margin: float = MARGIN
-    """Of equivalence, nats."""
     threshold: float = THRESHOLD
-    """Effect worth having, percent of the loss."""
     dtype: str = "float32"
     """Of the models; bfloat16 if one is."""
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Data and codec."""
 
     def __post_init__(self) -> None:
-        if not self.margin > 0 or not math.isfinite(self.margin):
+        if not 0 < self.margin < math.inf:
             raise InputError(f"--margin {self.margin} is out of range: give nats above 0.")
-        if not self.threshold >= 0 or not math.isfinite(self.threshold):
+        if not 0 <= self.threshold < math.inf:
             raise InputError(f"--threshold {self.threshold} is out of range: give 0 or more percent.")
 
     @property
     def regions(self) -> dict[str, Span]:
         """Frames of each region."""
-        return {
-            LATER: (self.chunk, None),
-            WINDOW: (max(self.chunk, self.window), None),
-            BEYOND: (max(self.chunk, self.reach), None),
-        }
+        starts = {LATER: self.chunk, WINDOW: self.window, BEYOND: self.reach}
+        return {region: (max(self.chunk, start), None) for region, start in starts.items()}
 
     def pieces(self, frames: int) -> np.ndarray:
         """Returns the first frames of the pieces of files of at most `frames` frames, int [K]."""

@@ -11,7 +11,7 @@ import numpy as np
 from eval.compare.analysis import Analysis
 from eval.compare.experiment import BOUND_NAMES, LATER, Experiment
 from eval.results.figures import CHECKPOINTS, COLOURS, DASHES, KINDS, save
-from eval.stats.estimates import band, group_means, unit_means
+from eval.stats.estimates import Band, band, group_means, unit_means
 from ttt_jax.config import FRAME_RATE
 
 LOSSES, DIFFERENCES = "loss_by_chunk", "differences"
@@ -45,18 +45,17 @@ def losses(experiment: Experiment, analysis: Analysis) -> Any:
         width = 1.4 + 0.6 * (len(experiment.conditions) - 1 - i)
         means = analysis.losses[condition.name].chunks[:shown]
         upper.plot(middles, [value.mean for value in means], lw=width, ms=1.6 + width, **style)
+        # Files differ more than conditions do: the first one's band shows that, the differences have their own.
+        axis, values = upper, Band(*np.array(means, np.float64).reshape(-1, 4).T)
         if i:
             d = experiment.differences_by_chunk(condition.name)[:, :shown]
-            difference = band(group_means(d, experiment.groups))
-            lower.plot(middles, difference.mean, lw=1.4, ms=3, **style)
-            _fill(lower, middles, difference.low, difference.high, difference.n, style["color"])
-        else:
-            # Files differ more than conditions do: one band shows that, the differences have their own.
-            _, low, high, n = np.array(means, np.float64).reshape(-1, 4).T
-            _fill(upper, middles, low, high, n, style["color"])
-    for (name, bound), dashes in zip(analysis.bounds.items(), ((6, 2), (2, 2)), strict=False):
-        means = [value.mean for value in bound.chunks[:shown]]
-        upper.plot(middles, means, color="0.35", lw=1.2, dashes=dashes, label=BOUND_NAMES[name])
+            axis, values = lower, band(group_means(d, experiment.groups))
+            lower.plot(middles, values.mean, lw=1.4, ms=3, **style)
+        firm = values.n > 2  # over two units an interval is so wide that it would flatten every curve
+        axis.fill_between(middles, values.low, values.high, where=firm, color=style["color"], alpha=0.15, lw=0)
+    for name, bound in analysis.bounds.items():
+        style = {"color": "0.35", "lw": 1.2, "dashes": (6, 2) if name == "ideal" else (2, 2)}
+        upper.plot(middles, [value.mean for value in bound.chunks[:shown]], label=BOUND_NAMES[name], **style)
     lower.axhline(0, color="black", lw=0.8)
     beyond = _end_scale(upper, lower, experiment, analysis)
     upper.set_title(_mark(upper, lower, experiment), fontsize=8, loc="right")
@@ -127,11 +126,6 @@ def _style(experiment: Experiment, i: int) -> dict[str, Any]:
         return {"color": COLOURS[arms[i]], "dashes": DASHES.get(arms[i], ())}
     dashes = ((), (4, 2), (1, 1))[i // len(CHECKPOINTS) % 3]
     return {"color": CHECKPOINTS[i % len(CHECKPOINTS)], "dashes": dashes}
-
-
-def _fill(axis: Any, x: np.ndarray, low: np.ndarray, high: np.ndarray, n: np.ndarray, colour: str) -> None:
-    """Draws a band where it is of more than two units: over two it is so wide that it would flatten every curve."""
-    axis.fill_between(x, low, high, where=n > 2, color=colour, alpha=0.15, lw=0)
 
 
 def _end_scale(upper: Any, lower: Any, experiment: Experiment, analysis: Analysis) -> str:

@@ -8,7 +8,6 @@ from scipy import stats
 
 from eval.compare.experiment import pooled
 from eval.stats import estimates, paired
-from eval.stats.verdict import BETTER, Rule, verdict
 
 D = np.array([0.031, -0.012, 0.044, 0.052, 0.007, 0.019, 0.038, -0.004, 0.027, 0.061])
 
@@ -115,20 +114,6 @@ def test_slopes_are_weighted_least_squares():
     low, high = stats.t.interval(0.95, 9, D.mean(), stats.sem(D))
     expected = (D.mean(), low, high, 10, stats.ttest_1samp(D, 0).pvalue)
     assert paired.mean_test(np.append(D, math.nan)) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(("p", "words"), [(0.04, None), (0.07, "p = 0.070"), (0.11, "p = 0.11")])
-def test_the_verdict_reports_seeds_that_do_not_show_what_the_files_show(p, words):
-    # Of three seeds p of the t test is 1 - t / sqrt(t^2 + 2), so that p fixes t and t the spread of the seeds.
-    t = math.sqrt(2 * (1 - p) ** 2 / (1 - (1 - p) ** 2))
-    seeds = 0.5 + 0.5 * math.sqrt(3) / t * np.array([-1, 0, 1])
-    assert paired.t_test(seeds) == pytest.approx(p)
-    assert (seeds > 0).all()
-    files = compare(10 * D + 0.24)
-    result = verdict(files, files.p, files.equivalence.p, Rule(0.02, 10, "files"), ("a", "b"), seeds.tolist())
-    assert result.kind == BETTER
-    caveat = f" For these 3 seeds: with the seed as unit {words}." if words else ""
-    assert result.text.endswith(f"at least the 10 % asked for.{caveat}")
 
 
 # Without an effect p < 0.05 must come in 5 % of experiments: the whole command rests on that.
