@@ -48,8 +48,6 @@ class Seed(NamedTuple):
     """A comparison in one region, for one checkpoint of each condition."""
 
     test: MeanTest
-    reference: float
-    """Mean loss of the other condition, nats."""
     holm: float
     """p, adjusted for the seeds."""
 
@@ -144,26 +142,21 @@ def _compare(experiment: Experiment, region: str, sound: bool) -> list[Compared]
     span, (first, *others) = setting.regions[region], experiment.conditions
     rule = Rule(setting.margin, setting.threshold, experiment.unit)
 
-    def reference(loss: np.ndarray) -> float:
-        units = unit_means(loss, groups)
-        return float(units.mean()) if len(units) else math.nan
-
-    differences = [experiment.differences(other.name, span) for other in others]
-    losses = [experiment.loss(other.name, span) for other in others]
-    family = [
+    family = []
+    for other in others:
+        d, loss = (unit_means(of(other.name, span).mean(0), groups) for of in (experiment.differences, experiment.loss))
         # Holm multiplies the least p of a family by its size, so sample sizes are for this part of the error rate.
-        paired.compare(unit_means(d.mean(0), groups), reference(loss.mean(0)), setting.margin, ALPHA / len(others))
-        for d, loss in zip(differences, losses, strict=True)
-    ]
+        reference = float(loss.mean()) if len(loss) else math.nan
+        family.append(paired.compare(d, reference, setting.margin, ALPHA / len(others)))
     adjusted = paired.holm([whole.p for whole in family])
     equivalent = paired.holm([whole.equivalence.p for whole in family])
     results = []
     for i, (other, whole) in enumerate(zip(others, family, strict=True)):
-        several = len(differences[i]) > 1
-        tests = [paired.mean_test(unit_means(d, groups)) for d in differences[i]] if several else []
+        several = len(other.checkpoints) > 1
+        by_seed = experiment.differences(other.name, span) if several else []
+        tests = [paired.mean_test(unit_means(d, groups)) for d in by_seed]
         means = [test.mean for test in tests]
-        holm = paired.holm([test.p for test in tests])
-        seeds = [Seed(test, reference(loss), float(p)) for test, loss, p in zip(tests, losses[i], holm, strict=False)]
+        seeds = [Seed(test, float(p)) for test, p in zip(tests, paired.holm([test.p for test in tests]), strict=True)]
         judged = None
         if sound:
             judged = verdict(whole, adjusted[i], equivalent[i], rule, (first.name, other.name), means)

@@ -47,11 +47,7 @@ class Options:
     or undecided, by the file, or by the speaker where the manifest names them (docs/evaluation.md). A single one
     without @ARM stands for all four. Seeds pair in their order.
 
-    python -m eval compare runs/NAME
-
     python -m eval compare kept=runs/kept-0,runs/kept-1 none=runs/none-0,runs/none-1 --data prepared --out results
-
-    python -m eval compare --scores runs/NAME/eval
 
     Exit code: 0 done, 1 broken (persist and reset differ in the first chunk), 2 an input to mend, 3 done but some files
     were skipped.

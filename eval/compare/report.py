@@ -200,7 +200,7 @@ def _compared(experiment: Experiment, analysis: Analysis, region: str) -> Table:
                 comparison.name,
                 str(paired.n),
                 interval(paired, 4, signed=True),
-                _relative(paired.mean, paired.reference, experiment),
+                _number(100 * paired.relative, "+z.2f") if paired.reference >= setting.margin else "-",
                 _number(paired.dz, "+z.2f"),
                 f"{100 * paired.above:.0f} %",
                 *map(_p, (paired.p, compared.holm, tost.p, compared.holm_equivalence)),
@@ -229,14 +229,13 @@ def _seeds(experiment: Experiment, analysis: Analysis) -> Table:
     for comparison, condition in zip(analysis.comparisons, experiment.conditions[1:], strict=True):
         compared = comparison.regions[LATER]
         for checkpoint, seed in zip(condition.checkpoints, compared.seeds, strict=False):
-            relative = _relative(seed.test.mean, seed.reference, experiment)
             nats = interval(seed.test, 4, signed=True)
-            rows.append([comparison.name, checkpoint, nats, relative, _p(seed.test.p), _p(seed.holm)])
+            rows.append([comparison.name, checkpoint, nats, _p(seed.test.p), _p(seed.holm)])
         if compared.seeds and compared.paired.n:
             over, means = compared.over_seeds, [seed.test.mean for seed in compared.seeds]
             label = f"over {len(means)} seeds, {sum(mean > 0 for mean in means)} above 0"
-            rows.append([comparison.name, label, interval(over, 4, signed=True), "", _p(over.p), ""])
-    heads = ["condition", "seed", "nats [95 %]", "% of loss", "p: t", "Holm"]
+            rows.append([comparison.name, label, interval(over, 4, signed=True), _p(over.p), ""])
+    heads = ["condition", "seed", "nats [95 %]", "p: t", "Holm"]
     return Table("Seeds", "Each seed alone, after the first chunk.", heads, rows)
 
 
@@ -313,8 +312,3 @@ def _percent(share: Estimate) -> str:
 def _units(units: float) -> str:
     """Returns a number of units as a cell."""
     return "> 1 million" if math.isinf(units) else _number(units, ",.0f")
-
-
-def _relative(mean: float, reference: float, experiment: Experiment) -> str:
-    """Returns a difference in percent of the loss as a cell; "-" where the loss is too small for shares of it."""
-    return f"{100 * mean / reference:+z.2f}" if reference >= experiment.setting.margin else "-"

@@ -11,18 +11,8 @@ from eval.compare.analysis import Analysis
 from eval.compare.experiment import Condition, Experiment, Setting
 from eval.results import schema
 from eval.results.schema import CheckpointInfo, FileInfo, Skipped, Tree
-from eval.streaming.weighting import WEIGHTINGS
 from ttt_jax.errors import InputError
 from ttt_jax.utils.files import file_digest
-
-NOTES = {
-    "losses.npz": "losses [condition, checkpoint (seed), file, piece], nats per scored token of Moshi's codebooks; NaN:"
-    " nothing is scored there. `pieces` are the pieces' first frames; weight [file, piece] is that of scored tokens."
-    " bounds, of a controlled task: best loss with all memory, with attention's reach, number of tokens",
-    "analysis": "docs/evaluation/compare.md explains the numbers; a difference is the loss of the other condition minus"
-    " that of the first, nats; low and high are 95 % intervals (Student's t), those of equivalence 90 %",
-}
-"""What the numbers in results.json are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +55,7 @@ def write(folder: Path, experiment: Experiment, analysis: Analysis, about: dict[
         file_digest(folder / losses.LOSSES),
         analysis,
     )
-    notes = NOTES | {"weighting": WEIGHTINGS[experiment.setting.weighting]}
-    return schema.write(folder, results, {**about, "notes": notes})
+    return schema.write(folder, results, about)
 
 
 def read(folder: Path) -> tuple[Experiment, dict[str, Any]]:

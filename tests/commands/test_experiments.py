@@ -129,13 +129,10 @@ def test_a_run_that_is_not_whole_is_begun_anew_and_those_beside_it_are_left(tmp_
     with pytest.raises(InputError, match="holds a run of 9 steps, not 4"):
         experiment._train("way", memory.TINY, ("speech",))
     assert (runs / "way-speech-1" / "config.json").is_file()
-    assert len(started) == 1
-
-
-def test_an_interrupt_in_training_ends_the_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "start", lambda *_: 130)
-    with pytest.raises(KeyboardInterrupt):
-        memory.Experiment(tmp_path, [1], 4)._train("way", memory.TINY, ("speech",))
+    with pytest.raises(KeyboardInterrupt):  # an interrupt in training ends the whole
+        experiment._train("way", memory.TASK, ("recall",))
+    assert len(started) == 1
 
 
 @pytest.mark.parametrize(
@@ -221,20 +218,13 @@ def test_conditions_are_those_that_compare_understands_with_all_seeds_each(tmp_p
     assert read(conditions) == [(name, "persist", f"{name}-recall-1", f"{name}-recall-2") for name in names]
 
 
-@pytest.mark.parametrize(
-    ("part", "given", "seeds"),
-    [
-        ("tasks", None, [20, 21, 22]),
-        ("place", None, [20, 21, 22]),
-        ("speech", None, list(range(20, 29))),
-        ("speech", "7,8", [7, 8]),
-    ],
-)
-def test_a_part_has_the_seeds_of_the_report_unless_others_are_asked_for(tmp_path, monkeypatch, part, given, seeds):
+def test_a_part_has_the_seeds_of_the_report_unless_others_are_given(tmp_path, monkeypatch):
     used = []
-    monkeypatch.setattr(memory.Experiment, part, lambda experiment: used.extend(experiment._seeds))
-    assert memory.main(memory.Options(part, str(tmp_path), seeds=given)) == 0
-    assert used == seeds
+    for part in ("tasks", "place", "speech"):
+        monkeypatch.setattr(memory.Experiment, part, lambda experiment: used.append(list(experiment._seeds)))
+        assert memory.main(memory.Options(part, str(tmp_path))) == 0
+    memory.main(memory.Options("speech", str(tmp_path), seeds="7,8"))
+    assert used == [[20, 21, 22], [20, 21, 22], list(range(20, 29)), [7, 8]]
 
 
 PARTS = ("control", "inner", "place", "recall", "speaker", "speech")

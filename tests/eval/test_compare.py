@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from eval.__main__ import main
+from eval.benchmarks import tasks
 from eval.compare import command, plots, report, results
 from eval.compare import losses as stored_losses
 from eval.compare.analysis import analyse
@@ -21,7 +22,7 @@ from eval.stats.verdict import EQUIVALENT, UNDECIDED
 from eval.streaming import score_files
 from tests.helpers import made_scores, micro
 from tests.helpers.eval_models import tokens, write_data, write_run
-from tests.helpers.made_experiment import made, spoilt
+from tests.helpers.made_experiment import made
 from ttt_jax.errors import InputError
 from ttt_jax.utils.command import PARTIAL
 
@@ -49,15 +50,6 @@ def verdict(folder):
 
 
 # Stored results
-
-
-def test_a_broken_run_is_stored_with_its_reason(tmp_path, capsys, undrawn):
-    write(tmp_path, spoilt(made({"reset": 0.05}), 0.01))
-    assert command.again(tmp_path, {}) == command.BROKEN == 1
-    assert "file3" in content(tmp_path)["broken"]
-    for text in (capsys.readouterr().out, (tmp_path / "report.md").read_text()):
-        assert "BROKEN" in text
-        assert "is clearly better" not in text
 
 
 def test_again_gives_the_same_numbers_without_jax(tmp_path, monkeypatch, undrawn):
@@ -115,16 +107,10 @@ def test_foreign_and_damaged_results_are_refused(tmp_path):
     before = (tmp_path / "results.json").read_bytes()
     refused("takes no conditions", [*again, "a"])
     refused("there is no condition", ["compare"])
-    for flag, value in (("--margin", "0"), ("--margin", "nan"), ("--threshold", "-1")):
-        refused(f"{flag} .* is out of range", [*again, flag, value])
-    for flag, value in (
-        ("--data", "x"),
-        ("--reset-every", "9"),
-        ("--weighting", "kyutai"),
-        ("--out", "x"),
-        ("--scores", "x"),
-    ):
-        refused(f"{flag} has no effect", [*again, flag, value])
+    for option in ("--margin 0", "--margin nan", "--threshold -1"):
+        refused(f"{option.split()[0]} .* is out of range", [*again, *option.split()])
+    for option in ("--data x", "--reset-every 9", "--weighting kyutai", "--out x", "--scores x"):
+        refused(f"{option.split()[0]} has no effect", [*again, *option.split()])
     assert (tmp_path / "results.json").read_bytes() == before
     stored_losses.write(tmp_path, made({"reset": 0.06}, files=4))
     refused("losses.npz is not as it was written")
@@ -232,9 +218,12 @@ def test_a_leak_before_the_first_reset_breaks_a_real_run(runs, streamed, tmp_pat
         file.arms["reset"].nats[1, 7] += 0.5
 
     streamed["fault"] = leak
-    assert main(words(runs, tmp_path / "out")) == command.BROKEN
-    assert "BROKEN: persist and reset differ by" in capsys.readouterr().out
-    assert "BROKEN" in content(tmp_path / "out")["broken"]
+    out = tmp_path / "out"
+    assert main(words(runs, out)) == command.BROKEN == 1
+    assert main(["compare", "--again", str(out)]) == command.BROKEN
+    for text in (capsys.readouterr().out, (out / "report.md").read_text(), content(out)["broken"]):
+        assert "BROKEN: persist and reset differ by" in text
+        assert "is clearly better" not in text
 
 
 def test_a_file_that_diverges_is_left_out_everywhere(runs, streamed, tmp_path, capsys, undrawn):
@@ -266,15 +255,11 @@ def test_checkpoints_that_predict_other_tokens_are_no_pair(runs, streamed, tmp_p
 
 
 def test_a_controlled_task_brings_its_bounds(runs, streamed, tmp_path, monkeypatch, undrawn):
-    from eval.benchmarks import tasks
-
     given = []
 
     def bounds_for(folder, files, frames):
         given.append((folder, [file.name for file in files], frames))
-        rows = [np.full(file.frames.shape[1], 1.0) for file in files]
-        for row in rows:
-            row[::2] = np.nan
+        rows = [np.where(np.arange(file.frames.shape[1]) % 2, 1.0, np.nan) for file in files]
         return rows, [row + 2 for row in rows]
 
     monkeypatch.setattr(tasks, "bounds_for", bounds_for)
@@ -285,10 +270,10 @@ def test_a_controlled_task_brings_its_bounds(runs, streamed, tmp_path, monkeypat
     finally:
         (data / "task.json").unlink()
     assert given == [(data, ["0", "1"], 15)]  # the first codebook, which tasks ask for, has no delay
-    experiment, _ = results.read(tmp_path / "out")
-    np.testing.assert_array_equal(experiment.bounds.ideal[0], [1, 1, 1, 1])
-    np.testing.assert_array_equal(experiment.bounds.memoryless[1], [3, 3, 3, np.nan])
-    np.testing.assert_array_equal(experiment.bounds.weight, [[8, 8, 8, 4], [8, 8, 4, 0]])
+    bounds = results.read(tmp_path / "out")[0].bounds
+    np.testing.assert_array_equal(bounds.ideal[0], [1, 1, 1, 1])
+    np.testing.assert_array_equal(bounds.memoryless[1], [3, 3, 3, np.nan])
+    np.testing.assert_array_equal(bounds.weight, [[8, 8, 8, 4], [8, 8, 4, 0]])
     losses = content(tmp_path / "out")["analysis"]["losses"]["persist"]
     assert losses["closed"][LATER]["mean"] == pytest.approx((3 - losses["regions"][LATER]["mean"]) / 2, abs=1e-6)
 
