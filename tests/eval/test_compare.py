@@ -45,8 +45,8 @@ def content(folder):
 
 
 def verdict(folder):
-    (comparison,) = (one for one in content(folder)["analysis"]["comparisons"] if one["name"] == "reset")
-    return comparison["regions"][LATER]["verdict"]["kind"]
+    comparisons = {item["name"]: item for item in content(folder)["analysis"]["comparisons"]}
+    return comparisons["reset"]["regions"][LATER]["verdict"]["kind"]
 
 
 # Stored results
