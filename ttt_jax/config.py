@@ -376,7 +376,7 @@ MODEL_PRESETS: dict[str, MoshiConfig] = {
         card=64,
         text_card=512,
         depth=DepthConfig(dim=384, num_layers=4, num_heads=6, hidden=1056),
-        # Early: from scratch, later layers did not learn to recall (docs/results/memory.md).
+        # Early: from scratch, later layers did not learn to recall (docs/results/memory_layers.md).
         ttt=TTTConfig(layers="0,1,2", gate_init=0.5),
     ),
     "moshi-7b": MoshiConfig(dtype="bfloat16"),
