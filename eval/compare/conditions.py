@@ -98,7 +98,8 @@ def conditions(
         else:
             spread.append(condition._replace(arm=condition.arm or (WITHOUT_TTT if plain else "persist")))
     if len(spread) < 2:
-        raise InputError(f"{given[0].paths[0]}@{given[0].arm} is a single condition: give another to compare it with.")
+        arm = given[0].arm or spread[0].arm
+        raise InputError(f"{given[0].paths[0]}@{arm} is a single condition: give another to compare it with.")
     seeds = [len(condition.paths) for condition in spread]
     if other := next((count for count in seeds if count != seeds[0]), None):
         raise InputError(

@@ -147,15 +147,15 @@ def share(closed: np.ndarray, gap: np.ndarray) -> Estimate:
 
 def equivalence(d: np.ndarray, margin: float) -> Equivalence:
     """Tests whether the mean of d [n] lies between -margin and +margin; NaN of fewer than two units."""
-    if len(d) < 2:
+    sd, df = spread(d), len(d) - 1
+    if df < 1:
         return Equivalence(math.nan, math.nan, math.nan)
-    if spread(d) == 0:
-        mean = float(d.mean())
+    mean, error = float(d.mean()), sd / math.sqrt(len(d))
+    if sd == 0:
         return Equivalence(0.0 if abs(mean) < margin else 1.0, mean, mean)
-    above = stats.ttest_1samp(d, -margin, alternative="greater")
-    below = stats.ttest_1samp(d, margin, alternative="less")
-    low, high = map(float, stats.ttest_1samp(d, 0).confidence_interval(1 - 2 * ALPHA))
-    return Equivalence(float(max(above.pvalue, below.pvalue)), low, high)
+    p = max(stats.t.sf((mean + margin) / error, df), stats.t.cdf((mean - margin) / error, df))
+    half = stats.t.ppf(1 - ALPHA, df) * error
+    return Equivalence(float(p), float(mean - half), float(mean + half))
 
 
 def power_of(n: int, dz: float, alpha: float = ALPHA) -> float:
