@@ -73,11 +73,7 @@ def _parse(header: bytes) -> _Frame | None:
 
 
 def find_parts(source: Source, at: int) -> list[Part]:
-    """Returns the parts of MPEG audio from `at` on; none if there is no MPEG audio.
-
-    Raises:
-        InputError: the file is cut off or damaged.
-    """
+    """Returns the parts of MPEG audio from `at` on; none if there is no MPEG audio. Raises `InputError`."""
     begin = _search(source, at)
     if begin is None:
         return []
@@ -109,11 +105,7 @@ def find_parts(source: Source, at: int) -> list[Part]:
 
 
 def _check_zeros(source: Source, end: int) -> None:
-    """Warns of few zeros behind frames that no header counts.
-
-    Raises:
-        InputError: there are many zeros, which a broken copy leaves.
-    """
+    """Warns of few zeros behind frames that no header counts, and refuses many, which a broken copy leaves."""
     zeros = count_zeros(source, end)
     if zeros >= STRAY:
         raise source.cut_off(f"{zeros} zeros from byte {end} on are no MPEG frame, and no header counts its frames")
@@ -146,10 +138,8 @@ def _is_frame(source: Source, at: int, count: int, whole: bool = False) -> bool:
 
 
 def _part(source: Source, start: int) -> tuple[Part | None, int, bool]:
-    """Returns the frames of one kind from a position on, their end, and whether a header counts them all.
-
-    The part is None if no frame has sound.
-    """
+    """Returns the frames of one kind from a position on (None if they have no sound), their end, and whether a header
+    counts them all."""
     first = _parse(source.read(start, 4))
     info = _info(source.read(start, first.length), first)
     begin = start if info is None else start + first.length

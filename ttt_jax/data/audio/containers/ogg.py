@@ -20,13 +20,7 @@ _FIRST, _LAST = 2, 4  # flags of a page: it begins, it ends a stream
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _NO_POSITION = -1  # of a page on which no packet ends
 _READ = {b"\x01vorbis": "Vorbis", b"OpusHead": "Opus"}
-_OTHER = {
-    b"\x7fFLAC": "FLAC",
-    b"Speex   ": "Speex",
-    b"\x80theora": "Theora video",
-    b"BBCD": "Dirac video",
-    b"CELT": "CELT",
-}
+_OTHER = {b"\x7fFLAC": "FLAC", b"Speex   ": "Speex", b"\x80theora": "Theora video"}
 
 
 @dataclasses.dataclass
@@ -42,11 +36,7 @@ def begins(source: Source, at: int) -> bool:
 
 
 def find_parts(source: Source, at: int) -> list[Part]:
-    """Returns the links from `at` on.
-
-    Raises:
-        InputError: the file is cut off or damaged, or a link is not one stream of Vorbis or Opus.
-    """
+    """Returns the links from `at` on. Raises `InputError`."""
     parts: list[Part] = []
     while begins(source, at):
         end = _link(source, at)
@@ -83,7 +73,8 @@ def _link(source: Source, start: int) -> int:
             if version != 0 or serial in streams:
                 raise source.cut_off(f"the Ogg page at byte {at} has a wrong header")
             streams[serial] = _Stream(number, 0, bool(flags & _LAST))
-            names += _names(source.read(body, 8))
+            content = source.read(body, 8)
+            names += [name for magic, name in (_READ | _OTHER).items() if content.startswith(magic)]
         else:
             beginning = False
             stream = streams.get(serial)
@@ -108,10 +99,6 @@ def _checksum(page: bytes) -> int:
     page = page[:22] + bytes(4) + page[26:]
     remainder = zlib.crc32(page.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int.from_bytes(remainder.to_bytes(4, "little").translate(_REVERSED), "big")
-
-
-def _names(content: bytes) -> list[str]:
-    return [name for magic, name in (_READ | _OTHER).items() if content.startswith(magic)]
 
 
 def _advance(source: Source, stream: _Stream, flags: int, position: int, number: int, at: int) -> None:

@@ -52,19 +52,12 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part that is decoded alone: `head`, then the bytes `start` to `end` of the file.
+    """A part that is decoded alone: `head`, then the bytes `start` to `end` of the file."""
 
-    Attributes:
-        head: a header with true lengths that replaces the file's; empty if the file's is true.
-        start: position in the file.
-        end: position in the file, exclusive.
-        samples: number for each channel; None if only the decoder counts them.
-    """
-
-    head: bytes
+    head: bytes  # a header with true lengths that replaces the file's; empty if the file's is true
     start: int
     end: int
-    samples: int | None = None
+    samples: int | None = None  # of each channel; None if only the decoder counts them
 
 
 class Window(io.RawIOBase):
