@@ -67,18 +67,18 @@ def test_cache_hit_is_equal_and_does_not_encode(codec, tmp_path):
 def test_cache_follows_audio_alignments_codec_and_tokenizer(codec, tmp_path):
     manifest, cache = write_entry(tmp_path, babble(1.0), words=[]), tmp_path / "cache"
     (entry,) = read_manifest(manifest).entries
-    first = FrameReader(codec, TOKENIZER, cache).read(entry)
+    first = FrameReader(codec, TOKENIZER, cache).open(entry).read()
     other = types.SimpleNamespace(**vars(TOKENIZER) | {"digest": "u" * 64})
-    FrameReader(codec, other, cache).read(entry)
+    FrameReader(codec, other, cache).open(entry)
     assert len(list(cache.iterdir())) == 2
     changed = CountingCodec(codec)
     changed.digest = "0" * 64
-    FrameReader(changed, TOKENIZER, cache).read(entry)
+    FrameReader(changed, TOKENIZER, cache).open(entry)
     assert len(list(cache.iterdir())) == 3
     write_entry(tmp_path, babble(1.0), words=[["hi", [0.2, 0.4], "SPEAKER_MAIN"]])
-    assert (FrameReader(codec, TOKENIZER, cache).read(entry)[0] != first[0]).any()
+    assert (FrameReader(codec, TOKENIZER, cache).open(entry).read()[0] != first[0]).any()
     write_entry(tmp_path, babble(1.0, seed=5), words=[])
-    assert (FrameReader(codec, TOKENIZER, cache).read(entry)[1] != first[1]).any()
+    assert (FrameReader(codec, TOKENIZER, cache).open(entry).read()[1] != first[1]).any()
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other tensor"])

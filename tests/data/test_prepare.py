@@ -99,7 +99,7 @@ def test_embedded_corpus_gives_the_frames_that_training_reads(tmp_path):
     made = open_manifest(out / "manifest.jsonl", CODEC, TOKENIZER, tmp_path / "cache", progress=False)
     assert not (tmp_path / "cache").exists()
     for one, entry in zip(made, read_manifest(manifest).entries, strict=True):
-        np.testing.assert_array_equal(one.read(), FrameReader(CODEC, TOKENIZER, tmp_path / "cache").read(entry))
+        np.testing.assert_array_equal(one.read(), FrameReader(CODEC, TOKENIZER, tmp_path / "cache").open(entry).read())
     assert [codes.tokenizer for codes in codes_of(out)] == [TOKENIZER.digest] * 2
     stored = safetensors.numpy.load_file(out / lines_of(out)[0]["path"])
     assert stored["codes"].dtype == np.int16

@@ -209,7 +209,7 @@ def test_words_and_audio_are_refused_where_nothing_can_encode_them(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["silent", "word"])
-@pytest.mark.parametrize("way", ["read", "open", "prepare"])
+@pytest.mark.parametrize("way", ["open", "prepare"])
 def test_what_is_wrong_with_a_recording_is_reported_when_it_is_encoded_and_not_again(
     codec, tmp_path, caplog, fault, way
 ):
@@ -220,8 +220,6 @@ def test_what_is_wrong_with_a_recording_is_reported_when_it_is_encoded_and_not_a
     for _ in range(2):
         if way == "prepare":
             main(["prepare", str(manifest), "--out", str(tmp_path / "out")])
-        elif way == "read":
-            FrameReader(codec, TOKENIZER, tmp_path / "cache").read(entry)
         else:
             FrameReader(codec, TOKENIZER, tmp_path / "cache").open(entry).read()
         assert len(caplog.messages) == 1

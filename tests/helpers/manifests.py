@@ -44,7 +44,7 @@ def write_manifest(folder, name, duration):
 
 def frames_of(manifest, codec, cache):
     (entry,) = read_manifest(manifest).entries
-    return FrameReader(codec, TOKENIZER, cache).read(entry)
+    return FrameReader(codec, TOKENIZER, cache).open(entry).read()
 
 
 def write_codes(folder, codes, made_by, duration=None, **changes):

@@ -20,12 +20,9 @@ def waveform(logmel: np.ndarray, filters: np.ndarray, floor: float, taper: np.nd
     Args:
         logmel: float [n, bands], log(power + floor); row i belongs to the window that ends at sample (i + 1) * hop.
         filters: float [window // 2 + 1, bands], mel filters that average power.
-        floor: Power of silence.
         taper: float [window], the analysis window; its length is a multiple of 4.
-        hop: Samples from one row to the next.
 
-    Returns:
-        float32 [n * hop].
+    Returns float32 [n * hop].
     """
     num_samples = len(logmel) * hop
     if not num_samples:

@@ -17,10 +17,8 @@ from typing import Any, NamedTuple
 from ttt_jax.data.manifest import TOLERANCE
 from ttt_jax.errors import InputError
 
-MAIN_SPEAKER = "SPEAKER_MAIN"
-"""Label of Moshi's stream."""
-OTHER_SPEAKER = "SPEAKER_OTHER"
-"""Label of the user's stream."""
+MAIN_SPEAKER, OTHER_SPEAKER = "SPEAKER_MAIN", "SPEAKER_OTHER"
+"""Labels of Moshi's and of the user's stream."""
 
 
 class Kind(enum.Enum):
@@ -45,12 +43,9 @@ class Word:
 class Alignment(NamedTuple):
     """The words of a recording."""
 
-    words: tuple[Word, ...] | None
-    """The words that lie in the audio, ordered by start; None if the text is not known."""
-    dropped: dict[str, list[Word]]
-    """The other words by their fault, in the file's order."""
-    notice: str | None = None
-    """Warning to log behind the file's path: why its words are not used."""
+    words: tuple[Word, ...] | None  # that lie in the audio, ordered by start; None if the text is not known
+    dropped: dict[str, list[Word]]  # the other words by their fault, in the file's order
+    notice: str | None = None  # warning to log behind the file's path: why its words are not used
     between: tuple[Word, ...] = ()
     """Spans in which words without times were spoken, each as its first word. A span reaches from the end of the word
     before (or the beginning of the audio) to the start of the word behind (or the end), both of the same speaker."""
@@ -59,11 +54,8 @@ class Alignment(NamedTuple):
 def read_beside(path: str | Path) -> tuple[Kind, Any]:
     """Returns the kind of the JSON beside a recording, and its content.
 
-    An object with the key "alignments" is an alignment. Whisper's output ("segments", "words") and a bare list of rows
-    hold words in a form that is not read. Any other JSON is metadata.
-
-    Raises:
-        InputError: the file cannot be read or is not JSON.
+    Whisper's output ("segments", "words") and a bare list of rows hold words in a form that is not read. Any other JSON
+    without the key "alignments" is metadata. Raises `InputError` if the file cannot be read or is not JSON.
     """
     path = Path(path)
     try:
@@ -93,13 +85,9 @@ def read_alignments(path: str | Path, seconds: float) -> Alignment:
     The words are not known if the JSON is no alignment. Nor are they if none has the label `MAIN_SPEAKER` and some have
     another label than `OTHER_SPEAKER`, as in a diarizer's output: any of them could be Moshi's.
 
-    Args:
-        path: the JSON file.
-        seconds: length of the audio.
-
     Raises:
         InputError: as `read_beside`; the value of "alignments" has another structure; or more than half of the words
-            with times lie outside the audio or end before they begin, so that they are of another recording or unit.
+            with times lie outside the `seconds` of audio or end before they begin.
     """
     path = Path(path)
     kind, content = read_beside(path)

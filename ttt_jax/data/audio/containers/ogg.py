@@ -59,13 +59,13 @@ def _link(source: Source, start: int) -> int:
             raise source.cut_off(missing)
         if len(head) < _HEADER.size:
             raise source.cut_off("its last Ogg page is incomplete")
-        _, version, flags, position, serial, number, checksum, segments = _HEADER.unpack(head[: _HEADER.size])
+        _, version, flags, position, serial, number, stated, segments = _HEADER.unpack(head[: _HEADER.size])
         lengths = head[_HEADER.size : _HEADER.size + segments]
         body = at + _HEADER.size + segments
         end = body + sum(lengths)
         if len(lengths) < segments or end > source.size:
             raise source.cut_off("its last Ogg page is incomplete")
-        if _checksum(source.read(at, end - at)) != checksum:
+        if checksum(source.read(at, end - at)) != stated:
             raise source.cut_off(f"the checksum of the Ogg page at byte {at} is wrong")
         if flags & _FIRST:
             if not beginning:
@@ -91,7 +91,7 @@ def _link(source: Source, start: int) -> int:
     return at
 
 
-def _checksum(page: bytes) -> int:
+def checksum(page: bytes) -> int:
     """Returns the CRC-32 of an Ogg page, its checksum field taken as 0.
 
     It is zlib's on bytes in reverse bit order, starting from 0 and not inverted at the end.
