@@ -13,7 +13,6 @@ import soundfile
 from tests.helpers.recordings import lines_of, run
 from tests.helpers.trees import found, link, put, reported
 from ttt_jax.data import sources
-from ttt_jax.data.audio import formats
 from ttt_jax.errors import InputError
 from ttt_jax.utils import command
 
@@ -72,10 +71,6 @@ def test_a_folder_with_other_formats_only_is_one_error(tmp_path, capsys):
     ):
         sources.find([tmp_path / "in"])
     assert not (tmp_path / "out").exists()
-
-
-def test_no_ending_is_both_read_and_not():
-    assert not set(formats.READ) & set(formats.OTHER)
 
 
 @pytest.mark.parametrize(("name", "is_whole"), [("2.m4a", False), ("1.m4a", True)])
