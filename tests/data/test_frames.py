@@ -37,31 +37,13 @@ def test_rows_are_text_then_left_then_right_channel(codec, tmp_path):
     np.testing.assert_array_equal(frames[0], expected)
 
 
-def test_mono_file_has_encoded_silence_as_other_voice_and_absent_text(codec, tmp_path):
-    frames = frames_of(write_entry(tmp_path, babble(1.0)), codec, tmp_path / "cache")
-    silence = codec.encode(np.zeros(RATE, np.float32))
+@pytest.mark.parametrize(("words", "token"), [(None, ABSENT), ([], PAD)])
+def test_mono_file_has_encoded_silence_as_user_and_absent_text_without_an_alignment(codec, tmp_path, words, token):
+    frames = frames_of(write_entry(tmp_path, babble(1.0), words=words), codec, tmp_path / "cache")
     assert frames.shape == (17, 13)
-    np.testing.assert_array_equal(frames[9:], silence)
-    assert (frames[0] == -1).all()
-
-
-def test_what_is_absent_here_is_absent_to_the_model():
+    np.testing.assert_array_equal(frames[9:], codec.encode(np.zeros(RATE, np.float32)))
+    assert (frames[0] == token).all()
     assert ABSENT == delays.ABSENT
-
-
-def test_alignment_without_words_is_text_of_padding_not_absent_text(codec, tmp_path):
-    frames = frames_of(write_entry(tmp_path, babble(1.0), words=[]), codec, tmp_path / "cache")
-    assert (frames[0] == PAD).all()
-
-
-def test_cache_hit_is_equal_and_does_not_encode(codec, tmp_path):
-    manifest, counting = write_entry(tmp_path, babble(1.0), words=[]), CountingCodec(codec)
-    first = frames_of(manifest, counting, tmp_path / "cache")
-    calls = counting.calls
-    second = frames_of(manifest, counting, tmp_path / "cache")
-    assert counting.calls == calls > 0
-    np.testing.assert_array_equal(second, first)
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".safetensors"]
 
 
 def test_cache_follows_audio_alignments_codec_and_tokenizer(codec, tmp_path):
@@ -92,12 +74,11 @@ def test_damaged_cache_file_is_made_again(codec, tmp_path, damage):
     else:
         flipped = whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:]
         cached.write_bytes({"cut": whole[:-8], "flipped": flipped, "empty": b""}[damage])
-    calls = counting.calls
-    np.testing.assert_array_equal(frames_of(manifest, counting, tmp_path / "cache"), first)
-    assert counting.calls > calls
-    calls = counting.calls
-    np.testing.assert_array_equal(frames_of(manifest, counting, tmp_path / "cache"), first)
-    assert counting.calls == calls
+    for made_again in (True, False):
+        calls = counting.calls
+        np.testing.assert_array_equal(frames_of(manifest, counting, tmp_path / "cache"), first)
+        assert (counting.calls > calls) == made_again
+        assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".safetensors"]
 
 
 def test_wrong_duration_is_refused_with_and_without_cache(codec, tmp_path):
@@ -152,51 +133,57 @@ def test_codes_made_elsewhere_are_accepted(codec, tmp_path, rows):
         assert (frames[0] != PAD).sum() == 2  # EPAD and the letter
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"frame_rate": "25"}, ["'25'", "12.5"]),
-        ({"frame_rate": "12.6"}, ["'12.6'", "12.5"]),
-        ({"frame_rate": "nan"}, ["'nan'", "12.5"]),
-        ({"frame_rate": "often"}, ["'often'", "12.5"]),
-        ({"frame_rate": None}, ["None", "12.5"]),
-        ({"codec": "f" * 64}, ["f" * 64, "DIGEST", "data.codec"]),
-        ({"codec": "melkmeans-8x64"}, ["'melkmeans-8x64'", "DIGEST"]),
-        ({"codec": None}, ["None", "DIGEST"]),
-    ],
-)
-def test_codes_of_another_rate_or_codec_are_refused_naming_both(codec, tmp_path, changes, words):
-    manifest = write_codes(tmp_path, np.zeros((8, 20), np.int32), codec, **changes)
-    with pytest.raises(InputError) as error:
-        frames_of(manifest, codec, tmp_path / "cache")
-    assert all(word.replace("DIGEST", codec.digest) in str(error.value) for word in ["a.safetensors", *words])
+EIGHT = np.zeros((8, 20), np.int32)
+RATES = r"a.safetensors states frame_rate {} in its metadata, but models read 12.5 frames"
+CODEC = r"a.safetensors states codec {} in its metadata, but the codec of the data, melkmeans-8x64, has the digest"
+BAD = [
+    *((EIGHT, {"frame_rate": rate}, RATES.format(repr(rate))) for rate in ("25", "nan", "often")),
+    (EIGHT, {"frame_rate": None}, RATES.format(None)),
+    *((EIGHT, {"codec": name}, CODEC.format(repr(name))) for name in ("f" * 64, "melkmeans-8x64")),
+    (EIGHT, {"codec": None}, CODEC.format(None)),
+    (np.zeros((17, 20), np.int32), {"tokenizer": "0" * 64}, "states tokenizer"),
+    (EIGHT, {"duration": 5.0}, "a.safetensors lasts 1.60 s"),
+    (np.zeros((9, 20), np.int64), {}, "shape [9, 20]"),
+    (np.zeros((8, 20), np.float32), {}, "type F32"),
+    (np.zeros(8, np.int16), {"duration": 1.0}, "expected integers"),
+    (np.zeros((8, 0), np.int64), {"duration": 1.6}, "less than one frame"),
+    (EIGHT, {"boundaries": "[20]"}, "states boundaries [20]"),
+    (EIGHT, {"boundaries": "[3, 2]"}, "states boundaries [3, 2]"),
+    (EIGHT, {"boundaries": "{"}, "metadata that cannot be read"),
+    (EIGHT, {"sources": '[{"path": "a"}]'}, "metadata that cannot be read"),
+    (EIGHT, {"cardinality": "many"}, "metadata that cannot be read"),
+    (EIGHT, {"format": "ttt_jax.codes/1"}, "has the format 'ttt_jax.codes/1'"),
+]
+BAD_TOKENS = [
+    (np.full((8, 20), 64), {}, "from 64 to 64 in row 0 of its codes, expected -1 to 63"),
+    (np.full((16, 20), -2), {}, "from -2 to -2 in row 0"),
+    (np.repeat([[300]] + 16 * [[0]], 20, axis=1), {}, "expected -1 to 299 (the tokenizer)"),
+    (EIGHT, {"checksum": "0" * 64}, "is damaged"),
+]
 
 
-@pytest.mark.parametrize(
-    ("codes", "message"),
-    [
-        (np.full((8, 20), 64), "from 64 to 64 in row 0 of its codes, expected -1 to 63"),
-        (np.full((16, 20), -2), "from -2 to -2 in row 0"),
-        (np.repeat([[300]] + 16 * [[0]], 20, axis=1), "expected -1 to 299 (the tokenizer)"),
-        (np.zeros((9, 20), np.int64), "shape [9, 20]"),
-        (np.zeros((8, 20), np.float32), "type float32"),
-        (np.zeros((8, 0), np.int64), "less than one frame"),
-    ],
-)
-def test_codes_of_wrong_range_or_shape_are_refused(codec, tmp_path, codes, message):
-    manifest = write_codes(tmp_path, codes, codec, duration=20 / 12.5)
+@pytest.mark.parametrize(("codes", "changes", "message"), BAD)
+def test_a_code_file_whose_header_is_wrong_is_refused_when_it_is_opened(codec, tmp_path, codes, changes, message):
+    write_codes(tmp_path, codes, codec, **changes)
+    (entry,) = read_manifest(tmp_path / "m.jsonl").entries
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        FrameReader(codec, TOKENIZER, tmp_path / "cache").open(entry)
+    assert "states codec" not in message or codec.digest in str(error.value)
+
+
+@pytest.mark.parametrize(("codes", "changes", "message"), BAD_TOKENS)
+def test_wrong_tokens_are_refused_when_they_are_read(codec, tmp_path, codes, changes, message):
+    write_codes(tmp_path, codes, codec, **changes)
+    (entry,) = read_manifest(tmp_path / "m.jsonl").entries
+    recording = FrameReader(codec, TOKENIZER, tmp_path / "cache").open(entry)
     with pytest.raises(InputError, match=re.escape(message)):
-        frames_of(manifest, codec, tmp_path / "cache")
+        recording.read()
 
 
-def test_codes_file_that_is_not_one_or_does_not_match_its_duration_is_refused(codec, tmp_path):
-    with pytest.raises(InputError, match=r"a\.safetensors lasts 1\.60 s"):
-        frames_of(write_codes(tmp_path, np.zeros((8, 20), np.int32), codec, duration=5.0), codec, tmp_path)
-    safetensors.numpy.save_file({"other": np.zeros(3)}, tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match="expected a safetensors file with a tensor 'codes'"):
-        frames_of(write_manifest(tmp_path, "a.safetensors", 1.6), codec, tmp_path)
-    (tmp_path / "a.safetensors").write_bytes(b"no")
-    with pytest.raises(InputError, match="cannot be read as codes"):
+@pytest.mark.parametrize("content", [b"no", safetensors.numpy.save({"other": np.zeros(3)})])
+def test_a_file_that_holds_no_codes_is_refused(codec, tmp_path, content):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read as codes.*expected a safetensors file with a tensor 'codes'"):
         frames_of(write_manifest(tmp_path, "a.safetensors", 1.6), codec, tmp_path)
 
 

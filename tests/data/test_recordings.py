@@ -1,11 +1,9 @@
 """Opened recordings: headers first, changes, damage, and code files without their codec."""
 
 import json
-import re
 
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from eval.__main__ import main
 from tests.helpers.manifests import TOKENIZER, CountingCodec, frames_of, write_codes, write_entry, write_manifest
@@ -42,25 +40,18 @@ def test_opened_audio_is_encoded_once_and_read_from_the_cache(codec, tmp_path):
     assert counting.calls > calls
     assert len(list(cache.iterdir())) == 1
 
-
-def test_audio_that_changed_while_its_cache_vanished_is_refused(codec, tmp_path):
-    recording = opened(write_entry(tmp_path, babble(1.0), words=[]), codec, tmp_path / "cache")
-    for path in (tmp_path / "cache").iterdir():
-        path.unlink()
     write_entry(tmp_path, babble(1.0, seed=1), words=[])
+    for path in cache.iterdir():
+        path.unlink()
     with pytest.raises(InputError, match=r"a\.wav has changed since it was opened"):
         recording.read()
 
 
-def stated(codes, codec, /, **changes):
-    fields = {"codec": codec.digest, "codec_name": "it", "cardinality": 64} | changes
-    return codefiles.Codes(codes, 12.5, **fields)
-
-
-def write_stated(folder, codes, codec, /, duration=None, **changes):
+def write_stated(folder, codes, codec, /, **changes):
     """A code file as `prepare` writes it, with its manifest."""
-    codefiles.write_codes(folder / "a.safetensors", stated(codes, codec, **changes))
-    return write_manifest(folder, "a.safetensors", codes.shape[1] / 12.5 if duration is None else duration)
+    fields = {"codec": codec.digest, "codec_name": "it", "cardinality": 64} | changes
+    codefiles.write_codes(folder / "a.safetensors", codefiles.Codes(codes, 12.5, **fields))
+    return write_manifest(folder, "a.safetensors", codes.shape[1] / 12.5)
 
 
 def random_codes(rows=16, frames=20, seed=0):
@@ -97,12 +88,7 @@ def test_the_digest_of_a_code_file_follows_codes_and_words(codec, tmp_path):
 def test_what_is_no_alignment_beside_a_code_file_changes_nothing(codec, tmp_path, caplog):
     manifest = write_stated(tmp_path, random_codes(), codec)
     found = opened(manifest, codec, tmp_path)
-    for content in (
-        {"book_meta": {}},
-        {"id": "x", "text": "no times"},
-        {"words": []},
-        {"alignments": [["x", [1, 1.1], "A"]]},
-    ):
+    for content in ({"book_meta": {}}, {"id": "x"}, {"words": []}, {"alignments": [["x", [1, 1.1], "A"]]}):
         (tmp_path / "a.json").write_text(json.dumps(content))
         again = opened(manifest, codec, tmp_path)
         assert again.digest == found.digest
@@ -134,34 +120,6 @@ def test_damage_in_a_code_file_is_noticed_when_it_is_read_and_named(codec, tmp_p
     path.unlink()
     with pytest.raises(InputError, match=r"a\.safetensors cannot be read"):
         recording.read()
-
-
-@pytest.mark.parametrize(
-    ("codes", "changes", "message"),
-    [
-        (random_codes(9), {}, "shape [9, 20]"),
-        (random_codes(), {"codec": "0" * 64}, "states codec"),
-        (random_codes(), {"duration": 9.0}, "lasts 1.60 s"),
-        (random_codes(17), {"tokenizer": "0" * 64}, "states tokenizer"),
-    ],
-)
-def test_what_a_header_shows_is_refused_at_first(codec, tmp_path, codes, changes, message):
-    with pytest.raises(InputError, match=re.escape(message)):
-        opened(write_stated(tmp_path, codes, codec, **changes), codec, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("shape", "kind", "message"),
-    [
-        ((8, 0), np.int16, "less than one frame"),
-        ((8, 20), np.float32, "type F32"),
-        ((8,), np.int16, "expected integers"),
-    ],
-)
-def test_a_header_of_no_codes_is_refused(codec, tmp_path, shape, kind, message):
-    safetensors.numpy.save_file({"codes": np.zeros(shape, kind)}, tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match=message):
-        opened(write_manifest(tmp_path, "a.safetensors", 1.6), codec, tmp_path)
 
 
 def test_wrong_words_beside_a_code_file_are_refused_at_first(codec, tmp_path):

@@ -51,4 +51,4 @@ def write_codes(folder, codes, made_by, duration=None, **changes):
     metadata = {"frame_rate": "12.5", "codec": made_by.digest} | changes
     metadata = {key: value for key, value in metadata.items() if value is not None}
     safetensors.numpy.save_file({"codes": codes}, folder / "a.safetensors", metadata=metadata)
-    return write_manifest(folder, "a.safetensors", codes.shape[1] / 12.5 if duration is None else duration)
+    return write_manifest(folder, "a.safetensors", codes.shape[-1] / 12.5 if duration is None else duration)
