@@ -1,9 +1,7 @@
 """The data of a run: its sources, codec and tokenizer, and their fit to a model."""
 
 import dataclasses
-import gzip
 import json
-import weakref
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from ttt_jax.codec import CodecInfo, load_codec
 from ttt_jax.config import MoshiConfig
 from ttt_jax.data import codes as codefiles
 from ttt_jax.data import corpus as corpora
-from ttt_jax.data import unigram
 from ttt_jax.data.text import TokenizerInfo, load_tokenizer
 from ttt_jax.errors import InputError
 
@@ -77,24 +74,6 @@ def test_the_embedded_corpus_is_what_stored_runs_were_trained_on(embedded):
     (source,) = embedded.train
     assert (source.weight, len(source.recordings)) == (1.0, EMBEDDED_DESCRIPTION["train"]["files"])
     assert [one.name for one in embedded.heldout][-1].startswith("en_librivox")
-
-
-def test_unigrams_are_counted_file_by_file(embedded):
-    cards, alive, most = [512] + 8 * [64], [], []
-
-    def files():
-        for recording in embedded.recordings:
-            frames = recording.read()
-            alive.append(weakref.ref(frames))
-            most.append(sum(one() is not None for one in alive))
-            yield frames
-            del frames
-
-    tables = unigram.fit(files(), cards)
-    together = unigram.fit([np.concatenate([one.read() for one in embedded.recordings], 1)], cards)
-    for one, other in zip(tables, together, strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert max(most) <= 2
 
 
 @pytest.mark.parametrize(
@@ -184,16 +163,6 @@ def test_absent_files_are_left_out_by_part_and_of_the_description(tmp_path):
         manifest = folders[part] / "manifest.jsonl"
         manifest.write_text(manifest.read_text().split("\n")[0])
     assert load(cfg, 64, 300).describe() == some.describe()
-
-
-@pytest.mark.parametrize("field", ["train", "heldout", "validation"])
-def test_a_manifest_may_be_gzip_wherever_one_is_given(tmp_path, field):
-    folder = prepared(tmp_path / "a", codes_of(17))
-    packed = folder / "m.jsonl.gz"
-    packed.write_bytes(gzip.compress((folder / "manifest.jsonl").read_bytes()))
-    corpus = load(dataclasses.replace(FILES, **{"train": str(folder), field: str(packed)}), 64, 300)
-    counts = len(corpus.train[0].recordings), len(corpus.heldout), len(corpus.validation)
-    assert counts == (1, field == "heldout", field != "train")
 
 
 def test_a_description_tells_codes_apart_and_reads_none_that_state_a_checksum(tmp_path, monkeypatch):

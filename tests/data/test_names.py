@@ -87,14 +87,6 @@ def test_both_unicode_forms_are_two_files_with_their_own_words(tmp_path):
     assert sources.name_of(some[NFC]) != sources.name_of(some[NFD])
 
 
-@pytest.mark.parametrize(("audio", "words"), [(NFC, NFD), (NFD, NFC), (NFC, NFC)])
-def test_words_are_found_in_the_other_unicode_form(tmp_path, audio, words):
-    put(tmp_path / f"{audio}.wav")
-    put(tmp_path / f"{words}.json", b'{"alignments": []}')
-    (one,) = sources.find([tmp_path]).recordings
-    assert one.alignment == tmp_path / f"{words}.json"
-
-
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_order_is_that_of_the_names_in_either_unicode_form(tmp_path, form):
     order = ["e 1", "\u00e9 2", "\u00e9 10", "f 1", "z 1"]

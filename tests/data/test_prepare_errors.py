@@ -1,8 +1,6 @@
 """`python -m eval prepare` on bad input: what is left out, and errors of one sentence."""
 
-import json
 import re
-import types
 
 import numpy as np
 import pytest
@@ -10,9 +8,6 @@ import soundfile
 
 from tests.helpers.recordings import CODEC, RATE, babble, librilight, lines_of, record, run, stems
 from ttt_jax.codec import load_codec
-from ttt_jax.data import encode
-from ttt_jax.data.manifest import Entry
-from ttt_jax.errors import InputError
 from ttt_jax.utils import command
 
 
@@ -78,13 +73,6 @@ def test_a_single_bad_file_ends_in_its_sentence(tmp_path, capsys, kind):
     assert not (tmp_path / "out" / "manifest.jsonl").exists()
 
 
-def test_words_without_tokens_name_their_file(tmp_path):
-    path = record(tmp_path / "a.wav", words=[["yes", [0.3, 0.5], "SPEAKER_MAIN"]])
-    mute = types.SimpleNamespace(cardinality=9, digest="m", encode=lambda word: [])
-    with pytest.raises(InputError, match=r"a\.json: the text tokenizer has no"):
-        encode.Encoder(CODEC, mute).encode(Entry(path, 1.0, path.with_suffix(".json")))
-
-
 @pytest.mark.parametrize("join", [False, True])
 def test_a_book_without_chapters_among_others_is_reported_and_left_out(tmp_path, capsys, join):
     tree = librilight(tmp_path / "small", "9/a/c_1", "9/z/c_1")
@@ -107,13 +95,6 @@ def test_nothing_usable_at_all_is_an_error(tmp_path, capsys):
         damage(record(tmp_path / "in" / f"{name}.wav"), "empty")
     assert run(tmp_path / "in", "--out", tmp_path / "out") == command.BAD_INPUT
     assert "none of 2 recordings could be encoded" in capsys.readouterr().err
-
-
-def test_a_duration_that_the_manifest_states_wrongly_is_reported(tmp_path, capsys):
-    record(tmp_path / "a.wav")
-    (tmp_path / "m.jsonl").write_text(json.dumps({"path": "a.wav", "duration": 5.0}))
-    assert run(tmp_path / "m.jsonl", "--out", tmp_path / "out") == command.BAD_INPUT
-    assert "a.wav lasts 1.00 s but its manifest says 5.00 s" in capsys.readouterr().err
 
 
 MISTAKES = [

@@ -42,9 +42,14 @@ def write_manifest(folder, name, duration):
     return folder / "m.jsonl"
 
 
-def frames_of(manifest, codec, cache):
+def opened(manifest, codec, cache, tokenizer=TOKENIZER):
+    """The only recording of a manifest."""
     (entry,) = read_manifest(manifest).entries
-    return FrameReader(codec, TOKENIZER, cache).open(entry).read()
+    return FrameReader(codec, tokenizer, cache).open(entry)
+
+
+def frames_of(manifest, codec, cache):
+    return opened(manifest, codec, cache).read()
 
 
 def write_codes(folder, codes, made_by, duration=None, **changes):
