@@ -22,8 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from corpus.align import RATE, Aligner, Timed, spread, voiced_frames
+from corpus.align import RATE, Aligner, spread, voiced_frames
 from corpus.prompts import Prompt, drop_similar, read_asterisk, read_librivox, share_out
+from ttt_jax.data.alignments import Word
 from ttt_jax.data.audio.containers.ogg import checksum
 
 HERE = Path(__file__).resolve().parent
@@ -111,7 +112,7 @@ def join(prompts: list[Prompt], aligner: Aligner | None, rng: random.Random) -> 
         timed, method = align(prompt, aligner)
         start = position / RATE
         for word in timed:
-            rows.append([word.text, [round(start + word.start, 2), round(start + word.end, 2)], "SPEAKER_MAIN"])
+            rows.append([word.text, [round(start + word.start, 2), round(start + word.end, 2)], word.speaker])
         marks.append(
             {"name": prompt.name, "start": round(start, 2), "seconds": round(prompt.seconds, 2), "method": method}
         )
@@ -124,7 +125,7 @@ def join(prompts: list[Prompt], aligner: Aligner | None, rng: random.Random) -> 
     return np.concatenate(pieces), content
 
 
-def align(prompt: Prompt, aligner: Aligner | None) -> tuple[list[Timed], str]:
+def align(prompt: Prompt, aligner: Aligner | None) -> tuple[list[Word], str]:
     """Returns a prompt's timed words and the method: "pocketsphinx", or "spread" if that finds no path."""
     timed = aligner.align(list(prompt.words), prompt.audio) if aligner else None
     if timed is not None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from corpus import fit_codec
-from corpus.align import HOP, Timed, spread, voiced_frames
+from corpus.align import HOP, spread, voiced_frames
 from corpus.prompts import Prompt, alike, clean_words, drop_similar, share_out, trim
 from tests.helpers.manifests import write_entry
 from tests.helpers.places import CORPUS
@@ -198,7 +198,8 @@ def test_spread_words_share_the_voiced_part_by_their_letters():
     voiced = np.zeros(300, bool)
     voiced[50:100] = voiced[200:250] = True
     timed = spread(["aa", "bbb,", "ccccc"], voiced)
-    assert timed == [Timed("aa", 0.5, 0.7), Timed("bbb,", 0.7, 1.0), Timed("ccccc", 2.0, 2.5)]
+    expected = [("aa", 0.5, 0.7), ("bbb,", 0.7, 1.0), ("ccccc", 2.0, 2.5)]
+    assert [(word.text, word.start, word.end) for word in timed] == expected
 
 
 @pytest.mark.parametrize(

@@ -107,11 +107,8 @@ def write_codes(path: str | Path, codes: Codes) -> None:
 
 def read_codes(path: str | Path) -> Codes:
     """Returns the content of a code file. The caller checks rows and values against a codec. Raises `InputError`."""
-    path = Path(path)
-    with _opened(path) as file:
-        metadata = file.metadata() or {}
+    with _opened(Path(path)) as (file, metadata):
         codes = file.get_tensor("codes")
-    _check_shape(path, codes.shape, str(codes.dtype), codes.dtype.kind in "iu")
     if "checksum" in metadata and metadata["checksum"] != _checksum(codes, metadata):
         raise InputError(f"{path} is damaged (its checksum does not match its content): make it again.")
     return Codes(codes.astype(np.int32), **_parse(path, codes.shape[1], metadata))
@@ -123,38 +120,34 @@ def read_header(path: str | Path) -> Header:
     Raises:
         InputError: the file is missing, is no code file of this format, has no frames, or is of another frame rate.
     """
-    path = Path(path)
-    with _opened(path) as file:
-        metadata = file.metadata() or {}
-        tensor = file.get_slice("codes")
-        shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
-    _check_shape(path, shape, kind, kind[0] in "IU")
+    with _opened(Path(path)) as (file, metadata):
+        shape = file.get_slice("codes").get_shape()
     fields = _parse(path, shape[1], metadata)
     stated = {name: fields[name] for name in Header._fields if name in fields}
     return Header(rows=shape[0], num_frames=shape[1], checksum=metadata.get("checksum"), **stated)
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Yields a file with codes, and its metadata."""
     try:
         with safetensors.safe_open(str(path), framework="numpy") as file:
-            yield file
+            tensor = file.get_slice("codes")
+            shape, kind = tensor.get_shape(), tensor.get_dtype()
+            if len(shape) != 2 or kind[0] not in "IU" or not shape[0]:
+                raise InputError(
+                    f"{path} holds codes of type {kind} and shape {shape}, expected integers [K, T]: write them so."
+                )
+            if not shape[1]:
+                raise InputError(f"{path} holds no frames (shape {shape}), less than one frame: leave it out.")
+            yield file, file.metadata() or {}
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(
             f"{path} cannot be read as codes ({error}): expected a safetensors file with a tensor 'codes', int [K, T]."
         ) from error
 
 
-def _check_shape(path: Path, shape: tuple[int, ...], kind: str, is_integer: bool) -> None:
-    if len(shape) != 2 or not is_integer or not shape[0]:
-        raise InputError(
-            f"{path} holds codes of type {kind} and shape {list(shape)}, expected integers [K, T]: write them so."
-        )
-    if not shape[1]:
-        raise InputError(f"{path} holds no frames (shape {list(shape)}), less than one frame: leave it out.")
-
-
-def _parse(path: Path, num_frames: int, metadata: dict[str, str]) -> dict[str, Any]:
+def _parse(path: str | Path, num_frames: int, metadata: dict[str, str]) -> dict[str, Any]:
     """Returns the fields of `Codes` in the metadata."""
     if metadata.get("format", FORMAT) != FORMAT:
         raise InputError(

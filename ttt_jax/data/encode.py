@@ -21,6 +21,8 @@ from ttt_jax.errors import InputError
 
 Voice = Literal["moshi", "user"]
 """The stream of the left or only channel."""
+Watch = Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]]
+"""Passes on blocks of audio, float32 [channels, n]."""
 _BLOCK = 256  # frames of silence encoded at a time; bounds memory
 
 log = logging.getLogger("ttt_jax")
@@ -50,13 +52,11 @@ class Encoder:
         self._silence: np.ndarray | None = None
         self._silence_state: Any = None
 
-    def encode(
-        self, entry: Entry, watch: Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]] = lambda blocks: blocks
-    ) -> Encoded:
+    def encode(self, entry: Entry, watch: Watch = lambda blocks: blocks) -> Encoded:
         """Returns the codes of an audio file, read block by block; logs which of its words were dropped.
 
-        `watch` passes on the blocks of audio, float32 [channels, n] at the codec's rate. A duration of NaN in `entry`
-        agrees with any length. Raises `InputError` if audio or alignments are unusable.
+        `watch` gets the blocks at the codec's rate. A duration of NaN in `entry` agrees with any length. Raises
+        `InputError` if audio or alignments are unusable.
         """
         codec, path = self.codec, entry.path
         channels, num_samples = encode_blocks(watch(read_blocks(path, codec.sample_rate)), codec)

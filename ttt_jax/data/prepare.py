@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from ttt_jax.codec import Codec
 from ttt_jax.data.codes import Codes, Source, read_codes, write_codes
-from ttt_jax.data.encode import Encoder, join_rows
+from ttt_jax.data.encode import Encoder, Watch, join_rows
 from ttt_jax.data.manifest import MANIFEST, Entry
 from ttt_jax.data.sources import Recording, Stream, name_of
 from ttt_jax.errors import InputError
@@ -30,8 +30,6 @@ from ttt_jax.utils.paths import place, portable
 
 SETTINGS = "prepare.json"
 _VERSION = "ttt_jax.prepare/4"  # to change whenever the same input would give other codes
-
-Watch = Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]]
 
 
 class PreparedFolder:

@@ -87,8 +87,11 @@ def find_parts(source: Source, at: int) -> list[Part]:
         part, end, counted = _part(source, at)
         if part is not None:
             parts.append(part)
-        if not counted:
-            _check_zeros(source, end)
+        zeros = 0 if counted else count_zeros(source, end)
+        if zeros >= STRAY:  # a broken copy leaves them
+            raise source.cut_off(f"{zeros} zeros from byte {end} on are no MPEG frame, and no header counts its frames")
+        if zeros:
+            source.warn(f"has {zeros} zeros behind its frames at byte {end}, and may be cut off: no header counts them")
         at = skip_tags(source, end)
         if not _is_frame(source, at, 2):
             break
@@ -102,15 +105,6 @@ def find_parts(source: Source, at: int) -> list[Part]:
         raise source.cut_off(f"{damaged - at} bytes from byte {at} on are no MPEG frame")
     skip_stray(source, at, "MPEG")
     return parts
-
-
-def _check_zeros(source: Source, end: int) -> None:
-    """Warns of few zeros behind frames that no header counts, and refuses many, which a broken copy leaves."""
-    zeros = count_zeros(source, end)
-    if zeros >= STRAY:
-        raise source.cut_off(f"{zeros} zeros from byte {end} on are no MPEG frame, and no header counts its frames")
-    if zeros:
-        source.warn(f"has {zeros} zeros behind its frames at byte {end}, and may be cut off: no header counts them")
 
 
 def _search(source: Source, at: int) -> int | None:

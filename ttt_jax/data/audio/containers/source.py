@@ -60,21 +60,13 @@ class Part:
     samples: int | None = None  # of each channel; None if only the decoder counts them
 
 
-class Window(io.RawIOBase):
-    """A part as a readable file. Stores an error of the file in `error`: decoders cannot raise it."""
+class Window:
+    """A part as a file that libsndfile reads. Stores an error of the file in `error`: decoders cannot raise it."""
 
     def __init__(self, source: Source, part: Part):
         self._source, self._part, self._at = source, part, 0
         self._size = len(part.head) + part.end - part.start
         self.error: OSError | None = None
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def seekable(self) -> bool:
-        """True."""
-        return True
 
     def tell(self) -> int:
         """The position."""
@@ -145,8 +137,6 @@ def _tag(source: Source, at: int) -> int:
     if head[:8] == b"APETAGEX" and len(head) == 32:
         is_header = head[23] & 0x20
         return 32 + (int.from_bytes(head[12:16], "little") if is_header else 0)
-    if head[:4] == b"TAG+":
-        return 227
     if head[:3] == b"TAG":
         return 128
     if head[:11] == b"LYRICSBEGIN":
