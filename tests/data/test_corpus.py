@@ -107,17 +107,13 @@ def test_sources_are_paths_with_weights(tmp_path, monkeypatch, text, expected):
     assert corpora.parse_sources(resolved.train) == ([(absolute[0][0], 1)] if len(absolute) == 1 else absolute)
 
 
-@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "x", "", "1e-9"])
-def test_a_weight_that_is_none_is_refused(tmp_path, weight):
-    (tmp_path / "a").touch()
-    with pytest.raises(InputError, match=rf"neither exists nor ends in a weight .*\('{weight}'\).*PATH:WEIGHT"):
-        corpora.parse_sources(f"{tmp_path / 'a'}:{weight},b")
-
-
-@pytest.mark.parametrize("text", ["", "a,", ",a", "a,,b", ":3", " ", "a, ", "a, :3"])
-def test_an_empty_path_is_refused(text):
-    with pytest.raises(InputError, match="names an empty path"):
-        corpora.parse_sources(text)
+def test_a_weight_that_is_none_and_an_empty_path_are_refused():
+    for weight in ("0", "-1", "nan", "inf", "x", "", "1e-9"):
+        with pytest.raises(InputError, match=rf"neither exists nor ends in a weight .*\('{weight}'\).*PATH:WEIGHT"):
+            corpora.parse_sources(f"a:{weight},b")
+    for text in ("", "a,", ",a", "a,,b", ":3", " ", "a, ", "a, :3"):
+        with pytest.raises(InputError, match="names an empty path"):
+            corpora.parse_sources(text)
 
 
 def test_sources_manifests_and_folders_are_opened_with_their_weights(tmp_path):

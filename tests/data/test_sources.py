@@ -16,8 +16,6 @@ from ttt_jax.data import sources
 from ttt_jax.errors import InputError
 from ttt_jax.utils import command
 
-# Formats
-
 
 @pytest.mark.parametrize("ending", [".m4a", ".SPH", ".Caf"])
 def test_a_format_that_is_not_read_is_named_and_counted_with_what_converts_it(tmp_path, sounds, capsys, ending):
@@ -51,9 +49,6 @@ def test_a_folder_with_other_formats_only_is_one_error(tmp_path):
     message = r"^none of 2 recordings or books can be used, for one: .*a\.m4a is in a format"
     with pytest.raises(InputError, match=message):
         sources.find([tmp_path])
-
-
-# Links
 
 
 def snapshot(root, contents):
@@ -174,9 +169,6 @@ def test_words_that_were_not_fetched_and_what_is_no_file_leave_a_recording_out(t
     assert "a.wav has a.json beside it, which is a link to what is not here: fetch it" in some.problems[1]
 
 
-# Manifests as sources
-
-
 def test_absent_files_of_a_manifest_are_reported_briefly_counted_and_leave_gaps(tmp_path, sounds, capsys):
     put(tmp_path / "x" / "a.wav", sounds[0])
     put(tmp_path / "y" / "b.wav", sounds[1])
@@ -238,9 +230,6 @@ def test_a_chapter_named_beside_its_tree_does_not_cost_its_book_the_speaker(tmp_
     assert [(stream.speaker, len(stream.recordings)) for stream in sources.streams(some, True)] == [("9", 2)]
 
 
-# What a tree is
-
-
 BOOK = b'{"book_meta": {"id": 7}}'
 
 
@@ -274,9 +263,6 @@ def test_a_large_tree_is_judged_without_reading_all_its_json(tmp_path, monkeypat
     monkeypatch.setattr(sources, "read_beside", lambda path: read.append(path) or real(path))
     assert sources.find([tmp_path]).recordings[0].speaker == "1"
     assert len(read) == 3
-
-
-# What is counted
 
 
 @pytest.mark.parametrize(

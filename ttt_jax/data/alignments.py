@@ -1,8 +1,4 @@
-"""The JSON beside a recording: its kind, and the words that lie in the audio.
-
-Word alignments are those of moshi-finetune: ``{"alignments": [[word, [start, end], speaker], ...]}``, times in seconds;
-other keys are ignored. Many corpora put another JSON there, such as LibriLight's book data: see `read_beside`.
-"""
+"""The JSON beside a recording: its kind, and the words that lie in the audio. docs/data/manifest.md has the rules."""
 
 from __future__ import annotations
 
@@ -77,17 +73,11 @@ def read_beside(path: str | Path) -> tuple[Kind, Any]:
 
 
 def read_alignments(path: str | Path, seconds: float) -> Alignment:
-    """Returns the words in the JSON beside a recording.
+    """Returns the words in the JSON beside a recording of so many seconds.
 
-    A word is dropped if it has no times (null, NaN), no duration, its end before its start, a start before 0, or an end
-    more than `TOLERANCE` past the end of the audio. Empty words are ignored.
-
-    The words are not known if the JSON is no alignment. Nor are they if none has the label `MAIN_SPEAKER` and some have
-    another label than `OTHER_SPEAKER`, as in a diarizer's output: any of them could be Moshi's.
-
-    Raises:
-        InputError: as `read_beside`; the value of "alignments" has another structure; or more than half of the words
-            with times lie outside the `seconds` of audio or end before they begin.
+    docs/data/manifest.md lists the words that are dropped, and when the text is not known. Raises `InputError` as
+    `read_beside`, for another structure, or if more than half of the words with times lie outside the audio or end
+    before they begin.
     """
     path = Path(path)
     kind, content = read_beside(path)

@@ -115,11 +115,7 @@ def read_codes(path: str | Path) -> Codes:
 
 
 def read_header(path: str | Path) -> Header:
-    """Returns the size and metadata of a code file without reading its codes.
-
-    Raises:
-        InputError: the file is missing, is no code file of this format, has no frames, or is of another frame rate.
-    """
+    """Returns the size and metadata of a code file without reading its codes. Raises `InputError`."""
     with _opened(Path(path)) as (file, metadata):
         shape = file.get_slice("codes").get_shape()
     fields = _parse(path, shape[1], metadata)

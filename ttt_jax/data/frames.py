@@ -84,9 +84,7 @@ class FrameReader:
     def open(self, entry: Entry) -> Recording:
         """Returns a checked recording; only the tokens of a code file are checked later, when they are read.
 
-        Raises:
-            InputError: a file is unusable, lasts less than a frame, has another length than the manifest states, or
-                holds codes of another codec; it is audio and the codec is not here; or the cache cannot be written.
+        Raises `InputError` if a file is unusable or does not fit the data, or the cache cannot be written.
         """
         name = printable(f"{entry.path.parent.name}/{entry.path.stem}")
         speaker = None if entry.speaker is None else printable(entry.speaker)

@@ -1,8 +1,6 @@
 """Manifests in moshi-finetune's format.
 
-A manifest is a JSONL file, plain or gzip, one recording a line: ``{"path": ..., "duration": seconds}``. Paths are
-absolute or relative to the manifest's folder, with "/" between folders. "speaker" is read too; other keys are ignored.
-Beside a recording a JSON of the same stem may hold its words (`ttt_jax.data.alignments`). Audio is not opened here.
+docs/data/manifest.md describes them. Audio is not opened here.
 """
 
 from __future__ import annotations
@@ -71,8 +69,7 @@ def is_manifest(path: Path) -> bool:
 def read_manifest(path: str | Path) -> Manifest:
     """Returns the recordings of a JSONL manifest, plain or gzip; blank lines are skipped.
 
-    Raises:
-        InputError: the manifest is unusable, a line lacks a field or has a bad one, or no audio file exists.
+    Raises `InputError` if the manifest or a line of it is unusable, or no audio file exists.
     """
     path = Path(path)
     try:

@@ -34,12 +34,7 @@ _VERSION = "ttt_jax.prepare/4"  # to change whenever the same input would give o
 
 class PreparedFolder:
     """A folder that takes the code files of streams, `joined` of several recordings or not. Close it to write its
-    manifest.
-
-    Raises:
-        InputError: the folder cannot be made, is not of `prepare`, is damaged, or has another codec or choice of
-            joining.
-    """
+    manifest. Raises `InputError` if the folder is unusable or has another codec or choice of joining."""
 
     def __init__(self, path: Path, encoder: Encoder, joined: bool) -> None:
         self.path, self._encoder, self._joined = path, encoder, joined

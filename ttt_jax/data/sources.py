@@ -58,9 +58,7 @@ class Contents(NamedTuple):
 def find(sources: Sequence[str | Path], layout: Layout = "auto") -> Contents:
     """Returns the recordings of all sources in their order, each once, and the problems of those that are left out.
 
-    Raises:
-        InputError: a source does not exist, has another layout, holds no audio, or has a mistake in its manifest; or no
-            recording is left.
+    Raises `InputError` if a source is unusable or no recording is left.
     """
     recordings: dict[Path, Recording] = {}
     problems: dict[Path, _Problem] = {}

@@ -3,9 +3,6 @@
 Moshi's ids: EPAD (0) on the frame before a word's first token, PAD (3) where no text is due. A SentencePiece model
 trained with unk_id=0, bos_id=1, eos_id=2, pad_id=3 leaves both free. Any other model works too: `Tokenizer.encode`
 drops a word's tokens 0 and 3, which would read as EPAD and PAD.
-
-A word that the model cannot write, such as one of another script, has no tokens. While it is spoken the text is not
-known (-1): the unknown piece would be noise, and PAD would mean that nothing is spoken.
 """
 
 from __future__ import annotations
@@ -106,8 +103,7 @@ def read_text(
     (`Alignment.between`), and in no frame if all words were dropped. In place of other dropped words nothing is spoken.
     `speaks` decides whether a word belongs to the stream.
 
-    Raises:
-        InputError: as `read_alignments`, or the tokenizer, being of another language, has no token for any word.
+    Raises `InputError` as `read_alignments`, or if the tokenizer, being of another language, knows none of the words.
     """
     alignment = read_alignments(path, seconds)
     if alignment.words is None:

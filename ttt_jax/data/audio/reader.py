@@ -25,13 +25,10 @@ _RATES = 1000, 1_000_000  # Hz; others are a damaged header
 
 
 def read_audio(path: str | Path, sample_rate: int) -> np.ndarray:
-    """Returns a sound file as float32 [channels, samples], full scale 1, resampled with soxr's HQ filter if needed.
+    """Returns a sound file as float32 [channels, samples], full scale 1, at `sample_rate` in Hz (soxr's HQ filter).
 
-    Args:
-        path: a file as docs/data/audio.md describes; files joined one behind the other are one recording.
-        sample_rate: rate of the result in Hz; n samples at rate r become round(n * sample_rate / r).
-
-    Corrected lengths and doubtful levels are logged. Raises `InputError` if the file cannot be used.
+    n samples at rate r become round(n * sample_rate / r). Corrected lengths and doubtful levels are logged. Raises
+    `InputError` if the file cannot be used. docs/data/audio.md lists what is read, mended and refused.
     """
     return np.concatenate(list(read_blocks(path, sample_rate)), axis=1)
 

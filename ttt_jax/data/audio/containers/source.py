@@ -104,11 +104,7 @@ def skip_tags(source: Source, at: int) -> int:
 
 
 def skip_stray(source: Source, at: int, kind: str) -> None:
-    """Checks the bytes from `at` to the end: tags are ignored, few other bytes too, with a warning.
-
-    Raises:
-        InputError: there are many other bytes, which may be sound.
-    """
+    """Skips tags and, with a warning, few other bytes from `at` to the end. Refuses many, which may be sound."""
     at = skip_tags(source, at)
     count = source.size - at
     if count >= STRAY:
