@@ -56,10 +56,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Encodes the sources; returns the exit code: 0 all of them, `PARTIAL` if some were left out.
-
-    Raises `InputError` if a source or the folder is unusable or nothing could be made.
-    """
+    """Encodes the sources; returns 0, or `PARTIAL` if some were left out. Raises `InputError` if nothing was made."""
     from ttt_jax.data.corpus import CorpusConfig, load_coders
     from ttt_jax.data.encode import Encoder
     from ttt_jax.data.prepare import PreparedFolder
@@ -128,11 +125,9 @@ class _Progress:
         self._show()
 
     def print(self, text: str) -> None:
-        """Prints a line to standard error, above the bar."""
         self._bar.write(printable(text), file=sys.stderr)
 
     def close(self) -> None:
-        """Ends the bar."""
         self._bar.close()
 
     def _show(self) -> None:

@@ -117,8 +117,7 @@ class Corpus(NamedTuple):
 def parse_sources(text: str) -> list[tuple[str, float]]:
     """Returns paths and weights of PATH[:WEIGHT][,PATH[:WEIGHT]...]; the default weight is 1.
 
-    A part that exists as a path is a path, even with commas, colons and blanks; other blanks around paths and weights
-    are dropped. Raises `InputError` for an empty path or a bad weight.
+    A part that exists as a path is a path, whatever its characters. Raises `InputError` for a bad path or weight.
     """
 
     def is_part(part: str) -> bool:

@@ -67,10 +67,7 @@ def is_manifest(path: Path) -> bool:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Returns the recordings of a JSONL manifest, plain or gzip; blank lines are skipped.
-
-    Raises `InputError` if the manifest or a line of it is unusable, or no audio file exists.
-    """
+    """Returns the recordings of a manifest. Raises `InputError` if a line is unusable or no audio file exists."""
     path = Path(path)
     try:
         lines = read_lines(path)

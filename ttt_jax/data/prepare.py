@@ -47,8 +47,7 @@ class PreparedFolder:
     def add(self, stream: Stream, watch: Watch = lambda blocks: blocks) -> None:
         """Makes the code file of a stream, or finds the one that was made of the same recordings.
 
-        `watch` is that of `Encoder.encode`. Raises `InputError` if a recording cannot be used; an earlier code file of
-        this stream then leaves the manifest.
+        Raises `InputError` if a recording cannot be used; an earlier code file then leaves the manifest.
         """
         try:
             codes = self._make(stream, watch)
@@ -72,8 +71,7 @@ class PreparedFolder:
     def close(self) -> list[str]:
         """Writes the manifest: the lines of earlier runs, those of this run in their place or behind them.
 
-        Removes the folder if nothing was made in it, so that its settings do not bind the next run. Returns the paths
-        of earlier lines that are left out because their code file is gone or damaged.
+        Removes the folder if nothing was made in it. Returns earlier lines' paths whose file is gone or damaged.
         """
         fresh = {entry["path"]: entry for entry in self.entries.values()}
         stale = {self._codes_path(name).relative_to(self.path).as_posix() for name in self._failed}

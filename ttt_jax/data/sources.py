@@ -56,10 +56,7 @@ class Contents(NamedTuple):
 
 
 def find(sources: Sequence[str | Path], layout: Layout = "auto") -> Contents:
-    """Returns the recordings of all sources in their order, each once, and the problems of those that are left out.
-
-    Raises `InputError` if a source is unusable or no recording is left.
-    """
+    """Returns the recordings of all sources, each once, and the problems of those left out. Raises `InputError`."""
     recordings: dict[Path, Recording] = {}
     problems: dict[Path, _Problem] = {}
     for source in sources:
