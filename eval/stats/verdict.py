@@ -30,9 +30,6 @@ ADVICE = {
 MARGIN, THRESHOLD = 0.02, 10.0
 """Default margin of equivalence in nats, and default effect worth having in percent of the loss."""
 
-MARGIN, THRESHOLD = 0.02, 10.0
-"""Default margin of equivalence in nats, and default effect worth having in percent of the loss."""
-
 FIRM = 6
 """Fewest units whose spread is known well enough to plan with, and fewest seeds that are tested rather than counted."""
 NOTHING = 5e-5
