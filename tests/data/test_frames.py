@@ -12,6 +12,7 @@ import safetensors.numpy
 from tests.helpers.manifests import TOKENIZER, CountingCodec, frames_of, write_codes, write_entry, write_manifest
 from tests.helpers.recordings import RATE, babble
 from ttt_jax.codec import load_codec
+from ttt_jax.data.encode import Encoder
 from ttt_jax.data.frames import FrameReader, open_manifest
 from ttt_jax.data.manifest import read_manifest
 from ttt_jax.data.text import ABSENT, EPAD, PAD
@@ -43,6 +44,24 @@ def test_mono_file_has_encoded_silence_as_other_voice_and_absent_text(codec, tmp
     assert frames.shape == (17, 13)
     np.testing.assert_array_equal(frames[9:], silence)
     assert (frames[0] == -1).all()
+
+
+def test_silence_goes_on_from_the_state_of_the_codec():
+    class Counting:
+        """Its codes of a frame are the number of frames before."""
+
+        num_codebooks, frame_size = 2, 4
+
+        def init_state(self):
+            return 0
+
+        def encode_step(self, audio, state):
+            after = state + len(audio) // self.frame_size
+            return np.tile(np.arange(state, after, dtype=np.int32), (2, 1)), after
+
+    encoder = Encoder(Counting(), TOKENIZER)
+    for frames in (3, 600, 5):  # more than a block of silence, and fewer than are known
+        np.testing.assert_array_equal(encoder.silence(frames), [np.arange(frames)] * 2)
 
 
 def test_what_is_absent_here_is_absent_to_the_model():
