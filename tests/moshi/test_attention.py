@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from tests.helpers.drawing import quick_jit
+from ttt_jax.config import MoshiConfig, TTTConfig
 from ttt_jax.moshi import attention
+from ttt_jax.moshi.blocks import Attention
 
 SLOTS, HEADS, WIDTH, ROWS = 8, 2, 4, 3
 library = jax.nn.dot_product_attention
@@ -89,3 +91,16 @@ def test_the_library_serves_long_calls_in_its_types_on_a_gpu(monkeypatch, frames
     assert not attention.can_fuse(frames, context, width, jnp.dtype(dtype))  # tests run on a CPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert attention.can_fuse(frames, context, width, jnp.dtype(dtype)) == fits
+
+
+def test_queries_and_keys_turn_by_the_period_of_the_configuration():
+    cfg = MoshiConfig(dim=8, num_heads=1, num_layers=1, max_period=100.0, ttt=TTTConfig(layers="none"))
+    w = np.random.default_rng(0).normal(size=(3, 1, 8, 8)).astype(np.float32)
+    x, position = np.ones((1, 2, 8), np.float32), np.array([[0, 7]], np.int32)
+    _, (q, k) = Attention(cfg).apply({"params": {"qkv": w, "out": w[0, 0]}}, x, position, lambda q, k, v: (v, (q, k)))
+    turn = np.exp(7j * 100.0 ** (-np.arange(4) / 4))
+    for turned, plain in ((q, w[0, 0].sum(-1)), (k, w[1, 0].sum(-1))):
+        np.testing.assert_allclose(turned[0, 0, 0], plain, rtol=1e-5)
+        pairs = turn * (plain[::2] + 1j * plain[1::2])
+        np.testing.assert_allclose(turned[0, 1, 0, ::2], pairs.real, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(turned[0, 1, 0, 1::2], pairs.imag, rtol=1e-4, atol=1e-5)
