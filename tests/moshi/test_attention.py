@@ -110,7 +110,11 @@ def test_queries_and_keys_turn_by_the_period_of_the_configuration():
 @pytest.fixture
 def gpu_branches(monkeypatch):
     """Programs take the branch that a GPU takes."""
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, cuda=None, cpu=None: (cuda or default)(*args))
+
+    def choose(*args, default, cuda=None, cpu=None):
+        return (cuda or default)(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
 
 
 def one_frame(rows):
