@@ -12,7 +12,7 @@ import safetensors.numpy
 from tests.helpers.manifests import TOKENIZER, CountingCodec, frames_of, write_codes, write_entry, write_manifest
 from tests.helpers.recordings import RATE, babble
 from ttt_jax.codec import load_codec
-from ttt_jax.data.encode import Encoder
+from ttt_jax.data.encode import Encoder, encode_blocks
 from ttt_jax.data.frames import FrameReader, open_manifest
 from ttt_jax.data.manifest import read_manifest
 from ttt_jax.data.text import ABSENT, EPAD, PAD
@@ -44,6 +44,13 @@ def test_mono_file_has_encoded_silence_as_other_voice_and_absent_text(codec, tmp
     assert frames.shape == (17, 13)
     np.testing.assert_array_equal(frames[9:], silence)
     assert (frames[0] == -1).all()
+
+
+def test_a_last_part_of_a_frame_is_filled_up_behind(codec):
+    left, right = babble(1.0, channels=2).T  # 12.5 frames
+    channels, samples = encode_blocks([np.stack([left, right])[:, :9000], np.stack([left, right])[:, 9000:]], codec)
+    assert samples == len(left)
+    np.testing.assert_array_equal(channels, [codec.encode(left), codec.encode(right)])
 
 
 def test_silence_goes_on_from_the_state_of_the_codec():

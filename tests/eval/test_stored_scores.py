@@ -101,9 +101,9 @@ def test_bounds_come_with_the_scores_of_a_controlled_task(tmp_path):
     files = [dataset.EvalFile(f"{i:05d}", "", array[:, :100], (), {}) for i, array in enumerate(codes)]
     infos = score_files.file_infos(files)
     tokens = stored_tokens(str(folder), infos)
-    setting, info = Setting(64, "equal", 8, 20), made_scores.CHECKPOINT
+    setting, info = Setting(64, "equal", 8, 90), dataclasses.replace(made_scores.CHECKPOINT, max_delay=40)
     found = task_bounds(str(folder), tokens, setting, [info])
-    expected = bounds_for(folder, [Tokens(file.name, file.frames) for file in files], 20 - info.max_delay)
+    expected = bounds_for(folder, [Tokens(file.name, file.frames) for file in files], 50)
     for side, other in zip(found, expected, strict=True):
         for a, b in zip(side, other, strict=True):
             np.testing.assert_array_equal(a, b)
