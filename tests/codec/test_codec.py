@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.codec import DEFAULT_FILE, load_codec
-from ttt_jax.codec.kmeans import KMeansCodec, mel_filters
+from ttt_jax.codec.kmeans import KMeansCodec, mel_filters, taper
 from ttt_jax.data.audio.reader import read_audio
 from ttt_jax.errors import InputError
 
@@ -95,6 +95,10 @@ def test_later_samples_change_no_earlier_code(codec, speech):
     before, after = codec.encode(speech), codec.encode(changed)
     np.testing.assert_array_equal(after[:, :40], before[:, :40])
     assert (after[:, 40] != before[:, 40]).any()
+
+
+def test_the_window_is_a_periodic_hann_of_unit_energy():
+    np.testing.assert_allclose(taper(4), np.array([0, 0.5, 1, 0.5]) / np.sqrt(1.5), atol=1e-12)
 
 
 def test_silence_is_one_code_vector_and_faint_noise_does_not_scatter_it(codec):

@@ -276,6 +276,16 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("sound")
 
 
-@damage.cases(a_weights_file, an_index_of_shards, a_lora_file, a_config, a_manifest, an_alignment, a_code_file, a_tokenizer, an_audio_file)
+@damage.cases(
+    a_weights_file,
+    an_index_of_shards,
+    a_lora_file,
+    a_config,
+    a_manifest,
+    an_alignment,
+    a_code_file,
+    a_tokenizer,
+    an_audio_file,
+)
 def test_damage_gives_one_sentence_or_does_no_harm(number, kind, seeds, root, tmp_path):
     damage.try_cases(number, kind, seeds, root, tmp_path)

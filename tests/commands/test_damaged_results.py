@@ -37,7 +37,6 @@ from ttt_jax.moshi import model
 from ttt_jax.utils import config_json
 from ttt_jax.utils.files import file_digest
 
-
 pytestmark = pytest.mark.integration
 
 
@@ -223,6 +222,15 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("sound")
 
 
-@damage.cases(a_run, metrics_and_configuration_of_a_run, a_results_folder, a_comparison, records_of_a_diagnosis, a_prepared_folder, a_conversation, first=9)
+@damage.cases(
+    a_run,
+    metrics_and_configuration_of_a_run,
+    a_results_folder,
+    a_comparison,
+    records_of_a_diagnosis,
+    a_prepared_folder,
+    a_conversation,
+    first=9,
+)
 def test_damage_gives_one_sentence_or_does_no_harm(number, kind, seeds, root, tmp_path):
     damage.try_cases(number, kind, seeds, root, tmp_path)

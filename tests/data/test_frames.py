@@ -22,6 +22,7 @@ from tests.helpers.manifests import (
 from tests.helpers.recordings import CODEC, RATE, babble
 from ttt_jax.codec import CodecInfo
 from ttt_jax.data import codes as codefiles
+from ttt_jax.data.encode import Encoder, encode_blocks
 from ttt_jax.data.frames import FrameReader, open_manifest
 from ttt_jax.data.manifest import read_manifest
 from ttt_jax.data.text import ABSENT, EPAD, PAD, TokenizerInfo
@@ -54,6 +55,31 @@ def test_mono_file_has_encoded_silence_as_user_and_absent_text_without_an_alignm
     np.testing.assert_array_equal(frames[9:], codec.encode(np.zeros(RATE, np.float32)))
     assert (frames[0] == token).all()
     assert ABSENT == delays.ABSENT
+
+
+def test_a_last_part_of_a_frame_is_filled_up_behind(codec):
+    left, right = babble(1.0, channels=2).T  # 12.5 frames
+    channels, samples = encode_blocks([np.stack([left, right])[:, :9000], np.stack([left, right])[:, 9000:]], codec)
+    assert samples == len(left)
+    np.testing.assert_array_equal(channels, [codec.encode(left), codec.encode(right)])
+
+
+def test_silence_goes_on_from_the_state_of_the_codec():
+    class Counting:
+        """Its codes of a frame are the number of frames before."""
+
+        num_codebooks, frame_size = 2, 4
+
+        def init_state(self):
+            return 0
+
+        def encode_step(self, audio, state):
+            after = state + len(audio) // self.frame_size
+            return np.tile(np.arange(state, after, dtype=np.int32), (2, 1)), after
+
+    encoder = Encoder(Counting(), TOKENIZER)
+    for frames in (3, 600, 5):  # more than a block of silence, and fewer than are known
+        np.testing.assert_array_equal(encoder.silence(frames), [np.arange(frames)] * 2)
 
 
 def test_cache_follows_audio_alignments_codec_and_tokenizer(codec, tmp_path):

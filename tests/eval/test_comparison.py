@@ -149,6 +149,19 @@ def test_the_trend_is_the_mean_of_the_files_slopes():
     assert (trend.n, trend.mean) == (12, pytest.approx(0.004))
 
 
+def test_a_chunk_counts_in_the_trend_by_its_tokens():
+    experiment = made({"reset": 0.0}, files=1)  # 520 frames: the last chunk holds 20, less than half, and is left out
+    weight = experiment.weight * (1 + experiment.pieces // CHUNK % 2)
+    chunk = experiment.pieces // CHUNK
+    grown = experiment.losses["persist"] + 0.01 * chunk**2
+    losses = experiment.losses | {"reset": grown}
+    (compared,) = analyse(dataclasses.replace(experiment, weight=weight, losses=losses)).comparisons
+    chunks = np.arange(1, 5)
+    expected = np.polyfit(chunks, 0.01 * chunks**2, 1, w=np.sqrt(1 + chunks % 2))[0]
+    assert compared.trend.mean == pytest.approx(expected)
+    assert expected != pytest.approx(np.polyfit(chunks, 0.01 * chunks**2, 1)[0])
+
+
 def test_the_share_of_the_gap_that_is_closed():
     experiment = made({"off": 0.05}, noise=0.001, seeds=2)
     persist = experiment.losses["persist"][1]

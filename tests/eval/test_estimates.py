@@ -49,5 +49,5 @@ def test_a_moving_average_can_stay_within_periods(frames):
 
 
 def test_group_means_keep_the_order_of_groups():
-    got = estimates.group_means(np.array([[1.0, np.nan], [5, 2], [3, 4]]), ["x", "y", "x"])
+    got = estimates.group_means(np.array([[1.0, np.nan], [5, 2], [3, 4]]), ["y", "x", "y"])
     np.testing.assert_array_equal(got, [[2, 4], [5, 2]])

@@ -76,11 +76,11 @@ def test_bounds_come_with_the_scores_of_a_controlled_task(tmp_path):
     codes = [read_codes(path).codes for path in sorted(folder.rglob("*.safetensors"))]
     files = [dataset.EvalFile(f"{i:05d}", "", array[:, :100], (), {}) for i, array in enumerate(codes)]
     infos = score_files.file_infos(files)
-    experiment = made({"off": 0.1}, reach=20, about={"data": str(folder)})
-    experiment = dataclasses.replace(experiment, checkpoints=[made_scores.CHECKPOINT])
+    info = dataclasses.replace(made_scores.CHECKPOINT, max_delay=40)
+    experiment = made({"off": 0.1}, reach=90, about={"data": str(folder)})
+    experiment = dataclasses.replace(experiment, checkpoints=[info])
     bounds = task_bounds(experiment, stored_tokens(str(folder), infos))
-    reach = 20 - made_scores.CHECKPOINT.max_delay
-    expected = bounds_for(folder, [Tokens(file.name, file.frames) for file in files], reach)
+    expected = bounds_for(folder, [Tokens(file.name, file.frames) for file in files], 50)
     np.testing.assert_equal(bounds, expected)
     assert task_bounds(made({"off": 0.1}), []) is None
     with pytest.raises(InputError, match="has other tokens than those that were scored"):
