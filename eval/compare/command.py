@@ -284,7 +284,7 @@ def replaced(folder: Path, subject: folders.Subject) -> list[str]:
         )
 
     names = [FRAMES, losses.LOSSES, words.FILE, *plots.FILES]
-    stored = folders.stored(folder, RESULTS, read, names)
+    stored = folders.stored(folder, read, names)
     if stored is None:
         return []
     earlier, old = stored

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eval.diagnose.records import Record, names
-from eval.results.figures import KINDS, save
+from eval.diagnose.records import Record, Results
+from eval.results.figures import KINDS, pyplot, save
 
 NAME = "diagnose"
 FILES = tuple(f"{NAME}.{kind}" for kind in KINDS)
@@ -35,21 +34,17 @@ STYLES = ("-", "--")
 COLOURS = ("#1b6ca8", "#d1495b", "#edae49", "#4c956c", "#7d5ba6", "#7d8597")
 
 
-def write_figures(records: Sequence[Record], folder: Path) -> list[Path]:
+def write_figures(results: Results, folder: Path) -> list[Path]:
     """Draws the records over time as diagnose.png and diagnose.pdf; returns the paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    return save(draw(records), folder, NAME)
+    return save(draw(results), folder, NAME)
 
 
-def draw(records: Sequence[Record]) -> Any:
+def draw(results: Results) -> Any:
     """Returns a figure with a panel for each of `PANELS`, a colour for each layer, a line style for each checkpoint."""
-    from matplotlib import pyplot as plt
-
-    rows = -(-len(PANELS) // COLUMNS)
+    plt = pyplot()
+    rows, records = -(-len(PANELS) // COLUMNS), results.records
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(12, 2.3 * rows + 0.9), sharex=True, layout="constrained")
-    layers, checkpoints = sorted({record["layer"] for record in records}), names(records)
+    layers, checkpoints = sorted({record["layer"] for record in records}), [info.name for info in results.checkpoints]
     colours = COLOURS if len(layers) <= len(COLOURS) else plt.get_cmap("viridis")(np.linspace(0, 0.95, len(layers)))
     curves = {
         (layer, checkpoint): [r for r in records if (r["layer"], r["checkpoint"]) == (layer, checkpoint)]

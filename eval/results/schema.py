@@ -1,4 +1,4 @@
-"""The one schema of results: what every results.json says of checkpoints and files, and how it is written and read.
+"""The one schema of results: what every results.json stores of checkpoints and files, how it is written and read.
 
 Commands write a dataclass of their own whose class attributes `COMMAND` and `FORMAT` name the command and the version.
 Imports no jax.
@@ -111,25 +111,24 @@ class Stored(Protocol):
 Kind = TypeVar("Kind", bound=Stored)
 
 
-def write(folder: Path, results: Stored, about: dict[str, Any]) -> Path:
+def write(folder: Path, results: Stored, about: dict[str, Any], name: str = RESULTS) -> Path:
     """Writes results.json to `folder`, at once or not at all; returns its path.
 
     Args:
-      results: what a command measured; about: further entries at the top (versions, cost, notes).
+      about: further entries at the top (versions, cost, notes); name: of the file, if another.
     """
     content = plain({**about, "command": results.COMMAND, "format": results.FORMAT, **plain(results)})
-    path = folder / RESULTS
+    path = folder / name
     write_atomically(path, as_json(content | {"checksum": _checksum(content)}))
     return path
 
 
-def read(folder: Path, kind: type[Kind]) -> Kind:
+def read(folder: Path, kind: type[Kind], name: str = RESULTS) -> Kind:
     """Returns what `write` wrote to `folder`, without its `about`.
 
-    Raises:
-      InputError: there is no results.json, it is of another command or version, or it is not as it was written.
+    Raises `InputError` if there is no such file, it is of another command or version, or not as it was written.
     """
-    return typed(kind, content_of(folder, kind.COMMAND, kind.FORMAT))
+    return typed(kind, content_of(folder, kind.COMMAND, kind.FORMAT, name))
 
 
 def typed(kind: type[Kind], content: dict[str, Any]) -> Kind:
@@ -137,15 +136,13 @@ def typed(kind: type[Kind], content: dict[str, Any]) -> Kind:
     return restore(kind, {field.name: content[field.name] for field in dataclasses.fields(kind)})
 
 
-def content_of(folder: Path, command: str, version: int) -> dict[str, Any]:
+def content_of(folder: Path, command: str, version: int, name: str = RESULTS) -> dict[str, Any]:
     """Returns the content of results.json in `folder`. Raises `InputError` as `read`."""
-    path = folder / RESULTS
-    stored = config_json.read_json(path, f"results.json in a folder that {command} wrote")
+    path = folder / name
+    stored = config_json.read_json(path, f"{name} in a folder that {command} wrote")
     header = command_of(stored)
     if header != (command, version):
-        what = (
-            f"is of format {header[1]} of {header[0]}" if header else "does not say of which command and format it is"
-        )
+        what = "is of format {1} of {0}".format(*header) if header else "does not name its command and format"
         raise InputError(f"{path} {what}, but format {version} of {command} is read: run {command} again.")
     if stored.pop("checksum", None) != _checksum(stored):
         raise InputError(

@@ -33,12 +33,10 @@ class Scored(NamedTuple):
 
 
 def score(outputs: model.Outputs, off: int | None) -> Scored:
-    """Scores predictions of several arms, leading axis A, against the targets that they share; what is masked means
-    nothing.
+    """Scores predictions of several arms, leading axis A, against the targets that they share, masked or not.
 
     Args:
-      outputs: of `model.forward`, leaves with a leading axis of arms; off: which of the arms is `off`, for the
-        comparison with it.
+      off: index of the arm `off`, for the comparison with it.
     """
 
     def of_streams(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:  # [A, B, T, ..., V], [A, B, T, ...]
@@ -57,8 +55,7 @@ def score(outputs: model.Outputs, off: int | None) -> Scored:
     both = [jnp.concatenate([t[:, :, None], jnp.moveaxis(a, 3, 2)], 2) for t, a in zip(text, audio, strict=True)]
     inner = None
     if outputs.ttt is not None:
-        measured = (*outputs.ttt.inner, outputs.ttt.rate)
-        inner = Inner(*(y.mean(-1) for y in measured))
+        inner = Inner(*(values.mean(-1) for values in (*outputs.ttt.inner, outputs.ttt.rate)))
     return Scored(*both[:3], Against(*both[3:]) if off is not None else None, inner)
 
 
@@ -74,12 +71,11 @@ def scan_calls(
     arms: tuple[str, ...],
     measured: bool,
 ) -> tuple[model.State, tuple[Scored, jax.Array, jax.Array]]:
-    """N calls of T frames, one after the other.
+    """Runs N calls of T frames, one after the other.
 
     Args:
       params, state: of `arms.set_params`, `arms.init_state`; frames: int32 [N, B, K, T]; mask: bool [N, B, T].
-      resets_now: bool [N], calls that begin with a reset; partners: of `arms.reset`; arms: names; measured:
-        whether to measure inner losses.
+      resets_now: bool [N], calls that begin with a reset; partners: of `arms.reset`.
 
     Returns:
       The state and by call: scores, targets int32 [B, S, T], whether scored bool [B, S, T].
@@ -143,16 +139,14 @@ def stream(
     partners: Sequence[int] | None = None,
     on_frames: Callable[[int], None] = lambda frames: None,
 ) -> list[FileScores]:
-    """Streams a batch of files side by side, each from a fresh state, under every arm; ends are masked, nothing crosses
-    files.
+    """Streams files side by side, each from a fresh state, under every arm; nothing crosses files.
 
     Args:
-      params: of the model; files: int32 [K, T_i] each; arms: names in `ARMS`, that `arms.check` let pass.
+      files: int32 [K, T_i] each; arms: names that `arms.check` let pass.
       chunk: most frames of a call; it does not change the numbers beyond rounding. reset_every: frames after which
         `reset` clears and `permuted` exchanges memories.
       measured: whether to measure inner losses; partners: for each file the one whose memory it takes in `permuted`,
-        which counts as long as that one goes on. on_frames: told how many frames of all files have been scored since it
-        was last.
+        which counts as long as that one goes on. on_frames: called with the number of frames newly scored.
 
     Returns:
       Scores of every file; `unigram` is left None.
@@ -176,20 +170,17 @@ def stream(
         with contextlib.suppress(RuntimeError):  # of a state that has just been donated
             jax.block_until_ready(state)  # an interpreter that ends while a program runs would crash
         raise
-    found = [gathered.file(row, arms) for row in range(len(files))]
+    scores = [gathered.file(row, arms) for row in range(len(files))]
     if "permuted" in arms:
-        ends = [(lengths[other] // reset_every + 1) * reset_every for other in partners]
-        found = [one._replace(arms=_until(one.arms, "permuted", end)) for one, end in zip(found, ends, strict=True)]
-    return found
+        for file, other in zip(scores, partners, strict=True):
+            end = (lengths[other] // reset_every + 1) * reset_every
+            file.arms["permuted"] = jax.tree.map(partial(_until, end=end), file.arms["permuted"])
+    return scores
 
 
-def _until(arms: dict[str, ArmScores], name: str, end: int) -> dict[str, ArmScores]:
-    """Returns the scores without those of an arm from frame `end` on."""
-
-    def cut(values: np.ndarray) -> np.ndarray:
-        return np.where(np.arange(values.shape[1]) < end, values, np.float32(np.nan))
-
-    return arms | {name: jax.tree.map(cut, arms[name])}
+def _until(values: np.ndarray, end: int) -> np.ndarray:
+    """Returns values [S, T], NaN from frame `end` on."""
+    return np.where(np.arange(values.shape[1]) < end, values, np.float32(np.nan))
 
 
 def _block(files: Sequence[np.ndarray], calls: Plan, first: int, count: int) -> tuple[jax.Array, ...]:
@@ -252,8 +243,7 @@ class _Gathered:
 
 
 def batches(lengths: Sequence[int], rows: int, least: int = 1) -> Iterator[list[int]]:
-    """Yields files in batches of at most `rows` (but never fewer than `least`), like lengths together; sizes differ by
-    one at most."""
+    """Yields files in batches of at most `rows`, never fewer than `least`, like lengths together; sizes are alike."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     count = min(math.ceil(len(order) / rows), len(order) // least)
     for part in np.array_split(np.array(order), count):

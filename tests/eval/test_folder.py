@@ -162,7 +162,7 @@ def stored(tmp_path):
     """A folder of results of the arms persist and reset; beside them a file of the user's."""
     arms = {name: made_scores.ARMS[name] for name in ("persist", "reset")}
     made_scores.write(tmp_path, info(), FILES[:2], arms=("persist", "reset"))
-    setting = Setting(made_scores.STREAMS, arms, reset_every=CFG.data.chunk, chunk=20, window=25)
+    setting = Setting(made_scores.STREAMS, arms, reset_every=CFG.data.chunk, window=25)
     made_scores.write_results(tmp_path, [info()], FILES[:2], setting=setting)
     (tmp_path / "memory.png").write_bytes(b"old")
     (tmp_path / "notes.txt").write_text("mine")
