@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 from tyro.conf import Positional, arg
@@ -61,15 +61,6 @@ VOCABULARY = 8
 """Number of tokens that a speaker uses, of `CARDINALITY`."""
 LEAST_EVERY = 3
 """Frames for a question, its answer and one more."""
-
-
-class Best(NamedTuple):
-    """Best possible losses of a stream: nats of the token in Moshi's codebook 1, NaN in frames without one."""
-
-    with_memory: np.ndarray
-    """For a predictor that knows the task and has seen the stream so far, float64 [T]."""
-    memoryless: np.ndarray
-    """For a predictor that has seen the last columns only, float64 [T]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,15 +175,15 @@ TASKS: dict[str, Callable[[np.random.Generator, int, int], np.ndarray]] = {
 """By name: (generator, frames, every) -> tokens int32 [17, T]; the command prints the docstrings."""
 
 
-def best(task: str, stream: np.ndarray, reach: int) -> Best:
-    """Returns the best losses on a stream [17, T] of `task`, with all memory and from the last `reach` columns alone.
+def best(task: str, stream: np.ndarray, reach: int | None = None) -> np.ndarray:
+    """Returns the best possible losses on a stream [17, T] of `task`, nats of each token in Moshi's codebook 1.
 
-    The token of frame t is predicted from columns up to t - 1.
+    The token of frame t is predicted from columns up to t - 1: from all of them, or from the last `reach` alone.
+
+    Returns:
+      float64 [T], NaN in frames without a token.
     """
-    return Best(_best(task, stream, stream.shape[1]), _best(task, stream, reach))
-
-
-def _best(task: str, stream: np.ndarray, reach: int) -> np.ndarray:
+    reach = stream.shape[1] if reach is None else reach
     nats = np.full(stream.shape[1], np.nan)
     answers = np.flatnonzero(stream[MOSHI] != ABSENT)
     if task == "control":
@@ -220,8 +211,7 @@ def bounds_for(data: Path, files: Sequence[EvalFile], reach: int) -> tuple[list[
     Raises `InputError` if the folder's task.json is not as `python -m eval tasks` wrote it.
     """
     task = schema.read(data, DataSet, SETTINGS).settings.task
-    losses = [best(task, file.frames, reach) for file in files]
-    return [file.with_memory for file in losses], [file.memoryless for file in losses]
+    return [best(task, file.frames) for file in files], [best(task, file.frames, reach) for file in files]
 
 
 def main(options: Options) -> int:
@@ -270,9 +260,9 @@ def _write(settings: Settings, folder: Path) -> DataSet:
         write_codes(folder / name, codes)
         lines.append(json.dumps({"path": name, "duration": settings.frames / FRAME_RATE}))
         if i < AVERAGED:
-            losses = best(settings.task, stream, GAP)
+            losses = best(settings.task, stream), best(settings.task, stream, GAP)
             sums += [np.nansum(nats) for nats in losses]
-            answers += np.isfinite(losses.with_memory).sum()
+            answers += np.isfinite(losses[0]).sum()
     data = DataSet(settings, *(sums / answers).tolist())
     schema.write(folder, data, {}, SETTINGS)
     write_atomically(folder / MANIFEST, "".join(f"{line}\n" for line in lines).encode())

@@ -41,8 +41,6 @@ class Options:
     """Frames from one record to the next."""
     frames: int | None = None
     """First frames that are streamed; unset: all."""
-    chunk: int | None = None
-    """Most frames of a call between records; 1 is a live stream; unset: 128."""
     compare: str | None = None
     """A second checkpoint, measured on the same audio; both are shown side by side."""
     out: str | None = None
@@ -56,7 +54,7 @@ class Options:
             raise InputError(
                 "there is no CHECKPOINT: give the folder of a run or of converted weights, or --draw FOLDER."
             )
-        for name in ("every", "frames", "chunk"):
+        for name in ("every", "frames"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} {value} is out of range: give 1 or more.")
@@ -98,7 +96,7 @@ def main(options: Options) -> int:
             f" of {file.name}, a record every {options.every} frames",
             flush=True,
         )
-        measured = walk(checkpoint.params, file.frames, checkpoint.cfg, options.every, options.chunk)
+        measured = walk(checkpoint.params, file.frames, checkpoint.cfg, options.every)
         total = length // options.every * len(layers)
         for record in tqdm(measured, total=total, unit="record", leave=False, mininterval=0.5):
             made.append({"checkpoint": checkpoint.name} | record)

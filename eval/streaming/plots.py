@@ -166,24 +166,8 @@ def _panels(
         axis.set_xlim(0, max(1, min(shown * window, longest)))
         axis.grid(alpha=0.25)
     time_axis(axes[-1], 0.26)
-    _mark_units(axes[0], results)
     _mark_attention(axes, sorted({checkpoint.info.context for checkpoint in checkpoints}))
     return figure, axes
-
-
-def _mark_units(axis: Any, results: Results) -> None:
-    """Marks where the number of units changes; the number is in words where there is room."""
-    losses = _main_losses(results.checkpoints[0])
-    numbers = [value.n for value in losses[: table.shown(losses, results.units)]]
-    free = 0.0
-    for i in range(1, len(numbers)):
-        x = i * results.setting.window
-        if numbers[i] != numbers[i - 1]:
-            axis.axvline(x, 0, 0.04, color="0.5", lw=0.8)
-            if x >= free:
-                style = {"color": "0.5", "fontsize": 7, "xytext": (2, 1), "textcoords": "offset points"}
-                axis.annotate(f"n={numbers[i]}", (x, 0), xycoords=("data", "axes fraction"), **style)
-                free = x + 0.05 * axis.get_xlim()[1]
 
 
 def _mark_attention(axes: Sequence[Any], contexts: Sequence[int]) -> None:

@@ -16,9 +16,6 @@ from ttt_jax.errors import InputError
 LENGTHS = (60, 45, 52)
 
 
-LENGTHS = (60, 45, 52)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("checkpoints") / "memory")
@@ -31,7 +28,6 @@ def data(tmp_path):
 
 
 def test_a_text_that_is_not_known_is_fed_as_nothing(run, data):
-
     files, skipped = dataset.read(data, [checkpoints.load(run)])
     assert not skipped
     assert [file.text_known.mean() for file in files] == [1, 1, 0]
@@ -67,13 +63,11 @@ def test_evaluation_feeds_what_training_reads(run, tmp_path):
 
 
 def test_speakers_are_the_units(run, tmp_path):
-
     data = write_data(tmp_path / "s", [tokens(20, 0), tokens(20, 1)], speaker="one", group="a/b")
     assert {file.group for file in dataset.read(data, [checkpoints.load(run)])[0]} == {"one"}
 
 
 def test_files_are_called_by_the_names_of_their_links(run, tmp_path):
-
     (tmp_path / "blobs").mkdir()
     data = write_data(tmp_path / "snapshot", [tokens(16, i) for i in range(2)])
     for i in range(2):
@@ -88,7 +82,6 @@ def test_files_are_called_by_the_names_of_their_links(run, tmp_path):
 
 
 def test_a_run_on_code_files_needs_neither_its_codec_nor_its_data(tmp_path):
-
     gone = CorpusConfig(train="gone.jsonl", codec="files")
     about = {"codec": {"name": "theirs", "digest": "1" * 64}, "tokenizer": {"digest": "2" * 64, "pieces": None}}
     trained = checkpoints.Checkpoint("trained", micro.MODEL, None, about, gone)
@@ -107,7 +100,6 @@ def test_a_run_on_code_files_needs_neither_its_codec_nor_its_data(tmp_path):
 
 @pytest.mark.parametrize("rate", ["25", "12.50001", "6.25"])
 def test_codes_of_another_rate_are_refused_for_converted_weights_too(run, tmp_path, rate):
-
     weights = checkpoints.Checkpoint("moshi", micro.MODEL, None, {})
     data = write_data(tmp_path / "fast", [tokens(20)])
     metadata = {"frame_rate": rate, "codec": DIGEST}
@@ -134,7 +126,6 @@ def test_codes_of_several_codecs_and_of_other_sizes_do_not_pass_with_converted_w
 
 
 def test_every_file_has_a_name_of_its_own(run, tmp_path):
-
     lines = []
     for folder in ("a", "b"):
         data = write_data(tmp_path / folder / "audio", [tokens(20)])
@@ -148,7 +139,6 @@ def test_every_file_has_a_name_of_its_own(run, tmp_path):
 
 
 def test_converted_weights_take_code_files_only(tmp_path):
-
     weights = checkpoints.Checkpoint("moshi", micro.MODEL, None, {})
     data = write_data(tmp_path / "codes", [tokens(20), tokens(20)[1:], tokens(20)[1:9]], digest="1" * 64)
     files, (skipped,) = dataset.read(data, [weights])

@@ -5,9 +5,6 @@ import pytest
 
 from eval.stats import estimates
 
-WEIGHTS = {"equal": [1, 1, 1], "kyutai": [100, 1, 1], "semantic": [1, 0, 0], "acoustic": [0, 1, 1]}
-SHORT = 1e-6
-
 
 def test_an_estimate_is_students_interval_over_units():
     value = estimates.band(np.array([1.0, 2.0, 3.0, np.nan]))

@@ -9,9 +9,9 @@ from eval.compare import command as compare_command
 from eval.compare import losses
 from eval.compare import results as compare_results
 from eval.compare.analysis import analyse
-from eval.diagnose import records
 from eval.inputs import checkpoints
 from eval.results import folder as folders
+from eval.results import schema
 from eval.results.schema import CheckpointInfo, scores_path
 from eval.streaming import command as streaming_command
 from eval.streaming import plots as streaming_plots
@@ -109,7 +109,6 @@ OLD = folders.Subject(
     (("x (step 1)", "w1"),),
     {"--every": 3},
     frozenset({"the arm off"}),
-    {"a": 7, "b": 8},
 )
 
 
@@ -133,14 +132,7 @@ def test_the_same_again_replaces_results(tmp_path, changes):
     [
         ({"data": "other", "files": {"a": "d1"}}, "on talks with b, but other, as asked for, does not have that file"),
         ({"files": {**OLD.files, "new": "d3"}}, "on talks without new, but talks, as asked for, has that file"),
-        (
-            {"files": {"a": "d1", "b": "d9"}},
-            "on talks, but b has other tokens in talks, as asked for",
-        ),
-        (
-            {"files": {"a": "d1", "b": "d9"}, "frames": {"a": 7, "b": 9}},
-            "of 8 frames of b, but 9 of them are asked for",
-        ),
+        ({"files": {"a": "d1", "b": "d9"}}, "on talks, but b has other tokens or another length in talks"),
         ({"checkpoints": (("x (step 2)", "w2"),)}, r"of x \(step 1\), not of x \(step 2\)"),
         ({"checkpoints": (*OLD.checkpoints, ("y", "w2"))}, r"of x \(step 1\), not of x \(step 1\), y"),
         ({"setting": {"--every": 4}}, "with --every 3, not 4"),
@@ -240,11 +232,10 @@ def test_what_lies_there_and_is_no_result_is_not_replaced(tmp_path, name):
     ("content", "said"),
     [
         ("", "is not JSON"),
-        ("{}", "does not say of which command and format it is, but format 3 of python -m eval stream is read"),
-        ('{"format": 2}', "does not say of which command and format it is"),
-        ("[1]", "does not say of which command and format it is"),
-        ('{"command": "python -m eval compare", "format": 3}', "is of format 3 of python -m eval compare, but"),
-        ('{"command": "python -m eval stream", "format": 3}', "is not as it was written"),
+        ("{}", "does not name its command and format, but format 4 of python -m eval stream is read"),
+        ("[1]", "does not name its command and format"),
+        ('{"command": "python -m eval compare", "format": 4}', "is of format 4 of python -m eval compare, but"),
+        ('{"command": "python -m eval stream", "format": 4}', "is not as it was written"),
     ],
 )
 def test_results_of_another_command_are_refused(tmp_path, content, said):
@@ -254,25 +245,6 @@ def test_results_of_another_command_are_refused(tmp_path, content, said):
     ) as caught:
         replaced(tmp_path)
     assert f"{tmp_path / 'results.json'} {said}" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda stored: stored["setting"].update(about=None),
-        lambda stored: stored.update(skipped=[{}]),
-        lambda stored: stored.update(checkpoints=[]),
-        lambda stored: stored["checkpoints"][0]["info"].update(about=[]),
-        lambda stored: stored.update(files=["a"]),
-    ],
-)
-def test_damaged_results_are_refused(stored, damage):
-    content = json.loads((stored / "results.json").read_text())
-    damage(content)
-    (stored / "results.json").write_text(json.dumps(content))
-    for own_run in (False, True):
-        with pytest.raises(InputError, match="damaged|holds results of"):
-            replaced(stored, own_run=own_run)
 
 
 def test_files_among_the_scores_are_not_replaced(stored):
@@ -355,27 +327,19 @@ def test_reports_of_somebody_else_are_not_replaced(tmp_path, name):
         compare_command.replaced(tmp_path, OLD)
 
 
-def test_records_say_what_they_are_of(tmp_path):
-    from eval.diagnose import command as diagnose_command
+def test_a_diagnosis_is_replaced_by_the_same_again_alone(tmp_path):
+    from eval.diagnose.command import check_replaced
 
-    of = {"a": {"weights": "w1", "step": 3}, "b": {"weights": "w2", "step": 4}}
-    made = [{**one, **of[one["checkpoint"]], "data": "x", "file": "f", "tokens": "d"} for one in made_records()]
-    records.write_records(made, tmp_path)
-    same = diagnose_command._subject_of(records.read(tmp_path))
-    assert same.files == {"f": "d"}
-    assert [weights for _, weights in same.checkpoints] == ["w1", "w2"]
-    diagnose_command._check_replaced(tmp_path, same)
-    for said, other in {
-        "on x, but f has other tokens in y, as asked for": same._replace(data="y", files={"f": "e"}),
-        r"of a \(step 3.*, b \(step 4.*\), not of a \(step 3, weights w1\):": same._replace(
-            checkpoints=same.checkpoints[:1]
-        ),
-        "with --every 1, not 5": same._replace(setting={"--every": 5}),
+    results = made_records()
+    schema.write(tmp_path, results, {})
+    check_replaced(tmp_path, dataclasses.replace(results, records=[]))
+    for text, changes in {
+        "on x, but f has other tokens or another length in y": {
+            "data": "y",
+            "file": dataclasses.replace(results.file, digest="e"),
+        },
+        r"of a \(step 3.*, b \(step 3.*\), not of a \(step 3, weights a\):": {"checkpoints": results.checkpoints[:1]},
+        "with --every 1, not 5": {"every": 5},
     }.items():
-        with pytest.raises(InputError, match=said):
-            diagnose_command._check_replaced(tmp_path, other)
-    (tmp_path / "records.jsonl").write_text(json.dumps({"frame": 1}) + "\n")
-    with pytest.raises(
-        InputError, match=r"records.jsonl that is not this command's, or damaged \(.* not as it was written"
-    ):
-        diagnose_command._check_replaced(tmp_path, same)
+        with pytest.raises(InputError, match=text):
+            check_replaced(tmp_path, dataclasses.replace(results, **changes))
