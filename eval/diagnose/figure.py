@@ -7,28 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from eval.diagnose.records import Record, Results
+from eval.diagnose.records import FIGURES, Record, Results
 from eval.results.figures import KINDS, pyplot, save
 
 NAME = "diagnose"
 FILES = tuple(f"{NAME}.{kind}" for kind in KINDS)
-PANELS = {
-    "stream_norm": "norm of stream after attention",
-    "ttt_norm": "norm of TTT output, before the gate",
-    "combined_norm": "norm of stream + gated TTT",
-    "ttt_to_stream": "TTT / stream",
-    "gated_to_stream": "gated TTT / stream",
-    "gate_mean_abs": "mean |tanh(alpha)|",
-    "cosine_stream_ttt": "cosine stream, TTT",
-    "cosine_stream_combined": "cosine stream, combined",
-    "cosine_ttt_combined": "cosine TTT, combined",
-    "stream_change_relative": "change of stream, relative",
-    "ttt_change_relative": "change of TTT, relative",
-    "ttt_near_zero_percent": "TTT channels near zero, %",
-    "displacement_to_base": "displacement / base",
-    "loss_before": "inner loss before the frame",
-    "memory": "inner loss: base minus before",
-}
+NOT_DRAWN = ("ttt_mean", "ttt_std", "displacement", "base", "loss_base", "loss_after")
+PANELS = {name: title for name, title in FIGURES.items() if name not in NOT_DRAWN}
+PANELS["memory"] = "inner loss: base minus before"
 COLUMNS = 3
 STYLES = ("-", "--")
 COLOURS = ("#1b6ca8", "#d1495b", "#edae49", "#4c956c", "#7d5ba6", "#7d8597")

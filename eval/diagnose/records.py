@@ -14,26 +14,26 @@ SMALL = 0.01
 """Channels below this size count as near zero."""
 
 FIGURES = {
-    "stream_norm": "norm of the stream after attention, which the TTT layer reads",
-    "ttt_norm": "norm of the TTT output before the gate",
+    "stream_norm": "norm of stream after attention",
+    "ttt_norm": "norm of TTT output, before the gate",
     "combined_norm": "norm of stream + gated TTT",
-    "ttt_to_stream": "TTT norm / stream norm",
-    "gated_to_stream": "norm of tanh(alpha) * TTT, the gated output / stream norm",
+    "ttt_to_stream": "norms: TTT / stream",
+    "gated_to_stream": "norms: gated TTT / stream",
     "gate_mean_abs": "|tanh(alpha)|, mean over channels",
-    "cosine_stream_ttt": "cosine of stream and TTT output",
+    "cosine_stream_ttt": "cosine of stream and TTT",
     "cosine_stream_combined": "cosine of stream and combined",
-    "cosine_ttt_combined": "cosine of TTT output and combined",
+    "cosine_ttt_combined": "cosine of TTT and combined",
     "ttt_mean": "TTT output, mean over channels",
     "ttt_std": "TTT output, standard deviation over channels",
-    "ttt_near_zero_percent": f"channels of the TTT output below {SMALL} in size",
-    "stream_change_relative": "norm of the stream's change since the record before / stream norm",
-    "ttt_change_relative": "norm of the TTT output's change since the record before / TTT norm",
+    "ttt_near_zero_percent": f"% of TTT channels below {SMALL} in size",
+    "stream_change_relative": "relative change of stream since last record",
+    "ttt_change_relative": "relative change of TTT since last record",
     "displacement": "norm of fast weights minus base, mean over heads",
     "base": "norm of the base W0, mean over heads",
     "displacement_to_base": "displacement / base, mean over heads",
     "loss_base": "inner loss at the base W0, mean over heads",
-    "loss_before": "inner loss before the step of this frame, mean over heads",
-    "loss_after": "inner loss after the step of this frame, mean over heads",
+    "loss_before": "inner loss before the frame's step",
+    "loss_after": "inner loss after the frame's step, mean over heads",
 }
 """Figures of every record, in the order of tables."""
 

@@ -51,14 +51,8 @@ def subject(
     measured: Iterable[str] = (),
 ) -> Subject:
     """Returns the subject of results on `files`; the rest as in `Subject`."""
-    return Subject(
-        data or OWN_DATA,
-        {file.name: file.digest for file in files},
-        frozenset(file.name for file in skipped),
-        tuple(checkpoints),
-        setting,
-        frozenset(measured),
-    )
+    digests, skipped_names = {file.name: file.digest for file in files}, frozenset(file.name for file in skipped)
+    return Subject(data or OWN_DATA, digests, skipped_names, tuple(checkpoints), setting, frozenset(measured))
 
 
 def checkpoint(name: str, about: dict[str, Any]) -> tuple[str, str | None]:
@@ -99,10 +93,7 @@ def make(folder: Path) -> None:
 def stored(folder: Path, read: Callable[[Path], Results], others: Iterable[str]) -> Results | None:
     """Returns what `read` reads from results.json in `folder`; None if there are no results.
 
-    Args:
-      others: names of the command's other files.
-
-    Raises `InputError` if a file that would be replaced is not this command's.
+    Raises `InputError` if it, or one of the command's `others`, is not this command's.
     """
     if os.path.lexists(folder / RESULTS):
         try:
@@ -146,8 +137,7 @@ def _differences(old: Subject, new: Subject) -> Iterator[str]:
 
 
 def check_frames(folder: Path, checkpoints: Sequence[CheckpointInfo], files: Sequence[FileInfo]) -> None:
-    """Raises `InputError` if the scores in `folder` have a file among them that is none of `files` under
-    `checkpoints`."""
+    """Raises `InputError` if a file among the scores in `folder` is none of `files` under `checkpoints`."""
     ours = {scores_path(folder, checkpoint.name, file) for checkpoint in checkpoints for file in files}
     foreign = next((path for path in (folder / FRAMES).rglob("*") if not path.is_dir() and path not in ours), None)
     if foreign is not None:
@@ -168,8 +158,7 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 def replace(folder: Path, new: Path, old: Sequence[str]) -> None:
-    """Moves the content of the folder `new` to the place of results.json and `old`, names of earlier results; removes
-    `new`.
+    """Moves the content of the folder `new` to the place of results.json and `old`, names of earlier results.
 
     results.json is removed first and moved last: where it is, its results are whole. Until all is in place, the earlier
     results are in a folder beside.

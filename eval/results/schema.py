@@ -57,7 +57,7 @@ class CheckpointInfo:
     seed: int | None = None
     """Of its training; None of converted weights."""
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Path, step, digest of the weights, and whatever else a command records."""
+    """Path, step, digest of the weights, and what else a command records."""
 
     @property
     def context(self) -> int:
@@ -96,7 +96,7 @@ def scores_path(folder: Path, checkpoint: str, file: FileInfo) -> Path:
 
 
 def units(files: Sequence[FileInfo]) -> tuple[int, str]:
-    """Returns the number of independent units, files or groups that share several, and what they are, in the plural."""
+    """Returns the number of independent units, and what they are: files, or groups where several share one."""
     count = len({file.group for file in files})
     return count, "files" if count == len(files) else f"{UNIT}s"
 
@@ -167,8 +167,7 @@ line anyway."""
 
 
 def as_json(content: Any) -> bytes:
-    """Returns a file of JSON that people can read: lists of numbers, short entries and what lies deep are on one
-    line."""
+    """Returns JSON that people can read: lists of numbers, short entries and deep ones are on one line."""
     return (_lines(plain(content), 0) + "\n").encode("utf-8", "backslashreplace")
 
 
@@ -179,22 +178,20 @@ def _lines(value: Any, level: int) -> str:
     deep = level >= LEVELS - is_list
     if not isinstance(value, dict | list) or numbers or level and (deep or len(flat) <= WIDTH):
         return flat
-    if isinstance(value, dict):
-        items = [f"{json.dumps(name, ensure_ascii=False)}: {_lines(item, level + 1)}" for name, item in value.items()]
-    else:
-        items = [_lines(item, level + 1) for item in value]
-    start, end = "{}" if isinstance(value, dict) else "[]"
-    indent = " " * level
+    names = [""] * len(value) if is_list else [f"{json.dumps(name, ensure_ascii=False)}: " for name in value]
+    items = [
+        name + _lines(item, level + 1) for name, item in zip(names, value if is_list else value.values(), strict=True)
+    ]
+    (start, end), indent = "[]" if is_list else "{}", " " * level
     return f"{start}\n{indent} " + f",\n{indent} ".join(items) + f"\n{indent}{end}"
 
 
 def plain(value: Any) -> Any:
-    """Returns `value` as JSON knows it: dataclasses and named tuples as objects, arrays as lists, NaN and infinity as
-    null."""
+    """Returns `value` as JSON: dataclasses and named tuples as objects, arrays as lists, not finite numbers as null."""
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return plain(value._asdict())
     if dataclasses.is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

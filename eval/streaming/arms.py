@@ -82,12 +82,9 @@ def init_state(cfg: MoshiConfig, batch: int, names: Sequence[str]) -> model.Stat
     state = model.init_state(cfg, batch)
     if len(names) == 1:
         return state
-    spread = lambda leaf: jnp.array(jnp.broadcast_to(leaf, (len(names), *leaf.shape)))  # noqa: E731
-    by_arm = _runs_by_arm(cfg)
-    layers = {
-        run.name: jax.tree.map(spread, state.layers[run.name]) if run in by_arm else state.layers[run.name]
-        for run in cfg.runs
-    }
+    layers = dict(state.layers)
+    for run in _runs_by_arm(cfg):
+        layers[run.name] = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(names)), layers[run.name])
     return state._replace(layers=layers)
 
 
@@ -111,11 +108,9 @@ def over_arms(step: Callable[[model.Params, model.State], Any], cfg: MoshiConfig
 
 
 def reset(state: model.State, resets_now: jax.Array, partners: jax.Array, names: Sequence[str]) -> model.State:
-    """Returns the state after a reset: the TTT states that each arm has then; all else is carried alike.
+    """Returns the state after a reset, if `resets_now`, of the TTT states; all else is carried.
 
-    Args:
-      resets_now: bool [], whether there is a reset; partners: int32 [B], the row whose memory each row takes in
-        `permuted`.
+    `partners`, int32 [B], are the rows whose memory each row takes in `permuted`.
     """
     if not resets(names):
         return state

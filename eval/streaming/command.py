@@ -186,11 +186,9 @@ def evaluate(checkpoints: Sequence[Checkpoint], inputs: EvaluationSet, options: 
 def replaced(folder: Path, subject: folders.Subject, own_run: CheckpointInfo | None = None) -> list[str]:
     """Returns names of the earlier results in `folder` that results of `subject` replace.
 
-    Args:
-      own_run: the checkpoint, if `folder` is its run's own: results of another step of that run are replaced whatever
-        their subject.
+    If the folder is that of the run of `own_run`, results of another step of it are replaced whatever their subject.
 
-    Raises `InputError` if what is there is not to be replaced.
+    Raises `InputError` if they are not to be replaced.
     """
     from eval.streaming import plots, results
 

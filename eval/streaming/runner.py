@@ -156,21 +156,28 @@ def stream(
     per_scan = min(max(1, SEGMENT // calls.frames), _bucket(len(calls.starts)))
     edited, state = arms_.set_params(params, arms), arms_.init_state(cfg, len(files), arms)
     others = jnp.asarray(range(len(files)) if partners is None else partners, jnp.int32)
-    gathered = _Gathered(lengths, calls)
-    waiting: tuple[int, tuple] | None = None
+    ends = [*calls.starts[::per_scan], lengths.max()]
+    counts = np.diff([np.minimum(lengths, end).sum() for end in ends])
+    outs, waiting = [], None
+
+    def collect(out: tuple) -> None:
+        outs.append(jax.device_get(out))
+        on_frames(int(counts[len(outs) - 1]))
+
     try:
         for first in range(0, len(calls.starts), per_scan):
             block = _block(files, calls, first, per_scan)
             state, out = scan_calls(edited, *block, others, state, cfg=cfg, arms=arms, measured=measured)
             if waiting is not None:
-                on_frames(gathered.add(*waiting))  # the scan before, while this one computes
-            waiting = first, out
-        on_frames(gathered.add(*waiting))
+                collect(waiting)  # the scan before, while this one computes
+            waiting = out
+        collect(waiting)
     except BaseException:
         with contextlib.suppress(RuntimeError):  # of a state that has just been donated
             jax.block_until_ready(state)  # an interpreter that ends while a program runs would crash
         raise
-    scores = [gathered.file(row, arms) for row in range(len(files))]
+    joined = jax.tree.map(partial(_join, calls), *outs)
+    scores = [_file_scores(*joined, row, length, arms) for row, length in enumerate(lengths)]
     if "permuted" in arms:
         for file, other in zip(scores, partners, strict=True):
             end = (lengths[other] // reset_every + 1) * reset_every
@@ -200,46 +207,31 @@ def _block(files: Sequence[np.ndarray], calls: Plan, first: int, count: int) -> 
     return jnp.asarray(frames), jnp.asarray(mask), jnp.asarray(resets_now)
 
 
-class _Gathered:
-    """Scores of all calls, put in their place in time."""
+def _join(calls: Plan, *scans: np.ndarray) -> np.ndarray:
+    """Returns the values of all calls in their place in time, [N, ..., T of a call] by scan -> [..., T]."""
+    values = (call for scan in scans for call in scan)  # masked calls may follow the last one
+    return np.concatenate([call[..., :length] for length, call in zip(calls.lengths, values, strict=False)], -1)
 
-    def __init__(self, lengths: np.ndarray, calls: Plan):
-        self._lengths, self._calls = lengths, calls
-        self._length = int(lengths.max())
-        self._arrays: list[np.ndarray] = []
-        self._tree: jax.tree_util.PyTreeDef | None = None
 
-    def add(self, first: int, out: tuple) -> int:
-        """Stores the scores of calls from `first` on; returns the number of frames that they cover."""
-        leaves, self._tree = jax.tree.flatten(jax.device_get(out))
-        if not self._arrays:
-            self._arrays = [np.zeros((*leaf.shape[1:-1], self._length), leaf.dtype) for leaf in leaves]
-        for i, call in enumerate(range(first, min(first + len(leaves[0]), len(self._calls.starts)))):
-            start, length = self._calls.starts[call], self._calls.lengths[call]
-            for array, leaf in zip(self._arrays, leaves, strict=True):
-                array[..., start : start + length] = leaf[i][..., :length]
-        begun, ended = self._calls.starts[first], start + length
-        return int(np.clip(self._lengths - begun, 0, ended - begun).sum())
+def _file_scores(
+    scored: Scored, targets: np.ndarray, present: np.ndarray, row: int, length: int, arms: tuple[str, ...]
+) -> FileScores:
+    """Returns the scores of one file, without the padding."""
+    present = present[row, :, :length]
 
-    def file(self, row: int, arms: tuple[str, ...]) -> FileScores:
-        """Returns the scores of one file, without the padding."""
-        scored, targets, present = jax.tree.unflatten(self._tree, self._arrays)
-        length = self._lengths[row]
-        present = present[row, :, :length]
+    def of_streams(values: np.ndarray) -> np.ndarray:  # [B, S, T]
+        return np.where(present, values[row, :, :length], np.float32(np.nan))
 
-        def of_streams(values: np.ndarray, arm: int) -> np.ndarray:
-            return np.where(present, values[arm, row, :, :length], np.float32(np.nan))
+    def of_arm(i: int) -> ArmScores:
+        against = inner = None
+        if scored.against_off is not None and arms[i] != "off":
+            against = Against(*(of_streams(values[i]) for values in scored.against_off))
+        if scored.inner is not None:
+            inner = Inner(*(values[i, :, row, :length] for values in scored.inner))
+        return ArmScores(*(of_streams(values[i]) for values in scored[:3]), against, inner)
 
-        def of_arm(i: int) -> ArmScores:
-            against = inner = None
-            if scored.against_off is not None and arms[i] != "off":
-                against = Against(*(of_streams(values, i) for values in scored.against_off))
-            if scored.inner is not None:
-                inner = Inner(*(values[i, :, row, :length] for values in scored.inner))
-            return ArmScores(*(of_streams(values, i) for values in scored[:3]), against, inner)
-
-        tokens = np.where(present, targets[row, :, :length], -1)
-        return FileScores(tokens, {arm: of_arm(i) for i, arm in enumerate(arms)}, None)
+    tokens = np.where(present, targets[row, :, :length], -1)
+    return FileScores(tokens, {arm: of_arm(i) for i, arm in enumerate(arms)}, None)
 
 
 def batches(lengths: Sequence[int], rows: int, least: int = 1) -> Iterator[list[int]]:

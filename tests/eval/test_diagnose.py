@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from eval import __main__ as command
-from eval.diagnose import command as diagnose_command
 from eval.diagnose import measure
 from eval.diagnose import records as report
 from eval.diagnose.figure import PANELS, draw
-from eval.inputs import checkpoints, dataset
+from eval.inputs import checkpoints
 from eval.results import schema
 from eval.results.schema import CheckpointInfo, FileInfo
 from tests.helpers import eval_models, micro
@@ -65,7 +64,7 @@ def by_hand():
         params, eval_models.tokens(FRAMES)[None], mask, model.init_state(CFG, 1), cfg=CFG, measured=True
     )
     ttt = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64)[:, 0], outputs.ttt)
-    found = {}
+    expected_records = {}
     for i, (layer, (run, place)) in enumerate(PLACES.items()):
         of_layer = params["layers"][run]["ttt"]
         gate = np.tanh(np.asarray(of_layer["gate"][place], np.float64))
@@ -98,8 +97,8 @@ def by_hand():
             figures |= {"ttt_mean": mean, "ttt_std": spread, "ttt_near_zero_percent": near(y)}
             if t < EVERY:
                 figures |= {name: None for name in figures if "change" in name}
-            found[t + 1, layer] = figures
-    return found
+            expected_records[t + 1, layer] = figures
+    return expected_records
 
 
 def close(got, expected, tolerance=2e-3):
@@ -134,9 +133,9 @@ def test_records_do_not_depend_on_the_calls_between(records, chunk):
 
 
 def test_a_record_of_every_frame():
-    found = walk(frames=4, every=1)
-    assert [record["frame"] for record in found] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
-    knows = [record["loss_before"] != pytest.approx(record["loss_base"], rel=1e-4) for record in found]
+    expected_records = walk(frames=4, every=1)
+    assert [record["frame"] for record in expected_records] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    knows = [record["loss_before"] != pytest.approx(record["loss_base"], rel=1e-4) for record in expected_records]
     assert knows == 3 * [False] + 9 * [True]  # there is no memory before the first frame
 
 
@@ -285,10 +284,10 @@ def main(*args):
 def test_the_command_prints_stores_and_draws(folder, tmp_path, capsys, records):
     speech = folder / "speech.safetensors"
     assert main(folder / "one", "--data", speech, "--every", EVERY, "--out", tmp_path / "out") == 0
-    said = capsys.readouterr().out
-    assert "one: TTT layers 0,2,3; 23 frames (1.8 s) of " in said
-    assert said.count("  cosine  ") == len(records)
-    assert report.block(records[-1]) in said
+    printed = capsys.readouterr().out
+    assert "one: TTT layers 0,2,3; 23 frames (1.8 s) of " in printed
+    assert printed.count("  cosine  ") == len(records)
+    assert report.block(records[-1]) in printed
     stored = schema.read(tmp_path / "out", report.Results)
     assert len(stored.checkpoints[0].about["weights"]) == 64
     assert (stored.data, stored.file.name, stored.file.frames) == (str(speech), f"{folder.name}/speech", FRAMES)
@@ -320,45 +319,17 @@ def test_figures_are_drawn_again_without_a_model(tmp_path, monkeypatch, capsys):
 def test_two_checkpoints_stand_side_by_side(folder, tmp_path, capsys, records):
     speech = folder / "speech.safetensors"
     main(folder / "one", "--compare", folder / "two", "--data", speech, "--every", EVERY, "--out", tmp_path)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     stored = schema.read(tmp_path, report.Results).records
     assert [r["checkpoint"] for r in stored] == len(records) * ["one"] + len(records) * ["two"]
-    assert "means over records: A is one, B is two" in said
+    assert "means over records: A is one, B is two" in printed
     means = [
         np.mean([r["ttt_norm"] for r in stored if (r["checkpoint"], r["layer"]) == (c, 0)]) for c in ("one", "two")
     ]
-    *shown, difference = row(said, "ttt_norm")
+    *shown, difference = row(printed, "ttt_norm")
     assert shown == [f"{value:.4g}" for value in means]
     assert float(difference) == pytest.approx(means[1] - means[0], rel=1e-3)
-    assert "  cosine  " not in said
-
-
-def test_checkpoints_of_one_name_get_longer_names(monkeypatch):
-    monkeypatch.setattr(checkpoints, "load", lambda path: checkpoints.Checkpoint("run", CFG, {}, {}))
-    assert [entry.name for entry in diagnose_command.load("a/run", "b/run")] == ["a/run", "b/run"]
-    assert [entry.name for entry in diagnose_command.load("a/run", None)] == ["run"]
-
-
-@integration
-def test_converted_weights_take_codes_alone(folder, tmp_path, monkeypatch):
-    converted = checkpoints.Checkpoint("converted", CFG, eval_models.params(CFG), {})
-    monkeypatch.setattr(checkpoints, "load", lambda path: converted)
-    codes = eval_models.tokens(FRAMES)
-    eval_models.write_codes(tmp_path / "codes.safetensors", codes[1:], "any")
-    assert main("converted", "--data", tmp_path / "codes.safetensors", "--every", EVERY, "--out", tmp_path / "out") == 0
-    eval_models.write_codes(tmp_path / "large.safetensors", codes + 2000, "any")
-    with pytest.raises(InputError, match="expected -1 to 511"):
-        main("converted", "--data", tmp_path / "large.safetensors", "--out", tmp_path / "out", "--every", EVERY)
-    (tmp_path / "sound.wav").touch()
-    with pytest.raises(InputError, match="sound.wav is audio, but converted weights do not say which codec"):
-        main("converted", "--data", tmp_path / "sound.wav", "--out", tmp_path / "out")
-
-
-def test_text_that_is_not_known_is_minus_one(tmp_path):
-    eval_models.write_codes(tmp_path / "codes.safetensors", eval_models.tokens(FRAMES)[1:])
-    file = dataset.first(tmp_path / "codes.safetensors", [eval_models.checkpoint(CFG)], 1)
-    assert (file.frames[0] == -1).all()
-    np.testing.assert_array_equal(file.frames[1:], eval_models.tokens(FRAMES)[1:])
+    assert "  cosine  " not in printed
 
 
 @integration

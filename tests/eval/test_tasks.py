@@ -340,20 +340,6 @@ def test_memory_in_recall_is_worth_ln_16_beyond_the_reach():
             assert np.isfinite(memoryless).sum() == np.isfinite(best("recall", stream)).sum() == SYMBOLS
 
 
-def test_a_reach_ends_at_its_last_column():
-    stream = streams("recall", 1, every=27)[0]
-    facts = {key: t - 1 for t, key, _ in facts_of(stream)}  # the column that is read before frame t
-    for t, key in questions(stream):
-        distance = t - facts[key]
-        assert best("recall", stream, distance)[t] == 0
-        assert best("recall", stream, distance - 1)[t] == math.log(16)
-    stream = streams("recall", 1)[0]
-    first, again = [t for t, key in questions(stream) if key == 5][:2]
-    assert best("recall", stream, again - first + 1)[again] == 0
-    # The first answer is still in sight, but no longer what it answered.
-    assert best("recall", stream, again - first)[again] == math.log(16)
-
-
 def test_memory_of_control_is_worth_nothing_and_its_best_loss_is_its_entropy():
     hit, miss = 17 / 32, 1 / 32
     nats = []
@@ -365,17 +351,6 @@ def test_memory_of_control_is_worth_nothing_and_its_best_loss_is_its_entropy():
         np.testing.assert_allclose(nats[-len(right) :], -np.log(np.where(right, hit, miss)))
         assert np.isfinite(losses).sum() == len(right)
     assert abs(np.mean(nats) + hit * math.log(hit) + 15 * miss * math.log(miss)) < 4 * np.std(nats) / len(nats) ** 0.5
-
-
-def test_a_speakers_best_losses_are_their_expectations():
-    nats = np.stack([best("speaker", stream)[:FACTS] for stream in streams("speaker", 400, frames=128)])
-    # The first token may be any; the second is the first again, or one of 63.
-    np.testing.assert_allclose(nats[:, 0], math.log(64))
-    second = -1 / 8 * math.log(1 / 8) - 7 / 8 * math.log(7 / 8 / 63)
-    assert abs(nats[:, 1].mean() - second) < 4 * nats[:, 1].std() / 20
-    # Once all eight were heard it is ln 8.
-    late = [best("speaker", stream)[-16:] for stream in streams("speaker", 50)]
-    assert np.nanmedian(late) == pytest.approx(math.log(8))
 
 
 def test_attention_of_the_models_of_the_report_does_not_reach_over_the_gap():
