@@ -30,6 +30,7 @@ UNKNOWN = slice(40, 60)
 CARDS = np.array([*MODEL.target_streams.values()])
 ALL = tuple(arms.ARMS)
 quick_forward = quick_jit(model.forward.__wrapped__, static_argnames=("cfg", "measured"))
+quick_score, quick_columns = quick_jit(score, static_argnums=1), quick_jit(columns, static_argnums=3)
 
 
 def walk(length, seed):
@@ -284,33 +285,35 @@ def test_arms_that_cannot_be_run_are_refused(names, message):
 # Guards
 
 
-def oracle(file, known, sure):
-    """Outputs of one arm that put all but 1 - `sure` on the tokens of the grid's column that is `known` columns
-    later."""
-    grid, _ = columns(init_history(MODEL, 1), file[None], jnp.ones((1, file.shape[1]), bool), MODEL)
-    targets = np.asarray(grid.targets[0, :, : 1 + MODEL.dep_q])  # [T, S]
-    shifted = np.roll(targets, -known, axis=0)
-    logits = [
-        np.where(np.eye(card + 1)[shifted[:, i]][:, :card], np.log(sure), np.log((1 - sure) / (card - 1)))
-        for i, card in enumerate(CARDS)
-    ]
-    mask = (targets < CARDS).T & (targets >= 0).T
-    lead = lambda x: jnp.asarray(x)[None, None]  # noqa: E731
-    return model.Outputs(lead(logits[0]), lead(np.stack(logits[1:], 1)), lead(targets.T), lead(mask), None, None), mask
-
-
 def test_an_oracle_of_the_next_codes_is_right_in_place_and_at_chance_one_or_two_frames_off():
-    file = np.random.default_rng(0).integers(0, 64, (17, 4000), np.int32)
+    """The oracle puts nearly all on the tokens of the grid's column that is `known` columns later."""
+    file, sure = np.random.default_rng(0).integers(0, 64, (17, 4000), np.int32), 0.999
+    grid, _ = quick_columns(init_history(MODEL, 1), file[None], np.ones((1, file.shape[1]), bool), MODEL)
+    targets = np.asarray(grid.targets[0, :, : 1 + MODEL.dep_q])  # [T, S]
+    mask = ((targets < CARDS) & (targets >= 0)).T
     for known in (0, 1, 2, -1, -2):
-        outputs, mask = oracle(file, known, sure=0.999)
-        computed = jax.tree.map(lambda x: np.asarray(x)[0, 0], score(outputs, None)[:3])
-        nats, hits = computed[0][1:][mask[1:]], (computed[2] == 0)[1:][mask[1:]]
+        predicted = np.roll(targets, -known, axis=0)
+        logits = [
+            np.where(np.eye(card + 1)[predicted[:, i]][:, :card], np.log(sure), np.log((1 - sure) / (card - 1)))
+            for i, card in enumerate(CARDS)
+        ]
+        scored = of_one_arm(logits[0], np.stack(logits[1:], 1), targets.T, mask)
+        nats, hits = scored.nats[1:][mask[1:]], (scored.rank == 0)[1:][mask[1:]]
         if known == 0:
             assert nats.max() < 1.1e-3  # -ln 0.999
             assert hits.all()
         else:
             assert abs(hits.mean() - 1 / 64) < 0.003  # 32,000 tokens: four standard errors
             assert nats.mean() > np.log(64)
+
+
+def of_one_arm(text, audio, targets, mask):
+    """Scores [S, T] of predictions of one arm in one row."""
+    leaves = (
+        np.asarray(leaf)[None, None] for leaf in (text.astype(np.float32), audio.astype(np.float32), targets, mask)
+    )
+    scored = quick_score(model.Outputs(*leaves, None, None), None)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[0, 0], scored)
 
 
 def test_a_model_without_knowledge_scores_the_logarithm_of_the_cardinality(params, files):
@@ -334,14 +337,10 @@ def test_a_memory_that_is_reset_every_frame_knows_what_its_base_knows(by_frame):
 
 def test_the_rank_of_a_token_counts_the_strictly_likelier_ones():
     """Ties count as right: a blank model would be wrong everywhere, or right by the order of its tokens."""
-    logits = np.array([[2, 1, 1, 0], [1, 1, 1, 1], [0, 3, 1, 2]], np.float32)  # [T, V]
-    targets = np.array([2, 3, 0])
-    audio = np.repeat(logits[:, None], MODEL.dep_q, 1)  # [T, Q, V]
-    lead = lambda x: jnp.asarray(x)[None, None]  # noqa: E731
-    both = np.repeat(targets[None], 1 + MODEL.dep_q, 0)
-    outputs = model.Outputs(lead(logits), lead(audio), lead(both), lead(np.ones(both.shape, bool)), None, None)
-    rank = np.asarray(score(outputs, None).rank)[0, 0]
-    np.testing.assert_array_equal(rank, np.repeat([[1, 0, 3]], 1 + MODEL.dep_q, 0))
+    logits = np.array([[2, 1, 1, 0], [1, 1, 1, 1], [0, 3, 1, 2]])  # [T, V]
+    targets = np.repeat([[2, 3, 0]], 1 + MODEL.dep_q, 0)
+    scored = of_one_arm(logits, np.repeat(logits[:, None], MODEL.dep_q, 1), targets, np.ones(targets.shape, bool))
+    np.testing.assert_array_equal(scored.rank, np.repeat([[1, 0, 3]], 1 + MODEL.dep_q, 0))
 
 
 @pytest.fixture(scope="module")
