@@ -135,11 +135,8 @@ def test_a_broken_step_fails_in_its_line(call, lines, meaning):
     assert failed(report) == lines
     assert not report.passed
     assert meaning in report.meaning
-
-
-def test_a_missed_frame_is_named():
-    (changes, *_) = run(misses_a_frame).checks
-    assert changes.figure == "layer 1: no change at 1 of 16 frames, first at frame 6"
+    if call is misses_a_frame:
+        assert report.checks[0].figure == "layer 1: no change at 1 of 16 frames, first at frame 6"
 
 
 @pytest.mark.parametrize("rate", [pytest.param("no base rate", marks=pytest.mark.slow), "no learned rate"])

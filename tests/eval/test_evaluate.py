@@ -64,16 +64,8 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.integration
-def test_checkpoints_times_files_times_arms_with_models(run, plain, data, tmp_path, capsys):
-    check_checkpoints_times_files_times_arms(run, plain, data, tmp_path, capsys)
-
-
-def test_checkpoints_times_files_times_arms(run, plain, data, tmp_path, capsys):
-    check_checkpoints_times_files_times_arms(run, plain, data, tmp_path, capsys)
-
-
-def check_checkpoints_times_files_times_arms(run, plain, data, tmp_path, capsys):
+@pytest.mark.parametrize("models", ["made up", pytest.param("real", marks=pytest.mark.integration)])
+def test_checkpoints_times_files_times_arms(models, run, plain, data, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["stream", str(run), str(plain), "--data", str(data), "--out", str(out), "--window", "20"]) == 0
     stored = results(out)
