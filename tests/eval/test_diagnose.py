@@ -35,7 +35,7 @@ def quick_programs():
         yield
 
 
-def walk(params=None, cfg=CFG, frames=FRAMES, every=EVERY, chunk=None):
+def walk(params=None, cfg=CFG, frames=FRAMES, every=EVERY, chunk=128):
     return list(measure.walk(params or eval_models.params(cfg), eval_models.tokens(frames), cfg, every, chunk))
 
 
