@@ -19,18 +19,18 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 from tyro.conf import Positional, arg
 
+from eval.results import schema
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data.codes import Codes, write_codes
 from ttt_jax.data.frames import ABSENT
 from ttt_jax.data.manifest import MANIFEST
 from ttt_jax.data.text import PAD
 from ttt_jax.errors import InputError
-from ttt_jax.utils import config_json
 from ttt_jax.utils.files import write_atomically
 from ttt_jax.utils.paths import local
 
@@ -55,21 +55,12 @@ FACTS = 32
 """Frames at the start that hold the facts."""
 GAP = 48
 """Frames behind the facts without an answer, more than attention reaches in the models that these tasks are for."""
-_AVERAGED = 256
+AVERAGED = 256
 """First files whose best possible losses are averaged for task.json."""
 VOCABULARY = 8
 """Number of tokens that a speaker uses, of `CARDINALITY`."""
 LEAST_EVERY = 3
 """Frames for a question, its answer and one more."""
-
-
-class Best(NamedTuple):
-    """Best possible losses of a stream: nats of the token in Moshi's codebook 1, NaN in frames without one."""
-
-    with_memory: np.ndarray
-    """For a predictor that knows the task and has seen the stream so far, float64 [T]."""
-    memoryless: np.ndarray
-    """For a predictor that has seen the last columns only, float64 [T]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +86,21 @@ class Settings:
                 raise InputError(f"--{name} {value} is too few: give {low} or more.")
         if self.seed < 0:
             raise InputError(f"--seed {self.seed} is negative: give 0 or more.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """The content of task.json."""
+
+    COMMAND: ClassVar[str] = "python -m eval tasks"
+    FORMAT: ClassVar[int] = 1
+
+    settings: Settings
+    with_memory: float
+    """Best possible loss, nats per answer: mean over the answers of the first `AVERAGED` files."""
+    memoryless: float
+    """From the last `reach` columns alone."""
+    reach: int = GAP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,75 +170,64 @@ def speaker(rng: np.random.Generator, frames: int, every: int) -> np.ndarray:
 
 
 TASKS: dict[str, Callable[[np.random.Generator, int, int], np.ndarray]] = {
-    "recall": recall,
-    "speaker": speaker,
-    "control": control,
+    function.__name__: function for function in (recall, speaker, control)
 }
 """By name: (generator, frames, every) -> tokens int32 [17, T]; the command prints the docstrings."""
 
 
-def best(task: str, stream: np.ndarray, reach: int) -> Best:
-    """Returns the best losses on a stream [17, T] of `task`, with all memory and from the last `reach` columns alone.
+def best(task: str, stream: np.ndarray, reach: int | None = None) -> np.ndarray:
+    """Returns the best possible losses on a stream [17, T] of `task`, nats of each token in Moshi's codebook 1.
 
-    The token of frame t is predicted from columns up to t - 1.
+    The token of frame t is predicted from columns up to t - 1: from all of them, or from the last `reach` alone.
+
+    Returns:
+      float64 [T], NaN in frames without a token.
     """
-    return Best(_best(task, stream, stream.shape[1]), _best(task, stream, reach))
-
-
-def _best(task: str, stream: np.ndarray, reach: int) -> np.ndarray:
+    reach = stream.shape[1] if reach is None else reach
     nats = np.full(stream.shape[1], np.nan)
     answers = np.flatnonzero(stream[MOSHI] != ABSENT)
-    if task == "speaker":
-        for t in answers:
-            seen = stream[MOSHI, max(0, t - reach) : t]
-            known = np.unique(seen[seen != ABSENT])
-            # Candidates for each token of the speaker that was not heard yet.
-            unheard = (CARDINALITY - len(known)) / max(1, VOCABULARY - len(known))
-            nats[t] = math.log(VOCABULARY) + (0.0 if stream[MOSHI, t] in known else math.log(unheard))
-        return nats
     if task == "control":
         wrong = 0.5 / SYMBOLS
         hit = stream[MOSHI, answers] == stream[USER, answers - 1]
         nats[answers] = -np.log(np.where(hit, 0.5 + wrong, wrong))
         return nats
     for t in answers:
-        key = stream[USER, t - 1]
-        # The value stands in the column of the fact or question, or in the next one.
-        known = np.flatnonzero(stream[USER, : t - 1] == key)
-        nats[t] = 0.0 if (known >= t - reach).any() else math.log(SYMBOLS)
+        if task == "speaker":
+            seen = stream[MOSHI, max(0, t - reach) : t]
+            known = np.unique(seen[seen != ABSENT])
+            # Candidates for each token of the speaker that was not heard yet.
+            unheard = (CARDINALITY - len(known)) / max(1, VOCABULARY - len(known))
+            nats[t] = math.log(VOCABULARY) + (0.0 if stream[MOSHI, t] in known else math.log(unheard))
+        else:
+            # The value stands in the column of the fact or question, or in the next one.
+            known = np.flatnonzero(stream[USER, : t - 1] == stream[USER, t - 1])
+            nats[t] = 0.0 if (known >= t - reach).any() else math.log(SYMBOLS)
     return nats
 
 
 def bounds_for(data: Path, files: Sequence[EvalFile], reach: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Returns `best` of files of the data set in `data`: with all memory, and from `reach` columns, float64 [T] each.
 
-    Raises `InputError` if the folder's task.json is not one that `python -m eval tasks` writes.
+    Raises `InputError` if the folder's task.json is not as `python -m eval tasks` wrote it.
     """
-    path = data / SETTINGS
-    stated = config_json.read_json(path, "the task.json of python -m eval tasks")
-    task = stated.get("task") if isinstance(stated, dict) else None
-    if task not in list(TASKS):  # a list: `task` may be a value that cannot be hashed
-        raise InputError(
-            f"{path} names the task {task!r}, expected one of {', '.join(TASKS)}: make the data set again."
-        )
-    losses = [best(task, file.frames, reach) for file in files]
-    return [file.with_memory for file in losses], [file.memoryless for file in losses]
+    task = schema.read(data, DataSet, SETTINGS).settings.task
+    return [best(task, file.frames) for file in files], [best(task, file.frames, reach) for file in files]
 
 
 def main(options: Options) -> int:
     """Makes a data set; returns the exit code. Raises `InputError`, and then leaves nothing behind."""
     settings = options.settings
-    best = make(settings, local(options.out))["best"]
+    data = make(settings, local(options.out))
     print(f"{settings.task}: {' '.join(TASKS[settings.task].__doc__.split())}")
     print(f"{settings.files} files of {settings.frames} frames in {options.out}")
     print(
-        f"best possible loss, nats per answer: {best['with_memory']:.4f} with all memory,"
-        f" {best['memoryless']:.4f} from the last {GAP} frames alone"
+        f"best possible loss, nats per answer: {data.with_memory:.4f} with all memory,"
+        f" {data.memoryless:.4f} from the last {GAP} frames alone"
     )
     return 0
 
 
-def make(settings: Settings, folder: Path) -> dict[str, Any]:
+def make(settings: Settings, folder: Path) -> DataSet:
     """Writes all of the data set to `folder` or nothing; returns the content of task.json.
 
     Raises `InputError` if the folder is not new or empty, or cannot be made.
@@ -245,16 +240,16 @@ def make(settings: Settings, folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"--out {folder} cannot be made ({error.strerror}): give another folder.") from None
     try:
-        stated = _write(settings, new)
+        data = _write(settings, new)
         new.chmod(0o755)
         new.replace(folder)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    return stated
+    return data
 
 
-def _write(settings: Settings, folder: Path) -> dict[str, Any]:
+def _write(settings: Settings, folder: Path) -> DataSet:
     lines, sums, answers = [], np.zeros(2), 0
     for i in range(settings.files):
         # A generator for each file, so that a larger data set begins with the files of a smaller one.
@@ -264,20 +259,11 @@ def _write(settings: Settings, folder: Path) -> dict[str, Any]:
         codes = Codes(stream, FRAME_RATE, CODEC, codec_name=f"task {settings.task}", cardinality=CARDINALITY)
         write_codes(folder / name, codes)
         lines.append(json.dumps({"path": name, "duration": settings.frames / FRAME_RATE}))
-        if i < _AVERAGED:
-            losses = best(settings.task, stream, GAP)
+        if i < AVERAGED:
+            losses = best(settings.task, stream), best(settings.task, stream, GAP)
             sums += [np.nansum(nats) for nats in losses]
-            answers += np.isfinite(losses.with_memory).sum()
-    with_memory, memoryless = (sums / answers).tolist()
-    stated = {
-        **dataclasses.asdict(settings),
-        "best": {
-            "with_memory": with_memory,
-            "memoryless": memoryless,
-            "reach": GAP,
-            "files": min(settings.files, _AVERAGED),
-        },
-    }
-    config_json.write_json(folder / SETTINGS, stated)
+            answers += np.isfinite(losses[0]).sum()
+    data = DataSet(settings, *(sums / answers).tolist())
+    schema.write(folder, data, {}, SETTINGS)
     write_atomically(folder / MANIFEST, "".join(f"{line}\n" for line in lines).encode())
-    return stated
+    return data

@@ -11,11 +11,11 @@ from ttt_jax.config import FRAME_RATE, MODEL_PRESETS
 from ttt_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from eval.check_state.checks import Check, Trace
+    from eval.check_state.checks import Trace
     from eval.inputs.checkpoints import Checkpoint
 
-SHOWN_LAYERS, HEAD, TAIL = 3, 4, 3
-"""Layers in the table, and frames at its start and end."""
+HEAD, TAIL = 4, 3
+"""Frames at the start and the end of the table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,7 @@ class Options:
 
     Streams a recording frame by frame. Prints digests of the fast weights, then a line for each property: they change
     at every frame, build on the frame before, survive saving, are cleared by a reset of their row alone, do not depend
-    on other rows, leave the parameters alone, and are the same in calls of any length. The last line is PASS (exit code
-    0) or FAIL (1).
+    on other rows, leave the parameters alone, and are the same in calls of any length. Exit code: 0 PASS, 1 FAIL.
     """
 
     checkpoint: Annotated[Positional[str | None], arg(metavar="[CHECKPOINT]")] = None
@@ -62,8 +61,10 @@ def main(options: Options) -> int:
         flush=True,
     )
     report = check(checkpoint.params, file.frames[:, : options.frames], cfg)
-    print("\n".join([*table(report.trace, cfg.ttt_layers), "", *lines(report.checks), "", report.meaning]))
-    print("PASS" if report.passed else "FAIL")
+    width = max(len(entry.what) for entry in report.checks)
+    lines = [f"{entry.what:{width}}  {'PASS' if entry.passed else 'FAIL'}  {entry.figure}" for entry in report.checks]
+    result = "PASS" if report.passed else "FAIL"
+    print("\n".join([*table(report.trace, cfg.ttt_layers[0]), "", *lines, "", report.meaning, result]))
     return 0 if report.passed else 1
 
 
@@ -77,25 +78,17 @@ def fresh_tiny() -> Checkpoint:
 
     cfg = MODEL_PRESETS["tiny"]
     key = jax.random.key(0, impl="unsafe_rbg")  # compiles in a third of the time of the default generator
-    return Checkpoint("tiny, freshly initialised", cfg, model.init_params(cfg, key), {}, CorpusConfig(), None)
+    return Checkpoint("tiny, freshly initialised", cfg, model.init_params(cfg, key), {}, CorpusConfig())
 
 
-def table(trace: Trace, layers: tuple[int, ...]) -> list[str]:
-    """Returns the digests of row 0 as lines: the first and last frames, and at most `SHOWN_LAYERS` layers."""
-    shown = [*range(len(layers))] if len(layers) <= SHOWN_LAYERS else [0, len(layers) // 2, len(layers) - 1]
-    frames, digest = len(trace.digest), trace.digest[:, :, 0]
-    rows = [" frame  layer  digest        changed"]
-    for t in range(frames):
-        if t <= HEAD or t >= frames - TAIL:
-            for i in shown:
-                changed = "(fresh)" if t == 0 else "yes" if digest[t, i] != digest[t - 1, i] else "NO"
-                rows.append(f"{t:6}  {layers[i]:5}  {digest[t, i][:12]:12}  {changed}")
+def table(trace: Trace, layer: int) -> list[str]:
+    """Returns the digests of row 0 in the first TTT layer, `layer`, as lines: the first and the last frames."""
+    digests = trace.digest[:, 0, 0]
+    lines = [f" frame  digest of layer {layer}  changed"]
+    for t, digest in enumerate(digests):
+        if t <= HEAD or t >= len(digests) - TAIL:
+            changed = "(fresh)" if t == 0 else "yes" if digest != digests[t - 1] else "NO"
+            lines.append(f"{t:6}  {digest[:12]:{16 + len(str(layer))}}  {changed}")
         elif t == HEAD + 1:
-            rows.append("   ...")
-    return rows + ([f"({len(shown)} of {len(layers)} TTT layers)"] if len(shown) < len(layers) else [])
-
-
-def lines(checks: list[Check]) -> list[str]:
-    """Returns a line for each check."""
-    width = max(len(check.what) for check in checks)
-    return [f"{check.what:{width}}  {'PASS' if check.passed else 'FAIL'}  {check.figure}" for check in checks]
+            lines.append("   ...")
+    return lines

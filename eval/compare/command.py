@@ -260,7 +260,7 @@ def replaced(folder: Path, experiment: Experiment) -> list[str]:
     from eval.compare import report as words
 
     names = [FRAMES, losses.LOSSES, words.FILE, *plots.FILES]
-    stored = folders.stored(folder, RESULTS, results.read, names)
+    stored = folders.stored(folder, results.read, names)
     if stored is None:
         return []
     old, _ = stored

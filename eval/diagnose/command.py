@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,15 +11,16 @@ from tyro.conf import Positional, arg
 
 from eval.diagnose import records
 from eval.diagnose.figure import FILES, write_figures
-from eval.diagnose.records import Record
+from eval.diagnose.records import Record, Results
 from eval.results import folder as folders
+from eval.results import schema
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.errors import InputError
+from ttt_jax.utils.command import cost, keep_compiled, machine
 from ttt_jax.utils.paths import file_name, local
 
 if TYPE_CHECKING:
     from eval.inputs.checkpoints import Checkpoint
-    from eval.inputs.dataset import EvalFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Options:
 
     A record of a frame and a TTT layer gives the norms of the stream after attention, which the layer reads, and of the
     layer's output, their cosines, how far the gate is open, the change since the record before, the displacement of the
-    fast weights and the inner losses. Records are printed, stored as records.jsonl and drawn as diagnose.png and
+    fast weights and the inner losses. Records are printed, stored in results.json and drawn as diagnose.png and
     diagnose.pdf. Between records nothing is measured, so records cost next to nothing.
     """
 
@@ -41,8 +41,6 @@ class Options:
     """Frames from one record to the next."""
     frames: int | None = None
     """First frames that are streamed; unset: all."""
-    chunk: int | None = None
-    """Most frames of a call between records; 1 is a live stream; unset: 128."""
     compare: str | None = None
     """A second checkpoint, measured on the same audio; both are shown side by side."""
     out: str | None = None
@@ -56,7 +54,7 @@ class Options:
             raise InputError(
                 "there is no CHECKPOINT: give the folder of a run or of converted weights, or --draw FOLDER."
             )
-        for name in ("every", "frames", "chunk"):
+        for name in ("every", "frames"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} {value} is out of range: give 1 or more.")
@@ -71,14 +69,14 @@ def main(options: Options) -> int:
     """Measures a recording, or draws the figure of stored records; returns the exit code. Raises `InputError`."""
     if options.draw is not None:
         folder = local(options.draw)
-        _print_paths(write_figures(records.read(folder), folder))
+        print("\n".join(map(str, write_figures(schema.read(folder, Results), folder))))
         return 0
     from tqdm import tqdm
 
     from eval.diagnose.measure import walk
     from eval.inputs import dataset
+    from eval.streaming.score_files import checkpoint_info, file_infos
     from ttt_jax.data.corpus import CorpusConfig
-    from ttt_jax.utils.command import keep_compiled
 
     keep_compiled(CorpusConfig().cache_dir / "compiled")
     checkpoints = load(options.checkpoint, options.compare)
@@ -87,30 +85,29 @@ def main(options: Options) -> int:
     folders.make(folder)  # before the work, so that a bad --out is reported at once
     file = dataset.first(options.data or dataset.heldout(checkpoints[0]), checkpoints, options.frames or options.every)
     file = file._replace(frames=file.frames[:, : options.frames])
-    length, subject = file.frames.shape[1], _subject(options, checkpoints, file)
-    _check_replaced(folder, subject)
-    made: list[Record] = []
+    length, made = file.frames.shape[1], list[Record]()
+    infos = [checkpoint_info(checkpoint, brief=True) for checkpoint in checkpoints]
+    results = Results(options.data, options.every, file_infos([file])[0], infos, made)
+    check_replaced(folder, results)
     for checkpoint in checkpoints:
-        about = checkpoint.about
-        source = {"checkpoint": checkpoint.name, "step": about.get("step"), "weights": about.get("weights")}
-        source |= {"data": options.data, "file": file.name, "frames": length, "tokens": file.digest}
         layers = checkpoint.cfg.ttt_layers
         print(
             f"{checkpoint.name}: TTT layers {','.join(map(str, layers))}; {length} frames ({length / FRAME_RATE:.1f} s)"
             f" of {file.name}, a record every {options.every} frames",
             flush=True,
         )
-        measured = walk(checkpoint.params, file.frames, checkpoint.cfg, options.every, options.chunk)
+        measured = walk(checkpoint.params, file.frames, checkpoint.cfg, options.every)
         total = length // options.every * len(layers)
         for record in tqdm(measured, total=total, unit="record", leave=False, mininterval=0.5):
-            made.append(source | record)
+            made.append({"checkpoint": checkpoint.name} | record)
             if options.compare is None:
                 tqdm.write(f"\n{records.block(made[-1])}")  # above the bar
     if options.compare is not None:
-        print(f"\n{records.comparison(made)}")
-    print(f"\n{records.explanation()}\n")
-    _check_replaced(folder, subject)  # another command may have written there meanwhile
-    _print_paths([records.write_records(made, folder), *write_figures(made, folder)])
+        print(f"\n{records.comparison(results)}")
+    print(f"\n{records.EXPLANATION}\n")
+    check_replaced(folder, results)  # another command may have written there meanwhile
+    about = {"notes": records.FIGURES, "evaluated_with": machine(), "cost": cost()}
+    print("\n".join(map(str, [schema.write(folder, results, about), *write_figures(results, folder)])))
     return 0
 
 
@@ -127,37 +124,13 @@ def load(checkpoint: str, other: str | None) -> list[Checkpoint]:
     return loaded
 
 
-def _print_paths(paths: Sequence[Path]) -> None:
-    print("\n".join(map(str, paths)))
+def check_replaced(folder: Path, results: Results) -> None:
+    """Raises `InputError` if `folder` holds anything but results of the same data, checkpoints and interval."""
+    earlier = folders.stored(folder, lambda folder: schema.read(folder, Results), FILES)
+    if earlier is not None:
+        folders.check(folder, _subject(earlier), _subject(results))
 
 
-def _check_replaced(folder: Path, subject: folders.Subject) -> None:
-    """Raises `InputError` if `folder` holds anything but records of `subject`."""
-    old = folders.stored(folder, records.RECORDS, lambda folder: _subject_of(records.read(folder)), FILES)
-    if old is not None:
-        folders.check(folder, old, subject)
-
-
-def _subject(options: Options, checkpoints: Sequence[Checkpoint], file: EvalFile) -> folders.Subject:
-    """Returns the subject of the records to be made."""
-    return folders.Subject(
-        options.data or folders.OWN_DATA,
-        {file.name: file.digest},
-        frozenset(),
-        tuple(folders.checkpoint(entry.name, entry.about) for entry in checkpoints),
-        {"--every": options.every},
-        frames={file.name: file.frames.shape[1]},
-    )
-
-
-def _subject_of(stored: Sequence[Record]) -> folders.Subject:
-    """Returns the subject of stored records."""
-    first = {record["checkpoint"]: record for record in reversed(stored)}
-    return folders.Subject(
-        stored[0].get("data") or folders.OWN_DATA,
-        {record.get("file", ""): record.get("tokens", "") for record in stored},
-        frozenset(),
-        tuple(folders.checkpoint(name, first[name]) for name in records.names(stored)),
-        {"--every": min(record["frame"] for record in stored)},
-        frames={record.get("file", ""): record.get("frames", 0) for record in stored},
-    )
+def _subject(results: Results) -> folders.Subject:
+    checkpoints = [folders.checkpoint(info.name, info.about) for info in results.checkpoints]
+    return folders.subject(results.data, [results.file], [], checkpoints, {"--every": results.every})

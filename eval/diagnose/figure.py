@@ -2,54 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eval.diagnose.records import Record, names
-from eval.results.figures import KINDS, save
+from eval.diagnose.records import FIGURES, Record, Results
+from eval.results.figures import KINDS, pyplot, save
 
 NAME = "diagnose"
 FILES = tuple(f"{NAME}.{kind}" for kind in KINDS)
-PANELS = {
-    "stream_norm": "norm of stream after attention",
-    "ttt_norm": "norm of TTT output, before the gate",
-    "combined_norm": "norm of stream + gated TTT",
-    "ttt_to_stream": "TTT / stream",
-    "gated_to_stream": "gated TTT / stream",
-    "gate_mean_abs": "mean |tanh(alpha)|",
-    "cosine_stream_ttt": "cosine stream, TTT",
-    "cosine_stream_combined": "cosine stream, combined",
-    "cosine_ttt_combined": "cosine TTT, combined",
-    "stream_change_relative": "change of stream, relative",
-    "ttt_change_relative": "change of TTT, relative",
-    "ttt_near_zero_percent": "TTT channels near zero, %",
-    "displacement_to_base": "displacement / base",
-    "loss_before": "inner loss before the frame",
-    "memory": "inner loss: base minus before",
-}
+NOT_DRAWN = ("ttt_mean", "ttt_std", "displacement", "base", "loss_base", "loss_after")
+PANELS = {name: title for name, title in FIGURES.items() if name not in NOT_DRAWN}
+PANELS["memory"] = "inner loss: base minus before"
 COLUMNS = 3
 STYLES = ("-", "--")
 COLOURS = ("#1b6ca8", "#d1495b", "#edae49", "#4c956c", "#7d5ba6", "#7d8597")
 
 
-def write_figures(records: Sequence[Record], folder: Path) -> list[Path]:
+def write_figures(results: Results, folder: Path) -> list[Path]:
     """Draws the records over time as diagnose.png and diagnose.pdf; returns the paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    return save(draw(records), folder, NAME)
+    return save(draw(results), folder, NAME)
 
 
-def draw(records: Sequence[Record]) -> Any:
+def draw(results: Results) -> Any:
     """Returns a figure with a panel for each of `PANELS`, a colour for each layer, a line style for each checkpoint."""
-    from matplotlib import pyplot as plt
-
-    rows = -(-len(PANELS) // COLUMNS)
+    plt = pyplot()
+    rows, records = -(-len(PANELS) // COLUMNS), results.records
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(12, 2.3 * rows + 0.9), sharex=True, layout="constrained")
-    layers, checkpoints = sorted({record["layer"] for record in records}), names(records)
+    layers, checkpoints = sorted({record["layer"] for record in records}), [info.name for info in results.checkpoints]
     colours = COLOURS if len(layers) <= len(COLOURS) else plt.get_cmap("viridis")(np.linspace(0, 0.95, len(layers)))
     curves = {
         (layer, checkpoint): [r for r in records if (r["layer"], r["checkpoint"]) == (layer, checkpoint)]

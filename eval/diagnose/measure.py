@@ -20,9 +20,6 @@ from ttt_jax.config import FRAME_RATE, MoshiConfig
 from ttt_jax.moshi import model
 from ttt_jax.moshi.model import Params, State
 
-CHUNK = 128
-"""Default number of frames of a call between records."""
-
 
 class Vectors(NamedTuple):
     """Inputs (the stream after attention) and outputs of the TTT layers at a record, [L, dim] each."""
@@ -31,20 +28,12 @@ class Vectors(NamedTuple):
     ttt: jax.Array
 
 
-def walk(
-    params: Params, frames: np.ndarray, cfg: MoshiConfig, every: int, chunk: int | None = None
-) -> Iterator[Record]:
-    """Streams a recording from a fresh state and measures every `every`-th frame.
+def walk(params: Params, frames: np.ndarray, cfg: MoshiConfig, every: int, chunk: int = 128) -> Iterator[Record]:
+    """Streams a recording, int32 [K, T], from a fresh state; yields a record of each TTT layer every `every` frames.
 
-    Args:
-      params: weights of a model with TTT layers; frames: int32 [K, T]; every: frames from one record to the next.
-      chunk: most frames of a call between records, default `CHUNK`; it changes figures by rounding only; 1 is a live
-        stream.
-
-    Yields:
-      The record of each TTT layer, layer by layer, frame by frame.
+    Calls between records have at most `chunk` frames, which changes figures by rounding only.
     """
-    size = min(chunk or CHUNK, max(1, every - 1))
+    size = min(chunk, max(1, every - 1))
     state, previous = fresh(cfg)
     for start in range(0, frames.shape[1] - every + 1, every):
         last = start + every - 1
@@ -77,9 +66,8 @@ def measure(
 ) -> tuple[jax.Array, Vectors, State]:
     """Measures one frame, int32 [1, K, 1]. Donates state and vectors.
 
-    Returns:
-      The figures in the order of `FIGURES`, [figures, L], in one array so that the host waits for one transfer; the
-      vectors, for the next record; the state.
+    Returns figures in the order of `FIGURES`, [figures, L], in one array so that the host waits for one transfer; the
+    vectors, for the next record; the state.
     """
     outputs, state = model.forward(params, frame, jnp.ones((1, 1), bool), state, cfg, measured=True)
     ttt = jax.tree.map(lambda leaf: leaf[:, 0, 0].astype(jnp.promote_types(leaf.dtype, jnp.float32)), outputs.ttt)

@@ -1,49 +1,68 @@
-"""Records of `python -m eval diagnose`: names of the figures, text for a terminal, and the file. Imports no jax."""
+"""Records of `python -m eval diagnose`: their figures, what is stored, and text for a terminal. Imports no jax."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from ttt_jax.errors import InputError
-from ttt_jax.utils.files import write_atomically
-from ttt_jax.utils.jsonl import read_lines
+from eval.results.schema import CheckpointInfo, FileInfo
 
-RECORDS = "records.jsonl"
 SMALL = 0.01
 """Channels below this size count as near zero."""
 
 FIGURES = {
-    "stream_norm": "norm of the stream after attention, which the TTT layer reads",
-    "ttt_norm": "norm of the TTT output before the gate",
+    "stream_norm": "norm of stream after attention",
+    "ttt_norm": "norm of TTT output, before the gate",
     "combined_norm": "norm of stream + gated TTT",
-    "ttt_to_stream": "TTT norm / stream norm",
-    "gated_to_stream": "norm of tanh(alpha) * TTT, the gated output / stream norm",
+    "ttt_to_stream": "norms: TTT / stream",
+    "gated_to_stream": "norms: gated TTT / stream",
     "gate_mean_abs": "|tanh(alpha)|, mean over channels",
-    "cosine_stream_ttt": "cosine of stream and TTT output",
+    "cosine_stream_ttt": "cosine of stream and TTT",
     "cosine_stream_combined": "cosine of stream and combined",
-    "cosine_ttt_combined": "cosine of TTT output and combined",
+    "cosine_ttt_combined": "cosine of TTT and combined",
     "ttt_mean": "TTT output, mean over channels",
     "ttt_std": "TTT output, standard deviation over channels",
-    "ttt_near_zero_percent": f"channels of the TTT output below {SMALL} in size",
-    "stream_change_relative": "norm of the stream's change since the record before / stream norm",
-    "ttt_change_relative": "norm of the TTT output's change since the record before / TTT norm",
+    "ttt_near_zero_percent": f"% of TTT channels below {SMALL} in size",
+    "stream_change_relative": "relative change of stream since last record",
+    "ttt_change_relative": "relative change of TTT since last record",
     "displacement": "norm of fast weights minus base, mean over heads",
     "base": "norm of the base W0, mean over heads",
     "displacement_to_base": "displacement / base, mean over heads",
     "loss_base": "inner loss at the base W0, mean over heads",
-    "loss_before": "inner loss before the step of this frame, mean over heads",
-    "loss_after": "inner loss after the step of this frame, mean over heads",
+    "loss_before": "inner loss before the frame's step",
+    "loss_after": "inner loss after the frame's step, mean over heads",
 }
 """Figures of every record, in the order of tables."""
 
+EXPLANATION = (
+    "stream: the residual stream after attention (x + attention's update, not the update alone), which the TTT\n"
+    "layer reads; it grows with depth, and ratios and cosines are against it.\n"
+    "combined: the stream with the gated TTT output added. change: since the record before.\n"
+    "inner loss: at the base minus before the frame is the gain from memory."
+)
+"""How to read the records."""
+
 Record = dict[str, Any]
 """`FIGURES` of one frame and layer by name, None where undefined; with "checkpoint", "frame", "seconds" and "layer"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Records of one file under one checkpoint or two."""
+
+    COMMAND: ClassVar[str] = "python -m eval diagnose"
+    FORMAT: ClassVar[int] = 1
+
+    data: str | None
+    """As the command line gave it."""
+    every: int
+    """Frames from one record to the next."""
+    file: FileInfo
+    checkpoints: list[CheckpointInfo]
+    records: list[Record]
 
 
 def block(record: Record) -> str:
@@ -72,23 +91,16 @@ def block(record: Record) -> str:
     )
 
 
-def explanation() -> str:
-    """Returns how to read the records."""
-    return (
-        "stream: the residual stream after attention (x + attention's update, not the update alone), which the TTT\n"
-        "layer reads; it grows with depth, and ratios and cosines are against it.\n"
-        "combined: the stream with the gated TTT output added. change: since the record before.\n"
-        "inner loss: at the base minus before the frame is the gain from memory."
-    )
-
-
-def comparison(records: Sequence[Record]) -> str:
+def comparison(results: Results) -> str:
     """Returns means over the records of two checkpoints by layer, side by side, with their difference."""
-    first, second = names(records)
+    first, second = (info.name for info in results.checkpoints)
     width = max(map(len, FIGURES))
     rows = [f"means over records: A is {first}, B is {second}"]
-    for layer in sorted({record["layer"] for record in records}):
-        a, b = ([r for r in records if (r["layer"], r["checkpoint"]) == (layer, name)] for name in (first, second))
+    for layer in sorted({record["layer"] for record in results.records}):
+        a, b = (
+            [record for record in results.records if (record["layer"], record["checkpoint"]) == (layer, name)]
+            for name in (first, second)
+        )
         only = "" if a and b else f"   (a TTT layer in {'A' if a else 'B'} only)"
         rows += ["", f"{f'layer {layer}':{width}}{'A':>12}{'B':>12}{'B - A':>12}{only}"]
         for figure in FIGURES:
@@ -99,11 +111,6 @@ def comparison(records: Sequence[Record]) -> str:
     return "\n".join(rows)
 
 
-def names(records: Sequence[Record]) -> list[str]:
-    """Returns the checkpoints' names in the order of their records."""
-    return list(dict.fromkeys(record["checkpoint"] for record in records))
-
-
 def _mean(records: Sequence[Record], figure: str) -> float | None:
     """Returns the mean over records in which the figure is defined; None if there are none."""
     defined = [record[figure] for record in records if record[figure] is not None]
@@ -112,39 +119,3 @@ def _mean(records: Sequence[Record], figure: str) -> float | None:
 
 def _number(value: float | None, form: str = ".4g") -> str:
     return "-" if value is None else format(value, form)
-
-
-def write_records(records: Sequence[Record], folder: Path) -> Path:
-    """Writes one JSON object a line and, as the last line, their checksum; returns the path."""
-    path = folder / RECORDS
-    lines = [json.dumps(record, allow_nan=False) for record in records]
-    write_atomically(path, "".join(line + "\n" for line in (*lines, _checksum(lines))).encode())
-    return path
-
-
-def _checksum(lines: Sequence[str]) -> str:
-    """Returns the last line of a file that begins with `lines`."""
-    return json.dumps({"checksum": hashlib.sha256("\n".join(lines).encode()).hexdigest()})
-
-
-def read(folder: Path) -> list[Record]:
-    """Returns the records in `folder`. Raises `InputError` if there are none or their checksum is another."""
-    path = folder / RECORDS
-    try:
-        lines = read_lines(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): give a folder that python -m eval diagnose made.") from None
-    lines = lines[:-1] if not lines[-1] else lines  # the last line ends in a line feed
-    if not lines or lines[-1] != _checksum(lines[:-1]):
-        raise InputError(
-            f"{path} is not as it was written (its checksum does not match its records): run python -m eval diagnose"
-            " again."
-        )
-    keys = {"checkpoint", "frame", "seconds", "layer", *FIGURES}
-    try:
-        records = [json.loads(line) for line in lines[:-1]]
-    except (ValueError, RecursionError):
-        records = []
-    if not records or not all(isinstance(record, dict) and keys <= record.keys() for record in records):
-        raise InputError(f"{path} holds no records of python -m eval diagnose as it is now: run it again.")
-    return records

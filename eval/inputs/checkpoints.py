@@ -74,8 +74,7 @@ def load(path: str | Path) -> Checkpoint:
 def load_all(paths: Sequence[str | Path], keep: bool = True) -> list[Checkpoint]:
     """Returns the checkpoints in `paths`, with different names: where folders share a name, more of the path is added.
 
-    Args:
-      paths: as for `load`; keep: False drops the weights after reading, so that at most one checkpoint's are in memory.
+    Without `keep` the weights are dropped after reading, so that at most one checkpoint's are in memory.
 
     Raises `InputError` as `load` does, or if a checkpoint is given twice.
     """
@@ -87,15 +86,12 @@ def load_all(paths: Sequence[str | Path], keep: bool = True) -> list[Checkpoint]
     for path in paths:
         checkpoint = load(path)
         loaded.append(checkpoint if keep else checkpoint._replace(params=None))
-    names = [checkpoint.name for checkpoint in loaded]
-    shared, count = {name for name in names if names.count(name) > 1}, 1
+    names, count = [checkpoint.name for checkpoint in loaded], 1
+    alike: set[int] = set()
     while len(set(names)) < len(names):
         count += 1
-        names = [
-            _name(Path(place), count) if checkpoint.name in shared else checkpoint.name
-            for checkpoint, place in zip(loaded, places, strict=True)
-        ]
-        shared |= {name for name in names if names.count(name) > 1}
+        alike |= {i for i, name in enumerate(names) if names.count(name) > 1}
+        names = [_name(Path(place), count) if i in alike else names[i] for i, place in enumerate(places)]
     return [checkpoint._replace(name=name) for checkpoint, name in zip(loaded, names, strict=True)]
 
 

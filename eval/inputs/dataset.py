@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,19 +59,14 @@ def of_corpus(corpus: corpora.Corpus) -> tuple[list[EvalFile], list[Skipped]]:
 def read(
     data: str | Path, checkpoints: Sequence[Checkpoint], most: int | None = None
 ) -> tuple[list[EvalFile], list[Skipped]]:
-    """Returns the files that `data` names, and those that cannot be used.
-
-    Args:
-      data: a manifest, a folder with one, or a recording or code file; checkpoints: all must be able to read the files.
-      most: frames of a file that are read.
+    """Returns the files that `data` names, cut to `most` frames, and those that not all checkpoints can read.
 
     Raises `InputError` if the manifest cannot be read, or no file can be used.
     """
     (entries, absent), root = _entries(local(data))
-    names = _names([entry.path for entry in (*entries, *absent)], root)
-    names, gone = names[: len(entries)], names[len(entries) :]
+    names = iter(_names([entry.path for entry in (*absent, *entries)], root))
     reader = _Reader(checkpoints)
-    files, skipped = [], [_skipped(name, entry.reason) for name, entry in zip(gone, absent, strict=True)]
+    files, skipped = [], [_skipped(next(names), entry.reason) for entry in absent]
     for entry, name in zip(entries, names, strict=True):
         try:
             if name in [file.name for file in files]:
@@ -85,9 +79,11 @@ def read(
     if not files:
         raise InputError(f"none of the {len(skipped)} files of {data} can be used; the first: {skipped[0].reason}")
     if len(codecs := {file.codec["digest"]: file for file in files}) > 1:
-        examples = (f"{file.name} (codec {(digest or 'not stated')[:12]})" for digest, file in codecs.items())
-        of = " and ".join(itertools.islice(examples, 2))
-        raise InputError(f"{data} holds codes of {len(codecs)} codecs, such as {of}: evaluate those of one at a time.")
+        examples = [f"{file.name} (codec {(digest or 'not stated')[:12]})" for digest, file in codecs.items()]
+        raise InputError(
+            f"{data} holds codes of {len(codecs)} codecs, such as {' and '.join(examples[:2])}: evaluate those of one"
+            " at a time."
+        )
     return files, skipped
 
 
@@ -155,8 +151,6 @@ class _Reader:
         """Returns tokens int32 [17, T], boundaries, and name and digest of the codec.
 
         Converted weights do not record their codec. They read code files with both streams, and no words beside them.
-
-        Raises `InputError` if the file cannot be read, or if a checkpoint was trained with another codec.
         """
         if entry.path.suffix != ".safetensors":
             if self._run is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from eval.inputs import dataset
@@ -12,6 +13,9 @@ from eval.inputs.dataset import EvalFile, Skipped
 from ttt_jax.data import corpus as corpora
 from ttt_jax.errors import InputError
 from ttt_jax.utils.command import shortened
+
+CORPUS = ("train", "heldout", "codec", "tokenizer")
+"""Settings of the data that runs must share to share their held-out files."""
 
 
 class EvaluationSet(NamedTuple):
@@ -44,12 +48,8 @@ def own_corpus(checkpoints: Sequence[Checkpoint]) -> corpora.Corpus:
     """Returns the corpus of a run, or of runs that share one. Raises `InputError` if there is none or it has
     changed."""
     first = checkpoints[0]
-    data = {
-        checkpoint.corpus
-        and tuple(getattr(checkpoint.corpus, name) for name in ("train", "heldout", "codec", "tokenizer"))
-        for checkpoint in checkpoints
-    }
-    if None in data or len(data) > 1:
+    trained_on = {checkpoint.corpus and attrgetter(*CORPUS)(checkpoint.corpus) for checkpoint in checkpoints}
+    if None in trained_on or len(trained_on) > 1:
         raise InputError(
             "there is no --data: give a manifest or a folder of python -m eval prepare (only runs of the same data"
             " bring their own held-out files)."

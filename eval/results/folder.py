@@ -40,8 +40,6 @@ class Subject(NamedTuple):
     """Options that change numbers, by flag."""
     measured: frozenset[str] = frozenset()
     """What was measured, in words: results are replaced only if all of it is measured again."""
-    frames: dict[str, int] = {}
-    """Frames that were streamed, by the file's name; empty if unknown."""
 
 
 def subject(
@@ -53,15 +51,8 @@ def subject(
     measured: Iterable[str] = (),
 ) -> Subject:
     """Returns the subject of results on `files`; the rest as in `Subject`."""
-    return Subject(
-        data or OWN_DATA,
-        {file.name: file.digest for file in files},
-        frozenset(file.name for file in skipped),
-        tuple(checkpoints),
-        setting,
-        frozenset(measured),
-        {file.name: file.frames for file in files},
-    )
+    digests, skipped_names = {file.name: file.digest for file in files}, frozenset(file.name for file in skipped)
+    return Subject(data or OWN_DATA, digests, skipped_names, tuple(checkpoints), setting, frozenset(measured))
 
 
 def checkpoint(name: str, about: dict[str, Any]) -> tuple[str, str | None]:
@@ -99,77 +90,60 @@ def make(folder: Path) -> None:
         raise InputError(f"--out {folder} cannot be written: give another folder.")
 
 
-def stored(folder: Path, record: str, read: Callable[[Path], Results], others: Iterable[str]) -> Results | None:
-    """Returns what `read` reads from `folder`; None if there are no results.
+def stored(folder: Path, read: Callable[[Path], Results], others: Iterable[str]) -> Results | None:
+    """Returns what `read` reads from results.json in `folder`; None if there are no results.
 
-    Args:
-      record: name of the file that `read` reads; others: names of the command's other files.
-
-    Raises `InputError` if a file that would be replaced is not this command's.
+    Raises `InputError` if it, or one of the command's `others`, is not this command's.
     """
-    if os.path.lexists(folder / record):
+    if os.path.lexists(folder / RESULTS):
         try:
             return read(folder)
         except InputError as error:
-            because = f" ({str(error).rsplit(': ', 1)[0]})"
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            because = ""
-        raise InputError(
-            f"{folder} holds a {record} that is not this command's, or damaged{because}: give another --out, or"
-            " remove it."
-        )
+            raise InputError(
+                f"{folder} holds a {RESULTS} that is not this command's, or damaged"
+                f" ({str(error).rsplit(': ', 1)[0]}): give another --out, or remove it."
+            ) from None
     if (there := next((name for name in others if os.path.lexists(folder / name)), None)) is not None:
         raise InputError(
-            f"{folder} holds {there}, but no {record} that says what it is of: give another --out, or remove it."
+            f"{folder} holds {there}, but no {RESULTS} that says what it is of: give another --out, or remove it."
         )
     return None
 
 
 def check(folder: Path, old: Subject, new: Subject) -> None:
     """Raises `InputError` unless results of `new` may replace those of `old` in `folder`."""
-    if (found := _difference(old, new)) is not None:
-        raise InputError(f"{folder} holds results {found}: give another folder by --out, or remove this one.")
+    if (difference := next(_differences(old, new), None)) is not None:
+        raise InputError(f"{folder} holds results {difference}: give another folder by --out, or remove this one.")
+
+
+def _differences(old: Subject, new: Subject) -> Iterator[str]:
+    # A file that was skipped may be usable now, or the other way round.
+    before, now = (subject.files.keys() | subject.skipped for subject in (old, new))
+    for name in sorted(now - before):
+        yield f"on {old.data} without {name}, but {new.data}, as asked for, has that file"
+    for name in sorted(before - now):
+        yield f"on {old.data} with {name}, but {new.data}, as asked for, does not have that file"
+    for name in sorted(old.files.keys() & new.files.keys()):
+        if old.files[name] != new.files[name]:
+            yield f"on {old.data}, but {name} has other tokens or another length in {new.data}, as asked for"
+    if [weights for _, weights in old.checkpoints] != [weights for _, weights in new.checkpoints]:
+        before, now = (", ".join(name for name, _ in subject.checkpoints) for subject in (old, new))
+        yield f"of {before}, not of {now}"
+    for name, value in new.setting.items():
+        if old.setting.get(name) != value:
+            yield f"with {name} {old.setting.get(name)}, not {value}"
+    for name in sorted(old.measured - new.measured):
+        yield f"of {name}, which would not be measured again"
 
 
 def check_frames(folder: Path, checkpoints: Sequence[CheckpointInfo], files: Sequence[FileInfo]) -> None:
-    """Raises `InputError` if the scores in `folder` have a file among them that is none of `files` under
-    `checkpoints`."""
+    """Raises `InputError` if a file among the scores in `folder` is none of `files` under `checkpoints`."""
     ours = {scores_path(folder, checkpoint.name, file) for checkpoint in checkpoints for file in files}
     foreign = next((path for path in (folder / FRAMES).rglob("*") if not path.is_dir() and path not in ours), None)
     if foreign is not None:
         raise InputError(
             f"{folder} holds {foreign.relative_to(folder)}, which is no result of an evaluation: give another --out."
         )
-
-
-def _difference(old: Subject, new: Subject) -> str | None:
-    if (where := _other_files(old, new)) is not None:
-        return where
-    if [weights for _, weights in old.checkpoints] != [weights for _, weights in new.checkpoints]:
-        before, now = (", ".join(name for name, _ in one.checkpoints) for one in (old, new))
-        return f"of {before}, not of {now}"
-    for name, value in new.setting.items():
-        if old.setting.get(name) != value:
-            return f"with {name} {old.setting.get(name)}, not {value}"
-    if lost := sorted(old.measured - new.measured):
-        return f"of {lost[0]}, which would not be measured again"
-    return None
-
-
-def _other_files(old: Subject, new: Subject) -> str | None:
-    """Returns how the data of two results differ; a file that was skipped may be usable now, or the other way round."""
-    before, now = (one.files.keys() | one.skipped for one in (old, new))
-    if more := sorted(now - before):
-        return f"on {old.data} without {more[0]}, but {new.data}, as asked for, has that file"
-    if fewer := sorted(before - now):
-        return f"on {old.data} with {fewer[0]}, but {new.data}, as asked for, does not have that file"
-    other = (name for name in sorted(old.files.keys() & new.files.keys()) if old.files[name] != new.files[name])
-    if (name := next(other, None)) is not None:
-        before, now = (one.frames.get(name) for one in (old, new))
-        if before != now:
-            return f"of {before} frames of {name}, but {now} of them are asked for"
-        return f"on {old.data}, but {name} has other tokens in {new.data}, as asked for"
-    return None
 
 
 @contextlib.contextmanager
@@ -184,8 +158,7 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 def replace(folder: Path, new: Path, old: Sequence[str]) -> None:
-    """Moves the content of the folder `new` to the place of results.json and `old`, names of earlier results; removes
-    `new`.
+    """Moves the content of the folder `new` to the place of results.json and `old`, names of earlier results.
 
     results.json is removed first and moved last: where it is, its results are whole. Until all is in place, the earlier
     results are in a folder beside.

@@ -1,4 +1,4 @@
-"""The one schema of results: what every results.json says of checkpoints and files, and how it is written and read.
+"""The one schema of results: what every results.json stores of checkpoints and files, how it is written and read.
 
 Commands write a dataclass of their own whose class attributes `COMMAND` and `FORMAT` name the command and the version.
 Imports no jax.
@@ -57,7 +57,7 @@ class CheckpointInfo:
     seed: int | None = None
     """Of its training; None of converted weights."""
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Path, step, digest of the weights, and whatever else a command records."""
+    """Path, step, digest of the weights, and what else a command records."""
 
     @property
     def context(self) -> int:
@@ -96,7 +96,7 @@ def scores_path(folder: Path, checkpoint: str, file: FileInfo) -> Path:
 
 
 def units(files: Sequence[FileInfo]) -> tuple[int, str]:
-    """Returns the number of independent units, files or groups that share several, and what they are, in the plural."""
+    """Returns the number of independent units, and what they are: files, or groups where several share one."""
     count = len({file.group for file in files})
     return count, "files" if count == len(files) else f"{UNIT}s"
 
@@ -111,25 +111,24 @@ class Stored(Protocol):
 Kind = TypeVar("Kind", bound=Stored)
 
 
-def write(folder: Path, results: Stored, about: dict[str, Any]) -> Path:
+def write(folder: Path, results: Stored, about: dict[str, Any], name: str = RESULTS) -> Path:
     """Writes results.json to `folder`, at once or not at all; returns its path.
 
     Args:
-      results: what a command measured; about: further entries at the top (versions, cost, notes).
+      about: further entries at the top (versions, cost, notes); name: of the file, if another.
     """
     content = plain({**about, "command": results.COMMAND, "format": results.FORMAT, **plain(results)})
-    path = folder / RESULTS
+    path = folder / name
     write_atomically(path, as_json(content | {"checksum": _checksum(content)}))
     return path
 
 
-def read(folder: Path, kind: type[Kind]) -> Kind:
+def read(folder: Path, kind: type[Kind], name: str = RESULTS) -> Kind:
     """Returns what `write` wrote to `folder`, without its `about`.
 
-    Raises:
-      InputError: there is no results.json, it is of another command or version, or it is not as it was written.
+    Raises `InputError` if there is no such file, it is of another command or version, or not as it was written.
     """
-    return typed(kind, content_of(folder, kind.COMMAND, kind.FORMAT))
+    return typed(kind, content_of(folder, kind.COMMAND, kind.FORMAT, name))
 
 
 def typed(kind: type[Kind], content: dict[str, Any]) -> Kind:
@@ -137,15 +136,13 @@ def typed(kind: type[Kind], content: dict[str, Any]) -> Kind:
     return restore(kind, {field.name: content[field.name] for field in dataclasses.fields(kind)})
 
 
-def content_of(folder: Path, command: str, version: int) -> dict[str, Any]:
+def content_of(folder: Path, command: str, version: int, name: str = RESULTS) -> dict[str, Any]:
     """Returns the content of results.json in `folder`. Raises `InputError` as `read`."""
-    path = folder / RESULTS
-    stored = config_json.read_json(path, f"results.json in a folder that {command} wrote")
+    path = folder / name
+    stored = config_json.read_json(path, f"{name} in a folder that {command} wrote")
     header = command_of(stored)
     if header != (command, version):
-        what = (
-            f"is of format {header[1]} of {header[0]}" if header else "does not say of which command and format it is"
-        )
+        what = "is of format {1} of {0}".format(*header) if header else "does not name its command and format"
         raise InputError(f"{path} {what}, but format {version} of {command} is read: run {command} again.")
     if stored.pop("checksum", None) != _checksum(stored):
         raise InputError(
@@ -170,8 +167,7 @@ line anyway."""
 
 
 def as_json(content: Any) -> bytes:
-    """Returns a file of JSON that people can read: lists of numbers, short entries and what lies deep are on one
-    line."""
+    """Returns JSON that people can read: lists of numbers, short entries and deep ones are on one line."""
     return (_lines(plain(content), 0) + "\n").encode("utf-8", "backslashreplace")
 
 
@@ -182,22 +178,20 @@ def _lines(value: Any, level: int) -> str:
     deep = level >= LEVELS - is_list
     if not isinstance(value, dict | list) or numbers or level and (deep or len(flat) <= WIDTH):
         return flat
-    if isinstance(value, dict):
-        items = [f"{json.dumps(name, ensure_ascii=False)}: {_lines(item, level + 1)}" for name, item in value.items()]
-    else:
-        items = [_lines(item, level + 1) for item in value]
-    start, end = "{}" if isinstance(value, dict) else "[]"
-    indent = " " * level
+    names = [""] * len(value) if is_list else [f"{json.dumps(name, ensure_ascii=False)}: " for name in value]
+    items = [
+        name + _lines(item, level + 1) for name, item in zip(names, value if is_list else value.values(), strict=True)
+    ]
+    (start, end), indent = "[]" if is_list else "{}", " " * level
     return f"{start}\n{indent} " + f",\n{indent} ".join(items) + f"\n{indent}{end}"
 
 
 def plain(value: Any) -> Any:
-    """Returns `value` as JSON knows it: dataclasses and named tuples as objects, arrays as lists, NaN and infinity as
-    null."""
+    """Returns `value` as JSON: dataclasses and named tuples as objects, arrays as lists, not finite numbers as null."""
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return plain(value._asdict())
     if dataclasses.is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

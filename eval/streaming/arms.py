@@ -37,6 +37,7 @@ ARMS: dict[str, Arm] = {
 }
 """By name, in the order of reports."""
 
+SETTABLE = {name for arm in ARMS.values() for name, _ in arm.sets}
 DEFAULT = ("persist", "reset", "frozen", "off")
 WITHOUT_TTT = ("off",)
 """Arms of a model without TTT layers."""
@@ -65,17 +66,15 @@ def resets(names: Sequence[str]) -> bool:
 
 def set_params(params: model.Params, names: Sequence[str]) -> model.Params:
     """Returns `params` in which the leaves that any arm may set have a leading axis of arms (with several arms)."""
-    settable = {name for arm in ARMS.values() for name, _ in arm.sets}
 
-    def one(path: tuple, leaf: jax.Array) -> jax.Array:
-        name = path[-1].key
-        if not _is_ttt(path) or name not in settable:
+    def stack(path: tuple, leaf: jax.Array) -> jax.Array:
+        if not _is_settable(path):
             return leaf
-        values = [dict(ARMS[arm].sets).get(name) for arm in names]
+        values = [dict(ARMS[arm].sets).get(path[-1].key) for arm in names]
         stacked = [leaf if value is None else jnp.full_like(leaf, value) for value in values]
         return jnp.stack(stacked) if len(names) > 1 else stacked[0]
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(stack, params)
 
 
 def init_state(cfg: MoshiConfig, batch: int, names: Sequence[str]) -> model.State:
@@ -83,22 +82,14 @@ def init_state(cfg: MoshiConfig, batch: int, names: Sequence[str]) -> model.Stat
     state = model.init_state(cfg, batch)
     if len(names) == 1:
         return state
-    spread = lambda leaf: jnp.array(jnp.broadcast_to(leaf, (len(names), *leaf.shape)))  # noqa: E731
-    by_arm = _runs_by_arm(cfg)
-    layers = {
-        run.name: jax.tree.map(spread, state.layers[run.name]) if run in by_arm else state.layers[run.name]
-        for run in cfg.runs
-    }
+    layers = dict(state.layers)
+    for run in _runs_by_arm(cfg):
+        layers[run.name] = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(names)), layers[run.name])
     return state._replace(layers=layers)
 
 
 def over_arms(step: Callable[[model.Params, model.State], Any], cfg: MoshiConfig, names: Sequence[str]) -> Callable:
-    """Returns `step(params, state) -> (outputs, state)` for all arms: outputs with a leading axis of arms, and the
-    state.
-
-    Args:
-      step: a call of `model.forward`; names: of the arms of the parameters and states that it will get.
-    """
+    """Returns `step`, a call of `model.forward`, for all arms: its outputs have a leading axis of arms."""
     if len(names) == 1:
 
         def alone(params: model.Params, state: model.State) -> Any:
@@ -106,25 +97,20 @@ def over_arms(step: Callable[[model.Params, model.State], Any], cfg: MoshiConfig
             return jax.tree.map(lambda leaf: leaf[None], outputs), state
 
         return alone
-    settable = {name for arm in ARMS.values() for name, _ in arm.sets}
     by_arm = _runs_by_arm(cfg)
     of_state = model.State(None, None, None, {run.name: 0 if run in by_arm else None for run in cfg.runs})
 
     def side_by_side(params: model.Params, state: model.State) -> Any:
-        of_params = jax.tree_util.tree_map_with_path(
-            lambda path, _: 0 if _is_ttt(path) and path[-1].key in settable else None, params
-        )
+        of_params = jax.tree_util.tree_map_with_path(lambda path, _: 0 if _is_settable(path) else None, params)
         return jax.vmap(step, in_axes=(of_params, of_state), out_axes=(0, of_state))(params, state)
 
     return side_by_side
 
 
 def reset(state: model.State, resets_now: jax.Array, partners: jax.Array, names: Sequence[str]) -> model.State:
-    """Returns the state after a reset: the TTT states that each arm has then; all else is carried alike.
+    """Returns the state after a reset, if `resets_now`, of the TTT states; all else is carried.
 
-    Args:
-      resets_now: bool [], whether there is a reset; partners: int32 [B], the row whose memory each row takes in
-        `permuted`.
+    `partners`, int32 [B], are the rows whose memory each row takes in `permuted`.
     """
     if not resets(names):
         return state
@@ -147,8 +133,9 @@ def reset(state: model.State, resets_now: jax.Array, partners: jax.Array, names:
     return state._replace(layers=layers)
 
 
-def _is_ttt(path: tuple) -> bool:
-    return len(path) > 1 and path[-2].key == "ttt"
+def _is_settable(path: tuple) -> bool:
+    """Returns whether an arm may set the parameter at `path`."""
+    return len(path) > 1 and path[-2].key == "ttt" and path[-1].key in SETTABLE
 
 
 def _runs_by_arm(cfg: MoshiConfig) -> list[Run]:

@@ -65,10 +65,8 @@ class Options:
     """Frames that a position averages; unset: 250, or 125 for files below 2,000."""
     weighting: Weighting = "equal"
     """How the codebooks become one loss in table and figures (kyutai: 100 on the first); all are stored."""
-    figure5: bool = False
-    """Require the inner losses, which are measured by default where there are TTT layers."""
     no_figure5: bool = False
-    """Do not measure the inner losses."""
+    """Do not measure the inner losses of the TTT layers."""
     out: Annotated[str | None, arg(metavar="FOLDER")] = None
     """Folder for the results; unset: eval, or eval-DATA with --data, in the first checkpoint's folder. Results of the
     same data, checkpoints and question are replaced, and without --data and --out those of an earlier step of the run;
@@ -79,34 +77,33 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value} is out of range: give 1 or more.")
-        if self.figure5 and self.no_figure5:
-            raise InputError("--figure5 and --no-figure5 contradict each other: give one of them.")
+
+    @property
+    def arm_names(self) -> list[str] | None:
+        """Names of the arms; None: those that fit a checkpoint."""
+        return None if self.arms is None else [arm.strip() for arm in self.arms.split(",")]
 
     def arms_of(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """Returns the arms that a checkpoint is run under, in the order of reports."""
         from eval.streaming.arms import ARMS, DEFAULT, WITHOUT_TTT
 
-        default = DEFAULT if checkpoint.cfg.ttt_layers else WITHOUT_TTT
-        names = default if self.arms is None else [arm.strip() for arm in self.arms.split(",")]
+        names = self.arm_names or (DEFAULT if checkpoint.cfg.ttt_layers else WITHOUT_TTT)
         return tuple(arm for arm in ARMS if arm in names)
-
-    def measures_inner(self, checkpoint: Checkpoint) -> bool:
-        """Returns whether a checkpoint's inner losses are measured."""
-        return bool(checkpoint.cfg.ttt_layers) and not self.no_figure5
 
 
 def main(options: Options) -> int:
     """Runs the command; returns the exit code: 0, or 3 if files were skipped. Raises `InputError`."""
     from eval.inputs import checkpoints as loading
     from eval.inputs import evaluation_set
+    from eval.streaming import arms
 
     paths = options.checkpoints
     if not paths:
         raise InputError("there is no checkpoint: give the folder of a run or of converted weights.")
     checkpoints = loading.load_all(paths, keep=len(paths) == 1)
     keep_compiled(checkpoints[0].cache_dir / "compiled")
-    for checkpoint in checkpoints:
-        _check(checkpoint, options)
+    for checkpoint in checkpoints if options.arms is not None else ():
+        arms.check(options.arm_names, checkpoint.cfg, checkpoint.name)
     if not options.data and len(checkpoints) > 1:
         raise InputError(
             "there is no --data: give a manifest or a folder of python -m eval prepare (only a single run brings its"
@@ -124,7 +121,7 @@ def evaluate(checkpoints: Sequence[Checkpoint], inputs: EvaluationSet, options: 
     """
     from eval.streaming import plots, results, table
     from eval.streaming.arms import ARMS
-    from eval.streaming.score_files import call_frames, checkpoint_info, file_infos, score_files
+    from eval.streaming.score_files import checkpoint_info, file_infos, score_files
     from eval.streaming.summary import summarise
     from ttt_jax.config import FRAME_RATE
     from ttt_jax.data import unigram
@@ -137,7 +134,7 @@ def evaluate(checkpoints: Sequence[Checkpoint], inputs: EvaluationSet, options: 
         )
     infos, checkpoint_infos = file_infos(files), [checkpoint_info(checkpoint) for checkpoint in checkpoints]
     arms = {checkpoint.name: options.arms_of(checkpoint) for checkpoint in checkpoints}
-    inner = [checkpoint.name for checkpoint in checkpoints if options.measures_inner(checkpoint)]
+    inner = [checkpoint.name for checkpoint in checkpoints if checkpoint.cfg.ttt_layers and not options.no_figure5]
     reset_every = options.reset_every or checkpoints[0].chunk or RESET_EVERY
     subject = _subject(options.data, infos, skipped, checkpoint_infos, reset_every, arms, inner)
     own_run = checkpoint_infos[0] if options.data is None and options.out is None else None
@@ -162,56 +159,47 @@ def evaluate(checkpoints: Sequence[Checkpoint], inputs: EvaluationSet, options: 
             streams=tuple(streams),
             arms={name: arm.meaning for name, arm in ARMS.items() if any(name in names for names in arms.values())},
             reset_every=reset_every,
-            chunk=options.chunk or call_frames(checkpoints),
             window=options.window or (WINDOW if longest >= 8 * WINDOW else WINDOW // 2),
             weighting=options.weighting,
             text=_text_policy(files),
             about={"data": options.data, "codec": files[0].codec},
         )
         checkpoint_infos = [
-            dataclasses.replace(info, about=info.about | {"permuted_with": outcome.partners[info.name]})
-            if info.name in outcome.partners
-            else info
+            dataclasses.replace(info, about=info.about | {"permuted_with": partners}) if partners else info
             for info in checkpoint_infos
+            for partners in [outcome.partners.get(info.name)]
         ]
         left_out = [*skipped, *(Skipped(name, reason) for name, reason in outcome.failed.items())]
         infos = [info for info in infos if info.name not in outcome.failed]
-        found = summarise(setting, checkpoint_infos, infos, left_out, new)
+        evaluated = summarise(setting, checkpoint_infos, infos, left_out, new)
         spent = cost()
-        results.write(new, found, {"evaluated_with": machine(), "cost": spent})
+        results.write(new, evaluated, {"evaluated_with": machine(), "cost": spent})
         old = replaced(folder, subject, own_run)  # again: another command may have written there meanwhile
         folders.replace(folder, new, old)
-    print(f"\n{table.table(found)}\n")
+    print(f"\n{table.table(evaluated)}\n")
     for path in (folder / RESULTS, folder / FRAMES, *plots.draw_all(folder)):
         print(path)
     print(f"took {spent['seconds']:.0f} s and at most {spent['peak_gigabytes']:.1f} GB of memory")
-    return found
+    return evaluated
 
 
 def replaced(folder: Path, subject: folders.Subject, own_run: CheckpointInfo | None = None) -> list[str]:
     """Returns names of the earlier results in `folder` that results of `subject` replace.
 
-    Args:
-      own_run: the checkpoint, if `folder` is its run's own: results of another step of that run are replaced whatever
-        their subject.
+    If the folder is that of the run of `own_run`, results of another step of it are replaced whatever their subject.
 
-    Raises `InputError` if what is there is not to be replaced.
+    Raises `InputError` if they are not to be replaced.
     """
     from eval.streaming import plots, results
 
-    def read(folder: Path) -> tuple[Results, folders.Subject]:
-        stored = results.read(folder)
-        return stored, _subject_of(stored)
-
     names = [FRAMES, *plots.figures([name for name, _ in subject.checkpoints])]
-    earlier = folders.stored(folder, RESULTS, read, names)
+    earlier = folders.stored(folder, results.read, names)
     if earlier is None:
         return []
-    stored, old = earlier
-    if own_run is None or not _is_other_step(stored, own_run):
-        folders.check(folder, old, subject)
-    infos = [checkpoint.info for checkpoint in stored.checkpoints]
-    folders.check_frames(folder, infos, stored.files)
+    if own_run is None or not _is_other_step(earlier, own_run):
+        folders.check(folder, _subject_of(earlier), subject)
+    infos = [checkpoint.info for checkpoint in earlier.checkpoints]
+    folders.check_frames(folder, infos, earlier.files)
     return [FRAMES, *plots.figures([info.name for info in infos])]
 
 
@@ -234,16 +222,11 @@ def _subject(
 
 
 def _subject_of(stored: Results) -> folders.Subject:
-    setting, checkpoints = stored.setting, stored.checkpoints
-    return _subject(
-        setting.about.get("data"),
-        stored.files,
-        stored.skipped,
-        [checkpoint.info for checkpoint in checkpoints],
-        setting.reset_every,
-        {checkpoint.info.name: checkpoint.arms for checkpoint in checkpoints},
-        [checkpoint.info.name for checkpoint in checkpoints if checkpoint.inner],
-    )
+    infos = [checkpoint.info for checkpoint in stored.checkpoints]
+    arms = {checkpoint.info.name: checkpoint.arms for checkpoint in stored.checkpoints}
+    inner = [checkpoint.info.name for checkpoint in stored.checkpoints if checkpoint.inner]
+    setting = stored.setting
+    return _subject(setting.about.get("data"), stored.files, stored.skipped, infos, setting.reset_every, arms, inner)
 
 
 def _is_other_step(stored: Results, checkpoint: CheckpointInfo) -> bool:
@@ -261,19 +244,6 @@ def _is_other_step(stored: Results, checkpoint: CheckpointInfo) -> bool:
 
     old, new = stored.checkpoints[0].info.about, checkpoint.about
     return bool(new.get("config")) and run(old) == run(new) and old.get("weights") != new.get("weights")
-
-
-def _check(checkpoint: Checkpoint, options: Options) -> None:
-    """Raises `InputError` if a checkpoint cannot be evaluated with these options."""
-    from eval.streaming import arms
-
-    if options.arms is not None:
-        arms.check(tuple(arm.strip() for arm in options.arms.split(",")), checkpoint.cfg, checkpoint.name)
-    if options.figure5 and not checkpoint.cfg.ttt_layers:
-        raise InputError(
-            f"{checkpoint.name} has no TTT layers, so there are no inner losses for Figure 5: leave --figure5 out, or"
-            " give a checkpoint with TTT layers."
-        )
 
 
 def _text_policy(files: Sequence[EvalFile]) -> str:

@@ -29,8 +29,7 @@ class Options:
 def main(options: Options) -> int:
     """Runs the command; returns the exit code.
 
-    Raises:
-      InputError: the folder holds no results of this version, or scores are missing or damaged.
+    Raises `InputError` if the folder holds no results of this version, or scores are missing or damaged.
     """
     from eval.streaming import plots, results, table
     from eval.streaming.summary import summarise

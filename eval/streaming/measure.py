@@ -11,7 +11,7 @@ import numpy as np
 
 from eval.results.schema import CheckpointInfo, FileInfo, scores_path
 from eval.stats.estimates import file_mean, slope, windows
-from eval.streaming.results import ALL, BEYOND, FIRST, LAST, LATER, TREND, Setting
+from eval.streaming.results import ALL, BEYOND, LAST, LATER, TREND, Setting
 from eval.streaming.scores import FileScores, Inner, load
 from eval.streaming.weighting import WEIGHTINGS, aggregate
 from ttt_jax.errors import InputError
@@ -19,16 +19,19 @@ from ttt_jax.errors import InputError
 PER_FRAMES = 1000
 """Slopes are changes per so many frames."""
 
+Rows = dict[str, np.ndarray]
+"""Values by stream, then by weighting of the codebooks."""
+
 
 def load_scores(folder: Path, checkpoint: CheckpointInfo, file: FileInfo, setting: Setting) -> FileScores:
     """Returns the scores of a file. Raises `InputError` if they are missing, damaged, or those of another file."""
     path = scores_path(folder, checkpoint.name, file)
     scores = load(path)
-    shape = (len(setting.streams), file.frames)
-    for arm, own in scores.arms.items():
-        if own.nats.shape != shape or (own.inner and own.inner.rate.shape != (len(checkpoint.ttt_layers), shape[1])):
+    shape, inner_shape = (len(setting.streams), file.frames), (len(checkpoint.ttt_layers), file.frames)
+    for arm, values in scores.arms.items():
+        if values.nats.shape != shape or (values.inner and values.inner.rate.shape != inner_shape):
             raise InputError(
-                f"{path} holds {own.nats.shape} scores for {arm}, but {file.name} has {shape} under"
+                f"{path} holds {values.nats.shape} scores for {arm}, but {file.name} has {shape} under"
                 f" {checkpoint.name}: run python -m eval stream again."
             )
     return scores
@@ -37,72 +40,50 @@ def load_scores(folder: Path, checkpoint: CheckpointInfo, file: FileInfo, settin
 def measure(scores: FileScores, setting: Setting, checkpoint: CheckpointInfo) -> dict[str, Any]:
     """Returns the numbers of `CheckpointResults` for one file, before they are averaged over files.
 
-    Args:
-      scores: of the file, S streams and T frames; setting, checkpoint: of the evaluation.
-
     Returns:
       Nested by name; leaves are float64 arrays, [] or [windows]; NaN was not measured.
     """
     arms = {arm: scores.arms[arm] for arm in setting.arms if arm in scores.arms}
-    head, size = setting.weighting, setting.window
-    nats = {arm: _rows(own.nats, setting) for arm, own in arms.items()}
-    main = main_arm(list(arms))
-    persist = nats.get("persist")
-    difference = {
-        arm: {row: rows[row] - persist[row] for row in rows}
-        for arm, rows in nats.items()
-        if persist is not None and arm != "persist"
-    }
+    weighting, window = setting.weighting, setting.window
+    nats = {arm: _rows(values.nats, setting) for arm, values in arms.items()}
     unigram = {} if scores.unigram is None else {"unigram": _rows(scores.unigram, setting)}
-    better = {row: values - nats[main][row] for row, values in unigram.get("unigram", {}).items()}
-    parts = {ALL: 0, LATER: setting.reset_every, BEYOND: checkpoint.context}
-    against_off = {arm: own.against_off for arm, own in arms.items() if own.against_off is not None}
-    off = {
-        name: {arm: aggregate(getattr(own, name), head) for arm, own in against_off.items()}
-        for name in ("kl", "changed")
+    minus_persist = {
+        arm: minus(rows, nats["persist"]) for arm, rows in nats.items() if "persist" in nats and arm != "persist"
     }
-    inner = {arm: own.inner for arm, own in arms.items() if own.inner is not None}
-
-    def slopes(by_arm: dict[str, np.ndarray]) -> dict[str, Any]:
-        return {arm: _slope(values, size) for arm, values in by_arm.items()}
-
-    def positions(by_arm: dict[str, np.ndarray]) -> dict[str, Any]:
-        return {arm: windows(values, size) for arm, values in by_arm.items()}
-
-    def by_layer(name: str) -> dict[str, Any]:
-        return {
-            arm: {
-                str(layer): windows(values, size)
-                for layer, values in zip(checkpoint.ttt_layers, getattr(own, name), strict=True)
-            }
-            for arm, own in inner.items()
+    off = {
+        arm: {name: aggregate(values, weighting) for name, values in scored.against_off._asdict().items()}
+        for arm, scored in arms.items()
+        if scored.against_off is not None
+    }
+    inner = {arm: values.inner for arm, values in arms.items() if values.inner is not None}
+    parts = {ALL: 0, LATER: setting.reset_every, BEYOND: checkpoint.context}
+    headline = {
+        name: {arm: rows[weighting] for arm, rows in by_arm.items()}
+        for name, by_arm in {"losses": nats, "against_persist": minus_persist}.items()
+    }
+    by_arm = headline | {"kl": {arm: values["kl"] for arm, values in off.items()}}
+    by_layer = {
+        name: {
+            arm: dict(zip(map(str, checkpoint.ttt_layers), getattr(values, name), strict=True))
+            for arm, values in inner.items()
         }
-
-    headline = {arm: rows[head] for arm, rows in nats.items()}
-    minus_persist = {arm: rows[head] for arm, rows in difference.items()}
+        for name in ("displacement", "rate")
+    }
     return {
         "losses": {arm: _means(rows) for arm, rows in (nats | unigram).items()},
-        "losses_later": {
-            arm: _means({row: values[setting.reset_every :] for row, values in rows.items()})
-            for arm, rows in nats.items()
-        },
-        "entropy": {arm: _means(_rows(own.entropy, setting)) for arm, own in arms.items()},
-        "accuracy": {arm: _means(_rows(_first(own.rank), setting)) for arm, own in arms.items()},
-        "against_unigram": _means(better | ({"mean": better[head]} if better else {})),
+        "losses_later": {arm: _means(rows, setting.reset_every) for arm, rows in nats.items()},
+        "entropy": {arm: _means(_rows(values.entropy, setting)) for arm, values in arms.items()},
+        "accuracy": {arm: _means(_rows(_is_top(values.rank), setting)) for arm, values in arms.items()},
+        "against_unigram": _means(minus(unigram["unigram"], nats[main_arm(list(arms))])) if unigram else {},
         "against_persist": {
-            arm: {part: _means({row: values[start:] for row, values in rows.items()}) for part, start in parts.items()}
-            for arm, rows in difference.items()
+            arm: {part: _means(rows, start) for part, start in parts.items()} for arm, rows in minus_persist.items()
         },
-        "against_off": {arm: {name: file_mean(by_arm[arm]) for name, by_arm in off.items()} for arm in against_off},
-        "by_position": {
-            "losses": positions(headline),
-            "against_persist": positions(minus_persist),
-            **{name: positions(by_arm) for name, by_arm in off.items()},
-            "displacement": by_layer("displacement"),
-            "rate": by_layer("rate"),
+        "against_off": {arm: _means(values) for arm, values in off.items()},
+        "by_position": _in_windows(by_arm | by_layer, window),
+        "slopes": {
+            name: {arm: _slope(values, window) for arm, values in by_arm.items()} for name, by_arm in headline.items()
         },
-        "slopes": {"losses": slopes(headline), "against_persist": slopes(minus_persist)},
-        "inner": {arm: _inner(own, setting, checkpoint) for arm, own in inner.items()},
+        "inner": {arm: _inner(values, window, checkpoint.ttt_layers) for arm, values in inner.items()},
     }
 
 
@@ -111,47 +92,52 @@ def main_arm(arms: Sequence[str]) -> str:
     return next(arm for arm in ("persist", "off", *arms) if arm in arms)
 
 
+def minus(values: Rows, subtracted: Rows) -> Rows:
+    """Returns the differences, row by row."""
+    return {name: values[name] - subtracted[name] for name in values}
+
+
 def inner_losses(inner: Inner) -> dict[str, np.ndarray]:
-    """Returns the three inner losses, the gain of the memory and that of the frame's own step, float64 [L, T] each."""
-    base, before, after = (getattr(inner, f"loss_{name}").astype(np.float64) for name in ("base", "before", "after"))
-    return {
-        "loss_base": base,
-        "loss_before": before,
-        "loss_after": after,
-        "gain": base - before,
-        "immediate": before - after,
-    }
+    """Returns the three inner losses and the gain of the memory, float64 [L, T] each."""
+    losses = {name: getattr(inner, name).astype(np.float64) for name in ("loss_base", "loss_before", "loss_after")}
+    return losses | {"gain": losses["loss_base"] - losses["loss_before"]}
 
 
-def _inner(inner: Inner, setting: Setting, checkpoint: CheckpointInfo) -> dict[str, Any]:
-    """Returns numbers by layer, quantity and part of the file."""
-    parts: dict[str, Any] = {str(layer): {} for layer in checkpoint.ttt_layers}
-    for name, values in inner_losses(inner).items():
-        for layer, row in zip(checkpoint.ttt_layers, values, strict=True):
-            long_enough = len(row) >= setting.window
-            parts[str(layer)][name] = {
-                ALL: file_mean(row),
-                FIRST: row[0],
-                LAST: file_mean(row[-setting.window :]) if long_enough else np.float64("nan"),
-                TREND: _slope(row, setting.window),
-            }
-    return parts
+def _inner(inner: Inner, window: int, layers: Sequence[int]) -> dict[str, Any]:
+    """Returns means over the file by layer and quantity; of the gain also the last window and the slope."""
+    losses = inner_losses(inner)
+    last = losses["gain"][:, -window:]
+    quantities = {name: file_mean(values) for name, values in losses.items()}
+    quantities[LAST] = file_mean(last) if last.shape[1] == window else np.full(len(layers), np.nan)
+    quantities[TREND] = _slope(losses["gain"], window)
+    return {str(layer): {name: values[i] for name, values in quantities.items()} for i, layer in enumerate(layers)}
 
 
-def _rows(values: np.ndarray, setting: Setting) -> dict[str, np.ndarray]:
+def _in_windows(tree: Any, size: int) -> Any:
+    """Returns a nested dictionary with the means in windows, [T] -> [windows]."""
+    if isinstance(tree, dict):
+        return {name: _in_windows(values, size) for name, values in tree.items()}
+    return windows(tree, size)
+
+
+def _rows(values: np.ndarray, setting: Setting) -> Rows:
     """Returns frames by stream and by weighting: [S, T] -> float64 [T] each."""
-    own = {name: values[i].astype(np.float64) for i, name in enumerate(setting.streams)}
-    return own | {weighting: aggregate(values, weighting) for weighting in WEIGHTINGS}
+    streams = dict(zip(setting.streams, values.astype(np.float64), strict=True))
+    return streams | {weighting: aggregate(values, weighting) for weighting in WEIGHTINGS}
 
 
-def _means(rows: dict[str, np.ndarray]) -> dict[str, Any]:
-    return {name: file_mean(values) for name, values in rows.items()}
+def _means(rows: Rows, start: int = 0) -> Rows:
+    """Returns means over the frames from `start` on."""
+    return {name: file_mean(values[start:]) for name, values in rows.items()}
 
 
-def _first(rank: np.ndarray) -> np.ndarray:
+def _is_top(rank: np.ndarray) -> np.ndarray:
     """Returns 1 where the right token was the top-1 token, 0 where not, NaN where nothing was scored."""
     return np.where(np.isfinite(rank), rank == 0, np.nan)
 
 
 def _slope(values: np.ndarray, window: int) -> np.ndarray:
-    return PER_FRAMES * slope(values) if len(values) >= 2 * window else np.float64("nan")
+    """Returns the change per 1,000 frames, [..., T] -> [...]; NaN of less than two windows."""
+    if values.shape[-1] < 2 * window:
+        return np.full(values.shape[:-1], np.nan)
+    return PER_FRAMES * slope(values)

@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from eval.results.figures import CHECKPOINTS, COLOURS, DASHES, KINDS, save
-from eval.results.schema import CheckpointInfo
+from eval.results.figures import CHECKPOINTS, COLOURS, DASHES, KINDS, legend, pyplot, save, time_axis
 from eval.stats.estimates import Band, Estimate, band, group_means, smooth
 from eval.streaming import table
 from eval.streaming.measure import inner_losses, load_scores
 from eval.streaming.results import RESETTING, CheckpointResults, Results, read
 from ttt_jax.utils.paths import file_name
+
+FIGURES, TOGETHER = ("memory", "figure5", "state"), "checkpoints"
+"""Figures of each checkpoint, and the one of several."""
+
+# Figure 5
 
 INNER = {
     "loss_base": ("#6B6B6B", "l(W0)"),
@@ -22,214 +26,152 @@ INNER = {
     "loss_after": ("#CC79A7", "l(W after)"),
 }
 """Not the colours of `WITH_MEMORY`: they share a legend."""
-
-SMOOTHED = 10
-"""Frames of the moving average in Figure 5."""
-
-POINTS = 1500
-"""Frames that a curve by frame is drawn at, at most; they are chosen after smoothing."""
-
-TEETH = 30
-"""Resets in a figure by frame up to which each is drawn; of more, the moving average goes over the frames between
-two."""
-
-BOUNDARIES = 60
-"""Boundaries of recordings in a figure by frame up to which they are marked; more would be a block."""
-
-FIGURES, TOGETHER = ("memory", "figure5", "state"), "checkpoints"
-"""Figures of each checkpoint, and the one of several."""
-
 WITH_MEMORY = ("persist", "reset", "permuted")
 """Arms whose gain is drawn: under the others the fast weights do nothing."""
+SMOOTHED, POINTS = 10, 1500
+"""Frames of the moving average; frames at which a curve is drawn at most, chosen after smoothing."""
+TEETH, BOUNDARIES = 30, 60
+"""Resets, and boundaries of recordings, up to which each is drawn: more would be a block of colour."""
 
 
 def draw_all(folder: Path, results: Results | None = None) -> list[Path]:
-    """Draw every figure of a result folder, as PNG and PDF; their paths.
+    """Draws every figure of a result folder, by default from its results.json; returns the paths.
 
-    Args:
-      folder: the result folder; results: what to draw; None: its results.json.
-
-    Raises:
-      InputError: the folder holds no results of this version, or scores are missing or damaged.
+    Raises `InputError` if the folder holds no results of this version, or scores are missing or damaged.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     results = read(folder) if results is None else results
-    several = len(results.checkpoints) > 1
-    paths = []
+    several, paths = len(results.checkpoints) > 1, []
     for checkpoint in results.checkpoints:
         end = _end(checkpoint.info.name, several)
         paths += save(_losses(results, checkpoint), folder, f"memory{end}")
-        if checkpoint.main in checkpoint.inner and checkpoint.info.ttt_layers:
+        if checkpoint.inner:
             paths += save(_figure5(results, checkpoint, folder), folder, f"figure5{end}")
             paths += save(_state(results, checkpoint), folder, f"state{end}")
-    if several:
-        paths += save(_checkpoints(results), folder, TOGETHER)
-    return paths
+    return paths + (save(_checkpoints(results), folder, TOGETHER) if several else [])
 
 
 def figures(checkpoints: Sequence[str]) -> list[str]:
-    """Names of all files that `draw_all` may write for results of checkpoints of these names."""
+    """Returns names of all files that `draw_all` may write for results of checkpoints of these names."""
     several = len(checkpoints) > 1
     names = [f"{name}{_end(checkpoint, several)}" for checkpoint in checkpoints for name in FIGURES]
     return [f"{name}.{kind}" for name in [*names, *([TOGETHER] if several else [])] for kind in KINDS]
 
 
-def _end(name: str, several: bool) -> str:
-    """Of the names of a checkpoint's figures."""
-    return f"-{file_name(name)}" if several else ""
+def _end(checkpoint: str, several: bool) -> str:
+    return f"-{file_name(checkpoint)}" if several else ""
+
+
+# By position
 
 
 def _losses(results: Results, checkpoint: CheckpointResults) -> Any:
     """Loss by position, differences to persist, distance of the predictions to those of off."""
-    found = checkpoint.by_position
-    panels = [
-        (
-            "losses",
-            "nats per token",
-            "Loss of the codebooks" + (f" (band: {checkpoint.main})" if results.units > 1 else ""),
-        )
-    ]
-    if found["against_persist"]:
-        panels.append(("against_persist", "nats per token", "Arm minus persist, paired by file: above 0 memory helps"))
-    if found["kl"]:
-        panels.append(("kl", "nats per token", "How far predictions lie from those without TTT layers: KL(arm || off)"))
-    figure, axes = _panels(results, checkpoint.info, len(panels), f"{checkpoint.info.name}\n{_weighted(results)}")
-    for axis, (name, unit, title) in zip(axes, panels, strict=True):
-        for arm, values in found[name].items():
+    by_position = checkpoint.by_position
+    titles = {
+        "losses": "Loss of the codebooks" + (f" (band: {checkpoint.main})" if results.units > 1 else ""),
+        "against_persist": "Arm minus persist, paired by file: above 0 memory helps",
+        "kl": "How far predictions lie from those without TTT layers: KL(arm || off)",
+    }
+    titles = {name: title for name, title in titles.items() if by_position[name]}
+    panels = dict.fromkeys(titles.values(), "nats per token")
+    figure, axes = _panels(results, [checkpoint], panels, f"{checkpoint.info.name}\n{_weighted(results)}")
+    for axis, name in zip(axes, titles, strict=True):
+        for arm, values in by_position[name].items():
             # Files differ more than arms do: one band shows that, the differences below have their own.
-            bare = name == "losses" and arm != checkpoint.main
-            _curve(axis, results, values, COLOURS.get(arm, "black"), arm, bare, dashes=DASHES.get(arm, ()))
-        axis.set_ylabel(unit)
-        axis.set_title(title, fontsize=10, loc="left")
-    if found["against_persist"]:
-        axes[1].axhline(0, color="black", lw=0.8)
-    if found["kl"]:
-        axes[-1].set_ylim(bottom=0)
-    _legend(figure, axes)
+            banded = name != "losses" or arm == checkpoint.main
+            _curve(axis, results, values, COLOURS[arm], arm, banded, dashes=DASHES.get(arm, ()))
+        if name == "against_persist":
+            axis.axhline(0, color="black", lw=0.8)
+        if name == "kl":
+            axis.set_ylim(bottom=0)
+    legend(figure, axes, 5)
     return figure
 
 
 def _state(results: Results, checkpoint: CheckpointResults) -> Any:
     """Displacement and inner rate of each TTT layer by position."""
-    found = checkpoint.by_position
-    title = f"{checkpoint.info.name}, fast weights under {checkpoint.main}\n{_about(results)}"
-    figure, axes = _panels(results, checkpoint.info, 2, title)
-    from matplotlib import colormaps
-
-    layers = list(found["displacement"][checkpoint.main])
-    shades = colormaps["viridis"](np.linspace(0.0, 0.85, len(layers)))
+    title = f"{checkpoint.info.name}, fast weights under {checkpoint.main}\n{_windows(results)}"
+    panels = {"How far they have moved from W0": "norm of W - W0 / norm of W0", "Inner rate": "eta"}
+    figure, axes = _panels(results, [checkpoint], panels, title)
     for axis, name in zip(axes, ("displacement", "rate"), strict=True):
-        for layer, shade in zip(layers, shades, strict=True):
-            _curve(axis, results, found[name][checkpoint.main][layer], shade, f"layer {layer}")
+        by_layer = checkpoint.by_position[name][checkpoint.main]
+        shades = pyplot().get_cmap("viridis")(np.linspace(0.0, 0.85, len(by_layer)))
+        for (layer, values), shade in zip(by_layer.items(), shades, strict=True):
+            _curve(axis, results, values, shade, f"layer {layer}")
         axis.set_ylim(bottom=0)
-    axes[0].set_title("How far they have moved from W0", fontsize=10, loc="left")
-    axes[0].set_ylabel("norm of W - W0 / norm of W0")
-    axes[1].set_title("Inner rate", fontsize=10, loc="left")
-    axes[1].set_ylabel("eta")
-    _legend(figure, axes)
+    legend(figure, axes, 5)
     return figure
 
 
 def _checkpoints(results: Results) -> Any:
     """Loss by position of every checkpoint, and the paired difference to the first."""
-    first = results.checkpoints[0]
-    figure, axes = _panels(results, None, 2, f"{len(results.checkpoints)} checkpoints\n{_weighted(results)}")
-    for i, checkpoint in enumerate(results.checkpoints):
-        colour = CHECKPOINTS[i % len(CHECKPOINTS)]
-        label = f"{checkpoint.info.name} ({checkpoint.main})"
-        _curve(axes[0], results, checkpoint.by_position["losses"][checkpoint.main], colour, label)
+    first, *_ = checkpoints = results.checkpoints
+    difference = f"Loss minus that of {first.info.name}, paired by file: below 0 better"
+    panels = dict.fromkeys(("Loss of the codebooks", difference), "nats per token")
+    figure, axes = _panels(results, checkpoints, panels, f"{len(checkpoints)} checkpoints\n{_weighted(results)}")
+    for i, checkpoint in enumerate(checkpoints):
+        style = CHECKPOINTS[i % len(CHECKPOINTS)], f"{checkpoint.info.name} ({checkpoint.main})"
+        _curve(axes[0], results, _main_losses(checkpoint), *style)
         if i:
-            _curve(axes[1], results, results.between[checkpoint.info.name]["by_position"], colour, label)
-    axes[0].set_title("Loss of the codebooks", fontsize=10, loc="left")
-    axes[1].set_title(f"Loss minus that of {first.info.name}, paired by file: below 0 better", fontsize=10, loc="left")
+            _curve(axes[1], results, results.between[checkpoint.info.name]["by_position"], *style)
     axes[1].axhline(0, color="black", lw=0.8)
-    for axis in axes:
-        axis.set_ylabel("nats per token")
-    _legend(figure, axes)
+    legend(figure, axes, 5)
     return figure
 
 
-def _about(results: Results, what: str = "") -> str:
-    """What one point is a mean of, and what the bands are."""
-    first = results.checkpoints[0]
-    losses = first.by_position["losses"][first.main]
-    count = table.shown(losses, results.units)
-    last = losses[count - 1].n if count else results.units
-    return f"windows of {results.setting.window} frames{what}; {_over(results, last)}"
+def _main_losses(checkpoint: CheckpointResults) -> list[Estimate]:
+    return checkpoint.by_position["losses"][checkpoint.main]
 
 
 def _weighted(results: Results) -> str:
-    return _about(results, f", codebooks weighted {results.setting.weighting}")
+    return _windows(results, f", codebooks weighted {results.setting.weighting}")
 
 
-def _over(results: Results, last: int) -> str:
-    """What bands are; `last` units reach the end of the figure."""
+def _windows(results: Results, note: str = "") -> str:
+    """Returns in words what a point is a mean of, and what the bands are."""
+    losses = _main_losses(results.checkpoints[0])
+    count = table.shown(losses, results.units)
+    return (
+        f"windows of {results.setting.window} frames{note};"
+        f" {_bands(results, losses[count - 1].n if count else results.units)}"
+    )
+
+
+def _bands(results: Results, last: int) -> str:
+    """Returns in words what bands are; `last` units reach the end of the figure."""
     if results.units == 1:
         return f"one {results.unit.removesuffix('s')}, so no band"
     return f"band: 95 % over {results.units} {results.unit}" + (f" ({last} at the end)" if last < results.units else "")
 
 
-def _panels(results: Results, info: CheckpointInfo | None, count: int, title: str) -> tuple[Any, Sequence[Any]]:
-    """A figure of `count` panels over position in frames, with time under the last, and its panels."""
-    from matplotlib import pyplot as plt
+def _panels(
+    results: Results, checkpoints: Sequence[CheckpointResults], panels: dict[str, str], title: str
+) -> tuple[Any, Sequence[Any]]:
+    """Returns a figure over position in frames, with time under the last panel, and its panels.
 
-    figure, axes = plt.subplots(
-        count, 1, figsize=(8, 1.2 + 2.7 * count), sharex=True, squeeze=False, layout="constrained"
-    )
-    axes = axes[:, 0]
+    Args:
+      checkpoints: those whose attention windows are marked; panels: label of the vertical axis by title.
+    """
+    count, window = len(panels), results.setting.window
+    size = (8, 1.2 + 2.7 * count)
+    figure, axes = pyplot().subplots(count, 1, figsize=size, sharex=True, squeeze=False, layout="constrained")
     figure.suptitle(title, fontsize=10)
-    end = (
-        max(
-            table.shown(checkpoint.by_position["losses"][checkpoint.main], results.units)
-            for checkpoint in results.checkpoints
-        )
-        * results.setting.window
-    )
+    figure.get_layout_engine().set(w_pad=0.15)
+    axes = axes[:, 0]
+    shown = max(table.shown(_main_losses(checkpoint), results.units) for checkpoint in results.checkpoints)
     longest = max(file.frames for file in results.files)
-    for axis in axes:
-        axis.set_xlim(0, max(1, min(end, longest)))
+    for axis, (name, label) in zip(axes, panels.items(), strict=True):
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.set_ylabel(label)
+        axis.set_xlim(0, max(1, min(shown * window, longest)))
         axis.grid(alpha=0.25)
-    _time_below(axes[-1], results)
-    _mark_units(axes[0], results)
-    _mark_windows(
-        axes, [info.context] if info else sorted({checkpoint.info.context for checkpoint in results.checkpoints})
-    )
+    time_axis(axes[-1], 0.26)
+    _mark_attention(axes, sorted({checkpoint.info.context for checkpoint in checkpoints}))
     return figure, axes
 
 
-def _mark_units(axis: Any, results: Results) -> None:
-    """Short ticks where the number of units changes; the number in words where there is room."""
-    first = results.checkpoints[0]
-    values = first.by_position["losses"][first.main]
-    numbers = [value.n for value in values[: table.shown(values, results.units)]]
-    free = 0.0
-    for i in range(1, len(numbers)):
-        if numbers[i] == numbers[i - 1]:
-            continue
-        x = i * results.setting.window
-        axis.axvline(x, 0, 0.04, color="0.5", lw=0.8)
-        if x >= free:
-            place = {"xytext": (2, 1), "textcoords": "offset points"}
-            axis.annotate(
-                f"n={numbers[i]}", (x, 0), xycoords=("data", "axes fraction"), color="0.5", fontsize=7, **place
-            )
-            free = x + 0.05 * axis.get_xlim()[1]
-
-
-def _time_below(axis: Any, results: Results) -> None:
-    """Names the axis of frames and puts one of time under it: seconds, or minutes of a long stream."""
-    end = axis.get_xlim()[1] / results.setting.frame_rate
-    name, seconds = ("minutes", 60) if end > 300 else ("seconds", 1)
-    rate = results.setting.frame_rate * seconds
-    axis.set_xlabel("frames")
-    axis.secondary_xaxis(-0.26, functions=(lambda x: x / rate, lambda x: x * rate)).set_xlabel(name)
-
-
-def _mark_windows(axes: Sequence[Any], contexts: Sequence[int]) -> None:
-    """Dotted lines where attention begins to forget; their places in words, which also tell of those beyond the
-    figure."""
+def _mark_attention(axes: Sequence[Any], contexts: Sequence[int]) -> None:
+    """Draws dotted lines where attention begins to forget; words name all, also those beyond the figure."""
     end = axes[0].get_xlim()[1]
     for axis in axes:
         for context in contexts:
@@ -245,102 +187,83 @@ def _curve(
     values: list[Estimate],
     colour: Any,
     label: str,
-    bare: bool = False,
+    banded: bool = True,
     dashes: tuple[float, ...] = (),
 ) -> None:
-    """Estimates in windows, drawn at the middle of each, with their intervals as a band unless `bare`."""
-    count = table.shown(values, results.units)
-    ends = np.minimum(np.arange(1, count + 1) * results.setting.window, max(file.frames for file in results.files))
-    middles = (np.arange(count) * results.setting.window + ends) / 2
-    columns = np.array(values[:count]).T if count else np.zeros((4, 0))
-    _band(axis, middles, Band(*columns), colour, label, bare, dashes=dashes, marker="o" if count <= 40 else None)
+    """Draws estimates at the middle of each window, with their intervals as a band."""
+    count, window = table.shown(values, results.units), results.setting.window
+    starts = np.arange(count) * window
+    middles = (starts + np.minimum(starts + window, max(file.frames for file in results.files))) / 2
+    estimates = Band(*(np.array(values[:count]).T if count else np.zeros((4, 0))))
+    marker = "o" if count <= 40 else None
+    _band(axis, middles, estimates, colour, label, banded, dashes=dashes, marker=marker)
 
 
-def _band(axis: Any, x: np.ndarray, found: Band, colour: Any, label: str, bare: bool = False, **style: Any) -> None:
-    axis.plot(x, found.mean, color=colour, lw=1.4 if len(x) < 500 else 0.8, markersize=3, label=label, **style)
-    if bare:
-        return
-    lines = axis.dataLim.get_points().copy()
-    axis.fill_between(x, found.low, found.high, color=colour, alpha=0.15, lw=0)
-    # Over two units an interval is so wide that it would flatten every curve: it does not set the scale.
-    firm = found.n > 2
-    axis.dataLim.set_points(lines)
-    axis.update_datalim(np.concatenate([np.stack([x, edge], -1)[firm] for edge in (found.low, found.high)]))
+def _band(axis: Any, x: np.ndarray, values: Band, colour: Any, label: str, banded: bool = True, **style: Any) -> None:
+    axis.plot(x, values.mean, color=colour, lw=1.4 if len(x) < 500 else 0.8, markersize=3, label=label, **style)
+    if banded:
+        lines = axis.dataLim.get_points().copy()
+        axis.fill_between(x, values.low, values.high, color=colour, alpha=0.15, lw=0)
+        # Over two units an interval is so wide that it would flatten every curve: it does not set the scale.
+        firm = values.n > 2
+        axis.dataLim.set_points(lines)
+        axis.update_datalim(np.concatenate([np.stack([x, edge], -1)[firm] for edge in (values.low, values.high)]))
 
 
-def _legend(figure: Any, axes: Sequence[Any], columns: int = 5) -> None:
-    """One legend below all panels."""
-    named = {}
-    for axis in axes:
-        handles, labels = axis.get_legend_handles_labels()
-        named |= dict(zip(labels, handles, strict=True))
-    handles, labels = list(named.values()), list(named)
-    figure.get_layout_engine().set(w_pad=0.15)
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False, fontsize=9
-    )
+# By frame
 
 
 def _figure5(results: Results, checkpoint: CheckpointResults, folder: Path) -> Any:
     """Inner losses by frame, a panel for each TTT layer, and below it what memory brought."""
-    from matplotlib import pyplot as plt
-
     frames, curves = _by_frame(results, checkpoint, folder)
-    layers = checkpoint.info.ttt_layers
+    layers, main = checkpoint.info.ttt_layers, checkpoint.main
     columns = min(4, len(layers))
     blocks = -(-len(layers) // columns)
     size = (max(8, 3.6 * columns), 1.2 + 4.8 * blocks)
-    figure, axes = plt.subplots(2 * blocks, columns, figsize=size, squeeze=False, sharex=True, layout="constrained")
-    last = int(curves[checkpoint.main, "gain"].n[0, -1])
-    title = f"{checkpoint.info.name}: inner losses under {checkpoint.main}"
+    figure, axes = pyplot().subplots(
+        2 * blocks, columns, figsize=size, squeeze=False, sharex=True, layout="constrained"
+    )
+    figure.get_layout_engine().set(w_pad=0.15)
     within = any((arm, "gain") in curves and _smoothing(results, arm, frames)[1] for arm in RESETTING)
-    about = f"moving average over {SMOOTHED} frames{', not across resets' if within else ''}; {_over(results, last)}"
-    figure.suptitle(f"{title}\n{about}", fontsize=10)
-    for i in range(blocks * columns):
-        pair = axes[2 * (i // columns) : 2 * (i // columns) + 2, i % columns]
-        if i < len(layers):
-            _inner_panels(
-                pair, frames, {key: _layer(found, i) for key, found in curves.items()}, results, checkpoint.main
-            )
-            pair[0].set_title(f"TTT layer {layers[i]}", fontsize=10, loc="left")
-            pair[1].set_title("What memory brought: l(W0) - l(W before)", fontsize=9, loc="left")
-        else:
-            for axis in pair:
-                axis.set_visible(False)
+    bands = _bands(results, int(curves[main, "gain"].n[0, -1]))
+    average = f"moving average over {SMOOTHED} frames{', not across resets' if within else ''}"
+    figure.suptitle(f"{checkpoint.info.name}: inner losses under {main}\n{average}; {bands}", fontsize=10)
+    pairs = axes.reshape(blocks, 2, columns).swapaxes(1, 2).reshape(-1, 2)
+    for losses, gains in pairs[len(layers) :]:
+        losses.set_visible(False)
+        gains.set_visible(False)
+    for i, (losses, gains) in enumerate(pairs[: len(layers)]):
+        of_layer = {key: Band(*(field[i] for field in values)) for key, values in curves.items()}
+        for name, (colour, label) in INNER.items():
+            _band(losses, frames, of_layer[main, name], colour, label)
+        for arm in WITH_MEMORY:
+            if (arm, "gain") in of_layer:
+                average = _smoothing(results, arm, frames)[0]
+                note = f" (average over {average})" if average != SMOOTHED else ""
+                _band(gains, frames, of_layer[arm, "gain"], COLOURS[arm], f"gain under {arm}{note}")
+        gains.axhline(0, color="black", lw=0.8)
+        losses.set_title(f"TTT layer {layers[i]}", fontsize=10, loc="left")
+        gains.set_title("What memory brought: l(W0) - l(W before)", fontsize=9, loc="left")
     axes[0, 0].set_xlim(0, max(1, frames[-1]))
     for i, axis in enumerate(axes[:, 0]):
         axis.set_ylabel("gain" if i % 2 else "inner loss")
     for axis in axes[-1]:
-        _time_below(axis, results)
+        time_axis(axis, 0.26)
     boundaries = results.files[0].boundaries if len(results.files) == 1 else ()
-    boundaries = boundaries if len(boundaries) <= BOUNDARIES else ()
     for axis in axes.flat:
         axis.grid(alpha=0.25)
-        for boundary in boundaries:
+        for boundary in boundaries if len(boundaries) <= BOUNDARIES else ():
             axis.axvline(boundary, color="#8C6D46", lw=0.7, alpha=0.4, label="another recording begins")
         if checkpoint.info.context < frames[-1]:
             axis.axvline(checkpoint.info.context, color="black", lw=0.9, ls=":", label="attention window")
-    _legend(figure, axes[:2, 0], columns=4)
+    legend(figure, axes[:2, 0], 4)
     return figure
 
 
-def _inner_panels(
-    pair: Sequence[Any], frames: np.ndarray, curves: dict[tuple[str, str], Band], results: Results, main: str
-) -> None:
-    for name, (colour, label) in INNER.items():
-        _band(pair[0], frames, curves[main, name], colour, label)
-    for arm in WITH_MEMORY:
-        if (arm, "gain") in curves:
-            size, _ = _smoothing(results, arm, frames)
-            note = f" (average over {size})" if size != SMOOTHED else ""
-            _band(pair[1], frames, curves[arm, "gain"], COLOURS[arm], f"gain under {arm}{note}")
-    pair[1].axhline(0, color="black", lw=0.8)
-
-
 def _smoothing(results: Results, arm: str, frames: np.ndarray) -> tuple[int, int | None]:
-    """Frames of the moving average, and those of the periods that it stays within.
+    """Returns frames of the moving average, and those of the periods that it stays within.
 
-    More teeth of a saw than `TEETH` would be drawn as a block, so their mean is.
+    With more than `TEETH` resets, it goes over the frames between two.
     """
     resets = results.setting.reset_every
     if arm not in RESETTING:
@@ -348,14 +271,10 @@ def _smoothing(results: Results, arm: str, frames: np.ndarray) -> tuple[int, int
     return (resets, None) if frames[-1] > TEETH * resets else (SMOOTHED, resets)
 
 
-def _layer(found: Band, i: int) -> Band:
-    return Band(*(field[i] for field in found))
-
-
 def _by_frame(
     results: Results, checkpoint: CheckpointResults, folder: Path
 ) -> tuple[np.ndarray, dict[tuple[str, str], Band]]:
-    """Smoothed inner losses over P frames that more than half of the units reach.
+    """Smooths inner losses over P frames that more than half of the units reach.
 
     Returns:
       The frames, int [P], and bands [L, P] by arm and quantity: the three losses of the main arm, the gain of each.
@@ -365,14 +284,14 @@ def _by_frame(
     frames = np.unique(np.linspace(0, reach[len(reach) // 2] - 1, POINTS).round().astype(int))
     curves: dict[tuple[str, str], list[np.ndarray]] = {}
     for file in results.files:  # one at a time; what stays of each is what is drawn
-        scores = load_scores(folder, checkpoint.info, file, results.setting)
+        arms = load_scores(folder, checkpoint.info, file, results.setting).arms
         for arm in dict.fromkeys([checkpoint.main, *WITH_MEMORY]):
-            if arm not in scores.arms or scores.arms[arm].inner is None:
+            if arm not in arms or arms[arm].inner is None:
                 continue
-            for name, values in inner_losses(scores.arms[arm].inner).items():
-                if name == "gain" or (arm == checkpoint.main and name in INNER):
+            for name, values in inner_losses(arms[arm].inner).items():
+                if name == "gain" or arm == checkpoint.main:
                     drawn = np.full((len(values), len(frames)), np.nan)
-                    there = frames < file.frames
-                    drawn[:, there] = smooth(values, *_smoothing(results, arm, frames))[:, frames[there]]
+                    inside = frames < file.frames
+                    drawn[:, inside] = smooth(values, *_smoothing(results, arm, frames))[:, frames[inside]]
                     curves.setdefault((arm, name), []).append(drawn)
-    return frames, {key: band(group_means(np.stack(files), groups)) for key, files in curves.items()}
+    return frames, {key: band(group_means(np.stack(values), groups)) for key, values in curves.items()}

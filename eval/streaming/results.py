@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 from eval.results import schema
 from eval.results.schema import CheckpointInfo, FileInfo, Skipped, Tree
 from eval.streaming.weighting import WEIGHTINGS
-from ttt_jax.config import FRAME_RATE
 from ttt_jax.errors import InputError
 
 ALL, LATER, BEYOND = "all frames", "after the first reset", "beyond the attention window"
 RESETTING = ("reset", "permuted")
 """Arms whose memory changes at a stroke every `Setting.reset_every` frames."""
-FIRST, LAST, TREND = "first frame", "last window", "slope"
+LAST, TREND = "gain in the last window", "slope of the gain"
 
 NOTES = {
     "estimates": "mean over units with a 95 % interval (Student's t) and the number of units n; a unit is a file, or"
@@ -27,21 +26,17 @@ NOTES = {
     "losses_later": f"losses {LATER}, on the files that are longer",
     "entropy": "of the predictions, nats",
     "accuracy": "top-1: share of tokens to which no other was strictly likelier, so ties count as right",
-    "against_unigram": "unigram minus the arm `main`, paired by file; `mean` is the headline weighting of the setting",
+    "against_unigram": "unigram minus the arm `main`, paired by file",
     "against_persist": "arm minus persist, paired by file: above 0 memory helps",
-    BEYOND: "frames from the number on that is the attention window: beyond what one layer sees. With L layers"
-    " attention can relay information over up to L windows, so these frames are not beyond all that the model sees"
-    " without memory",
-    "against_off": "KL(arm || off) in nats and the share of changed top-1 tokens, by the headline weighting of the"
-    " setting",
-    "by_position": "headline weighting, for kl and changed too, in consecutive windows of the setting's length; a"
-    " window that a file fills to less than half is left out for that file; displacement (norm over that of W0) and"
-    " rate by TTT layer",
+    BEYOND: "frames beyond what one layer sees. With L layers attention can relay information over up to L windows, so"
+    " these frames are not beyond all that the model sees without memory",
+    "against_off": "KL(arm || off) in nats and the share of changed top-1 tokens, by the headline weighting",
+    "by_position": "headline weighting, in consecutive windows of the setting's length; a window that a file fills to"
+    " less than half is left out for that file; displacement (norm over that of W0) and rate by TTT layer",
     "slopes": "change per 1,000 frames by least squares on the frames of each file; files shorter than two windows"
     " give none",
     "inner": "by arm and TTT layer, mean over heads: loss_base l(W0), loss_before l(W before the frame), loss_after"
-    " l(W after it); gain = l(W0) - l(W before), what memory brought before seeing the frame; immediate = l(W"
-    " before) - l(W after)",
+    " l(W after it); gain = l(W0) - l(W before), what memory brought before seeing the frame",
     "between": "loss of the arm `main` of a checkpoint minus that of the first, paired by file: below 0 it is better",
 }
 """What the numbers in results.json are."""
@@ -57,21 +52,16 @@ class Setting:
     """Meaning of each arm that was run, by name, in the order of reports."""
     reset_every: int
     """Frames between resets, in the arm that resets."""
-    chunk: int
-    """Frames of a call; does not change any number."""
     window: int = 250
     """Frames that a position averages."""
     weighting: str = "equal"
     """Headline weighting of the codebooks, one of `WEIGHTINGS`."""
     text: str = ""
     """Where the text stream came from."""
-    frame_rate: float = FRAME_RATE
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Data and codec."""
 
     def __post_init__(self) -> None:
-        if self.weighting not in WEIGHTINGS:
-            raise InputError(f"the weighting {self.weighting!r} is unknown: give one of {', '.join(WEIGHTINGS)}.")
         if self.window < 1:
             raise InputError(f"a window of {self.window} frames is too short: give 1 or more.")
 
@@ -94,19 +84,17 @@ class CheckpointResults:
     accuracy: Tree
     """By arm and row."""
     against_unigram: Tree
-    """By row, and "mean": the headline weighting."""
+    """By row."""
     against_persist: Tree
     """By arm, part of the file (`ALL`, `LATER`, `BEYOND`) and row."""
     against_off: Tree
     """By arm: kl and changed, by the headline weighting."""
     by_position: Tree
-    """Lists over windows: losses, against_persist, kl and changed by arm; displacement and rate by arm and layer."""
+    """Lists over windows: losses, against_persist and kl by arm; displacement and rate by arm and layer."""
     slopes: Tree
     """losses and against_persist, by arm."""
     inner: Tree
-    """By arm, layer, quantity and part (`ALL`, `FIRST`, `LAST`, `TREND`)."""
-    by_file: Tree
-    """Loss of each file, by its name, arm and row."""
+    """By arm, layer and quantity: the inner losses, the gain, `LAST` and `TREND`."""
     verdict: str
     """One sentence on kept memory against cleared memory."""
 
@@ -116,7 +104,7 @@ class Results:
     """The results of one evaluation."""
 
     COMMAND: ClassVar[str] = "python -m eval stream"
-    FORMAT: ClassVar[int] = 3
+    FORMAT: ClassVar[int] = 4
 
     setting: Setting
     checkpoints: list[CheckpointResults]
@@ -137,11 +125,7 @@ class Results:
 
 
 def write(folder: Path, results: Results, about: dict[str, Any]) -> Path:
-    """Writes results.json to `folder`, at once or not at all; returns its path.
-
-    Args:
-      results: of `eval.streaming.summary.summarise`; about: further entries at the top (versions, cost).
-    """
+    """Writes results.json to `folder` as `eval.results.schema.write`; returns its path."""
     counts = {"files": len(results.files), "skipped": len(results.skipped), "units": results.units}
     return schema.write(folder, results, {**about, "notes": NOTES, "counts": counts | {"unit": results.unit}})
 

@@ -33,12 +33,10 @@ class Scored(NamedTuple):
 
 
 def score(outputs: model.Outputs, off: int | None) -> Scored:
-    """Scores predictions of several arms, leading axis A, against the targets that they share; what is masked means
-    nothing.
+    """Scores predictions of several arms, leading axis A, against the targets that they share, masked or not.
 
     Args:
-      outputs: of `model.forward`, leaves with a leading axis of arms; off: which of the arms is `off`, for the
-        comparison with it.
+      off: index of the arm `off`, for the comparison with it.
     """
 
     def of_streams(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:  # [A, B, T, ..., V], [A, B, T, ...]
@@ -57,8 +55,7 @@ def score(outputs: model.Outputs, off: int | None) -> Scored:
     both = [jnp.concatenate([t[:, :, None], jnp.moveaxis(a, 3, 2)], 2) for t, a in zip(text, audio, strict=True)]
     inner = None
     if outputs.ttt is not None:
-        measured = (*outputs.ttt.inner, outputs.ttt.rate)
-        inner = Inner(*(y.mean(-1) for y in measured))
+        inner = Inner(*(values.mean(-1) for values in (*outputs.ttt.inner, outputs.ttt.rate)))
     return Scored(*both[:3], Against(*both[3:]) if off is not None else None, inner)
 
 
@@ -74,12 +71,11 @@ def scan_calls(
     arms: tuple[str, ...],
     measured: bool,
 ) -> tuple[model.State, tuple[Scored, jax.Array, jax.Array]]:
-    """N calls of T frames, one after the other.
+    """Runs N calls of T frames, one after the other.
 
     Args:
       params, state: of `arms.set_params`, `arms.init_state`; frames: int32 [N, B, K, T]; mask: bool [N, B, T].
-      resets_now: bool [N], calls that begin with a reset; partners: of `arms.reset`; arms: names; measured:
-        whether to measure inner losses.
+      resets_now: bool [N], calls that begin with a reset; partners: of `arms.reset`.
 
     Returns:
       The state and by call: scores, targets int32 [B, S, T], whether scored bool [B, S, T].
@@ -143,16 +139,14 @@ def stream(
     partners: Sequence[int] | None = None,
     on_frames: Callable[[int], None] = lambda frames: None,
 ) -> list[FileScores]:
-    """Streams a batch of files side by side, each from a fresh state, under every arm; ends are masked, nothing crosses
-    files.
+    """Streams files side by side, each from a fresh state, under every arm; nothing crosses files.
 
     Args:
-      params: of the model; files: int32 [K, T_i] each; arms: names in `ARMS`, that `arms.check` let pass.
+      files: int32 [K, T_i] each; arms: names that `arms.check` let pass.
       chunk: most frames of a call; it does not change the numbers beyond rounding. reset_every: frames after which
         `reset` clears and `permuted` exchanges memories.
       measured: whether to measure inner losses; partners: for each file the one whose memory it takes in `permuted`,
-        which counts as long as that one goes on. on_frames: told how many frames of all files have been scored since it
-        was last.
+        which counts as long as that one goes on. on_frames: called with the number of frames newly scored.
 
     Returns:
       Scores of every file; `unigram` is left None.
@@ -162,34 +156,38 @@ def stream(
     per_scan = min(max(1, SEGMENT // calls.frames), _bucket(len(calls.starts)))
     edited, state = arms_.set_params(params, arms), arms_.init_state(cfg, len(files), arms)
     others = jnp.asarray(range(len(files)) if partners is None else partners, jnp.int32)
-    gathered = _Gathered(lengths, calls)
-    waiting: tuple[int, tuple] | None = None
+    ends = [*calls.starts[::per_scan], lengths.max()]
+    counts = np.diff([np.minimum(lengths, end).sum() for end in ends])
+    outs, waiting = [], None
+
+    def collect(out: tuple) -> None:
+        outs.append(jax.device_get(out))
+        on_frames(int(counts[len(outs) - 1]))
+
     try:
         for first in range(0, len(calls.starts), per_scan):
             block = _block(files, calls, first, per_scan)
             state, out = scan_calls(edited, *block, others, state, cfg=cfg, arms=arms, measured=measured)
             if waiting is not None:
-                on_frames(gathered.add(*waiting))  # the scan before, while this one computes
-            waiting = first, out
-        on_frames(gathered.add(*waiting))
+                collect(waiting)  # the scan before, while this one computes
+            waiting = out
+        collect(waiting)
     except BaseException:
         with contextlib.suppress(RuntimeError):  # of a state that has just been donated
             jax.block_until_ready(state)  # an interpreter that ends while a program runs would crash
         raise
-    found = [gathered.file(row, arms) for row in range(len(files))]
+    joined = jax.tree.map(partial(_join, calls), *outs)
+    scores = [_file_scores(*joined, row, length, arms) for row, length in enumerate(lengths)]
     if "permuted" in arms:
-        ends = [(lengths[other] // reset_every + 1) * reset_every for other in partners]
-        found = [one._replace(arms=_until(one.arms, "permuted", end)) for one, end in zip(found, ends, strict=True)]
-    return found
+        for file, other in zip(scores, partners, strict=True):
+            end = (lengths[other] // reset_every + 1) * reset_every
+            file.arms["permuted"] = jax.tree.map(partial(_until, end=end), file.arms["permuted"])
+    return scores
 
 
-def _until(arms: dict[str, ArmScores], name: str, end: int) -> dict[str, ArmScores]:
-    """Returns the scores without those of an arm from frame `end` on."""
-
-    def cut(values: np.ndarray) -> np.ndarray:
-        return np.where(np.arange(values.shape[1]) < end, values, np.float32(np.nan))
-
-    return arms | {name: jax.tree.map(cut, arms[name])}
+def _until(values: np.ndarray, end: int) -> np.ndarray:
+    """Returns values [S, T], NaN from frame `end` on."""
+    return np.where(np.arange(values.shape[1]) < end, values, np.float32(np.nan))
 
 
 def _block(files: Sequence[np.ndarray], calls: Plan, first: int, count: int) -> tuple[jax.Array, ...]:
@@ -209,51 +207,35 @@ def _block(files: Sequence[np.ndarray], calls: Plan, first: int, count: int) -> 
     return jnp.asarray(frames), jnp.asarray(mask), jnp.asarray(resets_now)
 
 
-class _Gathered:
-    """Scores of all calls, put in their place in time."""
+def _join(calls: Plan, *scans: np.ndarray) -> np.ndarray:
+    """Returns the values of all calls in their place in time, [N, ..., T of a call] by scan -> [..., T]."""
+    values = (call for scan in scans for call in scan)  # masked calls may follow the last one
+    return np.concatenate([call[..., :length] for length, call in zip(calls.lengths, values, strict=False)], -1)
 
-    def __init__(self, lengths: np.ndarray, calls: Plan):
-        self._lengths, self._calls = lengths, calls
-        self._length = int(lengths.max())
-        self._arrays: list[np.ndarray] = []
-        self._tree: jax.tree_util.PyTreeDef | None = None
 
-    def add(self, first: int, out: tuple) -> int:
-        """Stores the scores of calls from `first` on; returns the number of frames that they cover."""
-        leaves, self._tree = jax.tree.flatten(jax.device_get(out))
-        if not self._arrays:
-            self._arrays = [np.zeros((*leaf.shape[1:-1], self._length), leaf.dtype) for leaf in leaves]
-        for i, call in enumerate(range(first, min(first + len(leaves[0]), len(self._calls.starts)))):
-            start, length = self._calls.starts[call], self._calls.lengths[call]
-            for array, leaf in zip(self._arrays, leaves, strict=True):
-                array[..., start : start + length] = leaf[i][..., :length]
-        begun, ended = self._calls.starts[first], start + length
-        return int(np.clip(self._lengths - begun, 0, ended - begun).sum())
+def _file_scores(
+    scored: Scored, targets: np.ndarray, present: np.ndarray, row: int, length: int, arms: tuple[str, ...]
+) -> FileScores:
+    """Returns the scores of one file, without the padding."""
+    present = present[row, :, :length]
 
-    def file(self, row: int, arms: tuple[str, ...]) -> FileScores:
-        """Returns the scores of one file, without the padding."""
-        scored, targets, present = jax.tree.unflatten(self._tree, self._arrays)
-        length = self._lengths[row]
-        present = present[row, :, :length]
+    def of_streams(values: np.ndarray) -> np.ndarray:  # [B, S, T]
+        return np.where(present, values[row, :, :length], np.float32(np.nan))
 
-        def of_streams(values: np.ndarray, arm: int) -> np.ndarray:
-            return np.where(present, values[arm, row, :, :length], np.float32(np.nan))
+    def of_arm(i: int) -> ArmScores:
+        against = inner = None
+        if scored.against_off is not None and arms[i] != "off":
+            against = Against(*(of_streams(values[i]) for values in scored.against_off))
+        if scored.inner is not None:
+            inner = Inner(*(values[i, :, row, :length] for values in scored.inner))
+        return ArmScores(*(of_streams(values[i]) for values in scored[:3]), against, inner)
 
-        def of_arm(i: int) -> ArmScores:
-            against = inner = None
-            if scored.against_off is not None and arms[i] != "off":
-                against = Against(*(of_streams(values, i) for values in scored.against_off))
-            if scored.inner is not None:
-                inner = Inner(*(values[i, :, row, :length] for values in scored.inner))
-            return ArmScores(*(of_streams(values, i) for values in scored[:3]), against, inner)
-
-        tokens = np.where(present, targets[row, :, :length], -1)
-        return FileScores(tokens, {arm: of_arm(i) for i, arm in enumerate(arms)}, None)
+    tokens = np.where(present, targets[row, :, :length], -1)
+    return FileScores(tokens, {arm: of_arm(i) for i, arm in enumerate(arms)}, None)
 
 
 def batches(lengths: Sequence[int], rows: int, least: int = 1) -> Iterator[list[int]]:
-    """Yields files in batches of at most `rows` (but never fewer than `least`), like lengths together; sizes differ by
-    one at most."""
+    """Yields files in batches of at most `rows`, never fewer than `least`, like lengths together; sizes are alike."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     count = min(math.ceil(len(order) / rows), len(order) // least)
     for part in np.array_split(np.array(order), count):

@@ -22,15 +22,14 @@ from ttt_jax.data import unigram
 from ttt_jax.errors import InputError
 
 ROWS = 8
-"""Files side by side, by default."""
+"""Files side by side by default; in bfloat16 it is 1."""
 
 
 class Outcome(NamedTuple):
-    """What is to report of a scoring beside the stored scores."""
+    """Results of a scoring beside the stored scores."""
 
     failed: dict[str, str]
-    """Why, by the name of each file whose predictions were not finite under some checkpoint; none of its scores is
-    stored."""
+    """Reason by file whose predictions were not finite under some checkpoint; none of its scores is stored."""
     partners: dict[str, dict[str, str]]
     """By checkpoint and file: the file whose memory it had in the arm permuted."""
 
@@ -51,12 +50,10 @@ def score_files(
     """Streams all files through all checkpoints, each from a fresh state, and stores the scores in `folder`.
 
     Args:
-      checkpoints: those without weights are loaded when their turn comes, one at a time; files: at least one.
-      arms: names by the checkpoint's name; folder: of the results; reset_every: frames between resets.
-      chunk: most frames of a call; None: by the device. batch: files side by side; None: by the model.
-      inner: names of checkpoints whose inner losses are measured; baseline: unigram tables, which the scores then
-        include.
-      losses_only: whether to store tokens and losses alone (`eval.streaming.scores.losses_only`).
+      checkpoints: those without weights are loaded when their turn comes, one at a time.
+      arms: by the checkpoint's name; chunk: most frames of a call, by default by the device; batch: files side by side,
+        by default by the model; inner: names of checkpoints whose inner losses are measured.
+      baseline: unigram tables, which are scored too; losses_only: whether to store tokens and losses alone.
 
     Raises:
       InputError: no file has finite predictions, or a file has no partner for the arm permuted.
@@ -70,9 +67,9 @@ def score_files(
         scores_path(folder, name, infos[0]).parent.mkdir(parents=True)
         if checkpoint.params is None:
             loaded = loading.load(checkpoint.about["path"])
-        permuted = "permuted" in arms[name]
+        permuted, rows = "permuted" in arms[name], batch or (1 if checkpoint.cfg.dtype == "bfloat16" else ROWS)
         with tqdm(total=sum(lengths), desc=name, unit="frame", unit_scale=True, leave=False, mininterval=0.5) as bar:
-            for members in batches(lengths, batch or _rows(checkpoint), least=2 if permuted else 1):
+            for members in batches(lengths, rows, least=2 if permuted else 1):
                 together = [files[i] for i in members]
                 partners = _partners(together) if permuted else None
                 scored = stream(
@@ -156,10 +153,6 @@ def _partners(files: Sequence[EvalFile]) -> list[int]:
             )
         partners.append(max(others, key=lambda i: files[i].frames.shape[1]))
     return partners
-
-
-def _rows(checkpoint: Checkpoint) -> int:
-    return 1 if checkpoint.cfg.dtype == "bfloat16" else ROWS
 
 
 def call_frames(checkpoints: Sequence[Checkpoint]) -> int:

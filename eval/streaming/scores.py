@@ -15,8 +15,7 @@ from ttt_jax.utils.files import write_atomically
 
 
 class Inner(NamedTuple):
-    """Inner losses and state of the TTT layers, float32 [L, T]: layers in the order of `MoshiConfig.ttt_layers`, mean
-    over heads."""
+    """Inner losses and state of the TTT layers, mean over heads, float32 [L, T], in the order of the layers."""
 
     loss_base: np.ndarray
     """l(W0; x_t), W0 the learned base."""
@@ -40,10 +39,9 @@ class Against(NamedTuple):
 
 
 class ArmScores(NamedTuple):
-    """One file under one arm: S streams (text, then Moshi's codebooks), T frames of the delayed grid; NaN where nothing
-    was scored.
+    """One file under one arm: S streams (text, then Moshi's codebooks), T frames of the delayed grid.
 
-    All but `nats` is None where losses alone were stored.
+    NaN where nothing was scored; all but `nats` is None where losses alone were stored.
     """
 
     nats: np.ndarray

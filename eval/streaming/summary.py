@@ -13,7 +13,7 @@ from eval.results.schema import CheckpointInfo, FileInfo, Skipped, units
 from eval.stats import paired
 from eval.stats.estimates import Estimate, band, group_means, unit_means
 from eval.stats.verdict import MARGIN, THRESHOLD, Rule, advise, verdict
-from eval.streaming.measure import load_scores, main_arm, measure
+from eval.streaming.measure import load_scores, main_arm, measure, minus
 from eval.streaming.results import LATER, CheckpointResults, Results, Setting
 
 Nested = dict[str, Any]
@@ -33,23 +33,20 @@ def summarise(
     The unit is the file. Where several files share a group (a speaker) they are averaged within it first, and the unit
     is the group: `Estimate.n` counts groups then. Only one file's arrays are in memory at a time.
 
-    Args:
-      setting: of the evaluation; checkpoints: at least one; files: those that every checkpoint was run on, at least
-        one;
-        skipped: files that were not; folder: the result folder.
-
-    Raises:
-      InputError: scores of a file are missing or damaged.
+    Raises `InputError` if scores of a file are missing or damaged.
     """
     groups = [file.group for file in files]
-    summaries, of_main = [], []
+    summaries, main_losses = [], []
     for checkpoint in checkpoints:
         by_file = [measure(load_scores(folder, checkpoint, file, setting), setting, checkpoint) for file in files]
         summaries.append(_checkpoint(setting, checkpoint, by_file, files))
-        of_main.append([_main_losses(file, summaries[-1].main) for file in by_file])
+        main = summaries[-1].main
+        main_losses.append(
+            [{**file["losses"][main], "by_position": file["by_position"]["losses"][main]} for file in by_file]
+        )
     between = {
-        summary.info.name: _combine([_minus(*pair) for pair in zip(losses, of_main[0], strict=True)], groups)
-        for summary, losses in zip(summaries[1:], of_main[1:], strict=True)
+        summary.info.name: _combine([minus(*pair) for pair in zip(losses, main_losses[0], strict=True)], groups)
+        for summary, losses in zip(summaries[1:], main_losses[1:], strict=True)
     }
     return Results(setting, summaries, between, list(files), list(skipped))
 
@@ -59,21 +56,7 @@ def _checkpoint(
 ) -> CheckpointResults:
     combined = _combine(by_file, [file.group for file in files])
     arms = [arm for arm in setting.arms if arm in combined["losses"]]
-    losses = {
-        file.name: {arm: {row: float(value) for row, value in rows.items()} for arm, rows in measured["losses"].items()}
-        for file, measured in zip(files, by_file, strict=True)
-    }
-    sentence = _verdict(setting, info, by_file, files)
-    return CheckpointResults(info, arms, main_arm(arms), **combined, by_file=losses, verdict=sentence)
-
-
-def _main_losses(measured: Nested, arm: str) -> Nested:
-    """Returns what checkpoints are compared by: losses of `arm` by row and by position."""
-    return {**measured["losses"][arm], "by_position": measured["by_position"]["losses"][arm]}
-
-
-def _minus(losses: Nested, first: Nested) -> Nested:
-    return {name: losses[name] - first[name] for name in losses}
+    return CheckpointResults(info, arms, main_arm(arms), **combined, verdict=_verdict(setting, info, by_file, files))
 
 
 def _combine(trees: Sequence[Nested | None], groups: Sequence[str]) -> Nested:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from eval.stats.estimates import Estimate, interval
 from eval.streaming.results import ALL, BEYOND, LAST, LATER, RESETTING, TREND, CheckpointResults, Results
 from eval.streaming.weighting import WEIGHTINGS
+from ttt_jax.config import FRAME_RATE
 
 POSITIONS, THINNED = 10, 8
 """Rows of the table by position: all windows up to the first number; of more the second, evenly spaced."""
@@ -39,44 +38,38 @@ def span(start: float, end: float) -> str:
 
 
 def _head(results: Results) -> list[str]:
-    setting = results.setting
-    frames = [file.frames for file in results.files]
-    minutes = sum(frames) / setting.frame_rate / 60
-    parts = [
-        ("1 file" if len(frames) == 1 else f"{len(frames)} files")
-        + (
-            ""
-            if results.unit == "files"
-            else f" of {results.units} {results.unit if results.units > 1 else results.unit.removesuffix('s')}"
-        ),
-        (f"{frames[0]} frames" if len(frames) == 1 else f"{min(frames)} to {max(frames)} frames")
-        + f" ({minutes:.1f} minutes in all)",
-        *([f"{len(results.skipped)} skipped"] if results.skipped else []),
-        *(f"{what} {name}" for what, value in setting.about.items() if isinstance(name := _name(value), str)),
-    ]
-    lines = [
+    setting, frames = results.setting, [file.frames for file in results.files]
+    parts = [_count(len(frames), "files")]
+    if results.unit != "files":
+        parts[0] += f" of {_count(results.units, results.unit)}"
+    length = f"{min(frames)} to {max(frames)}" if len(frames) > 1 else frames[0]
+    parts.append(f"{length} frames ({sum(frames) / FRAME_RATE / 60:.1f} minutes in all)")
+    if results.skipped:
+        parts.append(f"{len(results.skipped)} skipped")
+    for name, value in setting.about.items():
+        value = value.get("name") if isinstance(value, dict) else value  # a name stands beside a digest
+        parts += [f"{name} {value}"] if isinstance(value, str) else []
+    width = max(map(len, setting.arms))
+    return [
         ", ".join(parts) + ("," if setting.text else ""),
         *([setting.text] if setting.text else []),
         f"[95 % interval over {results.unit}]; where codebooks are one number they are weighted {setting.weighting}:"
         f" {WEIGHTINGS[setting.weighting]}",
+        *(f"  {arm:<{width}}  {meaning}" for arm, meaning in setting.arms.items()),
     ]
-    wide = max(map(len, setting.arms))
-    return lines + [f"  {arm:<{wide}}  {meaning}" for arm, meaning in setting.arms.items()]
+
+
+def _count(number: int, nouns: str) -> str:
+    return f"{number} {nouns.removesuffix('s') if number == 1 else nouns}"
 
 
 def _checkpoint(results: Results, checkpoint: CheckpointResults) -> list[str]:
-    info, setting = checkpoint.info, results.setting
+    info = checkpoint.info
     layers = f"TTT layers {', '.join(map(str, info.ttt_layers))}" if info.ttt_layers else "no TTT layers"
-    resets = f", resets every {setting.reset_every} frames" if set(RESETTING) & set(checkpoint.arms) else ""
-    parts = [
-        _streams(results, checkpoint),
-        _positions(results, checkpoint),
-        _differences(results, checkpoint),
-        _inner(results, checkpoint),
-        [checkpoint.verdict],
-    ]
+    resets = f", resets every {results.setting.reset_every} frames" if set(RESETTING) & set(checkpoint.arms) else ""
     lines = [f"{info.name}: {layers}, attention window {info.context} frames{resets}"]
-    for part in parts:
+    parts = [part(results, checkpoint) for part in (_streams, _positions, _differences, _inner)]
+    for part in [*parts, [checkpoint.verdict]]:
         lines += ["", *part] if part else []
     return lines
 
@@ -107,30 +100,31 @@ def _streams(results: Results, checkpoint: CheckpointResults) -> list[str]:
 
 
 def _positions(results: Results, checkpoint: CheckpointResults) -> list[str]:
-    """Losses of the main arm and two differences in windows that more than half of the units reach (of many windows
-    some, evenly spaced), and their slopes."""
+    """Returns losses of the main arm and two differences in windows that more than half of the units reach (of many
+    windows some, evenly spaced), and their slopes."""
     losses, differences = checkpoint.by_position["losses"][checkpoint.main], checkpoint.by_position["against_persist"]
     count = shown(losses, results.units)
     if not count:
         return []
     rows = np.arange(count) if count <= POSITIONS else np.linspace(0, count - 1, THINNED).round().astype(int)
-    preferred = [arm for arm in ("reset", "off", *checkpoint.arms) if arm in differences]
-    arms = list(dict.fromkeys(preferred))[:2]
-    seconds = results.setting.window / results.setting.frame_rate
-    longest = max(file.frames for file in results.files) / results.setting.frame_rate
+    arms = sorted(differences, key=lambda arm: arm not in ("reset", "off"))[:2]
+    seconds = results.setting.window / FRAME_RATE
+    longest = max(file.frames for file in results.files) / FRAME_RATE
     title = "by position" + (f", {len(rows)}/{count}" if len(rows) < count else "")
     heads = "".join(f"{f'{arm} minus persist':<{WIDE}}" for arm in arms)
     lines = [f"{title:<21}{results.unit:>8}   {checkpoint.main:<24}{heads}"]
+
+    def row(name: str, loss: Estimate, signed: bool, values: list[Estimate]) -> None:
+        cells = "".join(f"{interval(value, 4, signed=True):<{WIDE}}" for value in values)
+        lines.append(f"{name:<21}{loss.n:>8}   {interval(loss, 3, signed=signed):<24}{cells}")
+
     for i in rows:
-        cells = "".join(f"{interval(differences[arm][i], 4, signed=True):<{WIDE}}" for arm in arms)
-        where = span(i * seconds, min((i + 1) * seconds, longest))
-        lines.append(f"{where:<21}{losses[i].n:>8}   {interval(losses[i], 3):<24}{cells}")
-    slope = checkpoint.slopes["losses"][checkpoint.main]
-    if slope.n:
-        cells = "".join(
-            f"{interval(checkpoint.slopes['against_persist'][arm], 4, signed=True):<{WIDE}}" for arm in arms
-        )
-        lines.append(f"{'per 1,000 frames':<21}{slope.n:>8}   {interval(slope, 3, signed=True):<24}{cells}")
+        name = span(i * seconds, min((i + 1) * seconds, longest))
+        row(name, losses[i], False, [differences[arm][i] for arm in arms])
+    slopes = checkpoint.slopes
+    if slopes["losses"][checkpoint.main].n:
+        values = [slopes["against_persist"][arm] for arm in arms]
+        row("per 1,000 frames", slopes["losses"][checkpoint.main], True, values)
     return lines
 
 
@@ -138,30 +132,27 @@ def _differences(results: Results, checkpoint: CheckpointResults) -> list[str]:
     """Returns the differences from persist, by arm and part of the files."""
     if not checkpoint.against_persist:
         return []
-    later = [LATER] if set(RESETTING) & set(checkpoint.arms) else []
-    parts, head = (ALL, *later, BEYOND), results.setting.weighting
+    parts = [ALL, *([LATER] if set(RESETTING) & set(checkpoint.arms) else []), BEYOND]
     lines = [f"{'minus persist':<15}" + "".join(f"{part:<{WIDE}}" for part in parts) + "(above 0: memory helps)"]
-    for arm, found in checkpoint.against_persist.items():
-        lines.append(f"{arm:<15}" + "".join(f"{interval(found[part][head], 4, signed=True):<{WIDE}}" for part in parts))
+    for arm, by_part in checkpoint.against_persist.items():
+        values = [by_part[part][results.setting.weighting] for part in parts]
+        lines.append(f"{arm:<15}" + "".join(f"{interval(value, 4, signed=True):<{WIDE}}" for value in values))
     return lines
 
 
 def _inner(results: Results, checkpoint: CheckpointResults) -> list[str]:
     """Returns inner losses by TTT layer: means over frames; the gain over all frames and in the last window; its
     trend."""
-    layers = checkpoint.inner.get(checkpoint.main, {})
-    if not layers:
-        return []
     lines = [
         f"{'inner losses':<15}{'l(W0)':>8}{'before':>8}{'after':>8}  "
         f" {'gain: l(W0) - before':<{WIDE}}{'gain in the last window':<{WIDE}}per 1,000 frames"
     ]
-    for layer, found in layers.items():
-        means = "".join(f"{_number(found[f'loss_{name}'][ALL]):>8}" for name in ("base", "before", "after"))
-        digits = 4 if found["loss_base"][ALL].mean < 1 else 2  # inner losses grow with the heads' width
-        gains = "".join(f"{interval(found['gain'][part], digits, signed=True):<{WIDE}}" for part in (ALL, LAST, TREND))
+    for layer, values in checkpoint.inner.get(checkpoint.main, {}).items():
+        means = "".join(f"{_number(values[name]):>8}" for name in ("loss_base", "loss_before", "loss_after"))
+        digits = 4 if values["loss_base"].mean < 1 else 2  # inner losses grow with the heads' width
+        gains = "".join(f"{interval(values[name], digits, signed=True):<{WIDE}}" for name in ("gain", LAST, TREND))
         lines.append(f"{f'TTT layer {layer}':<15}{means}   {gains}")
-    return lines
+    return lines if len(lines) > 1 else []
 
 
 def _between(results: Results) -> list[str]:
@@ -174,16 +165,11 @@ def _between(results: Results) -> list[str]:
         f"{'':<{wide}}{'arm':<9}{head:>8}   " + "".join(f"{row:<{WIDE}}" for row in rows),
     ]
     for checkpoint in results.checkpoints:
-        found = results.between.get(checkpoint.info.name)
-        cells = "".join(f"{interval(found[row], 4, signed=True):<{WIDE}}" for row in rows) if found else ""
+        differences = results.between.get(checkpoint.info.name)
+        cells = [f"{interval(differences[row], 4, signed=True):<{WIDE}}" for row in rows] if differences else []
         loss = _number(checkpoint.losses[checkpoint.main][head])
-        lines.append(f"{checkpoint.info.name:<{wide}}{checkpoint.main:<9}{loss:>8}   {cells}")
+        lines.append(f"{checkpoint.info.name:<{wide}}{checkpoint.main:<9}{loss:>8}   {''.join(cells)}")
     return lines
-
-
-def _name(value: Any) -> Any:
-    """Returns a name, which stands for itself or beside a digest."""
-    return value.get("name") if isinstance(value, dict) else value
 
 
 def _number(value: Estimate, digits: int = 3, times: float = 1) -> str:

@@ -20,8 +20,9 @@ from matplotlib import pyplot
 from eval.__main__ import main as eval_main
 from eval.compare import analysis, losses, report
 from eval.compare import results as compare_results
-from eval.diagnose import records
+from eval.diagnose.records import Results
 from eval.inputs import checkpoints
+from eval.results import schema
 from eval.streaming import results as stream_results
 from eval.streaming import summary, table
 from tests.commands.test_damaged_inputs import sound_file
@@ -144,15 +145,15 @@ def a_comparison(rng, root, folder):
 def _records(root: Path) -> Path:
     made = root / "records"
     made.mkdir()
-    records.write_records(diagnosed(), made)
+    schema.write(made, diagnosed(), {})
     return made
 
 
 def records_of_a_diagnosis(rng, root, folder):
     """Records that are read are those that were written."""
     copied = damage.copied(_records(root), folder)
-    damage.spoil(copied / records.RECORDS, rng)
-    found = damage.attempt(records.read, copied)
+    damage.spoil(copied / schema.RESULTS, rng)
+    found = damage.attempt(schema.read, copied, Results)
     assert found is None or found == diagnosed()
 
 

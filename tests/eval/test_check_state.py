@@ -135,11 +135,8 @@ def test_a_broken_step_fails_in_its_line(call, lines, meaning):
     assert failed(report) == lines
     assert not report.passed
     assert meaning in report.meaning
-
-
-def test_a_missed_frame_is_named():
-    (changes, *_) = run(misses_a_frame).checks
-    assert changes.figure == "layer 1: no change at 1 of 16 frames, first at frame 6"
+    if call is misses_a_frame:
+        assert report.checks[0].figure == "layer 1: no change at 1 of 16 frames, first at frame 6"
 
 
 @pytest.mark.parametrize("rate", [pytest.param("no base rate", marks=pytest.mark.slow), "no learned rate"])
@@ -211,19 +208,12 @@ def test_the_digest_does_not_see_the_count():
     assert check.digests_of([ttt]) == check.digests_of([counted]) != check.digests_of([moved])
 
 
-def test_the_table_is_shortened_in_the_middle_and_shows_few_of_many_layers():
-    layers, frames = 5, 51
-    digest = np.char.add("d", np.arange(frames * layers * 2).astype(str)).reshape(frames, layers, 2)
-    lines = check_command.table(check.Trace(digest, None, None), (3, 4, 5, 6, 7))
-    assert len(lines) == 1 + 3 * (1 + check_command.HEAD + check_command.TAIL) + 1 + 1
-    assert sum(" NO" in line for line in lines) == 0
-    assert "(3 of 5 TTT layers)" in lines
-    assert [line.split() for line in lines if " 51" in line or " 50 " in line][-1] == [
-        "50",
-        "7",
-        digest[50, 4, 0],
-        "yes",
-    ]
+def test_the_table_is_shortened_in_the_middle():
+    digest = np.char.add("d", np.arange(51 * 4).astype(str)).reshape(51, 2, 2)
+    lines = check_command.table(check.Trace(digest, None, None), 3)
+    assert len(lines) == 1 + (1 + check_command.HEAD + check_command.TAIL) + 1
+    assert not any(" NO" in line for line in lines)
+    assert lines[-1].split() == ["50", digest[50, 0, 0], "yes"]
 
 
 # The command

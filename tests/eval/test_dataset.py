@@ -31,7 +31,6 @@ def data(tmp_path):
 
 
 def test_a_text_that_is_not_known_is_fed_as_nothing(run, data):
-
     files, skipped = dataset.read(data, [checkpoints.load(run)])
     assert not skipped
     assert [file.text_known.mean() for file in files] == [1, 1, 0]
@@ -78,13 +77,11 @@ def test_evaluation_feeds_what_training_reads(run, tmp_path):
 
 
 def test_speakers_are_the_units(run, tmp_path):
-
     data = write_data(tmp_path / "s", [tokens(20, 0), tokens(20, 1)], speaker="one", group="a/b")
     assert {file.group for file in dataset.read(data, [checkpoints.load(run)])[0]} == {"one"}
 
 
 def test_files_are_called_by_the_names_of_their_links(run, tmp_path):
-
     (tmp_path / "blobs").mkdir()
     data = write_data(tmp_path / "snapshot", [tokens(16, i) for i in range(2)])
     for i in range(2):
@@ -98,33 +95,40 @@ def test_files_are_called_by_the_names_of_their_links(run, tmp_path):
     assert not skipped
 
 
-def test_a_run_on_code_files_needs_neither_its_codec_nor_its_data(tmp_path):
+WEIGHTS = checkpoints.Checkpoint("moshi", micro.MODEL, None, {})
+CODECS = {"codec": {"name": "theirs", "digest": "1" * 64}, "tokenizer": {"digest": "2" * 64, "pieces": None}}
+TRAINED = checkpoints.Checkpoint("trained", micro.MODEL, None, CODECS, CorpusConfig(train="gone", codec="files"))
+"""A run on code files, whose data are gone."""
 
-    gone = CorpusConfig(train="gone.jsonl", codec="files")
-    about = {"codec": {"name": "theirs", "digest": "1" * 64}, "tokenizer": {"digest": "2" * 64, "pieces": None}}
-    trained = checkpoints.Checkpoint("trained", micro.MODEL, None, about, gone)
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(WEIGHTS, "converted weights do not say which codec"), (TRAINED, r"a\.wav is audio, but data\.codec='files'")],
+)
+def test_code_files_need_neither_codec_nor_training_data(model, message, tmp_path):
     data = write_data(tmp_path / "codes", [tokens(20), tokens(20)[1:], tokens(20)[1:9]], digest="1" * 64)
-    files, (skipped,) = dataset.read(data, [trained])
+    files, (skipped,) = dataset.read(data, [model])
     assert [file.text_known.mean() for file in files] == [1, 0]
     np.testing.assert_array_equal(files[0].frames, tokens(20))
     assert "holds 8 rows of codes" in skipped.reason
-    with pytest.raises(InputError, match="trained was trained with the codec theirs .*the speech was encoded with"):
-        dataset.read(write_data(tmp_path / "other", [tokens(20)], digest="3" * 64), [trained])
     (data / "a.wav").write_bytes(b"RIFF")
     (data / "manifest.jsonl").write_text('{"path": "a.wav", "duration": 4.8}\n')
-    with pytest.raises(InputError, match=r"a\.wav is audio, but data\.codec='files'"):
-        dataset.read(data, [trained])
+    with pytest.raises(InputError, match=message):
+        dataset.read(data, [model])
+
+
+def test_codes_of_another_codec_than_the_runs_are_refused(tmp_path):
+    with pytest.raises(InputError, match="trained was trained with the codec theirs .*the speech was encoded with"):
+        dataset.read(write_data(tmp_path / "other", [tokens(20)], digest="3" * 64), [TRAINED])
 
 
 @pytest.mark.parametrize("rate", ["25", "12.50001", "6.25"])
 def test_codes_of_another_rate_are_refused_for_converted_weights_too(run, tmp_path, rate):
-
-    weights = checkpoints.Checkpoint("moshi", micro.MODEL, None, {})
     data = write_data(tmp_path / "fast", [tokens(20)])
     metadata = {"frame_rate": rate, "codec": DIGEST}
     save_file({"codes": tokens(20)}, data / "0.safetensors", metadata=metadata)
     (data / "manifest.jsonl").write_text(json.dumps({"path": "0.safetensors", "duration": 20 / float(rate)}))
-    for model in (weights, checkpoints.load(run)):
+    for model in (WEIGHTS, checkpoints.load(run)):
         for place in (data, data / "0.safetensors"):
             with pytest.raises(InputError, match=f"0.safetensors states frame_rate '{rate}' .*models read 12.5 frames"):
                 dataset.read(place, [model])
@@ -133,19 +137,17 @@ def test_codes_of_another_rate_are_refused_for_converted_weights_too(run, tmp_pa
 def test_codes_of_several_codecs_and_of_other_sizes_do_not_pass_with_converted_weights(tmp_path):
     from ttt_jax.data.codes import Codes, write_codes
 
-    weights = checkpoints.Checkpoint("moshi", micro.MODEL, None, {})
     data = write_data(tmp_path / "mixed", [tokens(20), tokens(20)], digest="1" * 64)
     save_file({"codes": tokens(20)}, data / "1.safetensors", metadata={"frame_rate": "12.5", "codec": "2" * 64})
     with pytest.raises(InputError, match="holds codes of 2 codecs, such as 0 .codec 1111.* and 1 .codec 2222"):
-        dataset.read(data, [weights])
+        dataset.read(data, [WEIGHTS])
     write_codes(data / "1.safetensors", Codes(tokens(20), 12.5, "1" * 64, "small", cardinality=32))
-    files, (skipped,) = dataset.read(data, [weights])
+    files, (skipped,) = dataset.read(data, [WEIGHTS])
     assert "moshi has 64 codes and 512 text pieces, but the codec small has 32" in skipped.reason
     assert files[0].codec == {"name": None, "digest": "1" * 64}
 
 
 def test_every_file_has_a_name_of_its_own(run, tmp_path):
-
     lines = []
     for folder in ("a", "b"):
         data = write_data(tmp_path / folder / "audio", [tokens(20)])
@@ -156,16 +158,3 @@ def test_every_file_has_a_name_of_its_own(run, tmp_path):
     files, (twice,) = dataset.read(other / "m.jsonl", [checkpoints.load(run)])
     assert len({file.name for file in files}) == len({file.group for file in files}) == 2
     assert "twice" in twice.reason
-
-
-def test_converted_weights_take_code_files_only(tmp_path):
-
-    weights = checkpoints.Checkpoint("moshi", micro.MODEL, None, {})
-    data = write_data(tmp_path / "codes", [tokens(20), tokens(20)[1:], tokens(20)[1:9]], digest="1" * 64)
-    files, (skipped,) = dataset.read(data, [weights])
-    assert [file.text_known.mean() for file in files] == [1, 0]
-    assert "holds 8 rows of codes" in skipped.reason
-    (data / "a.wav").write_bytes(b"RIFF")
-    (data / "manifest.jsonl").write_text('{"path": "a.wav", "duration": 4.8}\n')
-    with pytest.raises(InputError, match="converted weights do not say which codec"):
-        dataset.read(data, [weights])

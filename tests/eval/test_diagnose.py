@@ -1,18 +1,18 @@
 """Diagnosis: every figure against NumPy over one forward, records in any split, what is printed, stored and drawn."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
 import pytest
 
 from eval import __main__ as command
-from eval.diagnose import command as diagnose_command
 from eval.diagnose import measure
 from eval.diagnose import records as report
 from eval.diagnose.figure import PANELS, draw
-from eval.inputs import checkpoints, dataset
+from eval.inputs import checkpoints
+from eval.results import schema
+from eval.results.schema import CheckpointInfo, FileInfo
 from tests.helpers import eval_models, micro
 from tests.helpers.drawing import quick_jit
 from tests.helpers.micro import MODEL
@@ -35,7 +35,7 @@ def quick_programs():
         yield
 
 
-def walk(params=None, cfg=CFG, frames=FRAMES, every=EVERY, chunk=None):
+def walk(params=None, cfg=CFG, frames=FRAMES, every=EVERY, chunk=128):
     return list(measure.walk(params or eval_models.params(cfg), eval_models.tokens(frames), cfg, every, chunk))
 
 
@@ -64,7 +64,7 @@ def by_hand():
         params, eval_models.tokens(FRAMES)[None], mask, model.init_state(CFG, 1), cfg=CFG, measured=True
     )
     ttt = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64)[:, 0], outputs.ttt)
-    found = {}
+    expected_records = {}
     for i, (layer, (run, place)) in enumerate(PLACES.items()):
         of_layer = params["layers"][run]["ttt"]
         gate = np.tanh(np.asarray(of_layer["gate"][place], np.float64))
@@ -97,8 +97,8 @@ def by_hand():
             figures |= {"ttt_mean": mean, "ttt_std": spread, "ttt_near_zero_percent": near(y)}
             if t < EVERY:
                 figures |= {name: None for name in figures if "change" in name}
-            found[t + 1, layer] = figures
-    return found
+            expected_records[t + 1, layer] = figures
+    return expected_records
 
 
 def close(got, expected, tolerance=2e-3):
@@ -126,16 +126,17 @@ def test_layers_and_frames_differ(records):
         assert len({round(record[name], 5) for record in records}) == len(records)
 
 
-@pytest.mark.parametrize("chunk", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [1, 3])
 def test_records_do_not_depend_on_the_calls_between(records, chunk):
     for record, other in zip(records, walk(chunk=chunk), strict=True):
         assert not [name for name in record if not close(other[name], record[name])]
 
 
 def test_a_record_of_every_frame():
-    found = walk(frames=4, every=1)
-    assert [record["frame"] for record in found] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
-    knows = [record["loss_before"] != pytest.approx(record["loss_base"], rel=1e-4) for record in found]
+    expected_records = walk(frames=4, every=1)
+    assert [record["frame"] for record in expected_records] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    knows = [record["loss_before"] != pytest.approx(record["loss_base"], rel=1e-4) for record in expected_records]
     assert knows == 3 * [False] + 9 * [True]  # there is no memory before the first frame
 
 
@@ -178,22 +179,24 @@ def test_between_records_nothing_is_measured(monkeypatch):
         monkeypatch.setattr(
             measure, name, lambda *a, step=step, name=name: calls.append((name, a[1].shape[2])) or step(*a)
         )
-    walk(chunk=1)
-    assert calls == 4 * [*4 * [("advance", 1)], ("measure", 1)]
+    walk()
+    assert calls == 4 * [("advance", 4), ("measure", 1)]
 
 
 # What is printed, stored and drawn
 
 
-def made(checkpoints=("a", "b"), layers=(0, 2), count=3):
-    """Records of numbers that tell where they stand."""
-    return [
+def made(checkpoints=("a", "b"), layers=((0, 2), (0, 2))):
+    """Results of numbers that tell where they stand."""
+    records = [
         {"checkpoint": name, "frame": t + 1, "seconds": float(t), "layer": layer}
         | {figure: 1000.0 * c + 100 * layer + 10 * t + k / 100 for k, figure in enumerate(report.FIGURES)}
         for c, name in enumerate(checkpoints)
-        for t in range(count)
-        for layer in layers
+        for t in range(3)
+        for layer in layers[c]
     ]
+    infos = [CheckpointInfo(name, (8,), (0, 2), about={"weights": name, "step": 3}) for name in checkpoints]
+    return report.Results("x", 1, FileInfo("f", "f", 3, "", digest="d"), infos, records)
 
 
 def test_a_block_holds_every_headline_figure(records):
@@ -206,97 +209,44 @@ def test_a_block_holds_every_headline_figure(records):
 
 def test_what_attention_leaves_is_called_the_stream(records):
     """The layer reads x + attention's update: it is not attention's output."""
-    said = [report.block(records[3]), report.comparison(made()), *report.FIGURES.values(), *PANELS.values()]
-    assert "attention" not in " ".join(said).replace("stream after attention", "")
-    assert "stream: the residual stream after attention (x + attention's update" in report.explanation()
+    texts = [report.block(records[3]), report.comparison(made()), *report.FIGURES.values(), *PANELS.values()]
+    assert "attention" not in " ".join(texts).replace("stream after attention", "")
+    assert "stream: the residual stream after attention (x + attention's update" in report.EXPLANATION
+
+
+def row(text, name):
+    return next(line for line in text.splitlines() if line.startswith(f"{name} ")).split()[1:]
 
 
 def test_the_comparison_is_of_means_and_their_difference():
-    entries = made()
-    entries[0]["ttt_norm"] = None  # undefined in one record: the mean is over the others
-    lines = report.comparison(entries).splitlines()
-    assert lines[0] == "means over records: A is a, B is b"
-    row = next(line for line in lines if line.startswith("stream_norm ")).split()
-    assert row[1:] == ["10", "1010", "+1000"]
-    row = next(line for line in lines if line.startswith("ttt_norm ")).split()
-    assert row[1:] == ["15.01", "1010", "+995"]
-    assert sum(line.startswith("layer ") for line in lines) == 2
-
-
-def test_a_layer_of_one_checkpoint_alone_has_no_difference():
-    entries = made(("a",), (0, 2)) + made(("b",), (2,))
-    text = report.comparison(entries)
+    results = made(layers=((0,), (0,)))
+    results.records[0]["ttt_norm"] = None  # undefined in one record: the mean is over the others
+    text = report.comparison(results)
+    assert text.startswith("means over records: A is a, B is b\n")
+    assert row(text, "stream_norm") == ["10", "1010", "+1000"]
+    assert row(text, "ttt_norm") == ["15.01", "1010", "+995"]
+    text = report.comparison(made(layers=((0,), ())))
     assert "(a TTT layer in A only)" in text
-    row = next(line for line in text.splitlines() if line.startswith("stream_norm ")).split()
-    assert row[1:] == ["10", "-", "-"]
-
-
-@pytest.mark.parametrize("character", ["\u2028", "\u0085"])
-def test_a_record_ends_at_its_line_feed_only(tmp_path, character):
-    entries = [{**record, "checkpoint": f"a{character}"} for record in made()]
-    lines = [json.dumps(record, ensure_ascii=False) for record in entries]
-    text = "".join(line + "\n" for line in (*lines, report._checksum(lines)))
-    (tmp_path / report.RECORDS).write_text(text, encoding="utf-8")
-    assert report.read(tmp_path) == entries
+    assert row(text, "stream_norm") == ["10", "-", "-"]
 
 
 def test_records_come_back_from_their_file(tmp_path):
-    entries = made()
-    entries[0]["ttt_norm"] = None
-    report.write_records(entries, tmp_path)
-    assert report.read(tmp_path) == entries
-    assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda lines: [lines[0].replace('"stream_norm": ', '"stream_norm": NaN, "x": '), *lines[1:]],
-        lambda lines: [lines[0].replace('"frame": 1', '"frame": 2'), *lines[1:]],
-        lambda lines: [lines[0].replace('"frame": 1', '"frame": "x"'), *lines[1:]],
-        lambda lines: [lines[0].replace('"checkpoint": "a"', '"checkpoint": null'), *lines[1:]],
-        lambda lines: lines[1:],
-        lambda lines: [lines[0], *lines],
-        lambda lines: [lines[1], lines[0], *lines[2:]],
-        lambda lines: lines[:-1],
-        lambda lines: [*lines[:-1], '{"checksum": null}'],
-        lambda lines: lines[-1:],
-        lambda lines: [],
-        lambda lines: ["[" * 100_000],
-        lambda lines: [*lines, ""],
-    ],
-)
-def test_records_that_are_not_as_written_are_refused(tmp_path, damage):
-    path = report.write_records(made(), tmp_path)
-    before = path.read_text().splitlines()
-    after = damage(before)
-    assert after != before
-    path.write_text("".join(line + "\n" for line in after))
-    with pytest.raises(
-        InputError, match=r"records.jsonl is not as it was written \(its checksum .*\): run .* again\.$"
-    ):
-        report.read(tmp_path)
-
-
-@pytest.mark.parametrize("lines", [[], ["{}"], ["[1]"], ["[" * 100_000], ["NaN {"]])
-def test_lines_that_are_no_records_are_refused_whatever_their_checksum(tmp_path, lines):
-    path = report.write_records([], tmp_path)
-    path.write_text("".join(line + "\n" for line in (*lines, report._checksum(lines))))
-    with pytest.raises(
-        InputError, match=r"records.jsonl holds no records of python -m eval diagnose .*: run it again\.$"
-    ):
-        report.read(tmp_path)
+    results = made()
+    results.records[0]["ttt_norm"] = None
+    schema.write(tmp_path, results, {})
+    assert schema.read(tmp_path, report.Results) == results
 
 
 def test_figures_show_every_layer_and_checkpoint():
-    entries = made()
-    entries[0]["loss_base"] = None
-    figure = draw(entries)
+    results = made()
+    results.records[0]["loss_base"] = None
+    figure = draw(results)
     axes = [axis for axis in figure.axes if axis.lines]
     assert len(axes) == len(PANELS)
     assert all(len(axis.lines) == 4 for axis in axes)
     np.testing.assert_allclose(
-        axes[0].lines[3].get_ydata(), [r["stream_norm"] for r in entries if (r["checkpoint"], r["layer"]) == ("b", 2)]
+        axes[0].lines[3].get_ydata(),
+        [r["stream_norm"] for r in results.records if (r["checkpoint"], r["layer"]) == ("b", 2)],
     )
     memory = [axis for axis in axes if axis.get_title() == PANELS["memory"]][0]
     assert np.isnan(memory.lines[0].get_ydata()[0])
@@ -305,7 +255,7 @@ def test_figures_show_every_layer_and_checkpoint():
 
 
 def test_lines_keep_off_the_frame():
-    for axis in draw(made(("a",), (2,))).axes[: len(PANELS)]:
+    for axis in draw(made(("a",), ((2,),))).axes[: len(PANELS)]:
         low, high = axis.get_ylim()
         drawn = axis.lines[0].get_ydata()
         assert min(drawn) - low > 0.03 * (high - low)
@@ -335,36 +285,30 @@ def main(*args):
 def test_the_command_prints_stores_and_draws(folder, tmp_path, capsys, records):
     speech = folder / "speech.safetensors"
     assert main(folder / "one", "--data", speech, "--every", EVERY, "--out", tmp_path / "out") == 0
-    said = capsys.readouterr().out
-    assert "one: TTT layers 0,2,3; 23 frames (1.8 s) of " in said
-    assert said.count("  cosine  ") == len(records)
-    assert report.block(records[-1]) in said
-    stored = report.read(tmp_path / "out")
-    (weights,) = {record["weights"] for record in stored}
-    assert len(weights) == 64
-    of = {"checkpoint": "one", "step": 1, "weights": weights, "data": str(speech)}
-    of |= {"file": f"{folder.name}/speech", "frames": FRAMES, "tokens": stored[0]["tokens"]}
-    assert stored == [of | record for record in records]
+    printed = capsys.readouterr().out
+    assert "one: TTT layers 0,2,3; 23 frames (1.8 s) of " in printed
+    assert printed.count("  cosine  ") == len(records)
+    assert report.block(records[-1]) in printed
+    stored = schema.read(tmp_path / "out", report.Results)
+    assert len(stored.checkpoints[0].about["weights"]) == 64
+    assert (stored.data, stored.file.name, stored.file.frames) == (str(speech), f"{folder.name}/speech", FRAMES)
+    assert stored.records == [{"checkpoint": "one"} | record for record in records]
     assert main(folder / "one", "--data", speech, "--every", EVERY, "--out", tmp_path / "out") == 0
-    before = (tmp_path / "out" / "records.jsonl").read_bytes()
+    before = (tmp_path / "out" / "results.json").read_bytes()
     for more in (("--compare", folder / "two"), ("--every", EVERY + 1), ("--frames", EVERY)):
         with pytest.raises(InputError, match="out holds results .*: give another folder by --out"):
             main(folder / "one", "--data", speech, "--every", EVERY, "--out", tmp_path / "out", *more)
     with pytest.raises(InputError, match=r"out holds results of one \(step 1, .*, not of two \(step 1, "):
         main(folder / "two", "--data", speech, "--every", EVERY, "--out", tmp_path / "out")
-    with pytest.raises(
-        InputError, match=f"holds results of {FRAMES} frames of .*/speech, but {EVERY} of them are asked"
-    ):
-        main(folder / "one", "--data", speech, "--every", EVERY, "--out", tmp_path / "out", "--frames", EVERY)
-    assert (tmp_path / "out" / "records.jsonl").read_bytes() == before
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"records.jsonl", "diagnose.png", "diagnose.pdf"}
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "diagnose.png", "diagnose.pdf"}
     assert (tmp_path / "out" / "diagnose.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @integration
 def test_figures_are_drawn_again_without_a_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoints, "load", lambda path: pytest.fail("a model was loaded"))
-    report.write_records(made(), tmp_path)
+    schema.write(tmp_path, made(), {})
     assert main("--draw", tmp_path) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / f"diagnose.{kind}") for kind in ("png", "pdf")]
     first = (tmp_path / "diagnose.png").read_bytes()
@@ -376,45 +320,17 @@ def test_figures_are_drawn_again_without_a_model(tmp_path, monkeypatch, capsys):
 def test_two_checkpoints_stand_side_by_side(folder, tmp_path, capsys, records):
     speech = folder / "speech.safetensors"
     main(folder / "one", "--compare", folder / "two", "--data", speech, "--every", EVERY, "--out", tmp_path)
-    said = capsys.readouterr().out
-    stored = report.read(tmp_path)
+    printed = capsys.readouterr().out
+    stored = schema.read(tmp_path, report.Results).records
     assert [r["checkpoint"] for r in stored] == len(records) * ["one"] + len(records) * ["two"]
-    assert "means over records: A is one, B is two" in said
+    assert "means over records: A is one, B is two" in printed
     means = [
         np.mean([r["ttt_norm"] for r in stored if (r["checkpoint"], r["layer"]) == (c, 0)]) for c in ("one", "two")
     ]
-    row = next(line for line in said.splitlines() if line.startswith("ttt_norm ")).split()
-    assert row[1:3] == [f"{value:.4g}" for value in means]
-    assert float(row[3]) == pytest.approx(means[1] - means[0], rel=1e-3)
-    assert "  cosine  " not in said
-
-
-def test_checkpoints_of_one_name_get_longer_names(monkeypatch):
-    monkeypatch.setattr(checkpoints, "load", lambda path: checkpoints.Checkpoint("run", CFG, {}, {}))
-    assert [one.name for one in diagnose_command.load("a/run", "b/run")] == ["a/run", "b/run"]
-    assert [one.name for one in diagnose_command.load("a/run", None)] == ["run"]
-
-
-@integration
-def test_converted_weights_take_codes_alone(folder, tmp_path, monkeypatch):
-    converted = checkpoints.Checkpoint("converted", CFG, eval_models.params(CFG), {})
-    monkeypatch.setattr(checkpoints, "load", lambda path: converted)
-    codes = eval_models.tokens(FRAMES)
-    eval_models.write_codes(tmp_path / "codes.safetensors", codes[1:], "any")
-    assert main("converted", "--data", tmp_path / "codes.safetensors", "--every", EVERY, "--out", tmp_path / "out") == 0
-    eval_models.write_codes(tmp_path / "large.safetensors", codes + 2000, "any")
-    with pytest.raises(InputError, match="expected -1 to 511"):
-        main("converted", "--data", tmp_path / "large.safetensors", "--out", tmp_path / "out", "--every", EVERY)
-    (tmp_path / "sound.wav").touch()
-    with pytest.raises(InputError, match="sound.wav is audio, but converted weights do not say which codec"):
-        main("converted", "--data", tmp_path / "sound.wav", "--out", tmp_path / "out")
-
-
-def test_text_that_is_not_known_is_minus_one(tmp_path):
-    eval_models.write_codes(tmp_path / "codes.safetensors", eval_models.tokens(FRAMES)[1:])
-    file = dataset.first(tmp_path / "codes.safetensors", [eval_models.checkpoint(CFG)], 1)
-    assert (file.frames[0] == -1).all()
-    np.testing.assert_array_equal(file.frames[1:], eval_models.tokens(FRAMES)[1:])
+    *shown, difference = row(printed, "ttt_norm")
+    assert shown == [f"{value:.4g}" for value in means]
+    assert float(difference) == pytest.approx(means[1] - means[0], rel=1e-3)
+    assert "  cosine  " not in printed
 
 
 @integration
@@ -425,7 +341,7 @@ def test_mistakes_are_reported(folder, tmp_path):
     eval_models.write_codes(tmp_path / "foreign.safetensors", eval_models.tokens(FRAMES), "another")
     (tmp_path / "file").touch()
     (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "records.jsonl").write_text(json.dumps({"frame": 1}) + "\n")
+    (tmp_path / "damaged" / "results.json").write_text('{"frame": 1}')
     out = ("--out", tmp_path / "out")
     for args, message in (
         ((), "there is no CHECKPOINT"),
@@ -434,7 +350,6 @@ def test_mistakes_are_reported(folder, tmp_path):
         ((run, "--compare", tmp_path / "plain"), "plain has no TTT layers"),
         ((run, "--compare", folder / "." / "one"), "is the checkpoint itself"),
         ((run, "--every", 0), "--every 0 is out of range"),
-        ((run, "--chunk", 0), "--chunk 0 is out of range"),
         ((run, "--frames", 50), "--frames 50 end before the first record"),
         ((run, "--data", speech, *out), "lasts 23 frames .1.8 s., 100 are needed"),
         ((run, "--data", speech, "--frames", 30, "--every", 5, *out), "lasts 23 frames .1.8 s., 30 are needed"),
@@ -442,8 +357,8 @@ def test_mistakes_are_reported(folder, tmp_path):
         ((run, "--data", tmp_path / "no.wav", *out), "no.wav does not exist"),
         ((run, "--data", tmp_path / "file", *out), "file is an empty file"),
         ((run, "--data", speech, "--out", tmp_path / "file"), "--out .*file cannot be made"),
-        (("--draw", tmp_path), "records.jsonl cannot be read"),
-        (("--draw", tmp_path / "damaged"), "records.jsonl is not as it was written"),
+        (("--draw", tmp_path), "results.json is not a file"),
+        (("--draw", tmp_path / "damaged"), "results.json does not name its command"),
     ):
         with pytest.raises(InputError, match=message):
             main(*args)

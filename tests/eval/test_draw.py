@@ -1,24 +1,16 @@
 """Figures: they show the numbers of the results, are drawn from the result folder alone, and are whole files."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 
-from eval.results.schema import CheckpointInfo, FileInfo
+from eval.results.schema import FileInfo
 from eval.streaming import draw, plots
 from eval.streaming import results as stream_results
 from eval.streaming.summary import summarise
 from tests.helpers.made_scores import ARMS, CHECKPOINT, FILES, LAYERS, SETTING, write, write_results
 from ttt_jax.errors import InputError
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_display():
-    import matplotlib
-
-    matplotlib.use("Agg")
 
 
 @pytest.fixture
@@ -38,18 +30,9 @@ def figures(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    files = write(folder)
-    write_results(folder, [CHECKPOINT], FILES)
-    return folder, files
-
-
-@pytest.fixture(scope="module")
-def drawn(run):
-    """The figures of `run`."""
-    folder, _ = run
-    results = stream_results.read(folder)
+def drawn(summarised):
+    """The figures of `summarised`."""
+    folder, _, results = summarised
     (own,) = results.checkpoints
     yield {
         "memory": plots._losses(results, own),
@@ -70,25 +53,14 @@ def curve(axis, label):
 def bands(axis):
     """Highest and lowest value of every band."""
     return [
-        (path.vertices[:, 1].min(), path.vertices[:, 1].max()) for own in axis.collections for path in own.get_paths()
+        (path.vertices[:, 1].min(), path.vertices[:, 1].max())
+        for collection in axis.collections
+        for path in collection.get_paths()
     ]
 
 
-@pytest.mark.slow
-def test_all_figures_are_files_for_the_screen_and_for_paper(run):
-    folder, _ = run
-    paths = plots.draw_all(folder)
-    assert [path.name for path in paths] == [
-        f"{name}.{kind}" for name in ("memory", "figure5", "state") for kind in ("png", "pdf")
-    ]
-    for path in paths:
-        assert path.parent == folder
-        assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"%PDF")
-
-
-def test_a_figure_is_the_same_files_again(run, tmp_path):
-    folder, _ = run
-    results = stream_results.read(folder)
+def test_a_figure_is_the_same_files_again(summarised, tmp_path):
+    folder, _, results = summarised
     first, second = (
         [path.read_bytes() for path in plots.save(plots._state(results, results.checkpoints[0]), tmp_path, "state")]
         for _ in range(2)
@@ -98,8 +70,8 @@ def test_a_figure_is_the_same_files_again(run, tmp_path):
     assert first[1].startswith(b"%PDF")
 
 
-def test_losses_are_those_of_the_results_by_position(run, drawn):
-    folder, _ = run
+def test_losses_are_those_of_the_results_by_position(summarised, drawn):
+    folder, *_ = summarised
     found = stream_results.read(folder).checkpoints[0].by_position
     losses, differences, kl = drawn["memory"].axes
     for axis, name in ((losses, "losses"), (differences, "against_persist"), (kl, "kl")):
@@ -134,8 +106,8 @@ def moving(values, size=10):
 
 
 @pytest.mark.parametrize("i", range(len(LAYERS)))
-def test_figure_5_shows_smoothed_means_over_files(run, drawn, i):
-    _, files = run
+def test_figure_5_shows_smoothed_means_over_files(summarised, drawn, i):
+    _, files, _ = summarised
     axes = np.array(drawn["figure5"].axes).reshape(2, 2)
     names = {"l(W0)": "loss_base", "l(W before)": "loss_before", "l(W after)": "loss_after"}
     reach = 110  # three of four files
@@ -172,21 +144,13 @@ def test_figure_5_tells_its_curves_apart(drawn):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_figure_5_marks_the_boundaries_of_a_single_file(run, figures, count):
-    folder, _ = run
+def test_figure_5_marks_the_boundaries_of_a_single_file(summarised, figures, count):
+    folder, *_ = summarised
     files = [dataclasses.replace(file, boundaries=(50, 70)) for file in FILES[:count]]
     plots.draw_all(folder, summarise(SETTING, [CHECKPOINT], files, [], folder))
     for axis in figures["figure5"].axes:
         marks = [line.get_xdata()[0] for line in axis.get_lines() if "recording" in line.get_label()]
         assert marks == ([50, 70] if count == 1 else [])
-
-
-def test_a_change_in_the_number_of_units_is_marked(drawn, tmp_path, figures):
-    assert [text.get_text() for text in drawn["memory"].axes[0].texts] == ["n=3"]
-    assert drawn["memory"].axes[0].texts[0].xy[0] == 25  # file d fills 5 frames of the second window
-    write(tmp_path, files=FILES[:1])
-    plots.draw_all(tmp_path, summarise(SETTING, [CHECKPOINT], FILES[:1], [], tmp_path))
-    assert not figures["memory"].axes[0].texts
 
 
 def test_names_are_not_read_as_mathematics(tmp_path, monkeypatch):
@@ -217,8 +181,8 @@ def test_names_of_figures_are_those_of_their_checkpoints():
     assert len(set(several)) == len(several) == 3 * len(one) + 2
 
 
-def test_figure_5_averages_files_of_a_group_first(run, figures):
-    folder, files = run
+def test_figure_5_averages_files_of_a_group_first(summarised, figures):
+    folder, files, _ = summarised
     shared = [dataclasses.replace(file, group="abc" if file.name in "abc" else file.name) for file in FILES]
     plots.draw_all(folder, summarise(SETTING, [CHECKPOINT], shared, [], folder))
     a, b, c, d = (moving(file.arms["persist"].inner.loss_before[0].astype(float))[10] for file in files)
@@ -240,8 +204,8 @@ def test_long_files_are_thinned_after_smoothing(tmp_path, figures):
     assert np.ptp(y[100:-100]) < 0.01
 
 
-def test_state_shows_every_layer(run, drawn):
-    folder, _ = run
+def test_state_shows_every_layer(summarised, drawn):
+    folder, *_ = summarised
     found = stream_results.read(folder).checkpoints[0].by_position
     for axis, name in zip(drawn["state"].axes, ("displacement", "rate"), strict=True):
         for layer in map(str, LAYERS):
@@ -249,18 +213,14 @@ def test_state_shows_every_layer(run, drawn):
             np.testing.assert_allclose(curve(axis, f"layer {layer}")[1], means)
 
 
-def test_several_checkpoints_have_figures_of_their_own_and_one_together(tmp_path, figures):
-    base = CheckpointInfo("base", contexts=(30,), ttt_layers=())
-    write(tmp_path)
-    write(tmp_path, base, arms=("off",))
-    results = summarise(SETTING, [CHECKPOINT, base], FILES, [], tmp_path)
-    stream_results.write(tmp_path, results, {})
-    plots.draw_all(tmp_path)
+def test_several_checkpoints_have_figures_of_their_own_and_one_together(several, figures):
+    folder, _, results = several
+    plots.draw_all(folder, dataclasses.replace(results, checkpoints=results.checkpoints[:2]))
     assert set(figures) == {"memory-tiny", "figure5-tiny", "state-tiny", "memory-base", "checkpoints"}
     losses, differences = figures["checkpoints"].axes
-    for own in results.checkpoints:
-        means = [value.mean for value in own.by_position["losses"][own.main][:4]]
-        np.testing.assert_allclose(curve(losses, f"{own.info.name} ({own.main})")[1], means)
+    for checkpoint in results.checkpoints[:2]:
+        means = [value.mean for value in checkpoint.by_position["losses"][checkpoint.main][:4]]
+        np.testing.assert_allclose(curve(losses, f"{checkpoint.info.name} ({checkpoint.main})")[1], means)
     means = [value.mean for value in results.between["base"]["by_position"][:4]]
     np.testing.assert_allclose(curve(differences, "base (off)")[1], means)
     assert "30 frames and 60 frames" in losses.get_title(loc="right")
@@ -292,8 +252,8 @@ def command(folder, weighting=None, window=None):
     return draw.main(draw.Options(str(folder), weighting, window))
 
 
-def test_the_command_draws_with_other_options_and_leaves_the_results(run, figures, capsys):
-    folder, _ = run
+def test_the_command_draws_with_other_options_and_leaves_the_results(summarised, figures, capsys):
+    folder, *_ = summarised
     stored = (folder / "results.json").read_text()
     assert command(folder, "semantic", 50) == 0
     out = capsys.readouterr().out
@@ -310,16 +270,12 @@ def test_the_command_draws_with_other_options_and_leaves_the_results(run, figure
     assert "weighted equal" in capsys.readouterr().out
 
 
-def test_the_command_says_what_is_wrong(run, tmp_path, figures):
+def test_the_command_names_what_is_wrong(summarised, tmp_path, figures):
     with pytest.raises(InputError, match="results.json is not a file"):
         command(tmp_path)
-    folder, _ = run
+    folder, *_ = summarised
     (tmp_path / "results.json").write_bytes((folder / "results.json").read_bytes())
     with pytest.raises(InputError, match=r"frames/tiny/a\.npz"):
         command(tmp_path)
     with pytest.raises(InputError, match="window of 0"):
         command(folder, window=0)
-    stored = json.loads((folder / "results.json").read_text())
-    (tmp_path / "results.json").write_text(json.dumps(stored | {"format": 1}))
-    with pytest.raises(InputError, match="is of format 1 of python -m eval stream, .*format 3"):
-        command(tmp_path)

@@ -64,51 +64,38 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.integration
-def test_checkpoints_times_files_times_arms_with_models(run, plain, data, tmp_path, capsys):
-    check_checkpoints_times_files_times_arms(run, plain, data, tmp_path, capsys)
-
-
-def test_checkpoints_times_files_times_arms(run, plain, data, tmp_path, capsys):
-    check_checkpoints_times_files_times_arms(run, plain, data, tmp_path, capsys)
-
-
-def check_checkpoints_times_files_times_arms(run, plain, data, tmp_path, capsys):
+@pytest.mark.parametrize("models", ["made up", pytest.param("real", marks=pytest.mark.integration)])
+def test_checkpoints_times_files_times_arms(models, run, plain, data, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["stream", str(run), str(plain), "--data", str(data), "--out", str(out), "--window", "20"]) == 0
-    found = results(out)
-    assert [one["info"]["name"] for one in found["checkpoints"]] == ["memory", "plain"]
-    assert [one["arms"] for one in found["checkpoints"]] == [["persist", "reset", "frozen", "off"], ["off"]]
-    assert [file["name"] for file in found["files"]] == ["0", "1", "2"]
-    assert [file["frames"] for file in found["files"]] == list(LENGTHS)
-    assert found["setting"]["reset_every"] == micro.CONFIG.data.chunk
-    assert found["checkpoints"][0]["losses"]["persist"]["text"]["n"] == 2  # the third has none
-    assert found["checkpoints"][0]["losses"]["persist"]["equal"]["n"] == 3
-    scores = {name: load(out / "frames" / name / found["files"][2]["npz"]) for name in ("memory", "plain")}
-    assert scores["memory"].arms["persist"].inner is not None
-    assert scores["plain"].arms["off"].inner is None
-    for one in scores.values():
-        for own in one.arms.values():
-            assert np.isnan(own.nats[0]).all()
-            assert np.isfinite(own.nats[1]).all()
-    for name in ("memory.png", "figure5.pdf", "checkpoints.png"):
-        assert any(path.name.startswith(name.split(".")[0]) for path in out.iterdir()), name
-    shown = capsys.readouterr().out
-    assert "memory" in shown
-    assert "plain" in shown
+    stored = results(out)
+    arms = {"memory": ["persist", "reset", "frozen", "off"], "plain": ["off"]}
+    assert {checkpoint["info"]["name"]: checkpoint["arms"] for checkpoint in stored["checkpoints"]} == arms
+    assert [file["name"] for file in stored["files"]] == ["0", "1", "2"]
+    assert [file["frames"] for file in stored["files"]] == list(LENGTHS)
+    assert stored["setting"]["reset_every"] == micro.CONFIG.data.chunk
+    assert stored["checkpoints"][0]["losses"]["persist"]["text"]["n"] == 2  # the third has none
+    assert stored["checkpoints"][0]["losses"]["persist"]["equal"]["n"] == 3
+    for name, measured in {"memory": True, "plain": False}.items():
+        for scores in load(out / "frames" / name / stored["files"][2]["npz"]).arms.values():
+            assert (scores.inner is not None) == measured
+            assert np.isnan(scores.nats[0]).all()
+            assert np.isfinite(scores.nats[1]).all()
+    assert {"memory-memory.png", "figure5-memory.pdf", "memory-plain.png", "checkpoints.png"} <= set(os.listdir(out))
+    assert "plain: no TTT layers" in capsys.readouterr().out
 
 
 def test_a_bad_file_among_good_ones_is_skipped_counted_and_told(run, data, tmp_path, capsys):
     (data / "1.safetensors").write_bytes(b"nothing")
     out = tmp_path / "out"
     assert main(["stream", str(run), "--data", str(data), "--out", str(out), "--arms", "persist"]) == PARTIAL
-    found = results(out)
-    assert [file["name"] for file in found["files"]] == ["0", "2"]
-    (one,) = found["skipped"]
-    assert one["name"] == "1"
-    assert "1.safetensors" in one["reason"]
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
-    assert len(told) == 1
+    stored = results(out)
+    assert [file["name"] for file in stored["files"]] == ["0", "2"]
+    (entry,) = stored["skipped"]
+    assert entry["name"] == "1"
+    assert "1.safetensors" in entry["reason"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert len(lines) == 1
 
 
 def test_absent_files_are_skipped_counted_and_told_briefly(run, tmp_path, capsys):
@@ -118,13 +105,13 @@ def test_absent_files_are_skipped_counted_and_told_briefly(run, tmp_path, capsys
     packed.write_bytes(gzip.compress((gone + (data / "manifest.jsonl").read_text()).encode()))
     out = tmp_path / "out"
     assert main(["stream", str(run), "--data", str(packed), "--out", str(out), "--arms", "persist"]) == PARTIAL
-    found = results(out)
-    assert [file["name"] for file in found["files"]] == ["0", "1"]
-    assert [one["name"] for one in found["skipped"]] == [f"gone{i}" for i in range(30)]
-    assert all(f"line {i + 1} names" in one["reason"] for i, one in enumerate(found["skipped"]))
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
-    assert len(told) == 11
-    assert told[-1].startswith(
+    stored = results(out)
+    assert [file["name"] for file in stored["files"]] == ["0", "1"]
+    assert [entry["name"] for entry in stored["skipped"]] == [f"gone{i}" for i in range(30)]
+    assert all(f"line {i + 1} names" in entry["reason"] for i, entry in enumerate(stored["skipped"]))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert len(lines) == 11
+    assert lines[-1].startswith(
         f"skipped: 20 more, the last: {packed} line 30 names {data}/gone29.safetensors, which is not"
     )
 
@@ -132,22 +119,17 @@ def test_absent_files_are_skipped_counted_and_told_briefly(run, tmp_path, capsys
 def test_results_on_other_speech_do_not_replace_the_runs_own(run, data):
     assert main(["stream", str(run), "--data", str(data), "--arms", "persist", "--frames", "16"]) == 0
     assert not (run / "eval").exists()
-    found = results(run / "eval-speech")
-    assert [file["frames"] for file in found["files"]] == [16, 16, 16]
-    # Names alike up to the last dot, and two folders of one name.
-    other = write_data(data.parent / "speech.1", [tokens(20, 5)])
-    assert main(["stream", str(run), "--data", str(other), "--arms", "persist", "--frames", "16"]) == 0
-    assert results(run / "eval-speech") == found
-    assert results(run / "eval-speech.1")["setting"]["about"]["data"] == str(other)
+    stored = results(run / "eval-speech")
+    assert [file["frames"] for file in stored["files"]] == [16, 16, 16]
     namesake = write_data(data.parent / "x" / "speech", [tokens(20, 5)])
     refused("eval-speech holds results on .*speech,? .*but .*x/speech, as asked for", run, "--data", namesake)
-    assert results(run / "eval-speech") == found
+    assert results(run / "eval-speech") == stored
 
 
 def test_an_interrupted_evaluation_leaves_the_one_before(run, data, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    asked = ["stream", str(run), "--data", str(data), "--arms", "persist", "--frames", "16", "--out", str(out)]
-    assert main(asked) == 0
+    words = ["stream", str(run), "--data", str(data), "--arms", "persist", "--frames", "16", "--out", str(out)]
+    assert main(words) == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
     def interrupted(*_, **__):
@@ -155,18 +137,17 @@ def test_an_interrupted_evaluation_leaves_the_one_before(run, data, tmp_path, mo
 
     monkeypatch.setattr(score_files, "stream", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        main(asked)
+        main(words)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def refused(said, *args):
-    with pytest.raises(InputError, match=said):
+def refused(message, *args):
+    with pytest.raises(InputError, match=message):
         main(["stream", *map(str, args)])
 
 
 def test_what_cannot_be_is_one_sentence(run, plain, data, tmp_path):
     out = tmp_path / "out"
-    refused("has no TTT layers, so there are no inner losses", plain, "--data", data, "--figure5", "--out", out)
     refused("has no TTT layers, so the arms persist", plain, "--data", data, "--arms", "persist", "--out", out)
     refused("'sideways' does not exist", run, "--data", data, "--arms", "sideways", "--out", out)
     for flag in ("--chunk", "--frames", "--reset-every", "--batch", "--window"):
@@ -196,9 +177,9 @@ def test_codes_of_another_codec_are_refused(run, tmp_path):
 
 def test_a_model_that_leaves_the_numbers_is_no_result(run, data, tmp_path, monkeypatch, capsys):
     def spoilt(*args, **rest):
-        found = made_scores.stream(*args, **rest)
-        found[0].arms["persist"].nats[:, 10:] = np.nan
-        return found
+        stored = made_scores.stream(*args, **rest)
+        stored[0].arms["persist"].nats[:, 10:] = np.nan
+        return stored
 
     monkeypatch.setattr(score_files, "stream", spoilt)
     out = tmp_path / "out"
@@ -206,30 +187,30 @@ def test_a_model_that_leaves_the_numbers_is_no_result(run, data, tmp_path, monke
         main(["stream", str(run), "--data", str(data), "--arms", "persist", "--frames", "16", "--out", str(out)])
         == PARTIAL
     )
-    found = results(out)
-    assert len(found["files"]) == 2
-    (one,) = found["skipped"]
-    assert "under persist gives no finite predictions" in one["reason"]
-    assert "from frame 10 on" in one["reason"]
+    stored = results(out)
+    assert len(stored["files"]) == 2
+    (entry,) = stored["skipped"]
+    assert "under persist gives no finite predictions" in entry["reason"]
+    assert "from frame 10 on" in entry["reason"]
     assert len(list((out / "frames" / "memory").iterdir())) == 2
     assert "skipped: memory under persist" in capsys.readouterr().err
 
 
 def test_the_same_again_replaces_everything_and_less_is_refused(run, data, tmp_path):
     out = tmp_path / "out"
-    asked = ["stream", str(run), "--data", str(data), "--arms", "persist", "--frames", "16", "--out", str(out)]
-    main([*asked, "--no-figure5"])
+    words = ["stream", str(run), "--data", str(data), "--arms", "persist", "--frames", "16", "--out", str(out)]
+    main([*words, "--no-figure5"])
     assert not (out / "figure5.png").exists()
     (out / "state.pdf").write_bytes(b"of before")
     (out / "notes.txt").write_text("mine")
     names = {path.name for path in out.iterdir()}
-    main(asked)
+    main(words)
     made = {f"{name}.{kind}" for name in ("memory", "figure5", "state") for kind in ("png", "pdf")}
     assert {path.name for path in out.iterdir()} == names | made
     assert (out / "state.pdf").read_bytes() != b"of before"
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    refused("of inner losses, which would not be measured again", *asked[1:], "--no-figure5")
-    refused("frames of 0, but 17 of them are asked for", *asked[1:], "--frames", "17")
+    refused("of inner losses, which would not be measured again", *words[1:], "--no-figure5")
+    refused("0 has other tokens or another length", *words[1:], "--frames", "17")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -256,13 +237,13 @@ runner._block, runner.SEGMENT = interrupting, 1
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do without
 sys.exit(run(lambda: main(sys.argv[1:])))
 """
-    asked = ["stream", str(run), "--data", str(data), "--arms", "persist", "--chunk", "8", "--out", str(tmp_path / "o")]
+    words = ["stream", str(run), "--data", str(data), "--arms", "persist", "--chunk", "8", "--out", str(tmp_path / "o")]
     env = {
         **os.environ,
         "XDG_CACHE_HOME": str(tmp_path),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }
-    done = subprocess.run([sys.executable, "-c", code, *asked], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code, *words], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 130, done.stderr
     assert not any((tmp_path / "o").iterdir())
 
@@ -280,11 +261,3 @@ def test_a_run_of_more_steps_replaces_its_own_evaluation_alone(run, data, tmp_pa
     before = results(first / "eval")["checkpoints"][0]["info"]["about"]["weights"]
     assert main(["stream", str(first), "--arms", "persist"]) == 0
     assert results(first / "eval")["checkpoints"][0]["info"]["about"]["weights"] != before
-
-
-def test_frames_of_something_else_are_not_replaced(run, data, tmp_path):
-    out = tmp_path / "out"
-    (out / "frames").mkdir(parents=True)
-    (out / "frames" / "holiday.jpg").write_bytes(b"dear to someone")
-    refused("holds frames, but no results.json that says", run, "--data", data, "--out", out)
-    assert (out / "frames" / "holiday.jpg").exists()

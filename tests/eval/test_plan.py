@@ -2,20 +2,9 @@
 
 import itertools
 
-import numpy as np
 import pytest
 
-from eval.streaming import arms
 from eval.streaming.runner import batches, plan
-from tests.helpers.drawing import quick_jit
-from tests.helpers.micro import MODEL
-from ttt_jax.moshi import model
-
-RESET_EVERY, LENGTHS = 8, (124, 77)
-UNKNOWN = slice(40, 60)
-CARDS = np.array([*MODEL.target_streams.values()])
-ALL = tuple(arms.ARMS)
-quick_forward = quick_jit(model.forward.__wrapped__, static_argnames=("cfg", "measured"))
 
 
 @pytest.mark.parametrize("length", [1, 5, 8, 9, 64])

@@ -111,9 +111,3 @@ def test_what_is_recorded_of_a_checkpoint():
     assert info.about == {"path": "tiny", "step": 3, "weights": "w"}
     assert info.reach == 2 * 7 + 1 + 1
     assert checkpoint_info(checkpoint()).about.keys() == {"path", "step", "weights", "codec"}
-
-
-def test_unigram_nats_are_those_of_smoothed_counts():
-    tables = unigram.fit([np.array([[0, 0, 1, -1]])], [3])
-    np.testing.assert_allclose(np.exp(tables[0]), [3 / 6, 2 / 6, 1 / 6])
-    np.testing.assert_allclose(unigram.nats(tables, np.array([[2, -1]])), [[np.log(6), np.nan]])

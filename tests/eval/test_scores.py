@@ -6,9 +6,6 @@ from eval.streaming.summary import summarise
 from tests.helpers.made_scores import CHECKPOINT, FILES, SETTING, write
 from ttt_jax.errors import InputError
 
-WEIGHTS = {"equal": [1, 1, 1], "kyutai": [100, 1, 1], "semantic": [1, 0, 0], "acoustic": [0, 1, 1]}
-SHORT = 1e-6
-
 
 def damage(path, how):
     content = path.read_bytes()

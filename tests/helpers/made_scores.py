@@ -24,7 +24,6 @@ SETTING = Setting(
     STREAMS,
     ARMS,
     reset_every=40,
-    chunk=20,
     window=25,
     text="own transcripts",
     about={"codec": {"name": "made", "digest": "d0"}, "voice": "left"},

@@ -191,7 +191,7 @@ def a_row_reset_in_its_ttt_states_goes_on_with_fresh_ones():
 def frozen_weights_do_not_move():
     """Finding 5: weights adapt in eval mode whatever the flag says; here the flag is the arm's edit of the rate."""
     params, files = model_setting(7)
-    scores = runner.stream(params, files, MODEL, ("persist", "frozen"), chunk=4, period=4, measured=True)
+    scores = runner.stream(params, files, MODEL, ("persist", "frozen"), chunk=4, reset_every=4, measured=True)
     assert max(one.arms["frozen"].inner.displacement.max() for one in scores) == 0
 
 
@@ -202,7 +202,7 @@ def evaluation_leaves_the_parameters():
     """
     params, files = model_setting(5)
     before = digest(params)
-    runner.stream(params, files, MODEL, ("persist", "frozen"), chunk=4, period=4, measured=True)
+    runner.stream(params, files, MODEL, ("persist", "frozen"), chunk=4, reset_every=4, measured=True)
     assert digest(params) == before
 
 
