@@ -34,6 +34,7 @@ def test_added_layers_make_other_weights_on_the_same_base():
     ttt = next(name for name in files if name.startswith("ttt"))
     changed = {**files, ttt: {"sha256": "1" * 64}}
     beside = {**files, "LICENSE": {"sha256": "2" * 64}}
-    assert weights.base_digest(cfg, changed) == weights.base_digest(cfg, files)
-    assert weights.whole_digest(cfg, changed) != weights.whole_digest(cfg, files)
-    assert weights.whole_digest(cfg, beside) == weights.whole_digest(cfg, files)
+    base, whole = weights.base(cfg), weights.tensors(cfg)
+    assert weights.digest(base, changed) == weights.digest(base, files)
+    assert weights.digest(whole, changed) != weights.digest(whole, files)
+    assert weights.digest(whole, beside) == weights.digest(whole, files)

@@ -154,7 +154,7 @@ class _Conversion:
                 "model": config_json.to_dict(cfg),
                 "source": about,
                 "files": written,
-                "digest": weights.base_digest(cfg, written),
+                "digest": weights.digest(weights.base(cfg), written),
             }
             config_json.write_json(folder / weights.CONFIG, info)
 
@@ -234,9 +234,7 @@ class _Conversion:
                 f"{state_dict.path} has no config.json beside it and does not fit the 7B, as it {problems}: give"
                 " --config FILE."
             )
-        against = kyutai_config.contradictions(cfg, shapes)
-        because = f" ({source.where} gives {', '.join(against)})" if against else ""
-        refuse_misfits(matched.problems, source.where, because)
+        refuse_misfits(matched.problems, source.where)
 
     def replaced(self, lora_file: StateDict | None, dtype: str) -> dict[str, StoredTensor]:
         """Returns the tensors of a LoRA file that are no adapters, such as fine-tuned tables, as type `dtype` of the

@@ -232,7 +232,7 @@ def misfits(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Store
     return problems
 
 
-def refuse_misfits(problems: Problems, target: str, because: str = "", advice: str = "") -> NoReturn:
-    """Raises `InputError` with the `problems` of files that do not fit `target`, the reason and the advice."""
+def refuse_misfits(problems: Problems, target: str, advice: str = "") -> NoReturn:
+    """Raises `InputError` with the `problems` of files that do not fit `target`, and the advice."""
     text = "; ".join(f"{path} does not fit {target}, as it {'; '.join(texts)}" for path, texts in problems.items())
-    raise InputError(f"{text}{because}: {advice or 'give weights and a config.json that belong together'}.")
+    raise InputError(f"{text}: {advice or 'give weights and a config.json that belong together'}.")
