@@ -114,16 +114,13 @@ def describing(where: str) -> Iterator[None]:
 
 
 def check_counts(cfg: MoshiConfig, tensors: int, path: object, where: str) -> None:
-    """Raises `InputError` if `cfg`, from `where`, has more layers or heads than `path` has tensors: a bound on later
-    loops."""
+    """Raises `InputError` if `cfg`, from `where`, has more layers or heads than `path` has tensors."""
     counts = {"layers": cfg.num_layers, "extra heads": cfg.extra_heads}
     counts["layers in the depth transformer"] = cfg.depth.num_layers
     for name, count in counts.items():
         if count > tensors:
-            raise InputError(
-                f"{path} does not fit {where}, which has {count} {name}, as it holds only {tensors} tensors in all:"
-                " give weights and a config.json that belong together."
-            )
+            few = f"which has {count} {name}, as it holds only {tensors} tensors in all"
+            raise InputError(f"{path} does not fit {where}, {few}: give weights and a config.json that fit.")
 
 
 def hidden_widths(raw: Mapping[str, Any], cfg: MoshiConfig) -> dict[str, tuple[int, int]]:
@@ -133,16 +130,11 @@ def hidden_widths(raw: Mapping[str, Any], cfg: MoshiConfig) -> dict[str, tuple[i
 
 
 def export(cfg: MoshiConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns Kyutai's configuration of `cfg`. Keeps the other keys of `raw`, the configuration of its source ({}:
-    none).
-
-    Raises `InputError` for settings that theirs cannot express.
-    """
+    """Returns Kyutai's configuration of `cfg`, with the other keys of `raw`, the configuration of its source or {}.
+    Raises `InputError` for settings that theirs cannot express."""
     if cfg.layer_context:
-        raise InputError(
-            f"model.layer_context={cfg.layer_context} gives some layers other windows, which Kyutai's layout cannot"
-            " express: export a model with one window."
-        )
+        other = f"model.layer_context={cfg.layer_context} gives some layers other windows"
+        raise InputError(f"{other}, which Kyutai's layout cannot express: export a model with one window.")
     kept = {key: value for key, value in raw.items() if key in BESIDE | NO_EFFECT}
     depth = cfg.depth
     scale, wide = raw.get("hidden_scale", 4.125), raw.get("depformer_dim_feedforward")
@@ -205,10 +197,8 @@ def _feed_forward(dim: int, hidden: int, name: str) -> int:
     for width in (4 * dim, (3 * hidden + 1) // 2, (3 * hidden + 1) // 2 + 1):
         if hidden_width(dim, width) == hidden:
             return width
-    raise InputError(
-        f"model.{name}={hidden} at width {dim} cannot be expressed in Kyutai's layout, whose rule for hidden widths"
-        " leaves it out: export a model of another hidden width."
-    )
+    value = f"model.{name}={hidden} at width {dim}"
+    raise InputError(f"{value} is no hidden width of Kyutai's layout: export a model of another hidden width.")
 
 
 def _hidden_widths(values: Mapping[str, Any]) -> tuple[int, int]:

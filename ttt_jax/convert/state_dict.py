@@ -60,8 +60,7 @@ class StateDict(NamedTuple):
     tensors: dict[str, StoredTensor]
 
     def watched(self) -> StateDict:
-        """Returns the same tensors. Reading one that holds NaN or infinity logs a warning once, with its file and its
-        name there."""
+        """Returns the same tensors. Reading one that holds NaN or infinity logs a warning once with file and name."""
         warned: set[str] = set()
 
         def watch(stored: StoredTensor) -> StoredTensor:
@@ -76,20 +75,14 @@ class StateDict(NamedTuple):
 def open_state_dict(path: Path, beside: Beside, opened: contextlib.ExitStack, notes: list[str]) -> StateDict:
     """Returns the tensors of a safetensors file, of the shards of an index, or of all shards beside one.
 
-    Args:
-      path: the file; beside: finds the shards of an index.
-      opened: keeps the files open.
-      notes: receives what the user should know: that all shards are read, that names had a prefix.
-
-    Raises `InputError` if a file is damaged or missing, or shards and index contradict one another.
+    `beside` finds the shards of an index, `opened` keeps the files open, `notes` receives notes for the user. Raises
+    `InputError` if a file is damaged or missing, or shards and index contradict one another.
     """
     if shard := SHARD.fullmatch(path.name):
         index = path.with_name(f"{shard[1]}.safetensors{INDEX}")
         if not index.is_file():
-            raise InputError(
-                f"{path} is one of {int(shard[2])} shards, and {index.name} is not beside it: put all shards and their"
-                " index there."
-            )
+            alone = f"is one of {int(shard[2])} shards, and {index.name} is not beside it"
+            raise InputError(f"{path} {alone}: put all shards and their index there.")
         notes.append(f"{path.name} is one of {int(shard[2])} shards, which are read together")
         path = index
     if path.name.endswith(INDEX):
@@ -108,9 +101,7 @@ def _of_shards(index: Path, beside: Beside, opened: contextlib.ExitStack) -> Sta
     raw = config_json.read_json(index, "an index of shards")
     listed = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
-        raise InputError(
-            f"{index} holds no weight_map from tensors to files: give the index that belongs to the shards."
-        )
+        raise InputError(f"{index} holds no weight_map from tensors to files: give the index of the shards.")
     names = sorted(set(listed.values()))
     if elsewhere := [name for name in names if Path(name).name != name or name in ("", ".", "..")]:
         raise InputError(f"{index} names {elsewhere[0]!r}, which is no file beside it: correct it there.")
@@ -128,9 +119,7 @@ def _of_shards(index: Path, beside: Beside, opened: contextlib.ExitStack) -> Sta
             others = ", ".join(sorted({listed[key] for key in twice}))
             problems.append(f"{name} holds {group(twice)}, which the index lists for {others}")
     if problems:
-        raise InputError(
-            f"{index} does not fit its shards, as {'; '.join(problems)}: copy or download all of them again."
-        )
+        raise InputError(f"{index} does not fit its shards, as {'; '.join(problems)}: copy all of them again.")
     return StateDict(index, {key: shards[name][key] for key, name in listed.items()})
 
 

@@ -80,9 +80,8 @@ def check_config(raw: Mapping[str, Any], where: str) -> None:
         raise InputError(f"{where} is that of weights which were converted already: use their folder as it is.")
     kind = f" but of model_type {raw['model_type']!r}" if "model_type" in raw else ""
     raise InputError(
-        f"{where} describes no language model of Kyutai's{kind} (it has no {', '.join(missing)}): if the weights are"
-        " Kyutai's (docs/checkpoints.md has PersonaPlex's), give their configuration by --config FILE; else give"
-        " another model."
+        f"{where} describes no language model of Kyutai's{kind} (it has no {', '.join(missing)}): give the"
+        " configuration of the weights by --config FILE (docs/checkpoints.md has PersonaPlex's), or another model."
     )
 
 
@@ -125,6 +124,4 @@ def check_keys(shapes: Shapes, path: Path) -> None:
 def refuse(where: str, problems: list[str]) -> None:
     """Raises `InputError` if there are `problems`: features of the model in `where` that are not supported."""
     if problems:
-        raise InputError(
-            f"{where} describes what is not supported yet: {'; '.join(problems)}; give a model without it."
-        )
+        raise InputError(f"{where} describes what is not supported yet: {'; '.join(problems)}; give another model.")
