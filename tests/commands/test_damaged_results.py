@@ -37,7 +37,6 @@ from ttt_jax.moshi import model
 from ttt_jax.utils import config_json
 from ttt_jax.utils.files import file_digest
 
-
 pytestmark = pytest.mark.integration
 
 

@@ -13,7 +13,6 @@ def test_weights_are_known_by_what_they_are_and_not_by_where_they_lie(tmp_path):
     import shutil
 
     from tests.helpers.eval_models import write_run
-    from ttt_jax.checkpoints.run_checkpoints import Checkpoints
 
     first, other = write_run(tmp_path / "first"), write_run(tmp_path / "other", seed=1)
     shutil.copytree(first, tmp_path / "copy.1")
