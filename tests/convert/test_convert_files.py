@@ -210,8 +210,9 @@ def test_the_command_line(source, tmp_path):
 
 
 @pytest.mark.integration
-def test_the_command_line_is_read_without_jax():
-    code = "import sys, ttt_jax.convert.__main__; sys.exit('jax' in sys.modules)"
+def test_command_lines_are_read_without_jax():
+    code = """import sys, ttt_jax.convert.__main__; from train.__main__ import parse; parse(["small", "--steps", "3"])
+sys.exit("jax" in sys.modules)"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

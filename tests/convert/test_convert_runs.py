@@ -146,7 +146,6 @@ def test_a_run_without_its_base_is_refused(tuned, tmp_path):
         ("attention", r"transformer\..*self_attn"),
         ("ffn", r"transformer\..*gating"),
         ("heads", r"text_linear|extra_heads"),
-        default=2,
     ),
 )
 def test_adapters_on_some_maps_merge_and_leave_the_others_alone(tuned, tmp_path, part, modules):

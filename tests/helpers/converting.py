@@ -69,11 +69,12 @@ def shapes_of(tree):
     return {path: shape for path, (shape, _) in layout(tree).items()}
 
 
-def run(folder, *args, **environment):
-    """Runs `python -m ttt_jax.convert` in a process."""
+def run(folder, *args, module="ttt_jax.convert", **environment):
+    """Runs `python -m MODULE ARGS` in `folder`, in a process whose caches lie there too."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    env = {**os.environ, "PYTHONPATH": path, "HF_HOME": str(folder / "hub"), **environment}
-    command = [sys.executable, "-m", "ttt_jax.convert", *map(str, args)]
+    caches = {"HF_HOME": str(folder / "hub"), "XDG_CACHE_HOME": str(folder / "cache"), "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "PYTHONPATH": path, **caches, **environment}
+    command = [sys.executable, "-m", module, *map(str, args)]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
 
@@ -130,6 +131,3 @@ def arrives(source, plain, *notes, **options):
     for note, words in zip(notices, notes, strict=True):
         assert words in note
     return plan
-
-
-# Shards
