@@ -229,8 +229,7 @@ class Checkpoints:
             raise problem or Damaged("another process cannot read it")
 
     def _move_aside(self, steps: Collection[int]) -> None:
-        """Moves damaged checkpoints to RUN/damaged: their steps are saved anew, and Orbax refuses a step that
-        exists."""
+        """Moves damaged checkpoints to RUN/damaged, as Orbax refuses to save a step that exists."""
         for step in steps if jax.process_index() == 0 else ():
             (self._run_dir / DAMAGED).mkdir(exist_ok=True)
             names = (str(step), *(f"{step}.{i}" for i in range(1, 1000)))
@@ -267,8 +266,7 @@ class Checkpoints:
 
 
 class _LatestAndBest:
-    """Orbax's rule for what to keep. Its own `BestN` reads losses from files that may be damaged, and takes NaN for a
-    loss."""
+    """Orbax's rule for what to keep. Its own `BestN` reads losses from damaged files too, and takes NaN for a loss."""
 
     def __init__(self, latest: int, validation: Mapping[int, float | None]):
         self._latest, self._validation = latest, validation

@@ -56,13 +56,8 @@ def load_run(path: str | Path) -> Run:
 def _with_base(run_dir: str | Path, saved: Saved, config: MoshiConfig, like: Any) -> dict[str, Any]:
     """Returns the stored weights and those of the base, together of the shapes of `like`."""
     base = saved.meta["base"]
-    if not (Path(base["path"]) / weights.CONFIG).is_file():
-        raise InputError(f"{base['path']}, the base weights of {run_dir}, is gone: bring it back to that place.")
     missing = trees.named(like).keys() - trees.named(saved.params).keys()
-    with weights.Folder(base["path"]) as folder:
-        if folder.info["digest"] != base["digest"]:
-            digests = f"has the digest {folder.info['digest']}, but the base weights of {run_dir} have {base['digest']}"
-            raise InputError(f"{base['path']} {digests}: bring those back to that place.")
+    with weights.base_of_run(run_dir, **base) as folder:
         params = trees.merge(weights.read(folder, config, missing), saved.params)
     shapes = [{name: leaf.shape for name, leaf in trees.named(tree).items()} for tree in (like, params)]
     if problems := "; ".join(differences(*shapes)):

@@ -50,8 +50,7 @@ class Piece(NamedTuple):
 
     nbytes: int
     blocks: Callable[[int], Iterator[memoryview]]
-    """Yields the bytes in blocks whose sizes are multiples of the argument (1: any size). A block is valid until the
-    next one."""
+    """Yields the bytes in blocks of multiples of the argument. A block is valid until the next one."""
 
 
 class TensorFile(contextlib.ExitStack):
@@ -168,8 +167,7 @@ def rounded(values: np.ndarray, target: str, where: str, advice: str) -> np.ndar
 
 
 def _header(path: Path, file: io.FileIO) -> dict[str, Info]:
-    """Returns the tensors by name. Raises `InputError` unless the file is a header followed by the tensors that it
-    lists."""
+    """Returns the tensors by name. Raises `InputError` unless the header lists exactly the bytes of the file."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or not 2 <= length <= LARGEST_HEADER:
@@ -196,8 +194,7 @@ def _header(path: Path, file: io.FileIO) -> dict[str, Info]:
 
 
 def _info(entry: dict[str, object], data: int) -> Info:
-    """Returns one tensor of a header whose data begin at byte `data`. Raises what a header of other JSON types
-    raises."""
+    """Returns one tensor of a header whose data begin at byte `data`. Raises any error for other JSON types."""
     dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or any(type(number) is not int for number in (*shape, start, stop)):
         raise TypeError

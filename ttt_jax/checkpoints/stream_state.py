@@ -79,8 +79,7 @@ def _checksum(leaves: dict[str, np.ndarray], about: str) -> str:
 
 
 def _model(cfg: MoshiConfig) -> MoshiConfig:
-    """Returns `cfg` in a normal form: fields without effect on a running stream at their defaults, layers as
-    numbers."""
+    """Returns `cfg` with layers as numbers and with defaults for fields without effect on a running stream."""
     layers = ",".join(map(str, cfg.ttt_layers)) or "none"
     plain = TTTConfig()
     return dataclasses.replace(

@@ -222,6 +222,16 @@ class Folder(contextlib.ExitStack):
                 yield f"{name} has type {', '.join(sorted(wrong))} instead of F32"
 
 
+def base_of_run(run: str | Path, path: str, digest: str) -> Folder:
+    """Opens the base weights of a run. Raises `InputError` if they are gone or have another digest."""
+    if (Path(path) / CONFIG).is_file():
+        folder = Folder(path)
+        if folder.info["digest"] == digest:
+            return folder
+        folder.close()
+    raise InputError(f"{path}, the base weights of {run}, is gone or another: bring it back to that place.")
+
+
 Place = Callable[[tuple[str, ...], np.ndarray], Any]
 """From a leaf's keys and its content to the array in the parameters."""
 

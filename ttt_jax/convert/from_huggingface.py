@@ -141,8 +141,7 @@ def _getter(values: Mapping[str, Any], where: str, prefix: str) -> Callable[...,
 
 
 def _unsupported(get: Callable[..., Any], where: str, prefix: str) -> Iterator[str]:
-    """Describes settings of one of the two transformers that are not supported. Raises `InputError` for impossible
-    ones."""
+    """Describes unsupported settings of one of the two transformers. Raises `InputError` for impossible ones."""
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim"):
         if get(key) < 1 or (key == "ffn_dim" and get(key) % 2):
             rule = "even, as gate and values share it" if get(key) > 0 else "1 or more"
@@ -253,8 +252,7 @@ def _joined(parts: tuple[Share, ...], used: Mapping[str, StoredTensor]) -> Store
 
 
 def _interleaved(piece: Piece, heads: int, row: int) -> Piece:
-    """Reorders the rows (of `row` bytes) of each head from first and second halves of the rotating pairs to pair by
-    pair."""
+    """Reorders the rows (of `row` bytes) of each head from halves of the rotating pairs to pair by pair."""
     head = piece.nbytes // heads
 
     def blocks(unit: int) -> Iterator[memoryview]:

@@ -114,8 +114,7 @@ def _same(copies: dict[str, StoredTensor]) -> StoredTensor:
 
 
 def check_base(state_dict: StateDict) -> None:
-    """Raises `InputError` if `state_dict`, from `split`, is not whole, as when a run trained and saved a part of the
-    weights."""
+    """Raises `InputError` if `state_dict`, from `split`, holds only the part of the weights that a run trained."""
     if "text_emb.weight" not in state_dict.tensors:
         how = f"give those (such as kyutai/moshiko-pytorch-bf16) as SOURCE, and --lora {state_dict.path}"
         raise InputError(f"{state_dict.path} holds what the original trained but not its base weights: {how}.")
@@ -241,8 +240,7 @@ def _inner_widths(layers: Layers) -> list[int]:
 
 
 def _check_numbers(layers: Layers, cfg: MoshiConfig, path: Path, text: str) -> None:
-    """Raises `InputError` unless the settings in `path` name, by `text`, the layers of the file, and the model has
-    them."""
+    """Raises `InputError` unless `text`, from `path`, names the layers of the file, and the model has them."""
     if max(layers.tensors) >= cfg.num_layers:
         has = f"holds TTT layers {_list(layers.tensors)}, but the model has layers 0 to {cfg.num_layers - 1}"
         raise InputError(f"{layers.path} {has}: give files that belong together.")

@@ -48,8 +48,7 @@ class Names(NamedTuple):
     parts: tuple[Key, ...]
     """One name for each map, as PyTorch holds them in memory."""
     fused: tuple[Key, ...]
-    """Names that a file may use for all parts end to end instead, the released one first; none if there is only one
-    layout."""
+    """Names that a file may use for all parts end to end instead, the released one first; may be empty."""
 
 
 def modules(tensor: Tensor) -> tuple[str, ...]:

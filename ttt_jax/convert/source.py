@@ -36,8 +36,7 @@ class Source(NamedTuple):
     where: str
     """Names config.json in messages."""
     fetch: Callable[[str], Path | None]
-    """Returns the local path of a file by its name there, hf://OWNER/NAME/FILE or file://PATH; None if there is
-    none."""
+    """Returns the local path of a file, if it exists, by its name there, hf://OWNER/NAME/FILE or file://PATH."""
     folder: Path | None
     """Local folder; None: the hub."""
     file: Path | None = None
@@ -78,8 +77,7 @@ class Source(NamedTuple):
         return path or self.need(name, "the weights"), beside
 
     def _only(self, folder: Path) -> Path | None:
-        """Returns the only file or index in `folder` that can be meant; None if there are adapters only. Raises
-        `InputError` otherwise."""
+        """Returns the only file or index of weights; None if there are adapters only. Else raises `InputError`."""
         beside = {self.raw.get("mimi_name") or MIMI, self.raw.get("lora_name"), LORA, "ttt.safetensors"}
         paths = [path for path in sorted(folder.glob("*.safetensors")) if path.name not in beside]
         shards = [path for path in paths if SHARD.fullmatch(path.name)]
@@ -216,8 +214,7 @@ def _known_absent(repository: str, name: str, revision: str | None) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Reads Kyutai's config.json. Raises `InputError` if it is no object or a name of a file is no string, or the
-    like."""
+    """Reads Kyutai's config.json. Raises `InputError` if it is no object or, for example, a file's name no string."""
     raw = config_json.read_json(path, "a config.json of Kyutai's")
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds no object: give the config.json that belongs to the weights.")

@@ -1,5 +1,4 @@
-"""Tensors by name, from one file, from shards or under names with a prefix, matched against the tensors that a model
-needs."""
+"""Tensors by name, from a file, shards or under prefixes, matched against the tensors that a model needs."""
 
 from __future__ import annotations
 
@@ -134,10 +133,7 @@ def _without_prefix(state_dict: StateDict, notes: list[str]) -> StateDict:
         name = ".".join(word for word in key.split(".")[known:] if word not in WRAPPERS)
         if name in renamed:
             twice = sorted((renamed[name].name, stored.name), key=lambda key: not WRAPPERS & {*key.split(".")})
-            raise InputError(
-                f"{state_dict.path} holds {name} twice, once as {twice[0]}, with a wrapper's word in its name: keep one"
-                " of them."
-            )
+            raise InputError(f"{state_dict.path} holds {name} twice, once as {twice[0]}: keep one of them.")
         renamed[name] = stored
     if wrapped := sorted(WRAPPERS & {word for key in state_dict.tensors for word in key.split(".")[known:]}):
         notes.append(f"{', '.join(wrapped)} in names in {state_dict.path.name} is left out")
@@ -173,8 +169,7 @@ class Matched(NamedTuple):
 
 
 def match(wanted: Sequence[tuple[Tensor, Names]], tensors: Mapping[str, StoredTensor], path: Path) -> Matched:
-    """Matches the tensors `wanted` with `tensors`, all of which must be used. A missing one counts as missing in
-    `path`."""
+    """Matches the tensors `wanted` with all of `tensors`. A missing one counts as missing in `path`."""
     unfused = any("in_projs." in key or "out_projs." in key for key in tensors)
     chosen: list[tuple[Key, ...]] = []
     for _, names in wanted:
@@ -201,8 +196,7 @@ def common_type(tensors: Mapping[str, StoredTensor]) -> str:
 
 
 def misfits(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, StoredTensor], path: Path) -> Problems:
-    """Describes by file the names, shapes and types of `tensors` that are not `expected`. A missing one counts as
-    missing in `path`."""
+    """Describes by file how `tensors` differ from `expected`. A missing one counts as missing in `path`."""
     files: dict[Path, dict[str, StoredTensor]] = {path: {}}
     for key, stored in tensors.items():
         files.setdefault(stored.path, {})[key] = stored

@@ -109,8 +109,10 @@ def _open(path: Path, stack: contextlib.ExitStack) -> Checkpoint:
         from ttt_jax.checkpoints import run_weights  # loads jax
 
         run = run_weights.load_run(path)
-        base = run.meta.get("base")
-        origin = _base_origin(path, **base) if base else ({}, ())
+        origin = ({}, ())
+        if base := run.meta.get("base"):
+            with weights.base_of_run(path, **base) as folder:
+                origin = _origin(folder)
         return Checkpoint(run.config, *origin, *_of_params(run.params))
     folder = stack.enter_context(weights.Folder(path))
 
@@ -135,16 +137,6 @@ def _origin(folder: weights.Folder) -> tuple[dict[str, Any], tuple[Path, ...]]:
     """Returns the origin of a folder of weights, and the files that travel along."""
     source = folder.info["source"]
     return source, tuple(folder.path / name for name in source["travelling"])
-
-
-def _base_origin(run: Path, path: str, digest: str) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """Returns `_origin` of the base weights of a run, in `path`: the run has their licence and files."""
-    if (Path(path) / weights.CONFIG).is_file():
-        with weights.Folder(path) as folder:
-            if folder.info["digest"] == digest:
-                return _origin(folder)
-    gone = "is gone or another, and with it their licence"
-    raise InputError(f"{path}, the base weights of {run}, {gone}: bring it back to that place.")
 
 
 def _of_params(params: dict[str, Any]) -> tuple[Callable[..., Piece], Callable[[Tensor], str]]:

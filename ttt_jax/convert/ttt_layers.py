@@ -70,8 +70,7 @@ def ttt_spec(tensor: Tensor, source: Parameters | TensorFile) -> Spec:
 
 
 def fresh(cfg: MoshiConfig, seed: int) -> Parameters:
-    """Returns the parameters of new TTT layers, each drawn from a key of its own, on the CPU. Keeps those of the last
-    layer."""
+    """Returns the parameters of new TTT layers, drawn on the CPU from a key a layer. Keeps those of the last layer."""
 
     @functools.lru_cache(maxsize=1)
     def make(layer: int) -> dict[str, Any]:
