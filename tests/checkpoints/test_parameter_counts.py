@@ -16,7 +16,7 @@ from ttt_jax.moshi import model
 MODELS = {
     "tiny": model_preset("tiny"),
     "extra heads, shared and low-rank depth": MoshiConfig(
-        **{"dim": 32, "num_layers": 3, "num_heads": 2, "hidden": 48, "context": 8, "n_q": 4, "dep_q": 4},
+        **{"dim": 32, "num_layers": 2, "num_heads": 2, "hidden": 48, "context": 8, "n_q": 4, "dep_q": 4},
         **{"card": 16, "text_card": 20, "delays": (0, 0, 1, 1, 1), "extra_heads": 2, "extra_heads_dim": 3},
         ttt=TTTConfig(layers="1", mini_batch=4),
         depth=DepthConfig(dim=16, num_layers=2, num_heads=2, hidden=24, schedule=(0, 1, 1, 0), low_rank=6),

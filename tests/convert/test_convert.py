@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,13 +10,12 @@ from safetensors.numpy import load_file, save_file
 
 from tests.helpers import kyutai_files as files
 from tests.helpers.comparing import same
-from tests.helpers.converting import close, info_of, layout, nightly, shapes_of, with_adapters
+from tests.helpers.converting import close, info_of, layout, nightly, parameters_of, shapes_of, with_adapters
 from tests.helpers.places import FIXTURES
 from ttt_jax.checkpoints import weights
 from ttt_jax.config import TTTConfig
 from ttt_jax.convert import export, kyutai
 from ttt_jax.errors import InputError
-from ttt_jax.moshi import model
 
 
 @pytest.fixture
@@ -34,8 +32,7 @@ def test_the_fixture_arrives_where_the_model_wants_it(fixture_source, tmp_path):
     kyutai(fixture_source, tmp_path / "ours")
     cfg, params, info = weights.load(tmp_path / "ours", verify=True)
     w = load_file(fixture_source / "model.safetensors")
-    like = jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0))
-    assert shapes_of(params) == shapes_of(like)
+    assert shapes_of(params) == shapes_of(parameters_of(cfg))
     assert (cfg.hidden, cfg.depth.hidden, cfg.dep_q, cfg.dtype) == (176, 88, 3, "float32")
     assert cfg.delays == (0, 0, 1, 1, 0, 1, 1)
 
@@ -77,7 +74,7 @@ def test_the_fixture_comes_back(fixture_source, tmp_path):
 EVERY = [(variant, kind) for variant in files.VARIANTS for kind in files.TYPES]
 
 
-@pytest.mark.parametrize(("variant", "kind"), nightly(("all", "BF16"), ("plain", "F16"), *EVERY, default=2))
+@pytest.mark.parametrize(("variant", "kind"), nightly(("all", "BF16"), *EVERY))
 def test_both_layouts_arrive_alike_and_come_back_bit_for_bit(tmp_path, variant, kind):
     c = files.config(**files.VARIANTS[variant])
     unfused = files.weights(c, kind)
@@ -87,8 +84,7 @@ def test_both_layouts_arrive_alike_and_come_back_bit_for_bit(tmp_path, variant, 
     assert one["digest"] == other["digest"]
     assert one["files"] == other["files"]
     cfg, params, _ = weights.load(tmp_path / "fused-ours")
-    like = jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0))
-    assert shapes_of(params) == shapes_of(like)
+    assert shapes_of(params) == shapes_of(parameters_of(cfg))
     assert {str(dtype) for _, dtype in layout(params).values()} == {np.dtype(files.TYPES[kind]).name}
     assert cfg.dtype == ("bfloat16" if kind == "BF16" else "float32")
     export(tmp_path / "unfused-ours", tmp_path / "back")
@@ -139,8 +135,7 @@ def test_adapters_merge_on_the_way_in_and_out_alike(tmp_path, kind, fused):
     kyutai(source, tmp_path / "apart")
     cfg, params, _ = weights.load(tmp_path / "apart")
     assert (cfg.lora.rank, cfg.lora.scaling) == (3, 1.5)
-    like = jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0))
-    assert shapes_of(params) == shapes_of(like)
+    assert shapes_of(params) == shapes_of(parameters_of(cfg))
     np.testing.assert_array_equal(
         params["depth"]["qkv_lora_a"][3], a["depformer.layers.1.self_attn.in_projs.1.lora_A.weight"]
     )

@@ -19,6 +19,7 @@ from tests.helpers.places import ROOT
 from ttt_jax.config import TTTConfig
 from ttt_jax.convert import kyutai
 from ttt_jax.errors import InputError
+from ttt_jax.moshi import model
 
 TTT = TTTConfig(layers="0,1", hidden=(), gate_init=0.25)
 """The TTT layers of the fixture `with_ttt`."""
@@ -67,6 +68,11 @@ def layout(tree):
 def shapes_of(tree):
     """Shape of every leaf by its path."""
     return {path: shape for path, (shape, _) in layout(tree).items()}
+
+
+def parameters_of(cfg):
+    """Shapes and types of a model's parameters."""
+    return jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0))
 
 
 def run(folder, *args, module="ttt_jax.convert", **environment):
