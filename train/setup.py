@@ -76,8 +76,7 @@ def reopen(run_dir: Path, **changes: Any) -> Run:
 
     Raises `InputError` if there is none, or if data, codec, tokenizer or base weights are not those of its training.
     """
-    with open_run(run_dir) as checkpoints:
-        meta = checkpoints.meta()
+    meta = open_run(run_dir).meta()
     cfg = config_json.from_dict(TrainConfig, meta.pop("config"), f"the checkpoint in {run_dir}")
     cfg = dataclasses.replace(cfg, run_dir=str(run_dir), **changes)
     keep_compiled(cfg.data.cache_dir / "compiled")

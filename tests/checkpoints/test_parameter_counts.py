@@ -6,6 +6,7 @@ import math
 import jax
 import pytest
 
+from tests.helpers.converting import nightly
 from ttt_jax.checkpoints import weights
 from ttt_jax.checkpoints.parameter_counts import lora_rank_like_ttt, parameter_counts
 from ttt_jax.config import DepthConfig, LoRAConfig, MoshiConfig, TTTConfig, model_preset
@@ -15,22 +16,12 @@ from ttt_jax.moshi import model
 MODELS = {
     "tiny": model_preset("tiny"),
     "extra heads, shared and low-rank depth": MoshiConfig(
-        dim=32,
-        num_layers=3,
-        num_heads=2,
-        hidden=48,
-        context=8,
-        n_q=4,
-        dep_q=4,
-        card=16,
-        text_card=20,
-        delays=(0, 0, 1, 1, 1),
-        extra_heads=2,
-        extra_heads_dim=3,
+        **{"dim": 32, "num_layers": 2, "num_heads": 2, "hidden": 48, "context": 8, "n_q": 4, "dep_q": 4},
+        **{"card": 16, "text_card": 20, "delays": (0, 0, 1, 1, 1), "extra_heads": 2, "extra_heads_dim": 3},
         ttt=TTTConfig(layers="1", mini_batch=4),
         depth=DepthConfig(dim=16, num_layers=2, num_heads=2, hidden=24, schedule=(0, 1, 1, 0), low_rank=6),
         lora=LoRAConfig(rank=3),
-    ),  # fmt: skip
+    ),
     "moshi-7b": dataclasses.replace(model_preset("moshi-7b"), lora=LoRAConfig(rank=128, maps=("attention", "ffn"))),
 }
 
@@ -42,13 +33,7 @@ def leaves(cfg):
     return {"/".join(key.key for key in path): math.prod(leaf.shape) for path, leaf in found}
 
 
-NIGHTLY = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["extra heads, shared and low-rank depth", *(pytest.param(name, marks=NIGHTLY) for name in ("tiny", "moshi-7b"))],
-)
+@pytest.mark.parametrize("name", nightly("extra heads, shared and low-rank depth", "tiny", "moshi-7b"))
 def test_parts_sum_up_to_the_model(name):
     cfg = MODELS[name]
     counts, sizes = parameter_counts(cfg), leaves(cfg)
@@ -65,18 +50,11 @@ def test_parts_sum_up_to_the_model(name):
     assert counts["embeddings"] == sizes["text_emb"] + sizes["audio_emb"]
 
 
-ALL = ("attention", "ffn", "depth", "heads")
+SOME, ALL = ("attention", "ffn"), ("attention", "ffn", "depth", "heads")
 
 
 @pytest.mark.parametrize(
-    ("name", "maps"),
-    [
-        ("tiny", ("attention", "ffn")),
-        *(
-            pytest.param(*case, marks=NIGHTLY)
-            for case in (("tiny", ALL), ("moshi-7b", ALL), ("moshi-7b", ("attention", "ffn")))
-        ),
-    ],
+    ("name", "maps"), nightly(("tiny", SOME), ("tiny", ALL), ("moshi-7b", ALL), ("moshi-7b", SOME))
 )
 def test_the_rank_is_the_nearest(name, maps):
     cfg = dataclasses.replace(MODELS[name], lora=LoRAConfig(maps=maps))

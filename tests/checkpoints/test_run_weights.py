@@ -4,19 +4,18 @@ import dataclasses
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
 from tests.helpers import kyutai_files
 from tests.helpers.comparing import same
+from tests.helpers.converting import parameters_of
 from ttt_jax.checkpoints import weights
 from ttt_jax.checkpoints.run_checkpoints import Checkpoints
 from ttt_jax.checkpoints.run_weights import load_run
 from ttt_jax.config import TTTConfig
 from ttt_jax.convert import kyutai
 from ttt_jax.errors import InputError
-from ttt_jax.moshi import model
 from ttt_jax.utils import config_json, trees
 
 
@@ -27,8 +26,7 @@ def fine_tuned(tmp_path):
     kyutai(kyutai_files.write(tmp_path / "source", c, kyutai_files.weights(c)), tmp_path / "base")
     cfg, params, info = weights.load(tmp_path / "base")
     cfg = dataclasses.replace(cfg, ttt=TTTConfig(layers="0,1"))
-    shapes = jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0))
-    ttt = {name: leaf for name, leaf in trees.named(shapes).items() if "/ttt/" in name}
+    ttt = {name: leaf for name, leaf in trees.named(parameters_of(cfg)).items() if "/ttt/" in name}
     stored = trees.nested({name: np.full(leaf.shape, 0.5, leaf.dtype) for name, leaf in ttt.items()})
     meta = {
         "config": {"model": config_json.to_dict(cfg)},
@@ -53,7 +51,7 @@ def test_a_base_that_is_gone_or_another_is_refused(fine_tuned):
     config = folder / "base" / weights.CONFIG
     about = json.loads(config.read_text())
     config.write_text(json.dumps({**about, "digest": "0" * 64}))
-    with pytest.raises(InputError, match="base has the digest 000.*base weights of .*run have"):
+    with pytest.raises(InputError, match="base, the base weights of .*run, is gone or another"):
         load_run(folder / "run")
     shutil.rmtree(folder / "base")
     with pytest.raises(InputError, match="base, the base weights of .*run, is gone"):

@@ -3,15 +3,13 @@
 import json
 import os
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import soundfile
 
 from tests.helpers import in_process
-from tests.helpers.places import ROOT
+from tests.helpers.converting import assert_one_sentence, run
 
 
 @pytest.fixture
@@ -22,19 +20,11 @@ def command(tmp_path, monkeypatch):
     return in_process.command
 
 
-def start(folder, *args, module="train"):
-    """Runs a command as a shell in `folder` would."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    env = {**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": str(folder / "cache"), "JAX_PLATFORMS": "cpu"}
-    words = [sys.executable, "-m", module, *args]
-    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.integration
 def test_help_is_complete_and_quick(tmp_path):
-    start(tmp_path, "--help")  # the first one compiles Python files
+    run(tmp_path, "--help", module="train")  # the first one compiles Python files
     before = os.times()
-    done = start(tmp_path, "--help")
+    done = run(tmp_path, "--help", module="train")
     after = os.times()
     assert done.returncode == 0
     for word in ("--model.ttt.mini-batch", "--optim.gate-lr", "--run-dir", "--from", "--resume", "moshi-7b", "small"):
@@ -44,24 +34,15 @@ def test_help_is_complete_and_quick(tmp_path):
 
 
 @pytest.mark.integration
-def test_the_command_line_is_read_without_jax():
-    code = (
-        "import sys; from train.__main__ import parse; parse(['small', '--steps', '3']); sys.exit('jax' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-@pytest.mark.integration
 @pytest.mark.parametrize(
     ("module", "args", "message"),
     [
-        ("train", ["tinny"], 'unknown preset "tinny"'),
         ("train", ["--data.train", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         ("eval", ["stream", "nowhere"], "nowhere is no checkpoint"),
     ],
 )
 def test_a_mistake_in_a_shell_is_one_sentence_and_leaves_nothing(tmp_path, module, args, message):
-    assert_one_sentence(start(tmp_path, *args, module=module), message)
+    assert_one_sentence(run(tmp_path, *args, module=module), message)
     assert left(tmp_path) == set()
 
 
@@ -131,13 +112,6 @@ def test_a_bad_recording_is_one_sentence_and_leaves_no_run_and_nothing_cached(co
 def test_evaluating_what_is_no_run_is_one_sentence_and_leaves_nothing(command, tmp_path, args):
     assert_one_sentence(command("eval", "stream", *args), "nowhere is no checkpoint")
     assert left(tmp_path) == set()
-
-
-def assert_one_sentence(done, message):
-    assert done.returncode == 2, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert message in line
-    assert "Traceback" not in done.stderr
 
 
 def left(folder):

@@ -64,6 +64,14 @@ def _converted(source: Path):
     return weights.load(source.parent.parent / "moved")
 
 
+def _converted_finite_or_warned(source: Path):
+    with damage.warnings() as messages:
+        found = _converted(source)
+    finite = found is None or all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found.params))
+    assert finite or any("NaN" in record.getMessage() for record in messages)
+    return found
+
+
 def _spoilt_tensors(data: bytes, rng) -> bytes:
     """Returns a safetensors file with damage in its header or its numbers, or with NaN or infinity in it."""
     header = 8 + int.from_bytes(data[:8], "little")
@@ -77,25 +85,19 @@ def _spoilt_tensors(data: bytes, rng) -> bytes:
 def a_weights_file(rng, root, folder):
     """Weights that convert have the names, types and shapes of the config.json, and the bits of the file."""
     sound, cfg, _ = _checkpoint(root)
-    (folder / "at").mkdir()
     source = damage.copied(sound, folder / "at")
     path = source / "model.safetensors"
-    data = path.read_bytes()
-    path.write_bytes(_spoilt_tensors(data, rng))
-    with damage.warnings() as messages:
-        found = _converted(source)
+    path.write_bytes(_spoilt_tensors(path.read_bytes(), rng))
+    found = _converted_finite_or_warned(source)
     if found is not None:
-        there = safetensors.numpy.load_file(path)
         assert found.info["model"] == cfg
+        there = safetensors.numpy.load_file(path)
         assert np.array_equal(there["text_emb.weight"], found.params["text_emb"])
-        finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found.params))
-        assert finite or any("NaN" in record.getMessage() for record in messages)
 
 
 def a_config(rng, root, folder):
     """A configuration that converts is the one that the weights have."""
     sound, cfg, params = _checkpoint(root)
-    (folder / "at").mkdir()
     source = damage.copied(sound, folder / "at")
     path = source / "config.json"
     if rng.random() < 0.7:
@@ -113,22 +115,12 @@ def a_config(rng, root, folder):
 @cache
 def _shards(root: Path) -> tuple[Path, dict, dict]:
     sound, cfg, params = _checkpoint(root)
-    made = root / "shards" / "source"
-    made.mkdir(parents=True)
-    shutil.copy(sound / "config.json", made)
-    tensors = safetensors.numpy.load_file(sound / "model.safetensors")
-    parts = {f"model-0000{i + 1}-of-00002.safetensors": dict(list(tensors.items())[i::2]) for i in range(2)}
-    for name, part in parts.items():
-        safetensors.numpy.save_file(part, made / name)
-    index = {"metadata": {}, "weight_map": {key: name for name, part in parts.items() for key in part}}
-    (made / "model.safetensors.index.json").write_text(json.dumps(index))
-    return made, cfg, params
+    return kyutai_made.shard(damage.copied(sound, root / "shards"), 2), cfg, params
 
 
 def an_index_of_shards(rng, root, folder):
     """Shards that convert are all of the weights."""
     sound, cfg, params = _shards(root)
-    (folder / "at").mkdir()
     source = damage.copied(sound, folder / "at")
     path = source / "model.safetensors.index.json"
     if rng.random() < 0.2:
@@ -144,18 +136,13 @@ def an_index_of_shards(rng, root, folder):
 def a_lora_file(rng, root, folder):
     """Adapters that convert have the rank, the names and the shapes that belong to the weights."""
     sound, _, _ = _checkpoint(root)
-    (folder / "at").mkdir()
     source = damage.copied(sound, folder / "at")
     c = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(c | {"lora": True, "lora_rank": 2, "lora_scaling": 2.0}))
     path = source / "lora.safetensors"
     path.write_bytes(_spoilt_tensors(safetensors.numpy.save(kyutai_made.lora(c, 2)), rng))
-    with damage.warnings() as messages:
-        found = _converted(source)
-    if found is not None:
-        assert found.cfg.lora.rank == 2
-        finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found.params))
-        assert finite or any("NaN" in record.getMessage() for record in messages)
+    found = _converted_finite_or_warned(source)
+    assert found is None or found.cfg.lora.rank == 2
 
 
 # Manifests, words, codes

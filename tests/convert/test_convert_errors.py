@@ -35,10 +35,7 @@ from ttt_jax.errors import InputError
         ({"bias_proj": True}, "biases of the heads (bias_proj=True)"),
         ({"depformer_norm": "rms_norm_f32"}, "(depformer_norm='rms_norm_f32')"),
         ({"depformer_multi_linear": False}, "one depth input for all codebooks (depformer_multi_linear=False)"),
-        (
-            {"depformer_weights_per_step": ...},
-            "one set of depth weights for all codebooks (depformer_weights_per_step=",
-        ),
+        ({"depformer_weights_per_step": ...}, "all codebooks (depformer_weights_per_step="),
         ({"text_card_out": 5}, "another number of text tokens in the output (text_card_out=5)"),
         ({"kv_repeat": 2}, "shared keys and values (kv_repeat=2)"),
         ({"causal": False}, "attention to what comes later (causal=False)"),
@@ -47,6 +44,7 @@ from ttt_jax.errors import InputError
         ({"depformer_dim_feedforward": [33, 36]}, "different widths (depformer_dim_feedforward=[33, 36])"),
         ({"wings": 2, "tail": 1}, "unknown keys (tail, wings)"),
         ({"quantize": True, "norm": "layer_norm"}, "8-bit weights (quantize=True); another norm"),
+        ({"causal": "x"}, "(causal='x')"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(source, changes, words):
@@ -99,25 +97,14 @@ def test_everything_that_does_not_fit_is_listed_at_once(tmp_path):
     )
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
-    ("name", "fused"),
-    nightly(
-        ("emb.3.weight", True),
-        *(
-            (name, fused)
-            for name in (
-                "emb.3.weight",
-                "transformer.layers.1.norm2.alpha",
-                "depformer.layers.0.gating.1.linear_in.weight",
-            )
-            for fused in (False, True)
-        ),
-    ),
+    "name",
+    nightly("emb.3.weight", "transformer.layers.1.norm2.alpha", "depformer.layers.0.gating.1.linear_in.weight"),
 )
 def test_a_missing_and_a_left_over_tensor(tmp_path, name, fused):
     c = files.config()
-    w = files.weights(c)
-    w = files.fuse(w) if fused else w
+    w = files.fuse(files.weights(c)) if fused else files.weights(c)
     source = files.write(tmp_path / "source", c, {k: v for k, v in w.items() if k != name})
     refused(source, f"lacks {name}")
     source = files.write(tmp_path / "source", c, w | {f"{name}.more": w[name]})
@@ -125,29 +112,22 @@ def test_a_missing_and_a_left_over_tensor(tmp_path, name, fused):
 
 
 def test_a_map_in_both_layouts_at_once(tmp_path):
-    c = files.config()
-    w = files.weights(c)
+    w = files.weights(files.config())
     both = w | {"transformer.layers.0.self_attn.in_proj_weight": w["transformer.layers.0.self_attn.in_projs.0.weight"]}
-    refused(files.write(tmp_path / "source", c, both), "transformer.layers.0.self_attn.in_projs.0.weight, which")
+    source = files.write(tmp_path / "source", files.config(), both)
+    refused(source, "transformer.layers.0.self_attn.in_projs.0.weight, which")
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"dim": 32}, "dim 32 where the tensors have 16"),
-        ({"n_q": 3, "delays": [0, 0, 1, 0]}, "n_q 3 where the tensors have 4"),
-        ({"dep_q": 3}, "dep_q 3 where the tensors have 2"),
-        ({"num_layers": 3}, "num_layers 3 where the tensors have 2"),
-        ({"card": 7}, "card 7 where the tensors have 6"),
-        ({"text_card": 10}, "text_card 10 where the tensors have 9"),
-        ({"depformer_dim": 16}, "depformer_dim 16 where the tensors have 8"),
-        ({"depformer_num_layers": 1}, "depformer_num_layers 1 where the tensors have 2"),
+        ({"dim": 32}, "has text_emb.weight of shape [10, 16] instead of [10, 32]"),
+        ({"dep_q": 3}, "lacks depformer_in.2.weight, depformer_emb.1.weight"),
+        ({"num_layers": 3}, "lacks transformer.layers.2."),
+        ({"card": 7}, "has emb.{0-3}.weight of shape [7, 16] instead of [8, 16]"),
         ({"extra_heads_num_heads": 1}, "lacks extra_heads.0.weight"),
-        (
-            {"depformer_low_rank_embeddings": 5},
-            "lacks depformer_text_emb.low_rank.weight, depformer_emb.0.low_rank.weight",
-        ),
-        ({"depformer_weights_per_step_schedule": [0, 0]}, "depformer weight sets 1 where the tensors have 2"),
+        ({"depformer_low_rank_embeddings": 5}, "lacks depformer_text_emb.low_rank.weight, depformer_emb.0.low_rank."),
+        ({"depformer_weights_per_step_schedule": [0, 0]}, "depformer_in.1.weight, which the model does not have"),
     ],
 )
 def test_a_configuration_that_contradicts_the_tensors(source, changes, words):
@@ -168,10 +148,8 @@ def test_a_configuration_that_contradicts_the_tensors(source, changes, words):
         ({"tokenizer_name": 3}, "tokenizer_name is 3"),
         ({"hidden_scale": float("nan")}, "hidden_scale is nan"),
         ({"hidden_scale": float("inf")}, "hidden_scale is inf"),
-        ({"hidden_scale": -1}, "hidden_scale is -1"),
         ({"depformer_dim_feedforward": 0}, "depformer_dim_feedforward is 0"),
         ({"depformer_dim_feedforward": [-3, -3]}, "depformer_dim_feedforward is [-3, -3]"),
-        ({"causal": "x"}, "causal is 'x'"),
         ({"depformer_multi_linear": 1}, "depformer_multi_linear is 1"),
         ({"lora": "yes"}, "lora is 'yes'"),
         ({"lm_gen_config": [1]}, "lm_gen_config is [1]"),
@@ -218,17 +196,12 @@ def test_adapters_that_do_not_fit(tmp_path):
     refused(source, "names no adapters that could be merged", merge_lora=True)
 
 
-@pytest.mark.parametrize(
-    ("scaling", "merge"),
-    nightly(
-        *((scaling, merge) for scaling in (float("nan"), 1e39, float("inf"), float("-inf")) for merge in (False, True)),
-        default=4,
-    ),
-)
-def test_a_scaling_of_adapters_that_is_no_number_is_refused(tmp_path, scaling, merge):
+@pytest.mark.parametrize("scaling", [float("nan"), 1e39, float("-inf")])
+def test_a_scaling_of_adapters_that_is_no_number_is_refused(tmp_path, scaling):
     c = files.config(lora=True, lora_scaling=scaling)
     source = files.write(tmp_path / "source", c, files.weights(c), lora=files.lora(c, 3))
-    refused(source, f"{source / 'config.json'}: lora_scaling is {scaling}", merge_lora=merge)
+    for merge in (False, True):
+        refused(source, f"{source / 'config.json'}: lora_scaling is {scaling}", merge_lora=merge)
 
 
 @pytest.mark.parametrize(("kind", "scaling"), nightly(("F16", 1e9), ("F32", 3e38), ("BF16", 3e38), default=2))
@@ -244,11 +217,7 @@ def test_a_table_of_the_lora_file_beyond_the_range_of_the_weights_type(tmp_path)
     c = files.config(lora=True)
     a = files.lora(c, 3) | {"text_emb.weight": np.full_like(files.weights(c)["text_emb.weight"], 1e30)}
     source = files.write(tmp_path / "source", c, files.weights(c, "F16"), lora=a)
-    refused(
-        source,
-        f"{source / 'lora.safetensors'}: text_emb.weight holds a number beyond the range of float16: give weights of"
-        " another",
-    )
+    refused(source, f"{source / 'lora.safetensors'}: text_emb.weight holds a number beyond the range of float16")
 
 
 @pytest.mark.parametrize(
@@ -285,17 +254,10 @@ def test_a_file_of_the_7bs_shape_needs_no_config(tmp_path):
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         file.truncate(8 + len(head) + at)  # a hole: takes no place
-    plan = kyutai(tmp_path / "model.safetensors", tmp_path / "ours", ttt=TTTConfig(layers="29,30,31"), dry_run=True)
-    assert (plan.cfg.dim, plan.cfg.hidden, plan.cfg.depth.hidden, plan.cfg.ttt_layers) == (
-        4096,
-        11264,
-        2816,
-        (29, 30, 31),
-    )
+    plan = kyutai(tmp_path / "model.safetensors", tmp_path / "ours", dry_run=True)
+    assert (plan.cfg.dim, plan.cfg.hidden, plan.cfg.depth.hidden) == (4096, 11264, 2816)
     assert any("the tensors are those of the 7B" in note for note in plan.notes)
-    assert (
-        sum(spec.nbytes for name, some in plan.files.items() if "ttt" not in name for spec in some) == 2 * 7_687_729_152
-    )
+    assert plan.nbytes == 2 * 7_687_729_152
 
 
 def test_ttt_layers_that_cannot_be(source):

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 from tests.helpers import kyutai_files as files
 from tests.helpers.comparing import same
 from tests.helpers.converting import arrives, info_of, nightly, refused
-from ttt_jax.checkpoints import safetensors_reader, weights
+from ttt_jax.checkpoints import safetensors_reader
 from ttt_jax.convert import export, kyutai
 from ttt_jax.convert.from_huggingface import _interleaved
 
@@ -18,13 +18,6 @@ C = files.config()
 def huggingface(folder, kind="F32", c=C, **changes):
     """The model of `plain` as transformers stores it."""
     return files.write(folder, files.huggingface_config(c, **changes), files.huggingface(files.weights(c, kind), c))
-
-
-def test_hugging_faces_weights_name_kyutais_codec(tmp_path):
-    kyutai(huggingface(tmp_path / "source"), tmp_path / "ours")
-    about = weights.load(tmp_path / "ours").info["source"]
-    assert about["mimi"] == "hf://kyutai/moshiko-pytorch-bf16/tokenizer-e351c8d8-checkpoint125.safetensors"
-    assert about["config"] == files.huggingface_config(C)
 
 
 def without(config, *keys):
@@ -37,6 +30,9 @@ def test_hugging_faces_layout_arrives_bit_for_bit(tmp_path, plain, shards):
     if shards:
         files.shard(source, shards)
     arrives(source, plain)
+    about = info_of(tmp_path / "source-ours")["source"]
+    assert about["mimi"] == "hf://kyutai/moshiko-pytorch-bf16/tokenizer-e351c8d8-checkpoint125.safetensors"
+    assert about["config"] == files.huggingface_config(C)
     export(tmp_path / "source-ours", tmp_path / "back")
     same(load_file(tmp_path / "back" / "model.safetensors"), files.fuse(files.weights(C)))
     config = info_of(tmp_path / "back")
@@ -56,41 +52,27 @@ def test_both_layouts_of_other_sizes_and_types_arrive_alike(tmp_path, kind, chan
     kyutai(files.write(tmp_path / "kyutais", c, files.weights(c, kind)), tmp_path / "one")
     kyutai(huggingface(tmp_path / "theirs", kind, c), tmp_path / "other")
     one, other = (info_of(tmp_path / name) for name in ("one", "other"))
-    assert one["files"] == other["files"]
-    assert one["model"] == other["model"]
-    assert one["digest"] == other["digest"]
+    for key in ("files", "model", "digest"):
+        assert one[key] == other[key]
 
 
 def test_what_hugging_face_has_beyond(tmp_path, plain):
-    source = huggingface(
-        tmp_path / "source", torch_dtype="bfloat16", use_cache=True, rope_parameters={"rope_theta": 10000}
-    )
+    source = huggingface(tmp_path / "source", torch_dtype="bfloat16", rope_parameters={"rope_theta": 10000})
     w = load_file(source / "model.safetensors")
     w["audio_encoder.encoder.layers.0.conv.weight"] = np.zeros((3, 1, 7), ml_dtypes.bfloat16)
     w["audio_encoder.encoder_transformer.rotary_emb.inv_freq"] = np.zeros(3, np.float32)
     w["decoder.model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
     save_file(w, source / "model.safetensors")
     (source / "generation_config.json").write_text("{}")
-    arrives(
-        source,
-        plain,
-        "audio_encoder.* (2 tensors) is Mimi, the codec",
-        "inv_freq (1 tensors) follows from the configuration",
-    )
+    arrives(source, plain, "audio_encoder.* (2 tensors) is Mimi, the codec", "inv_freq (1 tensors) follows from")
 
 
 def test_hugging_faces_layout_with_a_prefix_adapters_and_without_defaults(tmp_path, plain):
     w = {f"_orig_mod.{key}": array for key, array in files.huggingface(files.weights(C), C).items()}
-    c = without(
-        files.huggingface_config(C),
-        "head_dim",
-        "num_key_value_heads",
-        "hidden_act",
-        "architectures",
-        "audio_vocab_size",
-    )
+    defaults = ("head_dim", "num_key_value_heads", "hidden_act", "architectures", "audio_vocab_size", "rope_theta")
+    c = without(files.huggingface_config(C), *defaults)
     c["depth_decoder_config"] = without(c["depth_decoder_config"], "rms_norm_eps", "model_type")
-    source = files.write(tmp_path / "source", without(c, "rope_theta"), w)
+    source = files.write(tmp_path / "source", c, w)
     arrives(source, plain, "start with _orig_mod., which is left out")
     a = files.lora(C, 2)
     save_file(a, tmp_path / "lora.safetensors")
@@ -119,15 +101,11 @@ def test_hugging_faces_layout_with_a_prefix_adapters_and_without_defaults(tmp_pa
         ({"depth_decoder_config": 3}, "depth_decoder_config is 3"),
         ({"sliding_window": None}, "sliding_window is None"),
         ({"rope_parameters": [1]}, "rope_parameters is [1]"),
-        (
-            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-            "rope_parameters.partial_rotary_factor=0.5",
-        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor=0.5"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 instead of 1.0"),
         ({"attention_bias": True}, "attention_bias=True instead of False"),
         ({"ffn_dim": 89}, "ffn_dim is 89, but must be even"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0, but must be 1 or more"),
-        ({"num_attention_heads": -2}, "num_attention_heads is -2, but must be 1 or more"),
         ({"hidden_size": 0}, "hidden_size is 0, but must be 1 or more"),
     ],
 )
@@ -176,7 +154,7 @@ def test_hugging_faces_tensors_that_do_not_fit_are_named_as_theirs(tmp_path):
 def test_a_config_and_weights_of_two_layouts(tmp_path, source):
     theirs = huggingface(tmp_path / "theirs")
     refused(theirs, "has the names of Hugging Face's", "--config", config=source / "config.json")
-    refused(source, "no language model of Kyutai's (it has no dim, num_layers ...)", config=theirs / "config.json")
+    refused(source, "describes Hugging Face's MoshiForConditionalGeneration", config=theirs / "config.json")
     (theirs / "config.json").unlink()
     refused(theirs, "has the names of Hugging Face's", "--config")
 
@@ -194,6 +172,3 @@ def test_rows_of_heads_are_put_back_in_blocks_of_any_size(monkeypatch, block, un
     for head in range(3):
         for pair in range(4):
             np.testing.assert_array_equal(got[head, pair], rows[head * 8 + np.array([pair, 4 + pair])])
-
-
-# Model cards

@@ -15,22 +15,12 @@ from ttt_jax.checkpoints import safetensors_reader, weights
 from ttt_jax.convert import export, kyutai
 
 C = files.config()
-
-
 INDEX = "model.safetensors.index.json"
 
 
 @pytest.mark.parametrize(
     ("count", "moshi_name"),
-    nightly(
-        (2, None),
-        (7, "model.safetensors"),
-        (1, None),
-        (1, "model.safetensors"),
-        (2, "model.safetensors"),
-        (7, None),
-        default=2,
-    ),
+    nightly((2, None), (7, "model.safetensors"), (1, None), (1, "model.safetensors"), default=2),
 )
 def test_shards_arrive_as_one_file(source, plain, count, moshi_name):
     files.shard(source, count)
@@ -90,7 +80,6 @@ def test_shards_that_do_not_fit_their_index(source):
         ('{"weight_map": {"a": "/etc/passwd"}}', "names '/etc/passwd', which is no file beside it"),
         ('{"weight_map": {"a": ""}}', "names '', which is no file beside it"),
         ('{"weight_map": {"a": ".."}}', "names '..', which is no file beside it"),
-        ('{"weight_map": {"a": "."}}', "names '.', which is no file beside it"),
     ],
 )
 def test_an_index_that_is_none(source, content, words):
@@ -136,18 +125,14 @@ def test_shards_on_the_hub(source, tmp_path):
     assert_one_sentence(done, "model-00003-of-00003.safetensors of some/one on the hub is not in the hub's cache")
 
 
-# Prefixes
-
-
-PREFIXES = ("module.", "_orig_mod.", "_orig_mod.module.", "model.", "lm.", "ema.lm_model.module.")
+PREFIXES = ("module.", "_orig_mod.", "_orig_mod.module.", "model.", "lm.")
 
 
 @pytest.mark.parametrize(
     ("layout", "prefix"),
     nightly(
-        ("unfused", "ema.lm_model.module."),
-        ("sharded", "_orig_mod."),
-        *((layout, prefix) for layout in ("unfused", "fused", "sharded") for prefix in PREFIXES),
+        *(("unfused", "ema.lm_model.module."), ("sharded", "_orig_mod.")),
+        *(("fused", prefix) for prefix in PREFIXES),
         default=2,
     ),
 )
@@ -180,11 +165,9 @@ def test_a_name_with_and_without_a_wrapper(source):
     w = files.weights(C)
     name = "transformer.layers.0.norm1.alpha"
     wrapped = name.replace("layers", "_orig_mod.layers")
-    for both in (w | {wrapped: w[name]}, {wrapped: w[name]} | w):
-        source = files.write(source, C, both)
-        refused(source, f"model.safetensors holds {name} twice, once as {wrapped}, with a wrapper's word in its name")
+    refused(files.write(source, C, w | {wrapped: w[name]}), f"model.safetensors holds {name} twice, once as {wrapped}")
     first = {"_orig_mod.text_emb.weight": w["text_emb.weight"]}
-    refused(files.write(source, C, first | w), "holds text_emb.weight twice, once as _orig_mod.text_emb.weight, with")
+    refused(files.write(source, C, first | w), "holds text_emb.weight twice, once as _orig_mod.text_emb.weight")
 
 
 def test_a_part_of_a_model_has_no_prefix(tmp_path):
@@ -201,9 +184,6 @@ def test_adapters_under_a_prefix(tmp_path, prefix):
     assert any(f"lora.safetensors start with {prefix}, which" in note for note in plan.notes) == bool(prefix)
     export(tmp_path / "ours", tmp_path / "back")
     same(load_file(tmp_path / "back" / "lora.safetensors"), files.lora(c, 3))
-
-
-# Full fine-tunes and adapters
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "consolidated.safetensors", "mine.safetensors"])
@@ -244,18 +224,13 @@ def test_a_full_fine_tune_must_be_whole(source, tmp_path):
     refused(source, "holds adapters (lora.safetensors) without the weights", "as SOURCE")
 
 
-def test_adapters_beside_weights_of_another_name(tmp_path):
-    c = files.config(lora=True, lora_rank=3, lora_scaling=1.5)
-    source = files.write(tmp_path / "source", c, files.weights(c), lora=files.lora(c, 3))
-    (source / "model.safetensors").rename(source / "mine.safetensors")
-    assert kyutai(source, tmp_path / "ours").cfg.lora.rank == 3
-
-
-def test_adapters_in_shards(tmp_path, source):
+def test_adapters_in_shards_and_beside_weights_of_another_name(tmp_path, source):
     lora = files.shard(files.write(tmp_path / "lora", None, files.lora(C, 3)), 2)
-    plan = kyutai(source, tmp_path / "ours", lora=lora / INDEX)
-    assert plan.cfg.lora.rank == 3
-    assert "lora.safetensors" in plan.files
+    assert "lora.safetensors" in kyutai(source, tmp_path / "ours", lora=lora / INDEX).files
+    (source / "model.safetensors").rename(source / "mine.safetensors")
+    change_config(source, lora=True)
+    save_file(files.lora(C, 3), source / "lora.safetensors")
+    assert kyutai(source, tmp_path / "beside").cfg.lora.rank == 3
 
 
 @pytest.mark.parametrize(("kind", "other"), nightly(("BF16", "F32"), ("F32", "BF16"), ("F16", "F32"), ("BF16", "F16")))
@@ -306,16 +281,12 @@ def test_a_lora_file_that_the_config_does_not_name_is_noted(tmp_path, lora):
     assert not any("lies beside" in note for note in plan.notes)
 
 
-# Configurations of other models
-
-
 @pytest.mark.parametrize(
     "config",
     [
         {"model_type": "personaplex", "version": "1.0.0"},
         {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 9},
         {"dim": 16, "n_layers": 2, "n_heads": 2, "norm_eps": 1e-5},
-        {"model_type": "mimi", "hidden_size": 512, "num_quantizers": 32},
         {},
     ],
 )
@@ -338,6 +309,3 @@ def test_personaplexs_weights_with_a_config_by_option(tmp_path, monkeypatch):
     assert kyutai(source, tmp_path / "ours", config=tmp_path / "seven.json").cfg.dep_q == 4
     monkeypatch.setenv("HOME", str(tmp_path))
     assert kyutai(source, tmp_path / "again", config="~/seven.json").cfg.dep_q == 4
-
-
-# Hugging Face's layout

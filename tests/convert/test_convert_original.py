@@ -4,13 +4,13 @@ import contextlib
 import dataclasses
 from functools import cache
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers import kyutai_files as files
 from tests.helpers import original_files as theirs
+from tests.helpers.comparing import same
 from tests.helpers.converting import nightly
 from tests.helpers.reference_original import LOOK_AHEAD, TWICE, layer
 from tests.helpers.small_ttt import TOL, call
@@ -21,12 +21,7 @@ from ttt_jax.convert.state_dict import open_state_dict
 from ttt_jax.errors import InputError
 from ttt_jax.ttt.layer import init_state
 
-D, HEADS, WIDTH = 16, 2, 8
-
-
-BATCHES = 3
-
-
+D, HEADS, BATCHES = 16, 2, 3
 KINDS = {
     "linear": ("TTTLinear", (), 4),
     "mlp": ("TTTMLP", (), 4),
@@ -34,9 +29,6 @@ KINDS = {
     "three maps": ("TTTMLPMultiLayer", (16, 8), 4),
     "four maps, no multiples": ("TTTMLPMultiLayer", (12, 20, 7), 2),
 }
-
-
-kinds = pytest.mark.parametrize("kind", nightly("four maps, no multiples", "mlp", *KINDS, default=2))
 
 
 @cache
@@ -50,8 +42,8 @@ def mini_batch(kind):
     return KINDS[kind][2]
 
 
-def hidden_vectors(kind, rows=1):
-    return np.random.default_rng(3).normal(size=(rows, BATCHES * mini_batch(kind), D))
+def hidden_vectors(kind):
+    return np.random.default_rng(3).normal(size=(1, BATCHES * mini_batch(kind), D))
 
 
 @pytest.fixture
@@ -97,7 +89,7 @@ def same_weights(ours, fast):
     return worst
 
 
-@kinds
+@pytest.mark.parametrize("kind", nightly("four maps, no multiples", *KINDS))
 def test_layers_do_what_they_did_but_for_the_defects(kind, converted, x64):
     p, b, x = parameters(kind), mini_batch(kind), hidden_vectors(kind)
     ours, cfg = converted(p, kind)
@@ -144,9 +136,7 @@ def test_what_was_never_used_changes_nothing(converted):
     p = parameters("mlp")
     before, _ = converted(p, "mlp")
     after, _ = converted(p | {name: p[name] + 1 for name in from_original.UNUSED}, "mlp")
-    assert before.keys() == after.keys()
-    for name, values in before.items():
-        np.testing.assert_array_equal(values, after[name])
+    same(before, after)
 
 
 @pytest.mark.parametrize(("b", "base_lr"), nightly((16, 1.0), (1, 0.1), (64, 1e-3)))
@@ -178,10 +168,7 @@ def is_plain_base(ours, plain):
 
 @pytest.mark.parametrize("type", nightly(*files.TYPES))
 def test_all_weights_convert(tmp_path, type):
-    layers, c = (
-        theirs.layers_of(type=type),
-        theirs.CONFIG | {"moshi_name": "model.safetensors"},
-    )  # of the weights it started from
+    layers, c = theirs.layers_of(type=type), theirs.CONFIG | {"moshi_name": "model.safetensors"}
     folder = theirs.write(tmp_path / "theirs", theirs.consolidated(c, layers, type), layers, c)
     plan = kyutai(folder, tmp_path / "ours")
     cfg, params, info = weights.load(tmp_path / "ours", verify=True)
@@ -232,9 +219,8 @@ def test_what_does_not_carry_over_is_listed(tmp_path):
     ):
         assert words in text, words
     assert not (tmp_path / "ours").exists()
-    frame_by_frame = theirs.write(
-        tmp_path / "one", theirs.consolidated(theirs.CONFIG, theirs.layers_of()), layers, mini_batch_size=1
-    )
+    tensors = theirs.consolidated(theirs.CONFIG, theirs.layers_of())
+    frame_by_frame = theirs.write(tmp_path / "one", tensors, layers, mini_batch_size=1)
     text = " | ".join(kyutai(frame_by_frame, tmp_path / "ours", dry_run=True).notes)
     for words in ("later frames", "twice", "padded with"):
         assert words not in text
@@ -244,9 +230,8 @@ def test_windows_of_attention_carry_over(tmp_path):
     layers = theirs.layers_of(numbers=(1,))
     tensors = theirs.consolidated(theirs.CONFIG, layers)
     for inside, outside, expected in ((5, None, ((1, 5),)), (None, 3, ((0, 3),)), (8, 4, ((0, 4),))):
-        folder = theirs.write(
-            tmp_path / "theirs", tensors, layers, ttt_layer_context=inside, non_ttt_layer_context=outside
-        )
+        windows = {"ttt_layer_context": inside, "non_ttt_layer_context": outside}
+        folder = theirs.write(tmp_path / "theirs", tensors, layers, **windows)
         assert kyutai(folder, tmp_path / "ours", dry_run=True).cfg.layer_context == expected
 
 
@@ -273,17 +258,15 @@ def test_adapters_beside_ttt_layers_convert(tmp_path, plain, merge):
     source, _ = plain
     layers, c = theirs.layers_of(numbers=(1,)), theirs.CONFIG | {"lora": True, "lora_scaling": 0.5}
     adapters = files.lora(c, 3)
-    ckpt = theirs.write(
-        tmp_path / "ckpt", theirs.wrapped(adapters, [1], copies=False) | theirs.own(layers), layers, c, name="lora"
-    )
+    trained = theirs.wrapped(adapters, [1], copies=False) | theirs.own(layers)
+    ckpt = theirs.write(tmp_path / "ckpt", trained, layers, c, name="lora")
     kyutai(source, tmp_path / "ours", lora=ckpt / "lora.safetensors", merge_lora=merge)
     found = weights.load(tmp_path / "ours", verify=True)
     assert found.cfg.ttt_layers == (1,)
     only = files.write(tmp_path / "only", c, {}, adapters=adapters)
     (only / "model.safetensors").unlink()
-    kyutai(
-        source, tmp_path / "without", config=only / "config.json", lora=only / "adapters.safetensors", merge_lora=merge
-    )
+    given = {"config": only / "config.json", "lora": only / "adapters.safetensors", "merge_lora": merge}
+    kyutai(source, tmp_path / "without", **given)
     without = weights.load(tmp_path / "without").info
     files_of_base = [name for name in without["files"] if not name.startswith("ttt")]
     assert found.cfg.lora.rank == (0 if merge else 3)
@@ -323,4 +306,4 @@ def test_converted_layers_go_out_and_come_back(tmp_path):
     a, b = weights.load(tmp_path / "ours"), weights.load(tmp_path / "again")
     assert a.cfg == b.cfg
     assert (a.cfg.ttt.hidden, a.cfg.ttt.post_norm) == ((), False)
-    jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
+    same(a.params, b.params)

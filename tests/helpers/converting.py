@@ -19,6 +19,7 @@ from tests.helpers.places import ROOT
 from ttt_jax.config import TTTConfig
 from ttt_jax.convert import kyutai
 from ttt_jax.errors import InputError
+from ttt_jax.moshi import model
 
 TTT = TTTConfig(layers="0,1", hidden=(), gate_init=0.25)
 """The TTT layers of the fixture `with_ttt`."""
@@ -69,11 +70,17 @@ def shapes_of(tree):
     return {path: shape for path, (shape, _) in layout(tree).items()}
 
 
-def run(folder, *args, **environment):
-    """Runs `python -m ttt_jax.convert` in a process."""
+def parameters_of(cfg):
+    """Shapes and types of a model's parameters."""
+    return jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0))
+
+
+def run(folder, *args, module="ttt_jax.convert", **environment):
+    """Runs `python -m MODULE ARGS` in `folder`, in a process whose caches lie there too."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    env = {**os.environ, "PYTHONPATH": path, "HF_HOME": str(folder / "hub"), **environment}
-    command = [sys.executable, "-m", "ttt_jax.convert", *map(str, args)]
+    caches = {"HF_HOME": str(folder / "hub"), "XDG_CACHE_HOME": str(folder / "cache"), "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "PYTHONPATH": path, **caches, **environment}
+    command = [sys.executable, "-m", module, *map(str, args)]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
 
@@ -130,6 +137,3 @@ def arrives(source, plain, *notes, **options):
     for note, words in zip(notices, notes, strict=True):
         assert words in note
     return plan
-
-
-# Shards

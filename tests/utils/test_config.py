@@ -73,10 +73,7 @@ def test_impossible_layers_are_refused(text, words):
         (lambda: TTTConfig(layers=(1, 2)), "ttt.layers is (1, 2), but must be of type str"),
         (lambda: TTTConfig(horizon=float("inf")), "ttt.horizon=inf is no number of frames"),
         (lambda: dataclasses.replace(TINY, layer_context=((0, 8.5),)), "model.layer_context is 8.5"),
-        (
-            lambda: dataclasses.replace(TINY, layer_context=((0,),)),
-            "model.layer_context is (0,), but must be a list of 2",
-        ),
+        (lambda: dataclasses.replace(TINY, layer_context=((0,),)), "is (0,), but must be a list of 2"),
         (lambda: dataclasses.replace(TINY, delays=None), "model.delays is None"),
         (lambda: dataclasses.replace(TINY, ttt=None), "model.ttt is None"),
         (lambda: dataclasses.replace(TINY, max_period=0.001), "model.max_period=0.001"),
@@ -90,10 +87,7 @@ def test_impossible_layers_are_refused(text, words):
         (lambda: dataclasses.replace(TINY, layer_context=((1, 8), (1, 9))), "gives a layer two windows"),
         (lambda: DepthConfig(dim=0), "depth.dim=0"),
         (lambda: LoRAConfig(rank=-1), "lora.rank=-1"),
-        (
-            lambda: LoRAConfig(maps=("ffn", "wings")),
-            "lora.maps is 'wings', but must be 'attention' or 'ffn' or 'depth' or 'heads'",
-        ),
+        (lambda: LoRAConfig(maps=("wings",)), "'wings', but must be 'attention' or 'ffn' or 'depth' or 'heads'"),
         (lambda: LoRAConfig(maps="ffn"), "lora.maps is 'ffn', but must be a list"),
         (lambda: LoRAConfig(maps=("ffn", "ffn")), "lora.maps=('ffn', 'ffn') names a part of the model twice"),
         (lambda: LoRAConfig(rank=2, maps=()), "lora.maps=() leaves no map for adapters of rank 2"),
@@ -108,10 +102,7 @@ def test_impossible_layers_are_refused(text, words):
         (lambda: dataclasses.replace(TINY, delays=(1,) + 16 * (1,)), "model.delays[0]=1"),
         (lambda: dataclasses.replace(TINY, layer_context=((3, 10),)), "model.layer_context=(3, 10)"),
         (lambda: dataclasses.replace(TINY, layer_context=((0, 0),)), "model.layer_context=(0, 0)"),
-        (
-            lambda: dataclasses.replace(TINY, ttt=TTTConfig(layers="3")),
-            "names layer 3, but the model has layers 0 to 2",
-        ),
+        (lambda: dataclasses.replace(TINY, ttt=TTTConfig(layers="3")), "names layer 3, but the model has layers 0"),
     ],
 )
 def test_refused_settings_name_field_and_value(build, words):
@@ -131,7 +122,7 @@ def test_adapters_of_a_part():
     assert LoRAConfig(rank=0, maps=()).of("ffn").rank == 0
 
 
-def test_adapters_stored_before_there_was_a_choice_are_on_every_map():
+def test_missing_fields_keep_their_defaults():
     cfg = dataclasses.replace(TINY, lora=LoRAConfig(rank=3))
     stored = config_json.to_dict(cfg)
     del stored["lora"]["maps"]
@@ -152,21 +143,10 @@ def test_presets_that_are_trained_from_scratch_have_their_ttt_layers_first(name)
     assert layers == tuple(range(len(layers)))  # where they learn to recall: docs/results/memory.md
 
 
-@pytest.mark.parametrize("name", MODEL_PRESETS)
-def test_presets_are_found_by_name(name):
-    assert model_preset(name) is MODEL_PRESETS[name]
-
-
 def test_seven_billion_preset_has_the_shape_of_moshi():
     cfg = model_preset("moshi-7b")
-    assert (cfg.dim, cfg.num_layers, cfg.num_heads, cfg.context, cfg.card, cfg.text_card) == (
-        4096,
-        32,
-        32,
-        3000,
-        2048,
-        32000,
-    )
+    assert (cfg.dim, cfg.num_layers, cfg.num_heads, cfg.context) == (4096, 32, 32, 3000)
+    assert (cfg.card, cfg.text_card) == (2048, 32000)
     assert cfg.delays == (0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1)
     assert (cfg.num_streams, cfg.dep_q, cfg.max_delay, cfg.head_dim) == (17, 8, 1, 128)
 
@@ -183,11 +163,8 @@ def test_runs_are_the_longest_stretches_of_equal_layers():
     ]
 
 
-def test_lists_become_tuples():
+def test_configurations_are_hashable_values_also_of_lists():
     assert hash(TTTConfig(hidden=[4])) == hash(TTTConfig(hidden=(4,)))
-
-
-def test_configurations_are_hashable_values():
     assert hash(dataclasses.replace(TINY)) == hash(TINY)
     assert TTTConfig(layers="0", hidden=(2, 3)) == TTTConfig(layers="0", hidden=(2, 3)) != TTTConfig(layers="0")
 

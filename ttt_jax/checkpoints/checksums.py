@@ -3,10 +3,9 @@
 Orbax and TensorStore check their indices, not the numbers: of 40 single flipped bits in the file that holds an array,
 39 gave other numbers without an error. They also accept the sound files of another checkpoint (tests/checkpoints).
 
-The sum of an array is that of `mix(bits ^ mix(i))` over its elements i, mod 2^32. `mix` permutes the 32-bit numbers:
-its steps, x ^= x >> n and x *= odd, are invertible. So another value of one element always gives another sum; other
-damage goes unseen once in 2^32. Integer addition mod 2^32 has no rounding and no order: the sum does not depend on how
-the array lies on devices and processes.
+The sum of an array is that of `mix(bits ^ mix(i))` over its elements i, mod 2^32. `mix` permutes the 32-bit numbers, so
+another value of one element always gives another sum; other damage goes unseen once in 2^32. Addition mod 2^32 has no
+order: the sum does not depend on how the array lies on devices and processes.
 """
 
 from __future__ import annotations

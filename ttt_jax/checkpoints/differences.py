@@ -21,6 +21,13 @@ def differences(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tu
         yield f"has {group(keys)} of shape {list(has)} instead of {list(should)}"
 
 
+def wrong_types(types: Mapping[str, str], *allowed: str) -> Iterator[str]:
+    """Describes tensors whose type, by name, is not one of `allowed`."""
+    for key, dtype in types.items():
+        if dtype not in allowed:
+            yield f"has {key} as {dtype} instead of {', '.join(allowed)}"
+
+
 def group(keys: Iterable[str]) -> str:
     """Returns keys in short: those that differ in numbers only become one, with the numbers in braces."""
     patterns: dict[tuple[str, ...], list[tuple[int, ...]]] = {}

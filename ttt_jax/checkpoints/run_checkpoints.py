@@ -29,7 +29,7 @@ import numpy as np
 
 from ttt_jax.checkpoints import checksums
 from ttt_jax.checkpoints.checksums import Damaged
-from ttt_jax.checkpoints.differences import differences
+from ttt_jax.checkpoints.differences import differences, wrong_types
 from ttt_jax.errors import InputError
 from ttt_jax.utils.files import CHECKPOINTS
 
@@ -56,7 +56,7 @@ class Saved(NamedTuple):
     data: Any
     meta: dict[str, Any]
     digest: str
-    """SHA-256 of the weights, from `Checkpoints.digest`."""
+    """SHA-256 that identifies the weights and their base."""
 
 
 Like = Callable[[dict[str, Any]], tuple[Any, Any]]
@@ -83,12 +83,8 @@ class Checkpoints:
     """The checkpoints of one run folder. Saves in the background; `close` waits for the last save."""
 
     def __init__(self, run_dir: Path, keep: int | None = None):
-        """Opens the folder.
-
-        Args:
-          run_dir: the run's folder.
-          keep: number of latest checkpoints to keep, besides the one with the lowest validation loss; None: read only.
-        """
+        """Opens the folder. `keep` is the number of latest checkpoints to keep, besides the one with the lowest
+        validation loss; None: read only."""
         self._run_dir = Path(run_dir).absolute()
         self._folder = self._run_dir / FOLDER
         self._validation: dict[int, float | None] = {}
@@ -111,10 +107,7 @@ class Checkpoints:
     ) -> None:
         """Saves a checkpoint. Returns when the arrays may be donated, before they are on disk.
 
-        Args:
-          data, meta: JSON values.
-          validation: the loss that selects the best checkpoint; None or NaN: none.
-
+        `data` and `meta` are JSON values. The loss `validation`, unless None or NaN, selects the best checkpoint.
         Raises `InputError` if the save before this one has failed.
         """
         from orbax.checkpoint import args
@@ -149,44 +142,27 @@ class Checkpoints:
             return []
         return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal())
 
-    def latest(self) -> int:
-        """Returns the step of the latest checkpoint on disk. Raises `InputError` if there is none."""
-        steps = self.steps()
-        if not steps:
-            raise InputError(
-                f"{self._folder} holds no checkpoint: the run ended before its first, so remove the folder and start it"
-                " anew."
-            )
-        return steps[-1]
-
     def best(self) -> int | None:
         """Returns the step with the lowest validation loss, the first of equals; None if no checkpoint has one."""
         return _best({step: self._validation_of(step) for step in self.steps()})
-
-    def digest(self, step: int) -> str:
-        """Returns the SHA-256, hex, that identifies the weights of a checkpoint and of its base. Reads no arrays.
-
-        Raises `InputError` if the checkpoint is gone or damaged.
-        """
-        with self._damage_errors(step):
-            return self._record(step).digest()
 
     def meta(self) -> dict[str, Any]:
         """Returns the meta of the latest checkpoint that is whole. Raises `InputError` as `restore` does."""
         return self._latest_whole(lambda step: self._record(step).meta)
 
     def restore(self, like: Like, step: int | None = None) -> Saved:
-        """Returns the checkpoint `step`, or the latest whole one, in the structure, shapes, types and places that
-        `like` gives.
+        """Returns the checkpoint `step`, or the latest whole one, in the structure, types and places that `like` gives.
 
-        Logs the later ones that are damaged, and moves them to RUN/damaged if the folder is open for writing.
-
-        Raises `InputError` if there is no checkpoint, none is whole, or the latest whole one differs from `like`.
+        Logs later ones that are damaged, and moves them to RUN/damaged if the folder is open for writing. Raises
+        `InputError` if there is no checkpoint, none is whole, or the latest whole one differs from `like`.
         """
         if step is None:
             return self._latest_whole(lambda step: self._restore(step, like))
-        with self._damage_errors(step):
+        try:
             return self._restore(step, like)
+        except Damaged as problem:
+            where = self._folder / str(step)
+            raise InputError(f"{where} is damaged ({problem}): give another checkpoint.") from problem
 
     def close(self) -> None:
         """Waits until everything saved is on disk. Raises `InputError` if that fails."""
@@ -198,7 +174,9 @@ class Checkpoints:
 
     def _latest_whole(self, read: Callable[[int], Any]) -> Any:
         """Returns what `read` gives for the latest step for which it does not raise `Damaged`."""
-        self.latest()  # raises if there is none
+        if not self.steps():
+            how = "the run ended before its first, so remove the folder and start it anew"
+            raise InputError(f"{self._folder} holds no checkpoint: {how}.")
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
@@ -211,10 +189,8 @@ class Checkpoints:
                 self._move_aside(damaged)
             return value
         problems = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
-        raise InputError(
-            f"{self._folder} holds no checkpoint that is not damaged ({problems}): bring one back from a copy, or start"
-            " the run anew."
-        )
+        how = "bring one back from a copy, or start the run anew"
+        raise InputError(f"{self._folder} holds no checkpoint that is not damaged ({problems}): {how}.")
 
     def _record(self, step: int) -> _Record:
         """Returns the JSON of a checkpoint. Raises `Damaged`."""
@@ -253,8 +229,7 @@ class Checkpoints:
             raise problem or Damaged("another process cannot read it")
 
     def _move_aside(self, steps: Collection[int]) -> None:
-        """Moves damaged checkpoints to RUN/damaged: their steps are saved anew, and Orbax refuses a step that
-        exists."""
+        """Moves damaged checkpoints to RUN/damaged, as Orbax refuses to save a step that exists."""
         for step in steps if jax.process_index() == 0 else ():
             (self._run_dir / DAMAGED).mkdir(exist_ok=True)
             names = (str(step), *(f"{step}.{i}" for i in range(1, 1000)))
@@ -280,30 +255,18 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
     @contextlib.contextmanager
-    def _damage_errors(self, step: int) -> Iterator[None]:
-        """Raises `Damaged` as `InputError`."""
-        try:
-            yield
-        except Damaged as problem:
-            raise InputError(
-                f"{self._folder / str(step)} is damaged ({problem}): give another checkpoint."
-            ) from problem
-
-    @contextlib.contextmanager
     def _write_errors(self, *kinds: type[Exception]) -> Iterator[None]:
         """Raises errors of these `kinds` as `InputError`."""
         try:
             yield
         except kinds as error:
-            raise InputError(
-                f"a checkpoint could not be written to {self._folder} ({_short(error)}): make room or mend the folder,"
-                f" then go on with --resume {self._run_dir}."
-            ) from error
+            failed = f"a checkpoint could not be written to {self._folder} ({_short(error)})"
+            how = f"make room or mend the folder, then go on with --resume {self._run_dir}"
+            raise InputError(f"{failed}: {how}.") from error
 
 
 class _LatestAndBest:
-    """Orbax's rule for what to keep. Its own `BestN` reads losses from files that may be damaged, and takes NaN for a
-    loss."""
+    """Orbax's rule for what to keep. Its own `BestN` reads losses from damaged files too, and takes NaN for a loss."""
 
     def __init__(self, latest: int, validation: Mapping[int, float | None]):
         self._latest, self._validation = latest, validation
@@ -315,15 +278,12 @@ class _LatestAndBest:
         return [step in kept for step in steps]
 
 
-@contextlib.contextmanager
-def open_run(run_dir: str | Path) -> Iterator[Checkpoints]:
+def open_run(run_dir: str | Path) -> Checkpoints:
     """Opens the checkpoints of an existing run for reading. Raises `InputError` if `run_dir` is no run folder."""
-    run_dir = Path(run_dir)
-    if not (run_dir / FOLDER).is_dir():
-        raise InputError(
-            f"{run_dir} is not the folder of a run (it has no {FOLDER}/): give one that python -m train made."
-        )
-    yield Checkpoints(run_dir)
+    if not (Path(run_dir) / FOLDER).is_dir():
+        how = "give one that python -m train made"
+        raise InputError(f"{run_dir} is not the folder of a run (it has no {FOLDER}/): {how}.")
+    return Checkpoints(Path(run_dir))
 
 
 def _best(validation: Mapping[int, float | None]) -> int | None:
@@ -360,19 +320,14 @@ def _check_same(folder: Path, stored: Mapping[str, Sequence[Any]], like: Mapping
     """Raises `InputError` unless the arrays `stored` have the names, types and shapes of `like`."""
     expected = checksums.listing(like)
     saved = {name: (dtype, tuple(shape)) for name, (dtype, shape, _) in stored.items() if name.split("/", 1)[0] in like}
-    problems = list(
-        differences(*({name: shape for name, (_, shape) in arrays.items()} for arrays in (expected, saved)))
-    )
-    problems += [
-        f"has {name} as {saved[name][0]} instead of {dtype}"
-        for name, (dtype, _) in expected.items()
-        if name in saved and saved[name][0] != dtype
-    ]
+    shapes = ({name: shape for name, (_, shape) in arrays.items()} for arrays in (expected, saved))
+    problems = list(differences(*shapes))
+    for name in expected:
+        if name in saved:
+            problems += wrong_types({name: saved[name][0]}, expected[name][0])
     if problems:
-        raise InputError(
-            f"{folder} is of another version or architecture ({'; '.join(problems)}): go on with the version of ttt_jax"
-            " in its meta, or start the run anew."
-        )
+        how = "go on with the version of ttt_jax in its meta, or start the run anew"
+        raise InputError(f"{folder} is of another version or architecture ({'; '.join(problems)}): {how}.")
 
 
 def _short(error: BaseException) -> str:

@@ -30,9 +30,8 @@ class Run(NamedTuple):
 def load_run(path: str | Path) -> Run:
     """Returns the latest weights of a run, or those of a checkpoint (RUN/checkpoints/STEP), and their configuration.
 
-    Weights that a fine-tuning run did not change come from its base.
-
-    Raises `InputError` if there is no run, no whole checkpoint in it, or its base is gone or another.
+    Weights that a fine-tuning run did not change come from its base. Raises `InputError` if there is no run, no whole
+    checkpoint in it, or its base is gone or another.
     """
     run_dir, step = run_and_step(Path(path)) or (path, None)
 
@@ -47,8 +46,7 @@ def load_run(path: str | Path) -> Run:
         stored = meta.get("stored")
         return (shapes_of(meta) if stored is None else trees.pick(shapes_of(meta), set(stored))), None
 
-    with open_run(run_dir) as checkpoints:
-        saved = checkpoints.restore(like, step)
+    saved = open_run(run_dir).restore(like, step)
     config, params = config_of(saved.meta), saved.params
     if saved.meta.get("stored") is not None:
         params = _with_base(run_dir, saved, config, shapes_of(saved.meta))
@@ -58,21 +56,11 @@ def load_run(path: str | Path) -> Run:
 def _with_base(run_dir: str | Path, saved: Saved, config: MoshiConfig, like: Any) -> dict[str, Any]:
     """Returns the stored weights and those of the base, together of the shapes of `like`."""
     base = saved.meta["base"]
-    if not (Path(base["path"]) / weights.CONFIG).is_file():
-        raise InputError(
-            f"{base['path']}, the base weights of {run_dir}, is gone: bring the folder back to that place."
-        )
     missing = trees.named(like).keys() - trees.named(saved.params).keys()
-    with weights.Folder(base["path"]) as folder:
-        if folder.info["digest"] != base["digest"]:
-            raise InputError(
-                f"{base['path']} has the digest {folder.info['digest']}, but the base weights of {run_dir} have"
-                f" {base['digest']}: bring those back to that place."
-            )
+    with weights.base_of_run(run_dir, **base) as folder:
         params = trees.merge(weights.read(folder, config, missing), saved.params)
     shapes = [{name: leaf.shape for name, leaf in trees.named(tree).items()} for tree in (like, params)]
     if problems := "; ".join(differences(*shapes)):
-        raise InputError(
-            f"{run_dir} with its base {base['path']} {problems}: load it with the version of ttt_jax in its meta."
-        )
+        both = f"{run_dir} with its base {base['path']}"
+        raise InputError(f"{both} {problems}: load it with the version of ttt_jax in its meta.")
     return params

@@ -5,6 +5,7 @@ Files are read, not mapped: touched pages of a map count as resident memory of t
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -24,13 +25,9 @@ _log = logging.getLogger("ttt_jax")
 BLOCK = 16 << 20  # bytes that are read, hashed and written together
 LARGEST_HEADER = 100_000_000  # bytes; the bound of the format's own library
 
-DTYPES = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-}
+DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 """Types of weights by their name in a file."""
-NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+NAMES = {name: dtype.name for name, dtype in DTYPES.items()}
 """Names for people."""
 SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8}
 SIZES |= {"U64": 8, "F64": 8} | {name: dtype.itemsize for name, dtype in DTYPES.items()}
@@ -53,34 +50,22 @@ class Piece(NamedTuple):
 
     nbytes: int
     blocks: Callable[[int], Iterator[memoryview]]
-    """Yields the bytes in blocks whose sizes are multiples of the argument (1: any size). A block is valid until the
-    next one."""
+    """Yields the bytes in blocks of multiples of the argument. A block is valid until the next one."""
 
 
-class TensorFile:
+class TensorFile(contextlib.ExitStack):
     """A safetensors file open for reading. Its header is checked against its size when it is opened."""
 
     def __init__(self, path: Path):
         """Raises `InputError` if `path` is no whole safetensors file."""
+        super().__init__()
         self.path = Path(path)
         if not self.path.is_file():
             raise InputError(f"{path} is not a file: give the path of a safetensors file.")
-        self._file = self.path.open("rb", buffering=0)
-        try:
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(self.path.open("rb", buffering=0))
             self.tensors = _header(self.path, self._file)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+            self.push(stack.pop_all())
 
     def read_into(self, start: int, view: memoryview) -> None:
         """Fills `view` with the bytes from `start` on. Raises `InputError` if the file ends before."""
@@ -89,9 +74,7 @@ class TensorFile:
         while done < len(view):
             count = self._file.readinto(view[done:])
             if not count:
-                raise InputError(
-                    f"{self.path} ends at byte {start + done} while it is being read: leave it alone and run again."
-                )
+                raise InputError(f"{self.path} became shorter while it was read: leave it alone and run again.")
             done += count
 
     def array(self, name: str) -> np.ndarray:
@@ -108,7 +91,7 @@ class TensorFile:
         start = info.start + part * size
 
         def blocks(unit: int) -> Iterator[memoryview]:
-            step = _block_size(unit)
+            step = max(1, BLOCK // unit) * unit
             buffer = memoryview(np.empty(min(step, size), np.uint8))
             for at in range(0, size, step):
                 view = buffer[: size - at]
@@ -116,11 +99,6 @@ class TensorFile:
                 yield view
 
         return Piece(size, blocks)
-
-
-def _block_size(unit: int) -> int:
-    """Returns the largest multiple of `unit` that is at most `BLOCK`, at least `unit`."""
-    return max(1, BLOCK // unit) * unit
 
 
 def as_bytes(array: np.ndarray) -> memoryview:
@@ -133,7 +111,7 @@ def of_array(nbytes: int, make: Callable[[], np.ndarray]) -> Piece:
 
     def blocks(unit: int) -> Iterator[memoryview]:
         view = as_bytes(np.ascontiguousarray(make()))
-        step = _block_size(unit)
+        step = max(1, BLOCK // unit) * unit
         for at in range(0, len(view), step):
             yield view[at : at + step]
 
@@ -141,17 +119,12 @@ def of_array(nbytes: int, make: Callable[[], np.ndarray]) -> Piece:
 
 
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
-"""Bits of infinity by type. Without the sign, the bits of NaN are a larger number and those of all finite values a
-smaller one."""
+"""Bits of infinity by type. Without their sign, NaN has larger bits and every finite value smaller ones."""
 
 
 def watched(piece: Piece, dtype: str, where: str, warned: set[str]) -> Piece:
-    """Returns `piece` of type `dtype` unchanged. Reading it logs a warning if a number is NaN or infinite.
-
-    Args:
-      where: names the tensor in the warning.
-      warned: the names that a warning was logged for, each only once.
-    """
+    """Returns `piece` of type `dtype` unchanged. Reading it logs a warning if a number is NaN or infinite, unless its
+    name `where` is in `warned`, which then holds it."""
     bits = np.dtype(f"u{DTYPES[dtype].itemsize}")
     unsigned = np.array(np.iinfo(bits).max >> 1, bits)
 
@@ -194,16 +167,13 @@ def rounded(values: np.ndarray, target: str, where: str, advice: str) -> np.ndar
 
 
 def _header(path: Path, file: io.FileIO) -> dict[str, Info]:
-    """Returns the tensors by name. Raises `InputError` unless the file is a header followed by the tensors that it
-    lists."""
+    """Returns the tensors by name. Raises `InputError` unless the header lists exactly the bytes of the file."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or not 2 <= length <= LARGEST_HEADER:
         raise InputError(f"{path} does not start with a safetensors header: give a whole safetensors file.")
     if size < 8 + length:
-        raise InputError(
-            f"{path} is cut off: its header has {length} bytes, the file {size} in all; copy or download it again."
-        )
+        raise InputError(f"{path} is cut off within its header: copy or download it again.")
     try:
         entries = json.loads(file.read(length))
         entries.pop("__metadata__", None)
@@ -215,21 +185,16 @@ def _header(path: Path, file: io.FileIO) -> dict[str, Info]:
         expected = math.prod(info.shape) * SIZES.get(info.dtype, 0)
         sound = info.dtype in SIZES and min(info.shape, default=0) >= 0
         if not sound or info.start != end or info.stop - info.start != expected:
-            raise InputError(
-                f"{path} lists {name} as {info.dtype} of shape {list(info.shape)} in bytes {info.start} to {info.stop},"
-                " which does not fit: write the file again by a safetensors library."
-            )
+            place = f"{info.dtype} of shape {list(info.shape)} in bytes {info.start} to {info.stop}"
+            raise InputError(f"{path} lists {name} as {place}, which does not fit: write the file again.")
         end = info.stop
     if size != end:
-        raise InputError(
-            f"{path} has {size} bytes, but its header lists {end}: it is cut off or damaged; copy or download it again."
-        )
+        raise InputError(f"{path} has {size} bytes instead of {end}, so it is cut off or damaged: copy it again.")
     return tensors
 
 
 def _info(entry: dict[str, object], data: int) -> Info:
-    """Returns one tensor of a header whose data begin at byte `data`. Raises what a header of other JSON types
-    raises."""
+    """Returns one tensor of a header whose data begin at byte `data`. Raises any error for other JSON types."""
     dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or any(type(number) is not int for number in (*shape, start, stop)):
         raise TypeError

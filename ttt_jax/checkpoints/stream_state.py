@@ -22,8 +22,7 @@ from ttt_jax.utils.files import write_atomically
 
 
 def save_state(path: str | Path, state: State, cfg: MoshiConfig) -> None:
-    """Write `state` to `path`, at once or not at all: safetensors, a tensor for each leaf, the model's configuration, a
-    checksum.
+    """Writes `state` to `path`, at once or not at all: a tensor for each leaf, the model's configuration, a checksum.
 
     Raises `InputError` if it cannot be written; what was there before is left as it was.
     """
@@ -33,14 +32,12 @@ def save_state(path: str | Path, state: State, cfg: MoshiConfig) -> None:
     try:
         write_atomically(Path(path), content)
     except OSError as error:
-        raise InputError(
-            f"{path} could not be written ({error.strerror}), {len(content):,} bytes are needed: mend that, or give"
-            " another path."
-        ) from error
+        failed = f"{path} could not be written ({error.strerror}), {len(content):,} bytes are needed"
+        raise InputError(f"{failed}: mend that, or give another path.") from error
 
 
 def load_state(path: str | Path, cfg: MoshiConfig) -> State:
-    """Returns the state in `path`, bit for bit. A stream goes on from it as if it had never stopped.
+    """Returns the state in `path`, bit for bit, so that a stream goes on as if it had never stopped.
 
     Raises `InputError` if the file is damaged or is not the state of a model with the configuration `cfg`.
     """
@@ -52,9 +49,8 @@ def load_state(path: str | Path, cfg: MoshiConfig) -> State:
             metadata = file.metadata() or {}
             leaves = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
     except SafetensorError as error:
-        raise InputError(
-            f"{path} is damaged or no safetensors file ({error}): give a state that save_state wrote."
-        ) from None
+        damaged = f"{path} is damaged or no safetensors file ({error})"
+        raise InputError(f"{damaged}: give a state that save_state wrote.") from None
     wanted = config_json.to_dict(_model(cfg))
     try:
         model = dict(json.loads(metadata["model"]))
@@ -62,10 +58,8 @@ def load_state(path: str | Path, cfg: MoshiConfig) -> State:
         raise InputError(f"{path} does not name its model: give a state that save_state wrote.") from None
     if differing := [key for key in wanted if model.get(key) != wanted[key]]:
         key = differing[0]
-        raise InputError(
-            f"{path} is the state of another model, whose {key} is {model.get(key)!r} where this one's is"
-            f" {wanted[key]!r}: give the state of this model, or load that one."
-        )
+        other = f"whose {key} is {model.get(key)!r} where this one's is {wanted[key]!r}"
+        raise InputError(f"{path} is the state of another model, {other}: give the state of this model.")
     rows = leaves["position"].shape[0] if "position" in leaves else 1
     fresh = jax.eval_shape(lambda: init_state(cfg, rows))
     expected = {name: (*leaf.shape, str(leaf.dtype)) for name, leaf in trees.named(fresh).items()}
@@ -85,8 +79,7 @@ def _checksum(leaves: dict[str, np.ndarray], about: str) -> str:
 
 
 def _model(cfg: MoshiConfig) -> MoshiConfig:
-    """Returns `cfg` in a normal form: fields without effect on a running stream at their defaults, layers as
-    numbers."""
+    """Returns `cfg` with layers as numbers and with defaults for fields without effect on a running stream."""
     layers = ",".join(map(str, cfg.ttt_layers)) or "none"
     plain = TTTConfig()
     return dataclasses.replace(

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -24,6 +25,7 @@ from ttt_jax.utils.files import file_digest
 FORMAT = 1
 CONFIG = "config.json"
 LORA = "lora.safetensors"
+MADE_BY = "python -m ttt_jax.convert kyutai"
 
 
 class Tensor(NamedTuple):
@@ -158,57 +160,31 @@ def by_file(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
     return files
 
 
-def base_digest(cfg: MoshiConfig, files: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the SHA-256 over the names and digests of the files of a base, without TTT layers and adapters."""
-    return _digest_of(base(cfg), files)
-
-
-def whole_digest(cfg: MoshiConfig, files: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the SHA-256 over the names and digests of all files of weights, with TTT layers and adapters."""
-    return _digest_of(tensors(cfg), files)
-
-
-def _digest_of(tensors: Iterable[Tensor], files: Mapping[str, Mapping[str, Any]]) -> str:
+def digest(tensors: Iterable[Tensor], files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the SHA-256 over the names and digests of the files that hold `tensors`."""
     lines = "".join(f"{files[name]['sha256']}  {name}\n" for name in sorted(by_file(tensors)))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-class Folder:
+class Folder(contextlib.ExitStack):
     """A folder of weights, checked and open for reading tensor by tensor."""
 
     def __init__(self, folder: str | Path, verify: bool = False):
-        """Opens all files of `folder`.
+        """Opens all files of `folder`; reads them once to compare their SHA-256 with `config.json` if `verify`.
 
-        Args:
-          folder: written by `python -m ttt_jax.convert kyutai`.
-          verify: whether to read all files once and compare their SHA-256 with `config.json`.
-
-        Raises `InputError` with all differences if `folder` is none, or a file, tensor, shape or type differs from its
-        `config.json`.
+        Raises `InputError` with all differences if a file, tensor, shape or type differs from `config.json`.
         """
+        super().__init__()
         self.path = Path(folder)
         self.info = _read_config(self.path)
         self.cfg = config_json.from_dict(MoshiConfig, self.info["model"], f"{self.path / CONFIG}: model")
         self.tensors = tensors(self.cfg)
         self.files: dict[str, TensorFile] = {}
-        try:
-            problems = list(self._problems(verify))
+        with contextlib.ExitStack() as opened:
+            problems = list(self._problems(verify, opened))
             if problems:
                 raise InputError(f"{self.path} differs from its {CONFIG}: {'; '.join(problems)}: convert it again.")
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Closes all files."""
-        for file in self.files.values():
-            file.close()
-
-    def __enter__(self) -> Folder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+            self.push(opened.pop_all())
 
     def dtype(self, tensor: Tensor) -> str:
         """Returns the type of a tensor as files name it."""
@@ -218,7 +194,7 @@ class Folder:
         """Returns a tensor."""
         return self.files[tensor.file].array(tensor.name)
 
-    def _problems(self, verify: bool) -> Iterator[str]:
+    def _problems(self, verify: bool, opened: contextlib.ExitStack) -> Iterator[str]:
         listed, grouped = self.info["files"], by_file(self.tensors)
         for name in sorted(grouped.keys() - listed.keys()):
             yield f'{CONFIG} lists no "{name}"'
@@ -231,23 +207,29 @@ class Folder:
             elif verify and file_digest(path) != about["sha256"]:
                 yield f"{name} has another SHA-256 than when it was written"
             elif name in grouped:
-                self.files[name] = TensorFile(path)
+                self.files[name] = opened.enter_context(TensorFile(path))
         for name, file in self.files.items():
             stored = {key: info.shape for key, info in file.tensors.items()}
             expected = {t.name: t.shape for t in grouped[name]}
             yield from (f"{name} {problem}" for problem in differences(expected, stored))
-        for kind in (base(self.cfg), [t for t in self.tensors if t.file == LORA]):
-            types = {
-                (name, info.dtype)
-                for name in sorted(by_file(kind).keys() & self.files.keys())
-                for info in self.files[name].tensors.values()
-            }
+        types_of = {name: {info.dtype for info in file.tensors.values()} for name, file in self.files.items()}
+        for kind in (by_file(base(self.cfg)).keys(), {LORA}):
+            types = {(name, dtype) for name in kind & types_of.keys() for dtype in types_of[name]}
             if len({dtype for _, dtype in types}) > 1 or any(dtype not in DTYPES for _, dtype in types):
                 yield "types are mixed (" + ", ".join(sorted(f"{name}: {dtype}" for name, dtype in types)) + ")"
-        for name in sorted(by_file(t for t in self.tensors if "ttt" in t.path).keys() & self.files.keys()):
-            for key, info in self.files[name].tensors.items():
-                if info.dtype != "F32":
-                    yield f"{name} has {key} as {info.dtype} instead of F32"
+        for name in sorted(by_file(t for t in self.tensors if "ttt" in t.path).keys() & types_of.keys()):
+            if wrong := types_of[name] - {"F32"}:
+                yield f"{name} has type {', '.join(sorted(wrong))} instead of F32"
+
+
+def base_of_run(run: str | Path, path: str, digest: str) -> Folder:
+    """Opens the base weights of a run. Raises `InputError` if they are gone or have another digest."""
+    if (Path(path) / CONFIG).is_file():
+        folder = Folder(path)
+        if folder.info["digest"] == digest:
+            return folder
+        folder.close()
+    raise InputError(f"{path}, the base weights of {run}, is gone or another: bring it back to that place.")
 
 
 Place = Callable[[tuple[str, ...], np.ndarray], Any]
@@ -267,17 +249,16 @@ def load(folder: str | Path, verify: bool = False) -> Weights:
 def read(
     folder: Folder, cfg: MoshiConfig, names: Collection[str] | None = None, place: Place | None = None
 ) -> dict[str, Any]:
-    """Returns the leaves of `cfg`'s parameters that are in `folder`. `cfg` may stack layers otherwise and have more
-    layers or adapters.
+    """Returns the leaves of `cfg`'s parameters that are whole in `folder`, nested. `cfg` may stack layers otherwise and
+    have more layers or adapters.
 
     Args:
       names: the leaves to read, as "layers/layers_00_28/norm1"; None: all.
       place: puts a leaf where it belongs; None: on the first device.
-
-    Returns:
-      Nested as in the parameters, without leaves that lack a layer.
     """
     import jax.numpy as jnp
+
+    from ttt_jax.utils.trees import nested
 
     place = place or (lambda _, array: jnp.asarray(array))
     stored = {(tensor.file, tensor.name): tensor for tensor in folder.tensors}
@@ -290,36 +271,26 @@ def read(
         found = [stored.get((tensor.file, tensor.name)) for tensor in parts]
         if None in found or any(a.shape != b.shape for a, b in zip(parts, found, strict=True)):
             continue
-        *parents, name = path
-        branch = params
-        for key in parents:
-            branch = branch.setdefault(key, {})
+        name = "/".join(path)
         if parts[0].index is None:
-            branch[name] = place(path, folder.array(parts[0]))
+            params[name] = place(path, folder.array(parts[0]))
             continue
         stacked = np.empty((len(parts), *parts[0].shape), DTYPES[folder.dtype(parts[0])])
         for tensor in parts:
             stacked[tensor.index] = folder.array(tensor)
-        branch[name] = place(path, stacked.reshape(-1, *parts[0].part) if parts[0].lead else stacked)
-    return params
+        params[name] = place(path, stacked.reshape(-1, *parts[0].part) if parts[0].lead else stacked)
+    return nested(params)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
-        raise InputError(
-            f"{folder} is not a folder of weights (it has no {CONFIG}): give one that python -m ttt_jax.convert kyutai"
-            " made."
-        )
+        raise InputError(f"{folder} is not a folder of weights (it has no {CONFIG}): give one that {MADE_BY} made.")
     info = config_json.read_json(folder / CONFIG, f"the {CONFIG} of converted weights")
     if not isinstance(info, dict) or not {"format", "model", "files", "source", "digest"} <= info.keys():
-        raise InputError(
-            f"{folder / CONFIG} does not describe converted weights: give a folder that python -m ttt_jax.convert"
-            " kyutai made."
-        )
+        raise InputError(f"{folder / CONFIG} does not describe converted weights: give a folder that {MADE_BY} made.")
     if info["format"] != FORMAT:
-        raise InputError(
-            f"{folder / CONFIG} has format {info['format']}, this version reads {FORMAT}: convert the weights again."
-        )
+        has = f"has format {info['format']}, this version reads {FORMAT}"
+        raise InputError(f"{folder / CONFIG} {has}: convert the weights again.")
     return info
 
 

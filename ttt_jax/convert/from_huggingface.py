@@ -33,26 +33,12 @@ COMMON = {
     "partial_rotary_factor": 1.0,
 }
 DEFAULTS: dict[str, Any] = COMMON | {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "audio_vocab_size": None,
-    "sliding_window": 3000,
-    "ffn_dim": 22528,
-    "num_codebooks": 8,
-    "rope_theta": 10000.0,
-    "rope_parameters": None,
-    "rope_scaling": None,
-    "quantization_config": None,
-    "audio_encoder_config": None,
-    "depth_decoder_config": None,
+    **{"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "sliding_window": 3000},
+    **{"ffn_dim": 22528, "num_codebooks": 8, "rope_theta": 10000.0, "audio_vocab_size": None, "rope_parameters": None},
+    **dict.fromkeys(("rope_scaling", "quantization_config", "audio_encoder_config", "depth_decoder_config")),
 }
 DEPTH_DEFAULTS: dict[str, Any] = COMMON | {
-    "hidden_size": 1024,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 16,
-    "sliding_window": 8,
-    "ffn_dim": 5632,
+    **{"hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16, "sliding_window": 8, "ffn_dim": 5632}
 }
 """Defaults of transformers' `MoshiConfig` and `MoshiDepthConfig`."""
 CODES = 2048  # entries of a codebook of transformers' `MimiConfig`
@@ -92,34 +78,25 @@ def architecture(raw: Mapping[str, Any], where: str) -> MoshiConfig:
     Raises `InputError` with the file `where` and the key if a value is impossible or not supported.
     """
 
-    def get(key: str, kind: Any = int) -> Any:
-        return config_json.conform(kind, values[key], where, key)
-
-    def deep(key: str, kind: Any = int) -> Any:
-        return config_json.conform(kind, depth[key], where, f"depth_decoder_config.{key}")
-
     values = {**DEFAULTS, **raw}
+    get = _getter(values, where, "")
     given = get("depth_decoder_config", dict | None) or {}
-    depth = {**DEPTH_DEFAULTS, **given}
+    deep = _getter({**DEPTH_DEFAULTS, **given}, where, "depth_decoder_config.")
     codec = {"codebook_size": CODES, **(get("audio_encoder_config", dict | None) or {})}
     card = get("audio_vocab_size", int | None)
     rope = get("rope_parameters", dict | None) or {}
     codebooks = get("num_codebooks")
     codes = config_json.conform(int, codec["codebook_size"] if card is None else card, where, "codebook_size")
-    _check_numbers(get, where, "")
-    _check_numbers(deep, where, "depth_decoder_config.")
-    for key, wanted, of in (
-        ("num_codebooks", codebooks, "num_codebooks"),
-        ("vocab_size", get("vocab_size"), "vocab_size"),
-        ("audio_vocab_size", codes, "audio_vocab_size" if card is not None else "audio_encoder_config.codebook_size"),
-        ("input_size", get("hidden_size"), "hidden_size"),
+    problems = [*_unsupported(get, where, ""), *_unsupported(deep, where, "depth_decoder_config.")]
+    for key, name, wanted in (
+        ("num_codebooks", "num_codebooks", codebooks),
+        ("vocab_size", "vocab_size", get("vocab_size")),
+        ("audio_vocab_size", "audio_vocab_size" if card is not None else "audio_encoder_config.codebook_size", codes),
+        ("input_size", "hidden_size", get("hidden_size")),
     ):
         if given.get(key) is not None and deep(key) != wanted:
-            raise InputError(
-                f"{where} contradicts itself: depth_decoder_config.{key} is {depth[key]}, but {of} is {wanted}; correct"
-                " it there."
-            )
-    problems = [*_unsupported(get, ""), *_unsupported(deep, "depth_decoder_config.")]
+            there = f"depth_decoder_config.{key} is {deep(key)}, but {name} is {wanted}"
+            raise InputError(f"{where} contradicts itself: {there}; correct it there.")
     if (kind := rope.get("rope_type", "default")) != "default" or values["rope_scaling"] is not None:
         problems.append(f"scaled positions ({values['rope_scaling'] or kind!r})")
     share = config_json.conform(float, rope.get("partial_rotary_factor", 1.0), where, "partial_rotary_factor")
@@ -129,8 +106,7 @@ def architecture(raw: Mapping[str, Any], where: str) -> MoshiConfig:
         problems.append("quantised weights (quantization_config)")
     if codebooks > CODEBOOKS:
         problems.append(f"more codebooks than Mimi's {CODEBOOKS} (num_codebooks={codebooks})")
-    if deep("sliding_window") < codebooks:
-        window = depth["sliding_window"]
+    if (window := deep("sliding_window")) < codebooks:
         problems.append(f"a window in the depth transformer (depth_decoder_config.sliding_window={window})")
     unsupported.refuse(where, problems)
     with kyutai_config.describing(where):
@@ -159,33 +135,22 @@ def architecture(raw: Mapping[str, Any], where: str) -> MoshiConfig:
         )
 
 
-def _check_numbers(get: Callable[..., Any], where: str, prefix: str) -> None:
-    """Raises `InputError` if heads or widths of one of the two transformers are impossible."""
+def _getter(values: Mapping[str, Any], where: str, prefix: str) -> Callable[..., Any]:
+    """Returns a function from a key and its type to the value. It raises `InputError` if the type is another."""
+    return lambda key, kind=int: config_json.conform(kind, values[key], where, prefix + key)
+
+
+def _unsupported(get: Callable[..., Any], where: str, prefix: str) -> Iterator[str]:
+    """Describes unsupported settings of one of the two transformers. Raises `InputError` for impossible ones."""
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim"):
-        if get(key) < 1:
-            raise InputError(f"{where}: {prefix}{key} is {get(key)}, but must be 1 or more; correct it there.")
-    if get("ffn_dim") % 2:
-        raise InputError(
-            f"{where}: {prefix}ffn_dim is {get('ffn_dim')}, but must be even, as gate and values share it; correct it"
-            " there."
-        )
-
-
-def _unsupported(get: Callable[..., Any], prefix: str) -> Iterator[str]:
-    """Describes settings of one of the two transformers that are not supported. `get` returns a value by key and
-    type."""
-    heads, width = get("num_attention_heads"), get("hidden_size")
-    expected = {
-        "num_key_value_heads": (int | None, heads),
-        "head_dim": (int | None, width // heads),
-        "hidden_act": (str, "silu"),
-        "rms_norm_eps": (float, 1e-8),
-        "tie_word_embeddings": (bool, False),
-        "attention_bias": (bool, False),
-        "partial_rotary_factor": (float, 1.0),
-    }
-    for key, (kind, wanted) in expected.items():
-        value = get(key, kind)
+        if get(key) < 1 or (key == "ffn_dim" and get(key) % 2):
+            rule = "even, as gate and values share it" if get(key) > 0 else "1 or more"
+            raise InputError(f"{where}: {prefix}{key} is {get(key)}, but must be {rule}; correct it there.")
+    heads = get("num_attention_heads")
+    expected = COMMON | {"num_key_value_heads": heads, "head_dim": get("hidden_size") // heads}
+    del expected["vocab_size"]
+    for key, wanted in expected.items():
+        value = get(key, type(wanted) | None)
         if value is not None and value != wanted:
             yield f"{prefix}{key}={value!r} instead of {wanted!r}"
 
@@ -287,8 +252,7 @@ def _joined(parts: tuple[Share, ...], used: Mapping[str, StoredTensor]) -> Store
 
 
 def _interleaved(piece: Piece, heads: int, row: int) -> Piece:
-    """Reorders the rows (of `row` bytes) of each head from first and second halves of the rotating pairs to pair by
-    pair."""
+    """Reorders the rows (of `row` bytes) of each head from halves of the rotating pairs to pair by pair."""
     head = piece.nbytes // heads
 
     def blocks(unit: int) -> Iterator[memoryview]:

@@ -21,6 +21,7 @@ from ttt_jax.convert.model_card import UNKNOWN
 from ttt_jax.convert.plan import Plan, execute
 from ttt_jax.convert.source import FINE_TUNED, Source, find, read_config
 from ttt_jax.convert.state_dict import (
+    Match,
     Matched,
     StateDict,
     StoredTensor,
@@ -52,19 +53,9 @@ def kyutai(
 ) -> Plan:
     """Converts Kyutai's weights, in their layout or in that of Hugging Face. Returns the plan of what is written.
 
-    Args:
-      source: a folder with config.json and safetensors, a safetensors file, the index of shards, or a hub id.
-      out: the new folder.
-      config: a config.json instead of the one in `source`.
-      lora: a LoRA file of Kyutai's, hf://OWNER/NAME/FILE, or what the original trained; None: the file that config.json
-        names.
-      merge_lora: whether to add the adapters to the weights instead of keeping them apart.
-      ttt: TTT layers to add. Their output projections are 0, so the model's outputs do not change.
-      seed: of the TTT layers.
-      dry_run: whether to check everything and write nothing.
-
-    Raises `InputError`, and writes nothing, if anything is missing, left over, of a wrong shape or type, contradicts
-    the configuration, or is not supported.
+    The arguments are those of `python -m ttt_jax.convert kyutai`. The output projections of added TTT layers are 0, so
+    the model's outputs do not change. Raises `InputError`, and writes nothing, if anything is missing, left over, of a
+    wrong shape or type, contradicts the configuration, or is not supported.
     """
     out = local(out)
     check_new(out)
@@ -102,25 +93,25 @@ class _Conversion:
         state_dict, original = self.weights()
         lora_file, trained = self.lora_file(lora, state_dict)
         if original is not None and trained is not None:
-            raise InputError(
-                f"{state_dict.path} and {trained.path} both hold TTT layers of the original: take one of them away."
-            )
+            both = f"{state_dict.path} and {trained.path}"
+            raise InputError(f"{both} both hold TTT layers of the original: take one of them away.")
         has_adapters = lora_file is not None and (trained is None or bool(_adapter_keys(lora_file.tensors)))
         if merge_lora and not has_adapters:
-            raise InputError(
-                f"{source.name} names no adapters that could be merged: give --lora FILE, or leave out --merge-lora."
-            )
+            how = "give --lora FILE, or leave out --merge-lora"
+            raise InputError(f"{source.name} names no adapters that could be merged: {how}.")
         cfg, base = self.base(state_dict, lora_file)
         files: dict[str, list[Spec]] = {}
-        for tensor in base.matches:
-            files.setdefault(tensor.tensor.file, []).append(tensor.spec(base.dtype))
+        apart: dict[str, list[Spec]] = {}
         if has_adapters:
             rank, scaling, adapters = self.adapters(cfg, lora_file)
             if merge_lora:
-                _merge(files, base, adapters, rank, scaling, lora_file.path)
+                base = _merge(base, adapters, rank, scaling, lora_file.path)
             else:
                 cfg = dataclasses.replace(cfg, lora=LoRAConfig(rank, scaling))
-                files[weights.LORA] = [tensor.spec(adapters.dtype) for tensor in adapters.matches]
+                apart[weights.LORA] = [tensor.spec(adapters.dtype) for tensor in adapters.matches]
+        for tensor in base.matches:
+            files.setdefault(tensor.tensor.file, []).append(tensor.spec(base.dtype))
+        files |= apart
         cfg, parameters = self.ttt(cfg, original or trained, ttt, seed)
         for tensor in weights.ttt(cfg):
             files.setdefault(tensor.file, []).append(ttt_layers.ttt_spec(tensor, parameters))
@@ -154,7 +145,7 @@ class _Conversion:
                 "model": config_json.to_dict(cfg),
                 "source": about,
                 "files": written,
-                "digest": weights.base_digest(cfg, written),
+                "digest": weights.digest(weights.base(cfg), written),
             }
             config_json.write_json(folder / weights.CONFIG, info)
 
@@ -177,29 +168,24 @@ class _Conversion:
         is_huggingface = from_huggingface.is_config(source.raw)
         if from_huggingface.is_layout(state_dict.tensors):
             if not is_huggingface:
+                names = f"has the names of Hugging Face's {from_huggingface.CLASS}"
                 raise InputError(
-                    f"{state_dict.path} has the names of Hugging Face's {from_huggingface.CLASS}, but {source.where} is"
-                    " not its config.json: give that by --config."
+                    f"{state_dict.path} {names}, but {source.where} is not its config.json: give that by --config."
                 )
             cfg = from_huggingface.architecture(source.config, source.where)
             return from_huggingface.to_kyutai_names(state_dict, cfg, source.where, self.notes), None
         if is_huggingface:
             raise InputError(
-                f"{source.where} describes no language model of Kyutai's (it has no dim, num_layers ...) but Hugging"
-                f" Face's {from_huggingface.CLASS}, whose names {state_dict.path} does not have: give the config.json"
-                " that belongs to the weights by --config."
+                f"{source.where} describes Hugging Face's {from_huggingface.CLASS}, whose names {state_dict.path} does"
+                " not have: give the config.json that belongs to the weights by --config."
             )
         mixed = _adapter_keys(state_dict.tensors) + [key for key in state_dict.tensors if ".frozen_W." in key]
         if mixed and len(mixed) == len(state_dict.tensors):
-            raise InputError(
-                f"{state_dict.path} holds adapters only: give the weights that they belong to as SOURCE, and this file"
-                " by --lora."
-            )
+            how = "give the weights that they belong to as SOURCE, and this file by --lora"
+            raise InputError(f"{state_dict.path} holds adapters only: {how}.")
         if mixed:
-            raise InputError(
-                f"{state_dict.path} holds adapters among the weights ({group(mixed)}): merge them, or write them into a"
-                " file of their own and give it by --lora."
-            )
+            how = "merge them, or write them into a file of their own and give it by --lora"
+            raise InputError(f"{state_dict.path} holds adapters among the weights ({group(mixed)}): {how}.")
         return state_dict, layers
 
     def base(self, state_dict: StateDict, lora_file: StateDict | None) -> tuple[MoshiConfig, Matched]:
@@ -217,7 +203,7 @@ class _Conversion:
         if not matched.problems:
             if source.config is None:
                 notes.append(
-                    f"there is no {source.where}; the tensors are those of the 7B, so its configuration is taken"
+                    f"there is no {source.where}; the tensors are those of the 7B, whose configuration is taken"
                 )
             for key, (expected, actual) in kyutai_config.hidden_widths(raw, cfg).items():
                 if expected != actual:
@@ -230,17 +216,12 @@ class _Conversion:
             return cfg, matched
         if source.config is None:
             problems = "; ".join(problem for texts in matched.problems.values() for problem in texts)
-            raise InputError(
-                f"{state_dict.path} has no config.json beside it and does not fit the 7B, as it {problems}: give"
-                " --config FILE."
-            )
-        against = kyutai_config.contradictions(cfg, shapes)
-        because = f" ({source.where} gives {', '.join(against)})" if against else ""
-        refuse_misfits(matched.problems, source.where, because)
+            alone = "has no config.json beside it and does not fit the 7B"
+            raise InputError(f"{state_dict.path} {alone}, as it {problems}: give --config FILE.")
+        refuse_misfits(matched.problems, source.where)
 
     def replaced(self, lora_file: StateDict | None, dtype: str) -> dict[str, StoredTensor]:
-        """Returns the tensors of a LoRA file that are no adapters, such as fine-tuned tables, as type `dtype` of the
-        base."""
+        """Returns the tensors of a LoRA file that are no adapters, such as fine-tuned tables, as type `dtype`."""
         if lora_file is None:
             return {}
         adapters = _adapter_keys(lora_file.tensors)
@@ -259,10 +240,8 @@ class _Conversion:
         path = self.lora_path(lora)
         if path is None:
             if self.source.folder is not None and self.source.fetch(weights.LORA) is not None:
-                self.notes.append(
-                    f"{weights.LORA} lies beside the weights, but {self.source.where} names no adapters (lora), so it"
-                    " is left out: give it by --lora to have it"
-                )
+                unnamed = f"but {self.source.where} names no adapters (lora), so it is left out"
+                self.notes.append(f"{weights.LORA} lies beside the weights, {unnamed}: give it by --lora to have it")
             return None, None
 
         def beside(name: str) -> Path | None:
@@ -292,21 +271,15 @@ class _Conversion:
         tensors = {key: lora_file.tensors[key] for key in _adapter_keys(lora_file.tensors)}
         rank = kyutai_names.lora_rank({key: stored.shape for key, stored in tensors.items()})
         if not rank:
-            raise InputError(
-                f"{lora_file.path} holds no adapters (keys that end in {kyutai_names.LORA_B}): give a LoRA file of"
-                " Kyutai's."
-            )
+            missing = f"no adapters (keys that end in {kyutai_names.LORA_B})"
+            raise InputError(f"{lora_file.path} holds {missing}: give a LoRA file of Kyutai's.")
         if raw.get("lora_rank", rank) != rank:
-            raise InputError(
-                f"{where} gives lora_rank {raw['lora_rank']!r}, but the adapters in {lora_file.path} have rank {rank}:"
-                " correct it there."
-            )
+            stored = f"the adapters in {lora_file.path} have rank {rank}"
+            raise InputError(f"{where} gives lora_rank {raw['lora_rank']!r}, but {stored}: correct it there.")
         scaling = config_json.conform(float, raw.get("lora_scaling", DEFAULT_SCALING), where, "lora_scaling")
         if not abs(scaling) <= LARGEST_SCALING:
-            raise InputError(
-                f"{where}: lora_scaling is {scaling}, but must be a number within the range of float32; correct it"
-                " there."
-            )
+            rule = "a number within the range of float32"
+            raise InputError(f"{where}: lora_scaling is {scaling}, but must be {rule}; correct it there.")
         if "lora_scaling" not in raw:
             self.notes.append(f"no lora_scaling is given, so that of Kyutai's loader is taken ({DEFAULT_SCALING:g})")
         wanted = []
@@ -319,8 +292,7 @@ class _Conversion:
         return rank, scaling, matched
 
     def lora_config(self, lora_path: Path) -> tuple[str, dict[str, Any]]:
-        """Returns the config.json with the settings of the adapters, its name first: the one beside their file goes
-        before."""
+        """Returns the config.json with the settings of the adapters, its name first: the one beside their file wins."""
         source, beside = self.source, lora_path.parent / weights.CONFIG
         in_source = source.folder is not None and lora_path.parent.resolve() == source.folder.resolve()
         if beside.is_file() and not in_source and str(beside) != source.where:
@@ -332,18 +304,15 @@ class _Conversion:
     def ttt(
         self, cfg: MoshiConfig, original: from_original.Layers | None, ttt: TTTConfig, seed: int
     ) -> tuple[MoshiConfig, TensorFile | ttt_layers.Parameters]:
-        """Returns `cfg` with TTT layers, and their tensors: of the original, of a file that `export` wrote, or new
-        ones."""
+        """Returns `cfg` with TTT layers, and their tensors: the original's, exported ones, or new ones."""
         source = self.source
         path = source.fetch(ttt_layers.TTT_CONFIG)
         stored = [str(where) for where in (path, original and original.path) if where is not None]
         if len(stored) > 1:
             raise InputError(f"{source.name} has TTT layers in {' and in '.join(stored)}: take one of them away.")
         if stored and ttt != NO_TTT:
-            raise InputError(
-                f"{source.name} has TTT layers already ({stored[0]}): leave out --ttt-layers and other settings of TTT"
-                " layers, or take that file away."
-            )
+            how = "leave out --ttt-layers and other settings of TTT layers, or take that file away"
+            raise InputError(f"{source.name} has TTT layers already ({stored[0]}): {how}.")
         if original is not None:
             cfg = from_original.configure(original, source, cfg, self.notes)
             return cfg, from_original.parameters(original, cfg)
@@ -359,28 +328,21 @@ class _Conversion:
         return cfg, exported
 
 
-def _merge(
-    files: dict[str, list[Spec]], base: Matched, adapters: Matched, rank: int, scaling: float, path: Path
-) -> None:
-    """Replaces the specs of linear maps by those with the adapters of the file `path` merged."""
+def _merge(base: Matched, adapters: Matched, rank: int, scaling: float, path: Path) -> Matched:
+    """Returns `base` with the adapters of the file `path` merged into its linear maps."""
     advice = "keep the adapters apart (leave out --merge-lora)"
-    linear = [tensor for tensor in base.matches if tensor.tensor.inputs]
     pairs = iter(adapters.matches)
-    for tensor, a, b in zip(linear, pairs, pairs, strict=True):
-        parts = tuple(
-            merged(
-                weight,
-                base.dtype,
-                Adapter(down, up, adapters.dtype, rank, scaling),
-                base.dtype,
-                f"{key.name} with {path} merged",
-                advice,
-            )
-            for key, weight, down, up in zip(tensor.names.parts, tensor.parts, a.parts, b.parts, strict=True)
-        )
-        specs = files[tensor.tensor.file]
-        at = next(i for i, spec in enumerate(specs) if spec.name == tensor.tensor.name)
-        specs[at] = specs[at]._replace(pieces=parts)
+
+    def changed(tensor: Match) -> Match:
+        parts = []
+        for key, weight, down, up in zip(
+            tensor.names.parts, tensor.parts, next(pairs).parts, next(pairs).parts, strict=True
+        ):
+            adapter, where = Adapter(down, up, adapters.dtype, rank, scaling), f"{key.name} with {path} merged"
+            parts.append(merged(weight, base.dtype, adapter, base.dtype, where, advice))
+        return tensor._replace(parts=tuple(parts))
+
+    return base._replace(matches=[changed(tensor) if tensor.tensor.inputs else tensor for tensor in base.matches])
 
 
 def _adapter_keys(keys: Iterable[str]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttt_jax.checkpoints.differences import differences, group
+from ttt_jax.checkpoints.differences import differences, group, wrong_types
 from ttt_jax.checkpoints.safetensors_reader import DTYPES, Piece
 from ttt_jax.config import MoshiConfig, TTTConfig, parse_layers
 from ttt_jax.convert import kyutai_config
@@ -38,13 +38,9 @@ GATE, UNUSED_GATE = "forward_ssm_gating.gating_alpha", "backward_ssm_gating.gati
 GATE_LIMIT = 3.0
 """The original clamps the gate parameter when it reads it. Our layers do not, so it is stored clamped."""
 TTT = "ttt_layer.ttt."
-PLAIN = {
-    "q_kernel": TTT + "wq.weight",
-    "q_bias": TTT + "wq.bias",
-    "k_kernel": TTT + "wk.weight",
-    "k_bias": TTT + "wk.bias",
-    "v_kernel": TTT + "wv.weight",
-    "v_bias": TTT + "wv.bias",
+PLAIN = {f"{letter}_kernel": f"{TTT}w{letter}.weight" for letter in "qkv"}
+PLAIN |= {f"{letter}_bias": f"{TTT}w{letter}.bias" for letter in "qkv"}
+PLAIN |= {
     "rate_weight": TTT + "learnable_ttt_lr_weight",
     "rate_bias": TTT + "learnable_ttt_lr_bias",
     "ln_scale": TTT + "ttt_norm_weight",
@@ -76,10 +72,8 @@ def key(layer: int, name: str) -> str:
 def split(state_dict: StateDict, base: Collection[str] = ()) -> tuple[StateDict, Layers | None]:
     """Returns Kyutai's tensors in `state_dict`, under Kyutai's names, and the original's TTT layers if there are any.
 
-    Args:
-      base: names in the base that `state_dict` belongs to; attention maps get the names that they have there.
-
-    Raises `InputError` if the two copies of a tensor differ in type or shape, or, when they are read, in a value.
+    Attention maps get the names that they have in `base`, if `state_dict` belongs to one. Raises `InputError` if two
+    copies of a tensor differ in type or shape, or, when they are read, in a value.
     """
     layers: dict[int, dict[str, StoredTensor]] = {}
     kept: dict[str, dict[str, StoredTensor]] = {}
@@ -120,13 +114,10 @@ def _same(copies: dict[str, StoredTensor]) -> StoredTensor:
 
 
 def check_base(state_dict: StateDict) -> None:
-    """Raises `InputError` if `state_dict`, from `split`, is not whole, as when a run trained and saved a part of the
-    weights."""
+    """Raises `InputError` if `state_dict`, from `split`, holds only the part of the weights that a run trained."""
     if "text_emb.weight" not in state_dict.tensors:
-        raise InputError(
-            f"{state_dict.path} holds tensors that the original trained but not its base weights: give those (such as"
-            f" kyutai/moshiko-pytorch-bf16) as SOURCE, and --lora {state_dict.path}."
-        )
+        how = f"give those (such as kyutai/moshiko-pytorch-bf16) as SOURCE, and --lora {state_dict.path}"
+        raise InputError(f"{state_dict.path} holds what the original trained but not its base weights: {how}.")
 
 
 def is_checkpoint(source: Source) -> bool:
@@ -142,21 +133,17 @@ def configure(layers: Layers, source: Source, cfg: MoshiConfig, notes: list[str]
     path = layers.path.parent / SETTINGS
     path = path if path.is_file() else source.fetch(SETTINGS)
     if path is None:
-        raise InputError(
-            f"{layers.path} holds TTT layers of the original but there is no {SETTINGS} beside it, which holds their"
-            " base_lr and mini_batch_size: put it there."
-        )
+        settings = f"there is no {SETTINGS} beside it, which holds their base_lr and mini_batch_size"
+        raise InputError(f"{layers.path} holds TTT layers of the original but {settings}: put it there.")
     get = _settings(path)
     base_lr, b = get("base_lr", float), get("mini_batch_size", int)
     if b < 1 or not 0 <= base_lr < math.inf:
-        raise InputError(
-            f"{path}: ttt.base_lr={base_lr}, ttt.mini_batch_size={b} are not a rate and a number of frames: correct"
-            " them there."
-        )
+        values = f"ttt.base_lr={base_lr}, ttt.mini_batch_size={b}"
+        raise InputError(f"{path}: {values} are not a rate and a number of frames: correct them there.")
     if get("use_rope", bool, False) and b > 1:
         raise InputError(
             f"{path}: ttt.use_rope=true turns inner queries and keys by rescaled frequencies, which our layers do not"
-            " have: set it to false there to convert without, which is how the original's own inference runs it."
+            " have: set it to false there, as the original's own inference does."
         )
     _check_numbers(layers, cfg, path, get("layers", str, _list(layers.tensors)))
     inner = _inner_widths(layers)
@@ -184,11 +171,7 @@ def configure(layers: Layers, source: Source, cfg: MoshiConfig, notes: list[str]
 
 
 def parameters(layers: Layers, cfg: MoshiConfig) -> Parameters:
-    """Returns the parameters of our TTT layers by the layer's number, float32. Keeps those of the last layer.
-
-    Args:
-      cfg: from `configure`.
-    """
+    """Returns the parameters of our TTT layers by the layer's number, float32. `cfg` comes from `configure`."""
     heads, width = cfg.num_heads, cfg.head_dim
     sizes = [width, *(multiple * width for multiple in cfg.ttt.hidden), width]
 
@@ -215,8 +198,7 @@ def _padded(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _settings(path: Path) -> Callable[..., Any]:
-    """Returns a function from key, type and (if it may be missing) default to the setting of the TTT layers in
-    `path`."""
+    """Returns a function from key, type and, unless it is required, default to a setting of TTT layers in `path`."""
     raw = config_json.read_json(path, "the original's settings")
     ttt = raw.get("ttt") if isinstance(raw, dict) else None
     if not isinstance(ttt, dict):
@@ -251,31 +233,25 @@ def _inner_names(layers: Layers) -> list[tuple[str, str]]:
 
 
 def _inner_widths(layers: Layers) -> list[int]:
-    """Returns the hidden widths of the first layer's inner network; 0 where a tensor is missing or no stack of
-    matrices."""
+    """Returns the hidden widths of the first layer's inner network; 0 where there is no stack of matrices."""
     tensors = next(iter(layers.tensors.values()))
     shapes = [tensors[w].shape if w in tensors else () for w, _ in _inner_names(layers)[:-1]]
     return [shape[-1] if len(shape) == 3 else 0 for shape in shapes]
 
 
 def _check_numbers(layers: Layers, cfg: MoshiConfig, path: Path, text: str) -> None:
-    """Raises `InputError` unless the settings in `path` name, by `text`, the layers of the file, and the model has
-    them."""
+    """Raises `InputError` unless `text`, from `path`, names the layers of the file, and the model has them."""
     if max(layers.tensors) >= cfg.num_layers:
-        raise InputError(
-            f"{layers.path} holds TTT layers {_list(layers.tensors)}, but the model has layers 0 to"
-            f" {cfg.num_layers - 1}: give files that belong together."
-        )
+        has = f"holds TTT layers {_list(layers.tensors)}, but the model has layers 0 to {cfg.num_layers - 1}"
+        raise InputError(f"{layers.path} {has}: give files that belong together.")
     try:
         middle_half = range(cfg.num_layers // 4, 3 * cfg.num_layers // 4)  # as the original reads it
         named = tuple(middle_half) if text == "middle" else parse_layers(text, cfg.num_layers)
     except InputError as error:
         raise InputError(f"{path} cannot be followed: {error}") from None
     if named != tuple(layers.tensors):
-        raise InputError(
-            f"{path}: ttt.layers names the layers {_list(named)}, but {layers.path} holds {_list(layers.tensors)}: give"
-            " files that belong together."
-        )
+        held = f"{layers.path} holds {_list(layers.tensors)}"
+        raise InputError(f"{path}: ttt.layers names the layers {_list(named)}, but {held}: give files that fit.")
 
 
 def _check_tensors(layers: Layers, cfg: MoshiConfig, inner: list[int]) -> None:
@@ -290,23 +266,17 @@ def _check_tensors(layers: Layers, cfg: MoshiConfig, inner: list[int]) -> None:
     for (w, b), (i, o) in zip(_inner_names(layers), itertools.pairwise(sizes), strict=True):
         shapes |= {w: (heads, i, o), b: (heads, 1, o)}
     expected = {key(layer, name): shape for layer in layers.tensors for name, shape in shapes.items()}
-    by_name = {
-        key(layer, name): stored
+    stored = {
+        key(layer, name): tensor
         for layer, tensors in layers.tensors.items()
-        for name, stored in tensors.items()
+        for name, tensor in tensors.items()
         if name not in UNUSED
     }
-    problems = list(differences(expected, {name: stored.shape for name, stored in by_name.items()}))
-    problems += [
-        f"has {name} as {stored.dtype} instead of {', '.join(DTYPES)}"
-        for name, stored in by_name.items()
-        if stored.dtype not in DTYPES
-    ]
+    problems = list(differences(expected, {name: tensor.shape for name, tensor in stored.items()}))
+    problems += wrong_types({name: tensor.dtype for name, tensor in stored.items()}, *DTYPES)
     if problems:
-        raise InputError(
-            f"{layers.path} does not hold whole TTT layers of the original for this model, as it {'; '.join(problems)}:"
-            " give a checkpoint that it saved."
-        )
+        whole = "does not hold whole TTT layers of the original for this model"
+        raise InputError(f"{layers.path} {whole}, as it {'; '.join(problems)}: give a checkpoint that it saved.")
 
 
 def _numbers(stored: StoredTensor, name: str) -> np.ndarray:
@@ -314,9 +284,8 @@ def _numbers(stored: StoredTensor, name: str) -> np.ndarray:
     data = b"".join(bytes(view) for view in stored.piece().blocks(1))
     values = np.frombuffer(data, DTYPES[stored.dtype]).reshape(stored.shape).astype(np.float32)
     if not np.isfinite(values).all():
-        raise InputError(
-            f"{stored.path} holds NaN or infinite values in {name}: give a checkpoint of before its training broke."
-        )
+        how = "give a checkpoint of before its training broke"
+        raise InputError(f"{stored.path} holds NaN or infinite values in {name}: {how}.")
     return values
 
 
@@ -324,36 +293,24 @@ def _differences(layers: Layers, cfg: MoshiConfig, inner: list[int], base_lr: fl
     """Describes what does not carry over, and where the converted layers differ from the original."""
     ttt, maps = cfg.ttt, len(inner) + 1
     if unused := layers.keys(UNUSED):
-        yield (
-            f"not carried over, as the original saves but never applies them: {group(unused)}; instead there is no"
-            " post-norm and the output projection is the identity"
-        )
-    yield (
-        f"base_lr {base_lr:g} at {ttt.mini_batch} frames a mini-batch is {ttt.base_lr:g} here, where rates are not"
-        " divided by their number"
-    )
+        yield f"not carried over, as the original saves but never applies them: {group(unused)}"
+    there = f"base_lr {base_lr:g} at {ttt.mini_batch} frames a mini-batch"
+    yield f"{there} is {ttt.base_lr:g} here, where rates are not divided by their number"
     if ttt.mini_batch > 1:
-        yield "a frame no longer reads the steps of later frames of its mini-batch" + (
-            ", so outputs are the original's at the last frame of each and differ before" if maps < 3 else ""
-        )
+        before = ", so outputs are the original's at the last frame of each and differ before" if maps < 3 else ""
+        yield f"a frame no longer reads the steps of later frames of its mini-batch{before}"
     if maps == 1:
         yield "the original cannot run its linear inner network, so these weights are initial values or from elsewhere"
     if maps > 2:
         yield f"outputs count an update once, where the original counts it twice in networks of {maps} maps"
         fast = layers.keys({name for pair in _inner_names(layers) for name in pair})
-        yield (
-            f"{group(fast)} may be a stream's weights instead of the learned start, as the original's evaluation writes"
-            " those over it; they are taken as they stand"
-        )
-    yield (
-        "fast weights stay with a stream from call to call and do not decay (ttt.horizon none), where the original"
-        " starts anew at each"
-        " call" + (" in training and keeps the first row's in evaluation" if maps > 2 else "")
-    )
+        start = "instead of the learned start, as the original's evaluation writes those over it"
+        yield f"{group(fast)} may be a stream's weights {start}; they are taken as they stand"
+    anew = "starts anew at each call" + (" in training and keeps the first row's in evaluation" if maps > 2 else "")
+    yield f"fast weights stay with a stream and do not decay (ttt.horizon none), where the original {anew}"
     yield "a mini-batch that a call leaves open waits for its next frames, where the original pads it and learns that"
     if any(width % cfg.head_dim for width in inner):
         yield f"inner widths {_list(inner)} are padded with units of 0 to multiples of the head width {cfg.head_dim}"
     if cfg.layer_context:
-        yield f"attention windows other than {cfg.context}, as trained: " + ", ".join(
-            f"{window} in layer {layer}" for layer, window in cfg.layer_context
-        )
+        windows = ", ".join(f"{window} in layer {layer}" for layer, window in cfg.layer_context)
+        yield f"attention windows other than {cfg.context}, as trained: {windows}"

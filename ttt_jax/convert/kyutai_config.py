@@ -43,27 +43,11 @@ DEFAULTS: dict[str, Any] = {
 """Defaults of `LMModel` that are not None or false."""
 
 REQUIRED = ("num_layers", "num_heads", "context", "depformer_num_heads", "delays")
-BESIDE = {
-    "moshi_name",
-    "mimi_name",
-    "mimi_config_name",
-    "tokenizer_name",
-    "lora_name",
-    "model_type",
-    "lm_gen_config",
-    "tts_config",
-    "stt_config",
-    "model_id",
-}
+FILES = ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name")
+BESIDE = {*FILES, "model_type", "lm_gen_config", "tts_config", "stt_config", "model_id"}
 """Keys about more than the language model; they travel along."""
-NO_EFFECT = {
-    "existing_text_padding_id",
-    "existing_text_end_padding_id",
-    "depformer_context",
-    "depformer_causal",
-    "depformer_max_period",
-    "gradient_checkpointing",
-}
+NO_EFFECT = {"existing_text_padding_id", "existing_text_end_padding_id", "gradient_checkpointing"}
+NO_EFFECT |= {"depformer_context", "depformer_causal", "depformer_max_period"}
 """Keys without effect on weights and scores; they travel along."""
 LORA = {"lora", "lora_rank", "lora_scaling"}
 
@@ -71,12 +55,8 @@ LORA = {"lora", "lora_rank", "lora_scaling"}
 def architecture(raw: Mapping[str, Any], shapes: Shapes, dtype: str, where: str) -> MoshiConfig:
     """Returns the model that `raw` describes, without adapters and TTT layers.
 
-    Args:
-      raw: a `config.json` that `unsupported` has checked.
-      shapes: of the tensors. They give the hidden widths, since Kyutai's PyTorch, MLX and Rust have different rules for
-        them.
-      dtype: of the tensors: "BF16", "F16" or "F32".
-      where: names the file in messages.
+    The tensors' shapes give the hidden widths, as Kyutai's PyTorch, MLX and Rust have different rules for them. `dtype`
+    is that of the tensors: "BF16", "F16" or "F32"; `where` names the file in messages.
 
     Raises `InputError` with the key if one is missing or its value is impossible.
     """
@@ -97,25 +77,23 @@ def architecture(raw: Mapping[str, Any], shapes: Shapes, dtype: str, where: str)
             raise InputError(f"{where}: {key} is {values[key]!r}, but must be a number above 0; correct it there.")
     for key in ("causal", "depformer_multi_linear", "depformer_weights_per_step"):
         get(key, bool)
+    names = ("dim", "num_layers", "num_heads", "context", "n_q", "dep_q", "card", "text_card")
+    sizes, depth_dim = {key: get(key) for key in names}, get("depformer_dim")
+    hidden, depth_hidden = _hidden_widths(values)
     with describing(where):
         return MoshiConfig(
-            **{
-                key: get(key)
-                for key in ("dim", "num_layers", "num_heads", "context", "n_q", "dep_q", "card", "text_card")
-            },
-            hidden=_width(shapes, r"transformer\.layers\.\d+\.gating\.linear_out\.weight")
-            or hidden_width(get("dim"), int(scale * get("dim"))),
+            **sizes,
+            hidden=_width(shapes, r"transformer\.layers\.\d+\.gating\.linear_out\.weight") or hidden,
             max_period=get("max_period", float),
             delays=get("delays", tuple[int, ...]),
             dtype="bfloat16" if dtype == "BF16" else "float32",
             extra_heads=get("extra_heads_num_heads"),
             extra_heads_dim=get("extra_heads_dim"),
             depth=DepthConfig(
-                dim=get("depformer_dim"),
+                dim=depth_dim,
                 num_layers=get("depformer_num_layers"),
                 num_heads=get("depformer_num_heads"),
-                hidden=_width(shapes, r"depformer\.layers\.\d+\.gating\.\d+\.linear_out\.weight")
-                or hidden_width(get("depformer_dim"), _depth_feed_forward(values)),
+                hidden=_width(shapes, r"depformer\.layers\.\d+\.gating\.\d+\.linear_out\.weight") or depth_hidden,
                 schedule=schedule,
                 low_rank=get("depformer_low_rank_embeddings", int | None),
             ),
@@ -136,72 +114,27 @@ def describing(where: str) -> Iterator[None]:
 
 
 def check_counts(cfg: MoshiConfig, tensors: int, path: object, where: str) -> None:
-    """Raises `InputError` if `cfg`, from `where`, has more layers or heads than `path` has tensors: a bound on later
-    loops."""
-    counts = {
-        "layers": cfg.num_layers,
-        "layers in the depth transformer": cfg.depth.num_layers,
-        "extra heads": cfg.extra_heads,
-    }
+    """Raises `InputError` if `cfg`, from `where`, has more layers or heads than `path` has tensors."""
+    counts = {"layers": cfg.num_layers, "extra heads": cfg.extra_heads}
+    counts["layers in the depth transformer"] = cfg.depth.num_layers
     for name, count in counts.items():
         if count > tensors:
-            raise InputError(
-                f"{path} does not fit {where}, which has {count} {name}, as it holds only {tensors} tensors in all:"
-                " give weights and a config.json that belong together."
-            )
+            few = f"which has {count} {name}, as it holds only {tensors} tensors in all"
+            raise InputError(f"{path} does not fit {where}, {few}: give weights and a config.json that fit.")
 
 
 def hidden_widths(raw: Mapping[str, Any], cfg: MoshiConfig) -> dict[str, tuple[int, int]]:
     """Returns by key the hidden width that PyPI `moshi` would take, and that of `cfg`."""
-    values = {**DEFAULTS, **raw}
-    temporal = hidden_width(cfg.dim, int(values["hidden_scale"] * cfg.dim))
-    depth = hidden_width(cfg.depth.dim, _depth_feed_forward(values))
+    temporal, depth = _hidden_widths({**DEFAULTS, **raw})
     return {"hidden_scale": (temporal, cfg.hidden), "depformer_dim_feedforward": (depth, cfg.depth.hidden)}
 
 
-def contradictions(cfg: MoshiConfig, shapes: Shapes) -> list[str]:
-    """Describes sizes in which the tensors contradict `cfg`. For messages: it may miss some."""
-
-    def axis(key: str, number: int) -> int | None:
-        shape = shapes.get(key, ())
-        return shape[number] if len(shape) > number else None
-
-    def count(pattern: str) -> int | None:
-        numbers = [int(match[1]) for key in shapes if (match := re.match(pattern, key))]
-        return max(numbers) + 1 if numbers else None
-
-    rows = axis("text_emb.weight", 0)
-    codes = axis("emb.0.weight", 0)
-    pairs = {
-        "dim": (cfg.dim, axis("text_emb.weight", 1)),
-        "text_card": (cfg.text_card, rows and rows - 1),
-        "card": (cfg.card, codes and codes - 1),
-        "n_q": (cfg.n_q, count(r"emb\.(\d+)\.")),
-        "dep_q": (cfg.dep_q, count(r"linears\.(\d+)\.")),
-        "num_layers": (cfg.num_layers, count(r"transformer\.layers\.(\d+)\.")),
-        "depformer_dim": (cfg.depth.dim, axis("linears.0.weight", 1)),
-        "depformer_num_layers": (cfg.depth.num_layers, count(r"depformer\.layers\.(\d+)\.")),
-        "extra_heads_num_heads": (cfg.extra_heads, count(r"extra_heads\.(\d+)\.") or 0),
-        "depformer weight sets": (max(cfg.depth_sets) + 1, count(r"depformer_in\.(\d+)\.")),
-    }
-    return [
-        f"{name} {value} where the tensors have {actual}"
-        for name, (value, actual) in pairs.items()
-        if actual not in (None, value)
-    ]
-
-
 def export(cfg: MoshiConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns Kyutai's configuration of `cfg`. Keeps the other keys of `raw`, the configuration of its source ({}:
-    none).
-
-    Raises `InputError` for settings that theirs cannot express.
-    """
+    """Returns Kyutai's configuration of `cfg`, with the other keys of `raw`, the configuration of its source or {}.
+    Raises `InputError` for settings that theirs cannot express."""
     if cfg.layer_context:
-        raise InputError(
-            f"model.layer_context={cfg.layer_context} gives some layers other windows, which Kyutai's layout cannot"
-            " express: export a model with one window."
-        )
+        other = f"model.layer_context={cfg.layer_context} gives some layers other windows"
+        raise InputError(f"{other}, which Kyutai's layout cannot express: export a model with one window.")
     kept = {key: value for key, value in raw.items() if key in BESIDE | NO_EFFECT}
     depth = cfg.depth
     scale, wide = raw.get("hidden_scale", 4.125), raw.get("depformer_dim_feedforward")
@@ -264,17 +197,16 @@ def _feed_forward(dim: int, hidden: int, name: str) -> int:
     for width in (4 * dim, (3 * hidden + 1) // 2, (3 * hidden + 1) // 2 + 1):
         if hidden_width(dim, width) == hidden:
             return width
-    raise InputError(
-        f"model.{name}={hidden} at width {dim} cannot be expressed in Kyutai's layout, whose rule for hidden widths"
-        " leaves it out: export a model of another hidden width."
-    )
+    value = f"model.{name}={hidden} at width {dim}"
+    raise InputError(f"{value} is no hidden width of Kyutai's layout: export a model of another hidden width.")
 
 
-def _depth_feed_forward(values: Mapping[str, Any]) -> int:
-    width = values["depformer_dim_feedforward"]
-    if isinstance(width, list):
-        width = width[0]
-    return int(values["hidden_scale"] * values["depformer_dim"]) if width is None else width
+def _hidden_widths(values: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns the hidden widths of both transformers by the rules of PyPI `moshi`."""
+    scale, width, deep = values["hidden_scale"], values["dim"], values["depformer_dim"]
+    nominal = values["depformer_dim_feedforward"]
+    nominal = nominal[0] if isinstance(nominal, list) else int(scale * deep) if nominal is None else nominal
+    return hidden_width(width, int(scale * width)), hidden_width(deep, nominal)
 
 
 def _width(shapes: Shapes, pattern: str) -> int | None:

@@ -22,14 +22,6 @@ TOP = {
     "depth/heads": "linears.{}",
 }
 LAYER = {
-    "attention/qkv": "self_attn.in_projs.{}",
-    "attention/out": "self_attn.out_projs.{}",
-    "ffn/gate_up": "gating.linear_in",
-    "ffn/down": "gating.linear_out",
-    "norm1": "norm1",
-    "norm2": "norm2",
-}
-DEPTH_LAYER = {
     "qkv": "self_attn.in_projs.{}",
     "out": "self_attn.out_projs.{}",
     "gate_up": "gating.{}.linear_in",
@@ -37,7 +29,8 @@ DEPTH_LAYER = {
     "norm1": "norm1",
     "norm2": "norm2",
 }
-"""Their modules. A number counts the maps or tables that a tensor of ours stacks; attention numbers its one map 0."""
+"""Their modules. A number counts the maps or tables that a tensor of ours stacks. Of the temporal transformer's single
+maps attention numbers its own 0, the feed-forward layer has no number."""
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
@@ -55,8 +48,7 @@ class Names(NamedTuple):
     parts: tuple[Key, ...]
     """One name for each map, as PyTorch holds them in memory."""
     fused: tuple[Key, ...]
-    """Names that a file may use for all parts end to end instead, the released one first; none if there is only one
-    layout."""
+    """Names that a file may use for all parts end to end instead, the released one first; may be empty."""
 
 
 def modules(tensor: Tensor) -> tuple[str, ...]:
@@ -66,10 +58,11 @@ def modules(tensor: Tensor) -> tuple[str, ...]:
         pattern = TOP[tensor.name]
     else:
         stem, number = tensor.file.removesuffix(".safetensors").rsplit("_", 1)
+        pattern = LAYER[tensor.name.rpartition("/")[2]]
         if stem == "layer":
-            pattern = f"transformer.layers.{int(number)}.{LAYER[tensor.name]}"
+            pattern = f"transformer.layers.{int(number)}.{pattern.replace('gating.{}', 'gating')}"
         else:
-            pattern = f"depformer.layers.{int(number)}.{DEPTH_LAYER[tensor.name]}"
+            pattern = f"depformer.layers.{int(number)}.{pattern}"
     return tuple(pattern.format(i) for i in range(count))
 
 
@@ -86,10 +79,8 @@ def adapter(tensor: Tensor, rank: int) -> tuple[Names, Names]:
     """Returns the names of the adapters A and B of a linear map."""
     rows = math.prod(tensor.rows)
     columns = math.prod(tensor.part) // rows
-    return (
-        _names(tensor, LORA_A, (rank, columns), (LORA_A,)),
-        _names(tensor, LORA_B, (rows, rank), (LORA_B,)),
-    )
+    a, b = (rank, columns), (rows, rank)
+    return _names(tensor, LORA_A, a, (LORA_A,)), _names(tensor, LORA_B, b, (LORA_B,))
 
 
 def _names(tensor: Tensor, suffix: str, shape: tuple[int, int], fused: tuple[str, ...]) -> Names:

@@ -88,11 +88,8 @@ Finish = Callable[[Path, dict[str, dict[str, Any]]], None]
 
 
 def execute(plan: Plan, finish: Finish, dry_run: bool, metadata: dict[str, str] | None = None) -> None:
-    """Logs the plan, and writes it all or nothing unless `dry_run`. `metadata` goes into the headers of the
-    safetensors.
-
-    Raises `InputError` if two files would have one name, or the disk is full.
-    """
+    """Logs the plan, and writes it all or nothing unless `dry_run`; `metadata` goes into the headers of the files.
+    Raises `InputError` if two files would have one name, or the disk is full."""
     taken = {*plan.files, *plan.others}
     for path in plan.copies:
         if path.name in taken:

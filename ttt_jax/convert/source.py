@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ttt_jax.checkpoints.weights import LORA
 from ttt_jax.convert import model_card
+from ttt_jax.convert.kyutai_config import FILES
 from ttt_jax.convert.state_dict import INDEX, SHARD, Beside
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
@@ -35,8 +36,7 @@ class Source(NamedTuple):
     where: str
     """Names config.json in messages."""
     fetch: Callable[[str], Path | None]
-    """Returns the local path of a file by its name there, hf://OWNER/NAME/FILE or file://PATH; None if there is
-    none."""
+    """Returns the local path of a file, if it exists, by its name there, hf://OWNER/NAME/FILE or file://PATH."""
     folder: Path | None
     """Local folder; None: the hub."""
     file: Path | None = None
@@ -59,10 +59,7 @@ class Source(NamedTuple):
 
     def weights(self) -> tuple[Path, Beside]:
         """Returns the path of the language model's weights or of the index of their shards, and a function that finds
-        files beside it.
-
-        Raises `InputError` if there are none, or several files that could be meant.
-        """
+        files beside it. Raises `InputError` if there are none, or several files that could be meant."""
         if self.file is not None:
             return self.file, self.fetch
         name = self.raw.get("moshi_name") or MOSHI
@@ -75,15 +72,12 @@ class Source(NamedTuple):
         if path is None and self.folder is not None and not self.raw.get("moshi_name"):
             path = self._only(self.folder)
         if path is None and self.folder is not None and self.fetch(LORA):
-            raise InputError(
-                f"{self.name} holds adapters ({LORA}) without the weights that they belong to: give those as SOURCE,"
-                f" and {self.folder / LORA} by --lora."
-            )
+            how = f"give those as SOURCE, and {self.folder / LORA} by --lora"
+            raise InputError(f"{self.name} holds adapters ({LORA}) without the weights that they belong to: {how}.")
         return path or self.need(name, "the weights"), beside
 
     def _only(self, folder: Path) -> Path | None:
-        """Returns the only file or index in `folder` that can be meant; None if there are adapters only. Raises
-        `InputError` otherwise."""
+        """Returns the only file or index of weights; None if there are adapters only. Else raises `InputError`."""
         beside = {self.raw.get("mimi_name") or MIMI, self.raw.get("lora_name"), LORA, "ttt.safetensors"}
         paths = [path for path in sorted(folder.glob("*.safetensors")) if path.name not in beside]
         shards = [path for path in paths if SHARD.fullmatch(path.name)]
@@ -91,10 +85,8 @@ class Source(NamedTuple):
         if len(paths) == 1:
             return paths[0]
         if paths:
-            raise InputError(
-                f"{self.name} has no {MOSHI} but {', '.join(path.name for path in paths)}: name the one to convert as"
-                " SOURCE."
-            )
+            names = ", ".join(path.name for path in paths)
+            raise InputError(f"{self.name} has no {MOSHI} but {names}: name the one to convert as SOURCE.")
         if shards:
             return shards[0]
         if self.fetch(LORA):
@@ -126,10 +118,8 @@ class Source(NamedTuple):
 
 
 def find(name: str) -> Source:
-    """Returns an existing folder or file, else OWNER/NAME or OWNER/NAME@REVISION on the hub.
-
-    Raises `InputError` if `name` is neither.
-    """
+    """Returns an existing folder or file, else OWNER/NAME or OWNER/NAME@REVISION on the hub. Raises `InputError` if
+    `name` is neither."""
     path = local(name)
     if path.is_dir():
         return _local(name, path, None)
@@ -139,9 +129,8 @@ def find(name: str) -> Source:
         return _local(name, path.parent, path)
     match = re.fullmatch(r"(?:hf://)?([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w./-]+))?", name)
     if match is None or path.suffix == ".safetensors":
-        raise InputError(
-            f"{name} is no folder or file here and no hub id: give a folder, a safetensors file, or OWNER/NAME."
-        )
+        how = "give a folder, a safetensors file, or OWNER/NAME"
+        raise InputError(f"{name} is no folder or file here and no hub id: {how}.")
     return _hub(name, match[1], match[2])
 
 
@@ -164,21 +153,13 @@ def _hub(name: str, repository: str, revision: str | None) -> Source:
 
     path = fetch(CONFIG)
     if path is None and fetch(MOSHI) is None and fetch(MOSHI + INDEX) is None:
-        raise InputError(
-            f"{name} on the hub has neither {CONFIG} nor {MOSHI}: give a repository of Kyutai's PyTorch weights."
-        )
+        how = "give a repository of Kyutai's PyTorch weights"
+        raise InputError(f"{name} on the hub has neither {CONFIG} nor {MOSHI}: {how}.")
     if path is not None and "snapshots" in path.parts:  # all further files from the same commit
         parts = path.parts[::-1]
         revision = parts[parts.index("snapshots") - 1]
-    return Source(
-        name,
-        read_config(path) if path else None,
-        f"{CONFIG} of {name}",
-        fetch,
-        None,
-        repository=repository,
-        revision=revision,
-    )
+    config = read_config(path) if path else None
+    return Source(name, config, f"{CONFIG} of {name}", fetch, None, None, repository, revision)
 
 
 def _from_hub(name: str) -> Path | None:
@@ -198,30 +179,23 @@ def download(repository: str, name: str, revision: str | None) -> Path | None:
     except utils.LocalEntryNotFoundError:
         if _known_absent(repository, name, revision):
             return None
-        raise InputError(
+        problem = (
             f"there is no folder {repository} here, {name} of {repository} on the hub is not in the hub's cache, and"
             " the hub cannot be reached (no network, or offline mode): go online, or correct the path."
-        ) from None
+        )
     except utils.EntryNotFoundError:
         return None
     except utils.GatedRepoError:
-        raise InputError(
-            f"{repository} on the hub is closed to you: accept its conditions there and log in by `hf auth login`."
-        ) from None
+        problem = f"{repository} on the hub is closed to you: accept its conditions there, log in by `hf auth login`."
     except utils.RevisionNotFoundError:
-        raise InputError(f"{repository} on the hub has no revision {revision}: name a branch, tag or commit.") from None
-    except utils.RepositoryNotFoundError:
-        raise InputError(
-            f"{repository} is neither a folder or file here nor a repository of the hub that you can read: correct the"
-            " name, or log in by `hf auth login`."
-        ) from None
-    except utils.HFValidationError:
-        raise InputError(f"{repository} is neither a folder or file here nor a hub id: give OWNER/NAME.") from None
+        problem = f"{repository} on the hub has no revision {revision}: name a branch, tag or commit."
+    except (utils.RepositoryNotFoundError, utils.HFValidationError):
+        there = "neither a folder or file here nor a repository of the hub that you can read"
+        problem = f"{repository} is {there}: correct the name, or log in by `hf auth login`."
     except Exception as error:  # errors of the client's transport differ in type from version to version
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{name} of {repository} could not be had from the hub ({reason}): try again, or give a folder."
-        ) from None
+        problem = f"{name} of {repository} could not be had from the hub ({reason}): try again, or give a folder."
+    raise InputError(problem)
 
 
 def _known_absent(repository: str, name: str, revision: str | None) -> bool:
@@ -240,12 +214,11 @@ def _known_absent(repository: str, name: str, revision: str | None) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Reads Kyutai's config.json. Raises `InputError` if it is no object or a name of a file is no string, or the
-    like."""
+    """Reads Kyutai's config.json. Raises `InputError` if it is no object or, for example, a file's name no string."""
     raw = config_json.read_json(path, "a config.json of Kyutai's")
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds no object: give the config.json that belongs to the weights.")
-    for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name"):
+    for key in FILES:
         config_json.conform(str | None, raw.get(key), str(path), key)
     config_json.conform(bool | None, raw.get("lora"), str(path), "lora")
     config_json.conform(dict | None, raw.get("lm_gen_config"), str(path), "lm_gen_config")

@@ -1,5 +1,4 @@
-"""Tensors by name, from one file, from shards or under names with a prefix, matched against the tensors that a model
-needs."""
+"""Tensors by name, from a file, shards or under prefixes, matched against the tensors that a model needs."""
 
 from __future__ import annotations
 
@@ -60,8 +59,7 @@ class StateDict(NamedTuple):
     tensors: dict[str, StoredTensor]
 
     def watched(self) -> StateDict:
-        """Returns the same tensors. Reading one that holds NaN or infinity logs a warning once, with its file and its
-        name there."""
+        """Returns the same tensors. Reading one that holds NaN or infinity logs a warning once with file and name."""
         warned: set[str] = set()
 
         def watch(stored: StoredTensor) -> StoredTensor:
@@ -76,20 +74,14 @@ class StateDict(NamedTuple):
 def open_state_dict(path: Path, beside: Beside, opened: contextlib.ExitStack, notes: list[str]) -> StateDict:
     """Returns the tensors of a safetensors file, of the shards of an index, or of all shards beside one.
 
-    Args:
-      path: the file; beside: finds the shards of an index.
-      opened: keeps the files open.
-      notes: receives what the user should know: that all shards are read, that names had a prefix.
-
-    Raises `InputError` if a file is damaged or missing, or shards and index contradict one another.
+    `beside` finds the shards of an index, `opened` keeps the files open, `notes` receives notes for the user. Raises
+    `InputError` if a file is damaged or missing, or shards and index contradict one another.
     """
     if shard := SHARD.fullmatch(path.name):
         index = path.with_name(f"{shard[1]}.safetensors{INDEX}")
         if not index.is_file():
-            raise InputError(
-                f"{path} is one of {int(shard[2])} shards, and {index.name} is not beside it: put all shards and their"
-                " index there."
-            )
+            alone = f"is one of {int(shard[2])} shards, and {index.name} is not beside it"
+            raise InputError(f"{path} {alone}: put all shards and their index there.")
         notes.append(f"{path.name} is one of {int(shard[2])} shards, which are read together")
         path = index
     if path.name.endswith(INDEX):
@@ -108,9 +100,7 @@ def _of_shards(index: Path, beside: Beside, opened: contextlib.ExitStack) -> Sta
     raw = config_json.read_json(index, "an index of shards")
     listed = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
-        raise InputError(
-            f"{index} holds no weight_map from tensors to files: give the index that belongs to the shards."
-        )
+        raise InputError(f"{index} holds no weight_map from tensors to files: give the index of the shards.")
     names = sorted(set(listed.values()))
     if elsewhere := [name for name in names if Path(name).name != name or name in ("", ".", "..")]:
         raise InputError(f"{index} names {elsewhere[0]!r}, which is no file beside it: correct it there.")
@@ -128,9 +118,7 @@ def _of_shards(index: Path, beside: Beside, opened: contextlib.ExitStack) -> Sta
             others = ", ".join(sorted({listed[key] for key in twice}))
             problems.append(f"{name} holds {group(twice)}, which the index lists for {others}")
     if problems:
-        raise InputError(
-            f"{index} does not fit its shards, as {'; '.join(problems)}: copy or download all of them again."
-        )
+        raise InputError(f"{index} does not fit its shards, as {'; '.join(problems)}: copy all of them again.")
     return StateDict(index, {key: shards[name][key] for key, name in listed.items()})
 
 
@@ -145,10 +133,7 @@ def _without_prefix(state_dict: StateDict, notes: list[str]) -> StateDict:
         name = ".".join(word for word in key.split(".")[known:] if word not in WRAPPERS)
         if name in renamed:
             twice = sorted((renamed[name].name, stored.name), key=lambda key: not WRAPPERS & {*key.split(".")})
-            raise InputError(
-                f"{state_dict.path} holds {name} twice, once as {twice[0]}, with a wrapper's word in its name: keep one"
-                " of them."
-            )
+            raise InputError(f"{state_dict.path} holds {name} twice, once as {twice[0]}: keep one of them.")
         renamed[name] = stored
     if wrapped := sorted(WRAPPERS & {word for key in state_dict.tensors for word in key.split(".")[known:]}):
         notes.append(f"{', '.join(wrapped)} in names in {state_dict.path.name} is left out")
@@ -184,8 +169,7 @@ class Matched(NamedTuple):
 
 
 def match(wanted: Sequence[tuple[Tensor, Names]], tensors: Mapping[str, StoredTensor], path: Path) -> Matched:
-    """Matches the tensors `wanted` with `tensors`, all of which must be used. A missing one counts as missing in
-    `path`."""
+    """Matches the tensors `wanted` with all of `tensors`. A missing one counts as missing in `path`."""
     unfused = any("in_projs." in key or "out_projs." in key for key in tensors)
     chosen: list[tuple[Key, ...]] = []
     for _, names in wanted:
@@ -212,8 +196,7 @@ def common_type(tensors: Mapping[str, StoredTensor]) -> str:
 
 
 def misfits(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, StoredTensor], path: Path) -> Problems:
-    """Describes by file the names, shapes and types of `tensors` that are not `expected`. A missing one counts as
-    missing in `path`."""
+    """Describes by file how `tensors` differ from `expected`. A missing one counts as missing in `path`."""
     files: dict[Path, dict[str, StoredTensor]] = {path: {}}
     for key, stored in tensors.items():
         files.setdefault(stored.path, {})[key] = stored
@@ -232,7 +215,7 @@ def misfits(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Store
     return problems
 
 
-def refuse_misfits(problems: Problems, target: str, because: str = "", advice: str = "") -> NoReturn:
-    """Raises `InputError` with the `problems` of files that do not fit `target`, the reason and the advice."""
+def refuse_misfits(problems: Problems, target: str, advice: str = "") -> NoReturn:
+    """Raises `InputError` with the `problems` of files that do not fit `target`, and the advice."""
     text = "; ".join(f"{path} does not fit {target}, as it {'; '.join(texts)}" for path, texts in problems.items())
-    raise InputError(f"{text}{because}: {advice or 'give weights and a config.json that belong together'}.")
+    raise InputError(f"{text}: {advice or 'give weights and a config.json that belong together'}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -59,15 +60,9 @@ def export(
 ) -> Plan:
     """Writes a checkpoint as safetensors and config.json that Kyutai's tools load. Returns the plan of what is written.
 
-    Args:
-      checkpoint: a folder that `kyutai` made, or the folder of a training run.
-      out: the new folder.
-      merge_lora: whether to add adapters to the weights instead of writing them as a LoRA file of Kyutai's.
-      dtype: type of weights and adapters; None: as stored. Trainable weights in float32 take the type of the frozen
-        weights.
-      dry_run: whether to check everything and write nothing.
-
-    Raises `InputError`, and writes nothing, if the checkpoint is damaged or Kyutai's layout cannot express it.
+    The arguments are those of `python -m ttt_jax.convert export`. Without `dtype`, trainable weights in float32 take
+    the type of the frozen weights. Raises `InputError`, and writes nothing, if the checkpoint is damaged or Kyutai's
+    layout cannot express it.
     """
     out = local(out)
     check_new(out)
@@ -77,10 +72,8 @@ def export(
         if merge_lora and not cfg.lora.rank:
             raise InputError(f"{checkpoint} has no adapters that could be merged: leave out --merge-lora.")
         if cfg.lora.rank and not merge_lora and not cfg.lora.is_everywhere:
-            raise InputError(
-                f"{checkpoint} has adapters on {', '.join(cfg.lora.maps)} only, but Kyutai's loader wants them on every"
-                " linear map: give --merge-lora."
-            )
+            some = f"has adapters on {', '.join(cfg.lora.maps)} only"
+            raise InputError(f"{checkpoint} {some}, but Kyutai's loader wants them on every map: give --merge-lora.")
         exported = dataclasses.replace(cfg, lora=LoRAConfig()) if merge_lora else cfg
         config = _config(exported, opened)
         base = weights.base(cfg)
@@ -88,9 +81,8 @@ def export(
         target = {name: short for short, name in NAMES.items()}[dtype] if dtype else opened.dtype(base[0])
         notes = []
         if rounded := sorted({"/".join(t.path) for t in base if not dtype and opened.dtype(t) != target}):
-            notes.append(
-                f"{', '.join(rounded)} are rounded to {NAMES[target]}, the others' type; --dtype float32 keeps them"
-            )
+            how = f"are rounded to {NAMES[target]}, the others' type; --dtype float32 keeps them"
+            notes.append(f"{', '.join(rounded)} {how}")
         files = {MOSHI: _base_specs(opened, merge_lora, target)}
         others = [CONFIG, "README.md"]
         if cfg.lora.rank and not merge_lora:
@@ -117,8 +109,10 @@ def _open(path: Path, stack: contextlib.ExitStack) -> Checkpoint:
         from ttt_jax.checkpoints import run_weights  # loads jax
 
         run = run_weights.load_run(path)
-        base = run.meta.get("base")
-        origin = _base_origin(path, **base) if base else ({}, ())
+        origin = ({}, ())
+        if base := run.meta.get("base"):
+            with weights.base_of_run(path, **base) as folder:
+                origin = _origin(folder)
         return Checkpoint(run.config, *origin, *_of_params(run.params))
     folder = stack.enter_context(weights.Folder(path))
 
@@ -145,21 +139,7 @@ def _origin(folder: weights.Folder) -> tuple[dict[str, Any], tuple[Path, ...]]:
     return source, tuple(folder.path / name for name in source["travelling"])
 
 
-def _base_origin(run: Path, path: str, digest: str) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """Returns `_origin` of the base weights of a run, in `path`: the run has their licence and files."""
-    if (Path(path) / weights.CONFIG).is_file():
-        with weights.Folder(path) as folder:
-            if folder.info["digest"] == digest:
-                return _origin(folder)
-    raise InputError(
-        f"{path}, the base weights of {run}, is gone or another, and with it their licence: bring it back to that"
-        " place."
-    )
-
-
-def _of_params(
-    params: dict[str, Any],
-) -> tuple[Callable[[Tensor, int, int], Piece], Callable[[Tensor], str]]:
+def _of_params(params: dict[str, Any]) -> tuple[Callable[..., Piece], Callable[[Tensor], str]]:
     """Returns `Checkpoint.part` and `Checkpoint.dtype` of parameters in memory. Leaves may differ in type."""
 
     def leaf(tensor: Tensor) -> Any:
@@ -187,10 +167,8 @@ def _base_specs(opened: Checkpoint, merge_lora: bool, target: str) -> list[Spec]
         if merge_lora and tensor in adapters:
             downs, ups = (opened.shares(adapter, len(pieces)) for adapter in adapters[tensor])
             kind = opened.dtype(adapters[tensor][0])
-            pieces = [
-                merged(piece, dtype, Adapter(down, up, kind, cfg.lora.rank, cfg.lora.scaling), target, tensor.name)
-                for piece, down, up in zip(pieces, downs, ups, strict=True)
-            ]
+            pairs = [Adapter(*pair, kind, cfg.lora.rank, cfg.lora.scaling) for pair in zip(downs, ups, strict=True)]
+            pieces = [merged(w, dtype, pair, target, tensor.name) for w, pair in zip(pieces, pairs, strict=True)]
             dtype = target
         specs += _specs(names, pieces, dtype, target)
     return specs
@@ -208,17 +186,12 @@ def _lora_specs(opened: Checkpoint, target: str | None) -> list[Spec]:
 
 def _specs(names: kyutai_names.Names, pieces: list[Piece], dtype: str, target: str) -> list[Spec]:
     """Returns Kyutai's tensors, as they release them, from one piece for each map."""
-    keys = kyutai_names.released(names)
-    share = len(pieces) // len(keys) if keys else 0
-    return [
-        Spec(
-            key.name,
-            target,
-            key.shape,
-            tuple(cast(piece, dtype, target, key.name) for piece in pieces[i * share : (i + 1) * share]),
-        )
-        for i, key in enumerate(keys)
-    ]
+    specs, rest = [], iter(pieces)
+    for key in (keys := kyutai_names.released(names)):
+        parts = itertools.islice(rest, len(pieces) // len(keys))
+        casted = tuple(cast(piece, dtype, target, key.name) for piece in parts)
+        specs.append(Spec(key.name, target, key.shape, casted))
+    return specs
 
 
 def _config(cfg: MoshiConfig, opened: Checkpoint) -> dict[str, Any]:
@@ -234,11 +207,8 @@ def _config(cfg: MoshiConfig, opened: Checkpoint) -> dict[str, Any]:
 def _readme(plan: Plan, opened: Checkpoint) -> str:
     front = front_matter(opened.source.get("licence", UNKNOWN))
     origin = f" The weights come from {opened.source['repository']}." if opened.source.get("repository") else ""
-    ttt = (
-        f"`{ttt_layers.TTT}` and `{ttt_layers.TTT_CONFIG}` hold TTT layers (layers"
-        f" {', '.join(map(str, plan.cfg.ttt_layers))}), which"
-        " Kyutai's tools do not read.\n"
-        if plan.cfg.ttt_layers
-        else ""
-    )
+    ttt = ""
+    if layers := ", ".join(map(str, plan.cfg.ttt_layers)):
+        names = f"`{ttt_layers.TTT}` and `{ttt_layers.TTT_CONFIG}`"
+        ttt = f"{names} hold TTT layers (layers {layers}), which Kyutai's tools do not read.\n"
     return f"{front}Written by `python -m ttt_jax.convert export`, in the layout of PyPI `moshi`.{origin}\n{ttt}"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ttt_jax.checkpoints import weights
-from ttt_jax.checkpoints.differences import differences
+from ttt_jax.checkpoints.differences import differences, wrong_types
 from ttt_jax.checkpoints.safetensors_reader import TensorFile, of_array, watched
 from ttt_jax.checkpoints.safetensors_writer import Spec
 from ttt_jax.checkpoints.weights import Tensor
@@ -29,14 +30,9 @@ Parameters = Callable[[int], dict[str, Any]]
 """From a layer's number to the parameters of its TTT layer."""
 
 
-def _layer_of(tensor: Tensor) -> str:
-    """Returns the number of a TTT layer in two digits, which the name of its file ends in."""
-    return tensor.file.removesuffix(".safetensors").rsplit("_", 1)[1]
-
-
 def exported_name(tensor: Tensor) -> str:
-    """Returns the name in `ttt.safetensors` of a tensor of a TTT layer."""
-    return f"layer_{_layer_of(tensor)}/{tensor.name}"
+    """Returns the name in `ttt.safetensors` of a tensor in the file ttt_29.safetensors: "layer_29/NAME"."""
+    return f"layer_{Path(tensor.file).stem.removeprefix('ttt_')}/{tensor.name}"
 
 
 def write_ttt_config(path: Path, cfg: MoshiConfig) -> None:
@@ -57,9 +53,7 @@ def check_ttt(cfg: MoshiConfig, file: TensorFile) -> None:
     """Raises `InputError` unless `file` holds the TTT layers of `cfg` and nothing else, in float32."""
     expected = {exported_name(tensor): tensor.shape for tensor in weights.ttt(cfg)}
     problems = list(differences(expected, {key: info.shape for key, info in file.tensors.items()}))
-    problems += [
-        f"has {key} as {info.dtype} instead of F32" for key, info in file.tensors.items() if info.dtype != "F32"
-    ]
+    problems += wrong_types({key: info.dtype for key, info in file.tensors.items()}, "F32")
     if problems:
         raise InputError(f"{file.path} does not fit {TTT_CONFIG}, as it {'; '.join(problems)}: export the model again.")
 
@@ -70,14 +64,13 @@ def ttt_spec(tensor: Tensor, source: Parameters | TensorFile) -> Spec:
         name = exported_name(tensor)
         piece = watched(source.piece(name), "F32", f"{source.path}: {name}", set())
     else:
-        nbytes = 4 * int(np.prod(tensor.shape, dtype=int))
-        piece = of_array(nbytes, lambda: np.asarray(source(int(_layer_of(tensor)))[tensor.name]))
+        layer = int(Path(tensor.file).stem.removeprefix("ttt_"))
+        piece = of_array(4 * math.prod(tensor.shape), lambda: np.asarray(source(layer)[tensor.name]))
     return Spec(tensor.name, "F32", tensor.shape, (piece,))
 
 
 def fresh(cfg: MoshiConfig, seed: int) -> Parameters:
-    """Returns the parameters of new TTT layers, each drawn from a key of its own, on the CPU. Keeps those of the last
-    layer."""
+    """Returns the parameters of new TTT layers, drawn on the CPU from a key a layer. Keeps those of the last layer."""
 
     @functools.lru_cache(maxsize=1)
     def make(layer: int) -> dict[str, Any]:

@@ -3,68 +3,55 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ttt_jax.convert.kyutai_config import BESIDE, DEFAULTS, LORA, NO_EFFECT, REQUIRED, Shapes
 from ttt_jax.errors import InputError
 
-Check = Callable[[Any, Mapping[str, Any]], bool]
-"""From the value of a key and all values to whether it is supported."""
-
-
-def _unset(value: Any, _: object) -> bool:
-    return not value
-
-
-def _none(value: Any, _: object) -> bool:
-    return value is None
-
-
-def _set(value: Any, _: object) -> bool:
-    return bool(value)
-
-
-def _is(expected: Any) -> Check:
-    return lambda value, _: value == expected
-
-
-FEATURES: dict[str, tuple[str, Check]] = {
-    "quantize": ("8-bit weights", _unset),
-    "cross_attention": ("cross-attention", _unset),
-    "conditioners": ("conditioners", _unset),
-    "fuser": ("a fuser of conditions", _unset),
-    "dep_q": ("no depth transformer", lambda q, _: q != 0),
-    "demux_second_stream": ("a second text stream in the same tokens", _unset),
-    "demux_second_text_stream": ("a second text stream", _unset),
-    "norm": ("another norm than rms_norm_f32", _is("rms_norm_f32")),
-    "positional_embedding": ("other positions than rope", _is("rope")),
-    "depformer_pos_emb": ("positions in the depth transformer", _is("none")),
-    "gating": ("another gating than silu", _is("silu")),
-    "depformer_gating": ("another gating than silu in the depth transformer", _is("silu")),
-    "layer_scale": ("layer scales", _none),
-    "depformer_layer_scale": ("layer scales in the depth transformer", _none),
-    "norm_emb": ("norms of embeddings", _unset),
-    "bias_proj": ("biases of the heads", _unset),
-    "depformer_norm": ("norms in front of the depth transformer's heads", _none),
-    "depformer_multi_linear": ("one depth input for all codebooks", _set),
-    "depformer_weights_per_step": ("one set of depth weights for all codebooks", _set),
-    "text_card_out": (
-        "another number of text tokens in the output",
-        lambda card, values: card in (None, values["text_card"]),
-    ),
-    "kv_repeat": ("shared keys and values", _is(1)),
-    "depformer_kv_repeat": ("shared keys and values in the depth transformer", _is(1)),
-    "causal": ("attention to what comes later", _set),
-    "context": ("attention without a window", lambda frames, values: frames is not None or "context" not in values),
-    "depformer_dim_feedforward": (
-        "depth feed-forward layers of different widths",
-        lambda widths, _: not isinstance(widths, list) or (bool(widths) and all(w == widths[0] for w in widths)),
-    ),
+OFF = (None, False, 0, "", [], {})
+FEATURES: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "quantize": ("8-bit weights", OFF),
+    "cross_attention": ("cross-attention", OFF),
+    "conditioners": ("conditioners", OFF),
+    "fuser": ("a fuser of conditions", OFF),
+    "demux_second_stream": ("a second text stream in the same tokens", OFF),
+    "demux_second_text_stream": ("a second text stream", OFF),
+    "norm": ("another norm than rms_norm_f32", ("rms_norm_f32",)),
+    "positional_embedding": ("other positions than rope", ("rope",)),
+    "depformer_pos_emb": ("positions in the depth transformer", ("none",)),
+    "gating": ("another gating than silu", ("silu",)),
+    "depformer_gating": ("another gating than silu in the depth transformer", ("silu",)),
+    "layer_scale": ("layer scales", (None,)),
+    "depformer_layer_scale": ("layer scales in the depth transformer", (None,)),
+    "norm_emb": ("norms of embeddings", OFF),
+    "bias_proj": ("biases of the heads", OFF),
+    "depformer_norm": ("norms in front of the depth transformer's heads", (None,)),
+    "depformer_multi_linear": ("one depth input for all codebooks", (True,)),
+    "depformer_weights_per_step": ("one set of depth weights for all codebooks", (True,)),
+    "kv_repeat": ("shared keys and values", (1,)),
+    "depformer_kv_repeat": ("shared keys and values in the depth transformer", (1,)),
+    "causal": ("attention to what comes later", (True,)),
 }
-"""By key the feature and the check of its value."""
-KNOWN = DEFAULTS.keys() | set(REQUIRED) | BESIDE | NO_EFFECT | LORA | FEATURES.keys() | {"depformer_num_layers"}
+"""By key the feature and the supported values."""
+DEPENDING = {
+    "dep_q": "no depth transformer",
+    "text_card_out": "another number of text tokens in the output",
+    "context": "attention without a window",
+    "depformer_dim_feedforward": "depth feed-forward layers of different widths",
+}
+"""By key features whose supported values follow from other keys."""
+KNOWN = (
+    DEFAULTS.keys()
+    | set(REQUIRED)
+    | BESIDE
+    | NO_EFFECT
+    | LORA
+    | FEATURES.keys()
+    | DEPENDING.keys()
+    | {"depformer_num_layers"}
+)
 
 IN_TENSORS = {
     r"weight_scb$": "8-bit weights",
@@ -80,8 +67,6 @@ IN_TENSORS = {
     r"^depformer\.(slices\.|\d+\.)|^audio_embs\.": "keys of Kyutai's MLX and Rust files (PyTorch files hold the same)",
 }
 """Features by patterns of the keys that have them."""
-
-
 SIZES = ("dim", "n_q", "card", *REQUIRED)
 """Keys most of which stand in every configuration of Kyutai's, and few in those of other models."""
 
@@ -95,9 +80,8 @@ def check_config(raw: Mapping[str, Any], where: str) -> None:
         raise InputError(f"{where} is that of weights which were converted already: use their folder as it is.")
     kind = f" but of model_type {raw['model_type']!r}" if "model_type" in raw else ""
     raise InputError(
-        f"{where} describes no language model of Kyutai's{kind} (it has no {', '.join(missing)}): if the weights are"
-        " Kyutai's (docs/checkpoints.md has PersonaPlex's), give their configuration by --config FILE; else give"
-        " another model."
+        f"{where} describes no language model of Kyutai's{kind} (it has no {', '.join(missing)}): give the"
+        " configuration of the weights by --config FILE (docs/checkpoints.md has PersonaPlex's), or another model."
     )
 
 
@@ -112,11 +96,15 @@ def _unsupported(raw: Mapping[str, Any]) -> list[str]:
     if isinstance(fuser, dict):  # without conditions it has no effect
         fuser = {key: kinds for key, kinds in fuser.items() if key in ("sum", "cross", "prepend") and kinds}
     values["fuser"] = fuser
-    problems = [
-        f"{feature} ({key}={values.get(key)!r})"
-        for key, (feature, is_supported) in FEATURES.items()
-        if not is_supported(values.get(key), values)
-    ]
+    widths = values["depformer_dim_feedforward"]
+    supported = {key: values.get(key) in allowed for key, (_, allowed) in FEATURES.items()} | {
+        "dep_q": values["dep_q"] != 0,
+        "text_card_out": values.get("text_card_out") in (None, values["text_card"]),
+        "context": raw.get("context", ...) is not None,
+        "depformer_dim_feedforward": not isinstance(widths, list) or 0 < len(widths) == widths.count(widths[0]),
+    }
+    names = {key: feature for key, (feature, _) in FEATURES.items()} | DEPENDING
+    problems = [f"{name} ({key}={values.get(key)!r})" for key, name in names.items() if not supported[key]]
     if unknown := sorted(raw.keys() - KNOWN):
         problems.append("unknown keys (" + ", ".join(unknown) + ")")
     return problems
@@ -136,6 +124,4 @@ def check_keys(shapes: Shapes, path: Path) -> None:
 def refuse(where: str, problems: list[str]) -> None:
     """Raises `InputError` if there are `problems`: features of the model in `where` that are not supported."""
     if problems:
-        raise InputError(
-            f"{where} describes what is not supported yet: {'; '.join(problems)}; give a model without it."
-        )
+        raise InputError(f"{where} describes what is not supported yet: {'; '.join(problems)}; give another model.")

@@ -1,4 +1,4 @@
-"""What every command shares: mistakes end in one sentence and an exit code, and a command knows what it has cost."""
+"""What every command shares: mistakes end in one sentence and an exit code; its cost, versions and options."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ Options = TypeVar("Options")
 
 BAD_INPUT = 2
 PARTIAL = 3
-"""Exit code where some inputs of many were unusable: the rest is done, and every one left out has been named."""
+"""Exit code when some inputs were unusable: the command has named them and has done the rest."""
 INTERRUPTED = 130
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 log = logging.getLogger("ttt_jax")
-"""What the library has to say without stopping: one sentence a warning, which begins with the file's path."""
+"""Warnings of the library: one sentence each, which begins with the file's path."""
 
 _started = time.perf_counter()
 
 
 def cost() -> dict[str, float]:
-    """Seconds since the command began and the most memory it has held, in gigabytes (10^9 bytes)."""
+    """Returns the seconds since the command began and its peak of memory in gigabytes (10^9 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"seconds": round(time.perf_counter() - _started, 1), "peak_gigabytes": round(peak / 1e9, 2)}
 
 
 def machine() -> dict[str, Any]:
-    """Versions and device that numbers depend on, as results store them."""
+    """Returns versions and device, on which numbers depend, as results store them."""
     import jax
 
     versions = {"ttt_jax": version(), "python": sys.version.split()[0]}
@@ -52,20 +52,20 @@ def machine() -> dict[str, Any]:
 
 
 def version() -> str:
-    """The package's version; in a checkout with its commit and whether files have changed: 0.1.0+g4e77721.dirty."""
+    """Returns the package's version; in a checkout with commit and changes, as 0.1.0+g4e77721.dirty."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # installed, perhaps inside another repository
         return __version__
-    asked = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty=.dirty"]
+    words = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty=.dirty"]
     try:
-        found = subprocess.run(asked, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return __version__
-    return f"{__version__}+g{found.stdout.strip()}" if found.returncode == 0 else __version__
+    return f"{__version__}+g{done.stdout.strip()}" if done.returncode == 0 else __version__
 
 
 def keep_compiled(folder: Path) -> None:
-    """Keep compiled programs in `folder` for the next run, unless the user has chosen a place."""
+    """Keeps compiled programs in `folder` for the next run, unless the user has chosen a place."""
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
@@ -74,7 +74,7 @@ def keep_compiled(folder: Path) -> None:
 
 
 class _Notices(logging.Handler):
-    """Warnings of the library as lines on standard error, above a progress bar where there is one."""
+    """Writes warnings of the library on standard error, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = printable(f"warning: {record.getMessage()}")
@@ -87,7 +87,7 @@ class _Notices(logging.Handler):
 
 @contextlib.contextmanager
 def _notices() -> Iterator[None]:
-    """Show what the library says meanwhile, once: absl, which Orbax brings along, would show it as well."""
+    """Shows warnings of the library once. Without this the handler of absl, which Orbax loads, shows them too."""
     handler, propagated = _Notices(), log.propagate
     log.addHandler(handler)
     log.propagate = False
@@ -99,14 +99,14 @@ def _notices() -> Iterator[None]:
 
 
 def shortened(sentences: Sequence[str], most: int = 10) -> list[str]:
-    """The first `most` of the sentences on what was left out, each on one line, and a line for all others."""
+    """Returns the first `most` of the sentences, each on one line, and a line for all others."""
     rest = len(sentences) - most
     others = [f"{rest:,} more, the last: {sentences[-1]}"] if rest > 0 else []
     return [printable(sentence) for sentence in [*sentences[:most], *others]]
 
 
 def run(command: Callable[[], int]) -> int:
-    """Exit code of `command`: its own, or 2 for something that the user can mend, or 130 if interrupted."""
+    """Returns the exit code of `command`, 2 for an error that the user can mend, or 130 if interrupted."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file's name may have what a terminal lacks
     try:
@@ -117,9 +117,7 @@ def run(command: Callable[[], int]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("ttt_jax", "train", "eval"):
             raise
-        problem = (
-            f"the package {error.name} is not installed: install what the commands need by pip install -e '.[all]'."
-        )
+        problem = f"the package {error.name} is not installed: run pip install -e '.[all]'."
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -144,7 +142,7 @@ def call(package: str, args: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def plain_input_errors() -> Iterator[None]:
-    """Raise the `InputError` behind tyro's exit, if there is one, instead of its drawing of it."""
+    """Raises the `InputError` behind tyro's exit, if there is one, instead of tyro's drawing of it."""
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
@@ -162,10 +160,8 @@ def plain_input_errors() -> Iterator[None]:
 def parse(options: type[Options], prog: str, args: Sequence[str], **settings: Any) -> Options:
     """Returns the `options` (a frozen dataclass; docstrings are the help text) that the command line `args` gives.
 
-    Args:
-      prog: name of the command in its help; settings: further arguments of `tyro.cli`, such as `default`.
-
-    Raises `InputError` where the dataclass does. Exits with 0 on --help and with 2 on wrong flags and values.
+    `prog` names the command in its help; `settings` are further arguments of `tyro.cli`. Raises `InputError` where the
+    dataclass does. Exits with 0 on --help and with 2 on wrong flags and values.
     """
     import tyro
 

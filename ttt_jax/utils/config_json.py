@@ -24,8 +24,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(kind: type[Config], values: Any, where: str) -> Config:
     """Returns a `kind` (a dataclass) with the fields in `values`. Missing fields keep their default.
 
-    Raises `InputError` with the file `where` and the key if `values` has a key that `kind` lacks or a value of another
-    type.
+    Raises `InputError` with the file `where` and the key if a key is unknown or a value of another type.
     """
     return conform(kind, values, where, "")
 
@@ -36,8 +35,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Returns the JSON value in `path`. Raises `InputError`, which names the wanted file by `what`, if there is
-    none."""
+    """Returns the JSON value in `path`. Raises `InputError`, which asks for `what`, if there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -47,8 +45,7 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def conform(kind: Any, value: Any, where: str, key: str) -> Any:
-    """Returns `value` as the type `kind` of a field, lists as tuples. Raises `InputError` with `where` and `key` if it
-    differs."""
+    """Returns `value` as the type `kind`, lists as tuples. Raises `InputError` with `where` and `key` if it differs."""
     if dataclasses.is_dataclass(kind):
         if isinstance(value, kind):
             return value

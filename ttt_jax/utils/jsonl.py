@@ -18,10 +18,7 @@ GZIP = b"\x1f\x8b"  # how gzip files begin; never UTF-8
 def read_lines(path: Path) -> list[str]:
     """Returns the lines of a UTF-8 text, plain or gzip whatever its name, without line ends and byte order mark.
 
-    Raises:
-        OSError: it cannot be read.
-        UnicodeDecodeError: it is not UTF-8.
-        InputError: it is gzip and cut off or damaged.
+    Raises `InputError` if it is damaged gzip, `OSError` if it cannot be read, `UnicodeDecodeError` if it is not UTF-8.
     """
     content = path.read_bytes()
     if content.startswith(GZIP):

@@ -22,13 +22,10 @@ _LONGEST = 150
 def local(name: str | Path) -> Path:
     """Returns the path `name`. A leading ~ stands for a home folder unless a file has that very name.
 
-    Raises:
-        InputError: the name is empty, as when a variable is unset. As a path it would be the current folder.
+    Raises `InputError` if the name is empty, which as a path would be the current folder.
     """
     if name == "":
-        raise InputError(
-            "an empty name was given: give the path of a file or folder, and see whether a variable is unset."
-        )
+        raise InputError("an empty name was given: give the path of a file or folder (is a variable unset?).")
     path = Path(name)
     if str(path).startswith("~") and not os.path.lexists(path):
         try:
@@ -47,8 +44,7 @@ def exists(name: str) -> bool:
 
 
 def listed(text: str, is_item: Callable[[str], bool]) -> list[str]:
-    """Returns the items that `text` joins by commas. An item may hold commas: the longest text that `is_item` counts as
-    one."""
+    """Returns the items that `text` joins by commas. An item is the longest text that `is_item` accepts."""
     items, parts = [], text.split(",")
     while parts:
         end = next((end for end in range(len(parts), 1, -1) if is_item(",".join(parts[:end]))), 1)
@@ -63,8 +59,7 @@ def whole_name(path: Path) -> str:
 
 
 def file_name(name: str) -> str:
-    """Returns `name` as the name of one file: / becomes %2F, % becomes %25, and a digest replaces the end of a long
-    one."""
+    """Returns `name` as a file's: / becomes %2F, % becomes %25, and a digest replaces the end of a long name."""
     name = name.replace("%", "%25").replace("/", "%2F")
     content = os.fsencode(name)
     if len(content) <= _LONGEST:
@@ -81,8 +76,7 @@ class Missing(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """Returns `text` on one line and encodable: line ends, control characters and bytes that are not UTF-8 become
-    escapes."""
+    """Returns `text` with escapes for line ends, control characters and bytes that are not UTF-8."""
     breaks = ("Cc", "Cs", "Zl", "Zp")
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in breaks else c for c in text)
 
@@ -95,8 +89,7 @@ def portable(path: str | Path) -> str:
 def native(name: str) -> str:
     """Returns a name from JSON in this system's locale, the inverse of `portable`.
 
-    Raises:
-        UnicodeEncodeError: surrogates stand for no bytes, so that no file can have the name.
+    Raises `UnicodeEncodeError` if surrogates stand for no bytes, so that no file can have the name.
     """
     return os.fsdecode(name.encode("utf-8", "surrogateescape"))
 
@@ -107,10 +100,8 @@ def absolute(path: str | Path) -> Path:
 
 
 def place(path: Path) -> Path:
-    """Returns a path that identifies a file: its name in the real folder that holds it.
-
-    Two links to one content are two files; a file reached through two links to its folder is one.
-    """
+    """Returns the name of a file in its real folder. Two links to one content are two files; a file that is reached
+    through two links to its folder is one."""
     return Path(os.path.realpath(path.parent), path.name)
 
 
@@ -131,8 +122,7 @@ def spelled(path: Path) -> Path:
 
 
 def beside(path: Path, ending: str) -> Path | None:
-    """Returns the file beside `path` with the same name and another ending, also a broken link; None if there is
-    none."""
+    """Returns the file beside `path` with the same name and another ending, also a broken link, if there is one."""
     exact = path.with_suffix(ending)
     if os.path.lexists(exact):
         return None if os.path.isdir(exact) else exact
