@@ -23,6 +23,7 @@ from ttt_jax.data.manifest import Entry, read_manifest
 
 DECIBEL = 10 / np.log(10)  # of a natural logarithm of power
 PAUSE = 0.2  # seconds between two words that end an utterance
+UTTERANCES = 60  # English utterances for the recogniser, at most
 SMOOTHING = 8.0  # frames' worth of unigram that every bigram row starts with
 
 
@@ -30,11 +31,10 @@ def main() -> None:
     """Prints all figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--codec", type=Path, default=DEFAULT_FILE, help="file of a k-means codec")
-    parser.add_argument("--corpus", type=Path, default=DEFAULT_FILE.parents[1])
-    parser.add_argument("--utterances", type=int, default=60, help="English utterances for the recogniser")
-    args = parser.parse_args()
-    codec = KMeansCodec.load(args.codec)
-    entries = {split: read_manifest(args.corpus / f"{split}.jsonl").entries for split in ("train", "heldout")}
+    codec = KMeansCodec.load(parser.parse_args().codec)
+    entries = {
+        split: read_manifest(DEFAULT_FILE.parents[1] / f"{split}.jsonl").entries for split in ("train", "heldout")
+    }
     voices = {split: [read_audio(e.path, codec.sample_rate)[0] for e in some] for split, some in entries.items()}
     print(f"{codec.name}, digest {codec.digest[:16]}, {codec.num_codebooks} codebooks of {codec.cardinality} entries")
     start = time.perf_counter()
@@ -46,7 +46,7 @@ def main() -> None:
     print_decoding(codec, voices["heldout"], codes["heldout"])
     print_entropies(codec, codes["train"], codes["heldout"])
     english = [(e, v) for e, v in zip(entries["heldout"], voices["heldout"], strict=True) if "en_us" in str(e.path)]
-    print_recognition(codec, english, args.utterances)
+    print_recognition(codec, english)
 
 
 def print_variance(codec: KMeansCodec, voices: dict[str, list], codes: dict[str, list]) -> None:
@@ -114,7 +114,7 @@ def print_entropies(codec: KMeansCodec, train: list[np.ndarray], heldout: list[n
         print(f"{codebook + 1:8d}  {unigram:7.2f}  {unigram - same:18.2f}  {unigram - first:19.2f}  {above:>26}")
 
 
-def print_recognition(codec: KMeansCodec, recordings: list[tuple[Entry, np.ndarray]], limit: int) -> None:
+def print_recognition(codec: KMeansCodec, recordings: list[tuple[Entry, np.ndarray]]) -> None:
     """Recognition by pocketsphinx of the original, of decoded codes and of decoded codes in shuffled order."""
     try:
         from pocketsphinx import Decoder
@@ -129,7 +129,7 @@ def print_recognition(codec: KMeansCodec, recordings: list[tuple[Entry, np.ndarr
             if len(texts) >= 3 and all(recogniser.lookup_word(text) for text in texts):
                 first, last = (round(t * codec.sample_rate) for t in (words[0].start - 0.1, words[-1].end + 0.1))
                 spoken.append((texts, voice[max(first, 0) : last]))
-    spoken = spoken[:limit]
+    spoken = spoken[:UTTERANCES]
     choices = " | ".join(sorted({" ".join(texts) for texts, _ in spoken}))
     recogniser.add_jsgf_string("choices", f"#JSGF V1.0; grammar g; public <s> = {choices};")
 

@@ -1,7 +1,7 @@
 """The training loop, of one run or of several side by side: steps, metrics, validation, samples, checkpoints, figures.
 
 Several runs differ in seed and training files alone. They share one program, `jax.vmap` of the step, on one device: it
-is compiled once, and small models fill a device together (`bench/together.py` measures it). Each run gets the folder
+is compiled once, and small models fill a device together (`bench/train.py` measures it). Each run gets the folder
 and, to rounding, the weights that it would get alone, so each can be evaluated or resumed by itself.
 """
 
