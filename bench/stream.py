@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from bench import figures
 from bench.figures import copy_bandwidth, in_use, peak, random_params, spread
 
 SMALL = {
@@ -170,13 +171,12 @@ def ours(shape: str, rows: int, ttt: str, frames: int, long: int | None) -> Iter
         jax.block_until_ready(moshi)
         times = blocking(100)
         got |= {"last": {"ms": float(np.median(times)), "gb": in_use()}}
-    device = jax.devices()[0]
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     yield got | {
         "compile_s": compile_s,
         "floor_ms": (weights + state_bytes) / copy_bandwidth() * 1e3,
         "peak_gb": peak(),
-        "about": f"{device.device_kind}, jax {jax.__version__}",
+        "about": figures.device(),
     }
     while True:
         times = blocking(frames)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.figures import copy_bandwidth, product_rate
+from bench.figures import copy_bandwidth, device, product_rate
 from ttt_jax.config import TTTConfig, default_base_lr
 from ttt_jax.ttt import inner, network
 
@@ -34,8 +34,7 @@ def main() -> None:
     parser.add_argument("--mini-batches", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    device = jax.devices()[0]
-    print(f"{device.device_kind}, jax {jax.__version__}; {args.heads} heads x {args.width}, {args.frames} frames")
+    print(f"{device()}; {args.heads} heads x {args.width}, {args.frames} frames")
     bandwidth, rate = copy_bandwidth(), product_rate(jnp.float32)
     print(
         f"a copy moves {bandwidth / 1e9:.0f} GB/s, a float32 product of default precision runs at {rate / 1e12:.1f}"
