@@ -54,17 +54,13 @@ class Plan(NamedTuple):
     """Operations of a frame."""
     frames: int
     """Frames of a step, on all devices."""
-    lora_rank: int | None
-    """Rank at which adapters have as many parameters as the TTT layers; None without TTT layers."""
 
 
 def plan(cfg: TrainConfig, devices: int | None = None) -> Plan:
     """Returns the plan of a configuration from `train.partition.fit`.
 
-    Args:
-      devices: number of devices; None: as many as `cfg.mesh` names, or all local ones if it has -1.
-
-    Raises `InputError` if the mesh does not fit devices, rows or model.
+    `devices` is their number; None: as many as `cfg.mesh` names, or all local ones if it has -1. Raises `InputError` if
+    the mesh does not fit devices, rows or model.
     """
     mesh = _mesh(cfg, devices)
     params = jax.eval_shape(lambda key: model.init_params(cfg.model, key), jax.random.key(0))
@@ -83,7 +79,6 @@ def plan(cfg: TrainConfig, devices: int | None = None) -> Plan:
         memory=dict(zip(ARRAYS + STEP, (*arrays, gradients, *_activations(cfg, mesh, trainable, frozen)), strict=True)),
         flops=flops_per_frame(cfg),
         frames=cfg.bptt * cfg.data.batch * cfg.data.chunk,
-        lora_rank=lora_rank_like_ttt(cfg.model) if cfg.model.ttt_layers and cfg.model.lora.maps else None,
     )
 
 
@@ -95,8 +90,9 @@ def lines(plan: Plan) -> list[str]:
     forward, backward = plan.flops
     parts = f" in {cfg.accumulate} parts" if cfg.accumulate > 1 else ""
     chunks = f"{cfg.bptt} chunks of " if cfg.bptt > 1 else ""
-
-    rank = "" if plan.lora_rank is None else f"   as many as adapters of rank {plan.lora_rank} on model.lora.maps"
+    rank = ""
+    if cfg.model.ttt_layers and cfg.model.lora.maps:
+        rank = f"   as many as adapters of rank {lora_rank_like_ttt(cfg.model)} on model.lora.maps"
     return [
         f"parameters: {total / 1e6:,.2f} M, of which {plan.trainable / 1e6:,.2f} M train,"
         f" {(total - plan.trainable) / 1e6:,.2f} M are frozen",

@@ -104,14 +104,9 @@ def token_weights(targets: jax.Array, cfg: LossConfig) -> jax.Array:
 def chunk_sums(
     params: Tree, batch: Batch, stream: model.State, cfg: TrainConfig, block: int, measured: bool = False
 ) -> tuple[Sums, model.State]:
-    """Returns the losses of one chunk and the state after it.
+    """Returns the losses of one chunk, `batch` without its leading axis, and the state after it; `block` as in `score`.
 
-    Args:
-      params: all parameters of the model.
-      batch: one chunk, without the leading axis.
-      stream: state before the chunk.
-      block: as in `score`.
-      measured: whether to measure the TTT layers.
+    If `measured`, the TTT layers' inner losses are among them.
     """
     stream = model.reset_rows(stream, batch.reset, cfg.model)
     if cfg.state == "reset":
