@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from train.config import TrainConfig
 from train.flops import Flops, flops_per_frame
-from train.partition import split
+from train.partition import shapes, split
 from train.step import state_like
 from ttt_jax.checkpoints.parameter_counts import TTT, lora_rank_like_ttt, parameter_counts
 from ttt_jax.config import FRAME_RATE, LoRAConfig
@@ -63,8 +63,7 @@ def plan(cfg: TrainConfig, devices: int | None = None) -> Plan:
     the mesh does not fit devices, rows or model.
     """
     mesh = _mesh(cfg, devices)
-    params = jax.eval_shape(lambda key: model.init_params(cfg.model, key), jax.random.key(0))
-    trainable, frozen = split(params, cfg)
+    trainable, frozen = split(shapes(cfg.model), cfg)
     frozen = jax.tree.map(lambda leaf, dtype: Shape(leaf.shape, dtype), frozen, _types(frozen, cfg))
     state = state_like(cfg, mesh)
     place = lambda leaf, where: Shape(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
@@ -191,8 +190,7 @@ def _head(cfg: TrainConfig, mesh: AbstractMesh, rows: int) -> int:
     net = dataclasses.replace(cfg.model, lora=LoRAConfig())
     blocks = min(cfg.data.chunk, -(-rows * cfg.data.chunk // cfg.loss.block))
     frames = rows * -(-cfg.data.chunk // blocks)
-    params = jax.eval_shape(lambda key: model.init_params(net, key), jax.random.key(0))
-    params = jax.tree.map(lambda leaf: Shape(leaf.shape, jnp.dtype(net.dtype)), params)
+    params = jax.tree.map(lambda leaf: Shape(leaf.shape, jnp.dtype(net.dtype)), shapes(net))
 
     def loss(inputs: tuple[Tree, jax.Array], targets: jax.Array) -> jax.Array:
         encoded = model.Encoded(inputs[1], targets, targets >= 0, None)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from train import optim
 from train.batches import Batch
 from train.config import LossConfig, TrainConfig
-from train.partition import split
+from train.partition import shapes, split
 from ttt_jax.data.text import EPAD, PAD
 from ttt_jax.distributed import sharding
 from ttt_jax.moshi import model
@@ -262,9 +262,8 @@ def init_states(cfg: TrainConfig, seeds: Sequence[int]) -> tuple[TrainState, Tre
 
 def state_like(cfg: TrainConfig, mesh: Mesh) -> TrainState:
     """Returns shapes, types and shardings of a run's state. Raises `InputError` if the mesh does not fit the model."""
-    params = jax.eval_shape(lambda key: model.init_params(cfg.model, key), jax.random.key(0))
-    trainable = split(params, cfg)[0]
-    shapes = jax.eval_shape(partial(fresh_state, cfg), trainable)
+    trainable = split(shapes(cfg.model), cfg)[0]
+    fresh = jax.eval_shape(partial(fresh_state, cfg), trainable)
     of_params = sharding.params_shardings(mesh, trainable)
     whole = sharding.replicated(mesh)
     shardings = TrainState(
@@ -272,13 +271,13 @@ def state_like(cfg: TrainConfig, mesh: Mesh) -> TrainState:
         skipped=whole,
         trainable=of_params,
         opt_state=optax.tree.map_params(
-            optim.make_optimizer(cfg), lambda _, s: s, shapes.opt_state, of_params, transform_non_params=lambda _: whole
+            optim.make_optimizer(cfg), lambda _, s: s, fresh.opt_state, of_params, transform_non_params=lambda _: whole
         ),
-        stream=sharding.state_shardings(mesh, shapes.stream),
+        stream=sharding.state_shardings(mesh, fresh.stream),
     )
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        shapes._replace(trainable=trainable),
+        fresh._replace(trainable=trainable),
         shardings,
     )
 

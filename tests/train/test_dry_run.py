@@ -14,12 +14,11 @@ from tests.helpers.micro import MODEL, config
 from train import dry_run
 from train.batches import Batch
 from train.config import PRESETS, LossConfig, MeshConfig, TrainableConfig
-from train.partition import fit, split
+from train.partition import fit, shapes, split
 from train.step import make_train_step, state_like
 from ttt_jax.config import LoRAConfig, TTTConfig
 from ttt_jax.distributed import sharding
 from ttt_jax.errors import InputError
-from ttt_jax.moshi import model
 
 LORA = TrainableConfig(base=False)
 
@@ -38,20 +37,29 @@ planned = cache(dry_run.plan)
 def compiled(cfg):
     """XLA's own account of the step."""
     mesh = sharding.make_mesh(1, 1, 1)
-    params = jax.eval_shape(lambda key: model.init_params(cfg.model, key), jax.random.key(0))
     k, rows, streams, frames = cfg.bptt, cfg.data.batch, cfg.model.num_streams, cfg.data.chunk
     shape = jax.ShapeDtypeStruct
     batch = Batch(shape((k, rows, streams, frames), jnp.int32), shape((k, rows, frames), bool), shape((k, rows), bool))
-    lowered = make_train_step(cfg, mesh).lower(
-        state_like(cfg, mesh), split(params, cfg)[1], batch, shape((rows,), bool)
-    )
-    return lowered.compile().memory_analysis(), sum(
-        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch)
-    )
+    inputs = state_like(cfg, mesh), split(shapes(cfg.model), cfg)[1], batch, shape((rows,), bool)
+    return make_train_step(cfg, mesh).lower(*inputs).compile().memory_analysis(), size(batch)
 
 
-@pytest.mark.parametrize("ttt", ["none", pytest.param("4", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("remat", ["dots", pytest.param("layers", marks=pytest.mark.slow)])
+def size(tree):
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def test_memory_of_arrays_is_their_size():
+    cfg, mesh = build(trainable=LORA, remat="layers"), sharding.make_mesh(1, 1, 1)
+    like, frozen = state_like(cfg, mesh), split(shapes(cfg.model), cfg)[1]
+    arrays = frozen, like.trainable, like.opt_state, like.stream
+    found = planned(cfg).memory
+    assert [found[part] for part in dry_run.ARRAYS] == list(map(size, arrays))
+    assert found["gradients"] == size(like.trainable)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ttt", ["none", "4"])
+@pytest.mark.parametrize("remat", ["dots", "layers"])
 def test_memory_is_what_xla_takes(ttt, remat):
     cfg = build(trainable=LORA, remat=remat)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, ttt=TTTConfig(layers=ttt, mini_batch=4)))
@@ -139,11 +147,10 @@ def test_the_text_is_short_and_adds_up(name):
 def test_frozen_weights_have_the_types_of_their_files():
     cfg = build(trainable=TrainableConfig(base=False, ttt=False))
     half = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype="bfloat16"))
-    base, ttt = (
-        (sum(found.parameters.values()) - found.trainable - found.parameters["TTT layers"] for found in [planned(cfg)]),
-        planned(cfg).parameters["TTT layers"],
-    )
-    assert planned(half).memory["frozen weights"] == 2 * next(base) + 4 * ttt
+    found = planned(cfg)
+    ttt = found.parameters["TTT layers"]
+    base = sum(found.parameters.values()) - found.trainable - ttt
+    assert planned(half).memory["frozen weights"] == 2 * base + 4 * ttt
 
 
 MESSAGES = (
@@ -167,16 +174,8 @@ def test_what_to_lower_is_what_can_be_lowered():
     def sentence(**changes):
         return str(dry_run.too_large(error, build(**changes)))
 
-    all_of_it = [
-        "--remat dots",
-        "--accumulate",
-        "--loss.block",
-        "--data.batch",
-        "--data.chunk",
-        "remat-group",
-        "--mesh.fsdp",
-    ]
-    places = [sentence().index(word) for word in all_of_it]
+    flags = "--remat dots", "--accumulate", "--loss.block", "--data.batch", "--data.chunk", "remat-group", "--mesh.fsdp"
+    places = [sentence().index(flag) for flag in flags]
     assert places == sorted(places)
     assert "--remat" not in sentence(remat="layers")
     assert "--accumulate" not in sentence(accumulate=4)

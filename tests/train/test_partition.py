@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import kyutai_files, small_step
 from tests.helpers.drawing import quick_jit
 from tests.helpers.small_step import LORA, NO_STOP, batch, one_device
-from train import initial_params, optim, step
+from train import initial_params, optim, partition, step
 from train.config import TrainableConfig
 from train.partition import fit, split
 from ttt_jax.checkpoints import weights
@@ -56,14 +56,14 @@ def of_layers(shapes, cfg):
 
 some = pytest.mark.parametrize(
     "trainable",
-    [pytest.param(one, id=str(one), marks=[pytest.mark.slow] if i % 6 else []) for i, one in enumerate(COMBINATIONS)],
+    [pytest.param(one, id=str(one), marks=[pytest.mark.slow] if i % 10 else []) for i, one in enumerate(COMBINATIONS)],
 )
 
 
 @some
 def test_that_trains_which_is_named_and_nothing_else(trainable):
     cfg, asked = combined(trainable), trainable
-    shapes = small_step.shapes(cfg)
+    shapes = partition.shapes(cfg.model)
     trainable, frozen = split(shapes, cfg)
     assert not named(trainable).keys() & named(frozen).keys()
     assert merge(trainable, frozen) == shapes
@@ -84,7 +84,7 @@ def test_that_trains_which_is_named_and_nothing_else(trainable):
 def test_the_state_holds_two_numbers_for_each_that_trains(trainable):
     cfg = combined(trainable)
     like = step.state_like(cfg, one_device())
-    assert named(like.trainable).keys() == named(split(small_step.shapes(cfg), cfg)[0]).keys()
+    assert named(like.trainable).keys() == named(split(partition.shapes(cfg.model), cfg)[0]).keys()
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree) if leaf.ndim or leaf.dtype == np.float32)  # noqa: E731
     assert {leaf.dtype for leaf in jax.tree.leaves(like.trainable)} == {np.dtype(np.float32)}
     assert count(like.opt_state) == 2 * count(like.trainable)
@@ -222,9 +222,12 @@ def test_what_trains_is_float32_and_what_is_frozen_keeps_its_type_and_bits(folde
     assert set(frozen["layers"]["layers_01_01"]["attention"]) == {"qkv", "out"}
 
 
+@pytest.mark.slow  # test_step_gradients.py has the gradients of what trains
 def test_a_step_moves_what_trains_and_no_bit_of_what_is_frozen(begun):
     cfg, (trainable, frozen) = begun
-    one = small_batch(cfg)
+    one = batch(seed=1)
+    frames = np.concatenate([one.frames, one.frames[:, :, 1:]], 2)[:, :, : cfg.model.num_streams]
+    one = one._replace(frames=np.ascontiguousarray(frames))
     before = jax.tree.map(lambda leaf: np.asarray(leaf).tobytes(), frozen)
     first = jax.tree.map(np.array, trainable)
     program = small_step.compiled(cfg, one_device(), frozen, one)
@@ -232,27 +235,14 @@ def test_a_step_moves_what_trains_and_no_bit_of_what_is_frozen(begun):
     places = lambda tree: [leaf.sharding for leaf in jax.tree.leaves(tree)]  # noqa: E731
     # Equal, and not just equivalent: the step would be compiled a second time.
     assert places(step.init_state(cfg, one_device(), trainable)) == places(step.state_like(cfg, one_device()))
-    names = []
     for _ in range(3):
         state, metrics = program(state, frozen, one, NO_STOP)
-        names.append(set(metrics.grad_norms))
+        assert set(metrics.grad_norms) == set(optim.GROUPS)
         assert places(state) == places(step.state_like(cfg, one_device()))
-    assert names == 3 * [{"base", "lora", "ttt", "gate"}]
     assert jax.tree.map(lambda leaf: np.asarray(leaf).tobytes(), frozen) == before
-    still = {
-        path
-        for path, a, b in zip(named(first), jax.tree.leaves(first), jax.tree.leaves(state.trainable), strict=True)
-        if (a == np.asarray(b)).all()
-    }
-    assert not still
+    moved = jax.tree.map(lambda a, b: (a != np.asarray(b)).any(), first, state.trainable)
+    assert all(jax.tree.leaves(moved)), moved
     assert {leaf.dtype for leaf in jax.tree.leaves(state.trainable)} == {np.dtype(np.float32)}
-
-
-def small_batch(cfg):
-    one = batch(seed=1)
-    streams = cfg.model.num_streams
-    frames = np.concatenate([one.frames, one.frames[:, :, 1:]], 2)[:, :, :streams]
-    return one._replace(frames=np.ascontiguousarray(frames))
 
 
 @pytest.mark.parametrize(
@@ -291,7 +281,7 @@ def test_without_a_base_all_is_stored():
     assert initial_params.stored(cfg) is None
     assert initial_params.frozen_base(cfg, one_device()) == {}
     assert initial_params.base_of(cfg) is None
-    random = small_step.config(trainable=TrainableConfig(base=False))
+    random = small_step.config(trainable=NO_BASE)
     refused("trainable.base is off and base is unset", initial_params.check_base, random)
 
 
@@ -342,14 +332,11 @@ def test_weights_of_another_architecture_are_refused_by_the_field(folder, field,
 
 def test_window_and_type_may_be_others_than_those_of_the_weights(folder):
     cfg = starting(folder, ttt=TTT, context=5, layer_context=((0, 3),), dtype="bfloat16")
-    trainable, frozen = initial_params.initial(cfg, one_device())
-    assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {np.dtype(np.float32)}
+    assert initial_params.stored(cfg)  # checks that they fit
 
 
 def test_a_folder_that_is_none_is_one_sentence(tmp_path):
-    cfg = fit(
-        dataclasses.replace(small_step.CONFIG, trainable=TrainableConfig(base=False), base=str(tmp_path / "nowhere"))
-    )
+    cfg = fit(dataclasses.replace(small_step.CONFIG, trainable=NO_BASE, base=str(tmp_path / "nowhere")))
     refused("nowhere is not a folder of weights", initial_params.initial, cfg, one_device())
 
 

@@ -75,6 +75,7 @@ def test_a_sample_is_its_prompt_and_what_the_model_says_to_the_user(tmp_path, pa
             assert (moshi[np.arange(len(moshi)), drawn] >= moshi.max(1) - 1e-4).all(), f"{recording}, {stream}"
 
 
+@pytest.mark.slow  # another program: tokens are drawn
 def test_equal_steps_and_parameters_give_equal_files_and_nothing_else_changes(tmp_path, params):
     own = sampler(tmp_path / "a")
     before = digest(params)

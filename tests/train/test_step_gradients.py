@@ -127,6 +127,9 @@ def test_the_gradient_reaches_w0_past_a_displacement_that_is_carried():
     grads, _, _ = gradient(trainable, frozen, one_chunk(batch(seed=1)), stream, cfg=TWO)
     ttt = grads["layers"][TTT_RUN]["ttt"]
     assert all(norm(ttt[name]) > 1e-4 for name in ttt if name.startswith("inner_"))
+    # Only what trains has a gradient, and all of it.
+    assert named(grads).keys() == named(trainable).keys()
+    assert all(norm(leaf) > 0 for leaf in jax.tree.leaves(grads))
 
 
 def uncut(trainable, frozen, batch, stream):
@@ -312,8 +315,17 @@ def test_computing_again_changes_no_gradient_of_stacked_layers_over_several_chun
     assert_close(gradient(trainable, frozen, one, stream, cfg=of(remat)), expected, 1e-10)
 
 
-@pytest.mark.parametrize("parts", [4, pytest.param(2, marks=pytest.mark.slow)])
-def test_parts_of_a_batch_have_its_gradient_and_carry_every_row(parts):
+def test_parts_of_a_batch_have_its_gradient_and_carry_every_row():
+    trainable, frozen, stream = carried(TWO)
+    one = batch(seed=12, reset=[(0, 2)])
+    grads, sums, after = gradient(trainable, frozen, one_chunk(one), stream, cfg=TWO)
+    expected = grads, sums._replace(rows=sums.rows[:1]), after
+    assert_close(gradient(trainable, frozen, one, stream, cfg=arm(accumulate=2)), expected, 1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_several_chunks_have_their_gradient_and_carry_every_row(parts):
     trainable, frozen, stream = carried(TWO)
     one = batch(2, seed=12, reset=[(0, 2), (1, 2)])
     assert len(set(one.mask[0].sum(1))) == ROWS
@@ -355,8 +367,8 @@ def at_once(params, one, stream, cfg, weights):
         return (nats * weights).sum(), (nats, half)
 
     if not _AT_ONCE:
-        (_, told), grads = quick_jit(jax.value_and_grad(loss, has_aux=True))(params)
-        _AT_ONCE["it"] = told, grads
+        (_, losses), grads = quick_jit(jax.value_and_grad(loss, has_aux=True))(params)
+        _AT_ONCE["it"] = losses, grads
     return _AT_ONCE["it"]
 
 

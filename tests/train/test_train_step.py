@@ -348,16 +348,10 @@ CARDS = [MODEL.text_card] + MODEL.dep_q * [MODEL.card]
 
 
 @pytest.fixture(scope="module")
-def weights():
-    """Random weights as a run begins with them."""
-    return initial_params.initial(CONFIG, small_step.one_device()).trainable
-
-
-@pytest.fixture(scope="module")
-def whole_run(train_step, weights):
+def whole_run(train_step):
     """Metrics of all steps of a run."""
     batches = Batches([micro.source(FILES)], CONFIG.data.batch, CONFIG.data.chunk, CONFIG.seed)
-    state, metrics = start(CONFIG, weights), []
+    state, metrics = start(CONFIG), []
     for _ in range(CONFIG.steps):
         state, found = train_step(state, next(batches).batch)
         metrics.append(found)
@@ -365,7 +359,9 @@ def whole_run(train_step, weights):
     return metrics
 
 
-def test_initial_loss_is_the_cardinality_and_half_the_variance(train_step, weights):
+@pytest.mark.slow  # moshi/test_init.py has the scale of every initialiser
+def test_initial_loss_is_the_cardinality_and_half_the_variance(train_step):
+    weights = initial_params.initial(CONFIG, small_step.one_device()).trainable
     rng, cards, found = np.random.default_rng(0), np.array([MODEL.text_card] + MODEL.n_q * [MODEL.card])[:, None], []
     for _ in range(10):
         one = batch()
