@@ -8,15 +8,13 @@ and every codebook the table gives, against PyTorch in float32 (and last, betwee
 - KL: of the two distributions, in nats, mean over positions
 - apart: largest difference of two logits
 
-Needs torch and `moshi` (the wheel alone, as ``pip download --no-deps moshi`` gives it, on PYTHONPATH).
+Needs torch and `moshi`; docs/parity.md says how to install them.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
-import sys
 import tempfile
 import types
 from pathlib import Path
@@ -36,7 +34,6 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is on the same GPU
     os.environ.setdefault("NO_TORCH_COMPILE", "1")
-    import_moshi()
     with tempfile.TemporaryDirectory() as folder:
         kwargs, codes, traces = theirs(args.layers, args.frames, Path(folder) / "kyutai")
         traces |= ours(Path(folder), codes)
@@ -46,23 +43,6 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, jax {jax.__version__};", end=" ")
     print(f"{args.layers} layers, {args.frames} frames")
     show(compare(traces, kwargs))
-
-
-def import_moshi() -> None:
-    """`moshi`, with nothing in place of what it imports for downloads and text, if that is not installed."""
-    for name in ("sentencepiece", "huggingface_hub"):
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            sys.modules[name] = types.ModuleType(name)
-            if name == "huggingface_hub":
-                errors = types.ModuleType(f"{name}.errors")
-                errors.EntryNotFoundError = type("EntryNotFoundError", (Exception,), {})
-                sys.modules[name].hf_hub_download = None
-                sys.modules[errors.__name__] = errors
-            else:
-                sys.modules[name].SentencePieceProcessor = object
-    importlib.import_module("moshi.models.lm")
 
 
 def theirs(layers: int, frames: int, folder: Path) -> tuple[dict[str, Any], np.ndarray, dict[str, Any]]:

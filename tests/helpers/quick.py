@@ -1,12 +1,17 @@
 """Programs of training and evaluation that compile in a third of the time, once a process for runs that are alike."""
 
+import contextlib
 import dataclasses
+import signal
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 
 from eval.streaming import runner
 from tests.helpers.drawing import OPTIONS
+from train import loop, plots
+from train.batches import Batches
 from train.config import DataConfig
 
 _steps, _weights = {}, {}
@@ -51,3 +56,28 @@ def remembering(first):
         return jax.tree.map(lambda leaf, place: jax.device_put(leaf.copy(), place), *_weights[key])
 
     return drawn
+
+
+def quicken(patch):
+    """Makes `train.loop` quick: quick programs, weights drawn once, no figures."""
+    patch.setattr(loop, "make_steps_together", quickly(loop.make_steps_together))
+    patch.setattr(loop, "make_train_step", quickly(loop.make_train_step))
+    patch.setattr(loop.initial_params, "initial", remembering(loop.initial_params.initial))
+    patch.setattr(plots, "draw_run", lambda *_: [])
+
+
+@contextlib.contextmanager
+def interrupted(step):
+    """Presses Ctrl-C once while `step` is prepared; the loop looks at one batch before the first step."""
+    pressed = []
+
+    class Interrupted(Batches):
+        def __next__(self):
+            self.taken = getattr(self, "taken", 0) + 1
+            if self.taken == 1 + step and not pressed:
+                pressed.append(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+            return super().__next__()
+
+    with mock.patch.object(loop, "Batches", Interrupted):
+        yield

@@ -163,15 +163,3 @@ def test_ttt_layers_count_and_not_what_is_computed_again(name):
     computed = counted(cfg) - counted(without)
     # The program forms the first map's base product apart, and up to two mini-batches more than the frames fill.
     assert 0.6 * computed < ttt < computed
-
-
-@pytest.mark.slow
-def test_the_forward_pass_is_what_xla_counts():
-    """One layer, so that no loop hides its repetitions from XLA, and wide, so that products are nearly all."""
-    net = dataclasses.replace(MODEL, dim=256, num_layers=1, hidden=704, extra_heads=0)
-    cfg = config(model=net)
-    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch=2, chunk=32))
-    tr, fr, batch, stream = inputs(cfg)
-    step = jax.jit(partial(step_sums, cfg=cfg, block=10**6))
-    found = step.lower(trees.merge(tr, fr), batch, stream).cost_analysis()["flops"] / 64
-    assert flops.flops_per_frame(cfg).forward + unseen(cfg)[0] == pytest.approx(found, rel=0.05)
