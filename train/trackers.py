@@ -54,8 +54,10 @@ def flatten(line: dict[str, Any]) -> dict[str, float]:
 
 def check(tensorboard: bool, wandb: str | None) -> None:
     """Raises `InputError` if a package is missing that `open_trackers` needs with these arguments."""
-    packages = {"tensorboardX": ("--tensorboard", tensorboard), "wandb": ("--wandb", wandb is not None)}
-    for package, (flag, used) in packages.items():
+    for package, flag, used in (
+        ("tensorboardX", "--tensorboard", tensorboard),
+        ("wandb", "--wandb", wandb is not None),
+    ):
         if used and importlib.util.find_spec(package) is None:
             raise InputError(
                 f"the package {package} is not installed: install what {flag} needs by pip install -e '.[log]', or"
@@ -68,9 +70,8 @@ def open_trackers(
 ) -> list[Tracker]:
     """Returns the trackers of a run: TensorBoard, the project `wandb` of W&B, which shows `config`, or none.
 
-    Stored metrics of steps after `done` are replaced. Raises `InputError` if a package is missing or W&B refuses.
+    Stored metrics of steps after `done` are replaced. Call `check` first. Raises `InputError` if W&B refuses.
     """
-    check(tensorboard, wandb)
     trackers: list[Tracker] = []
     if tensorboard:
         trackers.append(Tracker("TensorBoard", _TensorBoard(run_dir, done)))
