@@ -207,23 +207,18 @@ def test_a_run_goes_on_with_another_number_of_processes():
     same(expected, joined(parts))
 
 
-def counted(arrays, reads, name="counted"):
-    """A source that notes in `reads` which file is read."""
+def with_reading(made, before):
+    """`made`, whose files call `before` with their names when they are read."""
 
-    def reading(recording):
-        def read():
-            reads.append(recording.name)
-            return recording.read()
+    def changed(recording):
+        return dataclasses.replace(recording, read=lambda: (before(recording.name), recording.read())[1])
 
-        return dataclasses.replace(recording, read=read)
-
-    made = source(arrays, name=name)
-    return made._replace(recordings=tuple(map(reading, made.recordings)))
+    return made._replace(recordings=tuple(map(changed, made.recordings)))
 
 
 def test_windows_are_read_ahead_once_the_first_is_taken():
     reads = []
-    with contextlib.closing(batches(1, sources=[counted(numbered([1] * 9), reads)])) as iterator:
+    with contextlib.closing(batches(1, sources=[with_reading(source(numbered([1] * 9)), reads.append)])) as iterator:
         iterator.set_state(iterator.get_state())
         assert reads == []
         next(iterator)
@@ -235,29 +230,21 @@ def test_windows_are_read_ahead_once_the_first_is_taken():
 
 def test_a_row_reads_its_file_once_and_other_processes_rows_are_not_read():
     reads = []
-    long = numbered([400] * 6)
-    taken = take(batches(6, sources=[counted(long, reads)], rows=range(2, 4)), 20)
+    long = source(numbered([400] * 6))
+    taken = take(batches(6, sources=[with_reading(long, reads.append)], rows=range(2, 4)), 20)
     assert sorted(reads) == sorted(name for name in taken[0].files[0])
     assert len(reads) == 2
 
 
-def damaged(damage):
-    """`SOURCE`, whose file 2 cannot be read as long as `damage` holds something."""
-    sound = SOURCE.recordings[2]
-
-    def read():
-        if damage:
-            raise InputError("file 2 is damaged: make it again.")
-        return sound.read()
-
-    broken = dataclasses.replace(sound, read=read)
-    return SOURCE._replace(recordings=(*SOURCE.recordings[:2], broken, *SOURCE.recordings[3:]))
-
-
 @pytest.mark.parametrize("chunks", [1, 3])  # of three the damaged file is not the first
 def test_a_damaged_file_is_an_error_for_the_taker_of_the_window(chunks):
-    damage = ["a hole"]
-    sound, broken = (batches(1, 2, [one], chunks=chunks) for one in (SOURCE, damaged(damage)))
+    damage = {"micro/2"}
+
+    def fail(name):
+        if name in damage:
+            raise InputError("file 2 is damaged: make it again.")
+
+    sound, broken = (batches(1, 2, [one], chunks=chunks) for one in (SOURCE, with_reading(SOURCE, fail)))
     with contextlib.closing(broken) as iterator, contextlib.closing(sound) as whole:
         expected = next(whole)
         while ("micro/2",) not in expected.files:

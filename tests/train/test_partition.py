@@ -8,6 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.helpers import kyutai_files, small_step
 from tests.helpers.drawing import quick_jit
@@ -16,7 +17,7 @@ from train import initial_params, optim, partition, step
 from train.config import TrainableConfig
 from train.partition import fit, split
 from ttt_jax.checkpoints import weights
-from ttt_jax.config import LoRAConfig, MoshiConfig, TTTConfig
+from ttt_jax.config import LoRAConfig, TTTConfig
 from ttt_jax.convert import kyutai
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import model
@@ -134,15 +135,12 @@ def folder(tmp_path_factory):
     return converted(tmp_path_factory.mktemp("weights"))
 
 
-def converted(where, changes=(), ranks=0, **kwargs):
-    c = {**KYUTAI, **dict(changes)}
-    tensors = {name: (0.3 * w).astype(w.dtype) for name, w in kyutai_files.weights(c, "BF16").items()}
-    source = kyutai_files.write(where / "source", c, kyutai_files.fuse(tensors))
+def converted(where, ranks=0, **kwargs):
+    tensors = {name: (0.3 * w).astype(w.dtype) for name, w in kyutai_files.weights(KYUTAI, "BF16").items()}
+    source = kyutai_files.write(where / "source", KYUTAI, kyutai_files.fuse(tensors))
     if ranks:
         kwargs["lora"] = where / "lora.safetensors"
-        from safetensors.numpy import save_file
-
-        save_file(kyutai_files.lora(c, ranks, "BF16"), kwargs["lora"])
+        save_file(kyutai_files.lora(KYUTAI, ranks, "BF16"), kwargs["lora"])
     kyutai(source, where / "ours", **kwargs)
     return where / "ours"
 
@@ -172,14 +170,10 @@ def begun(folder):
     return cfg, initial(cfg)
 
 
-def tokens(cfg: MoshiConfig):
-    rng = np.random.default_rng(0)
-    return rng.integers(0, 12, (2, cfg.num_streams, 12)).astype(np.int32), np.ones((2, 12), bool)
-
-
-def logits(params, cfg: MoshiConfig):
+def logits(params, cfg):
     run = quick_jit(model.forward, static_argnames="cfg")
-    out, _ = run(params, *tokens(cfg), model.init_state(cfg, 2), cfg=cfg)
+    tokens = np.random.default_rng(0).integers(0, 12, (2, cfg.num_streams, 12)).astype(np.int32)
+    out, _ = run(params, tokens, np.ones((2, 12), bool), model.init_state(cfg, 2), cfg=cfg)
     return np.asarray(out.text_logits), np.asarray(out.audio_logits)
 
 
