@@ -107,10 +107,9 @@ def default_base_lr(mini_batch: int, head_dim: int, hidden_layers: int = 1) -> f
 
     A mini-batch sums its frames' gradients, all taken at the same weights, so the step is bounded by mini_batch *
     base_lr: a rate of 1 is stable up to 8 frames, and longer mini-batches keep the sum of 8 frames. Deeper networks
-      start with smaller outputs, which the inner
-    LayerNorm turns into larger gradients: each further hidden layer halves the sum. Division by the head width gives
-      all widths the same
-    relative step. Narrow heads still drift further from their base and learn as well at a lower rate.
+    start with smaller outputs, which the inner LayerNorm turns into larger gradients: each further hidden layer halves
+    the sum. Division by the head width gives all widths the same relative step. Narrow heads still drift further from
+    their base and learn as well at a lower rate.
     """
     return min(1.0, head_dim / 32, 8.0 / mini_batch * 0.5 ** max(0, hidden_layers - 1))
 
@@ -377,12 +376,12 @@ MODEL_PRESETS: dict[str, MoshiConfig] = {
         card=64,
         text_card=512,
         depth=DepthConfig(dim=384, num_layers=4, num_heads=6, hidden=1056),
-        # Early: from scratch, later layers did not learn to recall (docs/results/memory.md).
+        # Early: from scratch, later layers did not learn to recall (docs/results/memory_layers.md).
         ttt=TTTConfig(layers="0,1,2", gate_init=0.5),
     ),
     "moshi-7b": MoshiConfig(dtype="bfloat16"),
 }
-"""Models: `tiny` trains on a laptop CPU in minutes, `small` (150 M parameters) on a GPU; `moshi-7b` is Kyutai's."""
+"""Models: `tiny` trains on a laptop CPU in minutes, `small` (157 M parameters) on a GPU; `moshi-7b` is Kyutai's."""
 
 
 def model_preset(name: str) -> MoshiConfig:

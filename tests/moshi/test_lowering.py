@@ -38,7 +38,9 @@ def lowered(function, *args):
 
 
 @dtypes
-@pytest.mark.parametrize("measured", [False, True], ids=["plain", "measured"])
+@pytest.mark.parametrize(
+    "measured", [pytest.param(False, id="plain", marks=pytest.mark.slow), pytest.param(True, id="measured")]
+)
 def test_forward_over_a_chunk(dtype, measured):
     cfg = dataclasses.replace(MODEL, dtype=dtype)
     params, state = params_and_state(cfg)

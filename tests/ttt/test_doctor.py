@@ -104,13 +104,13 @@ def cuts_off_one_bias(params, x, mask, state, cfg):
     ("broken", "measure"),
     [
         pytest.param(doubles_its_update, laws._descent, marks=pytest.mark.slow),
-        (doubles_its_descent, laws._descent),
+        pytest.param(doubles_its_descent, laws._descent, marks=pytest.mark.slow),
         pytest.param(forgets_nothing, laws._descent, marks=pytest.mark.slow),
         (drops_its_state, laws._splits),
         (reads_masked_frames, laws._masked_content),
         (ignores_the_gate, laws._closed_gate),
         pytest.param(cuts_off_the_base, laws._base_gradient, marks=pytest.mark.slow),
-        (cuts_off_one_bias, laws._base_gradient),
+        pytest.param(cuts_off_one_bias, laws._base_gradient, marks=pytest.mark.slow),
     ],
     ids=lambda function: function.__name__.strip("_"),
 )

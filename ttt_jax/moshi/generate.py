@@ -35,8 +35,8 @@ def streaming_params(params: Params, cfg: MoshiConfig) -> Params:
     bits.
 
     Converts matrices to the type of the activations once. On a CPU it also unstacks the matrices of layers, since XLA's
-    CPU products copy a matrix out of its stack first; elsewhere few large arrays are faster (docs/performance.md).
-    `forward` takes `params` itself.
+    CPU products copy a matrix out of its stack first; elsewhere few large arrays are faster
+    (docs/performance/streaming.md). `forward` takes `params` itself.
     """
     unstack = jax.default_backend() == "cpu"
 

@@ -1,7 +1,7 @@
 """Linear maps without biases, with low-rank adapters where configured. Linen declares their parameters.
 
 Matrices are stored [out, in], as in PyTorch. For a single row the time is that of reading the matrix, and a reduction
-along its rows reads it fastest (docs/performance.md).
+along its rows reads it fastest (docs/performance/streaming.md).
 """
 
 from __future__ import annotations

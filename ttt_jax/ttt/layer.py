@@ -62,7 +62,7 @@ class TTTLayer(nn.Module):
         h = rms_norm(x, self.param("norm", nn.initializers.ones, (cfg.dim,))) if cfg.ttt.pre_norm else x
 
         # Queries start equal to keys: a frame then reads the values of similar frames from the first step on. With
-        # other initial queries, learning to read takes far longer or fails (docs/results/memory.md).
+        # other initial queries, learning to read takes far longer or fails (docs/results/memory_layers.md).
         k, q, v = (
             self._project(name, h, like).reshape(*x.shape[:2], heads, width).astype(wide)
             for name, like in (("k", None), ("q", "k"), ("v", None))
