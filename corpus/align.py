@@ -6,9 +6,10 @@ Needs numpy; `Aligner` also needs PyPI's pocketsphinx, whose wheel holds the Eng
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import numpy as np
+
+from ttt_jax.data.alignments import MAIN_SPEAKER, Word
 
 RATE = 16000
 HOP = 160  # 10 ms
@@ -25,15 +26,6 @@ _PRONOUNCED = {  # words of the prompts that pocketsphinx's dictionary lacks
 }
 
 
-@dataclass(frozen=True)
-class Timed:
-    """A word with its start and end in seconds from the start of its prompt."""
-
-    text: str
-    start: float
-    end: float
-
-
 def voiced_frames(audio: np.ndarray) -> np.ndarray:
     """Returns whether each 10 ms of float32 [samples] at 16 kHz is loud enough for speech, bool [frames]."""
     count = max(1, len(audio) // HOP)
@@ -48,16 +40,18 @@ def voiced_frames(audio: np.ndarray) -> np.ndarray:
     return voiced
 
 
-def spread(words: list[str], voiced: np.ndarray) -> list[Timed]:
+def timed(text: str, first: int, last: int) -> Word:
+    """Returns a word that lasts from one frame of 10 ms to another."""
+    return Word(text, first * HOP / RATE, (last + 1) * HOP / RATE, MAIN_SPEAKER)
+
+
+def spread(words: list[str], voiced: np.ndarray) -> list[Word]:
     """Returns the words spread over the voiced frames in proportion to their letters; pauses stay free."""
     letters = np.cumsum([0] + [max(1, len(re.sub(r"\W", "", word))) for word in words])
     frames = np.flatnonzero(voiced)
     marks = (letters / letters[-1] * len(frames)).astype(int)
-    timed = []
-    for word, start, end in zip(words, marks[:-1], marks[1:], strict=True):
-        last = frames[max(start, end - 1)]
-        timed.append(Timed(word, frames[start] * HOP / RATE, (last + 1) * HOP / RATE))
-    return timed
+    spans = zip(words, marks[:-1], marks[1:], strict=True)
+    return [timed(word, frames[start], frames[max(start, end - 1)]) for word, start, end in spans]
 
 
 class Aligner:
@@ -70,7 +64,7 @@ class Aligner:
         for word, phones in _PRONOUNCED.items():
             self._decoder.add_word(word, phones, True)
 
-    def align(self, words: list[str], audio: np.ndarray) -> list[Timed] | None:
+    def align(self, words: list[str], audio: np.ndarray) -> list[Word] | None:
         """Returns the words' times in float32 [samples] at 16 kHz; None if a word is unknown or no path is found."""
         parts = [re.findall(r"[a-z']+", word.lower()) for word in words]
         if not all(parts) or any(self._decoder.lookup_word(part) is None for word in parts for part in word):
@@ -83,9 +77,6 @@ class Aligner:
         found = [] if segments is None else [s for s in segments if not re.match(r"[<\[+]", s.word)]
         if [re.sub(r"\(\d+\)$", "", s.word) for s in found] != [part for word in parts for part in word]:
             return None
-        timed, position = [], 0
-        for word, pieces in zip(words, parts, strict=True):
-            first, last = found[position], found[position + len(pieces) - 1]
-            timed.append(Timed(word, first.start_frame * HOP / RATE, (last.end_frame + 1) * HOP / RATE))
-            position += len(pieces)
-        return timed
+        ends = np.cumsum([len(pieces) for pieces in parts])
+        spans = zip(words, ends - [len(pieces) for pieces in parts], ends - 1, strict=True)
+        return [timed(word, found[start].start_frame, found[end].end_frame) for word, start, end in spans]

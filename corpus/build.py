@@ -22,8 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from corpus.align import RATE, Aligner, Timed, spread, voiced_frames
+from corpus.align import RATE, Aligner, spread, voiced_frames
 from corpus.prompts import Prompt, drop_similar, read_asterisk, read_librivox, share_out
+from ttt_jax.data.alignments import Word
+from ttt_jax.data.audio.containers.ogg import checksum
 
 HERE = Path(__file__).resolve().parent
 SEED = 20260
@@ -85,10 +87,12 @@ URLS = {
 }
 
 
-def fetch(work: Path) -> dict[str, Path]:
-    """Downloads and unpacks every package; returns its folder. Raises SystemExit if a hash is wrong."""
-    folders = {}
-    for name, source in json.loads((HERE / "sources.json").read_text())["packages"].items():
+def fetch(work: Path, voice: Voice) -> Path:
+    """Returns one folder with all packages of a voice, downloaded and unpacked; refuses packages of another hash."""
+    root, packages = work / "unpacked" / voice.folder, json.loads((HERE / "sources.json").read_text())["packages"]
+    root.mkdir(parents=True, exist_ok=True)
+    for name in voice.packages:
+        source = packages[name]
         debs = list(work.glob(f"{name}_*.deb"))
         if not debs:
             subprocess.run(["apt-get", "download", f"{name}={source['version']}"], cwd=work, check=True)
@@ -96,17 +100,7 @@ def fetch(work: Path) -> dict[str, Path]:
         digest = hashlib.sha256(debs[0].read_bytes()).hexdigest()
         if digest != source["sha256"]:
             raise SystemExit(f"{debs[0]} has SHA-256 {digest}, sources.json expects {source['sha256']}")
-        folders[name] = work / "unpacked" / name
-        folders[name].mkdir(parents=True, exist_ok=True)
-        subprocess.run(["dpkg", "-x", str(debs[0]), str(folders[name])], check=True)
-    return folders
-
-
-def merge(work: Path, folders: dict[str, Path], voice: Voice) -> Path:
-    """Returns one folder that holds all packages of a voice."""
-    root = work / "unpacked" / voice.folder
-    for name in voice.packages:
-        shutil.copytree(folders[name], root, dirs_exist_ok=True)
+        subprocess.run(["dpkg", "-x", str(debs[0]), str(root)], check=True)
     return root
 
 
@@ -118,7 +112,7 @@ def join(prompts: list[Prompt], aligner: Aligner | None, rng: random.Random) -> 
         timed, method = align(prompt, aligner)
         start = position / RATE
         for word in timed:
-            rows.append([word.text, [round(start + word.start, 2), round(start + word.end, 2)], "SPEAKER_MAIN"])
+            rows.append([word.text, [round(start + word.start, 2), round(start + word.end, 2)], word.speaker])
         marks.append(
             {"name": prompt.name, "start": round(start, 2), "seconds": round(prompt.seconds, 2), "method": method}
         )
@@ -131,7 +125,7 @@ def join(prompts: list[Prompt], aligner: Aligner | None, rng: random.Random) -> 
     return np.concatenate(pieces), content
 
 
-def align(prompt: Prompt, aligner: Aligner | None) -> tuple[list[Timed], str]:
+def align(prompt: Prompt, aligner: Aligner | None) -> tuple[list[Word], str]:
     """Returns a prompt's timed words and the method: "pocketsphinx", or "spread" if that finds no path."""
     timed = aligner.align(list(prompt.words), prompt.audio) if aligner else None
     if timed is not None:
@@ -157,22 +151,13 @@ def write_ogg(path: Path, audio: np.ndarray) -> None:
 
 def _with_serial(data: bytes, serial: int) -> bytes:
     """Returns an Ogg stream with this serial number; encoders draw random ones, which would change every build."""
-    table = []
-    for value in range(256):
-        value <<= 24
-        for _ in range(8):
-            value = (value << 1) ^ 0x04C11DB7 if value & 0x80000000 else value << 1
-        table.append(value & 0xFFFFFFFF)
     pages, at = [], 0
     while at < len(data):
         segments = data[at + 26]
         size = 27 + segments + sum(data[at + 27 : at + 27 + segments])
         page = bytearray(data[at : at + size])
-        page[14:18], page[22:26] = struct.pack("<I", serial), bytes(4)
-        crc = 0
-        for byte in page:
-            crc = ((crc << 8) & 0xFFFFFFFF) ^ table[(crc >> 24) ^ byte]
-        page[22:26] = struct.pack("<I", crc)
+        page[14:18] = struct.pack("<I", serial)
+        page[22:26] = struct.pack("<I", checksum(bytes(page)))
         pages.append(bytes(page))
         at += size
     return b"".join(pages)
@@ -246,14 +231,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for downloaded and unpacked packages")
     work = parser.parse_args().work
     work.mkdir(parents=True, exist_ok=True)
-    folders = fetch(work)
-    train, heldout = [], []
-    for voice in VOICES:
-        lines = build_voice(voice, merge(work, folders, voice))
-        train += lines[0]
-        heldout += lines[1]
-    for name, lines in (("train", train), ("heldout", heldout)):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
+    built = [build_voice(voice, fetch(work, voice)) for voice in VOICES]
+    for name, parts in zip(("train", "heldout"), zip(*built, strict=True), strict=True):
+        text = "".join(json.dumps(line) + "\n" for part in parts for line in part)
         (HERE / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 

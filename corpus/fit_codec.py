@@ -71,18 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def fit(voices: list[np.ndarray], name: str, licence: str, fitted_to: str) -> KMeansCodec:
-    """Returns a codec fitted to recordings, float32 [samples] each, at `SAMPLE_RATE`; the other arguments are
-    metadata."""
-    metadata = {
-        "format": FORMAT,
-        "name": name,
-        "sample_rate": str(SAMPLE_RATE),
-        "frame_size": str(FRAME_SIZE),
-        "window": str(WINDOW),
-        "floor": str(FLOOR),
-        "licence": licence,
-        "fitted_to": fitted_to,
-    }
+    """Returns a codec fitted to recordings, float32 [samples] at `SAMPLE_RATE`; the other arguments are metadata."""
+    sizes = {"sample_rate": SAMPLE_RATE, "frame_size": FRAME_SIZE, "window": WINDOW, "floor": FLOOR}
+    about = {"licence": licence, "fitted_to": fitted_to}
+    metadata = {"format": FORMAT, "name": name, **{key: str(size) for key, size in sizes.items()}, **about}
     mel = mel_filters(BANDS, WINDOW, SAMPLE_RATE, LOWEST_HZ, HIGHEST_HZ)
     size = SUBFRAMES * BANDS
     # A codec with empty codebooks computes the features.
@@ -105,7 +97,8 @@ def fit_codebooks(features_NF: np.ndarray, silence_F: np.ndarray) -> np.ndarray:
         book_VF = min((_k_means(rest_NF, pinned_F, rng) for _ in range(STARTS)), key=lambda fit: fit[1])[0]
         books.append(book_VF)
         rest_NF = rest_NF - book_VF[_nearest(rest_NF, book_VF)[0]]
-        print(f"codebook {index + 1}: {_share(rest_NF, features_NF):.4f} of the variance left", flush=True)
+        share = np.square(rest_NF).sum() / np.square(features_NF).sum()
+        print(f"codebook {index + 1}: {share:.4f} of the variance left", flush=True)
     # Shuffled, so that silence is not id 0: code that confuses the two shows.
     return np.stack([rng.permutation(book_VF) for book_VF in books])
 
@@ -123,7 +116,8 @@ def _k_means(rows_NF: np.ndarray, pinned_F: np.ndarray, rng: np.random.Generator
         distance_N = np.minimum(distance_N, np.square(rows_NF - book_VF[entry]).sum(axis=1))
     for _ in range(ITERATIONS):
         nearest_N, distance_N = _nearest(rows_NF, book_VF)
-        sums_VF, counts_V = _sums(rows_NF, nearest_N)
+        member_NV = np.eye(CARDINALITY, dtype=np.float32)[nearest_N]
+        sums_VF, counts_V = member_NV.T @ rows_NF, member_NV.sum(axis=0)
         unused_V = counts_V == 0
         unused_V[0] = False
         book_VF[1:] = (sums_VF / np.maximum(counts_V, 1)[:, None])[1:]
@@ -135,16 +129,6 @@ def _nearest(rows_NF: np.ndarray, book_VF: np.ndarray) -> tuple[np.ndarray, np.n
     """Returns each row's nearest entry and its squared distance, [N] both."""
     partial_NV = np.square(book_VF).sum(axis=1) - 2 * rows_NF @ book_VF.T
     return partial_NV.argmin(axis=1), partial_NV.min(axis=1) + np.square(rows_NF).sum(axis=1)
-
-
-def _sums(rows_NF: np.ndarray, codes_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns for each entry the sum [V, F] and the number [V] of its rows."""
-    member_NV = np.eye(CARDINALITY, dtype=np.float32)[codes_N]
-    return member_NV.T @ rows_NF, member_NV.sum(axis=0)
-
-
-def _share(rest_NF: np.ndarray, features_NF: np.ndarray) -> float:
-    return float(np.square(rest_NF).sum() / np.square(features_NF).sum())
 
 
 if __name__ == "__main__":

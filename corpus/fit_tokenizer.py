@@ -7,8 +7,10 @@ are Moshi's: 0 unknown (EPAD in a stream), 1 and 2 begin and end, 3 padding. Tex
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
+
+from ttt_jax.data.alignments import read_beside
+from ttt_jax.data.manifest import read_manifest
 
 HERE = Path(__file__).resolve().parent
 PIECES = 512
@@ -18,12 +20,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzàâäçèéêëìíîïñòóôöùúûü�
 
 def training_text() -> list[str]:
     """Returns the words of each training file as one line."""
-    lines = []
-    for entry in (HERE / "train.jsonl").read_text(encoding="utf-8").strip().split("\n"):
-        alignment = (HERE / json.loads(entry)["path"]).with_suffix(".json")
-        rows = json.loads(alignment.read_text(encoding="utf-8"))["alignments"]
-        lines.append(" ".join(row[0] for row in rows))
-    return lines
+    contents = [read_beside(entry.alignment)[1] for entry in read_manifest(HERE / "train.jsonl").entries]
+    return [" ".join(row[0] for row in content["alignments"]) for content in contents]
 
 
 def main() -> None:

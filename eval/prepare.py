@@ -56,11 +56,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Encodes the sources; returns the exit code: 0 all of them, `PARTIAL` if some were left out.
-
-    Raises:
-        InputError: a source or the folder is unusable, or nothing could be made.
-    """
+    """Encodes the sources; returns 0, or `PARTIAL` if some were left out. Raises `InputError` if nothing was made."""
     from ttt_jax.data.corpus import CorpusConfig, load_coders
     from ttt_jax.data.encode import Encoder
     from ttt_jax.data.prepare import PreparedFolder
@@ -72,18 +68,19 @@ def main(options: Options) -> int:
     for problem in contents.problems:
         print(printable(f"skipped: {problem}"), file=sys.stderr)
     todo = streams(contents, options.join)
-    with _Progress(contents.recordings) as progress:
-        try:
-            for stream in todo:
-                try:
-                    folder.add(stream, lambda blocks: progress.watch(blocks, codec.sample_rate))
-                except InputError as error:
-                    failed[stream.name] = error
-                    if len(contents.recordings) > 1:
-                        progress.print(f"skipped{f' the stream {stream.group}' if options.join else ''}: {error}")
-                progress.finish(stream, folder.speed)
-        finally:  # an interrupted run leaves a manifest of what it has made
-            dropped = folder.close()
+    progress = _Progress(contents.recordings)
+    try:
+        for stream in todo:
+            try:
+                folder.add(stream, lambda blocks: progress.watch(blocks, codec.sample_rate))
+            except InputError as error:
+                failed[stream.name] = error
+                if len(contents.recordings) > 1:
+                    progress.print(f"skipped{f' the stream {stream.group}' if options.join else ''}: {error}")
+            progress.finish(stream, folder.speed)
+    finally:  # an interrupted run leaves a manifest of what it has made
+        progress.close()
+        dropped = folder.close()
     for name in dropped:
         print(printable(f"left out of {folder.path / MANIFEST}: {name}, which is gone or damaged"), file=sys.stderr)
     if not folder.entries:
@@ -112,12 +109,6 @@ class _Progress:
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} s [{elapsed}<{remaining}{postfix}]",
         )
 
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
     def watch(self, blocks: Iterable[np.ndarray], sample_rate: int) -> Iterator[np.ndarray]:
         """Yields the blocks, float32 [channels, n], and counts each once it is encoded."""
         for block in blocks:
@@ -134,8 +125,10 @@ class _Progress:
         self._show()
 
     def print(self, text: str) -> None:
-        """Prints a line to standard error, above the bar."""
         self._bar.write(printable(text), file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
 
     def _show(self) -> None:
         self._bar.update(min(math.ceil(self._finished + self._current - 1e-6), self._bar.total) - self._bar.n)
@@ -158,13 +151,12 @@ def _summarise(done: list[Stream], skipped: int, folder: PreparedFolder) -> None
     before = sum(path in folder.reused for path in recordings)
     speed = f", the others at {folder.speed:.0f} times real time" if folder.encoded else ""
     print(
-        f"{len(done)} code {_plural('file', len(done))} of {len(recordings)} {_plural('recording', len(recordings))},"
-        f" {hours:.2f} hours of audio; {before} encoded before{speed};"
-        f" {skipped} {_plural('recording', skipped)} skipped"
+        f"{_count(len(done), 'code file')} of {_count(len(recordings), 'recording')}, {hours:.2f} hours of audio;"
+        f" {before} encoded before{speed}; {_count(skipped, 'recording')} skipped"
     )
     print(f"manifest: {folder.path / MANIFEST}")
     print(f"next: python -m eval stream RUN --data {folder.path}")
 
 
-def _plural(noun: str, count: int) -> str:
-    return noun if count == 1 else f"{noun}s"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

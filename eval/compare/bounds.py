@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eval.compare.experiment import Setting
-from eval.results.schema import CheckpointInfo, FileInfo
+from eval.compare.experiment import Experiment
+from eval.results.schema import FileInfo
 from ttt_jax.errors import InputError
 from ttt_jax.utils.paths import local
 
@@ -20,26 +20,26 @@ class Tokens(NamedTuple):
     frames: np.ndarray
 
 
-def task_bounds(
-    data: str | None, files: Sequence[Tokens], setting: Setting, checkpoints: Sequence[CheckpointInfo]
-) -> tuple[list[np.ndarray], list[np.ndarray]] | None:
-    """Returns the best possible losses by file and frame; None if `data` is no controlled task.
+def is_task(data: str | None) -> bool:
+    """Returns whether `data` is the folder of a controlled task."""
+    return data is not None and (local(data) / "task.json").is_file()
+
+
+def task_bounds(experiment: Experiment, files: Sequence[Tokens]) -> tuple[list[np.ndarray], list[np.ndarray]] | None:
+    """Returns the best possible losses by file and frame; None if the data are no controlled task.
 
     Returns:
       For every file, float64 [T]: nats of each frame's token of Moshi's first codebook under the best possible model
       with memory of all frames before, and with the frames that attention reaches; NaN where nothing is scored.
     """
+    data = experiment.setting.about.get("data")
     if not is_task(data):
         return None
     from eval.benchmarks import tasks
 
     # The first codebook, which tasks are about, has no delay.
-    return tasks.bounds_for(local(data), files, setting.reach - max(info.max_delay for info in checkpoints))
-
-
-def is_task(data: str | None) -> bool:
-    """Returns whether `data` is the folder of a controlled task."""
-    return data is not None and (local(data) / "task.json").is_file()
+    frames = experiment.setting.reach - max(info.max_delay for info in experiment.checkpoints)
+    return tasks.bounds_for(local(data), files, frames)
 
 
 def stored_tokens(data: str | None, files: Sequence[FileInfo]) -> list[Tokens]:

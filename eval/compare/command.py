@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from eval.results import folder as folders
-from eval.results.schema import FRAMES, RESULTS, CheckpointInfo, FileInfo, Skipped
+from eval.results.schema import FRAMES, RESULTS, Skipped
 from eval.streaming.weighting import Weighting
 from ttt_jax.errors import InputError
 from ttt_jax.utils.command import PARTIAL, cost, keep_compiled, machine
@@ -21,7 +21,7 @@ from ttt_jax.utils.paths import local
 if TYPE_CHECKING:
     from eval.compare.analysis import Analysis
     from eval.compare.conditions import Given
-    from eval.compare.experiment import Condition, Experiment, Setting
+    from eval.compare.experiment import Experiment
 
 BROKEN = 1
 """Exit code if the losses of the first chunk show that the evaluation is faulty."""
@@ -47,11 +47,7 @@ class Options:
     or undecided, by the file, or by the speaker where the manifest names them (docs/evaluation.md). A single one
     without @ARM stands for all four. Seeds pair in their order.
 
-    python -m eval compare runs/NAME
-
     python -m eval compare kept=runs/kept-0,runs/kept-1 none=runs/none-0,runs/none-1 --data prepared --out results
-
-    python -m eval compare --scores runs/NAME/eval
 
     Exit code: 0 done, 1 broken (persist and reset differ in the first chunk), 2 an input to mend, 3 done but some files
     were skipped.
@@ -91,9 +87,8 @@ class Options:
         if self.again is not None and self.conditions:
             raise InputError(f"--again {self.again} takes no conditions (given: {self.conditions[0]}): leave them out.")
         fixed = ("data", "reset_every", "frames", "batch")
-        for flag, without in (("again", (*fixed, "out", "scores")), ("scores", fixed)):
-            given = [name for name in without if getattr(self, name) is not None]
-            given += ["weighting"] if flag == "again" and self.weighting != "equal" else []
+        for flag, without in (("again", (*fixed, "out", "scores", "weighting")), ("scores", fixed)):
+            given = [name for name in without if getattr(self, name) not in (None, "equal")]
             if getattr(self, flag) is not None and given:
                 raise InputError(
                     f"--{flag} {getattr(self, flag)} streams nothing, so --{given[0].replace('_', '-')} has no"
@@ -131,8 +126,8 @@ def again(folder: Path, rule: dict[str, float]) -> int:
 def _stream(options: Options) -> int:
     """Streams the files through the checkpoints, stores the losses, and compares; returns the exit code."""
     from eval.compare.bounds import task_bounds
-    from eval.compare.conditions import conditions, parse
-    from eval.compare.experiment import setting_of
+    from eval.compare.conditions import ARMS, conditions, parse
+    from eval.compare.experiment import plan
     from eval.compare.losses import collect
     from eval.inputs import checkpoints as loading
     from eval.inputs import evaluation_set
@@ -147,41 +142,38 @@ def _stream(options: Options) -> int:
     infos = [checkpoint_info(checkpoint, brief=True) for checkpoint in checkpoints]
     compared = conditions(given, dict(zip(paths, infos, strict=True)))
     files, skipped, _ = evaluation_set.load(options.data, checkpoints, options.frames)
-    file_records = file_infos(files)
-    setting = setting_of(
+    experiment = plan(
+        compared,
         infos,
-        file_records,
+        file_infos(files),
+        skipped,
         chunk=options.reset_every or checkpoints[0].chunk or RESET_EVERY,
         weighting=options.weighting,
         about={"data": options.data, "codec": files[0].codec},
         **options.rule,
     )
     folder = folders.find(options.out, "compare", paths[0], options.data)
-    subject = _subject(file_records, skipped, compared, infos, setting)
     folders.make(folder)
-    replaced(folder, subject)  # errors are reported before the work
-    print(
-        f"streaming {len(files)} files through {len(checkpoints)} checkpoint{'s' * (len(checkpoints) > 1)} under"
-        f" {len(compared)} conditions ...",
-        flush=True,
-    )
-    arms = {info.name: arms_of(compared, info.name) for info in infos}
+    replaced(folder, experiment)  # errors are reported before the work
+    several = f"{len(checkpoints)} checkpoint{'s' * (len(checkpoints) > 1)}"
+    print(f"streaming {len(files)} files through {several} under {len(compared)} conditions ...", flush=True)
+    arms = {
+        info.name: [arm for arm in ARMS if any(pair.arm == arm and info.name in pair.checkpoints for pair in compared)]
+        for info in infos
+    }
     with folders.staged(folder) as new:
         outcome = score_files(
-            checkpoints, files, arms, new, reset_every=setting.chunk, batch=options.batch, losses_only=True
+            checkpoints, files, arms, new, reset_every=experiment.setting.chunk, batch=options.batch, losses_only=True
         )
-        scored = [i for i, file in enumerate(files) if file.name not in outcome.failed]
-        experiment = collect(
-            new,
-            setting,
-            compared,
-            infos,
-            [file_records[i] for i in scored],
-            [*skipped, *(Skipped(name, reason) for name, reason in outcome.failed.items())],
-            task_bounds(options.data, [files[i] for i in scored], setting, infos),
+        scored = [file for file in files if file.name not in outcome.failed]
+        experiment = dataclasses.replace(
+            experiment,
+            files=[info for info in experiment.files if info.name not in outcome.failed],
+            skipped=[*skipped, *(Skipped(name, reason) for name, reason in outcome.failed.items())],
         )
+        experiment = collect(new, experiment, task_bounds(experiment, scored))
         spent = cost() | {"seconds": round(time.perf_counter() - began, 1)}
-        code = _finish(experiment, {"evaluated_with": machine(), "cost": spent}, folder, subject, new)
+        code = _finish(experiment, {"evaluated_with": machine(), "cost": spent}, folder, new)
     print(f"took {spent['seconds']:.0f} s and at most {spent['peak_gigabytes']:.1f} GB of memory")
     return code
 
@@ -190,18 +182,21 @@ def _from_scores(options: Options) -> int:
     """Compares scores that an evaluation has stored; returns the exit code."""
     from eval.compare import stored
     from eval.compare.bounds import stored_tokens, task_bounds
-    from eval.compare.experiment import setting_of
+    from eval.compare.conditions import Given, conditions, parse
+    from eval.compare.experiment import plan
     from eval.compare.losses import collect
 
     source = local(options.scores)
     evaluation = stored.read(source)
-    compared = stored.conditions(evaluation, options.conditions, source)
-    names = list(dict.fromkeys(name for condition in compared for name in condition.checkpoints))
-    infos = [evaluation.checkpoints[name] for name in names]
-    data, files = evaluation.about.get("data"), evaluation.files
-    setting = setting_of(
-        infos,
-        files,
+    known, data = evaluation.checkpoints, evaluation.about["data"]
+    given = [parse(text, known) for text in options.conditions] or [Given(None, (name,), None) for name in known]
+    compared = conditions(given, known, evaluation.arms)
+    names = dict.fromkeys(name for condition in compared for name in condition.checkpoints)
+    experiment = plan(
+        compared,
+        [known[name] for name in names],
+        evaluation.files,
+        evaluation.skipped,
         chunk=evaluation.reset_every,
         weighting=options.weighting,
         about=evaluation.about | {"scores": str(source)},
@@ -211,26 +206,23 @@ def _from_scores(options: Options) -> int:
     folder = local(options.out) if options.out is not None else beside
     if os.path.realpath(folder) == os.path.realpath(source):
         raise InputError(f"--scores {source} is the folder of the results, too: give another folder by --out.")
-    subject = _subject(files, evaluation.skipped, compared, infos, setting)
     folders.make(folder)
-    replaced(folder, subject)
-    bounds = task_bounds(data, stored_tokens(data, files), setting, infos)
-    experiment = collect(source, setting, compared, infos, files, evaluation.skipped, bounds)
+    replaced(folder, experiment)
+    experiment = collect(source, experiment, task_bounds(experiment, stored_tokens(data, evaluation.files)))
     with folders.staged(folder) as new:
-        return _finish(experiment, evaluation.measured_with, folder, subject, new)
+        return _finish(experiment, evaluation.measured_with, folder, new)
 
 
-def _finish(experiment: Experiment, about: dict[str, Any], folder: Path, subject: folders.Subject, new: Path) -> int:
-    """Compares, moves results and what is in `new` to `folder`, and reports; returns the exit code."""
+def _finish(experiment: Experiment, about: dict[str, Any], folder: Path, new: Path) -> int:
+    """Compares, moves results and the files in `new` to `folder`, and reports; returns the exit code."""
     from eval.compare import losses, results
     from eval.compare.analysis import analyse
 
     analysis = analyse(experiment)
     losses.write(new, experiment)
     results.write(new, experiment, analysis, about)
-    folders.replace(
-        folder, new, replaced(folder, subject)
-    )  # checked again: another command may have written there meanwhile
+    # Checked again: another command may have written there meanwhile.
+    folders.replace(folder, new, replaced(folder, experiment))
     return report(experiment, analysis, about, folder)
 
 
@@ -250,66 +242,45 @@ def report(experiment: Experiment, analysis: Analysis, about: dict[str, Any], fo
     return PARTIAL if experiment.skipped else 0
 
 
-def arms_of(compared: Sequence[Condition], checkpoint: str) -> list[str]:
-    """Returns the arms of a checkpoint in the conditions, in the order of reports."""
-    from eval.compare.conditions import ARMS
-
-    arms = {condition.arm for condition in compared if checkpoint in condition.checkpoints}
-    return [arm for arm in ARMS if arm in arms]
-
-
 def _spelled_alike(given: Sequence[Given]) -> list[Given]:
     """Returns `given` with each checkpoint under the first path that it is given by."""
     first: dict[str, str] = {}
-    for path in (path for condition in given for path in condition.paths):
-        first.setdefault(os.path.realpath(path), path)
     return [
-        condition._replace(paths=tuple(first[os.path.realpath(path)] for path in condition.paths))
+        condition._replace(paths=tuple(first.setdefault(os.path.realpath(path), path) for path in condition.paths))
         for condition in given
     ]
 
 
-def replaced(folder: Path, subject: folders.Subject) -> list[str]:
-    """Returns names of the earlier results in `folder` that results of `subject` replace.
+def replaced(folder: Path, experiment: Experiment) -> list[str]:
+    """Returns names of the earlier results in `folder` that results of `experiment` replace.
 
-    Raises `InputError` if what is there is not to be replaced.
+    Raises `InputError` if they are not to be replaced.
     """
     from eval.compare import losses, plots, results
     from eval.compare import report as words
 
-    def read(folder: Path) -> tuple[Experiment, folders.Subject]:
-        earlier, _ = results.read(folder)
-        return earlier, _subject(
-            earlier.files, earlier.skipped, earlier.conditions, earlier.checkpoints, earlier.setting
-        )
-
     names = [FRAMES, losses.LOSSES, words.FILE, *plots.FILES]
-    stored = folders.stored(folder, RESULTS, read, names)
+    stored = folders.stored(folder, RESULTS, results.read, names)
     if stored is None:
         return []
-    earlier, old = stored
-    folders.check(folder, old, subject)
-    folders.check_frames(folder, earlier.checkpoints, earlier.files)
+    old, _ = stored
+    folders.check(folder, _subject(old), _subject(experiment))
+    folders.check_frames(folder, old.checkpoints, old.files)
     return names
 
 
-def _subject(
-    files: Sequence[FileInfo],
-    skipped: Sequence[Skipped],
-    compared: Sequence[Condition],
-    checkpoints: Sequence[CheckpointInfo],
-    setting: Setting,
-) -> folders.Subject:
+def _subject(experiment: Experiment) -> folders.Subject:
     """Returns the subject of an experiment; conditions count by arm and checkpoints, not by name."""
-    pairs = {info.name: folders.checkpoint(info.name, info.about) for info in checkpoints}
+    pairs = {info.name: folders.checkpoint(info.name, info.about) for info in experiment.checkpoints}
     by_condition = [
         (f"{pairs[name][0]} under {condition.arm}", f"{pairs[name][1]} {condition.arm}")
-        for condition in compared
+        for condition in experiment.conditions
         for name in condition.checkpoints
     ]
     question = {
-        "seeds by condition": [len(condition.checkpoints) for condition in compared],
-        "--reset-every": setting.chunk,
-        "--weighting": setting.weighting,
+        "seeds by condition": [len(condition.checkpoints) for condition in experiment.conditions],
+        "--reset-every": experiment.setting.chunk,
+        "--weighting": experiment.setting.weighting,
     }
-    return folders.subject(setting.about.get("data"), files, skipped, by_condition, question)
+    data = experiment.setting.about.get("data")
+    return folders.subject(data, experiment.files, experiment.skipped, by_condition, question)

@@ -32,20 +32,22 @@ def parse(text: str, names: Collection[str] | None = None) -> Given:
     """
     known = exists if names is None else names.__contains__
     readings = list(_readings(text, known))
-    # Where no reading has paths that all exist, whoever opens the paths of the last reading reports which one is
-    # missing.
-    reading = next((reading for reading in readings if all(map(known, reading.paths))), readings[-1])
-    if reading.arm not in (None, *ARMS):
+    # Whoever opens the paths of the last reading reports which one is missing.
+    name, paths, arm = next((reading for reading in readings if all(map(known, reading.paths))), readings[-1])
+    if arm not in (None, *ARMS):
         raise InputError(
-            f"{text} is no path, and its arm {reading.arm!r} cannot be compared: give a path, or @ and one of"
+            f"{text} is no path, and its arm {arm!r} cannot be compared: give a path, or @ and one of"
             f" {', '.join(ARMS)}."
         )
-    if not all(reading.paths):
+    if not all(paths):
         raise InputError(
             f"{text!r} names no checkpoint where one is expected: give [NAME=]CHECKPOINT[,CHECKPOINT...][@ARM]."
         )
-    paths = reading.paths if names is not None else tuple(str(local(path)) for path in reading.paths)
-    return Given(reading.name and printable(reading.name), paths, reading.arm)
+    if names is None:
+        paths = tuple(str(local(path)) for path in paths)
+    elif unknown := next((path for path in paths if path not in names), None):
+        raise InputError(f"there are no scores of the checkpoint {unknown}: give some of {', '.join(names)}.")
+    return Given(name and printable(name), paths, arm)
 
 
 def _readings(text: str, known: Callable[[str], bool]) -> Iterator[Given]:
@@ -71,10 +73,17 @@ def _items(text: str, known: Callable[[str], bool]) -> tuple[str, ...]:
     return tuple(item if known(item) else item.strip() for item in items)
 
 
-def conditions(given: Sequence[Given], checkpoints: Mapping[str, CheckpointInfo]) -> list[Condition]:
-    """Returns the conditions that are given; `checkpoints` by path, with different names.
+def conditions(
+    given: Sequence[Given],
+    checkpoints: Mapping[str, CheckpointInfo],
+    stored: Mapping[str, Collection[str]] | None = None,
+) -> list[Condition]:
+    """Returns the conditions that are given.
 
-    Raises `InputError` if they cannot be compared.
+    Args:
+      checkpoints: by path, with different names; stored: arms by checkpoint, where stored scores are compared.
+
+    Raises `InputError` if they cannot be compared, or are not stored.
     """
     spread = []
     for condition in given:
@@ -83,37 +92,34 @@ def conditions(given: Sequence[Given], checkpoints: Mapping[str, CheckpointInfo]
             raise InputError(f"{plain[0]} has no TTT layers, so there is no arm {condition.arm}: give @off or no arm.")
         if plain and len(given) == 1:
             raise InputError(f"{plain[0]} has no TTT layers, so there is nothing to compare: give another condition.")
-        default = WITHOUT_TTT if plain else "persist"
-        arms = ARMS if len(given) == 1 and condition.arm is None else [condition.arm or default]
-        spread += [condition._replace(arm=arm) for arm in arms]
+        if len(given) == 1 and condition.arm is None:
+            arms = [arm for arm in ARMS if stored is None or all(arm in stored[path] for path in condition.paths)]
+            spread = [Given(condition.name and f"{condition.name} {arm}", condition.paths, arm) for arm in arms]
+        else:
+            spread.append(condition._replace(arm=condition.arm or (WITHOUT_TTT if plain else "persist")))
     if len(spread) < 2:
-        raise InputError(f"{given[0].paths[0]}@{given[0].arm} is a single condition: give another to compare it with.")
-    if len(spread) > len(given):
-        spread = [
-            condition._replace(name=condition.name and f"{condition.name} {condition.arm}") for condition in spread
-        ]
-    for condition in spread[1:]:
-        if len(condition.paths) != len(spread[0].paths):
-            raise InputError(
-                f"the conditions have {len(spread[0].paths)} and {len(condition.paths)} checkpoints, but seeds are"
-                " compared in pairs: give as many in each."
-            )
+        arm = given[0].arm or spread[0].arm
+        raise InputError(f"{given[0].paths[0]}@{arm} is a single condition: give another to compare it with.")
+    seeds = [len(condition.paths) for condition in spread]
+    if other := next((count for count in seeds if count != seeds[0]), None):
+        raise InputError(
+            f"the conditions have {seeds[0]} and {other} checkpoints, but seeds are compared in pairs: give as many in"
+            " each."
+        )
     shared = len({condition.paths for condition in spread}) == 1
-
-    def name(condition: Given) -> str:
-        if condition.name or shared:
-            return condition.name or condition.arm
-        first, *more = (checkpoints[path].name for path in condition.paths)
-        return f"{first}{f'+{len(more)}' if more else ''}@{condition.arm}"
-
-    named = [
-        Condition(name(condition), condition.arm, tuple(checkpoints[path].name for path in condition.paths))
-        for condition in spread
-    ]
-    names = [condition.name for condition in named]
-    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
-        raise InputError(f"two conditions are called {twice}: give them names (NAME=CHECKPOINT), or leave one out.")
-    for condition in named:
-        if len(set(condition.checkpoints)) < len(condition.checkpoints):
-            raise InputError(f"{condition.name} names one checkpoint twice: seeds are different runs, leave it out.")
-    return named
+    named: dict[str, Condition] = {}
+    for condition in spread:
+        first, *more = names = tuple(checkpoints[path].name for path in condition.paths)
+        several = f"{first}+{len(more)}" if more else first
+        name = condition.name or (condition.arm if shared else f"{several}@{condition.arm}")
+        if name in named:
+            raise InputError(f"two conditions are called {name}: give them names (NAME=CHECKPOINT), or leave one out.")
+        if len(set(names)) < len(names):
+            raise InputError(f"{name} names one checkpoint twice: seeds are different runs, leave it out.")
+        if lacking := next((path for path in condition.paths if stored and condition.arm not in stored[path]), None):
+            raise InputError(
+                f"there are no scores of {lacking} under {condition.arm}, only under {', '.join(stored[lacking])}: run"
+                " python -m eval stream with that arm."
+            )
+        named[name] = Condition(name, condition.arm, names)
+    return list(named.values())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +20,9 @@ REGIONS = (LATER, WINDOW, BEYOND)
 BOUND_NAMES = {"ideal": "best with all memory", "memoryless": "best with attention's reach alone"}
 """Names of the fields of `Bounds` in tables and figures."""
 
+Span = tuple[int, int | None]
+"""First frame and end of a part of a file, both edges of pieces; None: to the end."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -35,50 +37,28 @@ class Setting:
     reach: int
     """Frames that attention of all layers together can look back at most."""
     margin: float = MARGIN
-    """Of equivalence, nats."""
     threshold: float = THRESHOLD
-    """Effect worth having, percent of the loss."""
     dtype: str = "float32"
     """Of the models; bfloat16 if one is."""
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Data and codec."""
 
     def __post_init__(self) -> None:
-        if not self.margin > 0 or not math.isfinite(self.margin):
+        if not 0 < self.margin < math.inf:
             raise InputError(f"--margin {self.margin} is out of range: give nats above 0.")
-        if not self.threshold >= 0 or not math.isfinite(self.threshold):
+        if not 0 <= self.threshold < math.inf:
             raise InputError(f"--threshold {self.threshold} is out of range: give 0 or more percent.")
 
     @property
-    def starts(self) -> dict[str, int]:
-        """First frame of each region."""
-        return {LATER: self.chunk, WINDOW: max(self.chunk, self.window), BEYOND: max(self.chunk, self.reach)}
+    def regions(self) -> dict[str, Span]:
+        """Frames of each region."""
+        starts = {LATER: self.chunk, WINDOW: self.window, BEYOND: self.reach}
+        return {region: (max(self.chunk, start), None) for region, start in starts.items()}
 
     def pieces(self, frames: int) -> np.ndarray:
         """Returns the first frames of the pieces of files of at most `frames` frames, int [K]."""
-        edges = {*range(0, frames, self.chunk), *self.starts.values()}
+        edges = {*range(0, frames, self.chunk), *(start for start, _ in self.regions.values())}
         return np.array(sorted(edge for edge in edges if edge < frames))
-
-
-def setting_of(
-    checkpoints: Sequence[CheckpointInfo], files: Sequence[FileInfo], *, chunk: int, **fields: Any
-) -> Setting:
-    """Returns the setting for these checkpoints; `fields` are further ones of `Setting`.
-
-    Raises `InputError` if no file is longer than a chunk.
-    """
-    if all(file.frames <= chunk for file in files):
-        raise InputError(
-            f"no file is longer than a chunk of {chunk} frames, so nothing is left to compare: give longer files or a"
-            " smaller --reset-every."
-        )
-    return Setting(
-        chunk=chunk,
-        window=max(info.context for info in checkpoints),
-        reach=max(info.reach for info in checkpoints),
-        dtype="bfloat16" if any(info.dtype == "bfloat16" for info in checkpoints) else "float32",
-        **fields,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +71,7 @@ class Condition:
     """Names of its checkpoints, the seeds of one setting."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Bounds:
+class Bounds(NamedTuple):
     """Best possible losses on a controlled task, nats by file and piece, float64 [F, K]; NaN where nothing is
     scored."""
 
@@ -111,15 +90,15 @@ class Experiment:
     setting: Setting
     conditions: list[Condition]
     """The first is under test."""
+    checkpoints: list[CheckpointInfo]
     files: list[FileInfo]
-    weight: np.ndarray
-    """Weight of the scored tokens, float64 [F, K]; the same under all conditions."""
-    losses: dict[str, np.ndarray]
+    skipped: list[Skipped]
+    """Files that could not be read, or whose predictions were not finite."""
+    weight: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    """Weight of the scored tokens, float64 [F, K]; the same under all conditions. Empty until `losses.collect`."""
+    losses: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """Nats per token by condition, float64 [S, F, K]; NaN where nothing is scored."""
     bounds: Bounds | None = None
-    checkpoints: list[CheckpointInfo] = dataclasses.field(default_factory=list)
-    skipped: list[Skipped] = dataclasses.field(default_factory=list)
-    """Files that could not be read, or whose predictions were not finite."""
 
     @property
     def groups(self) -> list[str]:
@@ -132,48 +111,76 @@ class Experiment:
         return schema.units(self.files)[1]
 
     @property
-    def pieces(self) -> np.ndarray:
-        """First frames of the pieces, int [K]."""
-        return self.setting.pieces(max(file.frames for file in self.files))
-
-    def loss(self, name: str, start: int = 0, end: int | None = None) -> np.ndarray:
-        """Returns nats per token of a condition over frames [start, end), edges of pieces: [S, F]; NaN where nothing is
-        scored."""
-        return pooled(self.losses[name], self.weight, self.within(start, end))
-
-    def by_chunk(self, name: str) -> np.ndarray:
-        """Returns nats per token of a condition by chunk, [S, F, C]; NaN where nothing is scored or a file fills less
-        than half of it."""
-        return np.stack([np.where(self.filled(*one), self.loss(name, *one), np.nan) for one in self.chunks], -1)
-
-    def filled(self, start: int, end: int | None) -> np.ndarray:
-        """Returns which files fill at least half of a chunk, bool [F]: a few tokens at a file's end do not measure a
-        chunk."""
-        if end is None:
-            return np.ones(len(self.files), bool)
-        return np.array([2 * (min(file.frames, end) - start) >= end - start for file in self.files])
+    def longest(self) -> int:
+        """Frames of the longest file."""
+        return max(file.frames for file in self.files)
 
     @property
-    def chunks(self) -> list[tuple[int, int]]:
-        """First frame and end of every chunk."""
-        size = self.setting.chunk
-        return [(at, at + size) for at in range(0, int(self.pieces[-1]) + 1, size)]
+    def pieces(self) -> np.ndarray:
+        """First frames of the pieces, int [K]."""
+        return self.setting.pieces(self.longest)
 
-    def within(self, start: int, end: int | None) -> np.ndarray:
-        """Returns which pieces lie in frames [start, end), bool [K]."""
+    @property
+    def chunks(self) -> list[Span]:
+        """Frames of every chunk; the last may end beyond the files."""
+        size = self.setting.chunk
+        return [(start, start + size) for start in range(0, self.longest, size)]
+
+    def loss(self, name: str, span: Span = (0, None)) -> np.ndarray:
+        """Returns nats per token of a condition over a span, [S, F]; NaN where nothing is scored."""
+        return pooled(self.losses[name], self.weight, self.within(span))
+
+    def bound(self, name: str, span: Span) -> np.ndarray:
+        """Returns the best loss, `ideal` or `memoryless`, over a span, [1, F]; NaN where nothing is scored."""
+        return pooled(getattr(self.bounds, name)[None], self.bounds.weight, self.within(span))
+
+    def differences(self, name: str, span: Span) -> np.ndarray:
+        """Returns the loss of a condition minus that of the first over a span, [S, F]; NaN where nothing is scored."""
+        return self.loss(name, span) - self.loss(self.conditions[0].name, span)
+
+    def differences_by_chunk(self, name: str) -> np.ndarray:
+        """Returns differences averaged over seeds, [F, C]; NaN also where a file fills less than half of a chunk."""
+        columns = [np.where(self.filled(chunk), self.differences(name, chunk).mean(0), np.nan) for chunk in self.chunks]
+        return np.stack(columns, -1)
+
+    def filled(self, span: Span) -> np.ndarray:
+        """Returns which files fill at least half of a chunk, bool [F]: a few tokens at a file's end do not measure it.
+
+        All fill a span without end."""
+        start, end = span
+        return np.array([end is None or 2 * (min(file.frames, end) - start) >= end - start for file in self.files])
+
+    def within(self, span: Span) -> np.ndarray:
+        """Returns which pieces lie in a span, bool [K]."""
+        start, end = span
         return (self.pieces >= start) & (self.pieces < (math.inf if end is None else end))
+
+
+def plan(
+    conditions: list[Condition],
+    checkpoints: list[CheckpointInfo],
+    files: list[FileInfo],
+    skipped: list[Skipped],
+    **setting: Any,
+) -> Experiment:
+    """Returns the experiment on these files, without losses; `setting` are further fields of `Setting`.
+
+    Raises `InputError` if no file is longer than a chunk.
+    """
+    if all(file.frames <= setting["chunk"] for file in files):
+        raise InputError(
+            f"no file is longer than a chunk of {setting['chunk']} frames, so nothing is left to compare: give longer"
+            " files or a smaller --reset-every."
+        )
+    setting["window"] = max(info.context for info in checkpoints)
+    setting["reach"] = max(info.reach for info in checkpoints)
+    setting["dtype"] = "bfloat16" if any(info.dtype == "bfloat16" for info in checkpoints) else "float32"
+    return Experiment(Setting(**setting), conditions, checkpoints, files, skipped)
 
 
 def pooled(values: np.ndarray, weight: np.ndarray, used: np.ndarray) -> np.ndarray:
     """Returns means over the pieces `used` (bool [K]) weighted by tokens, [..., F, K] and [F, K] -> [..., F]; NaN where
     nothing is scored."""
     weight = np.where(used, weight, 0.0)
-    total = weight.sum(-1)
-    sums = (weight * np.where(weight > 0, values, 0.0)).sum(-1)
-    return np.where(total > 0, sums / np.where(total > 0, total, 1), np.nan)
-
-
-def differences(experiment: Experiment, name: str, start: int) -> np.ndarray:
-    """Returns the loss of condition `name` minus that of the first from frame `start` on, [S, F]; NaN of files that end
-    before."""
-    return experiment.loss(name, start) - experiment.loss(experiment.conditions[0].name, start)
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return (weight * np.where(weight > 0, values, 0.0)).sum(-1) / weight.sum(-1)

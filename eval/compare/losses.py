@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from eval.compare.experiment import Bounds, Condition, Experiment, Setting
-from eval.results.schema import CheckpointInfo, FileInfo, Skipped, scores_path
+from eval.compare.experiment import Bounds, Experiment
+from eval.results.schema import scores_path
 from eval.streaming.scores import FileScores, load, load_arrays
 from eval.streaming.weighting import weights
 from ttt_jax.errors import InputError
@@ -24,56 +23,40 @@ DIGITS = 9
 
 
 def collect(
-    folder: Path,
-    setting: Setting,
-    conditions: Sequence[Condition],
-    checkpoints: Sequence[CheckpointInfo],
-    files: Sequence[FileInfo],
-    skipped: Sequence[Skipped],
-    bounds: tuple[list[np.ndarray], list[np.ndarray]] | None = None,
+    folder: Path, experiment: Experiment, bounds: tuple[list[np.ndarray], list[np.ndarray]] | None
 ) -> Experiment:
-    """Returns the experiment of the scores that `folder` holds of `files` under all `conditions`.
+    """Returns the experiment with the losses of the scores that `folder` holds.
 
     Args:
       bounds: of `eval.benchmarks.tasks.bounds_for`, by file; None where the data are no controlled task.
 
-    Raises:
-      InputError: scores are missing or damaged, or checkpoints predict different tokens.
+    Raises `InputError` if scores are missing or damaged, or checkpoints predict different tokens.
     """
-    pieces = setting.pieces(max(file.frames for file in files))
-    weight = np.full((len(files), len(pieces)), np.nan)
-    losses: dict[tuple[str, str], np.ndarray] = {}
-    for checkpoint in checkpoints:
-        name = checkpoint.name
-        arms = {condition.arm for condition in conditions if name in condition.checkpoints}
-        losses |= {(name, arm): np.full(weight.shape, np.nan) for arm in arms}
-        for i, file in enumerate(files):
+    pieces, names = experiment.pieces, [checkpoint.name for checkpoint in experiment.checkpoints]
+    losses: dict[tuple[str, str], list[np.ndarray]] = {}
+    weight: list[np.ndarray] = []
+    for name in names:
+        arms = {condition.arm for condition in experiment.conditions if name in condition.checkpoints}
+        for i, file in enumerate(experiment.files):
             path = scores_path(folder, name, file)
-            by_arm, file_weight = by_piece(load(path), setting.weighting, pieces)
+            by_arm, file_weight = by_piece(load(path), experiment.setting.weighting, pieces)
             if lacking := sorted(arms - by_arm.keys()):
                 raise InputError(f"{path} has no scores under {lacking[0]}: run python -m eval stream with that arm.")
-            if np.isnan(weight[i]).all():
-                weight[i] = file_weight
+            if name == names[0]:
+                weight.append(file_weight)
             elif not np.array_equal(weight[i], file_weight):
                 raise InputError(
-                    f"{name} predicts other tokens of {file.name} than {checkpoints[0].name}: compare checkpoints of"
-                    " the same codebooks and delays."
+                    f"{name} predicts other tokens of {file.name} than {names[0]}: compare checkpoints of the same"
+                    " codebooks and delays."
                 )
             for arm in arms:
-                losses[name, arm][i] = by_arm[arm]
-    return Experiment(
-        setting,
-        list(conditions),
-        list(files),
-        weight,
-        {
-            condition.name: np.stack([losses[name, condition.arm] for name in condition.checkpoints])
-            for condition in conditions
-        },
-        None if bounds is None else _bounds(bounds, pieces),
-        list(checkpoints),
-        list(skipped),
-    )
+                losses.setdefault((name, arm), []).append(by_arm[arm])
+    by_condition = {
+        condition.name: np.stack([losses[name, condition.arm] for name in condition.checkpoints])
+        for condition in experiment.conditions
+    }
+    best = None if bounds is None else _bounds(*bounds, pieces)
+    return dataclasses.replace(experiment, weight=np.stack(weight), losses=by_condition, bounds=best)
 
 
 def by_piece(scores: FileScores, weighting: str, pieces: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -85,13 +68,11 @@ def by_piece(scores: FileScores, weighting: str, pieces: np.ndarray) -> tuple[di
     """
     scored = scores.tokens[1:] >= 0
     token_weights = weights(weighting, len(scored))[:, None] * scored
-    weight = _sums(token_weights, pieces)
-
-    def loss(nats: np.ndarray) -> np.ndarray:
-        sums = _sums(token_weights * np.where(scored, nats[1:].astype(np.float64), 0), pieces)
-        return np.where(weight > 0, np.round(sums / np.where(weight > 0, weight, 1), DIGITS), np.nan)
-
-    return {arm: loss(values.nats) for arm, values in scores.arms.items()}, weight
+    losses = {
+        arm: _mean(np.where(scored, values.nats[1:].astype(np.float64), 0), token_weights, pieces)
+        for arm, values in scores.arms.items()
+    }
+    return losses, _sums(token_weights, pieces)
 
 
 def _sums(values: np.ndarray, pieces: np.ndarray) -> np.ndarray:
@@ -100,43 +81,43 @@ def _sums(values: np.ndarray, pieces: np.ndarray) -> np.ndarray:
     return np.bincount(frames, values.sum(0), minlength=len(pieces))
 
 
-def _bounds(by_frame: tuple[list[np.ndarray], list[np.ndarray]], pieces: np.ndarray) -> Bounds:
+def _mean(values: np.ndarray, weight: np.ndarray, pieces: np.ndarray) -> np.ndarray:
+    """Returns weighted means over rows and over the frames of each piece, [Q, T] -> [K]; NaN where nothing has
+    weight."""
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return np.round(_sums(weight * values, pieces) / _sums(weight, pieces), DIGITS)
+
+
+def _bounds(ideal: list[np.ndarray], memoryless: list[np.ndarray], pieces: np.ndarray) -> Bounds:
     """Averages best possible losses by frame over pieces, [F, K]."""
+    scored = [np.isfinite(frames)[None] for frames in ideal]
 
-    def sums(side: list[np.ndarray]) -> np.ndarray:
-        return np.stack([_sums(np.where(np.isfinite(row), row, 0)[None], pieces) for row in side])
+    def means(by_file: list[np.ndarray]) -> np.ndarray:
+        rows = zip(by_file, scored, strict=True)
+        return np.stack([_mean(np.where(used, frames, 0), used.astype(float), pieces) for frames, used in rows])
 
-    weight = np.stack([_sums(np.isfinite(row)[None], pieces) for row in by_frame[0]])
-
-    def mean(side: list[np.ndarray]) -> np.ndarray:
-        return np.where(weight > 0, np.round(sums(side) / np.maximum(weight, 1), DIGITS), np.nan)
-
-    return Bounds(mean(by_frame[0]), mean(by_frame[1]), weight)
-
-
-def as_npz(experiment: Experiment) -> bytes:
-    """Returns losses.npz: `losses` [conditions, S, F, K], `weight` [F, K], and of a controlled task `bounds` [3, F,
-    K]."""
-    arrays = {"weight": experiment.weight, "losses": np.stack(list(experiment.losses.values()))}
-    if experiment.bounds:
-        arrays["bounds"] = np.stack([getattr(experiment.bounds, field.name) for field in dataclasses.fields(Bounds)])
-    content = io.BytesIO()
-    np.savez_compressed(content, **arrays)
-    return content.getvalue()
+    return Bounds(means(ideal), means(memoryless), np.stack([_sums(used, pieces) for used in scored]))
 
 
 def write(folder: Path, experiment: Experiment) -> Path:
-    """Writes losses.npz to `folder`, at once or not at all; returns its path."""
-    write_atomically(folder / LOSSES, as_npz(experiment))
+    """Writes losses.npz to `folder`, at once or not at all; returns its path.
+
+    It holds `losses` [conditions, S, F, K], `weight` [F, K], and of a controlled task `bounds` [3, F, K].
+    """
+    arrays = {"weight": experiment.weight, "losses": np.stack(list(experiment.losses.values()))}
+    if experiment.bounds:
+        arrays["bounds"] = np.stack(experiment.bounds)
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_atomically(folder / LOSSES, content.getvalue())
     return folder / LOSSES
 
 
-def read(folder: Path, conditions: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray], Bounds | None]:
-    """Returns `weight`, `losses` by name of the `conditions`, and `bounds` of an `Experiment` from losses.npz in
-    `folder`.
-
-    Raises `InputError` if the file is missing or damaged.
-    """
+def read(folder: Path, experiment: Experiment) -> Experiment:
+    """Returns the experiment with the losses that losses.npz in `folder` holds. Raises `InputError` if the file is
+    missing or damaged."""
     arrays = load_arrays(folder / LOSSES, "python -m eval compare")
-    losses = dict(zip(conditions, arrays["losses"], strict=True))
-    return arrays["weight"], losses, Bounds(*arrays["bounds"]) if "bounds" in arrays else None
+    names = [condition.name for condition in experiment.conditions]
+    losses = dict(zip(names, arrays["losses"], strict=True))
+    bounds = Bounds(*arrays["bounds"]) if "bounds" in arrays else None
+    return dataclasses.replace(experiment, weight=arrays["weight"], losses=losses, bounds=bounds)

@@ -1,42 +1,77 @@
-"""The results of `python -m eval compare` as a table for a terminal and as a Markdown report."""
+"""The results of `python -m eval compare` as tables for a terminal and as a Markdown report."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from eval.compare.analysis import Analysis, Comparison
-from eval.compare.cells import Row, aligned, count, number, p_value, percent, pipes, with_bounds
+from eval.compare.analysis import Analysis
 from eval.compare.experiment import BEYOND, BOUND_NAMES, LATER, REGIONS, WINDOW, Experiment
-from eval.stats.estimates import interval
-from eval.stats.paired import ALPHA, Interval, Paired, Power, Slope
+from eval.stats.estimates import Estimate, interval
+from eval.stats.paired import ALPHA
+from eval.stats.verdict import p_words
 from eval.streaming.weighting import WEIGHTINGS
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.utils.files import write_atomically
 
 FILE = "report.md"
 
+Row = Sequence[str]
+
+NOTES = (
+    "The unit is the file, or the speaker where the manifest names speakers, never the frame: frames of one recording"
+    " are not independent. n counts units. Intervals are Student's t.",
+    "p of t and of TOST are Holm-adjusted within a region, over the comparisons with the first condition. No clear"
+    " difference is not equivalence: only TOST says that there is (nearly) none.",
+    "n: d_z and n: TOST are the units that would find the effect, or establish equivalence if there is no difference,"
+    " with a power of 80 %, two-sided at 0.05 for all comparisons together.",
+    "A reset clears the fast weights, not attention's KV cache: for as long as attention reaches, it passes on what"
+    " memory contributed before.",
+    "Of several checkpoints (seeds), p-values of the combined difference speak of new files for these seeds; the row"
+    " over seeds has the seed as its unit and speaks of new seeds for these files.",
+    "`python -m eval compare --again FOLDER` does the statistics again from `losses.npz`, with another `--margin` or"
+    " `--threshold`. All numbers and verdicts are explained in docs/evaluation/compare.md.",
+)
+"""How to read the report."""
+
+
+class Table(NamedTuple):
+    """A table of the report; cells are texts."""
+
+    title: str
+    note: str
+    """What the numbers are."""
+    heads: Row
+    rows: list[Row]
+
+    def aligned(self) -> str:
+        """Returns title and columns for a terminal; words aligned left, numbers right."""
+        widths = [max(map(len, column)) for column in zip(self.heads, *self.rows, strict=True)]
+        words = [any(cell[:1].isalpha() for cell in column) for column in zip(*self.rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if left else cell.rjust(width)
+                for cell, width, left in zip(row, widths, words, strict=True)
+            ).rstrip()
+            for row in [self.heads, *self.rows]
+        ]
+        return "\n".join([self.title, *lines])
+
+    def markdown(self) -> str:
+        """Returns title, note and table in Markdown."""
+        rows = [self.heads, ["---"] * len(self.heads), *self.rows]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        return "\n\n".join([f"## {self.title}", self.note, "\n".join(lines)])
+
 
 def table(experiment: Experiment, analysis: Analysis) -> str:
     """Returns the results for a terminal; the verdicts are the last lines."""
-    blocks = [
-        [_head(experiment, analysis), *(f"{region}: {words}" for region, words in _regions(experiment).items())],
-        aligned(*_conditions(experiment, analysis)),
-        *([_gap(experiment, analysis)] if _has_gap(analysis) else []),
-    ]
-    for region in _shown_regions(experiment):
-        if any(one.regions[region].paired.n for one in analysis.comparisons):
-            blocks.append([_title(experiment, region), *aligned(*_compared(experiment, analysis, region))])
-    for title, rows in (
-        ("power, in units: 80 %, two-sided at 0.05 for all comparisons together", _power(experiment, analysis)),
-        ("trend of the difference over chunks, nats per chunk (above 0: the benefit grows)", _trend(analysis)),
-        ("by seed, after the first chunk", _seeds(experiment, analysis)),
-    ):
-        if rows[1]:
-            blocks.append([title, *aligned(*rows)])
-    blocks.append([_first_chunk(analysis), *_sentences(experiment, analysis)])
-    return "\n\n".join("\n".join(block) for block in blocks)
+    tables = [_losses(experiment, analysis), *_comparisons(experiment, analysis)]
+    head = [_head(experiment, analysis), *(f"{region}: {words}" for region, words in _regions(experiment).items())]
+    verdicts = [_first_chunk(analysis), *_verdicts(experiment, analysis)]
+    return "\n\n".join(["\n".join(head), *(table.aligned() for table in tables), "\n".join(verdicts)])
 
 
 def write(folder: Path, experiment: Experiment, analysis: Analysis, about: dict[str, Any]) -> Path:
@@ -48,83 +83,45 @@ def write(folder: Path, experiment: Experiment, analysis: Analysis, about: dict[
 
 def markdown(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) -> str:
     """Returns the report: question, verdicts, setting, tables, figures, how to read it."""
-    first, unit = experiment.conditions[0].name, experiment.unit
     sections = [
         "# Does memory help?",
-        f"Is the loss under **{first}** lower than under the other conditions, on the same files, from the second"
-        " chunk on?",
+        f"Is the loss under **{experiment.conditions[0].name}** lower than under the other conditions, on the same"
+        " files, from the second chunk on?",
         "## Verdict",
-        "\n".join(f"- {line}" for line in [*_sentences(experiment, analysis), _first_chunk(analysis)]),
+        _bullets([*_verdicts(experiment, analysis), _first_chunk(analysis)]),
         "## Setting",
-        "\n".join(f"- {line}" for line in _setting(experiment, analysis, about)),
-        "## Conditions",
-        "Nats per token, mean [95 % interval, Student's t]; seeds are averaged first.",
-        pipes(*_conditions(experiment, analysis)),
+        _bullets(_setting(experiment, analysis, about)),
+        _losses(experiment, analysis).markdown(),
         "![Loss by chunk](loss_by_chunk.png)",
-    ]
-    if _has_gap(analysis):
-        title, table_ = _gap(experiment, analysis, plain=False)
-        sections += [
-            "## Share of the gap",
-            f"{title[0].upper()}{title[1:]}.",
-            table_,
-            "By chunk, beyond the attention window:",
-            _gap_by_chunk(experiment, analysis),
-        ]
-    sections += [
-        "## Comparisons",
-        f"Loss of each condition minus that of {first}, by the same file, averaged over seeds: above 0 {first} is"
-        " better.",
+        *(table.markdown() for table in _gap(experiment, analysis)),
+        *(table.markdown() for table in _comparisons(experiment, analysis)),
         "![Differences](differences.png)",
     ]
-    for region in REGIONS:
-        sections.append(f"### {_title(experiment, region)}")
-        if region not in _shown_regions(experiment):
-            sections.append("The same frames as above.")
-            continue
-        if any(one.regions[region].paired.n for one in analysis.comparisons):
-            sections.append(pipes(*_compared(experiment, analysis, region)))
-        else:
-            sections.append("No file is so long.")
-        verdicts = [one.regions[region].verdict for one in analysis.comparisons]
-        if region != LATER and all(verdicts):
-            sections.append("\n".join(f"- {one.text}" for one in verdicts))
-    for title, words, rows in (
-        (
-            "Power",
-            f"How many {unit} would tell, were differences and spread what they were here, and the chance that these"
-            " had; 0.05 for all comparisons together.",
-            _power(experiment, analysis),
-        ),
-        ("Trend", "Slope of the difference over chunks after the first, nats per chunk.", _trend(analysis)),
-        ("Seeds", "Each seed alone, after the first chunk.", _seeds(experiment, analysis)),
-    ):
-        if rows[1]:
-            sections += [f"## {title}", words, pipes(*rows)]
     if experiment.skipped:
-        sections += ["## Left out", "\n".join(f"- {file.name}: {file.reason}" for file in experiment.skipped)]
-    sections += ["## How to read this", "\n".join(f"- {line}" for line in _notes(experiment))]
-    return "\n\n".join(sections)
+        sections += ["## Left out", _bullets([f"{file.name}: {file.reason}" for file in experiment.skipped])]
+    return "\n\n".join([*sections, "## How to read this", _bullets(NOTES)])
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _head(experiment: Experiment, analysis: Analysis) -> str:
-    setting, files = experiment.setting, len(experiment.files)
+    files, unit = len(experiment.files), experiment.unit
     minutes = sum(file.frames for file in experiment.files) / FRAME_RATE / 60
+    units = "" if unit == "files" else f" of {analysis.units} {unit}"
     parts = [
-        f"{files} file{'s' * (files > 1)}"
-        + ("" if experiment.unit == "files" else f" of {analysis.units} {experiment.unit}")
-        + f" ({minutes:.1f} minutes)",
+        f"{files} file{'s' * (files > 1)}{units} ({minutes:.1f} minutes)",
         *([f"{len(experiment.skipped)} left out"] if experiment.skipped else []),
-        f"chunks of {setting.chunk} frames",
-        f"codebooks weighted {setting.weighting}",
+        f"chunks of {experiment.setting.chunk} frames",
+        f"codebooks weighted {experiment.setting.weighting}",
     ]
     return ", ".join(parts)
 
 
 def _regions(experiment: Experiment) -> dict[str, str]:
-    """Returns what each part of the files is, in words."""
-    setting, starts = experiment.setting, experiment.setting.starts
-    longest = max(file.frames for file in experiment.files)
+    """Returns the frames of each part of the files, in words."""
+    setting, longest = experiment.setting, experiment.longest
     meanings = {
         LATER: "",
         WINDOW: f" (the longest attention window is {setting.window:,} frames)",
@@ -132,191 +129,140 @@ def _regions(experiment: Experiment) -> dict[str, str]:
         " can know more)",
     }
     return {
-        region: f"frames from {starts[region]:,} on{meaning}"
-        + (f"; the longest file has {longest:,}" if longest <= starts[region] else "")
-        for region, meaning in meanings.items()
+        region: f"frames from {start:,} on{meanings[region]}"
+        + (f"; the longest file has {longest:,}" if longest <= start else "")
+        for region, (start, _) in setting.regions.items()
     }
 
 
 def _shown_regions(experiment: Experiment) -> list[str]:
     """Returns the regions that are not the same frames as an earlier one."""
-    starts = experiment.setting.starts
-    return [region for i, region in enumerate(REGIONS) if starts[region] not in [starts[one] for one in REGIONS[:i]]]
+    spans = list(experiment.setting.regions.values())
+    return [region for i, region in enumerate(REGIONS) if spans[i] not in spans[:i]]
 
 
-def _title(experiment: Experiment, region: str) -> str:
-    return f"{region}, frames from {experiment.setting.starts[region]:,} on"
-
-
-def _conditions(experiment: Experiment, analysis: Analysis) -> tuple[Row, list[Row]]:
+def _losses(experiment: Experiment, analysis: Analysis) -> Table:
+    regions = _shown_regions(experiment)
     rows = []
-    for one in experiment.conditions:
-        found, seeds = analysis.losses[one.name], len(one.checkpoints)
-        label = one.checkpoints[0] if seeds == 1 else f"{one.checkpoints[0]} and {seeds - 1} more"
-        rows.append(
-            [one.name, one.arm, label, *(interval(found.regions[region], 4) for region in _shown_regions(experiment))]
-        )
-    for name, found in analysis.bounds_by_region.items():
-        rows.append([BOUND_NAMES[name], "", "", *(interval(found[region], 4) for region in _shown_regions(experiment))])
-    return ["condition", "arm", "checkpoint", *(f"loss {region}" for region in _shown_regions(experiment))], rows
+    for condition in experiment.conditions:
+        first, *more = condition.checkpoints
+        label = f"{first} and {len(more)} more" if more else first
+        means = analysis.losses[condition.name].regions
+        rows.append([condition.name, condition.arm, label, *(interval(means[region], 4) for region in regions)])
+    for name, bound in analysis.bounds.items():
+        rows.append([BOUND_NAMES[name], "", "", *(interval(bound.regions[region], 4) for region in regions)])
+    note = "Nats per token, mean [95 % interval, Student's t]; seeds are averaged first."
+    return Table(
+        "Conditions", note, ["condition", "arm", "checkpoint", *(f"loss {region}" for region in regions)], rows
+    )
 
 
-def _compared(experiment: Experiment, analysis: Analysis, region: str) -> tuple[Row, list[Row]]:
-    heads = [
-        f"minus {experiment.conditions[0].name}",
-        "n",
-        "nats [95 % BCa]",
-        "% of loss",
-        "d_z",
-        "above 0",
-        "p: t",
-        "Holm",
-        "Wilcoxon",
-        "sign-flip",
-        f"TOST {experiment.setting.margin:g}",
-        "Holm",
-        "90 % interval",
+def _gap(experiment: Experiment, analysis: Analysis) -> list[Table]:
+    """Returns a table of the shares of the best possible gain on a controlled task that conditions reach.
+
+    Chunks that attention can see from the start are left out: there is next to no gap.
+    """
+    if not _has_gap(analysis):
+        return []
+    conditions = analysis.losses.values()
+    rows = [
+        [region, *(_percent(losses.closed[region]) for losses in conditions)] for region in _shown_regions(experiment)
     ]
-    rows = []
-    for one in analysis.comparisons:
-        compared = one.regions[region]
-        found, same = compared.paired, compared.paired.equivalence
+    if len(experiment.conditions[0].checkpoints) > 1:
+        seeds = [[_number(100 * seed.mean, "+z.1f") for seed in losses.closed_by_seed] for losses in conditions]
+        rows.append(["each seed, there", *map(", ".join, seeds)])
+    for i, (start, end) in enumerate(experiment.chunks):
+        if end > experiment.setting.regions[BEYOND][0]:
+            rows.append([f"chunk from {start:,}", *(_percent(losses.closed_by_chunk[i]) for losses in conditions)])
+    note = "Share of the gap between the best loss without memory beyond attention and the best with all, % [95 %]."
+    return [Table("Share of the gap", note, ["frames", *analysis.losses], rows)]
+
+
+def _comparisons(experiment: Experiment, analysis: Analysis) -> list[Table]:
+    """Returns the tables of regions, trends and seeds that have rows."""
+    tables = [_compared(experiment, analysis, region) for region in _shown_regions(experiment)]
+    tables += [_trend(analysis), _seeds(experiment, analysis)]
+    return [table for table in tables if table.rows]
+
+
+def _compared(experiment: Experiment, analysis: Analysis, region: str) -> Table:
+    first, setting = experiment.conditions[0].name, experiment.setting
+    heads = [f"minus {first}", "n", "nats [95 %]", "% of loss", "d_z", "above 0", "p: t", "Holm"]
+    heads += [f"TOST {setting.margin:g}", "Holm", "90 % interval", "n: d_z", "n: TOST"]
+    rows, verdicts = [], []
+    for comparison in analysis.comparisons:
+        compared = comparison.regions[region]
+        paired, tost = compared.paired, compared.paired.equivalence
+        if not paired.n:
+            continue
         rows.append(
             [
-                one.name,
-                str(found.n),
-                with_bounds(Interval(found.mean, found.low, found.high)),
-                _relative(found, experiment),
-                number(found.dz, "+z.2f"),
-                number(100 * found.above, ".0f", " %"),
-                *(p_value(p) for p in (found.p.t, compared.holm, found.p.wilcoxon, found.p.sign_flip)),
-                *(p_value(p) for p in (same.p, compared.holm_equivalence)),
-                "-" if math.isnan(same.low) else f"[{same.low:+z.4f}, {same.high:+z.4f}]",
+                comparison.name,
+                str(paired.n),
+                interval(paired, 4, signed=True),
+                _number(100 * paired.relative, "+z.2f") if paired.reference >= setting.margin else "-",
+                _number(paired.dz, "+z.2f"),
+                f"{100 * paired.above:.0f} %",
+                *map(_p, (paired.p, compared.holm, tost.p, compared.holm_equivalence)),
+                f"[{tost.low:+z.4f}, {tost.high:+z.4f}]" if paired.n > 1 else "-",
+                *map(_units, (paired.units_for_effect, paired.units_for_equivalence)),
             ]
         )
-    return heads, rows
+        if compared.verdict and region != LATER:
+            verdicts.append(compared.verdict.text)
+    note = f"Loss minus that of {first}, by the same file, averaged over seeds: above 0 {first} is better."
+    title = f"{region[0].upper()}{region[1:]}, frames from {setting.regions[region][0]:,} on"
+    return Table(title, "\n\n".join([note, *([_bullets(verdicts)] if verdicts else [])]), heads, rows)
 
 
-def _power(experiment: Experiment, analysis: Analysis) -> tuple[Row, list[Row]]:
-    setting = experiment.setting
-    heads = [
-        "condition",
-        f"{experiment.unit} now",
-        "to find this effect",
-        f"to establish equivalence within {setting.margin:g}",
-        f"power now for {setting.threshold:g} %",
-    ]
-
-    def row(one: Comparison) -> Row:
-        found = one.regions[LATER].paired
-        power: Power = found.power
-        return [
-            one.name,
-            str(found.n),
-            count(power.for_effect),
-            count(power.for_equivalence),
-            number(100 * power.of_threshold, ".0f", " %") if _has_size(found, experiment) else "-",
-        ]
-
-    return heads, [row(one) for one in analysis.comparisons]
-
-
-def _trend(analysis: Analysis) -> tuple[Row, list[Row]]:
-    def row(one: Comparison) -> Row:
-        trend: Slope = one.trend
-        return [one.name, str(trend.n), with_bounds(Interval(trend.mean, trend.low, trend.high), 6), p_value(trend.p)]
-
-    some = [row(one) for one in analysis.comparisons if one.trend.n]
-    return ["condition", "n", "nats per chunk [95 %]", "p"], some
-
-
-def _seeds(experiment: Experiment, analysis: Analysis) -> tuple[Row, list[Row]]:
-    rows = []
-    for one, condition in zip(analysis.comparisons, experiment.conditions[1:], strict=True):
-        found = one.regions[LATER]
-        for checkpoint, seed in zip(condition.checkpoints, found.seeds, strict=False):
-            bounds = with_bounds(Interval(seed.paired.mean, seed.paired.low, seed.paired.high))
-            relative = _relative(seed.paired, experiment)
-            rows.append([one.name, checkpoint, bounds, "", relative, p_value(seed.paired.p.t), p_value(seed.holm)])
-        if found.seeds and found.paired.n:
-            means = [seed.paired.mean for seed in found.seeds]
-            over = found.over_seeds
-            label = f"over {len(means)} seeds, {sum(mean > 0 for mean in means)} above 0"
-            bounds = with_bounds(Interval(over.mean, over.low, over.high))
-            reached = f"{min(means):+z.4f} to {max(means):+z.4f}"
-            rows.append([one.name, label, bounds, reached, "", p_value(over.p), ""])
-    return ["condition", "seed", "nats [95 %]", "range", "% of loss", "p: t", "Holm"], rows
-
-
-def _has_gap(analysis: Analysis) -> bool:
-    """Returns whether memory can lower the loss at best; False where that is unknown."""
-    return any(math.isfinite(one.mean) for losses in analysis.losses.values() for one in losses.closed.values())
-
-
-def _gap(experiment: Experiment, analysis: Analysis, plain: bool = True) -> list[str]:
-    """Returns how much of the best possible gain on a controlled task each condition reaches."""
-    regions = _shown_regions(experiment)
-    several = any(len(one.checkpoints) > 1 for one in experiment.conditions)
-    heads = ["condition", *regions, *(["each seed, there"] if several else [])]
-    rows = []
-    for one in experiment.conditions:
-        losses = analysis.losses[one.name]
-        row = [one.name, *(percent(losses.closed[region]) for region in regions)]
-        if several:
-            row.append(", ".join(number(100 * seed.mean, "+z.1f") for seed in losses.closed_by_seed))
-        rows.append(row)
-    title = (
-        "share of the gap closed between the best loss without memory beyond attention and the best with all, %"
-        " [95 % BCa]"
-    )
-    return [title, *(aligned(heads, rows) if plain else [pipes(heads, rows)])]
-
-
-def _gap_by_chunk(experiment: Experiment, analysis: Analysis) -> str:
-    """Returns the share of the gap that each condition closes, by chunk; while attention reaches the start, there is
-    next to no gap."""
-    closed = [analysis.losses[one.name].closed_by_chunk for one in experiment.conditions]
+def _trend(analysis: Analysis) -> Table:
+    trends = {comparison.name: comparison.trend for comparison in analysis.comparisons}
     rows = [
-        [f"from {start:,}", *(percent(shares) for shares in chunk)]
-        for (start, end), *chunk in zip(experiment.chunks, *closed, strict=True)
-        if end > experiment.setting.starts[BEYOND]
+        [name, str(trend.n), interval(trend, 6, signed=True), _p(trend.p)] for name, trend in trends.items() if trend.n
     ]
-    return pipes(["frames", *(one.name for one in experiment.conditions)], rows)
+    note = "Slope of the difference over chunks after the first, nats per chunk; above 0 the benefit grows."
+    return Table("Trend", note, ["condition", "n", "nats per chunk [95 %]", "p"], rows)
+
+
+def _seeds(experiment: Experiment, analysis: Analysis) -> Table:
+    rows = []
+    for comparison, condition in zip(analysis.comparisons, experiment.conditions[1:], strict=True):
+        compared = comparison.regions[LATER]
+        for checkpoint, seed in zip(condition.checkpoints, compared.seeds, strict=False):
+            nats = interval(seed.test, 4, signed=True)
+            rows.append([comparison.name, checkpoint, nats, _p(seed.test.p), _p(seed.holm)])
+        if compared.seeds and compared.paired.n:
+            over, means = compared.over_seeds, [seed.test.mean for seed in compared.seeds]
+            label = f"over {len(means)} seeds, {sum(mean > 0 for mean in means)} above 0"
+            rows.append([comparison.name, label, interval(over, 4, signed=True), _p(over.p), ""])
+    heads = ["condition", "seed", "nats [95 %]", "p: t", "Holm"]
+    return Table("Seeds", "Each seed alone, after the first chunk.", heads, rows)
 
 
 def _first_chunk(analysis: Analysis) -> str:
-    found = analysis.first_chunk
-    if not found.pairs:
+    first = analysis.first_chunk
+    if not first.pairs:
         return "First chunk: not checked, persist and reset of the same checkpoint were not both run."
-    sentence = f"First chunk: persist and reset differ by at most {found.largest:.2g} nats"
-    return f"{sentence} ({found.where}; allowed {found.tolerance:g}): {'BROKEN' if found.broken else 'as it must be'}."
+    sentence = f"First chunk: persist and reset differ by at most {first.largest:.2g} nats"
+    return f"{sentence} ({first.where}; allowed {first.tolerance:g}): {'BROKEN' if first.broken else 'as it must be'}."
 
 
-def _sentences(experiment: Experiment, analysis: Analysis) -> list[str]:
-    """Returns the verdicts: of the primary region, then beyond attention."""
+def _verdicts(experiment: Experiment, analysis: Analysis) -> list[str]:
+    """Returns the verdicts of the primary region and beyond attention, and the best possible gain from memory."""
     if analysis.first_chunk.broken:
         return [analysis.first_chunk.broken]
-    verdicts = [one.regions[LATER].verdict.text for one in analysis.comparisons]
-    beyond = [
-        f"Beyond the attention window: {one.regions[BEYOND].verdict.text}"
-        for one in analysis.comparisons
-        if one.regions[BEYOND].paired.n and BEYOND in _shown_regions(experiment)
-    ]
-    return verdicts + beyond + _worth(experiment, analysis)
-
-
-def _worth(experiment: Experiment, analysis: Analysis) -> list[str]:
-    """Returns the best possible gain from memory and the share that every condition reaches, in a sentence."""
-    if not _has_gap(analysis):
-        return []
-    best = [analysis.bounds_by_region[name][BEYOND].mean for name in ("memoryless", "ideal")]
-    takes = ", ".join(
-        f"{one.name} {percent(analysis.losses[one.name].closed[BEYOND])}" for one in experiment.conditions
-    )
-    return [
-        f"Memory from beyond attention is worth {best[0] - best[1]:.4f} nats at best; of that each takes, in %:"
-        f" {takes}."
-    ]
+    sentences = [comparison.regions[LATER].verdict.text for comparison in analysis.comparisons]
+    if BEYOND in _shown_regions(experiment):
+        beyond = [comparison.regions[BEYOND] for comparison in analysis.comparisons]
+        sentences += [f"Beyond the attention window: {one.verdict.text}" for one in beyond if one.paired.n]
+    if _has_gap(analysis):
+        ideal, memoryless = (analysis.bounds[name].regions[BEYOND].mean for name in BOUND_NAMES)
+        shares = ", ".join(f"{name} {_percent(losses.closed[BEYOND])}" for name, losses in analysis.losses.items())
+        sentences.append(
+            f"Memory from beyond attention is worth {memoryless - ideal:.4f} nats at best; of that each takes, in %:"
+            f" {shares}."
+        )
+    return sentences
 
 
 def _setting(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) -> list[str]:
@@ -327,60 +273,42 @@ def _setting(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) 
         *(f"{region[0].upper()}{region[1:]}: {words}" for region, words in _regions(experiment).items()),
         f"Margin of equivalence {setting.margin:g} nats, effect asked for {setting.threshold:g} % of the loss, error"
         f" rate {ALPHA:g}",
-        *(f"{name[0].upper()}{name[1:]}: `{_name(value)}`" for name, value in setting.about.items() if _name(value)),
     ]
-    for one in experiment.checkpoints:
-        facts = {"step": one.about.get("step"), "seed": one.seed}
-        parts = [f"{name} {value}" for name, value in facts.items() if value is not None]
-        where = f"`{one.name}`: `{one.about.get('path', '')}`"
-        lines.append(f"Checkpoint {where}{', ' * bool(parts)}{', '.join(parts)}")
-    if with_ := about.get("evaluated_with"):
-        versions = ", ".join(f"{name} {version}" for name, version in with_["versions"].items())
-        lines.append(f"{versions}, on {with_['device']}")
-    if spent := about.get("cost"):
-        lines.append(f"Took {spent['seconds']:.0f} s and at most {spent['peak_gigabytes']:.1f} GB of memory")
+    for name, value in setting.about.items():
+        value = value.get("name") if isinstance(value, dict) else value  # a digest stands beside
+        lines += [f"{name[0].upper()}{name[1:]}: `{value}`"] if value else []
+    for info in experiment.checkpoints:
+        facts = {"step": info.about.get("step"), "seed": info.seed}
+        words = "".join(f", {name} {value}" for name, value in facts.items() if value is not None)
+        lines.append(f"Checkpoint `{info.name}`: `{info.about.get('path', '')}`{words}")
+    if machine := about.get("evaluated_with"):
+        versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+        lines.append(f"{versions}, on {machine['device']}")
+    if cost := about.get("cost"):
+        lines.append(f"Took {cost['seconds']:.0f} s and at most {cost['peak_gigabytes']:.1f} GB of memory")
     return lines
 
 
-def _notes(experiment: Experiment) -> list[str]:
-    setting, unit = experiment.setting, experiment.unit
-    return [
-        f"The unit is the {unit.removesuffix('s')}, never the frame: frames of one recording are not independent. n"
-        f" counts {unit}.",
-        "**Better**: Holm-adjusted p of the paired t below 0.05 and an effect of at least the percentage asked for."
-        " **Worse**: p below 0.05 the other way. Either by less than the margin is reported as such. **Equivalent**:"
-        " two one-sided tests (TOST, Holm-adjusted) put the difference within the margin, and p is not below 0.05 or"
-        " the seeds point both ways. **Undecided**: none of these; the number of units is the one that has a power"
-        " of 80 %.",
-        "No clear difference is not equivalence: a few noisy files show nothing either way. Only TOST says that"
-        " there is (nearly) none.",
-        f"{setting.threshold:g} % of a cross-entropy is much; look at the nats, too: e to the difference is the ratio"
-        " of perplexities.",
-        "Holm: within a region, over the comparisons with the first condition; p of t and of TOST each. Wilcoxon,"
-        " sign-flip and the columns p: t and TOST are as they come. With few units the signed ranks and the"
-        " sign-flip test cannot reach 0.05 (below 6), and BCa intervals are too narrow (below ten or so): go by p of"
-        " t.",
-        "The first chunk is left out of every comparison: persist and reset are the same there by construction,"
-        " which is checked.",
-        "A reset clears the fast weights, not attention's KV cache: for as long as attention reaches, it passes on"
-        " what memory contributed before.",
-        "Where several checkpoints (seeds) stand for a condition, files vary and seeds vary: the p-values of the"
-        " combined difference speak of new files for these seeds; the row over seeds has the seed as its unit and"
-        " speaks of new seeds for these files.",
-        "`losses.npz` holds the loss of every file, chunk, condition and seed: `python -m eval compare --again"
-        " FOLDER` does the statistics again, with another `--margin` or `--threshold`.",
-    ]
+def _has_gap(analysis: Analysis) -> bool:
+    """Returns whether memory can lower the loss at best; False where that is unknown."""
+    return any(share.n for losses in analysis.losses.values() for share in losses.closed.values())
 
 
-def _name(value: Any) -> Any:
-    """Returns a name, which stands for itself or beside a digest."""
-    return value.get("name") if isinstance(value, dict) else value
+def _p(p: float) -> str:
+    """Returns a p-value as a cell; "-" where there is none."""
+    return "-" if math.isnan(p) else p_words(p).removeprefix("p ").removeprefix("= ")
 
 
-def _has_size(found: Paired, experiment: Experiment) -> bool:
-    """Returns whether the loss is large enough for shares of it to mean something."""
-    return found.reference >= experiment.setting.margin
+def _number(value: float, form: str) -> str:
+    """Returns a number as a cell; "-" where there is none."""
+    return f"{value:{form}}" if math.isfinite(value) else "-"
 
 
-def _relative(found: Paired, experiment: Experiment) -> str:
-    return number(100 * found.relative, "+z.2f") if _has_size(found, experiment) else "-"
+def _percent(share: Estimate) -> str:
+    """Returns a share with its interval in percent as a cell."""
+    return interval(Estimate(100 * share.mean, 100 * share.low, 100 * share.high, share.n), 1, signed=True)
+
+
+def _units(units: float) -> str:
+    """Returns a number of units as a cell."""
+    return "> 1 million" if math.isinf(units) else _number(units, ",.0f")

@@ -166,17 +166,17 @@ class _Reader:
                 )
             codec = self._frame_reader.codec
             self._check(entry.path, codec, self._frame_reader.tokenizer)
-            return self._frame_reader.read(entry), (), {"name": codec.name, "digest": codec.digest}
+            return self._frame_reader.open(entry).read(), (), {"name": codec.name, "digest": codec.digest}
         header, configs = read_header(entry.path), [checkpoint.cfg for checkpoint in self._checkpoints]
         codec = CodecInfo(header.codec_name or "a codec", header.codec, header.cardinality, configs[0].dep_q)
         self._check(entry.path, codec, TokenizerInfo())
         if self._run is not None:
             self._check(entry.path, self._frame_reader.codec, self._frame_reader.tokenizer)
-            frames = self._frame_reader.read(entry)
+            frames = self._frame_reader.open(entry).read()
         else:
             codec = dataclasses.replace(codec, cardinality=min(cfg.card for cfg in configs))
             tokenizer = TokenizerInfo(cardinality=min(cfg.text_card for cfg in configs))
-            frames = FrameReader(codec, tokenizer, "").read(dataclasses.replace(entry, alignment=None))
+            frames = FrameReader(codec, tokenizer, "").open(dataclasses.replace(entry, alignment=None)).read()
         return frames, header.boundaries, {"name": header.codec_name, "digest": header.codec}
 
     @functools.cached_property

@@ -7,9 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-PER_FRAMES = 1000
-"""Slopes are changes per so many frames."""
-
 
 class Estimate(NamedTuple):
     """Mean over `n` units with its 95 % interval (Student's t); bounds are NaN of one unit."""
@@ -53,18 +50,26 @@ def group_means(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
     return np.stack([file_mean(np.moveaxis(values[members == group], 0, -1)) for group in dict.fromkeys(groups)])
 
 
-def slope(values: np.ndarray) -> np.ndarray:
-    """Returns the change per 1,000 frames by least squares, [..., T] -> [...]; NaN frames are left out.
+def unit_means(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
+    """Returns one number for each group that has one, [F] -> [U]."""
+    means = group_means(values, groups)
+    return means[np.isfinite(means)]
 
-    NaN where fewer than two frames are left.
+
+def slope(values: np.ndarray, weight: np.ndarray | float = 1.0) -> np.ndarray:
+    """Returns the change per step of the last axis by weighted least squares, [..., T] -> [...]; NaN entries are left
+    out.
+
+    NaN where fewer than two entries are left.
     """
     values = np.asarray(values, np.float64)
-    present = np.isfinite(values)
-    position = np.where(present, np.arange(values.shape[-1]) / PER_FRAMES, np.nan)
-    position = np.where(present, position - file_mean(position)[..., None], 0)
-    spread = (position**2).sum(-1)
-    product = (position * np.where(present, values, 0)).sum(-1)
-    return np.where(spread > 0, product / np.where(spread > 0, spread, 1), np.nan)
+    used = np.isfinite(values) & (weight > 0)
+    weight = np.where(used, weight, 0.0)
+    step = np.arange(values.shape[-1])
+    with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 of no entry or one
+        step = step - (weight * step).sum(-1, keepdims=True) / weight.sum(-1, keepdims=True)
+        change = (weight * step * np.where(used, values, 0)).sum(-1) / (weight * step**2).sum(-1)
+    return np.where(used.sum(-1) > 1, change, np.nan)
 
 
 def windows(values: np.ndarray, size: int) -> np.ndarray:

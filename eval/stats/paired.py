@@ -1,4 +1,4 @@
-"""Statistics of paired differences: tests, effect sizes, equivalence, power, trends.
+"""Statistics of paired differences: t test, effect size, equivalence, sample sizes.
 
 Arrays hold one difference d for each unit (a file or a speaker) on the last axis, without NaN. d is the loss of another
 condition minus the loss of the condition under test, so that d > 0 means that the condition under test is better.
@@ -8,52 +8,29 @@ from __future__ import annotations
 
 import math
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
+from eval.stats.estimates import Estimate, band
+
 ALPHA, POWER = 0.05, 0.8
 """Two-sided error rate of all tests, and the power that sample sizes are given for."""
-RESAMPLES = 9_999
-"""Draws of the bootstrap, and of the sign-flip test of more than `EXACT` units."""
-EXACT = 14
-"""Most units for which the sign-flip test goes through all 2^n patterns of signs."""
 MOST = 1 << 20
 """Largest sample size that is looked for, a million units."""
 
 
-class PValues(NamedTuple):
-    """Two-sided p-values of the same differences; NaN of fewer than two units.
-
-    Verdicts go by t. Reports show all three: signed ranks and sign flips do not assume normal differences.
-    """
-
-    t: np.ndarray
-    """Paired t test."""
-    wilcoxon: np.ndarray
-    """Wilcoxon's signed ranks."""
-    sign_flip: np.ndarray
-    """Permutation test: share of patterns of signs whose mean is at least as far from 0."""
-
-
-class Interval(NamedTuple):
-    """A value with bounds; NaN where there are too few units."""
+class MeanTest(NamedTuple):
+    """Mean of `n` units with its 95 % interval (Student's t) and the p-value of the two-sided t test."""
 
     mean: float
     low: float
     high: float
-
-
-class Slope(NamedTuple):
-    """Mean of `n` units' slopes with its 95 % interval (Student's t) and the p-value of the t test."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
     n: int
+    p: float
 
 
 class Equivalence(NamedTuple):
@@ -66,29 +43,18 @@ class Equivalence(NamedTuple):
     high: float
 
 
-class Power(NamedTuple):
-    """Sample sizes for a power of `POWER`; inf: more than `MOST`. NaN: not known."""
-
-    for_effect: float
-    """Units that find a difference of this d_z."""
-    for_equivalence: float
-    """Units that establish equivalence within the margin if there is no difference."""
-    of_threshold: float
-    """Power of the present units to find a difference as large as the threshold."""
-
-
 class Paired(NamedTuple):
-    """All statistics of one set of differences."""
+    """All statistics of one set of differences; NaN where there are too few units."""
 
     n: int
     mean: float
     """Nats."""
     sd: float
-    """Standard deviation of the differences; NaN of one unit."""
     low: float
-    """Lower bound of the 95 % BCa bootstrap interval of the mean; NaN of fewer than three units."""
+    """Lower bound of the 95 % interval (Student's t)."""
     high: float
-    p: PValues
+    p: float
+    """Of the two-sided paired t test."""
     above: float
     """Share of units whose difference is above 0."""
     reference: float
@@ -98,37 +64,33 @@ class Paired(NamedTuple):
     dz: float
     """Cohen's d_z, mean / sd, with Hedges' correction."""
     equivalence: Equivalence
-    power: Power
+    units_for_effect: float
+    """Units that find a difference of this d_z with a power of `POWER`; inf: more than `MOST`."""
+    units_for_equivalence: float
+    """Units that establish equivalence within the margin with this power if there is no difference."""
 
 
-def compare(d: np.ndarray, reference: float, margin: float, threshold: float, alpha: float = ALPHA) -> Paired:
+def compare(d: np.ndarray, reference: float, margin: float, alpha: float = ALPHA) -> Paired:
     """Returns all statistics of differences d [n], n >= 0.
 
     Args:
-      reference: mean loss of the other condition, nats; margin: of equivalence, nats.
-      threshold: effect worth having, a fraction of `reference`; alpha: error rate for the power.
+      reference: mean loss of the other condition, nats; margin: of equivalence, nats; alpha: of the sample sizes.
     """
-    n, sd = len(d), spread(d)
-    mean = float(d.mean()) if n else math.nan
-    bounds, effect = bootstrap((d,), np.mean), hedges(d)
-    power = Power(
-        needed(effect, alpha),
-        needed_equivalence(sd, margin, alpha),
-        math.nan if math.isnan(sd) else power_of(n, threshold * reference / sd, alpha) if sd else 1.0,
-    )
+    test, sd, effect = mean_test(d), spread(d), hedges(d)
     return Paired(
-        n,
-        mean,
+        test.n,
+        test.mean,
         sd,
-        bounds.low,
-        bounds.high,
-        PValues(*(float(p) for p in p_values(d))),
-        float((d > 0).mean()) if n else math.nan,
+        test.low,
+        test.high,
+        test.p,
+        float((d > 0).mean()) if len(d) else math.nan,
         reference,
-        mean / reference if n and reference else math.nan,
+        test.mean / reference if reference else math.nan,
         effect,
         equivalence(d, margin),
-        power,
+        needed(power_of, effect, alpha),
+        needed(power_of_equivalence, margin / sd if sd else math.inf, alpha),
     )
 
 
@@ -140,32 +102,6 @@ def spread(d: np.ndarray) -> float:
     return 0.0 if sd <= 1e-12 * float(np.abs(d).max()) else sd
 
 
-def p_values(d: np.ndarray, seed: int = 0) -> PValues:
-    """Returns the p-values of three tests of mean 0 (of symmetry about 0 for the signed ranks), d [..., n] -> [...].
-
-    The sign-flip test of more than `EXACT` units draws `RESAMPLES` patterns with `seed`.
-    """
-    d = np.asarray(d, np.float64)
-    n = d.shape[-1]
-    if n < 2:
-        return PValues(*(np.full(d.shape[:-1], np.nan) for _ in PValues._fields))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings about equal differences; `equal` below replaces their p-values
-        ranks = stats.wilcoxon(d, axis=-1).pvalue
-        flip = stats.permutation_test(
-            (d,),
-            lambda x, axis: x.mean(axis),
-            permutation_type="samples",
-            vectorized=True,
-            n_resamples=2**EXACT if n <= EXACT else RESAMPLES,
-            batch=64,
-            axis=-1,
-            random_state=np.random.default_rng(seed),
-        ).pvalue
-    equal = (d == 0).all(-1)
-    return PValues(t_test(d), *(np.where(equal, 1.0, p) for p in (ranks, flip)))
-
-
 def t_test(d: np.ndarray) -> np.ndarray:
     """Returns p of the two-sided paired t test, d [..., n] -> [...]; 1 if all d are 0, NaN of fewer than two units."""
     if d.shape[-1] < 2:
@@ -175,76 +111,50 @@ def t_test(d: np.ndarray) -> np.ndarray:
         return np.where((d == 0).all(-1), 1.0, stats.ttest_1samp(d, 0, axis=-1).pvalue)
 
 
+def mean_test(values: np.ndarray) -> MeanTest:
+    """Tests whether the mean of values [U] is 0; NaN entries are left out."""
+    values = values[np.isfinite(values)]
+    return MeanTest(*(number.item() for number in band(values)), float(t_test(values)))
+
+
 def hedges(d: np.ndarray) -> float:
     """Returns Cohen's d_z with Hedges' exact correction for n - 1 degrees of freedom; NaN of fewer than three units.
 
     Without the correction d_z of ten units is too large by 9 %. Source: Hedges 1981, doi 10.3102/10769986006002107,
     equation 6e.
     """
-    sd = spread(d)
-    if math.isnan(sd):
+    sd, df = spread(d), len(d) - 1
+    if df < 1:
         return math.nan
     mean = float(d.mean())
     if sd == 0:
         return math.copysign(math.inf, mean) if mean else 0.0
-    return mean / sd * correction(len(d) - 1)
-
-
-def correction(df: int) -> float:
-    """Returns Hedges' J: Gamma(df / 2) / (sqrt(df / 2) Gamma((df - 1) / 2)); NaN of one degree of freedom."""
     if df < 2:
         return math.nan
-    return math.exp(math.lgamma(df / 2) - math.lgamma((df - 1) / 2)) / math.sqrt(df / 2)
+    return mean / sd * math.exp(math.lgamma(df / 2) - math.lgamma((df - 1) / 2)) / math.sqrt(df / 2)
 
 
-def bootstrap(samples: Sequence[np.ndarray], statistic: Callable, seed: int = 0) -> Interval:
-    """Returns a statistic of paired samples [n] with its 95 % BCa (bias-corrected, accelerated) interval over units.
+def share(closed: np.ndarray, gap: np.ndarray) -> Estimate:
+    """Returns the closed share of a gap, sum of `closed` [n] / sum of `gap` [n]; NaN without a gap.
 
-    Args:
-      statistic: function of the samples and `axis`; seed: of the `RESAMPLES` draws.
-
-    Bounds are NaN of fewer than three units, and the statistic itself if all units are equal.
+    The 95 % interval is Student's t of the linearised ratio.
     """
-    n = len(samples[0])
-    if n == 0:
-        return Interval(math.nan, math.nan, math.nan)
-    value = float(statistic(*samples, axis=-1))
-    if n < 3:
-        return Interval(value, math.nan, math.nan)
-    if all(spread(sample) == 0 for sample in samples):
-        return Interval(value, value, value)
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # warnings about equal draws, whose bounds stay NaN
-        bounds = stats.bootstrap(
-            tuple(samples),
-            statistic,
-            n_resamples=RESAMPLES,
-            paired=len(samples) > 1,
-            vectorized=True,
-            axis=-1,
-            method="BCa",
-            random_state=np.random.default_rng(seed),
-        ).confidence_interval
-    return Interval(value, float(bounds.low), float(bounds.high))
-
-
-def share(closed: np.ndarray, gap: np.ndarray) -> Interval:
-    """Returns the closed share of a gap, sum of `closed` [n] / sum of `gap` [n], with its BCa interval over units."""
-    if not len(gap) or not gap.sum():
-        return Interval(math.nan, math.nan, math.nan)
-    return bootstrap((closed, gap), lambda a, b, axis: a.sum(axis) / b.sum(axis))
+    if not gap.sum():
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    ratio = closed.sum() / gap.sum()
+    return Estimate(*(number.item() for number in band(ratio + (closed - ratio * gap) / gap.mean())))
 
 
 def equivalence(d: np.ndarray, margin: float) -> Equivalence:
     """Tests whether the mean of d [n] lies between -margin and +margin; NaN of fewer than two units."""
-    n, sd = len(d), spread(d)
-    if math.isnan(sd):
+    sd, df = spread(d), len(d) - 1
+    if df < 1:
         return Equivalence(math.nan, math.nan, math.nan)
-    mean, error = float(d.mean()), sd / math.sqrt(n)
+    mean, error = float(d.mean()), sd / math.sqrt(len(d))
     if sd == 0:
         return Equivalence(0.0 if abs(mean) < margin else 1.0, mean, mean)
-    p = max(stats.t.sf((mean + margin) / error, n - 1), stats.t.cdf((mean - margin) / error, n - 1))
-    half = stats.t.ppf(1 - ALPHA, n - 1) * error
+    p = max(stats.t.sf((mean + margin) / error, df), stats.t.cdf((mean - margin) / error, df))
+    half = stats.t.ppf(1 - ALPHA, df) * error
     return Equivalence(float(p), float(mean - half), float(mean + half))
 
 
@@ -257,16 +167,15 @@ def power_of(n: int, dz: float, alpha: float = ALPHA) -> float:
     return float(stats.nct.sf(edge, n - 1, shift) + np.nan_to_num(far))
 
 
-def power_of_equivalence(n: int, sd: float, margin: float, alpha: float = ALPHA) -> float:
-    """Returns the power of n units to establish equivalence if there is no difference.
+def power_of_equivalence(n: int, margin: float, alpha: float = ALPHA) -> float:
+    """Returns the power of n units to establish equivalence if there is no difference; margin in standard deviations.
 
     The noncentral t ignores that both one-sided tests share a standard deviation, which does not matter at a power of
     `POWER`.
     """
     edge = stats.t.ppf(1 - alpha, n - 1)
-    shift = _shift(margin * math.sqrt(n) / sd, edge)
     # By symmetry both tests fail equally often.
-    return float(max(0.0, 1 - 2 * np.nan_to_num(stats.nct.cdf(edge, n - 1, shift))))
+    return float(max(0.0, 1 - 2 * np.nan_to_num(stats.nct.cdf(edge, n - 1, _shift(margin * math.sqrt(n), edge)))))
 
 
 def _shift(noncentrality: float, edge: float) -> float:
@@ -274,35 +183,15 @@ def _shift(noncentrality: float, edge: float) -> float:
     return min(noncentrality, 20 * edge + 20)
 
 
-def needed(dz: float, alpha: float = ALPHA) -> float:
-    """Returns the units that find an effect dz with a power of `POWER`; inf of more than `MOST`, NaN of an unknown
-    effect."""
-    if math.isnan(dz):
+def needed(power: Callable[[int, float, float], float], effect: float, alpha: float = ALPHA) -> float:
+    """Returns the fewest units for which power(units, effect, alpha) is `POWER`; inf of more than `MOST`, NaN of an
+    unknown effect."""
+    if math.isnan(effect):
         return math.nan
-    if dz == 0:
-        return math.inf
-    return 2 if math.isinf(dz) else _least(lambda n: power_of(n, dz, alpha))
-
-
-def needed_equivalence(sd: float, margin: float, alpha: float = ALPHA) -> float:
-    """Returns the units that establish equivalence within the margin (nats) if there is no difference; NaN of an
-    unknown sd."""
-    if math.isnan(sd):
-        return math.nan
-    return 2 if sd == 0 else _least(lambda n: power_of_equivalence(n, sd, margin, alpha))
-
-
-def _least(power: Callable[[int], float]) -> float:
-    """Returns the fewest units, 2 or more, with a power of `POWER`; power must grow with units."""
-    low, high = 1, 2
-    while power(high) < POWER:
-        low, high = high, 2 * high
-        if high > MOST:
-            return math.inf
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if power(middle) >= POWER else (middle, high)
-    return high
+    if effect == 0 or math.isinf(effect):
+        return 2 if effect else math.inf
+    units = bisect_left(range(MOST + 1), POWER, lo=2, key=lambda n: power(n, effect, alpha))
+    return units if units <= MOST else math.inf
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
@@ -314,29 +203,3 @@ def holm(p: Sequence[float]) -> np.ndarray:
     factors = len(order) - np.arange(len(order))
     adjusted[order] = np.minimum(1, np.maximum.accumulate(factors * p[order]))
     return adjusted
-
-
-def slopes(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Returns the change per step along the last axis by weighted least squares, [..., C] -> [...]; NaN entries are
-    left out.
-
-    NaN where fewer than two entries are left.
-    """
-    there = np.isfinite(values) & (weight > 0)
-    weight = np.where(there, weight, 0.0)
-    total = np.maximum(weight.sum(-1, keepdims=True), np.finfo(float).tiny)
-    at = np.arange(values.shape[-1]) - (weight * np.arange(values.shape[-1])).sum(-1, keepdims=True) / total
-    product = (weight * at * np.where(there, values, 0.0)).sum(-1)
-    square = (weight * at**2).sum(-1)
-    enough = there.sum(-1) > 1
-    return np.where(enough, product / np.where(enough, square, 1), np.nan)
-
-
-def mean_slope(values: np.ndarray) -> Slope:
-    """Returns the mean of slopes of units [U] with interval and p; NaN entries (too few chunks) are left out."""
-    values = values[np.isfinite(values)]
-    n = len(values)
-    if n < 2:
-        return Slope(float(values[0]) if n else math.nan, math.nan, math.nan, math.nan, n)
-    mean, half = float(values.mean()), stats.t.ppf(0.975, n - 1) * spread(values) / math.sqrt(n)
-    return Slope(mean, float(mean - half), float(mean + half), float(t_test(values)), n)

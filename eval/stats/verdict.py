@@ -11,13 +11,8 @@ import numpy as np
 from eval.stats import paired
 from eval.stats.paired import ALPHA, Paired
 
-BETTER, BELOW, WORSE, EQUIVALENT, UNDECIDED = (
-    "better",
-    "better, below the threshold",
-    "worse",
-    "equivalent",
-    "undecided",
-)
+BETTER, BELOW, WORSE = "better", "better, below the threshold", "worse"
+EQUIVALENT, UNDECIDED = "equivalent", "undecided"
 
 ADVICE = {
     BETTER: "Use the persistent state: its complexity is justified.",
@@ -30,9 +25,6 @@ ADVICE = {
 MARGIN, THRESHOLD = 0.02, 10.0
 """Default margin of equivalence in nats, and default effect worth having in percent of the loss."""
 
-MARGIN, THRESHOLD = 0.02, 10.0
-"""Default margin of equivalence in nats, and default effect worth having in percent of the loss."""
-
 FIRM = 6
 """Fewest units whose spread is known well enough to plan with, and fewest seeds that are tested rather than counted."""
 NOTHING = 5e-5
@@ -40,14 +32,11 @@ NOTHING = 5e-5
 
 
 class Rule(NamedTuple):
-    """Settings of verdicts."""
+    """Margin of equivalence (nats), effect worth having (percent of the loss), name of the units (plural)."""
 
     margin: float
-    """Margin of equivalence, nats."""
     threshold: float
-    """Effect worth having, percent of the loss."""
     unit: str
-    """Name of the units, in the plural."""
 
 
 class Verdict(NamedTuple):
@@ -83,16 +72,17 @@ def verdict(
             else "no file is so long, or has anything to score there"
         )
         return Verdict(UNDECIDED, f"{tested} against {other}: undecided, {why}.", math.inf)
-    means = np.array(seeds)
+    means, firm = np.array(seeds), len(seeds) >= FIRM
     clear = p < ALPHA and abs(comparison.mean) >= NOTHING
-    same = bool(p_equivalent < ALPHA) and _within(means, rule.margin)
-    if clear and _point(means, comparison.mean):
-        result = _clear(comparison, p, same, rule, names)
+    seeds_point = paired.t_test(means) < ALPHA if firm else (means * comparison.mean > 0).all()
+    seeds_lie_within = paired.equivalence(means, rule.margin).p < ALPHA if firm else (abs(means) < rule.margin).all()
+    same = bool(p_equivalent < ALPHA and seeds_lie_within)
+    if clear and seeds_point:
+        kind, text = _clear(comparison, p, same, rule, names)
     elif same:
         within = f"the difference of {comparison.mean:+z.4f} nats lies within {rule.margin:g} either way"
         but = f" ({p_words(p)} over these {rule.unit}, but not over the seeds)" if clear else ""
-        text = f"{tested} and {other} are equivalent: {within}, TOST {p_words(p_equivalent)}{but}."
-        result = Verdict(EQUIVALENT, text, equivalent=True)
+        kind, text = EQUIVALENT, f"{tested} and {other} are equivalent: {within}, TOST {p_words(p_equivalent)}{but}."
     elif seeds and (clear or p_equivalent < ALPHA):
         each = ", ".join(f"{mean:+z.4f}" for mean in seeds)
         apart = clear or means.min() < 0 < means.max()
@@ -101,44 +91,35 @@ def verdict(
         return Verdict(UNDECIDED, text, math.inf)
     else:
         return _undecided(comparison, p, rule, names)
-    return result._replace(text=result.text + _caveat(result, means, rule.margin))
+    equivalent = same and abs(comparison.mean) < rule.margin
+    return Verdict(kind, text + _caveat(kind, equivalent, means, rule.margin), equivalent=equivalent)
 
 
-def _point(seeds: np.ndarray, mean: float) -> bool:
-    """Returns whether the seeds' means [n] show the direction of the whole."""
-    return bool((seeds * mean > 0).all()) if len(seeds) < FIRM else bool(paired.t_test(seeds) < ALPHA)
-
-
-def _within(seeds: np.ndarray, margin: float) -> bool:
-    """Returns whether the seeds' means [n] show that the whole lies within the margin."""
-    return bool((abs(seeds) < margin).all()) if len(seeds) < FIRM else bool(paired.equivalence(seeds, margin).p < ALPHA)
-
-
-def _clear(comparison: Paired, p: float, same: bool, rule: Rule, names: tuple[str, str]) -> Verdict:
-    """Returns the verdict on a clear difference."""
+def _clear(comparison: Paired, p: float, same: bool, rule: Rule, names: tuple[str, str]) -> tuple[str, str]:
+    """Returns kind and text of the verdict on a clear difference."""
     tested, other = names
     size = f"{abs(comparison.mean):.4f} nats{_percent(abs(comparison.relative), comparison, rule, '.2f')}, {p_words(p)}"
     kind, than = (WORSE, "worse") if comparison.mean < 0 else (BELOW, "better")
     if abs(comparison.mean) < rule.margin:
         little = f"by less than the margin of {rule.margin:g} nats{': equivalent for practical purposes' * same}"
-        return Verdict(kind, f"{tested} is clearly {than} than {other}, by {size}, but {little}.", equivalent=same)
+        return kind, f"{tested} is clearly {than} than {other}, by {size}, but {little}."
     if kind == WORSE:
-        return Verdict(WORSE, f"{tested} is worse than {other}: by {size}.")
+        return WORSE, f"{tested} is worse than {other}: by {size}."
     least = f"the {rule.threshold:g} % asked for"
     if 100 * comparison.relative >= rule.threshold:
-        return Verdict(BETTER, f"{tested} is better than {other}: by {size}, at least {least}.")
-    return Verdict(BELOW, f"{tested} is clearly better than {other}, by {size}, but less than {least}.")
+        return BETTER, f"{tested} is better than {other}: by {size}, at least {least}."
+    return BELOW, f"{tested} is clearly better than {other}, by {size}, but less than {least}."
 
 
-def _caveat(result: Verdict, seeds: np.ndarray, margin: float) -> str:
-    """Returns a sentence if the result holds for these seeds but is not shown for new ones; means of seeds [n]."""
+def _caveat(kind: str, equivalent: bool, seeds: np.ndarray, margin: float) -> str:
+    """Returns a sentence if the verdict holds for these seeds but is not shown for new ones; means of seeds [n]."""
     if len(seeds) < 2:
         return ""
-    p, same, not_shown = float(paired.t_test(seeds)), paired.equivalence(seeds, margin), []
-    if result.kind != EQUIVALENT and p >= ALPHA:
+    p, interval, not_shown = float(paired.t_test(seeds)), paired.equivalence(seeds, margin), []
+    if kind != EQUIVALENT and p >= ALPHA:
         not_shown.append(p_words(p))
-    if result.equivalent and same.p >= ALPHA:
-        not_shown.append(f"the 90 % interval [{same.low:+z.4f}, {same.high:+z.4f}] leaves the margin")
+    if equivalent and interval.p >= ALPHA:
+        not_shown.append(f"the 90 % interval [{interval.low:+z.4f}, {interval.high:+z.4f}] leaves the margin")
     return f" For these {len(seeds)} seeds: with the seed as unit {' and '.join(not_shown)}." if not_shown else ""
 
 
@@ -146,7 +127,7 @@ def _undecided(comparison: Paired, p: float, rule: Rule, names: tuple[str, str])
     """Returns the verdict undecided, with the number of units that would decide."""
     for_effect, for_equivalence = (
         units if math.isfinite(units) and units > comparison.n else math.inf  # so many units did not decide
-        for units in (comparison.power.for_effect, comparison.power.for_equivalence)
+        for units in (comparison.units_for_effect, comparison.units_for_equivalence)
     )
     if abs(comparison.mean) >= rule.margin:
         for_equivalence = math.inf  # nothing points to equivalence

@@ -16,6 +16,9 @@ from eval.streaming.scores import FileScores, Inner, load
 from eval.streaming.weighting import WEIGHTINGS, aggregate
 from ttt_jax.errors import InputError
 
+PER_FRAMES = 1000
+"""Slopes are changes per so many frames."""
+
 
 def load_scores(folder: Path, checkpoint: CheckpointInfo, file: FileInfo, setting: Setting) -> FileScores:
     """Returns the scores of a file. Raises `InputError` if they are missing, damaged, or those of another file."""
@@ -151,4 +154,4 @@ def _first(rank: np.ndarray) -> np.ndarray:
 
 
 def _slope(values: np.ndarray, window: int) -> np.ndarray:
-    return slope(values) if len(values) >= 2 * window else np.float64("nan")
+    return PER_FRAMES * slope(values) if len(values) >= 2 * window else np.float64("nan")

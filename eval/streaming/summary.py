@@ -11,7 +11,7 @@ import numpy as np
 
 from eval.results.schema import CheckpointInfo, FileInfo, Skipped, units
 from eval.stats import paired
-from eval.stats.estimates import Estimate, band, group_means
+from eval.stats.estimates import Estimate, band, group_means, unit_means
 from eval.stats.verdict import MARGIN, THRESHOLD, Rule, advise, verdict
 from eval.streaming.measure import load_scores, main_arm, measure
 from eval.streaming.results import LATER, CheckpointResults, Results, Setting
@@ -105,14 +105,10 @@ def _verdict(setting: Setting, info: CheckpointInfo, by_file: list[Nested], file
     if "reset" not in by_file[0]["against_persist"]:
         return "The arms persist and reset were not both run: there is no verdict on whether keeping the memory helps."
     groups = [file.group for file in files]
-
-    def by_unit(values: list[np.ndarray]) -> np.ndarray:
-        means = group_means(np.array(values), groups)
-        return means[np.isfinite(means)]
-
-    d = by_unit([file["against_persist"]["reset"][LATER][setting.weighting] for file in by_file])
-    reference = by_unit([file["losses_later"]["reset"][setting.weighting] for file in by_file])
-    differences = paired.compare(d, float(reference.mean()) if len(reference) else np.nan, MARGIN, THRESHOLD / 100)
+    d = unit_means(np.array([file["against_persist"]["reset"][LATER][setting.weighting] for file in by_file]), groups)
+    losses = unit_means(np.array([file["losses_later"]["reset"][setting.weighting] for file in by_file]), groups)
+    reference = float(losses.mean()) if len(losses) else np.nan
+    differences = paired.compare(d, reference, MARGIN)
     rule = Rule(MARGIN, THRESHOLD, units(files)[1])
-    result = verdict(differences, differences.p.t, differences.equivalence.p, rule, ("persist", "reset"))
+    result = verdict(differences, differences.p, differences.equivalence.p, rule, ("persist", "reset"))
     return advise(result, rule.unit).text

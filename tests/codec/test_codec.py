@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.codec import DEFAULT_FILE, load_codec
-from ttt_jax.codec.kmeans import KMeansCodec, mel_filters
+from ttt_jax.codec.kmeans import KMeansCodec, mel_filters, taper
 from ttt_jax.data.audio.reader import read_audio
 from ttt_jax.errors import InputError
 
@@ -69,9 +69,9 @@ def test_a_click_is_seen_by_the_windows_that_hold_it_and_no_others(codec):
     assert np.flatnonzero((codes != codes[:, :1]).any(axis=0)).tolist() == [frame]
 
 
-@pytest.mark.parametrize("start", [17 * 1280 + 640, 25 * 1280 + 333])
+@pytest.mark.parametrize("start", [7 * 1280 + 640, 12 * 1280 + 333])
 def test_a_burst_is_decoded_at_its_place(codec, start):
-    burst = np.zeros(30 * 1280, np.float32)
+    burst = np.zeros(16 * 1280, np.float32)
     burst[start : start + 640] = np.random.default_rng(0).normal(0, 0.2, 640)
     decoded = codec.decode(codec.encode(burst))
     places = [np.average(np.arange(len(audio)), weights=np.square(audio)) for audio in (burst, decoded)]
@@ -97,6 +97,10 @@ def test_later_samples_change_no_earlier_code(codec, speech):
     assert (after[:, 40] != before[:, 40]).any()
 
 
+def test_the_window_is_a_periodic_hann_of_unit_energy():
+    np.testing.assert_allclose(taper(4), np.array([0, 0.5, 1, 0.5]) / np.sqrt(1.5), atol=1e-12)
+
+
 def test_silence_is_one_code_vector_and_faint_noise_does_not_scatter_it(codec):
     samples = 40 * codec.frame_size
     silence = codec.encode(np.zeros(samples, np.float32))
@@ -106,14 +110,11 @@ def test_silence_is_one_code_vector_and_faint_noise_does_not_scatter_it(codec):
     assert (codec.encode(500 * hiss) != silence).any()
 
 
-def test_silence_decodes_to_silence(codec):
-    assert np.abs(codec.decode(codec.encode(np.zeros(10 * codec.frame_size, np.float32)))).max() < 1e-3
-
-
-def test_decoded_audio_has_whole_frames_and_is_reproducible(codec, speech):
-    codes = codec.encode(speech)[:, :20]
+def test_decoded_audio_has_whole_frames_and_is_reproducible_and_of_silence_silent(codec, speech):
+    assert np.abs(codec.decode(codec.encode(np.zeros(4 * codec.frame_size, np.float32)))).max() < 1e-3
+    codes = codec.encode(speech)[:, :5]
     audio = codec.decode(codes)
-    assert audio.shape == (20 * codec.frame_size,)
+    assert audio.shape == (5 * codec.frame_size,)
     assert audio.dtype == np.float32
     np.testing.assert_array_equal(codec.decode(codes), audio)
     assert codec.decode(codes[:, :1]).shape == (codec.frame_size,)
@@ -126,6 +127,7 @@ def test_decoded_speech_is_far_nearer_to_the_original_than_shuffled_codes(codec,
         gap = codec.features(codec.decode(codes)) - codec.features(speech)
         return 10 / np.log(10) * np.sqrt(np.square(gap).mean())
 
+    speech = speech[: 40 * codec.frame_size]
     codes = codec.encode(speech)
     shuffled = np.random.default_rng(0).permutation(codes, axis=1)
     assert distance(codes) < 0.5 * distance(shuffled)
@@ -177,45 +179,28 @@ def test_mel_filters_average_power():
     assert (np.diff(centres) >= 1).all()
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("mimi", ["mimi", "not available", "'kmeans'"]),
-        ("opus", ["'opus'", "'kmeans'"]),
-        ("no/such.safetensors", ["no/such", "'kmeans'"]),
-    ],
-)
-def test_unknown_codec_is_refused_with_what_exists(name, words):
-    with pytest.raises(InputError) as error:
+@pytest.mark.parametrize(("name", "problem"), [("mimi", "is not available"), ("no/such", "is neither a codec nor a")])
+def test_unknown_codec_is_refused_with_what_exists(name, problem):
+    with pytest.raises(InputError, match=f"{name}' {problem}.*use .*'kmeans'"):
         load_codec(name)
-    assert all(word in str(error.value) for word in words)
 
 
-def test_file_that_is_no_codec_is_refused_by_name(codec, tmp_path):
-    bad = tmp_path / "bad.safetensors"
-    bad.write_bytes(b"not a codec")
+@pytest.mark.parametrize("content", [b"not a codec", DEFAULT_FILE.read_bytes()[:-1000]])
+def test_file_that_is_no_codec_is_refused_by_name(tmp_path, content):
+    (tmp_path / "bad.safetensors").write_bytes(content)
     with pytest.raises(InputError, match="bad.safetensors cannot be read"):
-        load_codec(bad)
-    bad.write_bytes(DEFAULT_FILE.read_bytes()[:-1000])
-    with pytest.raises(InputError, match="bad.safetensors cannot be read"):
-        load_codec(bad)
+        load_codec(tmp_path / "bad.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("sample_rate", "frame_size", "rate"), [(32000, 1280, "25"), (16000, 1600, "10"), (24000, 1280, "18.75")]
-)
-def test_a_codec_of_another_frame_rate_is_refused(codec, tmp_path, sample_rate, frame_size, rate):
+@pytest.mark.parametrize(("rate", "size"), [("32000", "1280"), ("16000", "1600"), ("24000", "1280"), ("24000", "1920")])
+def test_a_codec_may_have_another_sample_rate_but_not_another_frame_rate(codec, tmp_path, rate, size):
     tensors, metadata = parts(codec)
-    sizes = {"sample_rate": str(sample_rate), "frame_size": str(frame_size)}
-    KMeansCodec(tensors, metadata | sizes).save(tmp_path / "fast.safetensors")
-    with pytest.raises(InputError, match=rf"fast.safetensors gives {rate} frames a second .*but models read 12\.5"):
-        load_codec(tmp_path / "fast.safetensors")
-
-
-def test_a_codec_of_another_sample_rate_is_taken(codec, tmp_path):
-    tensors, metadata = parts(codec)
-    KMeansCodec(tensors, metadata | {"sample_rate": "24000", "frame_size": "1920"}).save(tmp_path / "hifi.safetensors")
-    assert load_codec(tmp_path / "hifi.safetensors").frame_rate == 12.5
+    KMeansCodec(tensors, metadata | {"sample_rate": rate, "frame_size": size}).save(tmp_path / "new.safetensors")
+    if int(rate) / int(size) == 12.5:
+        assert load_codec(tmp_path / "new.safetensors").frame_rate == 12.5
+    else:
+        with pytest.raises(InputError, match=r"new.safetensors gives .* frames a second .*but models read 12\.5"):
+            load_codec(tmp_path / "new.safetensors")
 
 
 @pytest.mark.parametrize("value", ["inf", "nan", "-1", "0", "1280.5", "1e400"])
@@ -228,31 +213,27 @@ def test_sizes_that_are_none_are_refused(codec, key, value):
 
 def test_codec_with_missing_or_misshapen_parameters_is_refused(codec):
     tensors, metadata = parts(codec)
-    with pytest.raises(InputError, match="format 'other'"):
-        KMeansCodec(tensors, metadata | {"format": "other"})
-    with pytest.raises(InputError, match="floor"):
-        KMeansCodec(tensors, {key: value for key, value in metadata.items() if key != "floor"})
-    with pytest.raises(InputError, match="no number"):
-        KMeansCodec(tensors, metadata | {"window": "wide"})
-    with pytest.raises(InputError, match="lacks mel"):
-        KMeansCodec({key: tensors[key] for key in ("codebooks", "mean")}, metadata)
-    with pytest.raises(InputError, match="do not fit together"):
-        KMeansCodec(tensors | {"mean": tensors["mean"][:-1]}, metadata)
-    with pytest.raises(InputError, match="do not fit together"):
-        KMeansCodec(tensors | {"mean": np.full_like(tensors["mean"], np.nan)}, metadata)
+    for bad_tensors, bad_metadata, message in (
+        (tensors, metadata | {"format": "other"}, "format 'other'"),
+        (tensors, {key: value for key, value in metadata.items() if key != "floor"}, "floor"),
+        (tensors, metadata | {"window": "wide"}, "no number"),
+        ({key: tensors[key] for key in ("codebooks", "mean")}, metadata, "lacks mel"),
+        (tensors | {"mean": tensors["mean"][:-1]}, metadata, "do not fit together"),
+        (tensors | {"mean": np.full_like(tensors["mean"], np.nan)}, metadata, "do not fit together"),
+    ):
+        with pytest.raises(InputError, match=message):
+            KMeansCodec(bad_tensors, bad_metadata)
 
 
 def test_bad_audio_and_bad_codes_are_refused(codec):
     frame = np.zeros(codec.frame_size, np.float32)
-    with pytest.raises(InputError, match="sample 7 is not finite"):
-        codec.encode(np.where(np.arange(codec.frame_size) == 7, np.nan, frame))
-    with pytest.raises(InputError, match=r"shape \(2, 1280\)"):
-        codec.encode(np.stack([frame, frame]))
-    with pytest.raises(InputError, match="int16"):
-        codec.encode(frame.astype(np.int16))
-    with pytest.raises(InputError, match="whole frames"):
-        codec.encode_step(frame[:-1], codec.init_state())
-    with pytest.raises(InputError, match="from -1 to 0"):
-        codec.decode(np.repeat([[0, -1]], 8, axis=0))
-    with pytest.raises(InputError, match=r"shape \[8, T\]"):
-        codec.decode(np.zeros((7, 3), np.int32))
+    for call, args, message in (
+        (codec.encode, (np.where(np.arange(codec.frame_size) == 7, np.nan, frame),), "sample 7 is not finite"),
+        (codec.encode, (np.stack([frame, frame]),), r"shape \(2, 1280\)"),
+        (codec.encode, (frame.astype(np.int16),), "int16"),
+        (codec.encode_step, (frame[:-1], codec.init_state()), "whole frames"),
+        (codec.decode, (np.repeat([[0, -1]], 8, axis=0),), "from -1 to 0"),
+        (codec.decode, (np.zeros((7, 3), np.int32),), r"shape \[8, T\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call(*args)

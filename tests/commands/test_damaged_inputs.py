@@ -270,7 +270,13 @@ def an_audio_file(rng, root, folder):
         assert of_length or abs(found.shape[1] / RATE - TALK) < 0.15, found.shape[1] / RATE
 
 
-KINDS = (
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Folder of the sound inputs, which are made once."""
+    return tmp_path_factory.mktemp("sound")
+
+
+@damage.cases(
     a_weights_file,
     an_index_of_shards,
     a_lora_file,
@@ -281,23 +287,5 @@ KINDS = (
     a_tokenizer,
     an_audio_file,
 )
-CASES = [pytest.param(number, kind, id=kind.__name__) for number, kind in enumerate(KINDS)]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """Folder of the sound inputs, which are made once."""
-    return tmp_path_factory.mktemp("sound")
-
-
-@pytest.mark.parametrize(("number", "kind"), CASES)
-def test_damage_gives_one_sentence_or_does_no_harm(number, kind, root, tmp_path):
-    damage.try_cases(number, kind, range(damage.FEW), root, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", range(damage.PARTS))
-@pytest.mark.parametrize(("number", "kind"), CASES)
-def test_more_damage_gives_one_sentence_or_does_no_harm(number, kind, part, root, tmp_path):
-    first, last = (damage.FEW + i * damage.MANY // damage.PARTS for i in (part, part + 1))
-    damage.try_cases(number, kind, range(first, last), root, tmp_path)
+def test_damage_gives_one_sentence_or_does_no_harm(number, kind, seeds, root, tmp_path):
+    damage.try_cases(number, kind, seeds, root, tmp_path)

@@ -37,6 +37,8 @@ from ttt_jax.moshi import model
 from ttt_jax.utils import config_json
 from ttt_jax.utils.files import file_digest
 
+pytestmark = pytest.mark.integration
+
 
 @cache
 def _run(root: Path) -> tuple[Path, dict]:
@@ -214,7 +216,13 @@ def a_conversation(rng, root, folder):
     assert found is None or _bits(found) == bits
 
 
-KINDS = (
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Folder of the sound inputs, which are made once."""
+    return tmp_path_factory.mktemp("sound")
+
+
+@damage.cases(
     a_run,
     metrics_and_configuration_of_a_run,
     a_results_folder,
@@ -222,27 +230,7 @@ KINDS = (
     records_of_a_diagnosis,
     a_prepared_folder,
     a_conversation,
+    first=9,
 )
-NUMBERS = 9
-"""Number of the first kind; tests/commands/test_damaged_inputs.py has those before."""
-CASES = [pytest.param(number, kind, id=kind.__name__) for number, kind in enumerate(KINDS, NUMBERS)]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """Folder of the sound inputs, which are made once."""
-    return tmp_path_factory.mktemp("sound")
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize(("number", "kind"), CASES)
-def test_damage_gives_one_sentence_or_does_no_harm(number, kind, root, tmp_path):
-    damage.try_cases(number, kind, range(damage.FEW), root, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", range(damage.PARTS))
-@pytest.mark.parametrize(("number", "kind"), CASES)
-def test_more_damage_gives_one_sentence_or_does_no_harm(number, kind, part, root, tmp_path):
-    first, last = (damage.FEW + i * damage.MANY // damage.PARTS for i in (part, part + 1))
-    damage.try_cases(number, kind, range(first, last), root, tmp_path)
+def test_damage_gives_one_sentence_or_does_no_harm(number, kind, seeds, root, tmp_path):
+    damage.try_cases(number, kind, seeds, root, tmp_path)

@@ -13,8 +13,10 @@ from tests.helpers.comparing import same
 from tests.helpers.converting import close, info_of, layout, nightly, shapes_of, with_adapters
 from tests.helpers.places import FIXTURES
 from ttt_jax.checkpoints import weights
+from ttt_jax.checkpoints.safetensors_reader import Piece, as_bytes, of_array
 from ttt_jax.config import TTTConfig
 from ttt_jax.convert import export, kyutai
+from ttt_jax.convert.lora import Adapter, merged
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import model
 
@@ -259,3 +261,13 @@ def test_dry_run_checks_all_and_writes_nothing(tmp_path):
     before = {path.name for path in tmp_path.iterdir()}
     assert "model.safetensors" in "\n".join(export(tmp_path / "ours", tmp_path / "back", dry_run=True).lines())
     assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_each_block_of_a_merged_map_gets_its_rows_of_the_adapter():
+    rng = np.random.default_rng(0)
+    w, a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((5, 3), (2, 3), (5, 2)))
+    down, up = (of_array(x.nbytes, lambda x=x: x) for x in (a, b))
+    by_row = Piece(w.nbytes, lambda unit: (as_bytes(row) for row in w))
+    piece = merged(by_row, "F32", Adapter(down, up, "F32", 2, 0.5), "F32", "a map")
+    found = np.frombuffer(b"".join(map(bytes, piece.blocks(1))), np.float32).reshape(w.shape)
+    np.testing.assert_allclose(found, w + 0.5 * b @ a, rtol=1e-6)

@@ -158,8 +158,8 @@ def test_a_configuration_that_contradicts_the_tensors(source, changes, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_heads": 3}, "does not divide into model.num_heads=3"),
-        ({"delays": [0, 1]}, "has 2 entries"),
+        ({"num_heads": 3}, "is no multiple of model.num_heads=3"),
+        ({"delays": [0, 1]}, "is no list of 5 delays"),
         ({"dim": "16"}, "dim is '16'"),
         ({"num_heads": ...}, "has no num_heads"),
         ({"depformer_weights_per_step_schedule": [0, 2]}, "leaves out a weight set"),

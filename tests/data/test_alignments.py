@@ -27,33 +27,17 @@ GOOD = [["one", [0.1, 0.3], MAIN], ["two", [0.4, 0.6], MAIN], ["three", [0.7, 1.
 def test_words_come_ordered_by_start(tmp_path):
     rows = [[" two", [1.0, 1.5], MAIN], ["one", [0.25, 0.5], "other"], ["three", [1, 2], MAIN], [" ", [0, 1], MAIN]]
     found = read_alignments(write(tmp_path, {"alignments": rows, "more": 1}), 2.0)
-    assert found == (
-        (Word("one", 0.25, 0.5, "other"), Word("two", 1.0, 1.5, MAIN), Word("three", 1.0, 2.0, MAIN)),
-        {},
-        None,
-        (),
-    )
+    words = (Word("one", 0.25, 0.5, "other"), Word("two", 1.0, 1.5, MAIN), Word("three", 1.0, 2.0, MAIN))
+    assert found == (words, {}, None, ())
 
 
 @pytest.mark.parametrize(
     ("times", "reason"),
     [
-        ([0.5, 0.5], "without duration"),
-        ([0, 0], "without duration"),
-        ([0.9, 0.5], "with the end before the start"),
-        ([1.5, 0], "with the end before the start"),
-        ([-0.1, 0.5], "outside the audio"),
-        ([-3, -2], "outside the audio"),
-        ([1.0, 2.6], "outside the audio"),
-        ([5.0, 6.0], "outside the audio"),
-        ([6.0, 5.0], "outside the audio"),
-        ([1, 10**400], "outside the audio"),
-        ([None, None], "without times"),
-        ([0.5, None], "without times"),
-        ([math.nan, 1.0], "without times"),
-        ([0.5, math.inf], "without times"),
-        ([], "without times"),
-        (None, "without times"),
+        *((times, "without duration") for times in ([0.5, 0.5], [0, 0])),
+        *((times, "with the end before the start") for times in ([0.9, 0.5], [1.5, 0])),
+        *((times, "outside the audio") for times in ([-0.1, 0.5], [-3, -2], [1, 2.6], [5, 6], [6, 5], [1, 10**400])),
+        *((times, "without times") for times in ([None, None], [0.5, None], [math.nan, 1], [0.5, math.inf], [], None)),
     ],
 )
 def test_a_word_without_a_place_in_the_audio_is_dropped_and_the_others_stay(tmp_path, times, reason):
@@ -64,7 +48,6 @@ def test_a_word_without_a_place_in_the_audio_is_dropped_and_the_others_stay(tmp_
 
 def test_a_word_may_pass_the_end_by_half_a_second(tmp_path):
     assert len(read(tmp_path, ["word", [1.0, 2.4], MAIN]).words) == 1
-    assert read(tmp_path, *GOOD, ["word", [1.0, 2.6], MAIN]).dropped.keys() == {"outside the audio"}
 
 
 @pytest.mark.parametrize(
@@ -78,9 +61,8 @@ def test_a_word_may_pass_the_end_by_half_a_second(tmp_path):
     ],
 )
 def test_times_of_another_recording_or_unit_are_refused(tmp_path, rows):
-    with pytest.raises(
-        InputError, match=r"a\.json does not match its audio of 2\.00 s: [12] of [123] words .*\"x\" from"
-    ) as error:
+    message = r"a\.json does not match its audio of 2\.00 s: [12] of [123] words .*\"x\" from"
+    with pytest.raises(InputError, match=message) as error:
         read(tmp_path, *rows)
     assert str(error.value).count(". ") == 0
 
@@ -97,7 +79,7 @@ def test_times_of_another_recording_or_unit_are_refused(tmp_path, rows):
         (["speaker_main"], False),
         ([None], False),
         ([""], False),
-        ([0, 1], False),
+        ([0, 1, 2, 3], False),
     ],
 )
 def test_whose_voice_is_the_models_must_be_stated(tmp_path, labels, known):
@@ -106,36 +88,18 @@ def test_whose_voice_is_the_models_must_be_stated(tmp_path, labels, known):
     assert (found.notice is None) is known
     if not known:
         name = "no label" if labels[0] is None else repr(str(labels[0]))
+        more = " and 1 more)" if len(labels) > 3 else ""
         assert f"of {len(labels)} words none is of SPEAKER_MAIN (but of {name}" in found.notice
-        assert "give the words of Moshi's stream the label SPEAKER_MAIN" in found.notice
-
-
-def test_many_labels_are_not_all_listed(tmp_path):
-    rows = [["word", [i / 10, i / 10 + 0.1], f"S{i}"] for i in range(9)]
-    assert "(but of 'S0', 'S1', 'S2' and 6 more)" in read(tmp_path, *rows).notice
+        assert f"{more}, so that the text counts as not known: give the words of Moshi's stream the" in found.notice
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        "word",
-        "abc",
-        7,
-        None,
-        ["word", [0, 1]],
-        ["word", 0, 1],
-        ["word", [0], MAIN],
-        ["word", [0, 1, 2], MAIN],
-        ["word", "01", MAIN],
-        ["word", ["0", "1"], MAIN],
-        ["word", [True, False], MAIN],
-        ["word", {"start": 0, "end": 1}, MAIN],
-        [5, [0, 1], MAIN],
-        [None, [0, 1], MAIN],
-        ["word", [0, 1], ["MAIN"]],
-        ["word", [0, 1], 1.5],
-        ["word", [0, 1], MAIN, 0.9],
-        {"word": "x", "start": 0, "end": 1},
+        *("word", "abc", 7, None, {"word": "x", "start": 0, "end": 1}),
+        *(["word", times, MAIN] for times in ([0], [0, 1, 2], "01", ["0", "1"], [True, False], {"start": 0, "end": 1})),
+        *(["word", [0, 1], label] for label in (["MAIN"], 1.5)),
+        *(["word", [0, 1]], ["word", 0, 1], [5, [0, 1], MAIN], [None, [0, 1], MAIN], ["word", [0, 1], MAIN, 0.9]),
     ],
 )
 def test_a_row_of_another_shape_is_refused(tmp_path, row):
@@ -149,37 +113,22 @@ def test_what_is_meant_as_alignments_must_be_a_list(tmp_path, value):
         read_alignments(write(tmp_path, f'{{"alignments": {value}}}'), 2.0)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b'{"alignments": [["wo',
-        b"no json",
-        b"\xff\xfe\x00\x81",
-        b"[" * 100_000,
-        b"1" * 5000,
-        b'{"alignments": []} x',
-    ],
-)
+NO_JSON = (b"", b'{"alignments": [["wo', b"no", b"\xff\xfe\x00\x81", b"[" * 100_000, b"1" * 5000, b'{"a": []} x')
+
+
+@pytest.mark.parametrize("content", NO_JSON)
 def test_what_is_no_json_is_refused(tmp_path, content):
+    with pytest.raises(InputError, match=r"a\.json cannot be read"):
+        read_alignments(tmp_path / "a.json", 2.0)
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.json is not JSON"):
         read_alignments(tmp_path / "a.json", 2.0)
 
 
-def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"none\.json cannot be read"):
-        read_alignments(tmp_path / "none.json", 2.0)
-
-
 @pytest.mark.parametrize(
     ("content", "kind", "warned"),
     [
-        (
-            {"speaker": "64", "book_meta": {"title": "T"}, "voice_activity": [[0.1, 5.0]]},
-            Kind.BOOK,
-            False,
-        ),  # LibriLight
+        ({"speaker": "64", "book_meta": {"title": "T"}, "voice_activity": [[0.1, 5.0]]}, Kind.BOOK, False),
         ({"id": "X", "wav": "a.mp3", "text": "hello", "speaker": "S1", "dnsmos": 3.2}, Kind.METADATA, False),  # Emilia
         ({}, Kind.METADATA, False),
         ([], Kind.METADATA, False),

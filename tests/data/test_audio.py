@@ -6,52 +6,37 @@ import sys
 
 import numpy as np
 import pytest
-import soundfile
 
+from tests.helpers.sounds import FORMATS, RATE, encoded, noise, refused, wav
 from ttt_jax.data.audio import reader
 from ttt_jax.data.audio.reader import read_audio
 from ttt_jax.errors import InputError
 
-RATE = 16000
-FORMATS = {
-    "pcm.wav": {"format": "WAV", "subtype": "PCM_16"},
-    "float.wav": {"format": "WAV", "subtype": "FLOAT"},
-    "large.wav": {"format": "RF64", "subtype": "PCM_16"},
-    "sound.flac": {"format": "FLAC"},
-    "opus.ogg": {"format": "OGG", "subtype": "OPUS"},
-    "vorbis.ogg": {"format": "OGG", "subtype": "VORBIS"},
-    "sound.mp3": {"format": "MP3"},
-}
+FLOAT = FORMATS["float"]
 
 
-def tones(seconds=2.0, rate=RATE, channels=2):
-    """A 440 Hz tone on the left, 1000 Hz on the right: float32 [samples, channels]."""
-    time = np.arange(int(seconds * rate)) / rate
+def tones(seconds=2.0):
+    """A 440 Hz tone on the left, 1000 Hz on the right: float32 [samples, 2]."""
+    time = np.arange(int(seconds * RATE)) / RATE
     left, right = 0.4 * np.sin(2 * np.pi * 440 * time), 0.2 * np.sin(2 * np.pi * 1000 * time)
-    return np.stack([left, right], axis=1)[:, :channels].astype(np.float32)
-
-
-def strongest_hz(samples, rate):
-    """The frequency with the most energy."""
-    return np.fft.rfftfreq(len(samples), 1 / rate)[np.abs(np.fft.rfft(samples)).argmax()]
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_gives_both_channels_at_the_asked_rate(tmp_path, name):
-    soundfile.write(tmp_path / name, tones(), RATE, **FORMATS[name])
-    samples = read_audio(tmp_path / name, 24000)
-    assert samples.dtype == np.float32
-    assert samples.shape == (2, 48000)
-    assert strongest_hz(samples[0], 24000) == pytest.approx(440, abs=1)
-    assert strongest_hz(samples[1], 24000) == pytest.approx(1000, abs=1)
-    level = np.sqrt(np.mean(samples[:, 12000:36000] ** 2, axis=1))
-    np.testing.assert_allclose(level * np.sqrt(2), [0.4, 0.2], rtol=0.1)
+    return np.stack([left, right], axis=1).astype(np.float32)
 
 
 def spectrum(samples, rate):
     """Amplitudes by frequency in whole Hz, of the middle second."""
     middle = samples[len(samples) // 2 - rate // 2 :][:rate]
     return 2 * np.abs(np.fft.rfft(middle * np.hanning(rate))) / np.hanning(rate).sum()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_both_channels_at_the_asked_rate(read, name):
+    samples = read(encoded(tones(), **FORMATS[name]), 24000)
+    assert samples.dtype == np.float32
+    assert samples.shape == (2, 48000)
+    for channel, hertz, level in zip(samples, (440, 1000), (0.4, 0.2), strict=True):
+        amplitudes = spectrum(channel, 24000)
+        assert amplitudes.argmax() == hertz
+        assert amplitudes[hertz] == pytest.approx(level, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -65,10 +50,9 @@ def spectrum(samples, rate):
         (22050, 440, 24000, 440),
     ],
 )
-def test_resampling_keeps_tones_below_nyquist_and_removes_all_else(tmp_path, rate, hertz, new, left):
+def test_resampling_keeps_tones_below_nyquist_and_removes_all_else(read, rate, hertz, new, left):
     tone = 0.5 * np.sin(2 * np.pi * hertz * np.arange(2 * rate) / rate)
-    soundfile.write(tmp_path / "a.wav", tone.astype(np.float32), rate, subtype="FLOAT")
-    samples = read_audio(tmp_path / "a.wav", new)
+    samples = read(encoded(tone, rate, **FLOAT), new)
     assert samples.shape == (1, 2 * new)
     amplitudes = spectrum(samples[0], new)
     if left is not None:
@@ -77,93 +61,59 @@ def test_resampling_keeps_tones_below_nyquist_and_removes_all_else(tmp_path, rat
     assert amplitudes.max() < 0.5e-3  # -60 dB of the tone
 
 
-def test_resampling_keeps_a_click_in_its_place(tmp_path):
-    click = np.zeros(48000, np.float32)
+def test_resampling_keeps_a_click_in_its_place(read):
+    click = np.zeros(48000)
     click[30000] = 1
-    soundfile.write(tmp_path / "a.wav", click, 48000, subtype="FLOAT")
-    assert np.abs(read_audio(tmp_path / "a.wav", 16000)[0]).argmax() == 10000
+    assert np.abs(read(encoded(click, 48000, **FLOAT), 16000)[0]).argmax() == 10000
 
 
-def test_equal_rate_returns_the_samples_of_the_file(tmp_path):
-    soundfile.write(tmp_path / "a.wav", tones(), RATE, subtype="FLOAT")
-    np.testing.assert_array_equal(read_audio(tmp_path / "a.wav", RATE), tones().T)
+def test_equal_rate_returns_the_samples_of_the_file(read):
+    np.testing.assert_array_equal(read(encoded(tones(), **FLOAT)), tones().T)
 
 
-def test_reading_in_blocks_changes_nothing(tmp_path, monkeypatch):
-    soundfile.write(tmp_path / "a.flac", tones(), RATE)
-    whole = read_audio(tmp_path / "a.flac", 24000)
+def test_reading_in_blocks_changes_nothing(read, monkeypatch):
+    content = encoded(tones(), format="FLAC")
+    whole = read(content, 24000)
     for block in (1000, 16000):  # 16000 divides the length: the last block is empty
         monkeypatch.setattr(reader, "_BLOCK", block)
-        np.testing.assert_array_equal(read_audio(tmp_path / "a.flac", 24000), whole)
+        np.testing.assert_array_equal(read(content, 24000), whole)
 
 
-@pytest.mark.parametrize("keep", [0.02, 0.5, 0.97])
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_cut_off_file_is_refused(tmp_path, name, keep):
-    path = tmp_path / name
-    noise = np.random.default_rng(0).uniform(-0.3, 0.3, (3 * RATE, 1))
-    soundfile.write(path, noise, RATE, **FORMATS[name])
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(InputError, match=rf"{name} is (cut off|not audio)"):
-        read_audio(path, RATE)
+def test_a_cut_off_file_is_refused(read, files, name):
+    for keep in (0.02, 0.5, 0.97):
+        refused(read, files[name][: int(len(files[name]) * keep)], "is (cut off|not audio)")
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.wav does not exist"):
-        read_audio(tmp_path / "nowhere.wav", RATE)
-
-
-def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
-        read_audio(tmp_path, RATE)
-
-
-@pytest.mark.parametrize("content", [b"hello, this is text\n" * 100, bytes(range(256)) * 20])
-def test_a_file_that_is_not_audio_is_refused(tmp_path, content):
-    path = tmp_path / "notes.wav"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=r"notes\.wav is not audio"):
-        read_audio(path, RATE)
-
-
-def test_an_empty_file_is_refused(tmp_path):
-    (tmp_path / "a.ogg").touch()
-    with pytest.raises(InputError, match=r"a\.ogg is an empty file"):
-        read_audio(tmp_path / "a.ogg", RATE)
-
-
-@pytest.mark.parametrize("name", ["pcm.wav", "large.wav", "vorbis.ogg"])
-def test_length_zero_is_refused(tmp_path, name):
-    soundfile.write(tmp_path / name, tones()[:0], RATE, **FORMATS[name])
-    with pytest.raises(InputError, match="holds no samples"):
-        read_audio(tmp_path / name, RATE)
-
-
-def test_no_channel_is_refused(tmp_path):
-    path = tmp_path / "a.wav"
-    soundfile.write(path, tones(), RATE, subtype="PCM_16")
-    content = bytearray(path.read_bytes())
-    at = content.index(b"fmt ") + 10
-    content[at : at + 2] = struct.pack("<H", 0)
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=r"a\.wav has no channel"):
-        read_audio(path, RATE)
-
-
-def test_more_than_two_channels_are_refused(tmp_path):
-    soundfile.write(tmp_path / "a.flac", np.repeat(tones(channels=1), 3, axis=1), RATE)
-    with pytest.raises(InputError, match="3 channels"):
-        read_audio(tmp_path / "a.flac", RATE)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_samples_that_are_no_numbers_are_refused(tmp_path, value):
-    samples = tones()
+def replaced(value):
+    samples = noise(channels=2)
     samples[20000, 1] = value
-    soundfile.write(tmp_path / "a.wav", samples, RATE, subtype="FLOAT")
-    with pytest.raises(InputError, match="NaN or infinity"):
-        read_audio(tmp_path / "a.wav", 24000)
+    return encoded(samples, **FLOAT)
+
+
+BAD = {
+    "text": (b"hello, this is text\n" * 100, "sound is not audio"),
+    "bytes": (bytes(range(256)) * 20, "sound is not audio"),
+    "empty": (b"", "sound is an empty file"),
+    "no samples, wav": (encoded(noise()[:0], **FORMATS["wav"]), "holds no samples"),
+    "no samples, rf64": (encoded(noise()[:0], **FORMATS["rf64"]), "holds no samples"),
+    "no samples, vorbis": (encoded(noise()[:0], **FORMATS["vorbis"]), "holds no samples"),
+    "no channel": (wav(48000).replace(struct.pack("<HHI", 1, 1, RATE), struct.pack("<HHI", 1, 0, RATE)), "no channel"),
+    "three channels": (encoded(noise(channels=3), format="FLAC"), "3 channels"),
+    "NaN": (replaced(np.nan), "NaN or infinity"),
+    "infinity": (replaced(np.inf), "NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_refused_in_one_sentence(read, name):
+    refused(read, *BAD[name])
+
+
+@pytest.mark.parametrize(("name", "message"), [("nowhere.wav", r"nowhere\.wav does not exist"), ("", "cannot be read")])
+def test_a_missing_file_and_a_folder_are_refused(tmp_path, name, message):
+    with pytest.raises(InputError, match=message):
+        read_audio(tmp_path / name, RATE)
 
 
 @pytest.mark.integration

@@ -1,11 +1,9 @@
 """Code files: their tensor and their metadata."""
 
 import numpy as np
-import pytest
 import safetensors.numpy
 
 from ttt_jax.data.codes import Codes, Source, read_codes, write_codes
-from ttt_jax.errors import InputError
 
 
 def test_code_files_of_others_need_only_rate_and_codec(tmp_path):
@@ -27,23 +25,3 @@ def test_code_files_return_what_was_written(tmp_path):
     assert found[1:] == codes[1:]
     assert found.has_text
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["a.safetensors"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"boundaries": "[5]"}, r"states boundaries \[5\]"),
-        ({"boundaries": "[3, 2]"}, r"states boundaries \[3, 2\]"),
-        ({"boundaries": "{"}, "metadata that cannot be read"),
-        ({"sources": '[{"path": "a"}]'}, "metadata that cannot be read"),
-        ({"cardinality": "many"}, "metadata that cannot be read"),
-        ({"frame_rate": "0"}, "states frame_rate '0'"),
-        ({"checksum": "0" * 64}, "is damaged"),
-        ({"format": "ttt_jax.codes/1"}, "has the format 'ttt_jax.codes/1'"),
-    ],
-)
-def test_metadata_that_make_no_sense_are_refused(tmp_path, changes, message):
-    metadata = {"frame_rate": "12.5", "codec": "d" * 64} | changes
-    safetensors.numpy.save_file({"codes": np.zeros((8, 5), np.int16)}, tmp_path / "a.safetensors", metadata=metadata)
-    with pytest.raises(InputError, match=message):
-        read_codes(tmp_path / "a.safetensors")

@@ -1,9 +1,7 @@
 """The data of a run: its sources, codec and tokenizer, and their fit to a model."""
 
 import dataclasses
-import gzip
 import json
-import weakref
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from ttt_jax.codec import CodecInfo, load_codec
 from ttt_jax.config import MoshiConfig
 from ttt_jax.data import codes as codefiles
 from ttt_jax.data import corpus as corpora
-from ttt_jax.data import unigram
 from ttt_jax.data.text import TokenizerInfo, load_tokenizer
 from ttt_jax.errors import InputError
 
@@ -50,17 +47,12 @@ def prepared(folder, *files, **metadata):
 EMBEDDED_DESCRIPTION = {
     "codec": {"name": "melkmeans-8x64", "digest": "ae66c5be10645ee4dea7a6ee2c27662a77061f9ac182bec93d531cf860feacdf"},
     "tokenizer": {"digest": "75d8fe2c18433f45f287b4297fb87fa5914f162e2ddda2e9000f109252443470", "pieces": 512},
-    "train": {
-        "files": 20,
-        "frames": 16197,
-        "digest": "5912cc85a42a299553b84262facdd9a278c1c76f1c2a34d3b513acec6d9906a6",
-    },
-    "heldout": {
-        "files": 6,
-        "frames": 5898,
-        "digest": "dfeed32081601da9131061483402f33ed220a62394e37d1958a93ac1cc0d37cf",
-    },
 }
+PARTS = {  # files, frames, digest
+    "train": (20, 16197, "5912cc85a42a299553b84262facdd9a278c1c76f1c2a34d3b513acec6d9906a6"),
+    "heldout": (6, 5898, "dfeed32081601da9131061483402f33ed220a62394e37d1958a93ac1cc0d37cf"),
+}
+EMBEDDED_DESCRIPTION |= {k: dict(zip(("files", "frames", "digest"), v, strict=True)) for k, v in PARTS.items()}
 MADE_BY = "c" * 64
 FILES = corpora.CorpusConfig(codec="files")
 
@@ -82,24 +74,6 @@ def test_the_embedded_corpus_is_what_stored_runs_were_trained_on(embedded):
     (source,) = embedded.train
     assert (source.weight, len(source.recordings)) == (1.0, EMBEDDED_DESCRIPTION["train"]["files"])
     assert [one.name for one in embedded.heldout][-1].startswith("en_librivox")
-
-
-def test_unigrams_are_counted_file_by_file(embedded):
-    cards, alive, most = [512] + 8 * [64], [], []
-
-    def files():
-        for recording in embedded.recordings:
-            frames = recording.read()
-            alive.append(weakref.ref(frames))
-            most.append(sum(one() is not None for one in alive))
-            yield frames
-            del frames
-
-    tables = unigram.fit(files(), cards)
-    together = unigram.fit([np.concatenate([one.read() for one in embedded.recordings], 1)], cards)
-    for one, other in zip(tables, together, strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert max(most) <= 2
 
 
 @pytest.mark.parametrize(
@@ -133,32 +107,21 @@ def test_sources_are_paths_with_weights(tmp_path, monkeypatch, text, expected):
     assert corpora.parse_sources(resolved.train) == ([(absolute[0][0], 1)] if len(absolute) == 1 else absolute)
 
 
-@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "x", "", "1e-9"])
-def test_a_weight_that_is_none_is_refused(tmp_path, weight):
-    (tmp_path / "a").touch()
-    with pytest.raises(InputError, match=rf"neither exists nor ends in a weight .*\('{weight}'\).*PATH:WEIGHT"):
-        corpora.parse_sources(f"{tmp_path / 'a'}:{weight},b")
-
-
-@pytest.mark.parametrize("text", ["", "a,", ",a", "a,,b", ":3", " ", "a, ", "a, :3"])
-def test_an_empty_path_is_refused(text):
-    with pytest.raises(InputError, match="names an empty path"):
-        corpora.parse_sources(text)
+def test_a_weight_that_is_none_and_an_empty_path_are_refused():
+    for weight in ("0", "-1", "nan", "inf", "x", "", "1e-9"):
+        with pytest.raises(InputError, match=rf"neither exists nor ends in a weight .*\('{weight}'\).*PATH:WEIGHT"):
+            corpora.parse_sources(f"a:{weight},b")
+    for text in ("", "a,", ",a", "a,,b", ":3", " ", "a, ", "a, :3"):
+        with pytest.raises(InputError, match="names an empty path"):
+            corpora.parse_sources(text)
 
 
 def test_sources_manifests_and_folders_are_opened_with_their_weights(tmp_path):
     one, two = prepared(tmp_path / "one", codes_of(17)), prepared(tmp_path / "two", codes_of(), codes_of(frames=9))
     heldout, validation = prepared(tmp_path / "h", codes_of(seed=1)), prepared(tmp_path / "v", codes_of(seed=2))
-    corpus = load(
-        dataclasses.replace(
-            FILES,
-            train=f"{one}:3,{two}/manifest.jsonl",
-            heldout=str(heldout),
-            validation=str(validation / "manifest.jsonl"),
-        ),
-        64,
-        300,
-    )
+    parts = {"train": f"{one}:3,{two}/manifest.jsonl", "heldout": str(heldout)}
+    cfg = dataclasses.replace(FILES, **parts, validation=str(validation / "manifest.jsonl"))
+    corpus = load(cfg, 64, 300)
     assert [source[:2] for source in corpus.train] == [(str(one), 3), (f"{two}/manifest.jsonl", 1)]
     assert [r.name for r in corpus.recordings] == ["one/0", "two/0", "two/1"]
     assert [r.speaker for r in corpus.recordings] == ["speaker of 0", "speaker of 0", "speaker of 1"]
@@ -176,12 +139,8 @@ def test_sources_manifests_and_folders_are_opened_with_their_weights(tmp_path):
 def test_absent_files_are_left_out_by_part_and_of_the_description(tmp_path):
     names = {"train": "one", "more": "two", "heldout": "h", "validation": "v"}
     folders = {part: prepared(tmp_path / name, codes_of(), codes_of(seed=1)) for part, name in names.items()}
-    cfg = dataclasses.replace(
-        FILES,
-        train=f"{folders['train']}:3, {folders['more']}:1",
-        heldout=str(folders["heldout"]),
-        validation=str(folders["validation"]),
-    )
+    parts = {part: str(folders[part]) for part in ("heldout", "validation")}
+    cfg = dataclasses.replace(FILES, train=f"{folders['train']}:3, {folders['more']}:1", **parts)
     whole = load(cfg, 64, 300)
     assert whole.absent == {"train": [], "heldout": [], "validation": []}
     for part in ("more", "heldout"):
@@ -202,19 +161,6 @@ def test_absent_files_are_left_out_by_part_and_of_the_description(tmp_path):
     assert load(cfg, 64, 300).describe() == some.describe()
 
 
-@pytest.mark.parametrize("field", ["train", "heldout", "validation"])
-def test_a_manifest_may_be_gzip_wherever_one_is_given(tmp_path, field):
-    folder = prepared(tmp_path / "a", codes_of(17))
-    packed = folder / "m.jsonl.gz"
-    packed.write_bytes(gzip.compress((folder / "manifest.jsonl").read_bytes()))
-    corpus = load(dataclasses.replace(FILES, **{"train": str(folder), field: str(packed)}), 64, 300)
-    assert [len(corpus.train[0].recordings), len(corpus.heldout), len(corpus.validation)] == [
-        1,
-        int(field == "heldout"),
-        int(field in ("heldout", "validation")),
-    ]
-
-
 def test_a_description_tells_codes_apart_and_reads_none_that_state_a_checksum(tmp_path, monkeypatch):
     def description(seed):
         codefiles.write_codes(tmp_path / "a.safetensors", codefiles.Codes(codes_of(seed=seed), 12.5, MADE_BY))
@@ -226,13 +172,11 @@ def test_a_description_tells_codes_apart_and_reads_none_that_state_a_checksum(tm
 
 
 def test_files_say_which_codec_and_tokenizer_they_need(tmp_path):
-    folder = prepared(tmp_path / "a", codes_of(), codes_of(17), cardinality=None)
-    write_manifest(
-        folder,
-        write_codes(folder, codes_of(), MADE_BY, "0"),
-        write_codes(folder, codes_of(17), MADE_BY, "1", tokenizer="t" * 64),
-        write_codes(folder, codes_of(17), MADE_BY, "2", cardinality="64", codec_name="theirs"),
-    )
+    folder = tmp_path / "a"
+    lines = [write_codes(folder, codes_of(), MADE_BY, "0")]
+    lines.append(write_codes(folder, codes_of(17), MADE_BY, "1", tokenizer="t" * 64))
+    lines.append(write_codes(folder, codes_of(17), MADE_BY, "2", cardinality="64", codec_name="theirs"))
+    write_manifest(folder, *lines)
     cfg = dataclasses.replace(FILES, train=str(folder))
     codec, tokenizer = corpora.load_coders(cfg, 2048, 32000)
     assert (codec.digest, codec.cardinality, codec.num_codebooks, codec.frame_rate) == (MADE_BY, 64, 8, 12.5)
@@ -260,10 +204,7 @@ def test_a_given_tokenizer_must_be_that_of_the_code_files(tmp_path):
         ({"made_by": "d" * 64}, r"b\.safetensors states codec 'dddd.*the codec of the data, .*, has the digest cccc"),
         ({"made_by": None}, r"b\.safetensors (does not state its codec|states codec None)"),
         ({"frame_rate": "25"}, r"b\.safetensors states frame_rate '25' .*models read 12\.5 frames"),
-        (
-            {"tokenizer": "u" * 64},
-            r"b\.safetensors states tokenizer 'uuuu.*the tokenizer of the data has the digest tttt",
-        ),
+        ({"tokenizer": "u" * 64}, r"b\.safetensors states tokenizer 'uuuu.*the tokenizer of the data has .* tttt"),
         ({"cardinality": "32"}, r"b\.safetensors states cardinality 32 .*has 64"),
         ({"codes": codes_of(8)}, r"b\.safetensors holds 8 rows.*write both streams"),
     ],
@@ -289,14 +230,10 @@ def test_files_that_do_not_go_together_are_refused(tmp_path, second, message, ot
 def test_audio_is_refused_where_the_codec_is_that_of_code_files(tmp_path):
     manifest = write_manifest(tmp_path, '{"path": "a.wav", "duration": 1.0}', name="m.jsonl")
     (tmp_path / "a.wav").touch()
-    cfg = dataclasses.replace(FILES, train=str(manifest))
-    with pytest.raises(InputError, match=r"a\.wav is audio, but data\.codec='files'"):
-        load(cfg)
     folder = prepared(tmp_path / "codes", codes_of())
-    with pytest.raises(InputError, match=r"a\.wav is audio, but data\.codec='files'"):
-        load(dataclasses.replace(cfg, train=f"{folder},{manifest}"))
-    with pytest.raises(InputError, match="is audio"):
-        load(FILES)  # the embedded corpus
+    for train in (str(manifest), f"{folder},{manifest}", None):  # None: the embedded corpus
+        with pytest.raises(InputError, match=r"\.(wav|ogg) is audio, but data\.codec='files'"):
+            load(dataclasses.replace(FILES, train=train))
 
 
 def test_a_folder_without_a_manifest_an_empty_and_a_missing_one_are_refused(tmp_path):
@@ -349,19 +286,9 @@ def test_a_model_takes_the_cardinalities_of_codec_and_tokenizer():
     ("changes", "weights", "codec", "message"),
     [
         ({"n_q": 8, "dep_q": 4}, None, None, "n_q=8 and model.dep_q=4 do not fit the codec theirs: give 16 and 8"),
-        (
-            {"text_card": 512},
-            "run",
-            None,
-            "run has 32 codes and 512 text pieces, but the codec theirs has 64 and .* 512",
-        ),
+        ({"text_card": 512}, "run", None, "run has 32 codes and 512 text pieces, but .* theirs has 64 and .* 512"),
         ({"card": 64}, "run", None, "run has 64 codes and 100 text pieces, but .* and the tokenizer 512"),
-        (
-            {"card": 64, "text_card": 512},
-            "run",
-            "c" * 64,
-            "run was trained with the codec mine .*with theirs .digest aaaa",
-        ),
+        ({"card": 64, "text_card": 512}, "run", "c" * 64, "run was trained with the codec mine .* theirs .digest aaaa"),
     ],
 )
 def test_a_model_that_does_not_fit_codec_and_tokenizer_is_refused(changes, weights, codec, message):

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +14,7 @@ import safetensors.numpy
 import soundfile
 
 from eval.__main__ import main
+from tests.helpers.manifests import write_entry
 from tests.helpers.places import ROOT
 from tests.helpers.recordings import (
     CODEC,
@@ -55,14 +54,14 @@ def test_codes_equal_offline_encoding_to_the_bit(tmp_path, monkeypatch, rate, ch
 
 def test_memory_does_not_grow_with_length(tmp_path):
     peaks = []
-    for minutes in (1, 5):
+    for minutes in (1, 3):
         path = tmp_path / f"{minutes}.wav"
         soundfile.write(path, np.tile(babble(10, rate=8000), (6 * minutes, 1)), 8000)
         tracemalloc.start()
         assert run(path, "--out", tmp_path / f"out{minutes}") == 0
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    one_channel = 5 * 60 * RATE * 4  # bytes of five minutes
+    one_channel = 3 * 60 * RATE * 4  # bytes of three minutes
     assert peaks[1] - peaks[0] < one_channel / 8, peaks
     assert peaks[1] < 2 * one_channel, peaks
 
@@ -99,7 +98,7 @@ def test_embedded_corpus_gives_the_frames_that_training_reads(tmp_path):
     made = open_manifest(out / "manifest.jsonl", CODEC, TOKENIZER, tmp_path / "cache", progress=False)
     assert not (tmp_path / "cache").exists()
     for one, entry in zip(made, read_manifest(manifest).entries, strict=True):
-        np.testing.assert_array_equal(one.read(), FrameReader(CODEC, TOKENIZER, tmp_path / "cache").read(entry))
+        np.testing.assert_array_equal(one.read(), FrameReader(CODEC, TOKENIZER, tmp_path / "cache").open(entry).read())
     assert [codes.tokenizer for codes in codes_of(out)] == [TOKENIZER.digest] * 2
     stored = safetensors.numpy.load_file(out / lines_of(out)[0]["path"])
     assert stored["codes"].dtype == np.int16
@@ -117,24 +116,16 @@ YES = ["yes", [0.3, 0.5], "SPEAKER_MAIN"]
         ({"alignments": [YES, ["\u4e2d", [1.0, 1.2], "SPEAKER_MAIN"]]}, 21, "1 of 2 words dropped, 1 without a token"),
         ({"alignments": [YES, ["no", [1.0, 1.0], "SPEAKER_MAIN"]]}, 25, "1 of 2 words dropped, 1 without duration"),
         ({"alignments": [YES, ["no", [9.0, 9.5], "SPEAKER_MAIN"]]}, 25, "1 of 2 words dropped, 1 outside the audio"),
-        (
-            {"alignments": [["yes", [0.3, 0.5], "SPEAKER_00"]]},
-            0,
-            "of 1 words none is of SPEAKER_MAIN (but of 'SPEAKER_00')",
-        ),
+        ({"alignments": [["yes", [0.3, 0.5], "SPEAKER_00"]]}, 0, "of 1 words none is of SPEAKER_MAIN"),
         ({"book_meta": {}, "speaker": "64"}, 0, None),
         ({"id": "X", "wav": "a.mp3", "text": "yes", "speaker": "S1"}, 0, None),
         ({"segments": [{"start": 0.3, "end": 0.5, "text": "yes"}]}, 0, "holds words that are not read"),
         ([1, 2], 0, None),
     ],
 )
-def test_training_takes_the_json_beside_a_recording_for_what_prepare_takes_it(
-    tmp_path, capsys, caplog, content, known, warning
-):
-    path = record(tmp_path / "a.wav", 2.0)
-    path.with_suffix(".json").write_text(json.dumps(content))
-    manifest = tmp_path / "m.jsonl"
-    manifest.write_text(json.dumps({"path": "a.wav", "duration": 2.0}))
+def test_training_reads_the_json_beside_a_recording_as_prepare(tmp_path, capsys, caplog, content, known, warning):
+    manifest = write_entry(tmp_path, babble(2.0))
+    (tmp_path / "a.json").write_text(json.dumps(content))
     assert run(manifest, "--out", tmp_path / "out") == 0
     shown = [line.split("warning: ")[1] for line in capsys.readouterr().err.splitlines() if "warning: " in line]
     caplog.clear()
@@ -158,14 +149,12 @@ def test_the_other_voice_is_known_where_one_of_both_is_named(tmp_path, label, ro
     assert rows == 16 or (codes.codes[0] == PAD).all() == (label == "SPEAKER_MAIN")
 
 
-def test_without_alignments_there_is_no_text_row_and_training_masks_it(tmp_path):
+def test_without_alignments_there_is_no_text_row(tmp_path):
     assert run(record(tmp_path / "a.wav"), "--out", tmp_path / "out") == 0
     (codes,) = codes_of(tmp_path / "out")
     assert codes.codes.shape == (16, 13)
     assert codes.tokenizer is None
     assert not codes.has_text
-    (one,) = open_manifest(tmp_path / "out" / "manifest.jsonl", CODEC, TOKENIZER, tmp_path, progress=False)
-    assert (one.read()[0] == -1).all()
 
 
 def test_manifest_and_metadata_say_what_was_made_of_what(tmp_path):
@@ -177,13 +166,8 @@ def test_manifest_and_metadata_say_what_was_made_of_what(tmp_path):
     codes = read_codes(out / entry["path"])
     source = Source(str(path), hashlib.sha256(path.read_bytes()).hexdigest(), 1.0, 13, 0)
     assert codes.sources == (source,)
-    assert (codes.frame_rate, codes.codec, codes.codec_name, codes.cardinality, codes.boundaries) == (
-        12.5,
-        CODEC.digest,
-        CODEC.name,
-        64,
-        (),
-    )
+    assert codes[1:5] == (12.5, CODEC.digest, CODEC.name, 64)
+    assert codes.boundaries == ()
     assert entry == {
         "path": entry["path"],
         "duration": 13 / 12.5,
@@ -195,9 +179,7 @@ def test_manifest_and_metadata_say_what_was_made_of_what(tmp_path):
         "boundaries": [],
         "sources": [source._asdict()],
     }
-    names = {line["path"] for line in lines_of(out)}
-    assert len(names) == 2
-    assert all(re.fullmatch(r"codes/([\w.-]+/)*[\w.-]+\.safetensors", name) for name in names)
+    assert len({line["path"] for line in lines_of(out)}) == 2
 
 
 def test_a_folder_is_read_recursively_in_natural_order(tmp_path):
@@ -215,21 +197,11 @@ def test_librilight_chapters_join_to_books_in_natural_order(tmp_path):
     out = tmp_path / "out"
     assert run(tree, "--out", out, "--join") == 0
     assert stems(out) == [["c_1"], ["c_2", "c_10"], ["c_1"]]
-    assert [(e["group"], e["speaker"], e["boundaries"]) for e in lines_of(out)] == [
-        ("9/a", "9", []),
-        ("9/b", "9", [13]),
-        ("10/x", "10", []),
-    ]
+    expected = [("9/a", "9", []), ("9/b", "9", [13]), ("10/x", "10", [])]
+    assert [(e["group"], e["speaker"], e["boundaries"]) for e in lines_of(out)] == expected
     assert all(len(codes.codes) == 16 for codes in codes_of(out))
     for part in (tree / "9", tree / "9" / "b"):  # any folder of the tree gives the same groups
         assert {s.group for s in sources.streams(sources.find([part]), True)} <= {"9/a", "9/b"}
-
-
-@pytest.mark.parametrize("layout", ["auto", "folder"])
-def test_librilights_json_is_not_read_as_alignment(tmp_path, layout):
-    tree = librilight(tmp_path / "small", "9/b/c_1")
-    assert run(tree, "--out", tmp_path / "out", "--layout", layout) == 0
-    assert [len(codes.codes) for codes in codes_of(tmp_path / "out")] == [16]
 
 
 @pytest.mark.parametrize("transcripts", ["84-121.trans.txt", "84-121-0.txt"])
@@ -286,8 +258,7 @@ def test_joined_recordings_are_each_encoded_from_the_start(tmp_path):
 @pytest.mark.integration
 def test_prepare_loads_no_jax():
     code = "import sys, eval.prepare, eval.__main__; sys.exit('jax' in sys.modules)"
-    root = ROOT
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, env=dict(os.environ)).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_help_tells_the_exit_codes(capsys):

@@ -1,8 +1,6 @@
 """`python -m eval prepare` on bad input: what is left out, and errors of one sentence."""
 
-import json
 import re
-import types
 
 import numpy as np
 import pytest
@@ -10,65 +8,60 @@ import soundfile
 
 from tests.helpers.recordings import CODEC, RATE, babble, librilight, lines_of, record, run, stems
 from ttt_jax.codec import load_codec
-from ttt_jax.data import encode
-from ttt_jax.data.manifest import Entry
-from ttt_jax.errors import InputError
 from ttt_jax.utils import command
+
+
+def with_nan(path):
+    samples = babble(1.0)
+    samples[700] = np.nan
+    soundfile.write(path, samples, RATE, subtype="FLOAT")
+
+
+DAMAGES = {
+    "text": (lambda path: path.write_text("no audio"), "is not audio"),
+    "empty": (lambda path: path.write_bytes(b""), "is an empty file"),
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:9000]), "is cut off"),
+    "short": (
+        lambda path: soundfile.write(path, babble(1.0)[:1000], RATE),
+        "lasts 0.062 s, less than one frame of 0.080 s",
+    ),
+    "channels": (lambda path: record(path, channels=3), "has 3 channels"),
+    "nan": (with_nan, "holds NaN or infinity"),
+    "alignment": (
+        lambda path: record(path, words=[["yes", [0.5, 9.0], "SPEAKER_MAIN"]]),
+        "does not match its audio of 1.00 s",
+    ),
+    "json": (lambda path: path.with_suffix(".json").write_text("{"), "is not JSON"),
+}
 
 
 def damage(path, kind):
     """Makes the recording at `path` bad; returns a part of the error."""
-    content = path.read_bytes()
-    if kind == "text":
-        path.write_text("no audio")
-        return "is not audio"
-    if kind == "empty":
-        path.write_bytes(b"")
-        return "is an empty file"
-    if kind == "cut off":
-        path.write_bytes(content[: len(content) // 2])
-        return "is cut off"
-    if kind == "short":
-        soundfile.write(path, babble(1.0)[:1000], RATE)
-        return "lasts 0.062 s, less than one frame of 0.080 s"
-    if kind == "channels":
-        record(path, channels=3)
-        return "has 3 channels"
-    if kind == "nan":
-        samples = babble(1.0)
-        samples[700] = np.nan
-        soundfile.write(path, samples, RATE, subtype="FLOAT")
-        return "holds NaN or infinity"
-    words = {"alignment": '{"alignments": [["yes", [0.5, 9.0], "SPEAKER_MAIN"]]}', "json": "{"}[kind]
-    path.with_suffix(".json").write_text(words)
-    return {"alignment": "does not match its audio of 1.00 s", "json": "is not JSON"}[kind]
-
-
-KINDS = ("text", "empty", "cut off", "short", "channels", "nan", "alignment", "json")
+    DAMAGES[kind][0](path)
+    return DAMAGES[kind][1]
 
 
 def test_bad_files_among_good_ones_are_named_and_left_out(tmp_path, capsys):
-    for index, _ in enumerate(KINDS):
-        record(tmp_path / "in" / f"bad{index}.wav")
-    messages = [damage(tmp_path / "in" / f"bad{index}.wav", kind) for index, kind in enumerate(KINDS)]
+    paths = [record(tmp_path / "in" / f"bad{index}.wav") for index, _ in enumerate(DAMAGES)]
+    messages = [damage(path, kind) for path, kind in zip(paths, DAMAGES, strict=True)]
     for name in ("a", "z"):
         record(tmp_path / "in" / f"{name}.wav")
     assert run(tmp_path / "in", "--out", tmp_path / "out") == command.PARTIAL == 3
     shown = capsys.readouterr()
     assert stems(tmp_path / "out") == [["a"], ["z"]]
     lines = [line for line in re.split(r"[\r\n]", shown.err) if line.startswith("skipped")]
-    assert len(lines) == len(KINDS)
+    assert len(lines) == len(DAMAGES)
     for index, (line, what) in enumerate(zip(lines, messages, strict=True)):
         assert f"bad{index}." in line
         assert what in line
     assert "2 code files of 2 recordings, 0.00 hours of audio; 0 encoded before, the others at " in shown.out
-    assert f"{len(KINDS)} recordings skipped" in shown.out
+    assert f"{len(DAMAGES)} recordings skipped" in shown.out
     assert f"manifest: {tmp_path / 'out' / 'manifest.jsonl'}" in shown.out
     assert f"python -m eval stream RUN --data {tmp_path / 'out'}" in shown.out
     assert len(list((tmp_path / "out").rglob("*.safetensors"))) == 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_a_single_bad_file_ends_in_its_sentence(tmp_path, capsys, kind):
     path = record(tmp_path / "bad.wav")
     message = damage(path, kind)
@@ -78,23 +71,6 @@ def test_a_single_bad_file_ends_in_its_sentence(tmp_path, capsys, kind):
     assert "bad." in error[0]
     assert message in error[0]
     assert not (tmp_path / "out" / "manifest.jsonl").exists()
-
-
-def test_words_without_tokens_name_their_file(tmp_path):
-    path = record(tmp_path / "a.wav", words=[["yes", [0.3, 0.5], "SPEAKER_MAIN"]])
-    mute = types.SimpleNamespace(cardinality=9, digest="m", encode=lambda word: [])
-    with pytest.raises(InputError, match=r"a\.json: the text tokenizer has no"):
-        encode.Encoder(CODEC, mute).encode(Entry(path, 1.0, path.with_suffix(".json")))
-
-
-def test_a_stream_with_a_bad_recording_is_left_out_whole(tmp_path, capsys):
-    tree = librilight(tmp_path / "small", "9/a/c_1", "9/b/c_1", "9/b/c_2")
-    damage(tree / "9/b/c_2.flac", "text")
-    assert run(tree, "--out", tmp_path / "out", "--join") == command.PARTIAL
-    assert [entry["group"] for entry in lines_of(tmp_path / "out")] == ["9/a"]
-    err = capsys.readouterr().err
-    assert "skipped the stream 9/b: " in err
-    assert "c_2.flac is not audio" in err
 
 
 @pytest.mark.parametrize("join", [False, True])
@@ -121,68 +97,31 @@ def test_nothing_usable_at_all_is_an_error(tmp_path, capsys):
     assert "none of 2 recordings could be encoded" in capsys.readouterr().err
 
 
-def test_a_duration_that_the_manifest_states_wrongly_is_reported(tmp_path, capsys):
+MISTAKES = [
+    (["nowhere"], "nowhere does not exist: give an audio file, a folder"),
+    (["m.jsonl"], "m.jsonl line 2 is not JSON"),
+    (["ll/8", "--layout", "librilight"], "8/empty is a book without chapters (it holds no audio)"),
+    (["ll", "ll/9", "--layout", "librilight"], "none of 3 recordings or books can be used, for one: "),
+    (["docs"], "docs holds no audio (.wav"),
+    (["a.wav", "--layout", "librilight"], "a.wav is a file, but layout librilight is one of"),
+    (["a.wav", "--out", "taken/out"], "taken/out cannot be made or used (Not a directory): give another folder"),
+    (["a.wav", "--out", "data"], "data holds a manifest.jsonl that is not from `prepare`"),
+    (["a.wav", "--codec", "mimi"], "codec 'mimi' is not available"),
+    (["a.wav", "--tokenizer", "no.model"], "no.model cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), MISTAKES)
+def test_a_mistake_is_one_sentence_and_makes_nothing(tmp_path, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(tmp_path)
     record(tmp_path / "a.wav")
-    (tmp_path / "m.jsonl").write_text(json.dumps({"path": "a.wav", "duration": 5.0}))
-    assert run(tmp_path / "m.jsonl", "--out", tmp_path / "out") == command.BAD_INPUT
-    assert "a.wav lasts 1.00 s but its manifest says 5.00 s" in capsys.readouterr().err
-
-
-def manifest_of_garbage(folder):
-    (folder / "m.jsonl").write_text('{"path": "a.wav", "duration": 1.0}\n{"path"\n')
-    return [folder / "m.jsonl"]
-
-
-def book_without_chapters(folder):
-    (folder / "ll" / "9" / "empty").mkdir(parents=True)
-    return [folder / "ll", folder / "ll" / "9", "--layout", "librilight"]
-
-
-def books_without_chapters(folder):
-    (folder / "ll" / "9" / "another").mkdir(parents=True)
-    return book_without_chapters(folder)
-
-
-def folder_without_audio(folder):
-    (folder / "docs").mkdir()
-    (folder / "docs" / "a.txt").write_text("text")
-    return [folder / "docs"]
-
-
-def file_for_folder(folder):
-    (folder / "taken").write_text("a file")
-    return [folder / "a.wav", "--out", folder / "taken" / "out"]
-
-
-def foreign_manifest(folder):
-    (folder / "data").mkdir()
-    (folder / "data" / "manifest.jsonl").write_text("{}")
-    return [folder / "a.wav", "--out", folder / "data"]
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda folder: [folder / "nowhere"], "nowhere does not exist: give an audio file, a folder"),
-        (manifest_of_garbage, "m.jsonl line 2 is not JSON"),
-        (book_without_chapters, "9/empty is a book without chapters (it holds no audio)"),
-        (books_without_chapters, "none of 2 recordings or books can be used, for one: "),
-        (folder_without_audio, "docs holds no audio (.wav"),
-        (
-            lambda folder: [folder / "a.wav", "--layout", "librilight"],
-            "a.wav is a file, but layout librilight is one of",
-        ),
-        (file_for_folder, "taken/out cannot be made or used (Not a directory): give another folder"),
-        (foreign_manifest, "data holds a manifest.jsonl that is not from `prepare`"),
-        (lambda folder: [folder / "a.wav", "--codec", "mimi"], "codec 'mimi' is not available"),
-        (lambda folder: [folder / "a.wav", "--tokenizer", folder / "no.model"], "no.model cannot be read"),
-    ],
-)
-def test_a_mistake_is_one_sentence_and_makes_nothing(tmp_path, capsys, make, message):
-    record(tmp_path / "a.wav")
-    args = make(tmp_path)
+    for folder in ("ll/8/empty", "ll/9/empty", "ll/9/another", "docs", "data"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "m.jsonl").write_text('{"path": "a.wav", "duration": 1.0}\n{"path"\n')
+    for name in ("docs/a.txt", "taken", "data/manifest.jsonl"):
+        (tmp_path / name).write_text("{}")
     before = set(tmp_path.rglob("*"))
-    assert run("--out", tmp_path / "out", *args) == command.BAD_INPUT
+    assert run("--out", "out", *args) == command.BAD_INPUT
     err = capsys.readouterr().err
     assert message in err
     assert err.startswith("error: ")

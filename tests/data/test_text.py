@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from ttt_jax.data.alignments import Word
 from ttt_jax.data.corpus import EMBEDDED
@@ -16,54 +17,20 @@ RATE = 12.5
 TOKENIZER = load_tokenizer(EMBEDDED / "tokenizer" / "spm512.model")
 
 
-def row(words, frames=8):
-    """The text row of (tokens, first frame, frames that it lasts) for each word; parts of frames are allowed."""
-    spoken = [Word("a word", start / RATE, (start + length) / RATE, "SPEAKER_MAIN") for _, start, length in words]
-    return text_stream(spoken, [tokens for tokens, _, _ in words], frames, RATE).tolist()
-
-
-def test_a_word_takes_one_token_a_frame_after_an_epad():
-    assert row([([10, 11, 12], 2.5, 1)]) == [PAD, EPAD, 10, 11, 12, PAD, PAD, PAD]
-
-
-def test_a_word_in_the_first_frame_has_no_epad():
-    assert row([([10, 11], 0, 1)], 4) == [10, 11, PAD, PAD]
-
-
-def test_a_start_on_a_frame_boundary_belongs_to_the_later_frame():
-    assert row([([10], 2, 1)], 4) == [PAD, EPAD, 10, PAD]
-    assert row([([10], 1.99, 1)], 4) == [EPAD, 10, PAD, PAD]
-
-
-def test_a_new_word_replaces_unfinished_tokens_and_needs_no_epad():
-    assert row([([10, 11, 12, 13], 1, 2), ([33, 34, 35], 3, 2)]) == [EPAD, 10, 11, 33, 34, 35, PAD, PAD]
-
-
-def test_a_word_right_after_the_last_token_has_no_epad():
-    assert row([([10, 11], 1, 1), ([12], 3, 1)], 5) == [EPAD, 10, 11, 12, PAD]
-
-
-def test_one_frame_between_words_becomes_epad():
-    assert row([([10], 1, 1), ([12], 3, 1)], 5) == [EPAD, 10, EPAD, 12, PAD]
-
-
-def test_of_two_words_in_one_frame_the_later_stays():
-    assert row([([10, 11], 2.1, 0.5), ([12], 2.8, 1)], 5) == [PAD, EPAD, 12, PAD, PAD]
-
-
-def test_tokens_past_the_end_are_dropped():
-    assert row([([10, 11, 12], 3, 1), ([13], 9, 1)], 5) == [PAD, PAD, EPAD, 10, 11]
-
-
-def test_no_words_give_padding_of_the_asked_type():
-    stream = text_stream([], [], 5, RATE)
-    assert stream.dtype == np.int32
-    assert stream.tolist() == [PAD] * 5
-
-
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        ([], [PAD] * 8),
+        ([([10, 11, 12], 2.5, 1)], [PAD, EPAD, 10, 11, 12, PAD, PAD, PAD]),  # one token a frame after an EPAD
+        ([([10, 11], 0, 1)], [10, 11, PAD, PAD, PAD, PAD, PAD, PAD]),  # the first frame has none before it
+        ([([10], 2, 1)], [PAD, EPAD, 10, PAD, PAD, PAD, PAD, PAD]),  # a boundary belongs to the later frame
+        ([([10], 1.99, 1)], [EPAD, 10, PAD, PAD, PAD, PAD, PAD, PAD]),
+        ([([10, 11, 12, 13], 1, 2), ([33, 34, 35], 3, 2)], [EPAD, 10, 11, 33, 34, 35, PAD, PAD]),  # it ends the first
+        ([([10, 11], 1, 1), ([12], 3, 1)], [EPAD, 10, 11, 12, PAD, PAD, PAD, PAD]),  # no frame is left for an EPAD
+        ([([10], 1, 1), ([12], 3, 1)], [EPAD, 10, EPAD, 12, PAD, PAD, PAD, PAD]),
+        ([([10, 11], 2.1, 0.5), ([12], 2.8, 1)], [PAD, EPAD, 12, PAD, PAD, PAD, PAD, PAD]),  # two words in one frame
+        ([([10, 11, 12], 6, 1), ([13], 9, 1)], [PAD, PAD, PAD, PAD, PAD, EPAD, 10, 11]),  # the row ends
+        # words without tokens
         ([([], 2, 3)], [PAD, -1, -1, -1, -1, PAD, PAD, PAD]),  # frame 1 would be EPAD, were the word known
         ([([], 0, 2)], [-1, -1, PAD, PAD, PAD, PAD, PAD, PAD]),
         ([([], 2.9, 0.01)], [PAD, -1, -1, PAD, PAD, PAD, PAD, PAD]),
@@ -76,32 +43,18 @@ def test_no_words_give_padding_of_the_asked_type():
         ([([], 1, 1), ([10], 2, 1)], [-1, -1, 10, PAD, PAD, PAD, PAD, PAD]),  # the frame before it is unknown, no EPAD
     ],
 )
-def test_a_word_without_tokens_is_unknown_text_while_it_lasts(words, expected):
+def test_tokens_follow_one_a_frame_after_an_epad_and_a_word_without_any_is_unknown_while_it_lasts(words, expected):
     assert ABSENT == -1
-    assert row(words) == expected
+    spoken = [Word("a word", start / RATE, (start + length) / RATE, "SPEAKER_MAIN") for _, start, length in words]
+    row = text_stream(spoken, [tokens for tokens, _, _ in words], 8, RATE)
+    assert row.dtype == np.int32
+    assert row.tolist() == expected
 
 
-@pytest.mark.parametrize(
-    "word",
-    [
-        "もしもし",
-        "你好",
-        "你好？",
-        "مرحبا",
-        "नमस्ते",
-        "नमस्ते!",
-        "😀",
-        "δ",
-        "中。",
-        "€",
-        "—",
-        "",
-        "\u200b",
-        "▁",
-        "ßø",
-        "\0",
-    ],
-)
+UNWRITABLE = "もしもし 你好 你好？ مرحبا नमस्ते नमस्ते! 😀 δ 中。 € — \u200b ▁ ßø \0"
+
+
+@pytest.mark.parametrize("word", ["", *UNWRITABLE.split(" ")])
 def test_what_the_tokenizer_cannot_write_has_no_tokens(word):
     assert TOKENIZER.encode(word) == []
 
@@ -133,43 +86,24 @@ def test_words_of_the_voice_are_the_text_and_nothing_is_reported(tmp_path):
     tokens = TOKENIZER.encode("привет")
     assert text.notice is None
     assert text.row.tolist() == [PAD] * 4 + [EPAD, *tokens] + [PAD] * (20 - len(tokens))
-    other = read(
-        tmp_path,
-        [spoken("no", 0.4, "SPEAKER_OTHER"), spoken("中", 1.0)],
-        speaks=lambda word: word.speaker != "SPEAKER_MAIN",
-    )
+    words, tokens = [spoken("no", 0.4, "SPEAKER_OTHER"), spoken("中", 1.0)], TOKENIZER.encode("no")
+    other = read(tmp_path, words, speaks=lambda word: word.speaker != "SPEAKER_MAIN")
     assert other.notice is None
-    assert other.row.tolist() == [PAD] * 4 + [EPAD, *TOKENIZER.encode("no")] + [PAD] * (
-        20 - len(TOKENIZER.encode("no"))
-    )
+    assert other.row.tolist() == [PAD] * 4 + [EPAD, *tokens] + [PAD] * (20 - len(tokens))
 
 
 @pytest.mark.parametrize("word", ["もしもし", "مرحبا", "नमस्ते", "😀"])
 def test_words_of_another_script_are_counted_and_masked(tmp_path, word):
     text = read(tmp_path, [spoken("yes", 0.0), spoken(word, 0.8), spoken("no", 1.6, "SPEAKER_OTHER")])
     assert text.notice == f"1 of 2 words dropped, 1 without a token (such as {word!r})."
-    assert text.row.tolist() == [
-        *TOKENIZER.encode("yes"),
-        *[PAD] * (9 - len(TOKENIZER.encode("yes"))),
-        *[-1] * 4,
-        *[PAD] * 12,
-    ]
+    tokens = TOKENIZER.encode("yes")
+    assert text.row.tolist() == [*tokens, *[PAD] * (9 - len(tokens)), *[-1] * 4, *[PAD] * 12]
 
 
 def test_all_that_was_dropped_is_one_sentence(tmp_path):
-    words = [
-        spoken("a", 0.0),
-        spoken("b", 0.1, end=0.1),
-        spoken("c", 0.3),
-        spoken("d", 0.5, end=0.4),
-        spoken("中", 0.6),
-    ]
-    words += [
-        spoken("e", 1.0),
-        ["f", [None, None], "SPEAKER_MAIN"],
-        spoken("g", 9.0),
-        spoken("h", 9.0, "SPEAKER_OTHER"),
-    ]
+    words = [spoken("a", 0.0), spoken("b", 0.1, end=0.1), spoken("c", 0.3), spoken("d", 0.5, end=0.4)]
+    words += [spoken("中", 0.6), spoken("e", 1.0), ["f", [None, None], "SPEAKER_MAIN"], spoken("g", 9.0)]
+    words += [spoken("h", 9.0, "SPEAKER_OTHER")]
     assert read(tmp_path, words).notice == (
         "5 of 8 words dropped, 1 without duration (such as 'b'), 1 with the end before the start (such as 'd'),"
         " 1 without times (such as 'f'), 1 outside the audio (such as 'g'), 1 without a token (such as '中')."
@@ -201,10 +135,9 @@ def test_where_a_word_without_times_may_be_spoken_the_text_is_not_known(tmp_path
 
 
 def test_words_that_the_tokenizer_knows_none_of_are_refused(tmp_path):
-    with pytest.raises(
-        InputError, match=r"talk\.json: the text tokenizer has no token for any of 2 words .*'もしもし'"
-    ):
-        read(tmp_path, [spoken("もしもし", 0.4), spoken("はい。", 1.0), spoken("yes", 1.5, "SPEAKER_OTHER")])
+    words = [spoken("もしもし", 0.4), spoken("はい。", 1.0), spoken("yes", 1.5, "SPEAKER_OTHER")]
+    with pytest.raises(InputError, match=r"talk\.json: the text tokenizer has no token for any of 2 words .*'もし"):
+        read(tmp_path, words)
 
 
 @pytest.mark.parametrize("times", [[None, None], [0.5, 0.5], None])
@@ -216,79 +149,46 @@ def test_where_no_word_has_a_place_the_text_is_not_known(tmp_path, times):
 
 
 def test_where_nobody_is_the_model_the_text_is_not_known(tmp_path):
-    text = read(tmp_path, [spoken("yes", 0.4, "SPEAKER_00"), spoken("no", 1.0, "SPEAKER_01")])
-    assert text.row is None
-    assert "2 words none is of SPEAKER_MAIN (but of 'SPEAKER_00', 'SPEAKER_01')" in text.notice
+    assert read(tmp_path, [spoken("yes", 0.4, "SPEAKER_00"), spoken("no", 1.0, "SPEAKER_01")]).row is None
     silent = read(tmp_path, [spoken("yes", 0.4, "SPEAKER_OTHER")])
     assert (silent.row.tolist(), silent.notice) == ([PAD] * 25, None)
     assert read(tmp_path, []).row.tolist() == [PAD] * 25
 
 
-@pytest.fixture(scope="module")
-def fitted(tmp_path_factory):
-    """Path of a SentencePiece model fitted to a few words, with Moshi's special ids."""
-    import sentencepiece
-
+def fit(folder, sentences, vocab_size, **options):
+    """The path of a SentencePiece model fitted to a few words."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(
-            ["please enter your number", "please press the pound key", "your call is important"] * 5
-        ),
-        model_writer=model,
-        vocab_size=28,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=3,
-        minloglevel=2,
+        sentence_iterator=iter(sentences * 5), model_writer=model, vocab_size=vocab_size, minloglevel=2, **options
     )
-    path = tmp_path_factory.mktemp("spm") / "small.model"
-    path.write_bytes(model.getvalue())
-    return path
+    (folder / "small.model").write_bytes(model.getvalue())
+    return folder / "small.model"
+
+
+SENTENCES = ["please enter your number", "please press the pound key", "your call is important"]
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A model with Moshi's special ids."""
+    return fit(tmp_path_factory.mktemp("spm"), SENTENCES, 28, unk_id=0, bos_id=1, eos_id=2, pad_id=3)
 
 
 def test_words_survive_encoding_and_decoding(fitted):
     tokenizer = load_tokenizer(fitted)
+    assert (tokenizer.cardinality, tokenizer.digest) == (28, hashlib.sha256(fitted.read_bytes()).hexdigest())
     ids = [token for word in ["please", "press", "your", "key"] for token in tokenizer.encode(word)]
     assert all(PAD < token < tokenizer.cardinality for token in ids)
     assert tokenizer.decode([PAD, EPAD, *ids, 1, 2, -1, PAD]) == "please press your key"
-
-
-def test_blanks_around_a_word_change_nothing(fitted):
-    tokenizer = load_tokenizer(fitted)
-    assert tokenizer.encode("  key ") == tokenizer.encode("key") != []
-
-
-def test_unknown_characters_give_no_token(fitted):
-    tokenizer = load_tokenizer(fitted)
-    assert tokenizer.encode("keyж") == tokenizer.encode("key")
-    assert tokenizer.encode("ж") == []
+    assert tokenizer.encode("  key ") == tokenizer.encode("keyж") == tokenizer.encode("key") != []
 
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
-    """SentencePiece models that number their special pieces in another way: unknown is 2; and with pieces for all
-    bytes."""
-    import sentencepiece
-
-    found = []
-    for changes in ({"vocab_size": 28}, {"vocab_size": 284, "byte_fallback": True}):
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["please enter your number", "please press the pound key"] * 5),
-            model_writer=model,
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
-            hard_vocab_limit=False,
-            minloglevel=2,
-            **changes,
-        )
-        path = tmp_path_factory.mktemp("foreign") / "small.model"
-        path.write_bytes(model.getvalue())
-        found.append(load_tokenizer(path))
-    return found
+    """Models that number their special pieces in another way: unknown is 2; and with pieces for all bytes."""
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "hard_vocab_limit": False}
+    options = ({"vocab_size": 28}, {"vocab_size": 284, "byte_fallback": True})
+    return [load_tokenizer(fit(tmp_path_factory.mktemp("foreign"), SENTENCES[:2], **ids, **more)) for more in options]
 
 
 @pytest.mark.parametrize("word", ["ж", "中", "😀"])
@@ -300,19 +200,10 @@ def test_the_unknown_piece_is_no_text_whatever_its_number_and_bytes_are(foreign,
     assert len(bytewise.encode(word)) >= len(word.encode())
 
 
-def test_the_tokenizer_states_its_size_and_digest(fitted):
-    tokenizer = load_tokenizer(fitted)
-    assert tokenizer.cardinality == 28
-    assert tokenizer.digest == hashlib.sha256(fitted.read_bytes()).hexdigest()
-
-
 @pytest.mark.parametrize("content", [b"", b"not a model at all", bytes(100)])
-def test_a_file_that_is_no_model_is_refused(tmp_path, content):
+def test_a_file_that_is_missing_or_no_model_is_refused(tmp_path, content):
+    with pytest.raises(InputError, match=r"t\.model cannot be read"):
+        load_tokenizer(tmp_path / "t.model")
     (tmp_path / "t.model").write_bytes(content)
     with pytest.raises(InputError, match=r"t\.model is not a usable SentencePiece model"):
-        load_tokenizer(tmp_path / "t.model")
-
-
-def test_a_missing_model_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"t\.model cannot be read"):
         load_tokenizer(tmp_path / "t.model")

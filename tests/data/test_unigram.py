@@ -1,6 +1,7 @@
 """The memory-less baseline by hand."""
 
 import types
+import weakref
 
 import numpy as np
 
@@ -13,6 +14,23 @@ def test_one_is_added_to_every_count_of_known_tokens():
     text, codes = unigram.fit(FILES, (2, 4))
     np.testing.assert_allclose(np.exp(text), [5 / 8, 3 / 8])
     np.testing.assert_allclose(np.exp(codes), [2 / 8, 2 / 8, 3 / 8, 1 / 8])
+
+
+def test_files_are_counted_one_by_one():
+    alive, most = [], []
+
+    def files():
+        for file in 20 * FILES:
+            tokens = file.copy()
+            alive.append(weakref.ref(tokens))
+            most.append(sum(reference() is not None for reference in alive))
+            yield tokens
+            del tokens
+
+    together = unigram.fit([np.concatenate(20 * FILES, axis=1)], (2, 4))
+    for table, other in zip(unigram.fit(files(), (2, 4)), together, strict=True):
+        np.testing.assert_array_equal(table, other)
+    assert max(most) <= 2
 
 
 def test_nats_are_those_of_each_streams_table_and_nan_where_a_token_is_absent():

@@ -179,6 +179,13 @@ def test_a_broken_reset_fails(monkeypatch, reset):
     assert failed(run()) == {"reset"}
 
 
+def test_every_row_is_checked():
+    holds = np.ones((4, 1, 2), bool)
+    holds[2, 0, 1] = False
+    found = check.at_every_frame("changes", holds, "no change", MODEL, 1)
+    assert found == ("changes", False, "layer 1: no change at 1 of 4 frames, first at frame 3")
+
+
 @pytest.mark.slow
 def test_every_layer_is_checked():
     cfg = dataclasses.replace(MODEL, ttt=TTTConfig(layers="all", mini_batch=1, hidden=()))

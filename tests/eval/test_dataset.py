@@ -1,5 +1,6 @@
 """Files to evaluate on: which tokens are fed, names, codecs, what is refused."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,12 +10,11 @@ from safetensors.numpy import save_file
 from eval.inputs import checkpoints, dataset
 from tests.helpers import micro
 from tests.helpers.eval_models import DIGEST, tokens, write_data, write_run
-from ttt_jax.data.corpus import CorpusConfig
+from ttt_jax.codec import CodecInfo
+from ttt_jax.data.corpus import Corpus, CorpusConfig
 from ttt_jax.data.frames import open_manifest
+from ttt_jax.data.text import TokenizerInfo
 from ttt_jax.errors import InputError
-
-LENGTHS = (60, 45, 52)
-
 
 LENGTHS = (60, 45, 52)
 
@@ -38,6 +38,17 @@ def test_a_text_that_is_not_known_is_fed_as_nothing(run, data):
     assert (files[2].frames[0] == -1).all()
     np.testing.assert_array_equal(files[2].frames[1:], tokens(LENGTHS[2], 2)[1:])
     np.testing.assert_array_equal(files[0].frames, tokens(LENGTHS[0], 0))
+
+
+def test_held_out_files_of_a_run_are_grouped_by_speaker():
+    a, b, c = micro.source(micro.files((8, 9, 10))).recordings
+    heldout = dataclasses.replace(a, speaker="x"), dataclasses.replace(b, speaker="x"), c
+    codec = CodecInfo("stated", DIGEST)
+    corpus = Corpus(codec, TokenizerInfo(), (), heldout, heldout, {"heldout": []})
+    files, skipped = dataset.of_corpus(corpus)
+    assert [(file.name, file.group) for file in files] == [(a.name, "x"), (b.name, "x"), (c.name, c.name)]
+    assert [file.frames.shape[1] for file in files] == [8, 9, 10]
+    assert not skipped
 
 
 def test_evaluation_feeds_what_training_reads(run, tmp_path):

@@ -243,7 +243,7 @@ def test_what_lies_there_and_is_no_result_is_not_replaced(tmp_path, name):
         ("{}", "does not say of which command and format it is, but format 3 of python -m eval stream is read"),
         ('{"format": 2}', "does not say of which command and format it is"),
         ("[1]", "does not say of which command and format it is"),
-        ('{"command": "python -m eval compare", "format": 3}', "is of format 3 of python -m eval compare, but"),
+        ('{"command": "python -m eval compare", "format": 9}', "is of format 9 of python -m eval compare, but"),
         ('{"command": "python -m eval stream", "format": 3}', "is not as it was written"),
     ],
 )
@@ -326,33 +326,33 @@ def test_an_experiment_is_replaced_by_the_same_again_alone(tmp_path):
     losses.write(tmp_path, experiment)
     compare_results.write(tmp_path, experiment, analyse(experiment), {})
 
-    def subject(conditions=experiment.conditions, files=experiment.files, infos=infos, **setting):
-        return compare_command._subject(files, [], conditions, infos, replace(experiment.setting, **setting))
+    def other(setting=None, **fields):
+        return replace(experiment, setting=replace(experiment.setting, **setting or {}), **fields)
 
-    assert {"frames", "losses.npz", "report.md"} <= set(compare_command.replaced(tmp_path, subject()))
-    compare_command.replaced(tmp_path, subject(margin=0.5, threshold=1.0))
-    renamed = [replace(one, name=f"new {one.name}") for one in experiment.conditions]
-    compare_command.replaced(tmp_path, subject(renamed))
-    for text, other in {
-        "with file2, but .* does not have that file": subject(files=experiment.files[:2]),
-        "not of .* under persist, .* under off:": subject(experiment.conditions[::2]),
-        "under reset, .* under persist, ": subject([experiment.conditions[i] for i in (1, 0, 2)]),
-        "weights v": subject(infos=[replace(one, about={"weights": "v", "step": 1}) for one in infos]),
-        "with --weighting equal, not kyutai": subject(weighting="kyutai"),
-        "with --reset-every .*, not 7": subject(chunk=7),
+    assert {"frames", "losses.npz", "report.md"} <= set(compare_command.replaced(tmp_path, experiment))
+    compare_command.replaced(tmp_path, other({"margin": 0.5, "threshold": 1.0}))
+    persist, reset, off = experiment.conditions
+    compare_command.replaced(tmp_path, other(conditions=[replace(persist, name="new"), reset, off]))
+    for text, changed in {
+        "with file2, but .* does not have that file": other(files=experiment.files[:2]),
+        "not of .* under persist, .* under off:": other(conditions=[persist, off]),
+        "under reset, .* under persist, ": other(conditions=[reset, persist, off]),
+        "weights v": other(checkpoints=[replace(one, about={"weights": "v", "step": 1}) for one in infos]),
+        "with --weighting equal, not kyutai": other({"weighting": "kyutai"}),
+        "with --reset-every .*, not 7": other({"chunk": 7}),
     }.items():
         with pytest.raises(InputError, match=text):
-            compare_command.replaced(tmp_path, other)
+            compare_command.replaced(tmp_path, changed)
     touched(tmp_path / "frames" / "run0" / "mine.npz")
     with pytest.raises(InputError, match="holds frames/run0/mine.npz, which is no result"):
-        compare_command.replaced(tmp_path, subject())
+        compare_command.replaced(tmp_path, experiment)
 
 
 @pytest.mark.parametrize("name", ["report.md", "losses.npz"])
 def test_reports_of_somebody_else_are_not_replaced(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(InputError, match=f"holds {name}, but no results.json"):
-        compare_command.replaced(tmp_path, OLD)
+        compare_command.replaced(tmp_path, made({"reset": 0.05}, files=3))
 
 
 def test_records_say_what_they_are_of(tmp_path):

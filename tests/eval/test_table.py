@@ -70,9 +70,9 @@ def test_the_verdict_is_that_of_compare_on_the_frames_after_the_first_reset(tmp_
         np.array([mean(by_hand(one[arm].nats, "equal")[40:]) for one in arms]) for arm in ("reset", "persist")
     )
     agree(found.losses_later["reset"]["equal"], reset)
-    value = paired.compare(reset - persist, reset.mean(), MARGIN, THRESHOLD / 100)
+    value = paired.compare(reset - persist, reset.mean(), MARGIN)
     rule = Rule(MARGIN, THRESHOLD, "files")
-    expected = verdict(value, value.p.t, value.equivalence.p, rule, ("persist", "reset"))
+    expected = verdict(value, value.p, value.equivalence.p, rule, ("persist", "reset"))
     assert expected.kind == WORSE
     assert found.verdict == advise(expected, "files").text
 

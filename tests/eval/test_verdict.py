@@ -10,16 +10,16 @@ from eval.stats.verdict import BELOW, BETTER, EQUIVALENT, FIRM, UNDECIDED, WORSE
 
 def judged(d, reference=3.0, threshold=10.0, margin=0.02, family=1, seeds=()):
     """The verdict on differences in a family of equal ones."""
-    found = paired.compare(np.array(d, float), reference, margin, threshold / 100, ALPHA / family)
-    p, same = (min(1.0, family * p) for p in (found.p.t, found.equivalence.p))
-    return verdict(found, p, same, Rule(margin, threshold, "files"), ("persist", "reset"), seeds)
+    result = paired.compare(np.array(d, float), reference, margin, ALPHA / family)
+    p, same = (min(1.0, family * p) for p in (result.p, result.equivalence.p))
+    return verdict(result, p, same, Rule(margin, threshold, "files"), ("persist", "reset"), seeds)
 
 
 SPREAD = np.array([-1.5, -1, -0.5, 0, 0, 0.5, 1, 1.5]) * 0.01
 
 
 @pytest.mark.parametrize(
-    ("d", "kind", "said", "todo"),
+    ("d", "kind", "text", "advice"),
     [
         (0.4 + SPREAD, BETTER, "is better than reset: by 0.4000 nats (13.33 %), p < 0.001", "Use the persistent state"),
         (0.3 + SPREAD, BETTER, "at least the 10 %", "Use the persistent state"),
@@ -42,32 +42,31 @@ SPREAD = np.array([-1.5, -1, -0.5, 0, 0, 0.5, 1, 1.5]) * 0.01
         ([], UNDECIDED, "no file is so long", "Keep looking."),
     ],
 )
-def test_every_verdict(d, kind, said, todo):
-    found = judged(d)
-    assert found.kind == kind
-    assert said in found.text
-    assert todo not in found.text
-    assert todo in advise(found, "files").text
-    assert ("equivalent for practical" in found.text) == (abs(abs(np.mean(d) if len(d) else 1) - 0.013) < 1e-9)
+def test_every_verdict(d, kind, text, advice):
+    result = judged(d)
+    assert result.kind == kind
+    assert text in result.text
+    assert advice not in result.text
+    assert advice in advise(result, "files").text
+    assert ("equivalent for practical" in result.text) == (advice == "it is simpler" and kind != EQUIVALENT)
 
 
 def test_threshold_margin_and_family_count():
     assert judged(0.29 + SPREAD, threshold=9).kind == BETTER
     assert judged(0.001 + SPREAD, margin=0.001).kind == UNDECIDED
-    d = 0.011 + SPREAD
-    assert judged(d).kind == BELOW
-    assert judged(d, family=5).kind != BELOW
-    few = judged(0.05 + 8 * SPREAD)
-    assert few.units == paired.needed(paired.hedges(0.05 + 8 * SPREAD))
-    many = judged(0.05 + 8 * SPREAD, family=3)
-    assert many.units == paired.needed(paired.hedges(0.05 + 8 * SPREAD), 0.05 / 3) > few.units
+    assert judged(0.011 + SPREAD).kind == BELOW
+    assert judged(0.011 + SPREAD, family=5).kind != BELOW
+    d = 0.05 + 8 * SPREAD
+    few, many = judged(d), judged(d, family=3)
+    assert few.units == paired.needed(paired.power_of, paired.hedges(d))
+    assert many.units == paired.needed(paired.power_of, paired.hedges(d), 0.05 / 3) > few.units
     assert f"{few.units:.0f} files" in few.text
 
 
 def test_next_to_nothing_is_neither_clear_nor_a_share():
-    found = judged(1e-6 * (1 + SPREAD), reference=1e-6)
-    assert found.kind == EQUIVALENT
-    assert "asked for" not in found.text
+    nothing = judged(1e-6 * (1 + SPREAD), reference=1e-6)
+    assert nothing.kind == EQUIVALENT
+    assert "asked for" not in nothing.text
     assert judged(1e-4 * (1 + SPREAD), reference=1e-4).kind == BELOW
     little = judged(0.0192 + SPREAD / 4, reference=0.0185)
     assert (little.kind, little.equivalent) == (BELOW, False)
@@ -76,60 +75,48 @@ def test_next_to_nothing_is_neither_clear_nor_a_share():
 
 
 @pytest.mark.parametrize(
-    ("seeds", "kind", "said"),
+    ("d", "seeds", "kind", "text"),
     [
-        ((0.8, -0.1, 0.5), UNDECIDED, "the seeds disagree (+0.8000, -0.1000, +0.5000 nats)"),
-        ((0.4,) * 5 + (-0.1,), BETTER, "asked for."),
-        ((0.8, -0.5) * 4, UNDECIDED, "the seeds disagree"),
-    ],
-)
-def test_few_seeds_must_point_one_way_and_of_many_the_mean(seeds, kind, said):
-    found = judged(0.4 + SPREAD, seeds=seeds)
-    assert found.kind == kind
-    assert said in found.text
-
-
-@pytest.mark.parametrize(
-    ("seeds", "kind", "said"),
-    [
-        ((0.021, 0.001, 0.001), UNDECIDED, "the seeds do not lie within 0.02 as their mean does"),
-        ((0.021, 0.001, 0.001, 0.0, 0.0, 0.0), EQUIVALENT, "TOST p < 0.001."),
-        ((0.05, -0.05) * 3, UNDECIDED, "the seeds disagree"),
-    ],
-)
-def test_few_seeds_must_lie_within_the_margin_and_of_many_the_mean(seeds, kind, said):
-    found = judged(SPREAD / 8, seeds=seeds)
-    assert found.kind == kind
-    assert said in found.text
-
-
-def test_clear_over_files_but_not_over_seeds_is_told_of_what_is_equivalent():
-    assert (
-        "(p < 0.001 over these files, but not over the seeds)."
-        in judged(0.005 + SPREAD / 8, seeds=(0.015, -0.005, 0.005)).text
-    )
-
-
-@pytest.mark.parametrize(
-    ("d", "seeds", "said"),
-    [
-        (0.4 + SPREAD, (0.8, 0.3, 0.1), "with the seed as unit p = 0.19"),
-        (0.4 + SPREAD, (0.41, 0.4, 0.39), ""),
-        (-0.4 + SPREAD, (-0.8, -0.3, -0.1), "with the seed as unit p = 0.19"),
+        # For a clear difference few seeds must all point one way; of many, the mean.
+        (0.4 + SPREAD, (0.8, -0.1, 0.5), UNDECIDED, "the seeds disagree (+0.8000, -0.1000, +0.5000 nats)"),
+        (0.4 + SPREAD, (0.4,) * 5 + (-0.1,), BETTER, "asked for."),
+        (0.4 + SPREAD, (0.8, -0.5) * 4, UNDECIDED, "the seeds disagree"),
+        # For equivalence few must all lie within the margin; of many, the mean.
+        (SPREAD / 8, (0.021, 0.001, 0.001), UNDECIDED, "the seeds do not lie within 0.02 as their mean does"),
+        (SPREAD / 8, (0.021, 0.001, 0.001, 0.0, 0.0, 0.0), EQUIVALENT, "TOST p < 0.001."),
+        (SPREAD / 8, (0.05, -0.05) * 3, UNDECIDED, "the seeds disagree"),
         (
-            SPREAD,
-            (0.0025, 0.0106, -0.0176),
-            "with the seed as unit the 90 % interval [-0.0260, +0.0230] leaves the margin",
+            0.005 + SPREAD / 8,
+            (0.015, -0.005, 0.005),
+            EQUIVALENT,
+            "(p < 0.001 over these files, but not over the seeds).",
         ),
-        (SPREAD, (0.001, 0.002, -0.001), ""),
-        (0.005 + SPREAD / 8, (0.0001, 0.0002, 0.0147), "with the seed as unit p = 0.41."),
-        (0.01 + SPREAD / 2, (0.001, 0.019, 0.01), "with the seed as unit p = 0.19 and the 90 % interval"),
     ],
 )
-def test_what_holds_for_the_seeds_at_hand_alone_says_so(d, seeds, said):
-    text = judged(d, seeds=seeds).text
-    assert (f"For these {len(seeds)} seeds: {said}" in text) == bool(said)
-    assert ("For these" in text) == bool(said)
+def test_seeds_decide_too(d, seeds, kind, text):
+    result = judged(d, seeds=seeds)
+    assert result.kind == kind
+    assert text in result.text
+
+
+@pytest.mark.parametrize(
+    ("d", "seeds", "text"),
+    [
+        (0.4 + SPREAD, (0.8, 0.3, 0.1), "p = 0.19"),
+        (0.4 + SPREAD, (0.19, 0.5, 0.81), "p = 0.11."),
+        (0.4 + SPREAD, (0.26, 0.5, 0.74), "p = 0.069."),
+        (0.4 + SPREAD, (0.32, 0.5, 0.68), ""),  # p = 0.041
+        (-0.4 + SPREAD, (-0.8, -0.3, -0.1), "p = 0.19"),
+        (SPREAD, (0.0025, 0.0106, -0.0176), "the 90 % interval [-0.0260, +0.0230] leaves the margin"),
+        (SPREAD, (0.001, 0.002, -0.001), ""),
+        (0.005 + SPREAD / 8, (0.0001, 0.0002, 0.0147), "p = 0.41."),
+        (0.01 + SPREAD / 2, (0.001, 0.019, 0.01), "p = 0.19 and the 90 % interval"),
+    ],
+)
+def test_a_verdict_that_holds_for_these_seeds_alone_names_it(d, seeds, text):
+    result = judged(d, seeds=seeds).text
+    assert (f"For these {len(seeds)} seeds: with the seed as unit {text}" in result) == bool(text)
+    assert ("For these" in result) == bool(text)
 
 
 def test_two_units_far_apart_from_zero_promise_no_equivalence():
@@ -138,6 +125,6 @@ def test_two_units_far_apart_from_zero_promise_no_equivalence():
 
 @pytest.mark.parametrize("n", [3, FIRM - 1, FIRM])
 def test_of_few_units_the_number_that_would_decide_is_called_a_guess(n):
-    said = judged(0.05 + np.resize([-0.1, 0.1, 0.02], n)).text
-    assert "files would" in said
-    assert (f"a guess from {n}." in said) == (n < FIRM)
+    text = judged(0.05 + np.resize([-0.1, 0.1, 0.02], n)).text
+    assert "files would" in text
+    assert (f"a guess from {n}." in text) == (n < FIRM)

@@ -42,13 +42,18 @@ def write_manifest(folder, name, duration):
     return folder / "m.jsonl"
 
 
-def frames_of(manifest, codec, cache):
+def opened(manifest, codec, cache, tokenizer=TOKENIZER):
+    """The only recording of a manifest."""
     (entry,) = read_manifest(manifest).entries
-    return FrameReader(codec, TOKENIZER, cache).read(entry)
+    return FrameReader(codec, tokenizer, cache).open(entry)
+
+
+def frames_of(manifest, codec, cache):
+    return opened(manifest, codec, cache).read()
 
 
 def write_codes(folder, codes, made_by, duration=None, **changes):
     metadata = {"frame_rate": "12.5", "codec": made_by.digest} | changes
     metadata = {key: value for key, value in metadata.items() if value is not None}
     safetensors.numpy.save_file({"codes": codes}, folder / "a.safetensors", metadata=metadata)
-    return write_manifest(folder, "a.safetensors", codes.shape[1] / 12.5 if duration is None else duration)
+    return write_manifest(folder, "a.safetensors", codes.shape[-1] / 12.5 if duration is None else duration)

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from tests.helpers.drawing import quick_jit
+from ttt_jax.config import MoshiConfig, TTTConfig
 from ttt_jax.moshi import attention
+from ttt_jax.moshi.blocks import Attention
+from ttt_jax.nn.linear import Kernel, linear
 
 SLOTS, HEADS, WIDTH, ROWS = 8, 2, 4, 3
 library = jax.nn.dot_product_attention
@@ -89,3 +92,52 @@ def test_the_library_serves_long_calls_in_its_types_on_a_gpu(monkeypatch, frames
     assert not attention.can_fuse(frames, context, width, jnp.dtype(dtype))  # tests run on a CPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert attention.can_fuse(frames, context, width, jnp.dtype(dtype)) == fits
+
+
+def test_queries_and_keys_turn_by_the_period_of_the_configuration():
+    cfg = MoshiConfig(dim=8, num_heads=1, num_layers=1, max_period=100.0, ttt=TTTConfig(layers="none"))
+    w = np.random.default_rng(0).normal(size=(3, 1, 8, 8)).astype(np.float32)
+    x, position = np.ones((1, 2, 8), np.float32), np.array([[0, 7]], np.int32)
+    _, (q, k) = Attention(cfg).apply({"params": {"qkv": w, "out": w[0, 0]}}, x, position, lambda q, k, v: (v, (q, k)))
+    turn = np.exp(7j * 100.0 ** (-np.arange(4) / 4))
+    for turned, plain in ((q, w[0, 0].sum(-1)), (k, w[1, 0].sum(-1))):
+        np.testing.assert_allclose(turned[0, 0, 0], plain, rtol=1e-5)
+        pairs = turn * (plain[::2] + 1j * plain[1::2])
+        np.testing.assert_allclose(turned[0, 1, 0, ::2], pairs.real, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(turned[0, 1, 0, 1::2], pairs.imag, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def gpu_branches(monkeypatch):
+    """Programs take the branch that a GPU takes."""
+
+    def choose(*args, default, cuda=None, cpu=None):
+        return (cuda or default)(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+
+
+def one_frame(rows):
+    draw = np.random.default_rng(rows).normal
+    kv_caches = attention.KVCache(*draw(size=(2, 2, rows, HEADS, SLOTS, WIDTH)).astype(np.float32))
+    inputs = draw(size=(3, rows, 1, HEADS, WIDTH)).astype(np.float32)
+    position, mask = jnp.array([3, 30, 0], jnp.int32)[:rows], jnp.array([True, True, False])[:rows]
+    return attention.attend_one(*inputs, jax.tree.map(jnp.asarray, kv_caches), 1, position, mask)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_frame_on_a_gpu_reads_and_writes_the_same(request, rows):
+    read, kept = one_frame(rows)
+    request.getfixturevalue("gpu_branches")
+    found, now = one_frame(rows)
+    np.testing.assert_allclose(found, read, rtol=1e-5, atol=1e-6)
+    for a, b in zip(now, kept, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_product_of_few_rows_on_a_gpu_is_the_product(gpu_branches, rows):
+    rng = np.random.default_rng(rows)
+    x, w = rng.normal(size=(rows, 1, 6)).astype(np.float32), rng.normal(size=(3, 2, 6)).astype(np.float32)
+    expected = np.einsum("rti,abi->rtab", x, w)
+    np.testing.assert_allclose(linear(jnp.asarray(x), Kernel(jnp.asarray(w))), expected, rtol=1e-5, atol=1e-6)

@@ -92,6 +92,13 @@ def test_equal_steps_and_parameters_give_equal_files_and_nothing_else_changes(tm
     assert (generate.generate._cache_size(), model.forward._cache_size()) == compiled
 
 
+def test_samples_of_one_prompt_differ(tmp_path, params):
+    folder = sampler(tmp_path, arrays=[files(LENGTHS)[0]] * 2)(1, params)
+    first, second = (read_codes(folder / f"micro-{i}.safetensors").codes for i in (0, 1))
+    np.testing.assert_array_equal(first[:, :PROMPT], second[:, :PROMPT])
+    assert not np.array_equal(first, second)
+
+
 def test_sound_and_text_are_written_where_codec_and_tokenizer_are_here(tmp_path, params, coders):
     codec, tokenizer = coders
     arrays = files(LENGTHS)

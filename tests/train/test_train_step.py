@@ -12,10 +12,11 @@ import pytest
 from tests.helpers import golden, micro, small_step
 from tests.helpers.drawing import assert_same_bits, quick_jit
 from tests.helpers.small_step import LORA, NO_STOP, ROWS, batch, config, copied, some_params, start
-from train import initial_params, optim, step
+from train import initial_params, optim, setup, step
 from train.batches import Batches
 from train.config import LossConfig
 from ttt_jax.data import unigram
+from ttt_jax.data.corpus import Corpus
 from ttt_jax.moshi import model
 from ttt_jax.moshi.loss import token_losses
 from ttt_jax.utils.trees import named
@@ -341,3 +342,14 @@ def test_training_lowers_every_loss_towards_the_unigram(whole_run):
     baseline = np.array([np.mean(stream) for stream in nats])
     first, end = whole_run[0].streams, np.mean([metrics.streams for metrics in whole_run[-5:]], axis=0)
     assert (end - baseline < 0.5 * (first - baseline)).all(), (first, end, baseline)
+
+
+def test_the_baseline_of_a_run_is_that_of_its_training_files():
+    files, heldout = micro.files((30, 20)), micro.files((40,), seed=1)
+    files[0][0], files[1][3] = -1, -1
+    files[0][3] = -1  # a stream without tokens has no baseline
+    corpus = Corpus(None, None, (micro.source(files),), (), micro.source(heldout).recordings, {})
+    streams = micro.MODEL.target_streams
+    nats = np.concatenate([unigram.nats(unigram.fit(files, streams.values()), file) for file in files], -1)
+    expected = {name: np.nanmean(values) for name, values in zip(streams, nats, strict=True) if name != "codebook 3"}
+    assert setup._unigram(micro.CONFIG, corpus) == pytest.approx(expected)

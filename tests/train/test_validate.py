@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 
 from tests.helpers.micro import files, source
 from tests.helpers.small_step import CONFIG, one_device
@@ -17,9 +18,9 @@ def count_frames(params, batch, stream, cfg, block, measured):
     """In place of `chunk_sums`: the loss of a frame is the number of frames that its row read in earlier chunks."""
     stream = model.reset_rows(stream, batch.reset, cfg.model)
     frames, streams = batch.mask.sum(1), jnp.ones(1 + cfg.model.dep_q)
-    losses = stream.position * frames
-    inner = jnp.zeros((len(cfg.model.ttt_layers), 3))
-    sums = Sums(losses.sum(), frames.sum(), losses, streams, streams, streams, inner, frames.sum())
+    losses, count = stream.position * frames, frames.sum()
+    inner = jnp.full((len(cfg.model.ttt_layers), 3), losses.sum())
+    sums = Sums(losses.sum(), count, losses, losses.sum() * streams, streams, count * streams, inner, count)
     return sums, stream._replace(position=stream.position + frames)
 
 
@@ -32,4 +33,6 @@ def test_the_state_is_carried_along_a_file_and_fresh_at_the_next(monkeypatch):
     for _ in range(2):
         found = validation({}, {})
         assert found["frames"] == sum(LENGTHS)
-        assert abs(found["loss"] - sum(before) / sum(LENGTHS)) < 1e-4
+        means = [found["loss"], *found["streams"].values(), *found["ttt"]["1"].values()]
+        assert len(means) == 1 + 1 + cfg.model.dep_q + 3
+        np.testing.assert_allclose(means, sum(before) / sum(LENGTHS), atol=1e-4)

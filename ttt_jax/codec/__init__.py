@@ -26,20 +26,13 @@ class Codec(Protocol):
     parameters and return NumPy codes; their state is a pytree.
     """
 
-    name: str
-    """Stored with every result, e.g. "melkmeans-8x64"."""
-    digest: str
-    """SHA-256, hex, of the parameters: equal digests mean equal codes."""
-    sample_rate: int
-    """Samples a second that `encode` takes and `decode` returns."""
-    frame_rate: float
-    """Frames a second: `ttt_jax.config.FRAME_RATE`."""
-    frame_size: int
-    """Samples of a frame, sample_rate / frame_rate."""
-    num_codebooks: int
-    """Rows of the codes: 8, the coarsest first."""
-    cardinality: int
-    """Entries of a codebook; codes lie in [0, cardinality)."""
+    name: str  # stored with every result, e.g. "melkmeans-8x64"
+    digest: str  # SHA-256, hex, of the parameters: equal digests mean equal codes
+    sample_rate: int  # samples a second that `encode` takes and `decode` returns
+    frame_rate: float  # frames a second: `ttt_jax.config.FRAME_RATE`
+    frame_size: int  # samples of a frame, sample_rate / frame_rate
+    num_codebooks: int  # rows of the codes: 8, the coarsest first
+    cardinality: int  # entries of a codebook; codes lie in [0, cardinality)
 
     def encode(self, audio: np.ndarray) -> np.ndarray:
         """float [samples], one channel -> int32 [num_codebooks, T], T = ceil(samples / frame_size).
@@ -72,22 +65,15 @@ class CodecInfo:
 
     name: str
     digest: str | None
-    cardinality: int | None = None
-    """Entries of a codebook; None if no file states it."""
+    cardinality: int | None = None  # None if no file states it
     num_codebooks: int = 8
     frame_rate: float = FRAME_RATE
 
 
 def load_codec(name_or_path: str | Path = "kmeans") -> Codec:
-    """Returns a codec.
+    """Returns the embedded codec of a checkout ("kmeans"), or that in a file written by `KMeansCodec.save`.
 
-    Args:
-        name_or_path: "kmeans" for the embedded codec of a checkout, or the path of a file written by
-            `ttt_jax.codec.kmeans.KMeansCodec.save`.
-
-    Raises:
-        InputError: an unknown name, a codec that this version lacks, a file that is not a codec, or a codec of another
-            frame rate than the models'.
+    Raises `InputError` for an unknown name, a file that is not a codec, or a codec of another frame rate.
     """
     from ttt_jax.codec.kmeans import KMeansCodec
 

@@ -17,15 +17,9 @@ _OVERLAP = 4
 def waveform(logmel: np.ndarray, filters: np.ndarray, floor: float, taper: np.ndarray, hop: int) -> np.ndarray:
     """Returns a waveform whose log-mel energies are close to `logmel`.
 
-    Args:
-        logmel: float [n, bands], log(power + floor); row i belongs to the window that ends at sample (i + 1) * hop.
-        filters: float [window // 2 + 1, bands], mel filters that average power.
-        floor: Power of silence.
-        taper: float [window], the analysis window; its length is a multiple of 4.
-        hop: Samples from one row to the next.
-
-    Returns:
-        float32 [n * hop].
+    `logmel` is log(power + floor), float [n, bands]; row i belongs to the window that ends at sample (i + 1) * hop.
+    `filters`, float [window // 2 + 1, bands], average power. `taper`, float [window], is the analysis window; its
+    length is a multiple of 4. The result is float32 [n * hop].
     """
     num_samples = len(logmel) * hop
     if not num_samples:

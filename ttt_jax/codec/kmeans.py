@@ -41,15 +41,9 @@ _TENSORS = {"codebooks": 3, "mean": 1, "mel": 2}
 
 
 class KMeansCodec:
-    """The `ttt_jax.codec.Codec` of the module's docstring.
+    """The `ttt_jax.codec.Codec` of the module's docstring, of the tensors and metadata of the file format.
 
-    Args:
-        tensors: ``codebooks``, ``mean`` and ``mel`` as in the file format.
-        metadata: The file's metadata, strings only.
-        source: Origin of the parameters, for messages.
-
-    Raises:
-        InputError: A tensor or a metadata key is missing or invalid.
+    Raises `InputError`, which names `source`, if a tensor or a metadata key is missing or invalid.
     """
 
     def __init__(self, tensors: dict[str, np.ndarray], metadata: dict[str, str], source: str = "codec") -> None:
@@ -78,11 +72,7 @@ class KMeansCodec:
 
     @classmethod
     def load(cls, path: str | Path) -> KMeansCodec:
-        """Returns the codec stored at `path`.
-
-        Raises:
-            InputError: No such file, not safetensors, or not a file of this format.
-        """
+        """Returns the codec stored at `path`. Raises `InputError` if it is no file of this format."""
         path = Path(path)
         try:
             with safetensors.safe_open(str(path), framework="numpy") as file:
@@ -105,18 +95,8 @@ class KMeansCodec:
         return np.zeros(self.window - self._hop, dtype=np.float32)
 
     def encode_step(self, audio: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes the next whole frames of a stream.
-
-        Args:
-            audio: float [frame_size * n], any n >= 0.
-            state: Result of `init_state` or of the previous call; never changed in place.
-
-        Returns:
-            Codes int32 [num_codebooks, n] and the next state.
-
-        Raises:
-            InputError: `audio` is not one channel of finite samples, or not whole frames.
-        """
+        """Returns the codes of the next whole frames, float [frame_size * n] -> int32 [num_codebooks, n], and the next
+        state. `state`, from `init_state` or the previous call, is not changed. Raises `InputError`."""
         audio = _check_audio(audio)
         num_frames, rest = divmod(len(audio), self.frame_size)
         if rest:
@@ -130,16 +110,9 @@ class KMeansCodec:
         return codes_QT, samples[len(samples) - len(state) :].copy()
 
     def encode(self, audio: np.ndarray) -> np.ndarray:
-        """Returns the codes of a whole recording.
+        """Returns the codes of a recording, float [samples] -> int32 [num_codebooks, ceil(samples / frame_size)].
 
-        Args:
-            audio: float [samples], one channel at `sample_rate`, full scale 1.
-
-        Returns:
-            int32 [num_codebooks, T], T = ceil(samples / frame_size); the last frame is filled up with zeros.
-
-        Raises:
-            InputError: `audio` is not one channel of finite samples.
+        The last frame is filled up with zeros. Raises `InputError` if `audio` is not one channel of finite samples.
         """
         audio = _check_audio(audio)
         audio = np.pad(audio, (0, -len(audio) % self.frame_size))
@@ -152,11 +125,7 @@ class KMeansCodec:
         return np.concatenate([np.empty((0, len(self._mean_F))), *self._blocks(samples)])
 
     def quantised_features(self, codes: np.ndarray) -> np.ndarray:
-        """Returns the features that `codes` (int [num_codebooks, T]) stand for, float64 [T, features].
-
-        Raises:
-            InputError: The codes have another shape or leave [0, cardinality).
-        """
+        """Returns the features of codes, int [num_codebooks, T] -> float64 [T, features]. Raises `InputError`."""
         codes_QT = np.asarray(codes)
         if codes_QT.ndim != 2 or len(codes_QT) != self.num_codebooks or not np.issubdtype(codes_QT.dtype, np.integer):
             raise InputError(
@@ -171,16 +140,9 @@ class KMeansCodec:
         return sum(book_VF[row_T] for book_VF, row_T in zip(self._codebooks_QVF, codes_QT, strict=True))
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Returns audio with about the features that `codes` stand for; equal codes give equal samples.
+        """Returns audio, float32 [T * frame_size], with about the features of int codes [num_codebooks, T].
 
-        Args:
-            codes: int [num_codebooks, T] in [0, cardinality).
-
-        Returns:
-            float32 [T * frame_size].
-
-        Raises:
-            InputError: The codes have another shape or leave [0, cardinality).
+        Equal codes give equal samples. Raises `InputError` for another shape or codes outside [0, cardinality).
         """
         logmel = (self.quantised_features(codes) + self._mean_F).reshape(-1, self.num_bands)
         return griffin_lim.waveform(logmel, self._filters, self.floor, self._taper, self._hop)
@@ -217,8 +179,7 @@ def taper(window: int) -> np.ndarray:
 def mel_filters(num_bands: int, window: int, sample_rate: int, low: float, high: float) -> np.ndarray:
     """Returns triangles equally spaced on the mel scale (2595 log10(1 + f/700)) from `low` to `high` Hz.
 
-    Returns:
-        float32 [num_bands, window // 2 + 1]; every row sums to 1, so that a filter averages power.
+    They are float32 [num_bands, window // 2 + 1]; every row sums to 1, so that a filter averages power.
     """
     edges_mel = np.linspace(2595 * np.log10(1 + low / 700), 2595 * np.log10(1 + high / 700), num_bands + 2)
     edges = 700 * (10 ** (edges_mel / 2595) - 1)

@@ -1,8 +1,4 @@
-"""The JSON beside a recording: its kind, and the words that lie in the audio.
-
-Word alignments are those of moshi-finetune: ``{"alignments": [[word, [start, end], speaker], ...]}``, times in seconds;
-other keys are ignored. Many corpora put another JSON there, such as LibriLight's book data: see `read_beside`.
-"""
+"""The JSON beside a recording: its kind, and the words that lie in the audio. docs/data/manifest.md has the rules."""
 
 from __future__ import annotations
 
@@ -17,10 +13,8 @@ from typing import Any, NamedTuple
 from ttt_jax.data.manifest import TOLERANCE
 from ttt_jax.errors import InputError
 
-MAIN_SPEAKER = "SPEAKER_MAIN"
-"""Label of Moshi's stream."""
-OTHER_SPEAKER = "SPEAKER_OTHER"
-"""Label of the user's stream."""
+MAIN_SPEAKER, OTHER_SPEAKER = "SPEAKER_MAIN", "SPEAKER_OTHER"
+"""Labels of Moshi's and of the user's stream."""
 
 
 class Kind(enum.Enum):
@@ -45,12 +39,9 @@ class Word:
 class Alignment(NamedTuple):
     """The words of a recording."""
 
-    words: tuple[Word, ...] | None
-    """The words that lie in the audio, ordered by start; None if the text is not known."""
-    dropped: dict[str, list[Word]]
-    """The other words by their fault, in the file's order."""
-    notice: str | None = None
-    """Warning to log behind the file's path: why its words are not used."""
+    words: tuple[Word, ...] | None  # that lie in the audio, ordered by start; None if the text is not known
+    dropped: dict[str, list[Word]]  # the other words by their fault, in the file's order
+    notice: str | None = None  # warning to log behind the file's path: why its words are not used
     between: tuple[Word, ...] = ()
     """Spans in which words without times were spoken, each as its first word. A span reaches from the end of the word
     before (or the beginning of the audio) to the start of the word behind (or the end), both of the same speaker."""
@@ -59,11 +50,8 @@ class Alignment(NamedTuple):
 def read_beside(path: str | Path) -> tuple[Kind, Any]:
     """Returns the kind of the JSON beside a recording, and its content.
 
-    An object with the key "alignments" is an alignment. Whisper's output ("segments", "words") and a bare list of rows
-    hold words in a form that is not read. Any other JSON is metadata.
-
-    Raises:
-        InputError: the file cannot be read or is not JSON.
+    Whisper's output ("segments", "words") and a bare list of rows hold words in a form that is not read. Any other JSON
+    without the key "alignments" is metadata. Raises `InputError` if the file cannot be read or is not JSON.
     """
     path = Path(path)
     try:
@@ -85,21 +73,11 @@ def read_beside(path: str | Path) -> tuple[Kind, Any]:
 
 
 def read_alignments(path: str | Path, seconds: float) -> Alignment:
-    """Returns the words in the JSON beside a recording.
+    """Returns the words in the JSON beside a recording of so many seconds.
 
-    A word is dropped if it has no times (null, NaN), no duration, its end before its start, a start before 0, or an end
-    more than `TOLERANCE` past the end of the audio. Empty words are ignored.
-
-    The words are not known if the JSON is no alignment. Nor are they if none has the label `MAIN_SPEAKER` and some have
-    another label than `OTHER_SPEAKER`, as in a diarizer's output: any of them could be Moshi's.
-
-    Args:
-        path: the JSON file.
-        seconds: length of the audio.
-
-    Raises:
-        InputError: as `read_beside`; the value of "alignments" has another structure; or more than half of the words
-            with times lie outside the audio or end before they begin, so that they are of another recording or unit.
+    docs/data/manifest.md lists the words that are dropped, and when the text is not known. Raises `InputError` as
+    `read_beside`, for another structure, or if more than half of the words with times lie outside the audio or end
+    before they begin.
     """
     path = Path(path)
     kind, content = read_beside(path)

@@ -1,22 +1,6 @@
-"""Code files: the codes of a stream of speech.
+"""Code files: the codes of a stream of speech, a safetensors file with one tensor ``codes``, int [K, T], and metadata.
 
-A safetensors file with one tensor ``codes``, int [K, T], as int16 if the values fit, else int32. For a codec of 8
-codebooks K is 8 (Moshi's stream), 16 (Moshi's and the user's) or 17 (the text as row 0, then both); a token that is not
-known is -1. Metadata, all strings:
-
-    frame_rate    frames a second, "12.5"; files of another rate are refused
-    codec         the codec's digest; its name is not unique
-    codec_name    for messages
-    cardinality   entries of a codebook
-    tokenizer     digest of the tokenizer, if there is a text row
-    voice         "moshi" or "user": the stream of the left or only channel of the recordings
-    sources       JSON list of `Source`s: the recordings, in order
-    boundaries    JSON list: the frames at which the next joined recording begins
-    input         digest of everything that the codes depend on, by which `python -m eval prepare` recognises its files
-    format        "ttt_jax.codes/2"
-    checksum      SHA-256, hex, over the codes and all other metadata
-
-Only ``frame_rate`` and ``codec`` need to be there; `python -m eval prepare` writes all of them.
+docs/data/codes.md describes rows and metadata. Only ``frame_rate`` and ``codec`` need to be there.
 """
 
 from __future__ import annotations
@@ -42,22 +26,17 @@ FORMAT = "ttt_jax.codes/2"
 class Source(NamedTuple):
     """A recording in a code file."""
 
-    path: str
-    """As given by the user."""
-    sha256: str
-    """SHA-256 of the audio file, hex."""
-    seconds: float
-    """Length of the audio; the frames last up to a frame longer."""
+    path: str  # as given by the user
+    sha256: str  # of the audio file, hex
+    seconds: float  # of audio; the frames last up to a frame longer
     frames: int
-    start: int
-    """The frame at which it begins."""
+    start: int  # the frame at which it begins
 
 
 class Codes(NamedTuple):
-    """Content of a code file; see the module's docstring. None or empty if the file does not state it."""
+    """Content of a code file, as docs/data/codes.md describes it; None or empty if the file does not state it."""
 
-    codes: np.ndarray
-    """int32 [K, T], T > 0."""
+    codes: np.ndarray  # int32 [K, T], T > 0
     frame_rate: float
     codec: str | None
     codec_name: str | None = None
@@ -67,11 +46,6 @@ class Codes(NamedTuple):
     sources: tuple[Source, ...] = ()
     boundaries: tuple[int, ...] = ()
     input: str | None = None
-
-    @property
-    def rows(self) -> int:
-        """K."""
-        return self.codes.shape[0]
 
     @property
     def num_frames(self) -> int:
@@ -92,18 +66,15 @@ class Codes(NamedTuple):
 class Header(NamedTuple):
     """Size and metadata of a code file."""
 
-    rows: int
-    """K."""
-    num_frames: int
-    """T, above 0."""
+    rows: int  # K
+    num_frames: int  # T, above 0
     frame_rate: float
     codec: str | None
     codec_name: str | None
     cardinality: int | None
     tokenizer: str | None
     boundaries: tuple[int, ...]
-    checksum: str | None
-    """As stated; `read_codes` checks it."""
+    checksum: str | None  # as stated; `read_codes` checks it
 
     @property
     def seconds(self) -> float:
@@ -135,60 +106,44 @@ def write_codes(path: str | Path, codes: Codes) -> None:
 
 
 def read_codes(path: str | Path) -> Codes:
-    """Returns the content of a code file. The caller checks rows and values against a codec.
-
-    Raises:
-        InputError: as `read_header`, or the checksum does not match.
-    """
-    path = Path(path)
-    with _opened(path) as file:
-        metadata = file.metadata() or {}
+    """Returns the content of a code file. The caller checks rows and values against a codec. Raises `InputError`."""
+    with _opened(Path(path)) as (file, metadata):
         codes = file.get_tensor("codes")
-    _check_shape(path, codes.shape, str(codes.dtype), codes.dtype.kind in "iu")
     if "checksum" in metadata and metadata["checksum"] != _checksum(codes, metadata):
         raise InputError(f"{path} is damaged (its checksum does not match its content): make it again.")
     return Codes(codes.astype(np.int32), **_parse(path, codes.shape[1], metadata))
 
 
 def read_header(path: str | Path) -> Header:
-    """Returns the size and metadata of a code file without reading its codes.
-
-    Raises:
-        InputError: the file is missing, is not safetensors with integers ``codes`` [K, T], T > 0, does not state
-            `FRAME_RATE` as frame_rate, or has invalid metadata.
-    """
-    path = Path(path)
-    with _opened(path) as file:
-        metadata = file.metadata() or {}
-        tensor = file.get_slice("codes")
-        shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
-    _check_shape(path, shape, kind, kind[0] in "IU")
+    """Returns the size and metadata of a code file without reading its codes. Raises `InputError`."""
+    with _opened(Path(path)) as (file, metadata):
+        shape = file.get_slice("codes").get_shape()
     fields = _parse(path, shape[1], metadata)
     stated = {name: fields[name] for name in Header._fields if name in fields}
     return Header(rows=shape[0], num_frames=shape[1], checksum=metadata.get("checksum"), **stated)
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Yields a file with codes, and its metadata."""
     try:
         with safetensors.safe_open(str(path), framework="numpy") as file:
-            yield file
+            tensor = file.get_slice("codes")
+            shape, kind = tensor.get_shape(), tensor.get_dtype()
+            if len(shape) != 2 or kind[0] not in "IU" or not shape[0]:
+                raise InputError(
+                    f"{path} holds codes of type {kind} and shape {shape}, expected integers [K, T]: write them so."
+                )
+            if not shape[1]:
+                raise InputError(f"{path} holds no frames (shape {shape}), less than one frame: leave it out.")
+            yield file, file.metadata() or {}
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(
             f"{path} cannot be read as codes ({error}): expected a safetensors file with a tensor 'codes', int [K, T]."
         ) from error
 
 
-def _check_shape(path: Path, shape: tuple[int, ...], kind: str, is_integer: bool) -> None:
-    if len(shape) != 2 or not is_integer or not shape[0]:
-        raise InputError(
-            f"{path} holds codes of type {kind} and shape {list(shape)}, expected integers [K, T]: write them so."
-        )
-    if not shape[1]:
-        raise InputError(f"{path} holds no frames (shape {list(shape)}), less than one frame: leave it out.")
-
-
-def _parse(path: Path, num_frames: int, metadata: dict[str, str]) -> dict[str, Any]:
+def _parse(path: str | Path, num_frames: int, metadata: dict[str, str]) -> dict[str, Any]:
     """Returns the fields of `Codes` in the metadata."""
     if metadata.get("format", FORMAT) != FORMAT:
         raise InputError(
@@ -197,19 +152,19 @@ def _parse(path: Path, num_frames: int, metadata: dict[str, str]) -> dict[str, A
         )
     rate = metadata.get("frame_rate")
     try:
-        frame_rate = float(rate if rate is not None else "nan")
+        is_right = rate is not None and float(rate) == FRAME_RATE
     except ValueError:
-        frame_rate = float("nan")
-    if frame_rate != FRAME_RATE:
+        is_right = False
+    if not is_right:
         raise InputError(
             f"{path} states frame_rate {rate!r} in its metadata, but models read {FRAME_RATE} frames a second: make the"
             f" codes with a codec of {FRAME_RATE} frames a second and state frame_rate '{FRAME_RATE}'."
         )
     try:
         cardinality = int(metadata["cardinality"]) if "cardinality" in metadata else None
-        sources = tuple(_source(source) for source in json.loads(metadata.get("sources", "[]")))
+        sources = tuple(Source(**source) for source in json.loads(metadata.get("sources", "[]")))
         boundaries = tuple(int(frame) for frame in json.loads(metadata.get("boundaries", "[]")))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path} has metadata that cannot be read ({type(error).__name__}: {error}), expected a number under"
             " 'cardinality' and JSON lists under 'sources' and 'boundaries': write them so or leave them out."
@@ -222,22 +177,12 @@ def _parse(path: Path, num_frames: int, metadata: dict[str, str]) -> dict[str, A
         )
     names = ("codec", "codec_name", "tokenizer", "voice", "input")
     return {
-        "frame_rate": frame_rate,
+        "frame_rate": FRAME_RATE,
         "cardinality": cardinality,
         "sources": sources,
         "boundaries": boundaries,
         **{name: metadata.get(name) for name in names},
     }
-
-
-def _source(fields: dict[str, Any]) -> Source:
-    return Source(
-        str(fields["path"]),
-        str(fields["sha256"]),
-        float(fields["seconds"]),
-        int(fields["frames"]),
-        int(fields["start"]),
-    )
 
 
 def _checksum(codes: np.ndarray, metadata: dict[str, str]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ttt_jax.codec import Codec, CodecInfo, load_codec
 from ttt_jax.config import MoshiConfig
-from ttt_jax.data.codes import Header, read_header
+from ttt_jax.data.codes import read_header
 from ttt_jax.data.encode import codec_missing
 from ttt_jax.data.frames import Recording, open_manifest
 from ttt_jax.data.manifest import MANIFEST, Absent, read_manifest
@@ -72,10 +72,8 @@ class CorpusConfig:
 class Source(NamedTuple):
     """Training recordings that share a weight."""
 
-    name: str
-    """Path given by the user."""
+    name: str  # path given by the user
     weight: float
-    """Its files are taken in proportion to it."""
     recordings: tuple[Recording, ...]
 
 
@@ -85,11 +83,9 @@ class Corpus(NamedTuple):
     codec: Codec | CodecInfo
     tokenizer: Tokenizer | TokenizerInfo
     train: tuple[Source, ...]
-    validation: tuple[Recording, ...]
-    """Scored during training; `heldout` itself if no others were named."""
+    validation: tuple[Recording, ...]  # scored during training; `heldout` itself if no others were named
     heldout: tuple[Recording, ...]
-    absent: dict[str, list[Absent]]
-    """Files that the manifests of train, heldout and validation name but that do not exist; they are left out."""
+    absent: dict[str, list[Absent]]  # files that are left out because they do not exist, by part
 
     @property
     def recordings(self) -> Iterator[Recording]:
@@ -102,11 +98,7 @@ class Corpus(NamedTuple):
         return list(dict.fromkeys(file for part in self.absent.values() for file in part))
 
     def describe(self) -> dict[str, Any]:
-        """Returns names, digests and sizes, as a run stores them.
-
-        The digest of code files is that of their digests; the digest of audio is that of its frames, which are read.
-        Raises `InputError` if they cannot be read.
-        """
+        """Returns names, digests and sizes, as a run stores them. The frames of audio are read. Raises `InputError`."""
         described: dict[str, Any] = {
             "codec": {"name": self.codec.name, "digest": self.codec.digest},
             "tokenizer": {"digest": self.tokenizer.digest, "pieces": self.tokenizer.cardinality},
@@ -125,8 +117,7 @@ class Corpus(NamedTuple):
 def parse_sources(text: str) -> list[tuple[str, float]]:
     """Returns paths and weights of PATH[:WEIGHT][,PATH[:WEIGHT]...]; the default weight is 1.
 
-    A part that exists as a path is a path, even with commas, colons and blanks; other blanks around paths and weights
-    are dropped. Raises `InputError` for an empty path or a bad weight.
+    A part that exists as a path is a path, whatever its characters. Raises `InputError` for a bad path or weight.
     """
 
     def is_part(part: str) -> bool:
@@ -171,13 +162,8 @@ def fit_model(
 ) -> MoshiConfig:
     """Returns `model` with the cardinalities of the data's codec and tokenizer, where these are known.
 
-    Args:
-        weights: name of the model's weights; None if they are still to be initialised.
-        trained_with: name and digest of the codec that the weights were trained with; None if it is not known.
-
-    Raises:
-        InputError: the model has another number of codebooks; or its weights have other cardinalities or were trained
-            with another codec.
+    `weights` names the model's weights, None if they are still to be initialised. `trained_with` holds name and digest
+    of the codec that they were trained with. Raises `InputError` if model and data do not fit.
     """
     codebooks = codec.num_codebooks
     if (model.n_q, model.dep_q) != (2 * codebooks, codebooks):
@@ -208,12 +194,13 @@ def load(cfg: CorpusConfig, codec: Codec | CodecInfo, tokenizer: Tokenizer | Tok
         part: [file for path in paths for file in read_manifest(path).absent] for part, paths in manifests.items()
     }
 
-    def opened(manifest: Path | None) -> tuple[Recording, ...]:
-        return open_manifest(manifest, codec, tokenizer, cfg.cache_dir / "frames") if manifest is not None else ()
+    def opened(*paths: Path) -> tuple[Recording, ...]:
+        folder = cfg.cache_dir / "frames"
+        return tuple(recording for path in paths for recording in open_manifest(path, codec, tokenizer, folder))
 
     train = tuple(Source(name, weight, opened(manifest)) for name, weight, manifest in _sources(cfg))
-    heldout = opened(_heldout(cfg))
-    validation = heldout if cfg.validation is None else opened(_manifest(cfg.validation))
+    heldout = opened(*manifests["heldout"])
+    validation = heldout if cfg.validation is None else opened(*manifests["validation"])
     return Corpus(codec, tokenizer, train, validation, heldout, absent)
 
 
@@ -221,8 +208,15 @@ def _stated(cfg: CorpusConfig, card: int | None) -> tuple[CodecInfo, str | None]
     """Returns the codec and the tokenizer's digest that code files state; reads headers until all is known."""
     codec, text_digest = None, None
     manifests = [path for paths in _by_part(cfg).values() for path in paths]
-    for entry in (entry for path in manifests for entry in read_manifest(path).entries):
-        header = _header(entry.path)
+    for path in (entry.path for manifest in manifests for entry in read_manifest(manifest).entries):
+        if path.suffix != ".safetensors":
+            raise codec_missing(path)
+        header = read_header(path)
+        if header.codec is None:
+            raise InputError(
+                f"{path} does not state its codec, which data.codec='files' relies on: write the codec's digest under"
+                " 'codec' in its metadata."
+            )
         if codec is None:
             codec = CodecInfo(header.codec_name or f"codec {header.codec[:12]}", header.codec, header.cardinality)
         if codec.cardinality is None:
@@ -234,38 +228,18 @@ def _stated(cfg: CorpusConfig, card: int | None) -> tuple[CodecInfo, str | None]
     return codec if codec.cardinality is not None else dataclasses.replace(codec, cardinality=card), text_digest
 
 
-def _header(path: Path) -> Header:
-    """Returns the header of a code file that states its codec. Raises `InputError` for any other file."""
-    if path.suffix != ".safetensors":
-        raise codec_missing(path)
-    header = read_header(path)
-    if header.codec is None:
-        raise InputError(
-            f"{path} does not state its codec, which data.codec='files' relies on: write the codec's digest under"
-            " 'codec' in its metadata."
-        )
-    return header
-
-
 def _sources(cfg: CorpusConfig) -> list[tuple[str, float, Path]]:
     """Returns name, weight and manifest of each source of training files."""
-    if cfg.train is None:
-        return [(str(EMBEDDED / "train.jsonl"), 1.0, EMBEDDED / "train.jsonl")]
-    return [(path, weight, _manifest(path)) for path, weight in parse_sources(cfg.train)]
-
-
-def _heldout(cfg: CorpusConfig) -> Path | None:
-    if cfg.heldout is not None:
-        return _manifest(cfg.heldout)
-    return EMBEDDED / "heldout.jsonl" if cfg.train is None else None
+    sources = [(str(EMBEDDED / "train.jsonl"), 1.0)] if cfg.train is None else parse_sources(cfg.train)
+    return [(path, weight, _manifest(path)) for path, weight in sources]
 
 
 def _by_part(cfg: CorpusConfig) -> dict[str, list[Path]]:
     """Returns the manifests of training, held-out and validation files."""
-    heldout = _heldout(cfg)
+    heldout = str(EMBEDDED / "heldout.jsonl") if cfg.train is cfg.heldout is None else cfg.heldout
     return {
         "train": [manifest for _, _, manifest in _sources(cfg)],
-        "heldout": [] if heldout is None else [heldout],
+        "heldout": [] if heldout is None else [_manifest(heldout)],
         "validation": [] if cfg.validation is None else [_manifest(cfg.validation)],
     }
 

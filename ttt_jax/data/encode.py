@@ -21,6 +21,8 @@ from ttt_jax.errors import InputError
 
 Voice = Literal["moshi", "user"]
 """The stream of the left or only channel."""
+Watch = Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]]
+"""Passes on blocks of audio, float32 [channels, n]."""
 _BLOCK = 256  # frames of silence encoded at a time; bounds memory
 
 log = logging.getLogger("ttt_jax")
@@ -29,12 +31,9 @@ log = logging.getLogger("ttt_jax")
 class Encoded(NamedTuple):
     """The codes of a recording."""
 
-    codes: np.ndarray
-    """int32 [2 * num_codebooks, T]: Moshi's stream, then the user's."""
-    text: np.ndarray | None
-    """Moshi's text, int32 [T]; None if it is not known."""
-    seconds: float
-    """Length of the audio."""
+    codes: np.ndarray  # int32 [2 * num_codebooks, T]: Moshi's stream, then the user's
+    text: np.ndarray | None  # Moshi's, int32 [T]; None if it is not known
+    seconds: float  # of audio
 
     @property
     def frames(self) -> np.ndarray:
@@ -43,12 +42,9 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Encodes recordings with one codec and one tokenizer.
+    """Encodes recordings with one codec, from a fresh state for each, and one tokenizer.
 
-    Args:
-        codec: encodes each channel, from a fresh state for every recording.
-        tokenizer: gives the text row where there are alignments.
-        voice: the stream of the left or only channel; the right channel is the other stream, silence if there is none.
+    `voice` is the stream of the left or only channel; the right channel is the other stream, silence if there is none.
     """
 
     def __init__(self, codec: Codec | CodecInfo, tokenizer: Tokenizer | TokenizerInfo, voice: Voice = "moshi") -> None:
@@ -56,17 +52,11 @@ class Encoder:
         self._silence: np.ndarray | None = None
         self._silence_state: Any = None
 
-    def encode(
-        self, entry: Entry, watch: Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]] = lambda blocks: blocks
-    ) -> Encoded:
+    def encode(self, entry: Entry, watch: Watch = lambda blocks: blocks) -> Encoded:
         """Returns the codes of an audio file, read block by block; logs which of its words were dropped.
 
-        `watch` passes on the blocks of audio, float32 [channels, n] at the codec's rate. A duration of NaN in `entry`
-        agrees with any length.
-
-        Raises:
-            InputError: the audio is unusable, shorter than a frame or not as long as the entry states; or its
-                alignments are unusable. The message names the file.
+        `watch` gets the blocks at the codec's rate. A duration of NaN in `entry` agrees with any length. Raises
+        `InputError` if audio or alignments are unusable.
         """
         codec, path = self.codec, entry.path
         channels, num_samples = encode_blocks(watch(read_blocks(path, codec.sample_rate)), codec)
@@ -84,12 +74,7 @@ class Encoder:
         return Encoded(np.concatenate([left, right] if self.voice == "moshi" else [right, left]), text.row, seconds)
 
     def text(self, entry: Entry, seconds: float, num_frames: int, is_mono: bool = False) -> Text:
-        """Returns the text row of Moshi's stream, [num_frames], for `seconds` of audio; in mono the right channel is
-        silent.
-
-        Raises:
-            InputError: the alignments are unusable, or there is no tokenizer for their words.
-        """
+        """Returns Moshi's text for `seconds` of audio; in mono the right channel is silent. Raises `InputError`."""
         if entry.alignment is None:
             return Text(None, None)
         if isinstance(self.tokenizer, TokenizerInfo) and read_beside(entry.alignment)[0] is Kind.ALIGNMENTS:

@@ -1,19 +1,12 @@
 """A manifest's entry to frames, int32 [17, T]; frames of audio are cached on disk.
 
 Rows, for a codec of 8 codebooks: 0 the text, 1 to 8 Moshi's stream (the left or only channel), 9 to 16 the user's (the
-right channel; of a mono file the codes of silence). -1 is a token that is not known: an entry without alignments has
-text -1 in every frame, which the model reads as a zero vector and no loss counts. A warning on dropped words or poor
-sound is logged when a recording is encoded, not when its frames come from the cache.
-
-An entry may also name a code file (`ttt_jax.data.codes`), from `python -m eval prepare` or made elsewhere: codes, int
-[K, T]. K is 8 for Moshi's stream alone, 16 for both streams, 17 for both below the text. Without a text row the text
-comes from the alignments, as for audio.
+right channel; of a mono file the codes of silence). -1 is a token that is not known. An entry names audio or a code
+file (`ttt_jax.data.codes`). Without a text row the text comes from the alignments.
 
 A `Recording` is an entry that was checked; its frames are read when they are needed, so hours of speech cost no memory.
-Opening a code file reads its header only; opening audio encodes it into the cache.
-
-The cache holds one safetensors file per entry, named by a SHA-256 over the contents of the audio and alignment files
-and the digests of codec and tokenizer. A cached file whose checksum does not match is made again.
+Opening a code file reads its header only; opening audio encodes it into the cache, one safetensors file for an entry,
+named by the digest of all that the frames depend on. A cached file whose checksum does not match is made again.
 """
 
 from __future__ import annotations
@@ -30,10 +23,10 @@ import safetensors
 import safetensors.numpy
 
 from ttt_jax.codec import Codec, CodecInfo
-from ttt_jax.data.codes import Codes, Header, read_codes, read_header
+from ttt_jax.data.codes import Header, read_codes, read_header
 from ttt_jax.data.encode import Encoder, codec_missing, join_rows, warn
 from ttt_jax.data.manifest import Entry, check_duration, read_manifest
-from ttt_jax.data.text import ABSENT, Text, Tokenizer, TokenizerInfo
+from ttt_jax.data.text import ABSENT, Tokenizer, TokenizerInfo
 from ttt_jax.errors import InputError
 from ttt_jax.utils.files import file_digest, write_atomically
 from ttt_jax.utils.paths import printable
@@ -45,20 +38,14 @@ _VERSION = "ttt_jax.frames/3"  # to change whenever the same input would give ot
 class Recording:
     """One recording of a manifest.
 
-    Attributes:
-        name: its folder and its name without suffix, printable.
-        speaker: who speaks, if the manifest states it.
-        shape: of its frames, [1 + 2 * num_codebooks, T], T >= 1.
-        digest: of the code file and its alignments, hex; None for audio: another version of a decoder can give other
-            samples, so only the frames identify it.
-        read: reads the frames, int32 of that shape, anew at each call. Raises `InputError` if the file is damaged, has
-            tokens out of range, or has changed since it was opened.
+    `read` reads the frames, int32 [shape], anew at each call. It raises `InputError` if the file is damaged, has tokens
+    out of range, or has changed since it was opened.
     """
 
-    name: str
+    name: str  # folder and name without suffix, printable
     speaker: str | None
-    shape: tuple[int, int]
-    digest: str | None
+    shape: tuple[int, int]  # [1 + 2 * num_codebooks, T], T >= 1
+    digest: str | None  # of a code file and its alignments, hex; None for audio, since decoders' versions differ
     read: Callable[[], np.ndarray]
 
     @property
@@ -74,10 +61,7 @@ def open_manifest(
     cache_dir: str | Path,
     progress: bool = True,
 ) -> tuple[Recording, ...]:
-    """Returns the recordings of a manifest that exist, in its order, opened by a `FrameReader`.
-
-    `progress` shows a progress bar on standard error. Raises `InputError` as `read_manifest` and `FrameReader.open`.
-    """
+    """Returns the recordings of a manifest that exist, in its order, opened by a `FrameReader`. Raises `InputError`."""
     from tqdm import tqdm
 
     entries, reader = read_manifest(path).entries, FrameReader(codec, tokenizer, cache_dir)
@@ -91,36 +75,16 @@ def open_manifest(
 
 
 class FrameReader:
-    """Reads audio and code files as frames.
-
-    Args:
-        codec: encodes audio; its digest must be that of code files.
-        tokenizer: gives the text row.
-        cache_dir: folder of the cache for audio, made if it is missing.
-    """
+    """Opens audio and code files; the codec's digest must be that of code files, `cache_dir` is for audio."""
 
     def __init__(self, codec: Codec | CodecInfo, tokenizer: Tokenizer | TokenizerInfo, cache_dir: str | Path) -> None:
         self.codec, self.tokenizer, self._cache_dir = codec, tokenizer, Path(cache_dir)
         self._encoder = Encoder(codec, tokenizer)
 
-    def read(self, entry: Entry) -> np.ndarray:
-        """Returns the frames of one recording, int32 [1 + 2 * num_codebooks, T].
-
-        Raises:
-            InputError: a file is unusable, lasts less than a frame, has another length than the manifest states, or
-                holds codes of another codec or outside its range; it is audio and the codec is not here; or the cache
-                cannot be written.
-        """
-        if entry.path.suffix != ".safetensors":
-            return self._read_audio(entry, self._cache_path(entry))
-        frames, notice = self._read_codes(entry)
-        warn(entry.alignment, notice)
-        return frames
-
     def open(self, entry: Entry) -> Recording:
         """Returns a checked recording; only the tokens of a code file are checked later, when they are read.
 
-        Audio that is not in the cache is encoded. Raises `InputError` as `read`.
+        Raises `InputError` if a file is unusable or does not fit the data, or the cache cannot be written.
         """
         name = printable(f"{entry.path.parent.name}/{entry.path.stem}")
         speaker = None if entry.speaker is None else printable(entry.speaker)
@@ -137,7 +101,7 @@ class FrameReader:
             if text.row is not None:
                 digest = hashlib.sha256(f"{digest} {file_digest(entry.alignment)}".encode()).hexdigest()
         shape = (1 + 2 * self.codec.num_codebooks, header.num_frames)
-        return Recording(name, speaker, shape, digest, functools.partial(self._reread_codes, entry, header))
+        return Recording(name, speaker, shape, digest, functools.partial(self._read_codes, entry, header))
 
     def _read_audio(self, entry: Entry, cached: Path) -> np.ndarray:
         """Returns the frames of audio from the cache file `cached`, which is made if it is missing or damaged."""
@@ -167,18 +131,12 @@ class FrameReader:
             raise _changed(entry)
         return frames
 
-    def _reread_codes(self, entry: Entry, header: Header) -> np.ndarray:
-        if read_header(entry.path) != header:
-            raise _changed(entry)
-        return self._read_codes(entry)[0]
-
-    def _read_codes(self, entry: Entry) -> tuple[np.ndarray, str | None]:
-        """Returns the frames of a code file, and `Text.notice`."""
+    def _read_codes(self, entry: Entry, header: Header) -> np.ndarray:
         path, codec, codebooks = entry.path, self.codec, self.codec.num_codebooks
-        stored = read_codes(path)
-        self._check_header(entry, stored)
-        codes = stored.codes
-        has_text = stored.rows == 1 + 2 * codebooks
+        if read_header(path) != header:
+            raise _changed(entry)
+        codes = read_codes(path).codes
+        has_text = header.rows == 1 + 2 * codebooks
         for row, values in enumerate(codes):
             is_text = has_text and row == 0
             cardinality = self.tokenizer.cardinality if is_text else codec.cardinality
@@ -189,13 +147,12 @@ class FrameReader:
                     f" {expected} ({'the tokenizer' if is_text else codec.name}): encode it again."
                 )
         if has_text:
-            return codes, None
-        user = codes[codebooks:] if stored.rows == 2 * codebooks else self._encoder.silence(stored.num_frames)
-        text: Text = self._encoder.text(entry, stored.seconds, stored.num_frames)
-        return join_rows(text.row, codes[:codebooks], user), text.notice
+            return codes
+        user = codes[codebooks:] if header.rows == 2 * codebooks else self._encoder.silence(header.num_frames)
+        text = self._encoder.text(entry, header.seconds, header.num_frames)
+        return join_rows(text.row, codes[:codebooks], user)
 
-    def _check_header(self, entry: Entry, stored: Codes | Header) -> None:
-        """Raises `InputError` if the header shows that the file cannot be used."""
+    def _check_header(self, entry: Entry, stored: Header) -> None:
         path, codec, codebooks = entry.path, self.codec, self.codec.num_codebooks
         if stored.codec != codec.digest:
             raise InputError(

@@ -1,8 +1,6 @@
 """Manifests in moshi-finetune's format.
 
-A manifest is a JSONL file, plain or gzip, one recording a line: ``{"path": ..., "duration": seconds}``. Paths are
-absolute or relative to the manifest's folder, with "/" between folders. "speaker" is read too; other keys are ignored.
-Beside a recording a JSON of the same stem may hold its words (`ttt_jax.data.alignments`). Audio is not opened here.
+docs/data/manifest.md describes them. Audio is not opened here.
 """
 
 from __future__ import annotations
@@ -28,39 +26,27 @@ _HEAD = 4096  # bytes that show whether a file is text
 
 @dataclass(frozen=True)
 class Entry:
-    """One recording of a manifest.
+    """One recording of a manifest."""
 
-    Attributes:
-        path: the audio file.
-        duration: seconds that the manifest states.
-        alignment: the JSON beside the audio; None if there is none.
-        speaker: who speaks, if the manifest states it: recordings of one speaker are not independent.
-    """
-
-    path: Path
-    duration: float
-    alignment: Path | None
-    speaker: str | None = None
+    path: Path  # of the audio
+    duration: float  # seconds that the manifest states
+    alignment: Path | None  # the JSON beside the audio; None if there is none
+    speaker: str | None = None  # None if the manifest does not state it
 
 
 class Absent(NamedTuple):
     """A recording of a manifest whose audio or alignment does not exist."""
 
-    path: Path
-    """The audio file."""
-    reason: str
-    """Sentence that names the line of the manifest."""
+    path: Path  # of the audio
+    reason: str  # sentence that names the line of the manifest
     speaker: str | None = None
-    """As in `Entry`."""
 
 
 class Manifest(NamedTuple):
     """The recordings of a manifest, in its order."""
 
-    entries: list[Entry]
-    """At least one."""
+    entries: list[Entry]  # at least one
     absent: list[Absent]
-    """To be told and counted, and left out."""
 
 
 def is_manifest(path: Path) -> bool:
@@ -81,15 +67,17 @@ def is_manifest(path: Path) -> bool:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Returns the recordings of a JSONL manifest, plain or gzip; blank lines are skipped.
-
-    Raises:
-        InputError: the manifest is missing, empty or not JSONL, a line lacks a field or has a bad one, or none of the
-            audio files exists. The message names the line.
-    """
+    """Returns the recordings of a manifest. Raises `InputError` if a line is unusable or no audio file exists."""
     path = Path(path)
-    lines = enumerate(_read(path), start=1)
-    recordings = [_parse_entry(path, number, line) for number, line in lines if line.strip()]
+    try:
+        lines = read_lines(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: give the path of a manifest.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): give the path of a manifest.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text: give the path of a manifest.") from None
+    recordings = [_parse_entry(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not recordings:
         raise InputError(
             f'{path} is empty: a manifest has one line {{"path": ..., "duration": seconds}} per recording.'
@@ -111,32 +99,23 @@ def check_duration(entry: Entry, seconds: float) -> None:
         )
 
 
-def _read(path: Path) -> list[str]:
-    try:
-        return read_lines(path)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give the path of a manifest.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): give the path of a manifest.") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text: give the path of a manifest.") from None
-
-
 def _parse_entry(manifest: Path, number: int, line: str) -> Entry | Absent:
     where = f"{manifest} line {number}"
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error}): every line of a manifest must be one JSON object.") from None
+    form = 'expected {"path": ..., "duration": seconds}'
     if not isinstance(record, dict):
-        raise InputError(f'{where} is not a JSON object: expected {{"path": ..., "duration": seconds}}.')
+        raise InputError(f"{where} is not a JSON object: {form}.")
     for key in ("path", "duration"):
         if key not in record:
-            raise InputError(f'{where} has no "{key}": expected {{"path": ..., "duration": seconds}}.')
+            raise InputError(f'{where} has no "{key}": {form}.')
     name, duration = record["path"], record["duration"]
     if not _is_name(name):
         raise InputError(f'{where} has "path": {name!r}: expected the name of an audio file.')
-    if not _is_number(duration) or duration <= 0:
+    is_number = isinstance(duration, int | float) and not isinstance(duration, bool)
+    if not is_number or not 0 < duration <= sys.float_info.max:
         raise InputError(f'{where} has "duration": {duration!r}: expected seconds greater than 0.')
     speaker = record.get("speaker")
     if isinstance(speaker, bool) or not isinstance(speaker, str | int | None):
@@ -170,7 +149,3 @@ def _advice(problem: Missing, name: str) -> str:
     if "\\" in name:
         return "write / between folders"
     return "paths are relative to the manifest's folder"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

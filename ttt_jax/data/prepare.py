@@ -1,11 +1,7 @@
 """A folder of code files made from recordings, and its manifest. Imports no jax.
 
-    FOLDER/prepare.json              codec and whether recordings are joined: one choice for the whole folder
-    FOLDER/codes/NAME.safetensors    a stream (`ttt_jax.data.codes`)
-    FOLDER/parts/NAME.safetensors    with joining, a recording of a stream, so that a later run need not encode it again
-    FOLDER/manifest.jsonl            a manifest for training and evaluation, with the sources of each stream
-
-Every file is written atomically, and a code file states what it was made of, so an interrupted run is started again.
+docs/data/prepare.md lists its files. Each is written atomically, and a code file states what it was made of, so an
+interrupted run is started again.
 """
 
 from __future__ import annotations
@@ -16,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +20,7 @@ import numpy as np
 
 from ttt_jax.codec import Codec
 from ttt_jax.data.codes import Codes, Source, read_codes, write_codes
-from ttt_jax.data.encode import Encoder, join_rows
+from ttt_jax.data.encode import Encoder, Watch, join_rows
 from ttt_jax.data.manifest import MANIFEST, Entry
 from ttt_jax.data.sources import Recording, Stream, name_of
 from ttt_jax.errors import InputError
@@ -35,41 +31,23 @@ from ttt_jax.utils.paths import place, portable
 SETTINGS = "prepare.json"
 _VERSION = "ttt_jax.prepare/4"  # to change whenever the same input would give other codes
 
-Watch = Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]]
-
 
 class PreparedFolder:
-    """A folder that takes the code files of streams. Close it to write its manifest.
-
-    Args:
-        path: the folder; made if it is missing.
-        encoder: encodes the recordings.
-        joined: whether a stream has several recordings.
-
-    Attributes:
-        entries: lines of the manifest of the streams added so far, by the stream's name.
-        reused: recordings that an earlier run encoded.
-        encoded: seconds of audio that this run encoded.
-        spent: seconds of time that this took.
-
-    Raises:
-        InputError: the folder cannot be made, is not of `prepare`, is damaged, or has another codec or choice of
-            joining.
-    """
+    """A folder that takes the code files of streams, `joined` of several recordings or not. Close it to write its
+    manifest. Raises `InputError` if the folder is unusable or has another codec or choice of joining."""
 
     def __init__(self, path: Path, encoder: Encoder, joined: bool) -> None:
         self.path, self._encoder, self._joined = path, encoder, joined
-        self.entries: dict[str, dict[str, Any]] = {}
-        self.reused: set[Path] = set()
-        self.encoded = self.spent = 0.0
+        self.entries: dict[str, dict[str, Any]] = {}  # lines of the manifest, by the stream's name
+        self.reused: set[Path] = set()  # recordings that an earlier run encoded
+        self.encoded = self.spent = 0.0  # seconds of audio that this run encoded, and of time that this took
         self._failed: set[str] = set()
         self._new_folders = _open(path, encoder.codec, joined)
 
     def add(self, stream: Stream, watch: Watch = lambda blocks: blocks) -> None:
         """Makes the code file of a stream, or finds the one that was made of the same recordings.
 
-        `watch` is that of `Encoder.encode`. Raises `InputError` if a recording cannot be used; an earlier code file of
-        this stream then leaves the manifest.
+        Raises `InputError` if a recording cannot be used; an earlier code file then leaves the manifest.
         """
         try:
             codes = self._make(stream, watch)
@@ -93,8 +71,7 @@ class PreparedFolder:
     def close(self) -> list[str]:
         """Writes the manifest: the lines of earlier runs, those of this run in their place or behind them.
 
-        Removes the folder if nothing was made in it, so that its settings do not bind the next run. Returns the paths
-        of earlier lines that are left out because their code file is gone or damaged.
+        Removes the folder if nothing was made in it. Returns earlier lines' paths whose file is gone or damaged.
         """
         fresh = {entry["path"]: entry for entry in self.entries.values()}
         stale = {self._codes_path(name).relative_to(self.path).as_posix() for name in self._failed}
@@ -142,14 +119,15 @@ class PreparedFolder:
 
     def _encode_part(self, recording: Recording, stream: Stream, watch: Watch) -> Codes:
         """`_encode` for a recording of a joined stream; the error names a converted copy beside it."""
+        path = recording.path
         try:
             return self._encode(recording, self.path / "parts" / f"{name_of(recording)}.safetensors", watch)
         except InputError as error:
-            bare = recording.path.with_suffix("")
-            copies = [r.path for r in stream.recordings if r.path.with_suffix("") == bare and r is not recording]
-            if not copies:
+            others = (other.path for other in stream.recordings if other.path != path)
+            copy = next((other for other in others if other.with_suffix("") == path.with_suffix("")), None)
+            if copy is None:
                 raise
-            hint = f"{copies[0].name} stands beside it: if that was made from it, remove {recording.path.name}"
+            hint = f"{copy.name} stands beside it: if that was made from it, remove {path.name}"
             raise InputError(f"{str(error).removesuffix('.')}; {hint}.") from None
 
     def _encode(self, recording: Recording, path: Path, watch: Watch) -> Codes:
@@ -167,17 +145,11 @@ class PreparedFolder:
 
     def _identity(self, recording: Recording) -> str:
         """Digest of everything that a recording's codes depend on; its files count by path, size and time of change."""
-        encoder, with_text = self._encoder, recording.alignment is not None
-        parts = [
-            _VERSION,
-            _stamp(recording.path),
-            _stamp(recording.alignment) if with_text else None,
-            recording.duration,
-            encoder.codec.digest,
-            encoder.tokenizer.digest if with_text else None,
-            encoder.voice,
-        ]
-        return _digest(parts)
+        encoder, words, tokenizer = self._encoder, None, None
+        if recording.alignment is not None:
+            words, tokenizer = _stamp(recording.alignment), encoder.tokenizer.digest
+        audio = _stamp(recording.path)
+        return _digest([_VERSION, audio, words, recording.duration, encoder.codec.digest, tokenizer, encoder.voice])
 
     def _codes_path(self, name: str) -> Path:
         return self.path / "codes" / f"{name}.safetensors"

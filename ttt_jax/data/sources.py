@@ -1,18 +1,6 @@
 """The recordings of a source of audio, and the streams that they make.
 
-A source is an audio file, a folder, a manifest of moshi-finetune, or the tree of a data set:
-
-    folder            all audio below it
-    manifest          JSONL of `ttt_jax.data.manifest`
-    librilight        speaker/book/chapter.flac, beside each a JSON with `book_meta` (no alignment)
-    librispeech-long  split/speaker/chapter/recording.flac, transcripts beside them (not used: they have no times)
-
-Recordings come in the order of the manifest, else in the natural order of paths: chapter_2 before chapter_10. Hidden
-files and folders (names that begin with a dot) are ignored.
-
-Links are followed and keep their own names, as trees of git-annex and Hugging Face's cache need: speaker, book and
-chapter are the folders of the path by which a recording is reached. Two links to one content are two recordings. A
-folder that several paths reach comes once, by a path without links if there is one.
+docs/data/prepare.md describes sources and layouts, the order of recordings, links, and what is left out.
 """
 
 from __future__ import annotations
@@ -40,56 +28,35 @@ _JUDGED = 100  # files of a folder that decide its layout; bounds the reading of
 class Recording(NamedTuple):
     """One audio file of a source."""
 
-    path: Path
-    """As given by the user."""
-    group: str
-    """Name for people of a book, speaker, folder, or speaker in a folder; joining makes one stream of a group."""
-    group_key: str
-    """Key of the group, unique among all sources."""
-    speaker: str | None
-    """None if the layout does not state it."""
-    alignment: Path | None
-    """The JSON beside the audio; None if there is none or the layout has no alignments."""
-    duration: float | None
-    """Seconds that a manifest states, or None."""
+    path: Path  # as given by the user
+    group: str  # name of a book, speaker, folder, or speaker in a folder; joining makes one stream of a group
+    group_key: str  # unique among all sources
+    speaker: str | None = None  # None if the layout does not state it
+    alignment: Path | None = None  # the JSON beside the audio; None if the layout has no alignments
+    duration: float | None = None  # seconds that a manifest states
 
 
 class Stream(NamedTuple):
     """Recordings that become one code file, one behind the other."""
 
-    name: str
-    """Relative path of the code file, without its ending: unique, of safe characters, the same in every run."""
+    name: str  # relative path of the code file, without ending: unique, of safe characters, the same in every run
     group: str
     speaker: str | None
     recordings: tuple[Recording, ...]
-    gap: Path | None = None
-    """A recording of the stream that is left out; then the stream is left out too."""
+    gap: Path | None = None  # a recording of the stream that is left out; then the stream is left out too
 
 
 class Contents(NamedTuple):
     """The recordings of some sources."""
 
-    recordings: list[Recording]
-    """In the order of the sources; at least one."""
-    problems: list[str]
-    """Sentences on the recordings that are left out."""
-    skipped: int
-    """Number of recordings, and of books without any, that are left out."""
-    gaps: dict[str, Path]
-    """The first recording of a group that is left out, by `Recording.group_key`."""
+    recordings: list[Recording]  # in the order of the sources; at least one
+    problems: list[str]  # sentences on the recordings that are left out
+    skipped: int  # number of recordings, and of books without any, that are left out
+    gaps: dict[str, Path]  # the first recording of a group that is left out, by `Recording.group_key`
 
 
 def find(sources: Sequence[str | Path], layout: Layout = "auto") -> Contents:
-    """Returns the recordings of all sources in their order, each once, and the problems of those that are left out.
-
-    Args:
-        sources: files and folders.
-        layout: of all sources; "auto" decides for each.
-
-    Raises:
-        InputError: a source does not exist, has another layout, holds no audio, or has a mistake in its manifest; or no
-            recording is left.
-    """
+    """Returns the recordings of all sources, each once, and the problems of those left out. Raises `InputError`."""
     recordings: dict[Path, Recording] = {}
     problems: dict[Path, _Problem] = {}
     for source in sources:
@@ -111,10 +78,8 @@ class _Problem(NamedTuple):
     """A file or folder that is left out."""
 
     sentence: str
-    kind: str
-    """Plural noun for problems that one sentence can stand for."""
-    group_key: str | None
-    """Of the stream that lacks this recording; None if none does."""
+    kind: str  # plural noun for problems that one sentence can stand for
+    group_key: str | None = None  # of the stream that lacks this recording
 
 
 def _sentences(problems: Iterable[_Problem]) -> list[str]:
@@ -138,7 +103,13 @@ def streams(contents: Contents, join: bool) -> list[Stream]:
     groups: dict[str, list[Recording]] = {}
     for recording in contents.recordings:
         groups.setdefault(recording.group_key, []).append(recording)
-    return [_joined(key, members, contents.gaps.get(key)) for key, members in groups.items()]
+    joined = []
+    for key, members in groups.items():
+        group = members[0].group
+        # A chapter given by itself has no speaker; in its tree it has one.
+        speaker = next((member.speaker for member in members if member.speaker is not None), None)
+        joined.append(Stream(_name(Path(group).parts, key), group, speaker, tuple(members), contents.gaps.get(key)))
+    return joined
 
 
 def name_of(recording: Recording) -> str:
@@ -151,12 +122,6 @@ def _name(parts: Iterable[str], key: str) -> str:
     """Returns `parts` in safe characters, at most 60 of each; the digest of `key` makes the name unique."""
     safe = [re.sub(r"[^A-Za-z0-9._-]+", "_", part).lstrip(".")[:60] or "_" for part in parts]
     return f"{'/'.join(safe)}-{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
-
-
-def _joined(key: str, members: list[Recording], gap: Path | None) -> Stream:
-    # A chapter given by itself has no speaker; in its tree it has one.
-    group, speaker = members[0].group, next((member.speaker for member in members if member.speaker is not None), None)
-    return Stream(_name(Path(group).parts, key), group, speaker, tuple(members), gap)
 
 
 def _find(source: Path, layout: str, problems: dict[Path, _Problem]) -> list[Recording]:
@@ -191,7 +156,12 @@ def _find(source: Path, layout: str, problems: dict[Path, _Problem]) -> list[Rec
         kind = f"{path.suffix.lower()} files below {source}" if path.suffix else f"links below {source}"
         problems[place(path)] = _Problem(sentence, kind, make(path).group_key if is_gap else None)
     books = [folder.path for folder in folders if folder.is_empty and layout == "librilight"]
-    problems |= {place(absolute(book)): _no_chapters(book, source) for book in books}
+    for book in books:
+        problems[place(absolute(book))] = _Problem(
+            f"{book} is a book without chapters (it holds no audio): complete the download, remove the folder or give"
+            " --layout folder.",
+            f"folders below {source}",
+        )
     if not files and not books:
         raise InputError(f"{source} holds no audio ({', '.join(formats.READ)}): give a folder with recordings.")
     return [recording for recording in recordings if recording.path not in left]
@@ -242,28 +212,20 @@ def _of_manifest(manifest: Path, problems: dict[Path, _Problem]) -> list[Recordi
 
 def _in_librilight(path: Path) -> Recording:
     group = _group(path.parent, 2)
-    return Recording(path, group, os.path.realpath(path.parent), Path(group).parts[0], None, None)
+    return Recording(path, group, os.path.realpath(path.parent), Path(group).parts[0])
 
 
 def _in_speech_long(path: Path) -> Recording:
     speaker = absolute(path).parent.parent
-    return Recording(path, _group(speaker, 2), os.path.realpath(speaker), portable(speaker.name), None, None)
+    return Recording(path, _group(speaker, 2), os.path.realpath(speaker), portable(speaker.name))
 
 
 def _in_folder(path: Path) -> Recording:
-    return Recording(path, _group(path.parent, 1), os.path.realpath(path.parent), None, beside(path, ".json"), None)
+    return Recording(path, _group(path.parent, 1), os.path.realpath(path.parent), alignment=beside(path, ".json"))
 
 
 def _group(folder: Path, depth: int) -> str:
     return portable("/".join(absolute(folder).parts[1:][-depth:])) or "root"
-
-
-def _no_chapters(folder: Path, root: Path) -> _Problem:
-    sentence = (
-        f"{folder} is a book without chapters (it holds no audio): complete the download, remove the folder or"
-        " give --layout folder."
-    )
-    return _Problem(sentence, f"folders below {root}", None)
 
 
 def _unusable(path: Path) -> str | None:
@@ -274,19 +236,12 @@ def _unusable(path: Path) -> str | None:
     return None if problem is None else f"{path} {': '.join(problem)}."
 
 
-def _is_annexed(link: Path) -> bool:
-    """Returns whether a link is one of git-annex to a file's content, so not to a folder."""
-    return {"annex", "objects"} <= set(Path(os.readlink(link)).parts)
-
-
 class _Folder(NamedTuple):
     """A folder of a tree."""
 
     path: Path
-    files: list[Path]
-    """Audio files, and broken links that may lead to folders of audio."""
-    is_empty: bool
-    """Whether it holds neither such files nor folders."""
+    files: list[Path]  # audio, and broken links that may lead to folders of audio
+    is_empty: bool  # whether it holds neither such files nor folders
 
 
 def _walk(root: Path) -> Iterator[_Folder]:
@@ -316,7 +271,9 @@ def _sounds(path: Path) -> bool:
     """Returns whether a file is audio by its name, or a broken link that may lead to a folder of audio."""
     if formats.is_read(path) or formats.is_other(path):
         return True
-    return not path.suffix and path.is_symlink() and not path.exists() and not _is_annexed(path)
+    if path.suffix or not path.is_symlink() or path.exists():
+        return False
+    return not {"annex", "objects"} <= set(Path(os.readlink(path)).parts)  # git-annex links to files only
 
 
 def _node(folder: str | Path) -> tuple[int, int]:
@@ -329,11 +286,10 @@ def _refuse(error: OSError) -> NoReturn:
     raise InputError(f"{error.filename} cannot be read ({error.strerror}): give a folder that can.") from None
 
 
-def _natural(path: Path) -> tuple[tuple[tuple[str | int, ...], str], ...]:
+def _natural(path: Path) -> list[tuple[list[str | int], str]]:
     """Returns a key that sorts paths part by part, numbers in them as numbers, in any Unicode form."""
-    return tuple((_numbers(unicodedata.normalize("NFC", portable(part))), part) for part in path.parts)
-
-
-def _numbers(text: str) -> tuple[str | int, ...]:
-    pieces = re.split(r"([0-9]+)", text.casefold())
-    return tuple(int(piece) if i % 2 else piece for i, piece in enumerate(pieces))
+    key = []
+    for part in path.parts:
+        pieces = re.split(r"([0-9]+)", unicodedata.normalize("NFC", portable(part)).casefold())
+        key.append(([int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], part))
+    return key

@@ -3,9 +3,6 @@
 Moshi's ids: EPAD (0) on the frame before a word's first token, PAD (3) where no text is due. A SentencePiece model
 trained with unk_id=0, bos_id=1, eos_id=2, pad_id=3 leaves both free. Any other model works too: `Tokenizer.encode`
 drops a word's tokens 0 and 3, which would read as EPAD and PAD.
-
-A word that the model cannot write, such as one of another script, has no tokens. While it is spoken the text is not
-known (-1): the unknown piece would be noise, and PAD would mean that nothing is spoken.
 """
 
 from __future__ import annotations
@@ -30,12 +27,7 @@ _WORD_START = "\u2581"  # SentencePiece's mark
 
 
 class Tokenizer:
-    """Words to ids and back by a SentencePiece model; made by `load_tokenizer`.
-
-    Attributes:
-        cardinality: number of ids; they run from 0 to cardinality - 1.
-        digest: SHA-256 of the model file, hexadecimal.
-    """
+    """Words to ids, 0 to cardinality - 1, and back by a SentencePiece model; `digest` is the SHA-256 of its file."""
 
     def __init__(self, processor, digest: str):
         self._processor = processor
@@ -64,18 +56,12 @@ class Tokenizer:
 class TokenizerInfo:
     """A tokenizer that is not here, as code files state it: enough to read their text rows, not to encode words."""
 
-    digest: str | None = None
-    """SHA-256, hex; None if no file states it."""
-    cardinality: int | None = None
-    """Number of ids; None if it is not known."""
+    digest: str | None = None  # None if no file states it
+    cardinality: int | None = None  # None if it is not known
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Returns the tokenizer in a SentencePiece ``.model`` file.
-
-    Raises:
-        InputError: the file is missing, is not a SentencePiece model, or has no more than the four special ids.
-    """
+    """Returns the tokenizer in a SentencePiece ``.model`` file. Raises `InputError` if it is unusable."""
     path = local(path)
     try:
         content = path.read_bytes()
@@ -99,10 +85,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 class Text(NamedTuple):
     """The text row of a recording."""
 
-    row: np.ndarray | None
-    """int32 [T], -1 in frames whose text is not known; None if it is known in none."""
-    notice: str | None
-    """Warning to log behind the file's path: which words were dropped, or why none is used; or None."""
+    row: np.ndarray | None  # int32 [T], -1 in frames whose text is not known; None if it is known in none
+    notice: str | None  # warning to log behind the file's path: which words were dropped, or why none is used
 
 
 def read_text(
@@ -117,17 +101,9 @@ def read_text(
 
     The notice counts dropped words and words without tokens. The text is not known in spans of words without times
     (`Alignment.between`), and in no frame if all words were dropped. In place of other dropped words nothing is spoken.
+    `speaks` decides whether a word belongs to the stream.
 
-    Args:
-        path: the JSON file.
-        seconds: length of the audio.
-        num_frames: T.
-        tokenizer: gives the ids.
-        frame_rate: frames per second.
-        speaks: whether a word belongs to the stream.
-
-    Raises:
-        InputError: as `read_alignments`, or the tokenizer, being of another language, has no token for any word.
+    Raises `InputError` as `read_alignments`, or if the tokenizer, being of another language, knows none of the words.
     """
     alignment = read_alignments(path, seconds)
     if alignment.words is None:
@@ -166,13 +142,7 @@ def text_stream(
     all other frames hold PAD, and a PAD right before a word's first token becomes EPAD.
 
     A word without tokens makes its frames, to its end or to the next word, -1. So is a PAD right before them, which
-    would be EPAD if the word were known.
-
-    Args:
-        words: ordered by start.
-        tokens: of each word.
-        num_frames: length of the row.
-        frame_rate: frames per second.
+    would be EPAD if the word were known. The words are ordered by start.
     """
     row = np.full(num_frames, PAD, np.int32)
     pending: list[int] = []

@@ -21,14 +21,10 @@ def some(recordings: Iterable[Any], frames: int = FRAMES) -> Iterator[np.ndarray
 
 
 def fit(files: Iterable[np.ndarray], cardinalities: Iterable[int]) -> list[np.ndarray]:
-    """Returns the log-probabilities of each stream's tokens, one added to every count.
+    """Returns a table of log-probabilities, float64 [cardinality], for each stream; one is added to every count.
 
-    Args:
-        files: int32 [S, T_i] tokens; negative ones are absent.
-        cardinalities: number of tokens of each stream, text first; streams behind these are ignored.
-
-    Returns:
-        One float64 [cardinality] table of nats (negative) per stream.
+    `files` are int32 [S, T_i] tokens, negative if absent. `cardinalities` are those of the first streams, text first;
+    streams behind these are ignored.
     """
     counts = [np.ones(cardinality) for cardinality in cardinalities]
     for file in files:

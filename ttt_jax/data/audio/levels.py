@@ -1,14 +1,4 @@
-"""Levels of a recording: refuses samples that cannot be sound and warns of recordings that are hardly usable.
-
-| samples | |
-|---|---|
-| NaN, infinity | refused |
-| beyond 16 | refused at once: full scale is 1, and these are integers written as floats |
-| beyond 16 in a file that holds no floats, beyond 2**31 | refused at once: no such integers, so this is damage |
-| beyond 2 | used unchanged, with a warning at the end; decoders of lossy formats overshoot 1 by less |
-| none beyond 0.001 (-60 dB) | warning: nearly silent |
-| more than 1 in 100 at 0.999 or more | warning: clipped |
-"""
+"""Levels of a recording: refuses samples that cannot be sound and warns of recordings that are hardly usable."""
 
 from __future__ import annotations
 
@@ -41,8 +31,7 @@ class Levels:
     def add(self, block: np.ndarray, sample_rate: int, written_as_floats: bool) -> None:
         """Adds samples, float32 [n, channels], at a rate in Hz; `written_as_floats` states the file's encoding.
 
-        Raises:
-            InputError: they are not finite, or far beyond full scale.
+        Raises `InputError` if they are not finite or far beyond full scale.
         """
         size = np.abs(block)
         peak = float(size.max(initial=0.0))  # NaN if there is one

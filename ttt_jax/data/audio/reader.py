@@ -25,18 +25,10 @@ _RATES = 1000, 1_000_000  # Hz; others are a damaged header
 
 
 def read_audio(path: str | Path, sample_rate: int) -> np.ndarray:
-    """Returns a sound file as float32 [channels, samples], full scale 1, resampled with soxr's HQ filter if needed.
+    """Returns a sound file as float32 [channels, samples], full scale 1, at `sample_rate` in Hz (soxr's HQ filter).
 
-    Args:
-        path: a wav, flac, ogg or mp3 file with one or two channels, at any rate. Files joined one behind the other
-            (`cat a.mp3 b.mp3`, chained Ogg) are one recording, if they have as many channels.
-        sample_rate: rate of the result in Hz; n samples at rate r become round(n * sample_rate / r).
-
-    Wrong lengths in headers, which are corrected, and doubtful levels are logged as warnings.
-
-    Raises:
-        InputError: the file is missing, is not audio, is cut off or damaged, has no channel or more than two, has no
-            samples, or has NaN, infinity or samples beyond 16.
+    n samples at rate r become round(n * sample_rate / r). Corrected lengths and doubtful levels are logged. Raises
+    `InputError` if the file cannot be used. docs/data/audio.md lists what is read, mended and refused.
     """
     return np.concatenate(list(read_blocks(path, sample_rate)), axis=1)
 
@@ -44,9 +36,7 @@ def read_audio(path: str | Path, sample_rate: int) -> np.ndarray:
 def read_blocks(path: str | Path, sample_rate: int) -> Iterator[np.ndarray]:
     """Yields the samples of `read_audio` block by block, float32 [channels, n] with n >= 0, in constant memory.
 
-    Raises:
-        InputError: as `read_audio`. Some faults, such as a cut, show after the last block only: use no block before all
-            are read.
+    Raises `InputError` as `read_audio`. A cut may show after the last block only: use no block before all are read.
     """
     path = Path(path)
     with _open(path) as file:
@@ -112,7 +102,15 @@ def _decode(source: Source, part: Part) -> Iterator[tuple[np.ndarray, int, str]]
     try:
         with soundfile.SoundFile(window) as sound:
             is_open = True
-            _check_form(source, sound.channels, sound.samplerate)
+            if sound.channels > 2:
+                raise InputError(
+                    f"{source.path} has {sound.channels} channels: give one (Moshi's stream) or two (left Moshi's"
+                    " stream, right the user's)."
+                )
+            if not _RATES[0] <= sound.samplerate <= _RATES[1]:
+                raise InputError(
+                    f"{source.path} has a rate of {sound.samplerate} Hz: give one from {_RATES[0]} to {_RATES[1]} Hz."
+                )
             while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
                 read += len(block)
                 yield block, sound.samplerate, sound.subtype
@@ -130,13 +128,3 @@ def _decode(source: Source, part: Part) -> Iterator[tuple[np.ndarray, int, str]]
             raise _unreadable(source.path, window.error)
     if read != promised:
         raise source.cut_off(f"it should hold {promised} samples, {read} can be read")
-
-
-def _check_form(source: Source, channels: int, rate: int) -> None:
-    if channels > 2:
-        raise InputError(
-            f"{source.path} has {channels} channels: give one (Moshi's stream) or two (left Moshi's stream, right the"
-            " user's)."
-        )
-    if not _RATES[0] <= rate <= _RATES[1]:
-        raise InputError(f"{source.path} has a rate of {rate} Hz: give one from {_RATES[0]} to {_RATES[1]} Hz.")

@@ -16,22 +16,18 @@ __all__ = ["Part", "Source", "Window", "find_parts"]
 
 
 def find_parts(source: Source) -> list[Part]:
-    """Returns the parts of a sound file in order, in at most one pass over it and constant memory.
-
-    Raises:
-        InputError: the file is empty, is no wav, flac, ogg or mp3, or is cut off or damaged.
-    """
+    """Returns the parts of a sound file in order, in one pass over it. Raises `InputError` if it cannot be read."""
     if source.size == 0:
         raise InputError(f"{source.path} is an empty file (0 bytes): give a wav, flac, ogg or mp3 file.")
     at = skip_tags(source, 0)
     for container in (wav, ogg, flac):
         if container.begins(source, at):
             return container.find_parts(source, at)
-    name = magic.name(source.read(0, magic.SIZE)) or magic.name(source.read(at, magic.SIZE))
-    if name is not None and name.convertible:
-        raise InputError(f"{source.path} is {name.text}, which is not read: {advice(source.path)}.")
-    if name is not None:
-        raise InputError(f"{source.path} is {name.text}, no sound: give a wav, flac, ogg or mp3 file.")
+    for head in (source.read(0, magic.SIZE), source.read(at, magic.SIZE)):
+        if (text := magic.sound(head)) is not None:
+            raise InputError(f"{source.path} is {text}, which is not read: {advice(source.path)}.")
+        if (text := magic.no_sound(head)) is not None:
+            raise InputError(f"{source.path} is {text}, no sound: give a wav, flac, ogg or mp3 file.")
     parts = mpeg.find_parts(source, at)
     if not parts:
         raise InputError(f"{source.path} is not audio that can be read: give a wav, flac, ogg or mp3 file.")

@@ -26,11 +26,7 @@ def begins(source: Source, at: int) -> bool:
 
 
 def find_parts(source: Source, at: int) -> list[Part]:
-    """Returns the FLAC streams, one behind the other, from `at` on.
-
-    Raises:
-        InputError: the file is cut off or damaged.
-    """
+    """Returns the FLAC streams, one behind the other, from `at` on. Raises `InputError`."""
     parts: list[Part] = []
     while True:
         first = _first_frame(source, at)
@@ -38,11 +34,9 @@ def find_parts(source: Source, at: int) -> list[Part]:
         part, end = _part(source, at, first, following)
         if part.samples:
             parts.append(part)
+        skip_stray(dataclasses.replace(source, size=following), end, "FLAC")
         if following >= source.size:
-            skip_stray(source, end, "FLAC")
             return parts
-        if end < following:
-            skip_stray(dataclasses.replace(source, size=following), end, "FLAC")
         at = following
 
 

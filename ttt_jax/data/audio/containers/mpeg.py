@@ -73,11 +73,7 @@ def _parse(header: bytes) -> _Frame | None:
 
 
 def find_parts(source: Source, at: int) -> list[Part]:
-    """Returns the parts of MPEG audio from `at` on; none if there is no MPEG audio.
-
-    Raises:
-        InputError: the file is cut off or damaged.
-    """
+    """Returns the parts of MPEG audio from `at` on; none if there is no MPEG audio. Raises `InputError`."""
     begin = _search(source, at)
     if begin is None:
         return []
@@ -91,8 +87,11 @@ def find_parts(source: Source, at: int) -> list[Part]:
         part, end, counted = _part(source, at)
         if part is not None:
             parts.append(part)
-        if not counted:
-            _check_zeros(source, end)
+        zeros = 0 if counted else count_zeros(source, end)
+        if zeros >= STRAY:  # a broken copy leaves them
+            raise source.cut_off(f"{zeros} zeros from byte {end} on are no MPEG frame, and no header counts its frames")
+        if zeros:
+            source.warn(f"has {zeros} zeros behind its frames at byte {end}, and may be cut off: no header counts them")
         at = skip_tags(source, end)
         if not _is_frame(source, at, 2):
             break
@@ -106,19 +105,6 @@ def find_parts(source: Source, at: int) -> list[Part]:
         raise source.cut_off(f"{damaged - at} bytes from byte {at} on are no MPEG frame")
     skip_stray(source, at, "MPEG")
     return parts
-
-
-def _check_zeros(source: Source, end: int) -> None:
-    """Warns of few zeros behind frames that no header counts.
-
-    Raises:
-        InputError: there are many zeros, which a broken copy leaves.
-    """
-    zeros = count_zeros(source, end)
-    if zeros >= STRAY:
-        raise source.cut_off(f"{zeros} zeros from byte {end} on are no MPEG frame, and no header counts its frames")
-    if zeros:
-        source.warn(f"has {zeros} zeros behind its frames at byte {end}, and may be cut off: no header counts them")
 
 
 def _search(source: Source, at: int) -> int | None:
@@ -146,10 +132,8 @@ def _is_frame(source: Source, at: int, count: int, whole: bool = False) -> bool:
 
 
 def _part(source: Source, start: int) -> tuple[Part | None, int, bool]:
-    """Returns the frames of one kind from a position on, their end, and whether a header counts them all.
-
-    The part is None if no frame has sound.
-    """
+    """Returns the frames of one kind from a position on (None if they have no sound), their end, and whether a header
+    counts them all."""
     first = _parse(source.read(start, 4))
     info = _info(source.read(start, first.length), first)
     begin = start if info is None else start + first.length

@@ -20,13 +20,7 @@ _FIRST, _LAST = 2, 4  # flags of a page: it begins, it ends a stream
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _NO_POSITION = -1  # of a page on which no packet ends
 _READ = {b"\x01vorbis": "Vorbis", b"OpusHead": "Opus"}
-_OTHER = {
-    b"\x7fFLAC": "FLAC",
-    b"Speex   ": "Speex",
-    b"\x80theora": "Theora video",
-    b"BBCD": "Dirac video",
-    b"CELT": "CELT",
-}
+_OTHER = {b"\x7fFLAC": "FLAC", b"Speex   ": "Speex", b"\x80theora": "Theora video"}
 
 
 @dataclasses.dataclass
@@ -42,11 +36,7 @@ def begins(source: Source, at: int) -> bool:
 
 
 def find_parts(source: Source, at: int) -> list[Part]:
-    """Returns the links from `at` on.
-
-    Raises:
-        InputError: the file is cut off or damaged, or a link is not one stream of Vorbis or Opus.
-    """
+    """Returns the links from `at` on. Raises `InputError`."""
     parts: list[Part] = []
     while begins(source, at):
         end = _link(source, at)
@@ -69,13 +59,13 @@ def _link(source: Source, start: int) -> int:
             raise source.cut_off(missing)
         if len(head) < _HEADER.size:
             raise source.cut_off("its last Ogg page is incomplete")
-        _, version, flags, position, serial, number, checksum, segments = _HEADER.unpack(head[: _HEADER.size])
+        _, version, flags, position, serial, number, stated, segments = _HEADER.unpack(head[: _HEADER.size])
         lengths = head[_HEADER.size : _HEADER.size + segments]
         body = at + _HEADER.size + segments
         end = body + sum(lengths)
         if len(lengths) < segments or end > source.size:
             raise source.cut_off("its last Ogg page is incomplete")
-        if _checksum(source.read(at, end - at)) != checksum:
+        if checksum(source.read(at, end - at)) != stated:
             raise source.cut_off(f"the checksum of the Ogg page at byte {at} is wrong")
         if flags & _FIRST:
             if not beginning:
@@ -83,7 +73,8 @@ def _link(source: Source, start: int) -> int:
             if version != 0 or serial in streams:
                 raise source.cut_off(f"the Ogg page at byte {at} has a wrong header")
             streams[serial] = _Stream(number, 0, bool(flags & _LAST))
-            names += _names(source.read(body, 8))
+            content = source.read(body, 8)
+            names += [name for magic, name in (_READ | _OTHER).items() if content.startswith(magic)]
         else:
             beginning = False
             stream = streams.get(serial)
@@ -100,7 +91,7 @@ def _link(source: Source, start: int) -> int:
     return at
 
 
-def _checksum(page: bytes) -> int:
+def checksum(page: bytes) -> int:
     """Returns the CRC-32 of an Ogg page, its checksum field taken as 0.
 
     It is zlib's on bytes in reverse bit order, starting from 0 and not inverted at the end.
@@ -108,10 +99,6 @@ def _checksum(page: bytes) -> int:
     page = page[:22] + bytes(4) + page[26:]
     remainder = zlib.crc32(page.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int.from_bytes(remainder.to_bytes(4, "little").translate(_REVERSED), "big")
-
-
-def _names(content: bytes) -> list[str]:
-    return [name for magic, name in (_READ | _OTHER).items() if content.startswith(magic)]
 
 
 def _advance(source: Source, stream: _Stream, flags: int, position: int, number: int, at: int) -> None:

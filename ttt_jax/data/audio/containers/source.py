@@ -52,36 +52,21 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part that is decoded alone: `head`, then the bytes `start` to `end` of the file.
+    """A part that is decoded alone: `head`, then the bytes `start` to `end` of the file."""
 
-    Attributes:
-        head: a header with true lengths that replaces the file's; empty if the file's is true.
-        start: position in the file.
-        end: position in the file, exclusive.
-        samples: number for each channel; None if only the decoder counts them.
-    """
-
-    head: bytes
+    head: bytes  # a header with true lengths that replaces the file's; empty if the file's is true
     start: int
     end: int
-    samples: int | None = None
+    samples: int | None = None  # of each channel; None if only the decoder counts them
 
 
-class Window(io.RawIOBase):
-    """A part as a readable file. Stores an error of the file in `error`: decoders cannot raise it."""
+class Window:
+    """A part as a file that libsndfile reads. Stores an error of the file in `error`: decoders cannot raise it."""
 
     def __init__(self, source: Source, part: Part):
         self._source, self._part, self._at = source, part, 0
         self._size = len(part.head) + part.end - part.start
         self.error: OSError | None = None
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def seekable(self) -> bool:
-        """True."""
-        return True
 
     def tell(self) -> int:
         """The position."""
@@ -119,11 +104,7 @@ def skip_tags(source: Source, at: int) -> int:
 
 
 def skip_stray(source: Source, at: int, kind: str) -> None:
-    """Checks the bytes from `at` to the end: tags are ignored, few other bytes too, with a warning.
-
-    Raises:
-        InputError: there are many other bytes, which may be sound.
-    """
+    """Skips tags and, with a warning, few other bytes from `at` to the end. Refuses many, which may be sound."""
     at = skip_tags(source, at)
     count = source.size - at
     if count >= STRAY:
@@ -152,8 +133,6 @@ def _tag(source: Source, at: int) -> int:
     if head[:8] == b"APETAGEX" and len(head) == 32:
         is_header = head[23] & 0x20
         return 32 + (int.from_bytes(head[12:16], "little") if is_header else 0)
-    if head[:4] == b"TAG+":
-        return 227
     if head[:3] == b"TAG":
         return 128
     if head[:11] == b"LYRICSBEGIN":
