@@ -1,17 +1,15 @@
 """Measures the embedded codec on the embedded corpus: ``python -m bench.codec``.
 
 Prints, for the held-out recordings: the variance that each codebook leaves, speed, log-spectral distance of decoded
-speech with a control of shuffled frames, how well codes are predicted by counts, and how much of decoded English speech
-a speech recogniser understands (this last part needs PyPI's pocketsphinx and is left out without it).
+speech with a control of shuffled frames, and how much of decoded English speech a speech recogniser understands (this
+last part needs PyPI's pocketsphinx and is left out without it).
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -23,18 +21,15 @@ from ttt_jax.data.manifest import Entry, read_manifest
 
 DECIBEL = 10 / np.log(10)  # of a natural logarithm of power
 PAUSE = 0.2  # seconds between two words that end an utterance
-SMOOTHING = 8.0  # frames' worth of unigram that every bigram row starts with
+UTTERANCES = 60  # English utterances for the recogniser, at most
 
 
 def main() -> None:
     """Prints all figures."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--codec", type=Path, default=DEFAULT_FILE, help="file of a k-means codec")
-    parser.add_argument("--corpus", type=Path, default=DEFAULT_FILE.parents[1])
-    parser.add_argument("--utterances", type=int, default=60, help="English utterances for the recogniser")
-    args = parser.parse_args()
-    codec = KMeansCodec.load(args.codec)
-    entries = {split: read_manifest(args.corpus / f"{split}.jsonl").entries for split in ("train", "heldout")}
+    codec = KMeansCodec.load(DEFAULT_FILE)
+    entries = {
+        split: read_manifest(DEFAULT_FILE.parents[1] / f"{split}.jsonl").entries for split in ("train", "heldout")
+    }
     voices = {split: [read_audio(e.path, codec.sample_rate)[0] for e in some] for split, some in entries.items()}
     print(f"{codec.name}, digest {codec.digest[:16]}, {codec.num_codebooks} codebooks of {codec.cardinality} entries")
     start = time.perf_counter()
@@ -44,9 +39,8 @@ def main() -> None:
     print(f"encoding: {seconds / (time.perf_counter() - start):.0f} x real time; frames: {frames}")
     print_variance(codec, voices, codes)
     print_decoding(codec, voices["heldout"], codes["heldout"])
-    print_entropies(codec, codes["train"], codes["heldout"])
     english = [(e, v) for e, v in zip(entries["heldout"], voices["heldout"], strict=True) if "en_us" in str(e.path)]
-    print_recognition(codec, english, args.utterances)
+    print_recognition(codec, english)
 
 
 def print_variance(codec: KMeansCodec, voices: dict[str, list], codes: dict[str, list]) -> None:
@@ -83,38 +77,7 @@ def print_decoding(codec: KMeansCodec, voices: list[np.ndarray], codes: list[np.
     print(", ".join(f"{name} {value:.1f}" for name, value in distances.items()))
 
 
-def print_entropies(codec: KMeansCodec, train: list[np.ndarray], heldout: list[np.ndarray]) -> None:
-    """Nats per held-out code from counts of the training files, and what one known code takes off.
-
-    Contexts: the same codebook and the first codebook in the frame before, the codebook above in the same frame.
-    """
-    size = codec.cardinality
-
-    def pairs(files: list[np.ndarray], context: int, codebook: int, lag: int) -> np.ndarray:
-        return np.concatenate(
-            [np.stack([f[context, 1 - lag : f.shape[1] - lag], f[codebook, 1:]]) for f in files], axis=1
-        )
-
-    def nats(context: int, codebook: int, lag: int) -> tuple[float, float]:
-        before, now = pairs(train, context, codebook, lag)
-        unigram = np.bincount(now, minlength=size) + 0.5
-        unigram /= unigram.sum()
-        counts = np.zeros((size, size))
-        np.add.at(counts, (before, now), 1)
-        bigram = (counts + SMOOTHING * unigram) / (counts.sum(axis=1, keepdims=True) + SMOOTHING)
-        before, now = pairs(heldout, context, codebook, lag)
-        return -np.log(unigram[now]).mean(), -np.log(bigram[before, now]).mean()
-
-    print(f"nats per code, held-out (ln {size} = {np.log(size):.2f}): unigram; less with one known code:")
-    print("codebook  unigram  same, frame before  first, frame before  codebook above, same frame")
-    for codebook in range(codec.num_codebooks):
-        unigram, same = nats(codebook, codebook, 1)
-        first = nats(0, codebook, 1)[1]
-        above = f"{unigram - nats(codebook - 1, codebook, 0)[1]:.2f}" if codebook else "-"
-        print(f"{codebook + 1:8d}  {unigram:7.2f}  {unigram - same:18.2f}  {unigram - first:19.2f}  {above:>26}")
-
-
-def print_recognition(codec: KMeansCodec, recordings: list[tuple[Entry, np.ndarray]], limit: int) -> None:
+def print_recognition(codec: KMeansCodec, recordings: list[tuple[Entry, np.ndarray]]) -> None:
     """Recognition by pocketsphinx of the original, of decoded codes and of decoded codes in shuffled order."""
     try:
         from pocketsphinx import Decoder
@@ -129,7 +92,7 @@ def print_recognition(codec: KMeansCodec, recordings: list[tuple[Entry, np.ndarr
             if len(texts) >= 3 and all(recogniser.lookup_word(text) for text in texts):
                 first, last = (round(t * codec.sample_rate) for t in (words[0].start - 0.1, words[-1].end + 0.1))
                 spoken.append((texts, voice[max(first, 0) : last]))
-    spoken = spoken[:limit]
+    spoken = spoken[:UTTERANCES]
     choices = " | ".join(sorted({" ".join(texts) for texts, _ in spoken}))
     recogniser.add_jsgf_string("choices", f"#JSGF V1.0; grammar g; public <s> = {choices};")
 

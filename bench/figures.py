@@ -84,6 +84,13 @@ def spread(times: list[float]) -> tuple[float, float, float]:
     return tuple(float(np.percentile(times, p)) for p in (50, 10, 90))
 
 
+def device() -> str:
+    """The device and the version of jax."""
+    import jax
+
+    return f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+
+
 def peak() -> float:
     """Most memory held, in gigabytes: the device's, or the process's on a CPU."""
     if "jax" in sys.modules:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,18 +47,11 @@ LATER = (3_000, 12_000, 36_000)
 
 
 def main() -> None:
-    """Prints a table, and writes its figures as JSON if asked to."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--run", type=Path, help="folder of a run whose model reads the speech; default: tiny, not trained"
-    )
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS])
-    parser.add_argument("--mini-batches", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--run", type=Path, help="run whose model reads the speech; default: tiny, not trained")
     parser.add_argument("--heads", type=int, nargs="+", default=[4], help="heads that share the model's channels")
-    parser.add_argument("--base-lr", type=float)
     parser.add_argument("--horizon", type=float, help="frames, inf for no decay; default: the layer's")
-    parser.add_argument("--max-displacement", type=float)
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
     if args.run:
         run = load_run(args.run)
@@ -69,22 +62,14 @@ def main() -> None:
     x = activations(params, cfg, speech())
     # Of the second row the first frames are others, all that follow the same.
     rows = jnp.concatenate([x, x.at[:, :EARLY].set(x[:, PERIOD // 2 :][:, :EARLY])])
-    ttt = TTTConfig(layers="0", base_lr=args.base_lr, max_displacement=args.max_displacement)
+    ttt = TTTConfig(layers="0")
     if args.horizon is not None:
         ttt = dataclasses.replace(ttt, horizon=None if args.horizon == np.inf else args.horizon)
     print(HEADER)
-    found = []
-    for heads in args.heads:
-        for network in args.networks:
-            for b in args.mini_batches:
-                one = dataclasses.replace(ttt, hidden=NETWORKS[network], mini_batch=b)
-                layer = MoshiConfig(dim=cfg.dim, num_heads=heads, num_layers=1, dtype="float32", ttt=one)
-                found.append({"network": network, "b": b, "D": layer.head_dim, **study(rows, layer)})
-                print(line(found[-1]), flush=True)
-    if args.out:
-        args.out.write_text(
-            json.dumps({"jax": jax.__version__, "ttt": dataclasses.asdict(ttt), "rows": found}, indent=1)
-        )
+    for heads, (network, hidden), b in itertools.product(args.heads, NETWORKS.items(), (1, 16, 64)):
+        of_layer = dataclasses.replace(ttt, hidden=hidden, mini_batch=b)
+        layer = MoshiConfig(dim=cfg.dim, num_heads=heads, num_layers=1, dtype="float32", ttt=of_layer)
+        print(line({"network": network, "b": b, "D": layer.head_dim, **study(rows, layer)}), flush=True)
 
 
 HEADER = """\
@@ -162,14 +147,11 @@ def look(params: model.Params, x: jax.Array, state: TTTState, cfg: MoshiConfig) 
 
 
 def study(x: jax.Array, cfg: MoshiConfig, seed: int = 0) -> dict[str, Any]:
-    """Streams an hour and measures on the way.
+    """Streams an hour and returns the figures of the table, by name.
 
     Args:
-      x: what the layer reads in a period, float32 [B, PERIOD, dim]: the stream, and maybe a second that differs in its
-        first `EARLY` frames, which then repeat the first's; cfg: a model whose `ttt` and heads are the layer's.
-
-    Returns:
-      The figures of the table, by name.
+      x: what the layer reads in a period, float32 [2, PERIOD, dim]; the rows differ in their first `EARLY` frames.
+      cfg: a model whose `ttt` and heads are the layer's.
     """
     batch = x.shape[0]
     first = x[:1].repeat(batch, 0)
@@ -191,9 +173,9 @@ def study(x: jax.Array, cfg: MoshiConfig, seed: int = 0) -> dict[str, Any]:
         state = step(params, piece, jnp.arange(CALL)[None].repeat(batch, 0) < stop - frame, state, cfg)
         frame = stop
         moved[frame] = jnp.sqrt(_squares(state.displacement, 2)[0]) / norm
-        if batch > 1 and frame - EARLY in (0, *LATER):
+        if frame - EARLY in (0, *LATER):
             apart[frame] = jnp.sqrt(_squares(jax.tree.map(lambda d: d[:1] - d[1:], state.displacement), 2).sum())
-    start, *later = apart.values() or (1.0,)
+    start, *later = apart.values()
     begin, end = losses.values()
     return {
         "peak": float(max(begin.displacement[0].max(), *(heads.max() for heads in moved.values()))),

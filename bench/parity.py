@@ -8,17 +8,13 @@ and every codebook the table gives, against PyTorch in float32 (and last, betwee
 - KL: of the two distributions, in nats, mean over positions
 - apart: largest difference of two logits
 
-Needs torch and `moshi` (the wheel alone, as ``pip download --no-deps moshi`` gives it, on PYTHONPATH).
+Needs torch and `moshi`; docs/parity.md says how to install them.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
 import os
-import platform
-import sys
 import tempfile
 import types
 from pathlib import Path
@@ -26,83 +22,46 @@ from typing import Any
 
 import numpy as np
 
-TINY = {
-    "dim": 128,
-    "num_heads": 4,
-    "text_card": 500,
-    "card": 64,
-    "context": 64,
-    "depformer_dim": 64,
-    "depformer_num_heads": 4,
-    "depformer_num_layers": 2,
-    "depformer_dim_feedforward": int(4.125 * 64),
-}
 HEAD = 3.0
 """Deviation of the logits: random weights would give 1, trained ones are surer."""
 
 
 def main() -> None:
-    """Prints the table, and writes its figures as JSON if asked to."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="narrow, with small vocabularies")
     parser.add_argument("--layers", type=int, default=8, help="of the temporal transformer; the 7B has 32")
     parser.add_argument("--frames", type=int, default=256)
-    parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where weights lie for a while; default: the system's")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is on the same GPU
     os.environ.setdefault("NO_TORCH_COMPILE", "1")
-    if args.device == "cpu":
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    import_moshi()
-
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        kwargs, codes, traces = theirs(args, Path(folder) / "kyutai")
+    with tempfile.TemporaryDirectory() as folder:
+        kwargs, codes, traces = theirs(args.layers, args.frames, Path(folder) / "kyutai")
         traces |= ours(Path(folder), codes)
-    figures = {"what": about(args, kwargs), "figures": compare(traces, kwargs)}
-    show(figures)
-    if args.out is not None:
-        args.out.write_text(json.dumps(figures, indent=1) + "\n")
+    import jax
+    import torch
+
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, jax {jax.__version__};", end=" ")
+    print(f"{args.layers} layers, {args.frames} frames")
+    show(compare(traces, kwargs))
 
 
-def import_moshi() -> None:
-    """`moshi`, with nothing in place of what it imports for downloads and text, if that is not installed."""
-    for name in ("sentencepiece", "huggingface_hub"):
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            sys.modules[name] = types.ModuleType(name)
-            if name == "huggingface_hub":
-                errors = types.ModuleType(f"{name}.errors")
-                errors.EntryNotFoundError = type("EntryNotFoundError", (Exception,), {})
-                sys.modules[name].hf_hub_download = None
-                sys.modules[errors.__name__] = errors
-            else:
-                sys.modules[name].SentencePieceProcessor = object
-    importlib.import_module("moshi.models.lm")
-
-
-def theirs(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], np.ndarray, dict[str, Any]]:
+def theirs(layers: int, frames: int, folder: Path) -> tuple[dict[str, Any], np.ndarray, dict[str, Any]]:
     """Arguments of the model, the codes, and PyTorch's traces; leaves the weights in `folder`."""
     import torch
 
     from tests.helpers import torch_moshi
 
     torch.backends.cuda.matmul.allow_tf32 = False
-    kwargs = torch_moshi.loaders._lm_kwargs | {"num_layers": args.layers} | (TINY if args.tiny else {})
-    codes = torch_moshi.random_codes(kwargs, args.rows, args.frames, args.seed, absent=False)
-    model = torch_moshi.loaders.get_moshi_lm(None, kwargs, device=args.device, dtype=torch.bfloat16)
-    randomise(model, torch.Generator(args.device).manual_seed(args.seed))
+    kwargs = torch_moshi.loaders._lm_kwargs | {"num_layers": layers}
+    codes = torch_moshi.random_codes(kwargs, 1, frames, 0, absent=False)
+    model = torch_moshi.loaders.get_moshi_lm(None, kwargs, device="cuda", dtype=torch.bfloat16)
+    randomise(model, torch.Generator("cuda").manual_seed(0))
     torch_moshi.write_folder(folder, model.cpu(), kwargs, dtype=torch.bfloat16)
-    model = model.to(args.device)
+    model = model.to("cuda")
     traces = {"PyTorch bfloat16": torch_moshi.grid(model, codes)}
     traces["PyTorch float32"] = torch_moshi.grid(model.float(), codes)
     del model
-    if args.device == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     return kwargs, codes, traces
 
 
@@ -167,7 +126,7 @@ def compare(traces: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, dict[st
             return x.astype(np.float64)
 
         figures[name] = {
-            model: compare(logits(exact), logits(trace)) for model, trace in traces.items() if trace is not exact
+            model: differences(logits(exact), logits(trace)) for model, trace in traces.items() if trace is not exact
         }
         both = logits(traces["PyTorch bfloat16"]), logits(traces["ours bfloat16"])
         figures[name]["one bfloat16 to the other"] = differences(*both)
@@ -185,21 +144,8 @@ def differences(exact: np.ndarray, approximate: np.ndarray) -> dict[str, float]:
     }
 
 
-def about(args: argparse.Namespace, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Device, versions and shape."""
-    import jax
-    import torch
-
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or "CPU"
-    versions = {"torch": torch.__version__, "jax": jax.__version__, "python": platform.python_version()}
-    asked = {name: getattr(args, name) for name in ("layers", "frames", "rows", "seed", "tiny")}
-    return {"device": device, **versions, **asked, "dim": kwargs["dim"]}
-
-
-def show(figures: dict[str, Any]) -> None:
-    """The table."""
-    print(", ".join(f"{name} {value}" for name, value in figures["what"].items()))
-    table = figures["figures"]
+def show(table: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Prints the table."""
     models = [*next(iter(table.values()))]
     print(f"\n{'':12}" + "".join(f"{model:>30}" for model in models))
     print(f"{'':12}" + f"{'argmax':>12}{'KL':>10}{'apart':>8}" * len(models))

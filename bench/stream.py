@@ -5,9 +5,8 @@ process of its own, on random weights of one shape, Kyutai's sampling, a full at
 time to read all weights and KV caches once at the bandwidth that a copy reaches here.
 
     python -m bench.stream                                   # small: dim 512, 8 layers, depth 256 x 6, float32
-    python -m bench.stream --shape 7b --rows 1 8             # the 7B in bfloat16, TTT on three layers: needs a GPU of
-    80 GB python -m bench.stream --long 45000                      # streams that many frames, times the first and the
-    last hundred
+    python -m bench.stream --shape 7b --rows 1 8             # the 7B in bfloat16, TTT on three layers: a GPU of 80 GB
+    python -m bench.stream --long 45000                      # times the first and the last hundred of that many frames
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench import figures
 from bench.figures import copy_bandwidth, in_use, peak, random_params, spread
 
 SMALL = {
@@ -36,20 +35,14 @@ REPLY = "figures: "
 
 
 def main() -> None:
-    """Prints a line per program and number of rows, and writes them all as JSON if asked to."""
+    """Prints a line for each program and number of rows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=["small", "7b"], default="small")
     parser.add_argument("--rows", type=int, nargs="+", default=[1])
-    parser.add_argument(
-        "--ttt", nargs="+", help='TTT layers, such as "none" "29,30,31"; default: none and the last three'
-    )
+    parser.add_argument("--ttt", nargs="+", help='TTT layers; default: "none" and the last three')
     parser.add_argument("--frames", type=int, default=100, help="timed in each round")
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="in which the programs take turns (7b: one after the other)"
-    )
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch on a CPU")
-    parser.add_argument("--long", type=int, help="frames to stream for the first and the last hundred to be compared")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--rounds", type=int, default=5, help="in which the programs take turns (7b: each by itself)")
+    parser.add_argument("--long", type=int, help="frames of a stream whose first and last hundred are compared")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -61,9 +54,8 @@ def main() -> None:
         programs.insert(0, ("torch", "none"))
     else:
         print("PyTorch moshi is not installed here: timed alone (docs/parity.md says how to install it)")
-    results = []
     for rows in args.rows:
-        of_all = {"rows": rows, "shape": args.shape, "frames": args.frames, "threads": args.threads, "long": args.long}
+        of_all = {"rows": rows, "shape": args.shape, "frames": args.frames, "long": args.long}
         cells = [{"who": who, "ttt": ttt, **of_all} for who, ttt in programs]
         together = [cells] if args.shape == "small" else [[cell] for cell in cells]  # two of the 7B would not fit a GPU
         found = [got for some in together for got in take_turns(some, args.rounds)]
@@ -73,9 +65,6 @@ def main() -> None:
             for got in found[1:]:
                 ratio = found[0]["ms"][0] / got["ms"][0]
                 print(f"{rows} rows, TTT {got['ttt']}: {ratio:.2f} times as fast as PyTorch without TTT")
-        results += found
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=1))
 
 
 def take_turns(cells: list[dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
@@ -111,9 +100,9 @@ def take_turns(cells: list[dict[str, Any]], rounds: int) -> list[dict[str, Any]]
     return found
 
 
-def child(who: str, ttt: str, threads: int, long: int | None, **asked: Any) -> None:
+def child(who: str, ttt: str, long: int | None, **cell: Any) -> None:
     """Answers `take_turns` for one program."""
-    program = ours(ttt=ttt, long=long, **asked) if who == "ours" else torch_moshi(threads=threads, **asked)
+    program = ours(ttt=ttt, long=long, **cell) if who == "ours" else torch_moshi(**cell)
     about = next(program)
     for line in sys.stdin:
         reply = next(program) if line.strip() == "time" else about
@@ -182,13 +171,12 @@ def ours(shape: str, rows: int, ttt: str, frames: int, long: int | None) -> Iter
         jax.block_until_ready(moshi)
         times = blocking(100)
         got |= {"last": {"ms": float(np.median(times)), "gb": in_use()}}
-    device = jax.devices()[0]
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     yield got | {
         "compile_s": compile_s,
         "floor_ms": (weights + state_bytes) / copy_bandwidth() * 1e3,
         "peak_gb": peak(),
-        "about": f"{device.device_kind}, jax {jax.__version__}",
+        "about": figures.device(),
     }
     while True:
         times = blocking(frames)
@@ -207,7 +195,7 @@ def read_bytes(params: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - sum(table.nbytes for table in tables)
 
 
-def torch_moshi(shape: str, rows: int, frames: int, threads: int) -> Iterator[dict[str, Any]]:
+def torch_moshi(shape: str, rows: int, frames: int) -> Iterator[dict[str, Any]]:
     """``LMGen.step`` of PyTorch moshi, its defaults, random weights, a full window: as `ours`."""
     import torch
 
@@ -217,7 +205,7 @@ def torch_moshi(shape: str, rows: int, frames: int, threads: int) -> Iterator[di
     from moshi.models.lm import LMGen, LMModel
 
     size = SMALL if shape == "small" else None
-    torch.set_num_threads(threads)
+    torch.set_num_threads(os.cpu_count())
     kwargs = {
         "delays": [0] + 2 * ([0] + 7 * [1]), "n_q": 16, "dep_q": 8, "card": 2048, "text_card": 32000,
         "dim": size["dim"] if size else 4096, "num_heads": size["num_heads"] if size else 32,
@@ -240,7 +228,7 @@ def torch_moshi(shape: str, rows: int, frames: int, threads: int) -> Iterator[di
         fill_window(model, kwargs["context"] + 5)
         for i in range(WARM_UP):
             gen.step(codes[i])
-        name = torch.cuda.get_device_name() if cuda else f"{threads} threads"
+        name = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} threads"
         yield {
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else peak(),
             "about": f"{name}, torch {torch.__version__}",

@@ -4,8 +4,10 @@ Random codes go through random weights. A cell names the trainable parts; a proc
 memory is that of the cell. The rate of a large matrix product is printed for comparison. Compilation is timed apart.
 
     python -m bench.train                                           # tiny, on a CPU
-    python -m bench.train --shape 7b --cell lora+ttt      # the 7B in bfloat16 on a GPU of 80 GB
+    python -m bench.train --shape 7b --cell lora+ttt                # the 7B in bfloat16 on a GPU of 80 GB
     python -m bench.train --shape 7b --set remat=dots data.batch=2  # fields of the training configuration
+    python -m bench.train --together 1 3 9    # runs side by side, as python -m train --seeds trains the preset tiny
+    python -m bench.train --together 1 3 9 --shape task             # as experiments/memory trains them
 """
 
 from __future__ import annotations
@@ -14,19 +16,20 @@ import argparse
 import dataclasses
 import json
 import time
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.figures import peak, product_rate, random_params, spread
+from bench.figures import device, peak, product_rate, random_params
+from experiments.memory import TASK
 from train.batches import Batch
 from train.config import PRESETS, TrainableConfig, TrainConfig
 from train.flops import flops_per_frame
 from train.partition import fit, split
-from train.step import init_state, make_train_step
+from train.step import init_state, init_states, make_steps_together, make_train_step
 from ttt_jax.distributed import sharding
 
 CELLS = {
@@ -40,19 +43,18 @@ NOMINAL = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12, "NVIDIA A
 
 
 def main() -> None:
-    """Prints a line; with --out writes the figures as JSON."""
+    """Prints a line for the cell, or for each number of runs side by side."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=["tiny", "small", "7b"], default="tiny")
+    parser.add_argument("--shape", choices=["tiny", "small", "7b", "task"], default="tiny")
     parser.add_argument("--cell", default="lora+ttt", choices=list(CELLS), help="what trains")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="of the training configuration")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--trace", help="folder for a profile of three more steps")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--together", type=int, nargs="+", metavar="RUNS", help="times so many runs side by side")
     args = parser.parse_args()
-    figures = cell(args.cell, configuration(args.shape, args.cell, args.set), args.steps, args.trace)
-    if args.out:
-        about = {"device": jax.devices()[0].device_kind, "devices": len(jax.devices()), "jax": jax.__version__}
-        args.out.write_text(json.dumps({**about, args.cell: figures}, indent=1))
+    if args.together:
+        print_together(TASK if args.shape == "task" else PRESETS[args.shape], args.together, args.steps)
+    else:
+        print_cell(args.cell, configuration(args.shape, args.cell, args.set), args.steps)
 
 
 def configuration(shape: str, name: str, changes: list[str]) -> TrainConfig:
@@ -72,7 +74,7 @@ def configuration(shape: str, name: str, changes: list[str]) -> TrainConfig:
 
 
 def changed(config: Any, path: list[str], value: str) -> Any:
-    """`config` with the field at `path` read from `value`: JSON, or else the text itself."""
+    """Returns `config` with the field at `path` read from `value`: JSON, or else the text itself."""
     if len(path) > 1:
         return dataclasses.replace(config, **{path[0]: changed(getattr(config, path[0]), path[1:], value)})
     try:
@@ -81,69 +83,71 @@ def changed(config: Any, path: list[str], value: str) -> Any:
         return dataclasses.replace(config, **{path[0]: value})
 
 
-def cell(name: str, cfg: TrainConfig, steps: int, trace: str | None) -> dict[str, Any]:
+def random_batch(cfg: TrainConfig, *lead: int) -> Batch:
+    """Returns the random codes of a step, all frames valid, with leading axes `lead`."""
+    shape = (*lead, cfg.bptt, cfg.data.batch, cfg.model.num_streams, cfg.data.chunk)
+    cards = min(cfg.model.card, cfg.model.text_card)
+    tokens = np.random.default_rng(0).integers(0, cards, shape, np.int32)
+    return Batch(tokens, np.ones((*shape[:-2], shape[-1]), bool), np.zeros(shape[:-2], bool))
+
+
+def timed(lowered: Any, state: Any, *inputs: Any, steps: int) -> tuple[Callable, list[float], float, Any]:
+    """Returns the compiled step, seconds of each of its `steps` after two, seconds of compiling, the last loss."""
+    began = time.perf_counter()
+    step = lowered.compile()
+    compiled, times = time.perf_counter() - began, []
+    for _ in range(steps + 2):
+        began = time.perf_counter()
+        state, metrics = step(state, *inputs)
+        loss = jax.block_until_ready((state.step, metrics.loss))[1]
+        times.append(time.perf_counter() - began)
+    return step, times[2:], compiled, loss
+
+
+def print_cell(name: str, cfg: TrainConfig, steps: int) -> None:
     """Times the steps of a configuration."""
     mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
     trainable, frozen = split(random_params(cfg.model), cfg)
     trainable = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trainable)
     trainable, frozen = (jax.device_put(tree, sharding.params_shardings(mesh, tree)) for tree in (trainable, frozen))
-    state = init_state(cfg, mesh, trainable)
-    rng, shape = np.random.default_rng(0), (cfg.bptt, cfg.data.batch, cfg.model.num_streams, cfg.data.chunk)
-    batch = Batch(
-        rng.integers(0, min(cfg.model.card, cfg.model.text_card), shape, np.int32),
-        np.ones((*shape[:2], shape[-1]), bool),
-        np.zeros(shape[:2], bool),
-    )
-    batch = Batch(*(jax.device_put(x, sharding.rows_sharding(mesh, 1)) for x in batch))
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (trainable, frozen)]
+    batch = Batch(*(jax.device_put(x, sharding.rows_sharding(mesh, 1)) for x in random_batch(cfg)))
     stop = jax.device_put(np.zeros(mesh.size, np.int32), sharding.devices_sharding(mesh))
-    began = time.perf_counter()
-    step = make_train_step(cfg, mesh).lower(state, frozen, batch, stop).compile()
-    compiled = time.perf_counter() - began
-    memory = step.memory_analysis()
-    times = []
-    for _ in range(steps + 2):
-        began = time.perf_counter()
-        state, metrics = step(state, frozen, batch, stop)
-        loss = float(jax.block_until_ready((state.step, metrics.loss))[1])
-        times.append(time.perf_counter() - began)
-    seconds = spread(times[2:])
+    inputs = init_state(cfg, mesh, trainable), frozen, batch, stop
+    step, times, compiled, loss = timed(make_train_step(cfg, mesh).lower(*inputs), *inputs, steps=steps)
+    seconds, devices = float(np.median(times)), jax.devices()
     frames = cfg.bptt * cfg.data.batch * cfg.data.chunk
-    forward, backward = flops_per_frame(cfg)
-    whole = forward + backward
-    rate = product_rate(cfg.model.dtype) * len(jax.devices())
-    peak_rate = NOMINAL.get(jax.devices()[0].device_kind, float("nan")) * len(jax.devices())
-    sizes = {
-        what: sum(leaf.size for leaf in jax.tree.leaves(tree))
-        for what, tree in (("trainable", trainable), ("frozen", frozen))
-    }
+    flops = sum(flops_per_frame(cfg)) * frames
+    rate = product_rate(cfg.model.dtype) * len(devices)
+    nominal = NOMINAL.get(devices[0].device_kind, float("nan")) * len(devices)
     print(
-        f"{name:9s} {jax.devices()[0].device_kind} x {len(jax.devices())}, jax {jax.__version__}: {cfg.bptt} x"
+        f"{name:9s} {device()} x {len(devices)}: {cfg.bptt} x"
         f" {cfg.data.batch} x {cfg.data.chunk} frames, b = {cfg.model.ttt.mini_batch}, remat {cfg.remat}:"
-        f" {1e3 * seconds[0]:.1f} ms ({1e3 * min(times[2:]):.1f}-{1e3 * max(times[2:]):.1f}),"
-        f" {frames / seconds[0]:,.0f} frames/s; {whole * frames / 1e12:.1f} TFLOP a step,"
-        f" MFU {whole * frames / seconds[0] / peak_rate:.1%} of nominal,"
-        f" {whole * frames / seconds[0] / rate:.1%} of the {rate / 1e12:.0f} TFLOP/s that a large product reaches;"
-        f" compiled in {compiled:.0f} s; peak {peak():.1f} GB (temporary {memory.temp_size_in_bytes / 1e9:.1f});"
-        f" {sizes['trainable'] / 1e6:.1f} M parameters train, {sizes['frozen'] / 1e6:.1f} M do not; loss {loss:.3f}",
-        flush=True,
+        f" {1e3 * seconds:.1f} ms ({1e3 * min(times):.1f}-{1e3 * max(times):.1f}),"
+        f" {frames / seconds:,.0f} frames/s; {flops / 1e12:.1f} TFLOP a step,"
+        f" MFU {flops / seconds / nominal:.1%} of nominal,"
+        f" {flops / seconds / rate:.1%} of the {rate / 1e12:.0f} TFLOP/s that a large product reaches;"
+        f" compiled in {compiled:.0f} s; peak {peak():.1f} GB"
+        f" (temporary {step.memory_analysis().temp_size_in_bytes / 1e9:.1f});"
+        f" {sizes[0] / 1e6:.1f} M parameters train, {sizes[1] / 1e6:.1f} M do not; loss {loss:.3f}"
     )
-    if trace:
-        with jax.profiler.trace(trace):
-            for _ in range(3):
-                state, metrics = step(state, frozen, batch, stop)
-            jax.block_until_ready(state.step)
-    return {
-        "seconds": seconds,
-        "frames_per_second": frames / seconds[0],
-        "flops_per_frame": whole,
-        "forward_flops_per_frame": forward,
-        "rate": rate,
-        "nominal_rate": peak_rate,
-        "compile_seconds": compiled,
-        "peak_gb": peak(),
-        "loss": loss,
-        **sizes,
-    }
+
+
+def print_together(cfg: TrainConfig, numbers: Sequence[int], steps: int) -> None:
+    """Times steps of several small runs side by side, relative to the first of `numbers`."""
+    first = None
+    for runs in numbers:
+        inputs = *init_states(cfg, range(runs)), jax.device_put(random_batch(cfg, runs)), jnp.zeros(1, jnp.int32)
+        _, times, compiled, _ = timed(make_steps_together(cfg, runs).lower(*inputs), *inputs, steps=steps)
+        seconds = float(np.median(times))
+        first = first or seconds
+        print(
+            f"{runs:3d} runs on {device()}: {1e3 * seconds:.1f} ms a step"
+            f" ({1e3 * min(times):.1f}-{1e3 * max(times):.1f}),"
+            f" {runs * cfg.bptt * cfg.data.batch * cfg.data.chunk / seconds:,.0f} frames/s,"
+            f" {seconds / first:.2f} x {numbers[0]}; compiled in {compiled:.0f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

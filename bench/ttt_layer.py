@@ -10,24 +10,22 @@ alone at the rate that a large matrix product reaches here.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.figures import copy_bandwidth, product_rate
+from bench.figures import copy_bandwidth, device, product_rate
 from ttt_jax.config import TTTConfig, default_base_lr
 from ttt_jax.ttt import inner, network
 
 
 def main() -> None:
-    """Prints one line per cell, and writes them all as JSON if asked to."""
+    """Prints a line for each cell."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--frames", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=32)
@@ -35,10 +33,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--mini-batches", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
-    device = jax.devices()[0]
-    print(f"{device.device_kind}, jax {jax.__version__}; {args.heads} heads x {args.width}, {args.frames} frames")
+    print(f"{device()}; {args.heads} heads x {args.width}, {args.frames} frames")
     bandwidth, rate = copy_bandwidth(), product_rate(jnp.float32)
     print(
         f"a copy moves {bandwidth / 1e9:.0f} GB/s, a float32 product of default precision runs at {rate / 1e12:.1f}"
@@ -48,30 +44,13 @@ def main() -> None:
         "batch    b  pass                ours: median ms (spread)    plain scan: median ms (spread)   ratio  "
         " us/mini-batch   limits ms: weights, products"
     )
-    rows = []
     for batch in args.batches:
         for b in args.mini_batches:
-            row = cell(args, batch, b, bandwidth, rate)
-            rows += row
-            for r in row:
-                print(line(r), flush=True)
-    if args.out:
-        about = {"device": device.device_kind, "jax": jax.__version__, "bandwidth": bandwidth, "rate": rate}
-        args.out.write_text(json.dumps({**about, "cells": rows}, indent=1))
+            print_cell(args, batch, b, bandwidth, rate)
 
 
-def line(r: dict) -> str:
-    """One cell as a line of the table."""
-    ours, plain = r["ours_ms"], r["plain_ms"]
-    show = lambda t: f"{t[0]:9.2f} ({t[1]:.2f}-{t[2]:.2f})"  # noqa: E731
-    return (
-        f"{r['batch']:5d} {r['mini_batch']:4d}  {r['pass']:18s} {show(ours):>25s} {show(plain):>31s} "
-        f"{ours[0] / plain[0]:9.2f} {r['us_per_mini_batch']:12.1f} {r['weights_ms']:14.2f}, {r['products_ms']:.2f}"
-    )
-
-
-def cell(args: argparse.Namespace, batch: int, b: int, bandwidth: float, rate: float) -> list[dict]:
-    """Figures of one batch and inner mini-batch size, forward and forward + backward."""
+def print_cell(args: argparse.Namespace, batch: int, b: int, bandwidth: float, rate: float) -> None:
+    """Prints the figures of one batch and inner mini-batch size, forward and forward + backward."""
     heads, width, frames = args.heads, args.width, args.frames
     cfg = TTTConfig(mini_batch=b)
     base, scale, bias, inputs, weight = arrays(batch, heads, width, frames, cfg)
@@ -87,25 +66,16 @@ def cell(args: argparse.Namespace, batch: int, b: int, bandwidth: float, rate: f
     points = width * 4 * width
     flops = batch * heads * frames * (7 * 2 * points + (20 * b * width if b > 1 else 0))
     traffic = 2 * 4 * batch * heads * 2 * points * (frames // b)
-    cells = []
-    for name, factor in (("forward", 1), ("forward + backward", 4)):
-        timed = {
-            who: spread(program(fun, name), arguments, args.repeats) for who, fun in (("ours", ours), ("plain", plain))
-        }
-        cells.append(
-            {
-                "batch": batch,
-                "mini_batch": b,
-                "pass": name,
-                "ours_ms": timed["ours"],
-                "plain_ms": timed["plain"],
-                "us_per_mini_batch": timed["ours"][0] * 1e3 / (frames // b),
-                # Backward reads the weights again, and reads and writes their gradients.
-                "weights_ms": traffic * (1 if factor == 1 else 3) / bandwidth * 1e3,
-                "products_ms": flops * factor / rate * 1e3,
-            }
+    # Backward reads the weights again, and reads and writes their gradients.
+    for name, products, reads in (("forward", 1, 1), ("forward + backward", 4, 3)):
+        times = [spread(program(fun, name), arguments, args.repeats) for fun in (ours, plain)]
+        shown = [f"{middle:9.2f} ({least:.2f}-{most:.2f})" for middle, least, most in times]
+        print(
+            f"{batch:5d} {b:4d}  {name:18s} {shown[0]:>25s} {shown[1]:>31s} {times[0][0] / times[1][0]:9.2f}"
+            f" {times[0][0] * 1e3 / (frames // b):12.1f} {traffic * reads / bandwidth * 1e3:14.2f},"
+            f" {flops * products / rate * 1e3:.2f}",
+            flush=True,
         )
-    return cells
 
 
 def program(fun: Callable, name: str) -> Callable:

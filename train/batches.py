@@ -48,17 +48,8 @@ class Batches:
     elsewhere in every pass; the frames before the offset are left out of that pass. With `from_start` the offset is 0.
     A chunk never holds frames of two files. Each row that follows a file reads it once.
 
-    Args:
-        sources: sources with at least one recording each.
-        batch: rows over all processes.
-        chunk: frames T of a chunk.
-        seed: seed of the order of files and of the offsets.
-        chunks: K, chunks of a window.
-        rows: rows of this process; None: all.
-        from_start: whether every file is read from its first frame.
-
-    Raises:
-        InputError: a source is empty; from `next`: a file cannot be read.
+    A window has K = `chunks` chunks of T = `chunk` frames of the rows `rows` (None: all) of `batch`. `seed` decides the
+    order of files and the offsets. Raises `InputError` if a source is empty, and in `next` if a file cannot be read.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from train.config import TrainConfig
 from train.flops import Flops, flops_per_frame
-from train.partition import split
+from train.partition import shapes, split
 from train.step import state_like
 from ttt_jax.checkpoints.parameter_counts import TTT, lora_rank_like_ttt, parameter_counts
 from ttt_jax.config import FRAME_RATE, LoRAConfig
@@ -54,21 +54,16 @@ class Plan(NamedTuple):
     """Operations of a frame."""
     frames: int
     """Frames of a step, on all devices."""
-    lora_rank: int | None
-    """Rank at which adapters have as many parameters as the TTT layers; None without TTT layers."""
 
 
 def plan(cfg: TrainConfig, devices: int | None = None) -> Plan:
     """Returns the plan of a configuration from `train.partition.fit`.
 
-    Args:
-      devices: number of devices; None: as many as `cfg.mesh` names, or all local ones if it has -1.
-
-    Raises `InputError` if the mesh does not fit devices, rows or model.
+    `devices` is their number; None: as many as `cfg.mesh` names, or all local ones if it has -1. Raises `InputError` if
+    the mesh does not fit devices, rows or model.
     """
     mesh = _mesh(cfg, devices)
-    params = jax.eval_shape(lambda key: model.init_params(cfg.model, key), jax.random.key(0))
-    trainable, frozen = split(params, cfg)
+    trainable, frozen = split(shapes(cfg.model), cfg)
     frozen = jax.tree.map(lambda leaf, dtype: Shape(leaf.shape, dtype), frozen, _types(frozen, cfg))
     state = state_like(cfg, mesh)
     place = lambda leaf, where: Shape(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
@@ -83,7 +78,6 @@ def plan(cfg: TrainConfig, devices: int | None = None) -> Plan:
         memory=dict(zip(ARRAYS + STEP, (*arrays, gradients, *_activations(cfg, mesh, trainable, frozen)), strict=True)),
         flops=flops_per_frame(cfg),
         frames=cfg.bptt * cfg.data.batch * cfg.data.chunk,
-        lora_rank=lora_rank_like_ttt(cfg.model) if cfg.model.ttt_layers and cfg.model.lora.maps else None,
     )
 
 
@@ -95,8 +89,9 @@ def lines(plan: Plan) -> list[str]:
     forward, backward = plan.flops
     parts = f" in {cfg.accumulate} parts" if cfg.accumulate > 1 else ""
     chunks = f"{cfg.bptt} chunks of " if cfg.bptt > 1 else ""
-
-    rank = "" if plan.lora_rank is None else f"   as many as adapters of rank {plan.lora_rank} on model.lora.maps"
+    rank = ""
+    if cfg.model.ttt_layers and cfg.model.lora.maps:
+        rank = f"   as many as adapters of rank {lora_rank_like_ttt(cfg.model)} on model.lora.maps"
     return [
         f"parameters: {total / 1e6:,.2f} M, of which {plan.trainable / 1e6:,.2f} M train,"
         f" {(total - plan.trainable) / 1e6:,.2f} M are frozen",
@@ -195,8 +190,7 @@ def _head(cfg: TrainConfig, mesh: AbstractMesh, rows: int) -> int:
     net = dataclasses.replace(cfg.model, lora=LoRAConfig())
     blocks = min(cfg.data.chunk, -(-rows * cfg.data.chunk // cfg.loss.block))
     frames = rows * -(-cfg.data.chunk // blocks)
-    params = jax.eval_shape(lambda key: model.init_params(net, key), jax.random.key(0))
-    params = jax.tree.map(lambda leaf: Shape(leaf.shape, jnp.dtype(net.dtype)), params)
+    params = jax.tree.map(lambda leaf: Shape(leaf.shape, jnp.dtype(net.dtype)), shapes(net))
 
     def loss(inputs: tuple[Tree, jax.Array], targets: jax.Array) -> jax.Array:
         encoded = model.Encoded(inputs[1], targets, targets >= 0, None)

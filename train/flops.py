@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import jax
-
 from train.config import TrainConfig
-from train.partition import is_trainable
+from train.partition import is_trainable, shapes
 from ttt_jax.config import MoshiConfig
-from ttt_jax.moshi import model
 from ttt_jax.ttt import network
 from ttt_jax.utils.trees import named
 
@@ -42,13 +39,13 @@ def flops_per_frame(cfg: TrainConfig) -> Flops:
     Each product costs as much again for the gradient of its input, down to the lowest stack of layers with a trainable
     parameter, and as much again for the gradient of its weights if they train.
     """
-    shapes = jax.eval_shape(lambda key: model.init_params(cfg.model, key), jax.random.key(0))
+    parameters = named(shapes(cfg.model))
     starts = {run.name: run.start for run in cfg.model.runs}
-    trainable = {path for path in named(shapes) if is_trainable(path, cfg)}
+    trainable = {path for path in parameters if is_trainable(path, cfg)}
     lowest = min((_level(path, starts) for path in trainable), default=math.inf)
     depth_trains = any(path.startswith("depth/") for path in trainable)
     forward = backward = 0.0
-    for path, leaf in named(shapes).items():
+    for path, leaf in parameters.items():
         name = path.split("/")[-1].partition("_lora_")[0]
         if name not in MAPS:
             continue

@@ -11,10 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from train.config import TrainConfig
-from train.partition import is_trainable, split
+from train.partition import is_trainable, shapes, split
 from ttt_jax.checkpoints import weights
 from ttt_jax.checkpoints.differences import differences
-from ttt_jax.config import MoshiConfig
 from ttt_jax.distributed import sharding
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import model
@@ -54,18 +53,18 @@ def stored(cfg: TrainConfig) -> list[str] | None:
     with _open(cfg) as folder:
         here = {"/".join(tensor.path) for tensor in _tensors(folder, cfg)}
     always = lambda path: "/ttt/" in path or "_lora_" in path or is_trainable(path, cfg)  # noqa: E731
-    return [path for path in named(_shapes(cfg.model)) if path not in here or always(path)]
+    return [path for path in named(shapes(cfg.model)) if path not in here or always(path)]
 
 
 def initial(cfg: TrainConfig, mesh: Mesh) -> Parameters:
     """Returns the parameters before the first step. Raises `InputError` if weights are missing or do not fit."""
-    shapes = _shapes(cfg.model)
+    names = named(shapes(cfg.model)).keys()
     if cfg.base is None:
-        return Parameters(*split(_fresh(cfg, mesh, named(shapes).keys()), cfg))
+        return Parameters(*split(_fresh(cfg, mesh, names), cfg))
     with _open(cfg) as folder:
         _tensors(folder, cfg)
         read = weights.read(folder, cfg.model, place=partial(_place, cfg, mesh))
-    fresh = _fresh(cfg, mesh, named(shapes).keys() - named(read).keys())
+    fresh = _fresh(cfg, mesh, names - named(read).keys())
     return Parameters(*split(merge(read, fresh), cfg))
 
 
@@ -75,15 +74,15 @@ def frozen_base(cfg: TrainConfig, mesh: Mesh) -> Tree:
     if kept is None:
         return {}
     with _open(cfg) as folder:
-        return weights.read(folder, cfg.model, named(_shapes(cfg.model)).keys() - set(kept), partial(_place, cfg, mesh))
+        return weights.read(folder, cfg.model, named(shapes(cfg.model)).keys() - set(kept), partial(_place, cfg, mesh))
 
 
 def stored_like(cfg: TrainConfig, mesh: Mesh) -> Tree:
     """Returns shapes, types and shardings of the leaves that a checkpoint stores."""
-    kept, shapes = stored(cfg), _shapes(cfg.model)
-    shapes = shapes if kept is None else pick(shapes, set(kept))
-    shardings = sharding.params_shardings(mesh, shapes)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    kept, like = stored(cfg), shapes(cfg.model)
+    like = like if kept is None else pick(like, set(kept))
+    shardings = sharding.params_shardings(mesh, like)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
 
 
 def base_of(cfg: TrainConfig) -> dict[str, str] | None:
@@ -129,12 +128,10 @@ def _by_name(shapes: dict[tuple[str, str], tuple[int, ...]]) -> dict[str, tuple[
     return {f"{file.removesuffix('.safetensors')}/{name}": shape for (file, name), shape in shapes.items()}
 
 
-def _shapes(cfg: MoshiConfig) -> Tree:
-    return jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0))
-
-
 def _fresh(cfg: TrainConfig, mesh: Mesh, names: Collection[str]) -> Tree:
     """Draws the leaves `names`; TTT layers that join a base start with an output of 0."""
+    if not names:
+        return {}
 
     def draw(key: jax.Array) -> Tree:
         drawn = pick(model.init_params(cfg.model, key), names)

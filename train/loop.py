@@ -1,7 +1,7 @@
 """The training loop, of one run or of several side by side: steps, metrics, validation, samples, checkpoints, figures.
 
 Several runs differ in seed and training files alone. They share one program, `jax.vmap` of the step, on one device: it
-is compiled once, and small models fill a device together (`bench/together.py` measures it). Each run gets the folder
+is compiled once, and small models fill a device together (`bench/train.py` measures it). Each run gets the folder
 and, to rounding, the weights that it would get alone, so each can be evaluated or resumed by itself.
 """
 
@@ -64,12 +64,9 @@ def dry_run(cfg: TrainConfig) -> int:
 def start(cfgs: Sequence[TrainConfig], load: Callable[..., Corpus] | None = None) -> int:
     """Trains a new run of each of `cfgs` and returns the exit code; a run by itself is evaluated at its end.
 
-    Args:
-      cfgs: one configuration, or several that differ in name, folder, seed and training files alone.
-      load: opens the speech; by default `ttt_jax.data.corpus.load`, for several runs `setup.keep_in_memory()`.
-
-    Raises `InputError` if a run cannot start, and then leaves nothing behind; also at the end, if the losses of some
-    runs were not finite.
+    Several differ in name, folder, seed and training files alone. `load` opens the speech: `ttt_jax.data.corpus.load`,
+    for several runs `setup.keep_in_memory()`. Raises `InputError` if a run cannot start, and then leaves nothing
+    behind; also at the end, if the losses of some runs were not finite.
     """
     check_alike(cfgs)
     keep_compiled(cfgs[0].data.cache_dir / "compiled")

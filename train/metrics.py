@@ -47,9 +47,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 _GROUPED = {"half_variance", "streams", "grad_norms", "lr", "ttt", "validation"}
-"""Names of values that are groups of numbers."""
-_KNOWN = {"step", "skipped", "seconds", "frames_per_second", "frames"}
-"""Names of values that are never null; others are null if not finite, or if nothing was scored."""
+"""Names of groups of numbers."""
+_NEVER_NULL = {"step", "skipped", "seconds", "frames_per_second", "frames"}
+"""Names of numbers that are never null; others are null if not finite, or if nothing was scored."""
 _TRAINING = {"loss", "half_variance", "streams", "grad_norm", "lr", "skipped", "ttt", "seconds", "frames_per_second"}
 """Names in the line of a training step, beside the step."""
 
@@ -57,40 +57,31 @@ _TRAINING = {"loss", "half_variance", "streams", "grad_norm", "lr", "skipped", "
 def _is_line(line: Any) -> bool:
     if not isinstance(line, dict) or type(line.get("step")) is not int:
         return False
-    names = {"validation", "seconds"} if "validation" in line else _TRAINING
     numbers = {name: value for name, value in line.items() if name != "skipped_for"}
-    if not (line.keys() >= names and isinstance(line.get("skipped_for", ""), str)):
-        return False
-    return _is_sound(numbers) and _is_sound(line.get("validation", {}))
-
-
-def _is_sound(values: dict[str, Any]) -> bool:
-    """Whether the values named in `_GROUPED`, and no others, are groups, and all are numbers or allowed nulls."""
-    return all(
-        is_number(value, name) and isinstance(value, dict) == (name in _GROUPED) for name, value in values.items()
+    groups = {**numbers, **line["validation"]} if isinstance(line.get("validation"), dict) else numbers
+    return (
+        line.keys() >= ({"validation", "seconds"} if "validation" in line else _TRAINING)
+        and isinstance(line.get("skipped_for", ""), str)
+        and all(isinstance(value, dict) == (name in _GROUPED) for name, value in groups.items())
+        and _is_number("", numbers)
     )
 
 
-def is_number(value: Any, name: str) -> bool:
+def _is_number(name: str, value: Any) -> bool:
     """Whether a value is a finite number, a null that `name` allows, or a group of these."""
     if isinstance(value, dict):
-        return all(is_number(inner, key) for key, inner in value.items())
+        return all(_is_number(*item) for item in value.items())
     if value is None:
-        return name not in _KNOWN
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        return name not in _NEVER_NULL
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 class MetricsLog:
-    """Writes a run's metrics to its file and to `trackers`; a resumed run continues the file behind step `done`.
+    """Writes a run's metrics to `path` and to `trackers`; a resumed run continues the file behind step `done`.
 
-    Args:
-      path: metrics.jsonl; None: this process checks the numbers, and another one writes.
-      streams: names of the entries of `Metrics.streams`.
-      every: steps between lines; the first and the last step always have one.
-      last_step: last step of the run.
-      done: steps done before.
-      skips: steps that may be skipped because a value is not finite.
-      trackers: further places that get each line.
+    Without `path` this process checks the numbers, and another one writes. `streams` names the entries of
+    `Metrics.streams`. Every `every` steps have a line, and the first and the last step. `skips` steps may be skipped
+    because a value is not finite.
     """
 
     def __init__(
@@ -116,12 +107,10 @@ class MetricsLog:
         """Frames per second between the last two lines, without pauses."""
 
     def add(self, step: int, metrics: Metrics, frames: int, files: Mapping[tuple[int, int], str]) -> dict[str, Any]:
-        """Returns the step's line and writes it if it is due; waits until the step is computed.
+        """Returns the step's line and writes it if it is due.
 
-        Args:
-          frames: valid frames of the step; files: names by chunk and row, for the message.
-
-        Raises `InputError` if loss, gradient or state are not finite more often than may be skipped.
+        `frames` are the valid frames of the step, `files` their names by chunk and row. Raises `InputError` if loss,
+        gradient or state are not finite more often than may be skipped.
         """
         import jax
 

@@ -7,10 +7,14 @@ or not at all, so `fit` stacks layers apart if only their attention trains.
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
+
+import jax
 
 from train.config import TrainConfig
-from ttt_jax.config import parse_layers
+from ttt_jax.config import MoshiConfig, parse_layers
 from ttt_jax.errors import InputError
+from ttt_jax.moshi import model
 from ttt_jax.utils.trees import Tree, named, pick
 
 
@@ -38,6 +42,12 @@ def is_trainable(path: str, cfg: TrainConfig) -> bool:
     return "/attention/" in path and path.split("/")[1] in {
         run.name for run in cfg.model.runs if run.start in cfg.model.apart
     }
+
+
+@cache
+def shapes(cfg: MoshiConfig) -> Tree:
+    """Returns shapes and types of all parameters of a model; no caller may change the tree."""
+    return jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0))
 
 
 def split(params: Tree, cfg: TrainConfig) -> tuple[Tree, Tree]:

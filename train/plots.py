@@ -16,10 +16,8 @@ Line = dict[str, Any]
 
 SMOOTHED = 10
 """Lines that a moving average covers, or a hundredth of all lines if that is more."""
-POINTS = 1500
-"""Points of a drawn curve at most."""
 NAMED = 8
-"""TTT layers that a legend names at most; for more, a colour bar names them."""
+"""TTT layers that a legend names at most."""
 
 # Colours of Okabe and Ito, which people with any kind of colour vision tell apart.
 RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -46,49 +44,38 @@ class Run(NamedTuple):
 def draw_run(
     lines: Sequence[Line], baseline: dict[str, float] | None, folder: Path, out: Path | None = None
 ) -> list[Path]:
-    """Draws a run: losses, TTT layers, optimiser and speed over its steps.
+    """Draws a run over its steps and returns the paths of a PNG and a PDF; none before the first training step.
 
     Args:
-        lines: of metrics.jsonl, in order, of training steps and validations.
+        lines: lines of metrics.jsonl, in order.
         baseline: nats of the unigram model by stream, drawn dashed in the stream's colour; None: not known.
-        folder: of the run, which gives the figure its name.
-        out: the PNG's path; None: loss.png in `folder`.
-
-    Returns:
-        The PNG and a PDF beside it, each written at once or not at all; nothing where there is no training step yet.
+        folder: folder of the run, which gives the figure its name.
+        out: path of the PNG; None: loss.png in `folder`.
     """
     training, validation = _split(lines)
     if not training:
         return []
     plt = _pyplot()
-    layers = _names(training, "ttt")
-    measured = _names(validation, "validation", "ttt")
+    layers, measured = _names(training, "ttt"), _names(validation, "validation", "ttt")
     figure = plt.figure(figsize=(15, 11 if layers else 7.6), layout="constrained")
     figure.suptitle(_summary(folder.resolve().name, training, validation), fontsize=11)
     rows = list(figure.subfigures(3 if layers else 2, 1, height_ratios=(1.25, 1, 1) if layers else (1.25, 1)))
     streams, minimised = rows[0].subplots(1, 2, width_ratios=(1.6, 1))
     _draw_streams(streams, training, validation, baseline or {})
     _draw_minimised(minimised, training, validation)
-    by_step = [streams, minimised]
     if layers:
-        panels = list(rows[1].subplots(1, 4 if measured else 2))
-        _draw_layers(panels[0], training, layers, "gate_abs", "Gates: mean |tanh alpha|")
-        _draw_layers(panels[1], training, layers, "displacement_ratio", "Norm of displacement / norm of W0")
-        _tell_layers(panels[1], layers)
-        by_step += panels[:2]
-        if measured:
-            _draw_inner(panels[2], validation, measured)
-            _draw_inner_by_layer(panels[3], validation[-1], measured)
-            by_step.append(panels[2])
+        gates, displacements, *inner = rows[1].subplots(1, 3 if measured else 2)
+        _draw_layers(gates, training, layers, "gate_abs", "Gates: mean |tanh alpha|")
+        _draw_layers(displacements, training, layers, "displacement_ratio", "Norm of displacement / norm of W0")
+        for axis in inner:
+            _draw_inner(axis, validation, measured)
     norms, rates, speed = rows[-1].subplots(1, 3)
     _draw_norms(norms, training)
     _draw_rates(rates, training)
     _draw_speed(speed, training)
-    for axis in (*by_step, norms, rates, speed):
-        _steps_below(axis, training[-1]["step"])
     for axis in figure.axes:
-        if axis.get_label() != "<colorbar>":
-            axis.grid(alpha=0.25)
+        _steps_below(axis, training[-1]["step"])
+        axis.grid(alpha=0.25)
     return _save(figure, folder / "loss.png" if out is None else out)
 
 
@@ -157,22 +144,12 @@ def _draw_minimised(axis: Any, training: Sequence[Line], validation: Sequence[Li
 
 
 def _draw_layers(axis: Any, training: Sequence[Line], layers: Sequence[str], name: str, title: str) -> None:
+    steps, named = _series(training, "step"), layers[:: -(-len(layers) // NAMED)]
     for layer, colour in zip(layers, _shades(len(layers)), strict=True):
-        values = _series(training, "ttt", layer, name)
-        _draw_smooth(axis, _series(training, "step"), values, color=colour, lw=1.2, label=f"layer {layer}")
+        label = f"layer {layer}" if layer in named else None
+        _draw_smooth(axis, steps, _series(training, "ttt", layer, name), color=colour, lw=1.2, label=label)
     axis.set_title(title, fontsize=10, loc="left")
-
-
-def _tell_layers(axis: Any, layers: Sequence[str]) -> None:
-    """Names the layers' colours to the right of `axis`."""
-    if len(layers) <= NAMED:
-        return _legend_beside(axis)
-    from matplotlib import cm, colors
-
-    # One field for each layer, as layers need not follow each other.
-    scale = cm.ScalarMappable(colors.NoNorm(0, len(layers) - 1), colors.ListedColormap(_shades(len(layers))))
-    bar = axis.figure.colorbar(scale, ax=axis, label="layer", pad=0.02)
-    bar.set_ticks(shown := _some(len(layers)), labels=[layers[i] for i in shown])
+    _legend_beside(axis)
 
 
 def _draw_inner(axis: Any, validation: Sequence[Line], layers: Sequence[str]) -> None:
@@ -183,23 +160,6 @@ def _draw_inner(axis: Any, validation: Sequence[Line], layers: Sequence[str]) ->
     _log_above(axis)
     over = f"mean of {len(layers)} layers" if len(layers) > 1 else f"layer {layers[0]}"
     axis.set_title(f"Inner losses in validation ({over})", fontsize=10, loc="left")
-
-
-def _draw_inner_by_layer(axis: Any, line: Line, layers: Sequence[str]) -> None:
-    """Draws the last validation's inner losses, one above the other, for each layer."""
-    places = np.arange(len(layers))
-    found = {
-        name: np.array([_series([line], "validation", "ttt", layer, name)[0] for layer in layers]) for name in INNER
-    }
-    everything = np.stack(list(found.values()))
-    axis.vlines(places, everything.min(0), everything.max(0), color=OTHER, lw=0.8, alpha=0.6)
-    for name, (colour, label) in INNER.items():
-        axis.plot(places, found[name], "o", color=colour, markersize=4, label=label)
-    _log_above(axis)
-    axis.set_xticks(shown := _some(len(layers)), labels=[layers[i] for i in shown])
-    axis.set_xlim(-0.7, len(layers) - 0.3)
-    axis.set_xlabel("TTT layer")
-    axis.set_title(f"Inner losses by layer at step {line['step']:,}", fontsize=10, loc="left")
     _legend_beside(axis)
 
 
@@ -218,7 +178,7 @@ def _draw_norms(axis: Any, training: Sequence[Line]) -> None:
 
 def _draw_rates(axis: Any, training: Sequence[Line]) -> None:
     for i, name in enumerate(_names(training, "lr")):
-        x, y = _thin(_series(training, "step"), _series(training, "lr", name))
+        x, y = _series(training, "step"), _series(training, "lr", name)
         dashes = ("-", (0, (5, 4)), (0, (2, 3)))[i % 3]  # groups often share a rate: the one beneath shows
         axis.plot(x, y, color=GROUPS.get(name, OTHER), lw=1.5, ls=dashes, label=name, marker=_marker(x))
     _log_above(axis)
@@ -280,8 +240,7 @@ def _names(lines: Sequence[Line], *keys: str) -> list[str]:
 
 def _draw_smooth(axis: Any, x: np.ndarray, y: np.ndarray, scale: Any = lambda y: y, **style: Any) -> None:
     """Draws the moving average of `y`, through `scale`."""
-    x, y = _thin(x, scale(_smooth(y, _span(y))))
-    axis.plot(x, y, marker=_marker(x), markersize=4, **style)
+    axis.plot(x, scale(_smooth(y, _span(y))), marker=_marker(x), markersize=4, **style)
 
 
 def _span(values: np.ndarray) -> int:
@@ -304,20 +263,9 @@ def _smooth(values: np.ndarray, span: int) -> np.ndarray:
     return np.where(counts > 0, sums(np.where(known, values, 0.0)) / np.maximum(counts, 1), np.nan)
 
 
-def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns at most `POINTS` points of a smooth curve, its ends among them."""
-    chosen = np.unique(np.linspace(0, len(x) - 1, min(len(x), POINTS)).round().astype(int))
-    return x[chosen], y[chosen]
-
-
 def _marker(x: np.ndarray) -> str | None:
     """A marker for curves of few points: a line needs two to show."""
     return "o" if len(x) < 5 else None
-
-
-def _some(count: int) -> range:
-    """Indices of the layers that are named, at most `NAMED`."""
-    return range(0, count, -(-count // NAMED))
 
 
 def _shades(count: int) -> list[Any]:

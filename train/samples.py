@@ -29,7 +29,6 @@ class _Prompt(NamedTuple):
     """The beginning of a sample, and the user's stream after it."""
 
     name: str
-    """Name of the sample's files."""
     frames: np.ndarray
     """int32 [K, P]: the recording's first frames."""
     user: np.ndarray
@@ -40,20 +39,11 @@ class Sampler:
     """Writes samples to RUN/samples/step-000100/: codes and, where codec and tokenizer are here, sound and text.
 
     Each recording NAME gives NAME.safetensors (a code file whose boundary is the first generated frame), NAME.wav (left
-    Moshi's voice, right the user's) and NAME.txt. Equal steps and parameters give equal samples. Training is
-    not changed. Shapes are always the same, so the programs compile once. It works in one process only.
+    Moshi's voice, right the user's) and NAME.txt. Equal steps, parameters and `seed` give equal samples. Training
+    is not changed. The programs compile once. It works in one process only.
 
-    Args:
-        cfg: configuration of the model.
-        recordings: validation files, at least one; the first two are read here.
-        codec, tokenizer: codec and tokenizer of the recordings.
-        run_dir: folder of the run.
-        seed: seed of the random draws.
-        frames: number of frames to generate.
-        prompt: frames of a recording that the model reads first; all of a shorter one.
-
-    Raises:
-        InputError: there is no recording, or one cannot be read.
+    The model reads the first `prompt` frames of each of the first two of `recordings`, and generates `frames`. Raises
+    `InputError` if there is no recording, or one cannot be read.
     """
 
     def __init__(

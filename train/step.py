@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from train import optim
 from train.batches import Batch
 from train.config import LossConfig, TrainConfig
-from train.partition import split
+from train.partition import shapes, split
 from ttt_jax.data.text import EPAD, PAD
 from ttt_jax.distributed import sharding
 from ttt_jax.moshi import model
@@ -104,14 +104,9 @@ def token_weights(targets: jax.Array, cfg: LossConfig) -> jax.Array:
 def chunk_sums(
     params: Tree, batch: Batch, stream: model.State, cfg: TrainConfig, block: int, measured: bool = False
 ) -> tuple[Sums, model.State]:
-    """Returns the losses of one chunk and the state after it.
+    """Returns the losses of one chunk, `batch` without its leading axis, and the state after it; `block` as in `score`.
 
-    Args:
-      params: all parameters of the model.
-      batch: one chunk, without the leading axis.
-      stream: state before the chunk.
-      block: as in `score`.
-      measured: whether to measure the TTT layers.
+    If `measured`, the TTT layers' inner losses are among them.
     """
     stream = model.reset_rows(stream, batch.reset, cfg.model)
     if cfg.state == "reset":
@@ -267,9 +262,8 @@ def init_states(cfg: TrainConfig, seeds: Sequence[int]) -> tuple[TrainState, Tre
 
 def state_like(cfg: TrainConfig, mesh: Mesh) -> TrainState:
     """Returns shapes, types and shardings of a run's state. Raises `InputError` if the mesh does not fit the model."""
-    params = jax.eval_shape(lambda key: model.init_params(cfg.model, key), jax.random.key(0))
-    trainable = split(params, cfg)[0]
-    shapes = jax.eval_shape(partial(fresh_state, cfg), trainable)
+    trainable = split(shapes(cfg.model), cfg)[0]
+    fresh = jax.eval_shape(partial(fresh_state, cfg), trainable)
     of_params = sharding.params_shardings(mesh, trainable)
     whole = sharding.replicated(mesh)
     shardings = TrainState(
@@ -277,13 +271,13 @@ def state_like(cfg: TrainConfig, mesh: Mesh) -> TrainState:
         skipped=whole,
         trainable=of_params,
         opt_state=optax.tree.map_params(
-            optim.make_optimizer(cfg), lambda _, s: s, shapes.opt_state, of_params, transform_non_params=lambda _: whole
+            optim.make_optimizer(cfg), lambda _, s: s, fresh.opt_state, of_params, transform_non_params=lambda _: whole
         ),
-        stream=sharding.state_shardings(mesh, shapes.stream),
+        stream=sharding.state_shardings(mesh, fresh.stream),
     )
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        shapes._replace(trainable=trainable),
+        fresh._replace(trainable=trainable),
         shardings,
     )
 

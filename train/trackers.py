@@ -8,7 +8,7 @@ import math
 import secrets
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ttt_jax.errors import InputError
 from ttt_jax.utils.files import write_atomically
@@ -16,16 +16,28 @@ from ttt_jax.utils.files import write_atomically
 log = logging.getLogger("train")
 
 
-class Tracker(Protocol):
-    """Takes the metrics of steps and validations."""
+class Tracker:
+    """Sends metrics to `service`. If that fails, the run goes on without it."""
+
+    def __init__(self, name: str, service: Any):
+        self._name, self._service = name, service
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Stores `values`, named as by `flatten`, for `step`."""
-        ...
+        self._try("write", step, values)
 
     def close(self) -> None:
         """Sends what is left; nothing can be written afterwards."""
-        ...
+        self._try("close")
+
+    def _try(self, method: str, *args: Any) -> None:
+        if self._service is None:
+            return
+        try:
+            getattr(self._service, method)(*args)
+        except Exception as error:  # noqa: BLE001  hours of training are worth more than any error here
+            self._service, reason = None, f"{type(error).__name__}: {error}"
+            log.warning("%s failed (%s) and gets no more metrics; metrics.jsonl has them all", self._name, reason)
 
 
 def flatten(line: dict[str, Any]) -> dict[str, float]:
@@ -42,8 +54,10 @@ def flatten(line: dict[str, Any]) -> dict[str, float]:
 
 def check(tensorboard: bool, wandb: str | None) -> None:
     """Raises `InputError` if a package is missing that `open_trackers` needs with these arguments."""
-    packages = {"tensorboardX": ("--tensorboard", tensorboard), "wandb": ("--wandb", wandb is not None)}
-    for package, (flag, used) in packages.items():
+    for package, flag, used in (
+        ("tensorboardX", "--tensorboard", tensorboard),
+        ("wandb", "--wandb", wandb is not None),
+    ):
         if used and importlib.util.find_spec(package) is None:
             raise InputError(
                 f"the package {package} is not installed: install what {flag} needs by pip install -e '.[log]', or"
@@ -54,50 +68,16 @@ def check(tensorboard: bool, wandb: str | None) -> None:
 def open_trackers(
     tensorboard: bool, wandb: str | None, run_dir: Path, config: dict[str, Any], done: int
 ) -> list[Tracker]:
-    """Returns the trackers of a run. One that fails later gets no more metrics, and the run goes on.
+    """Returns the trackers of a run: TensorBoard, the project `wandb` of W&B, which shows `config`, or none.
 
-    Args:
-        tensorboard: whether to write event files to RUN/tensorboard.
-        wandb: project of Weights & Biases; None: none.
-        run_dir: folder of the run, which exists.
-        config: configuration of the run, as W&B shows it.
-        done: steps done before; stored metrics of later steps are replaced.
-
-    Raises:
-        InputError: a package is missing, or W&B cannot be reached or refuses.
+    Stored metrics of steps after `done` are replaced. Call `check` first. Raises `InputError` if W&B refuses.
     """
-    check(tensorboard, wandb)
     trackers: list[Tracker] = []
     if tensorboard:
-        trackers.append(_Guarded("TensorBoard", _TensorBoard(run_dir, done)))
+        trackers.append(Tracker("TensorBoard", _TensorBoard(run_dir, done)))
     if wandb is not None:
-        trackers.append(_Guarded("Weights & Biases", _WandB(wandb, run_dir, config)))
+        trackers.append(Tracker("Weights & Biases", _WandB(wandb, run_dir, config)))
     return trackers
-
-
-class _Guarded:
-    """A tracker whose failure does not end the run."""
-
-    def __init__(self, name: str, tracker: Tracker):
-        self._name = name
-        self._tracker: Tracker | None = tracker
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """As `Tracker.write`."""
-        self._try("write", step, values)
-
-    def close(self) -> None:
-        """As `Tracker.close`."""
-        self._try("close")
-
-    def _try(self, method: str, *args: Any) -> None:
-        if self._tracker is None:
-            return
-        try:
-            getattr(self._tracker, method)(*args)
-        except Exception as error:  # noqa: BLE001  hours of training are worth more than any error here
-            self._tracker, reason = None, f"{type(error).__name__}: {error}"
-            log.warning("%s failed (%s) and gets no more metrics; metrics.jsonl has them all", self._name, reason)
 
 
 class _TensorBoard:
@@ -121,12 +101,10 @@ class _TensorBoard:
             self._write(done + 1, session_log=restart)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """As `Tracker.write`."""
         value = self._summary.Value
         self._write(step, summary=self._summary(value=[value(tag=name, simple_value=x) for name, x in values.items()]))
 
     def close(self) -> None:
-        """As `Tracker.close`."""
         self._file.close()
 
     def _write(self, step: int, **what: Any) -> None:
@@ -156,11 +134,9 @@ class _WandB:
         write_atomically(path, identity.encode())
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """As `Tracker.write`."""
         # Steps only grow in W&B. Steps that a killed run has sent already are computed again with the same values.
         if step >= self._run.step:
             self._run.log(values, step=step)
 
     def close(self) -> None:
-        """As `Tracker.close`."""
         self._run.finish()

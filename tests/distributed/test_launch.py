@@ -13,11 +13,8 @@ from ttt_jax.utils import config_json
 MANUAL = ["--launch", "manual", "--coordinator", "host:1234", "--processes", "4", "--process", "3"]
 
 
-def test_a_process_is_alone_unless_flags_say_otherwise():
+def test_a_process_is_alone_unless_flags_name_others_anywhere():
     assert parse(["small", "--steps", "3"])[0].launch == Launch()
-
-
-def test_the_flags_may_stand_anywhere():
     options, config = parse(["small", *MANUAL[:4], "--steps", "3", *MANUAL[4:]])
     assert options.launch == Launch("manual", "host:1234", 4, 3)
     assert config == dataclasses.replace(PRESETS["small"], steps=3)

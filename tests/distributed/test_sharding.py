@@ -1,5 +1,6 @@
 """Training on simulated devices: each mesh against one device, shardings of arrays, communication of devices."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -16,10 +17,10 @@ from tests.helpers.places import ROOT
 from tests.helpers.small_step import LORA
 from train import optim, step
 from train.config import PRESETS
-from ttt_jax.config import DepthConfig, LoRAConfig, MoshiConfig
+from train.partition import shapes
+from ttt_jax.config import LoRAConfig
 from ttt_jax.distributed import sharding
 from ttt_jax.errors import InputError
-from ttt_jax.moshi import model
 from ttt_jax.utils.trees import named
 
 MESHES = ("2,2,2",)
@@ -69,17 +70,13 @@ def found(request, mesh):
     return results["1,1,1"], results[mesh]
 
 
-def flat(metrics):
-    return {**{k: v for k, v in metrics.items() if k != "grad_norms"}, **metrics["grad_norms"]}
-
-
 @either
 def test_a_mesh_has_the_losses_and_norms_of_one_device(found):
     one, many = found
     assert len(one["metrics"]) == len(many["metrics"]) == STEPS
     for a, b in zip(one["metrics"], many["metrics"], strict=True):
-        for name, value in flat(a).items():
-            np.testing.assert_allclose(flat(b)[name], value, rtol=1e-5, err_msg=name)
+        for name, value in a.items():
+            np.testing.assert_allclose(b[name], value, rtol=1e-5, err_msg=name)
     assert np.ptp([step["loss"] for step in one["metrics"]]) > 1e-2
 
 
@@ -207,38 +204,25 @@ def test_random_weights_are_those_of_one_device_and_lie_where_the_step_wants_the
 # The table
 
 
-def every_model():
-    lora, low = LoRAConfig(rank=4), {"low_rank": 8}
-    for name, preset in PRESETS.items():
-        yield name, preset.model
-        depth = DepthConfig(
-            **{**preset.model.depth.__dict__, **low, "schedule": (0, 1) + (2,) * (preset.model.dep_q - 2)}
-        )
-        yield (
-            f"{name} with all",
-            MoshiConfig(**{**preset.model.__dict__, "lora": lora, "depth": depth, "extra_heads": 2}),
-        )
+def with_all(cfg):
+    """`cfg` with adapters, further heads, a low-rank depth transformer and shared weight sets."""
+    depth = dataclasses.replace(cfg.depth, low_rank=8, schedule=(0, 1) + (2,) * (cfg.dep_q - 2))
+    return dataclasses.replace(cfg, lora=LoRAConfig(rank=4), depth=depth, extra_heads=2)
 
 
-@pytest.mark.parametrize(
-    "cfg",
-    [pytest.param(cfg, id=name, marks=[] if "tiny" in name else pytest.mark.slow) for name, cfg in every_model()],
-)
-def test_every_parameter_has_a_place_and_a_group(cfg):
-    shapes = named(jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0)))
-    for path, shape in shapes.items():
+@pytest.mark.parametrize("name", ["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in PRESETS)])
+@pytest.mark.parametrize("whole", [with_all, pytest.param(lambda cfg: cfg, marks=pytest.mark.slow)])
+def test_every_parameter_has_a_place_and_a_group(name, whole):
+    cfg = whole(PRESETS[name].model)
+    for path, shape in named(shapes(cfg)).items():
         found = sharding.spec(path, shape.ndim)
         assert len(found) in (0, shape.ndim), path
         assert {axis for axis in found if axis} <= {"fsdp", "tensor", ("tensor", "fsdp")}
         # Whatever is large is spread, and by heads or hidden units where there are any.
         large = shape.size >= cfg.dim * cfg.depth.dim and "_lora_" not in path
         assert not large or any(found) or "inner_" in path, path
-    groups = named(optim.groups(shapes_tree(cfg)))
+    groups = named(optim.groups(shapes(cfg)))
     assert set(groups.values()) == {"base", "ttt", "gate"} | ({"lora"} if cfg.lora.rank else set())
-
-
-def shapes_tree(cfg):
-    return jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0))
 
 
 def test_a_parameter_that_no_rule_covers_is_an_error():
@@ -290,11 +274,8 @@ def test_sizes_that_are_not_the_devices_are_one_sentence(sizes):
 
 
 def test_one_size_follows_from_the_others():
-    assert (
-        dict(sharding.make_mesh(-1, 1, 1).shape)
-        == dict(sharding.make_mesh(1, 1, -1).shape)
-        == dict.fromkeys(sharding.AXES, 1)
-    )
+    for sizes in ((-1, 1, 1), (1, 1, -1)):
+        assert dict(sharding.make_mesh(*sizes).shape) == dict.fromkeys(sharding.AXES, 1)
     assert sharding.local_rows(sharding.make_mesh(1, 1, 1), 5) == range(5)
 
 
@@ -315,10 +296,10 @@ def test_a_process_reads_the_rows_of_its_devices():
         port = free.getsockname()[1]
     both = [child("-c", ROWS_OF_PROCESSES, port, i, devices=2) for i in range(2)]
     try:
-        told = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in both]
+        rows = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in both]
     finally:
         for process in both:
             process.kill()
     halves = [list(range(4)), list(range(4, 8))]
     for i in range(2):
-        assert told[i] == 4 * [halves[i]] + [list(range(8))]
+        assert rows[i] == 4 * [halves[i]] + [list(range(8))]

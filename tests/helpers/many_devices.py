@@ -118,16 +118,9 @@ def run(mesh: jax.sharding.Mesh, accumulate: int, steps: int = STEPS) -> dict:
     metrics_of, moved = [], []
     for one in batches[:steps]:
         state, metrics = program(state, {}, one, stop)
-        metrics_of.append(
-            {
-                "loss": float(metrics.loss),
-                "streams": np.asarray(metrics.streams).tolist(),
-                "rows": np.asarray(metrics.rows).tolist(),
-                "grad_norm": float(metrics.grad_norm),
-                "grad_norms": {name: float(norm) for name, norm in metrics.grad_norms.items()},
-                "displacement": float(metrics.ttt[1]["displacement_norm"]),
-            }
-        )
+        numbers = {name: getattr(metrics, name) for name in ("loss", "streams", "rows", "grad_norm")}
+        numbers |= metrics.grad_norms | {"displacement": metrics.ttt[1]["displacement_norm"]}
+        metrics_of.append({name: np.asarray(value).tolist() for name, value in numbers.items()})
         leaves = zip(named(state).items(), jax.tree.leaves(like), strict=True)
         moved += [name for (name, leaf), want in leaves if leaf.sharding != want.sharding]
     adam = next(part for part in state.opt_state if hasattr(part, "mu"))

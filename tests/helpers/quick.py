@@ -1,13 +1,20 @@
 """Programs of training and evaluation that compile in a third of the time, once a process for runs that are alike."""
 
+import contextlib
 import dataclasses
+import signal
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
+import numpy as np
 
 from eval.streaming import runner
 from tests.helpers.drawing import OPTIONS
+from train import loop, plots
+from train.batches import Batches
 from train.config import DataConfig
+from ttt_jax.checkpoints import checksums
 
 _steps, _weights = {}, {}
 
@@ -51,3 +58,41 @@ def remembering(first):
         return jax.tree.map(lambda leaf, place: jax.device_put(leaf.copy(), place), *_weights[key])
 
     return drawn
+
+
+def sums_of_group(arrays):
+    """For `checksums._sums_of_group`: the same numbers without a program."""
+
+    def sum_of(array):
+        array = np.ascontiguousarray(jax.device_get(array)).reshape(-1)
+        unsigned = {1: np.uint8, 2: np.uint16}.get(array.itemsize, np.uint32)
+        bits = array.view(unsigned).astype(np.uint32)
+        return checksums._mix(bits ^ checksums._mix(np.arange(bits.size, dtype=np.uint32))).sum(dtype=np.uint32)
+
+    return {name: sum_of(array) for name, array in arrays.items()}
+
+
+def quicken(patch):
+    """Makes `train.loop` quick: quick programs, weights drawn once, no programs of checksums, no figures."""
+    patch.setattr(checksums, "_sums_of_group", sums_of_group)
+    patch.setattr(loop, "make_steps_together", quickly(loop.make_steps_together))
+    patch.setattr(loop, "make_train_step", quickly(loop.make_train_step))
+    patch.setattr(loop.initial_params, "initial", remembering(loop.initial_params.initial))
+    patch.setattr(plots, "draw_run", lambda *_: [])
+
+
+@contextlib.contextmanager
+def interrupted(step):
+    """Presses Ctrl-C once while `step` is prepared; the loop looks at one batch before the first step."""
+    pressed = []
+
+    class Interrupted(Batches):
+        def __next__(self):
+            self.taken = getattr(self, "taken", 0) + 1
+            if self.taken == 1 + step and not pressed:
+                pressed.append(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+            return super().__next__()
+
+    with mock.patch.object(loop, "Batches", Interrupted):
+        yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from functools import cache
 
 import jax
 import numpy as np
@@ -12,10 +13,9 @@ from tests.helpers.drawing import OPTIONS, random_params
 from train import step
 from train.batches import Batch
 from train.config import DataConfig, LossConfig, OptimConfig, TrainableConfig, TrainConfig
-from train.partition import fit, split
+from train.partition import fit, shapes, split
 from ttt_jax.config import DepthConfig, LoRAConfig, MoshiConfig, TTTConfig
 from ttt_jax.distributed import sharding
-from ttt_jax.moshi import model
 
 MODEL = MoshiConfig(
     dim=16,
@@ -77,14 +77,10 @@ def batch(chunks: int = 1, seed: int = 0, reset=(), absent: float = 0.1, frames:
     return Batch(np.where(mask[:, :, None], tokens, -1).astype(np.int32), mask, flags)
 
 
-def shapes(cfg: TrainConfig):
-    """Shapes of all parameters."""
-    return jax.eval_shape(lambda key: model.init_params(cfg.model, key), jax.random.key(0))
-
-
+@cache
 def some_params(cfg: TrainConfig, seed: int = 0, dtype=np.float32):
-    """(what trains, what is frozen), with no parameter at 0 or 1."""
-    return split(random_params(shapes(cfg), np.random.default_rng(seed), dtype), cfg)
+    """(trainable, frozen) parameters, none of them 0 or 1; no test may write to them."""
+    return split(random_params(shapes(cfg.model), np.random.default_rng(seed), dtype), cfg)
 
 
 def one_device() -> jax.sharding.Mesh:
@@ -101,7 +97,12 @@ def compiled(cfg: TrainConfig, mesh: jax.sharding.Mesh, frozen, one: Batch, opti
 def start(cfg: TrainConfig, trainable=None) -> step.TrainState:
     """The state before the first step on one device, in buffers that nothing else uses."""
     trainable = some_params(cfg)[0] if trainable is None else trainable
-    return step.init_state(cfg, one_device(), copied(trainable))
+    return copied(_fresh(cfg)._replace(trainable=trainable))
+
+
+@cache
+def _fresh(cfg: TrainConfig) -> step.TrainState:
+    return step.init_state(cfg, one_device(), some_params(cfg)[0])._replace(trainable=None)
 
 
 def copied(tree):

@@ -57,20 +57,13 @@ def order(row):
     return [int(tokens[0] // 1000) for reset, tokens in row if reset]
 
 
-def test_shapes_and_types_are_those_of_the_rows_and_chunks():
-    (window,) = take(batches(batch=5, chunks=3, rows=range(1, 3)), 1)
-    assert window.batch.frames.shape == (3, 2, 3, CHUNK)
-    assert window.batch.mask.shape == (3, 2, CHUNK)
-    assert window.batch.reset.shape == (3, 2)
-    assert [array.dtype for array in window.batch] == [np.int32, bool, bool]
-    assert [len(names) for names in window.files] == [2, 2, 2]
-
-
 def test_a_chunk_never_holds_two_files_and_is_named():
-    for batch, files in take(batches(chunks=2), 40):
-        for frames, mask, name in zip(
-            batch.frames.reshape(-1, 3, CHUNK), batch.mask.reshape(-1, CHUNK), sum(files, ()), strict=True
-        ):
+    for batch, files in take(batches(batch=5, chunks=3, rows=range(1, 3)), 40):
+        assert [array.shape for array in batch] == [(3, 2, 3, CHUNK), (3, 2, CHUNK), (3, 2)]
+        assert [array.dtype for array in batch] == [np.int32, bool, bool]
+        assert [len(names) for names in files] == [2, 2, 2]
+        chunks = zip(batch.frames.reshape(-1, 3, CHUNK), batch.mask.reshape(-1, CHUNK), sum(files, ()), strict=True)
+        for frames, mask, name in chunks:
             assert {f"micro/{i}" for i in frames[0, mask] // 1000} == {name}
 
 
@@ -111,11 +104,7 @@ def test_from_start_every_file_is_read_from_its_first_frame_to_its_last():
             tokens = sum(read[start:end], [])
             assert tokens == list(FILES[tokens[0] // 1000][0])
         assert len(starts) > 2 * len(FILES)
-
-
-def test_from_start_must_be_set():
     assert not DataConfig().from_start
-    same(take(batches(), 5), take(batches(from_start=False), 5))
 
 
 def test_the_order_of_a_seed_is_no_later_pass_of_another():
@@ -192,9 +181,7 @@ def joined(parts):
     """One process's windows made of those of several."""
     found = []
     for some in zip(*parts, strict=True):
-        batch = type(some[0].batch)(
-            *(np.concatenate(arrays, 1) for arrays in zip(*(w.batch for w in some), strict=True))
-        )
+        batch = type(some[0].batch)(*(np.concatenate(x, 1) for x in zip(*(w.batch for w in some), strict=True)))
         names = tuple(sum(files, ()) for files in zip(*(w.files for w in some), strict=True))
         found.append(type(some[0])(batch, names))
     return found
@@ -211,42 +198,29 @@ def test_a_run_goes_on_with_another_number_of_processes():
             next(alone)
         position = json.loads(json.dumps(alone.get_state()))
         expected = [next(alone) for _ in range(15)]
-        later = alone.get_state()
-    parts, positions = [], []
+        later, parts = alone.get_state(), []
     for half in halves(5):
         with contextlib.closing(half):
             half.set_state(position)
             parts.append([next(half) for _ in range(15)])
-            positions.append(half.get_state())
+            assert half.get_state() == later
     same(expected, joined(parts))
-    assert positions == [later, later]
 
 
-def counted(arrays, reads, name="counted"):
-    """A source that notes in `reads` which file is read."""
+def with_reading(made, before):
+    """`made`, whose files call `before` with their names when they are read."""
 
-    def reading(recording):
-        def read():
-            reads.append(recording.name)
-            return recording.read()
+    def changed(recording):
+        return dataclasses.replace(recording, read=lambda: (before(recording.name), recording.read())[1])
 
-        return dataclasses.replace(recording, read=read)
-
-    made = source(arrays, name=name)
-    return made._replace(recordings=tuple(map(reading, made.recordings)))
+    return made._replace(recordings=tuple(map(changed, made.recordings)))
 
 
-def test_nothing_is_read_before_it_is_asked_for():
+def test_windows_are_read_ahead_once_the_first_is_taken():
     reads = []
-    iterator = batches(4, sources=[counted(FILES, reads)])
-    iterator.set_state(iterator.get_state())
-    iterator.close()
-    assert reads == []
-
-
-def test_the_next_windows_are_read_before_they_are_asked_for():
-    reads = []
-    with contextlib.closing(batches(1, sources=[counted(numbered([1] * 9), reads)])) as iterator:
+    with contextlib.closing(batches(1, sources=[with_reading(source(numbered([1] * 9)), reads.append)])) as iterator:
+        iterator.set_state(iterator.get_state())
+        assert reads == []
         next(iterator)
         until = time.monotonic() + 30
         while len(reads) < 3 and time.monotonic() < until:
@@ -256,29 +230,21 @@ def test_the_next_windows_are_read_before_they_are_asked_for():
 
 def test_a_row_reads_its_file_once_and_other_processes_rows_are_not_read():
     reads = []
-    long = numbered([400] * 6)
-    taken = take(batches(6, sources=[counted(long, reads)], rows=range(2, 4)), 20)
+    long = source(numbered([400] * 6))
+    taken = take(batches(6, sources=[with_reading(long, reads.append)], rows=range(2, 4)), 20)
     assert sorted(reads) == sorted(name for name in taken[0].files[0])
     assert len(reads) == 2
 
 
-def damaged(damage):
-    """`SOURCE`, whose file 2 cannot be read as long as `damage` holds something."""
-    sound = SOURCE.recordings[2]
-
-    def read():
-        if damage:
-            raise InputError("file 2 is damaged: make it again.")
-        return sound.read()
-
-    broken = dataclasses.replace(sound, read=read)
-    return SOURCE._replace(recordings=(*SOURCE.recordings[:2], broken, *SOURCE.recordings[3:]))
-
-
 @pytest.mark.parametrize("chunks", [1, 3])  # of three the damaged file is not the first
 def test_a_damaged_file_is_an_error_for_the_taker_of_the_window(chunks):
-    damage = ["a hole"]
-    sound, broken = (batches(1, 2, [one], chunks=chunks) for one in (SOURCE, damaged(damage)))
+    damage = {"micro/2"}
+
+    def fail(name):
+        if name in damage:
+            raise InputError("file 2 is damaged: make it again.")
+
+    sound, broken = (batches(1, 2, [one], chunks=chunks) for one in (SOURCE, with_reading(SOURCE, fail)))
     with contextlib.closing(broken) as iterator, contextlib.closing(sound) as whole:
         expected = next(whole)
         while ("micro/2",) not in expected.files:
@@ -327,7 +293,7 @@ def test_validation_covers_every_frame_once_from_the_start(batch):
                 assert not reset
 
 
-def test_validation_rows_without_a_file_are_masked_and_nameless():
+def test_validation_rows_without_a_file_are_masked_and_nameless_and_rows_are_split_among_processes():
     *_, ((frames, mask, reset), files) = validation_batches(SOURCE.recordings, 7, CHUNK)
     idle = [row for row, name in enumerate(files[0]) if not name]
     assert idle[-2:] == [5, 6]
@@ -335,9 +301,6 @@ def test_validation_rows_without_a_file_are_masked_and_nameless():
     assert not mask[0, idle].any()
     assert not reset[0, idle].any()
     assert mask.any()
-
-
-def test_validation_is_split_by_rows_into_equally_many_windows():
     parts = [list(validation_batches(SOURCE.recordings, 6, CHUNK, rows)) for rows in (range(4), range(4, 6))]
     same(list(validation_batches(SOURCE.recordings, 6, CHUNK)), joined(parts))
     assert not list(validation_batches((), 6, CHUNK))

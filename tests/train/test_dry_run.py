@@ -14,12 +14,11 @@ from tests.helpers.micro import MODEL, config
 from train import dry_run
 from train.batches import Batch
 from train.config import PRESETS, LossConfig, MeshConfig, TrainableConfig
-from train.partition import fit, split
+from train.partition import fit, shapes, split
 from train.step import make_train_step, state_like
 from ttt_jax.config import LoRAConfig, TTTConfig
 from ttt_jax.distributed import sharding
 from ttt_jax.errors import InputError
-from ttt_jax.moshi import model
 
 LORA = TrainableConfig(base=False)
 
@@ -38,20 +37,20 @@ planned = cache(dry_run.plan)
 def compiled(cfg):
     """XLA's own account of the step."""
     mesh = sharding.make_mesh(1, 1, 1)
-    params = jax.eval_shape(lambda key: model.init_params(cfg.model, key), jax.random.key(0))
     k, rows, streams, frames = cfg.bptt, cfg.data.batch, cfg.model.num_streams, cfg.data.chunk
     shape = jax.ShapeDtypeStruct
     batch = Batch(shape((k, rows, streams, frames), jnp.int32), shape((k, rows, frames), bool), shape((k, rows), bool))
-    lowered = make_train_step(cfg, mesh).lower(
-        state_like(cfg, mesh), split(params, cfg)[1], batch, shape((rows,), bool)
-    )
-    return lowered.compile().memory_analysis(), sum(
-        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch)
-    )
+    inputs = state_like(cfg, mesh), split(shapes(cfg.model), cfg)[1], batch, shape((rows,), bool)
+    return make_train_step(cfg, mesh).lower(*inputs).compile().memory_analysis(), size(batch)
 
 
-@pytest.mark.parametrize("ttt", ["none", pytest.param("4", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("remat", ["dots", pytest.param("layers", marks=pytest.mark.slow)])
+def size(tree):
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ttt", ["none", "4"])
+@pytest.mark.parametrize("remat", ["dots", "layers"])
 def test_memory_is_what_xla_takes(ttt, remat):
     cfg = build(trainable=LORA, remat=remat)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, ttt=TTTConfig(layers=ttt, mini_batch=4)))
@@ -123,8 +122,8 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, devices, sentence):
     "name", ["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("small", "moshi-7b"))]
 )
 def test_the_text_is_short_and_adds_up(name):
-    began = time.perf_counter()
-    found = dry_run.plan(fit(PRESETS[name]), devices=1)
+    cfg, began = fit(PRESETS[name]), time.perf_counter()
+    found = dry_run.plan(cfg, devices=1)
     text = dry_run.lines(found)
     assert time.perf_counter() - began < 60
     assert len(text) <= 25
@@ -133,17 +132,18 @@ def test_the_text_is_short_and_adds_up(name):
     assert f"{parameters / 1e6:,.2f} M, of which {found.trainable / 1e6:,.2f} M train" in text[0]
     assert sum("estimate" in line for line in text) == 2
     assert "rank" in next(line for line in text if "TTT layers" in line)
+    like = state_like(cfg, sharding.make_mesh(1, 1, 1))
+    assert [found.memory[part] for part in dry_run.ARRAYS[1:]] == list(map(size, like[2:]))
 
 
 @pytest.mark.slow
 def test_frozen_weights_have_the_types_of_their_files():
     cfg = build(trainable=TrainableConfig(base=False, ttt=False))
     half = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype="bfloat16"))
-    base, ttt = (
-        (sum(found.parameters.values()) - found.trainable - found.parameters["TTT layers"] for found in [planned(cfg)]),
-        planned(cfg).parameters["TTT layers"],
-    )
-    assert planned(half).memory["frozen weights"] == 2 * next(base) + 4 * ttt
+    found = planned(cfg)
+    ttt = found.parameters["TTT layers"]
+    base = sum(found.parameters.values()) - found.trainable - ttt
+    assert planned(half).memory["frozen weights"] == 2 * base + 4 * ttt
 
 
 MESSAGES = (
@@ -167,16 +167,8 @@ def test_what_to_lower_is_what_can_be_lowered():
     def sentence(**changes):
         return str(dry_run.too_large(error, build(**changes)))
 
-    all_of_it = [
-        "--remat dots",
-        "--accumulate",
-        "--loss.block",
-        "--data.batch",
-        "--data.chunk",
-        "remat-group",
-        "--mesh.fsdp",
-    ]
-    places = [sentence().index(word) for word in all_of_it]
+    flags = "--remat dots", "--accumulate", "--loss.block", "--data.batch", "--data.chunk", "remat-group", "--mesh.fsdp"
+    places = [sentence().index(flag) for flag in flags]
     assert places == sorted(places)
     assert "--remat" not in sentence(remat="layers")
     assert "--accumulate" not in sentence(accumulate=4)

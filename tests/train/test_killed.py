@@ -75,12 +75,9 @@ def test_a_run_killed_at_random_ends_like_one_never_killed(whole, times):
     assert len(left) <= 3
 
 
+# test_resume.py presses Ctrl-C, too.
 @pytest.mark.parametrize(
-    ("number", "code"),
-    [
-        pytest.param(signal.SIGTERM, 143, **integration),
-        pytest.param(signal.SIGINT, 130, **slow),
-    ],  # test_resume presses Ctrl-C, too
+    ("number", "code"), [pytest.param(signal.SIGTERM, 143, **integration), pytest.param(signal.SIGINT, 130, **slow)]
 )
 def test_a_signal_saves_and_the_exit_code_says_so(whole, number, code):
     folder, config, expected = whole

@@ -11,16 +11,11 @@ import pytest
 from tests.helpers.micro import MODEL, config
 from train import optim
 from train.config import OptimConfig
-from ttt_jax.config import DepthConfig, LoRAConfig
-from ttt_jax.moshi import model
+from train.partition import shapes
+from ttt_jax.config import LoRAConfig
 from ttt_jax.utils.trees import named
 
-LORA = LoRAConfig(rank=2)
 GATE, W0 = "layers/layers_01_01/ttt/gate", "layers/layers_01_01/ttt/inner_w0"
-
-
-def shapes(cfg):
-    return jax.eval_shape(lambda key: model.init_params(cfg, key), jax.random.key(0))
 
 
 def some_params():
@@ -39,17 +34,14 @@ def first_update(optim_config, grad):
     return named(updates), named(params), state
 
 
-def with_all(cfg):
-    """`cfg` with adapters, further heads, a low-rank depth transformer and shared weight sets."""
-    depth = {**vars(cfg.depth), "low_rank": 8, "schedule": (0,) + (1,) * (cfg.dep_q - 1)}
-    return dataclasses.replace(cfg, lora=LORA, depth=DepthConfig(**depth), extra_heads=2)
+DEPTH = dataclasses.replace(MODEL.depth, low_rank=8, schedule=(0,) + (1,) * (MODEL.dep_q - 1))
+ALL = dataclasses.replace(MODEL, lora=LoRAConfig(rank=2), depth=DEPTH, extra_heads=2)
+"""With adapters, further heads, a low-rank depth transformer and shared weight sets."""
 
 
-# distributed/test_sharding.py looks at the presets.
-@pytest.mark.parametrize("cfg", [MODEL, with_all(MODEL)], ids=["micro", "micro with all"])
-def test_every_parameter_has_a_group(cfg):
-    groups = named(optim.groups(shapes(cfg)))
-    assert set(groups.values()) == set(optim.GROUPS) - ({"lora"} if not cfg.lora.rank else set())
+def test_every_parameter_has_a_group():  # distributed/test_sharding.py looks at the presets
+    groups = named(optim.groups(shapes(ALL)))
+    assert set(groups.values()) == set(optim.GROUPS)
     for path, group in groups.items():
         ttt = "gate" if path.endswith("/ttt/gate") else "ttt"
         assert group == (ttt if "/ttt/" in path else "lora" if "_lora_" in path else "base"), path
@@ -61,7 +53,7 @@ def test_an_unknown_parameter_is_refused():
 
 
 def test_only_matrices_and_embeddings_decay():
-    decayed = named(optim.decayed(shapes(with_all(MODEL))))
+    decayed = named(optim.decayed(shapes(ALL)))
     kept = {name for name, flag in decayed.items() if not flag}
     vectors = ("bias", "scale", "norm", "norm1", "norm2", "gate", "rate_weight")
     assert kept == {name for name in decayed if name.endswith(vectors) or "/inner_" in name}
@@ -114,10 +106,3 @@ def test_the_betas_are_those_of_the_configuration(beta1, beta2):
     adam = next(part for part in state if hasattr(part, "mu"))
     np.testing.assert_allclose(adam.mu["text_head"], (1 - beta1) * 2.0, rtol=1e-5)
     np.testing.assert_allclose(adam.nu["text_head"], (1 - beta2) * 4.0, rtol=1e-5)
-
-
-def test_only_what_trains_is_in_the_optimiser():
-    some = {name: leaf for name, leaf in some_params().items() if name != "text_head"}
-    state = optim.make_optimizer(config()).init(some)
-    sizes = [leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim]
-    assert sum(sizes) == 2 * sum(leaf.size for leaf in jax.tree.leaves(some))

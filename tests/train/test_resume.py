@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import shutil
-import signal
 
 import jax
 import numpy as np
@@ -12,11 +11,11 @@ import pytest
 
 from eval.inputs import checkpoints
 from tests.helpers import small_tasks
+from tests.helpers.commands import lines as metrics
 from tests.helpers.micro import files, write_manifest
-from tests.helpers.quick import quickly, remembering
-from train import loop, plots
-from train.batches import Batches
-from train.config import DataConfig, TrainConfig
+from tests.helpers.quick import interrupted, quicken
+from train import loop
+from train.config import DataConfig, load
 from ttt_jax.checkpoints import checksums
 from ttt_jax.checkpoints.run_weights import load_run
 from ttt_jax.codec import load_codec
@@ -34,9 +33,7 @@ EVALUATED = []
 def quick():
     """Programs compile quickly; figures and evaluations at the end are left out, other tests ask for them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_train_step", quickly(loop.make_train_step))
-        patch.setattr(loop.initial_params, "initial", remembering(loop.initial_params.initial))
-        patch.setattr(plots, "draw_run", lambda *_: [])
+        quicken(patch)
         patch.setattr(loop, "call", lambda package, args: EVALUATED.append((package, *args)) or 0)
         yield
 
@@ -49,34 +46,11 @@ def runs(tmp_path_factory):
     heldout = write_manifest(folder, "heldout", files((70, 50), seed=1), load_codec().digest)
     data = dataclasses.replace(CONFIG.data, train=str(train), heldout=str(heldout), cache=str(folder / "cache"))
     codes = [loop.start([dataclasses.replace(CONFIG, data=data, run_dir=str(folder / "whole"))])]
-
-    class Interrupted(Batches):
-        """Presses Ctrl-C while step 2 is prepared; the loop looks at one batch before the first step."""
-
-        def __next__(self):
-            self.taken = getattr(self, "taken", 0) + 1
-            if self.taken == 3:
-                signal.raise_signal(signal.SIGINT)
-            return super().__next__()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Batches", Interrupted)
+    with interrupted(2):
         codes.append(loop.start([dataclasses.replace(CONFIG, data=data, run_dir=str(folder / "parts"))]))
     shutil.copytree(folder / "parts", folder / "stopped")
     codes.append(loop.resume(folder / "parts"))
     return folder, codes
-
-
-@pytest.fixture(scope="module")
-def killed(runs):
-    """`whole` as a kill in step 5 without warning would have left it, then resumed; and its exit code."""
-    folder = runs[0] / "killed"
-    shutil.copytree(runs[0] / "whole", folder)
-    # Orbax's name for a checkpoint that is being written
-    (folder / "checkpoints" / "6").rename(folder / "checkpoints" / "6.orbax-checkpoint-tmp")
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:50])
-    return folder, loop.resume(folder)
 
 
 def with_meta(run_dir, copy, change):
@@ -89,12 +63,6 @@ def with_meta(run_dir, copy, change):
     content = json.loads(seal.read_text())["content"]
     seal.write_text(json.dumps(checksums.seal({**content, "meta": checksums.crc(meta)})))
     return copy
-
-
-def metrics(run_dir):
-    untimed = ("seconds", "frames_per_second")
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in untimed} for line in lines]
 
 
 def same(a, b):
@@ -113,27 +81,26 @@ def test_an_interrupted_run_keeps_the_step_it_was_in(runs):
     assert load_run(runs[0] / "stopped").meta["step"] == 2
 
 
-def test_a_resumed_run_has_the_losses_of_one_never_stopped(runs):
-    whole, parts = metrics(runs[0] / "whole"), metrics(runs[0] / "parts")
-    assert [line["step"] for line in whole] == list(range(1, CONFIG.steps + 1))
-    assert whole == parts
+def test_a_resumed_run_has_losses_and_weights_of_one_never_stopped(runs):
+    whole, parts = runs[0] / "whole", runs[0] / "parts"
+    assert [line["step"] for line in metrics(whole)] == list(range(1, CONFIG.steps + 1))
+    assert metrics(whole) == metrics(parts)
+    assert same(load_run(whole).params, load_run(parts).params)
 
 
-def test_a_resumed_run_has_the_weights_of_one_never_stopped(runs):
-    whole, parts = (load_run(runs[0] / name).params for name in ("whole", "parts"))
-    assert same(whole, parts)
-
-
-def test_a_run_killed_without_warning_ends_like_one_never_stopped(runs, killed):
-    whole, (resumed, code) = runs[0] / "whole", killed
-    assert code == 0
-    assert metrics(resumed) == metrics(whole)
-    assert same(*(load_run(folder).params for folder in (resumed, whole)))
-
-
-def test_a_run_killed_without_warning_leaves_no_remains(killed):
-    assert {path.name for path in (killed[0] / "checkpoints").iterdir()} == {"3", "6"}
-    assert not [path for path in killed[0].rglob("*") if "tmp" in path.name]
+def test_a_run_killed_without_warning_ends_like_one_never_stopped_and_leaves_no_remains(runs):
+    """`whole` as a kill in step 5 would have left it, then resumed."""
+    whole, killed = runs[0] / "whole", runs[0] / "killed"
+    shutil.copytree(whole, killed)
+    # Orbax's name for a checkpoint that is being written
+    (killed / "checkpoints" / "6").rename(killed / "checkpoints" / "6.orbax-checkpoint-tmp")
+    lines = (killed / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (killed / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:50])
+    assert loop.resume(killed) == 0
+    assert metrics(killed) == metrics(whole)
+    assert same(*(load_run(folder).params for folder in (killed, whole)))
+    assert {path.name for path in (killed / "checkpoints").iterdir()} == {"3", "6"}
+    assert not [path for path in killed.rglob("*") if "tmp" in path.name]
 
 
 @pytest.mark.parametrize(
@@ -159,13 +126,12 @@ def test_a_finished_run_leaves_everything_it_promises(runs):
 
 
 def test_the_stored_configuration_is_the_one_that_ran(runs):
-    stored = config_json.from_dict(TrainConfig, config_json.read_json(runs[0] / "whole" / "config.json", "it"), "it")
+    whole = runs[0] / "whole"
+    stored, run = dataclasses.replace(load(whole / "config.json"), run_dir=str(whole)), load_run(whole)
     rate = CONFIG.model.inner_lr  # stored as it was used, so that another default changes no stored run
     ttt = dataclasses.replace(CONFIG.model.ttt, base_lr=rate)
-    assert stored.model == dataclasses.replace(CONFIG.model, ttt=ttt)
+    assert stored.model == run.config == dataclasses.replace(CONFIG.model, ttt=ttt)
     assert stored.steps == CONFIG.steps
-    run = load_run(runs[0] / "whole")
-    assert run.config == stored.model
     assert run.meta["codec"]["digest"] == load_codec().digest
     assert run.meta["config"] == config_json.to_dict(stored)
 

@@ -17,6 +17,7 @@ from tests.helpers.drawing import digest, random_params
 from tests.helpers.micro import files, source
 from tests.helpers.small_tasks import CONFIG
 from train import samples
+from train.partition import shapes
 from train.samples import Sampler
 from ttt_jax.codec import CodecInfo, load_codec
 from ttt_jax.data.codes import read_codes
@@ -35,8 +36,7 @@ STATED = CodecInfo("stated", "ab" * 32, 64), TokenizerInfo("cd" * 32, 512)
 
 @pytest.fixture(scope="module")
 def params():
-    shapes = jax.eval_shape(lambda key: model.init_params(MODEL, key), jax.random.key(0))
-    return jax.tree.map(jnp.asarray, random_params(shapes, np.random.default_rng(0), np.float32))
+    return jax.tree.map(jnp.asarray, random_params(shapes(MODEL), np.random.default_rng(0), np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,7 @@ def test_a_sample_is_its_prompt_and_what_the_model_says_to_the_user(tmp_path, pa
             assert (moshi[np.arange(len(moshi)), drawn] >= moshi.max(1) - 1e-4).all(), f"{recording}, {stream}"
 
 
+@pytest.mark.slow  # another program: tokens are drawn
 def test_equal_steps_and_parameters_give_equal_files_and_nothing_else_changes(tmp_path, params):
     own = sampler(tmp_path / "a")
     before = digest(params)
@@ -130,14 +131,11 @@ def test_codes_alone_are_written_where_the_codec_is_not_here(tmp_path, params):
 
 
 def test_recordings_of_one_name_do_not_overwrite_each_other(tmp_path, params):
+    with pytest.raises(InputError, match="--data.validation"):
+        Sampler(MODEL, (), *STATED, tmp_path, 0)
     recordings = [dataclasses.replace(one, name="a b/x") for one in source(files(LENGTHS)).recordings]
     folder = Sampler(MODEL, recordings, *STATED, tmp_path, 0, frames=FRAMES, prompt=PROMPT)(7, params)
     assert sorted(path.stem for path in folder.iterdir()) == ["a-b-x", "a-b-x-2"]
-
-
-def test_no_recording_is_an_input_to_mend(tmp_path):
-    with pytest.raises(InputError, match="--data.validation"):
-        Sampler(MODEL, (), *STATED, tmp_path, 0)
 
 
 SPREAD = """

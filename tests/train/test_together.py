@@ -1,7 +1,6 @@
 """Runs that train side by side learn what each would alone, and can be resumed alone."""
 
 import dataclasses
-import json
 import signal
 from types import SimpleNamespace
 
@@ -11,11 +10,11 @@ import pytest
 
 from eval.benchmarks.tasks import CODEC
 from eval.inputs import checkpoints
-from tests.helpers.quick import quickly, remembering
+from tests.helpers.commands import lines
+from tests.helpers.quick import interrupted, quicken, quickly
 from tests.helpers.small_tasks import CONFIG, write_data
 from train import loop, plots
-from train.batches import Batches
-from train.config import TrainConfig
+from train.config import load
 from ttt_jax.checkpoints.run_weights import load_run
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
@@ -43,36 +42,16 @@ def runs(tmp_path_factory):
     for task, _ in MEMBERS.values():
         write_data(folder / task, task)
 
-    class Interrupted(Batches):
-        """Presses Ctrl-C while step `STOPPED` is prepared; one batch is looked at before the first step."""
-
-        def __next__(self):
-            self.taken = getattr(self, "taken", 0) + 1
-            if self.taken == 1 + STOPPED and not raised:
-                raised.append(signal.SIGINT)
-                signal.raise_signal(signal.SIGINT)
-            return super().__next__()
-
-    raised, codes = [], {}
+    codes = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "draw_run", lambda *_: [])  # tests/commands/test_experiments.py looks at them
-        patch.setattr(loop, "make_steps_together", quickly(loop.make_steps_together))
-        patch.setattr(loop, "make_train_step", quickly(loop.make_train_step))
-        patch.setattr(loop.initial_params, "initial", remembering(loop.initial_params.initial))
-        with pytest.MonkeyPatch.context() as interrupted:
-            interrupted.setattr(loop, "Batches", Interrupted)
+        quicken(patch)
+        with interrupted(STOPPED):
             codes["together"] = loop.start([one(folder, name, *of) for name, of in MEMBERS.items()])
         left = {name: sorted(path.name for path in (folder / name / "checkpoints").iterdir()) for name in MEMBERS}
         kept = {name: (lines(folder / name), load_run(folder / name / "checkpoints" / "4")) for name in MEMBERS}
         codes["alone"] = loop.start([one(folder, "alone", *MEMBERS["second"], keep=9)])
         codes["second"] = loop.resume(folder / "second")
     return folder, codes, left, kept
-
-
-def lines(run_dir):
-    """Of metrics.jsonl, without the times."""
-    read = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in line if key not in ("seconds", "frames_per_second")} for line in read]
 
 
 def numbers(line):
@@ -137,14 +116,11 @@ def test_a_run_goes_on_alone_to_where_it_would_have_come_alone(runs):
 def test_the_folder_of_each_run_is_that_of_a_run_by_itself(runs, name):
     folder, _, _, kept = runs
     mine, alone = folder / name, folder / "alone"
-    own, other = (
-        config_json.from_dict(TrainConfig, config_json.read_json(one / "config.json", "it"), "it")
-        for one in (mine, alone)
-    )
+    own, other = (dataclasses.replace(load(path / "config.json"), run_dir=str(mine)) for path in (mine, alone))
     task, seed = MEMBERS[name]
-    assert (own.name, own.run_dir, own.seed) == (name, str(mine), seed)
+    assert (own.name, own.seed) == (name, seed)
     assert f"/{task}/" in own.data.train
-    assert own == dataclasses.replace(other, name=name, run_dir=str(mine), seed=seed, data=own.data, keep=CONFIG.keep)
+    assert own == dataclasses.replace(other, name=name, seed=seed, data=own.data, keep=CONFIG.keep)
     assert own.data == dataclasses.replace(other.data, train=own.data.train)
     assert own.model.ttt.base_lr == CONFIG.model.inner_lr  # as it was used
     metas = [config_json.read_json(one / "meta.json", "it") for one in (mine, alone)]
@@ -168,18 +144,18 @@ def refused(message, *cfgs):
 
 
 @pytest.mark.parametrize(
-    ("field", "changes"),
+    ("field", "value"),
     [
-        ("steps", {"steps": 7}),
-        ("state", {"state": "reset"}),
-        ("loss", {"loss": dataclasses.replace(CONFIG.loss, text=0.2)}),
-        ("model", {"model": dataclasses.replace(CONFIG.model, context=7)}),
-        ("data", {"data": dataclasses.replace(CONFIG.data, chunk=32)}),
-        ("keep", {"keep": 3}),
+        ("steps", 7),
+        ("state", "reset"),
+        ("loss", dataclasses.replace(CONFIG.loss, text=0.2)),
+        ("model", dataclasses.replace(CONFIG.model, context=7)),
+        ("data", dataclasses.replace(CONFIG.data, chunk=32)),
+        ("keep", 3),
     ],
 )
-def test_runs_that_differ_in_something_else_are_refused(field, changes, tmp_path):
-    a, b, c = (one(tmp_path, name, **rest) for name, rest in (("a", {}), ("b", {"seed": 4}), ("c", changes)))
+def test_runs_that_differ_in_something_else_are_refused(field, value, tmp_path):
+    a, b, c = one(tmp_path, "a"), one(tmp_path, "b", seed=4), one(tmp_path, "c", **{field: value})
     refused(f"c and .*a differ in {field}: .* the same but for seed and files", a, b, c)
     assert not list(tmp_path.iterdir())
 
@@ -204,17 +180,14 @@ def test_what_one_program_cannot_do_for_many_is_refused(name, value, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    refused("one process, but there are 2: start it without --launch", one(tmp_path, "a"), one(tmp_path, "b"))
-
-
-def test_a_run_that_cannot_start_keeps_all_from_being_made(tmp_path):
+def test_a_run_that_cannot_start_keeps_all_from_being_made(tmp_path, monkeypatch):
     write_data(tmp_path / "recall", "recall")
     a, b = one(tmp_path, "a"), one(tmp_path, "b", seed=4)
     refused("nowhere", a, one(tmp_path, "c", train=str(tmp_path / "nowhere")))
     (tmp_path / "b" / "checkpoints" / "1").mkdir(parents=True)
     refused("run_dir .*b is taken", a, b)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    refused("one process, but there are 2: start it without --launch", a, one(tmp_path, "c"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "recall"]
 
 

@@ -14,34 +14,21 @@ from ttt_jax.utils import config_json
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_survives_json(name):
+def test_a_preset_bears_its_name_and_survives_json(name):
+    assert PRESETS[name].name == name
+    assert parse([name])[1] == PRESETS[name]
     stored = json.loads(json.dumps(config_json.to_dict(PRESETS[name])))
     assert config_json.from_dict(TrainConfig, stored, "x.json") == PRESETS[name]
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_run_of_a_preset_bears_its_name(name):
-    assert PRESETS[name].name == name
-    assert parse([name])[1] == PRESETS[name]
-
-
-def test_no_arguments_mean_tiny():
-    assert parse([])[1] == PRESETS["tiny"]
-
-
-def test_fields_override_the_preset():
+def test_fields_override_the_preset_or_tiny():
     cfg = parse(["small", "--optim.lr", "0.5", "--model.ttt.layers", "0,1", "--model.ttt.hidden", "2", "3"])[1]
     assert (cfg.optim.lr, cfg.model.ttt_layers, cfg.model.ttt.hidden) == (0.5, (0, 1), (2, 3))
     assert cfg.model.dim == PRESETS["small"].model.dim
-
-
-def test_maps_of_adapters_are_named_one_after_another():
+    assert parse([])[1] == PRESETS["tiny"]
+    assert parse(["--steps", "7"])[1] == dataclasses.replace(PRESETS["tiny"], steps=7)
     lora = parse(["--model.lora.rank", "4", "--model.lora.maps", "attention", "ffn", "--steps", "7"])[1].model.lora
     assert (lora.rank, lora.maps) == (4, ("attention", "ffn"))
-
-
-def test_fields_without_preset_override_tiny():
-    assert parse(["--steps", "7"])[1] == dataclasses.replace(PRESETS["tiny"], steps=7)
 
 
 def test_a_stored_configuration_runs_again_in_a_new_folder(tmp_path):
@@ -52,17 +39,13 @@ def test_a_stored_configuration_runs_again_in_a_new_folder(tmp_path):
     assert cfg == dataclasses.replace(stored, run_dir=None, seed=5)
 
 
-def test_resume_names_the_run():
-    options, config = parse(["--resume", "runs/x"])
-    assert config is None
-    assert options.resume == "runs/x"
-
-
-def test_seeds_are_taken_from_anywhere_on_the_line():
+def test_options_of_the_run_are_taken_from_anywhere_on_the_line():
     for words in (["tiny", "--seeds", "3,1", "--steps", "7"], ["tiny", "--steps", "7", "--seeds=3,1"]):
         options, config = parse(words)
         assert options.seeds == "3,1"
         assert config == dataclasses.replace(PRESETS["tiny"], steps=7)
+    options, config = parse(["--resume", "runs/x"])
+    assert (options.resume, config) == ("runs/x", None)
 
 
 @pytest.mark.parametrize(
@@ -117,19 +100,13 @@ def test_words_that_are_no_flags_and_values_end_with_exit_code_2_and_are_named(a
         ({"model": {"dtype": "float8"}}, "model.dtype is 'float8'"),
         ({"model": {"layer_context": [[1]]}}, "model.layer_context is"),
         ({"data": 3}, "data is 3"),
+        (None, "is not JSON"),
     ],
 )
 def test_a_spoiled_stored_configuration_is_refused_by_key(tmp_path, change, message):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**config_json.to_dict(PRESETS["tiny"]), **change}))
+    path.write_text(json.dumps({**config_json.to_dict(PRESETS["tiny"]), **change}) if change else "{")
     with pytest.raises(InputError, match=message):
-        config.load(path)
-
-
-def test_not_json_is_refused(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text("{")
-    with pytest.raises(InputError, match="is not JSON"):
         config.load(path)
 
 
