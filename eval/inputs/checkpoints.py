@@ -63,7 +63,7 @@ def load(path: str | Path) -> Checkpoint:
         return Checkpoint(name, run.config, run.params, {"path": str(path), **run.meta}, corpus, data["chunk"])
     if (path / weights.CONFIG).is_file():
         folder = weights.load(path)
-        digest = weights.digest(folder.tensors, folder.info["files"])
+        digest = weights.digest(weights.tensors(folder.cfg), folder.info["files"])
         return Checkpoint(name, folder.cfg, folder.params, {"path": str(path), **folder.info, "weights": digest})
     raise InputError(
         f"{path} is no checkpoint (it has neither {CHECKPOINTS}/ nor {weights.CONFIG}): give the folder of a"

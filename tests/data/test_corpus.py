@@ -67,6 +67,7 @@ def embedded(tmp_path_factory):
     return load(corpora.CorpusConfig(cache=str(tmp_path_factory.mktemp("cache"))))
 
 
+@pytest.mark.integration
 def test_the_embedded_corpus_is_what_stored_runs_were_trained_on(embedded):
     # evaluating a stored run compares these; computed by the version before recordings were read when needed
     assert embedded.describe() == EMBEDDED_DESCRIPTION

@@ -96,7 +96,7 @@ TRAPS = {
         (weights,),
         {
             "stacked[tensor.index] = folder.array(tensor)": "a = folder.array(tensor)\n"
-            "            if name == 'qkv' and tensor.lead:\n"
+            "            if path[-1] == 'qkv' and tensor.lead:\n"
             "                a = a.reshape(3, a.shape[0], *a.shape[2:]).swapaxes(0, 1)\n"
             "            stacked[tensor.index] = a"
         },

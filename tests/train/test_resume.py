@@ -70,6 +70,7 @@ def same(a, b):
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
+@pytest.mark.integration
 def test_exit_codes_tell_done_from_interrupted_and_runs_that_are_done_are_evaluated(runs):
     folder, codes = runs
     assert codes == [0, 130, 0]

@@ -296,6 +296,7 @@ def test_computing_again_changes_no_gradient_of_stacked_layers_over_several_chun
     assert_close(gradient(trainable, frozen, one, stream, cfg=of(remat)), expected, 1e-10)
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_have_its_gradient_and_carry_every_row():
     trainable, frozen, stream = carried(TWO)
     one = batch(seed=12, reset=[(0, 2)])

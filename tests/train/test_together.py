@@ -75,6 +75,7 @@ def assert_near(found, expected):
     assert max(jax.tree.leaves(apart)) < 1e-5, apart
 
 
+@pytest.mark.integration
 def test_a_run_has_the_losses_that_it_would_have_alone_and_its_neighbour_others(runs):
     folder, _, _, kept = runs
     expected = lines(folder / "alone")

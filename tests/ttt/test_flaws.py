@@ -247,11 +247,11 @@ FLAWS = {
         evaluation_leaves_the_parameters,
         (runner,),
         {
-            "    found = [gathered.file": "    for name, run in state.layers.items():\n"
+            "    scores = [_file_scores(": "    for name, run in state.layers.items():\n"
             "        for i, (w, b) in enumerate(run.ttt.displacement):\n"
             '            params["layers"][name]["ttt"][f"inner_w{i}"] += w[:, 0]\n'
             '            params["layers"][name]["ttt"][f"inner_b{i}"] += b[:, 0]\n'
-            "    found = [gathered.file",
+            "    scores = [_file_scores(",
         },
     ),
     "doubled update": Flaw(

@@ -2,9 +2,12 @@
 
 import jax
 import numpy as np
+import pytest
 
 from eval.inputs import checkpoints
 from eval.streaming import results as stream_results
+
+pytestmark = pytest.mark.integration
 
 
 def test_the_shared_run_is_whole(tiny_run):
