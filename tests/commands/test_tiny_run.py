@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from eval.inputs import checkpoints
+from eval.results.schema import scores_path
 from eval.streaming import results as stream_results
+from eval.streaming import scores
 
 pytestmark = pytest.mark.integration
 
@@ -20,6 +22,9 @@ def test_the_shared_run_is_whole(tiny_run):
     assert results.checkpoints[0].info.about["weights"] == trained.about["weights"]
     assert results.checkpoints[0].arms == ["persist", "reset", "frozen", "off"]
     assert not results.skipped
+    for file in results.files:
+        stored = scores.load(scores_path(tiny_run.eval, results.checkpoints[0].info.name, file))
+        assert all(arm.inner is not None for arm in stored.arms.values())
     assert "minus persist" in tiny_run.output.read_text()
 
 

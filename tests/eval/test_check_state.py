@@ -221,21 +221,13 @@ def test_the_table_is_shortened_in_the_middle():
 integration = pytest.mark.integration
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("check_state")
-    eval_models.write_run(folder / "run")
-    eval_models.write_codes(folder / "speech.safetensors", eval_models.tokens(FRAMES))
-    return folder
-
-
 def main(*args):
     return command.main(["check-state", *map(str, args)])
 
 
 @integration
-def test_the_command_passes(folder, capsys):
-    assert main(folder / "run", "--audio", folder / "speech.safetensors", "--frames", FRAMES) == 0
+def test_the_command_passes(tiny_run, capsys):
+    assert main(tiny_run.run, "--audio", tiny_run.heldout, "--frames", FRAMES) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("run: TTT layers 1, mini-batch 4, float32; 16 frames (1.3 s) of ")
     assert lines[-1] == "PASS"
@@ -245,9 +237,9 @@ def test_the_command_passes(folder, capsys):
 
 
 @integration
-def test_the_command_fails(folder, capsys, monkeypatch):
+def test_the_command_fails(tiny_run, capsys, monkeypatch):
     monkeypatch.setattr(check, "forward", lambda *call, cfg: keeps_the_old_state(*call))
-    assert main(folder / "run", "--audio", folder / "speech.safetensors", "--frames", FRAMES) == 1
+    assert main(tiny_run.run, "--audio", tiny_run.heldout, "--frames", FRAMES) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "FAIL"
     assert sum("  FAIL  " in line for line in lines) == 3
@@ -261,18 +253,17 @@ def test_without_a_checkpoint_an_untrained_tiny_is_checked(monkeypatch):
 
 
 @integration
-def test_mistakes_are_reported(folder, tmp_path):
+def test_mistakes_are_reported(tiny_run, tmp_path):
     plain = dataclasses.replace(MODEL, ttt=dataclasses.replace(MODEL.ttt, layers="none"))
-    speech = folder / "speech.safetensors"
     eval_models.write_run(tmp_path / "plain", micro.config(model=plain))
     eval_models.write_codes(tmp_path / "foreign.safetensors", eval_models.tokens(FRAMES), "another")
     for args, message in (
         ((tmp_path / "nowhere",), "is no checkpoint"),
         ((tmp_path / "plain",), "plain has no TTT layers"),
-        ((folder / "run", "--frames", 1), "--frames 1 cannot show persistence"),
-        ((folder / "run", "--audio", speech, "--frames", 17), "lasts 16 frames"),
-        ((folder / "run", "--audio", tmp_path / "foreign.safetensors"), "does not fit run: run was trained with"),
-        ((folder / "run", "--audio", tmp_path / "no.wav"), "no.wav does not exist"),
+        ((tiny_run.run, "--frames", 1), "--frames 1 cannot show persistence"),
+        ((tiny_run.run, "--audio", tiny_run.heldout, "--frames", 46), "lasts 45 frames"),
+        ((tiny_run.run, "--audio", tmp_path / "foreign.safetensors"), "does not fit run: run was trained with"),
+        ((tiny_run.run, "--audio", tmp_path / "no.wav"), "no.wav does not exist"),
     ):
         with pytest.raises(InputError, match=message):
             main(*args)

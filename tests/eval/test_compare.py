@@ -175,15 +175,6 @@ def streamed(monkeypatch, scored):
     return calls
 
 
-@pytest.mark.integration
-def test_real_models_from_end_to_end(runs, tmp_path, capsys, undrawn):
-    assert main(words(runs, tmp_path / "out")) == 0
-    assert "as it must be" in capsys.readouterr().out
-    experiment, _ = results.read(tmp_path / "out")
-    assert not np.array_equal(experiment.losses["persist"][0], experiment.losses["persist"][1])
-    assert not np.array_equal(experiment.losses["persist"], experiment.losses["reset"])
-
-
 def test_checkpoints_and_files_from_end_to_end(runs, scored, streamed, tmp_path, capsys, undrawn):
     out = tmp_path / "out"
     assert main(words(runs, out)) == 0

@@ -10,7 +10,7 @@ from eval import __main__ as command
 from eval.diagnose import measure
 from eval.diagnose import records as report
 from eval.diagnose.figure import PANELS, draw
-from eval.inputs import checkpoints
+from eval.inputs import checkpoints, dataset
 from eval.results import schema
 from eval.results.schema import CheckpointInfo, FileInfo
 from tests.helpers import eval_models, micro
@@ -267,14 +267,8 @@ def test_lines_keep_off_the_frame():
 integration = pytest.mark.integration
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("diagnose")
-    config = micro.config(model=CFG)
-    eval_models.write_run(folder / "one", config)
-    eval_models.write_run(folder / "two", config, seed=1)
-    eval_models.write_codes(folder / "speech.safetensors", eval_models.tokens(FRAMES))
-    return folder
+SHORTEST = 45
+"""Frames of the first held-out file of the run."""
 
 
 def main(*args):
@@ -282,24 +276,28 @@ def main(*args):
 
 
 @integration
-def test_the_command_prints_stores_and_draws(folder, tmp_path, capsys, records):
-    speech = folder / "speech.safetensors"
-    assert main(folder / "one", "--data", speech, "--every", EVERY, "--out", tmp_path / "out") == 0
+def test_the_command_prints_stores_and_draws(tiny_run, tmp_path, capsys):
+    run, earlier, data = tiny_run.run, tiny_run.run / "checkpoints" / "2", tiny_run.heldout
+    assert main(run, "--data", data, "--every", EVERY, "--out", tmp_path / "out") == 0
     printed = capsys.readouterr().out
-    assert "one: TTT layers 0,2,3; 23 frames (1.8 s) of " in printed
+    assert "run: TTT layers 1; 45 frames (3.6 s) of " in printed
+    checkpoint = checkpoints.load(run)
+    tokens = dataset.first(data, [checkpoint], SHORTEST).frames
+    records = list(measure.walk(checkpoint.params, tokens, checkpoint.cfg, EVERY))
+    assert [record["frame"] for record in records] == list(range(EVERY, SHORTEST + 1, EVERY))
     assert printed.count("  cosine  ") == len(records)
     assert report.block(records[-1]) in printed
     stored = schema.read(tmp_path / "out", report.Results)
     assert len(stored.checkpoints[0].about["weights"]) == 64
-    assert (stored.data, stored.file.name, stored.file.frames) == (str(speech), f"{folder.name}/speech", FRAMES)
-    assert stored.records == [{"checkpoint": "one"} | record for record in records]
-    assert main(folder / "one", "--data", speech, "--every", EVERY, "--out", tmp_path / "out") == 0
+    assert (stored.data, stored.file.name, stored.file.frames) == (str(data), "heldout0", SHORTEST)
+    assert stored.records == [{"checkpoint": "run"} | record for record in records]
+    assert main(run, "--data", data, "--every", EVERY, "--out", tmp_path / "out") == 0
     before = (tmp_path / "out" / "results.json").read_bytes()
-    for more in (("--compare", folder / "two"), ("--every", EVERY + 1), ("--frames", EVERY)):
+    for more in (("--compare", earlier), ("--every", EVERY + 1), ("--frames", EVERY)):
         with pytest.raises(InputError, match="out holds results .*: give another folder by --out"):
-            main(folder / "one", "--data", speech, "--every", EVERY, "--out", tmp_path / "out", *more)
-    with pytest.raises(InputError, match=r"out holds results of one \(step 1, .*, not of two \(step 1, "):
-        main(folder / "two", "--data", speech, "--every", EVERY, "--out", tmp_path / "out")
+            main(run, "--data", data, "--every", EVERY, "--out", tmp_path / "out", *more)
+    with pytest.raises(InputError, match=r"out holds results of run \(step 4, .*, not of run-2 \(step 2, "):
+        main(earlier, "--data", data, "--every", EVERY, "--out", tmp_path / "out")
     assert (tmp_path / "out" / "results.json").read_bytes() == before
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "diagnose.png", "diagnose.pdf"}
     assert (tmp_path / "out" / "diagnose.png").read_bytes()[:4] == b"\x89PNG"
@@ -317,15 +315,15 @@ def test_figures_are_drawn_again_without_a_model(tmp_path, monkeypatch, capsys):
 
 
 @integration
-def test_two_checkpoints_stand_side_by_side(folder, tmp_path, capsys, records):
-    speech = folder / "speech.safetensors"
-    main(folder / "one", "--compare", folder / "two", "--data", speech, "--every", EVERY, "--out", tmp_path)
+def test_two_checkpoints_stand_side_by_side(tiny_run, tmp_path, capsys):
+    earlier = tiny_run.run / "checkpoints" / "2"
+    main(tiny_run.run, "--compare", earlier, "--data", tiny_run.heldout, "--every", EVERY, "--out", tmp_path)
     printed = capsys.readouterr().out
     stored = schema.read(tmp_path, report.Results).records
-    assert [r["checkpoint"] for r in stored] == len(records) * ["one"] + len(records) * ["two"]
-    assert "means over records: A is one, B is two" in printed
+    assert [r["checkpoint"] for r in stored] == ["run"] * (SHORTEST // EVERY) + ["run-2"] * (SHORTEST // EVERY)
+    assert "means over records: A is run, B is run-2" in printed
     means = [
-        np.mean([r["ttt_norm"] for r in stored if (r["checkpoint"], r["layer"]) == (c, 0)]) for c in ("one", "two")
+        np.mean([r["ttt_norm"] for r in stored if (r["checkpoint"], r["layer"]) == (c, 1)]) for c in ("run", "run-2")
     ]
     *shown, difference = row(printed, "ttt_norm")
     assert shown == [f"{value:.4g}" for value in means]
@@ -334,9 +332,9 @@ def test_two_checkpoints_stand_side_by_side(folder, tmp_path, capsys, records):
 
 
 @integration
-def test_mistakes_are_reported(folder, tmp_path):
+def test_mistakes_are_reported(tiny_run, tmp_path):
     plain = dataclasses.replace(MODEL, ttt=TTTConfig(layers="none"))
-    speech, run = folder / "speech.safetensors", folder / "one"
+    run, data = tiny_run.run, tiny_run.heldout
     eval_models.write_run(tmp_path / "plain", micro.config(model=plain))
     eval_models.write_codes(tmp_path / "foreign.safetensors", eval_models.tokens(FRAMES), "another")
     (tmp_path / "file").touch()
@@ -348,15 +346,15 @@ def test_mistakes_are_reported(folder, tmp_path):
         ((tmp_path / "nowhere",), "is no checkpoint"),
         ((tmp_path / "plain",), "plain has no TTT layers"),
         ((run, "--compare", tmp_path / "plain"), "plain has no TTT layers"),
-        ((run, "--compare", folder / "." / "one"), "is the checkpoint itself"),
+        ((run, "--compare", tiny_run.root / "." / "run"), "is the checkpoint itself"),
         ((run, "--every", 0), "--every 0 is out of range"),
         ((run, "--frames", 50), "--frames 50 end before the first record"),
-        ((run, "--data", speech, *out), "lasts 23 frames .1.8 s., 100 are needed"),
-        ((run, "--data", speech, "--frames", 30, "--every", 5, *out), "lasts 23 frames .1.8 s., 30 are needed"),
-        ((run, "--data", tmp_path / "foreign.safetensors", *out), "does not fit one: one was trained with"),
+        ((run, "--data", data, *out), "lasts 45 frames .3.6 s., 100 are needed"),
+        ((run, "--data", data, "--frames", 50, "--every", 5, *out), "lasts 45 frames .3.6 s., 50 are needed"),
+        ((run, "--data", tmp_path / "foreign.safetensors", *out), "does not fit run: run was trained with"),
         ((run, "--data", tmp_path / "no.wav", *out), "no.wav does not exist"),
         ((run, "--data", tmp_path / "file", *out), "file is an empty file"),
-        ((run, "--data", speech, "--out", tmp_path / "file"), "--out .*file cannot be made"),
+        ((run, "--data", data, "--out", tmp_path / "file"), "--out .*file cannot be made"),
         (("--draw", tmp_path), "results.json is not a file"),
         (("--draw", tmp_path / "damaged"), "results.json does not name its command"),
     ):

@@ -24,10 +24,8 @@ LENGTHS = (60, 45, 52)
 
 
 @pytest.fixture(autouse=True)
-def made_up(request, monkeypatch):
+def made_up(monkeypatch):
     """Made-up scores and empty figures; tests/eval/test_stream.py and test_draw.py look at the real ones."""
-    if "integration" in request.keywords:
-        return
     monkeypatch.setattr(score_files, "stream", made_scores.stream)
     for name in ("_losses", "_figure5", "_state", "_checkpoints"):
         monkeypatch.setattr(plots, name, lambda *_: None)
@@ -64,8 +62,7 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("models", ["made up", pytest.param("real", marks=pytest.mark.integration)])
-def test_checkpoints_times_files_times_arms(models, run, plain, data, tmp_path, capsys):
+def test_checkpoints_times_files_times_arms(run, plain, data, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["stream", str(run), str(plain), "--data", str(data), "--out", str(out), "--window", "20"]) == 0
     stored = results(out)
@@ -215,7 +212,7 @@ def test_the_same_again_replaces_everything_and_less_is_refused(run, data, tmp_p
 
 
 @pytest.mark.integration
-def test_interrupting_ends_as_it_should(run, data, tmp_path):
+def test_interrupting_ends_as_it_should(tiny_run, tmp_path):
     """With a program on its way: an interpreter that ended under it would crash."""
     code = """
 import os, signal, sys
@@ -237,13 +234,14 @@ runner._block, runner.SEGMENT = interrupting, 1
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do without
 sys.exit(run(lambda: main(sys.argv[1:])))
 """
-    words = ["stream", str(run), "--data", str(data), "--arms", "persist", "--chunk", "8", "--out", str(tmp_path / "o")]
+    words = ["stream", tiny_run.run, "--data", tiny_run.heldout, "--arms", "persist", "--chunk", "8"]
+    command = [sys.executable, "-c", code, *words, "--out", tmp_path / "o"]
     env = {
         **os.environ,
         "XDG_CACHE_HOME": str(tmp_path),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }
-    done = subprocess.run([sys.executable, "-c", code, *words], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 130, done.stderr
     assert not any((tmp_path / "o").iterdir())
 

@@ -53,6 +53,16 @@ def test_any_evaluation_can_be_compared_later(evaluation, capsys):
     assert (code, names) == (command.BROKEN, ["persist", "reset", "frozen", "off"])
 
 
+@pytest.mark.integration
+def test_real_scores_of_a_run_are_compared_later(tiny_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plots, "draw_all", lambda *_: [])
+    assert main(["compare", "run", "--scores", str(tiny_run.eval), "--out", str(tmp_path)]) == 0
+    assert "as it must be" in capsys.readouterr().out
+    losses = results.read(tmp_path)[0].losses
+    assert list(losses) == ["persist", "reset", "frozen", "off"]
+    assert not np.array_equal(losses["persist"], losses["reset"])
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [

@@ -201,9 +201,9 @@ def test_mistakes_end_in_one_sentence(tmp_path, monkeypatch, words, message):
 
 
 @pytest.mark.integration
-def test_the_command_loads_no_jax_and_ends_mistakes_with_exit_code_2(tmp_path):
-    run = str(write_run(tmp_path / "run", lines_of(3, (1,))))
-    code = f"import sys; from train import plot; plot.main([{run!r}]); assert 'jax' not in sys.modules"
+def test_the_command_loads_no_jax_and_ends_mistakes_with_exit_code_2(tiny_run, tmp_path):
+    words = [str(tiny_run.run), "--out", str(tmp_path / "loss.png")]
+    code = f"import sys; from train import plot; plot.main({words!r}); assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     done = subprocess.run([sys.executable, "-m", "train.plot", "nothing"], capture_output=True, text=True)
     assert done.returncode == 2
