@@ -46,8 +46,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-_GROUPED = {"half_variance", "streams", "grad_norms", "lr", "ttt", "validation"}
-"""Names of groups of numbers."""
+_DEPTHS = {"half_variance": 1, "streams": 1, "grad_norms": 1, "lr": 1, "ttt": 2}
+"""Names of groups of numbers, and how deep their numbers lie."""
 _NEVER_NULL = {"step", "skipped", "seconds", "frames_per_second", "frames"}
 """Names of numbers that are never null; others are null if not finite, or if nothing was scored."""
 _TRAINING = {"loss", "half_variance", "streams", "grad_norm", "lr", "skipped", "ttt", "seconds", "frames_per_second"}
@@ -57,20 +57,23 @@ _TRAINING = {"loss", "half_variance", "streams", "grad_norm", "lr", "skipped", "
 def _is_line(line: Any) -> bool:
     if not isinstance(line, dict) or type(line.get("step")) is not int:
         return False
-    numbers = {name: value for name, value in line.items() if name != "skipped_for"}
-    groups = {**numbers, **line["validation"]} if isinstance(line.get("validation"), dict) else numbers
+    validation = line.get("validation", {})
     return (
-        line.keys() >= ({"validation", "seconds"} if "validation" in line else _TRAINING)
+        isinstance(validation, dict)
+        and line.keys() >= ({"validation", "seconds"} if "validation" in line else _TRAINING)
         and isinstance(line.get("skipped_for", ""), str)
-        and all(isinstance(value, dict) == (name in _GROUPED) for name, value in groups.items())
-        and _is_number("", numbers)
+        and all(
+            _is_number(name, value, _DEPTHS.get(name, 0))
+            for name, value in [*line.items(), *validation.items()]
+            if name not in ("skipped_for", "validation")
+        )
     )
 
 
-def _is_number(name: str, value: Any) -> bool:
-    """Whether a value is a finite number, a null that `name` allows, or a group of these."""
-    if isinstance(value, dict):
-        return all(_is_number(*item) for item in value.items())
+def _is_number(name: str, value: Any, depth: int) -> bool:
+    """Whether a value is a finite number, a null that `name` allows, or a group of these, `depth` groups deep."""
+    if depth:
+        return isinstance(value, dict) and all(_is_number(*item, depth - 1) for item in value.items())
     if value is None:
         return name not in _NEVER_NULL
     return type(value) in (int, float) and abs(value) <= sys.float_info.max

@@ -27,9 +27,9 @@ from eval.streaming import results as stream_results
 from eval.streaming import summary, table
 from tests.commands.test_damaged_inputs import sound_file
 from tests.eval.test_diagnose import made as diagnosed
-from tests.helpers import damage, eval_models, made_scores, micro
+from tests.helpers import damage, micro
 from tests.helpers.made_experiment import made as made_experiment
-from tests.train.test_plot import STREAMS, lines_of
+from tests.train.test_plot import lines_of
 from train import metrics, plot
 from train.config import TrainConfig
 from ttt_jax.checkpoints import stream_state
@@ -42,18 +42,13 @@ pytestmark = pytest.mark.integration
 
 
 @cache
-def _run(root: Path) -> tuple[Path, dict]:
-    made = eval_models.write_run(root / "run")
-    (made / "config.json").write_text(json.dumps(config_json.to_dict(micro.CONFIG)))
-    (made / "meta.json").write_text(json.dumps({"unigram": dict.fromkeys(STREAMS, 3.5)}))
-    lines = lines_of(3, (1,), every=2)
-    (made / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return made, jax.tree.map(np.asarray, checkpoints.load(made).params)
+def _params(run: Path) -> dict:
+    return jax.tree.map(np.asarray, checkpoints.load(run).params)
 
 
 def a_run(rng, root, folder):
     """Parameters that are read from a run have the bits that were saved."""
-    sound, params = _run(root)
+    sound = root / "run"
     copied = damage.copied(sound, folder)
     path = damage.one_file(copied / "checkpoints", rng)
     if rng.random() < 0.2:
@@ -62,12 +57,12 @@ def a_run(rng, root, folder):
         damage.spoil(path, rng)
     found = damage.attempt(checkpoints.load, copied)
     if found is not None:
-        jax.tree.map(np.testing.assert_array_equal, found.params, params)
+        jax.tree.map(np.testing.assert_array_equal, found.params, _params(sound))
 
 
 def metrics_and_configuration_of_a_run(rng, root, folder):
     """Metrics, configuration and meta data are read whole, but for a line of metrics that may have been cut off."""
-    sound, _ = _run(root)
+    sound = root / "run"
     for name in ("metrics.jsonl", "config.json", "meta.json"):
         shutil.copy(sound / name, folder)
     path = folder / ("metrics.jsonl", "config.json", "meta.json")[int(rng.integers(3))]
@@ -95,16 +90,13 @@ def metrics_and_configuration_of_a_run(rng, root, folder):
 
 
 @cache
-def _results(root: Path) -> tuple[Path, str]:
-    made = root / "results"
-    made_scores.write(made)
-    made_scores.write_results(made, [made_scores.CHECKPOINT])
-    return made, table.table(stream_results.read(made))
+def _table(folder: Path) -> str:
+    return table.table(stream_results.read(folder))
 
 
 def a_results_folder(rng, root, folder):
     """A table that is shown, from the summary or again from the frames, is that of the evaluation."""
-    sound, shown_before = _results(root)
+    sound = root / "eval"
     copied = damage.copied(sound, folder)
     damage.spoil(copied / "results.json" if rng.random() < 0.6 else damage.one_file(copied / "frames", rng), rng)
 
@@ -114,7 +106,7 @@ def a_results_folder(rng, root, folder):
         again = summary.summarise(found.setting, infos, found.files, found.skipped, copied)
         return table.table(found), table.table(again)
 
-    assert damage.attempt(shown) in (None, (shown_before, shown_before))
+    assert damage.attempt(shown) in (None, (_table(sound), _table(sound)))
 
 
 @cache
@@ -218,9 +210,15 @@ def a_conversation(rng, root, folder):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """Folder of the sound inputs, which are made once."""
-    return tmp_path_factory.mktemp("sound")
+def root(tiny_run, tmp_path_factory):
+    """Folder of the sound inputs, which are made once: a run with one checkpoint, its evaluation, and others."""
+    folder = tmp_path_factory.mktemp("sound")
+    run = tiny_run.copy(folder)
+    (run / "eval").rename(folder / "eval")
+    shutil.rmtree(run / "checkpoints" / "2")
+    with (run / "metrics.jsonl").open("a") as metrics_file:  # the run has no validation
+        metrics_file.write(json.dumps(lines_of(4, (1,), every=4)[-1]) + "\n")
+    return folder
 
 
 @damage.cases(

@@ -137,6 +137,8 @@ def test_a_line_ends_at_its_line_feed_only(tmp_path, character):
         b"[]",
         b'{"step": "2", "validation": {}, "seconds": 1}',
         b'{"step": 2, "validation": {"streams": 3}, "seconds": 1}',
+        b'{"step": 2, "validation": {"streams": {"text": {}}}, "seconds": 1}',
+        b'{"step": 2, "validation": {"ttt": {"1": 3.0}}, "seconds": 1}',
         b'{"step": 2, "validation": {}, "seconds": {}}',
         b'{"step": 2, "validation": {}, "seconds": NaN}',
         b'{"step": 2, "validation": {}}',
