@@ -108,6 +108,7 @@ def close(got, expected, tolerance=2e-3):
     return got == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
+@pytest.mark.slow
 def test_every_figure_is_that_of_one_forward(records):
     expected = by_hand()
     assert [(r["frame"], r["layer"]) for r in records] == [(t, layer) for t in (5, 10, 15, 20) for layer in PLACES]

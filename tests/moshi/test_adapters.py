@@ -49,6 +49,7 @@ def test_adapters_are_on_the_named_maps_alone(maps):
     assert {weights.owner(tensor) for tensor, *_ in weights.adapters(cfg)} == set(maps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "maps",
     [

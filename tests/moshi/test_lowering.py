@@ -54,6 +54,7 @@ def test_forward_over_a_chunk(dtype, measured):
     assert ("bf16" in text) == (dtype == "bfloat16")
 
 
+@pytest.mark.slow
 @dtypes
 def test_training_step(dtype):
     cfg = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dtype=dtype))

@@ -309,6 +309,7 @@ def test_what_does_not_learn_knows_what_its_base_knows(how, cfg, x64):
         np.testing.assert_array_equal(layers.ttt.count, np.broadcast_to(mask.sum(1), layers.ttt.count.shape))
 
 
+@pytest.mark.slow
 @configs
 def test_measuring_changes_nothing_and_does_not_depend_on_the_split(cfg, x64):
     params, frames, rng = setting(cfg, 14)

@@ -192,6 +192,7 @@ def test_a_run_that_cannot_start_keeps_all_from_being_made(tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "recall"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("broken", [{1: 3}, pytest.param({0: 2, 1: 4}, marks=pytest.mark.slow)])
 def test_a_run_whose_loss_is_not_finite_is_named_and_the_others_come_to_their_end(broken, runs, tmp_path, monkeypatch):
     folder, *_ = runs

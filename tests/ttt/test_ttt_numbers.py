@@ -116,6 +116,7 @@ def test_rematerialised_groups_change_nothing(group, x64):
     assert_close(got, expected, 1e-12)
 
 
+@pytest.mark.slow
 def test_a_bound_on_a_base_of_zeros_has_finite_gradients(x64):
     cfg = config((), 1, max_displacement=0.5)
     params, x, rng = setting(cfg, 15, FRAMES)
