@@ -26,7 +26,7 @@ from eval.results import schema
 from eval.streaming import results as stream_results
 from eval.streaming import summary, table
 from tests.commands.test_damaged_inputs import sound_file
-from tests.eval.test_diagnose import made as diagnosed
+from tests.eval.diagnose.test_diagnose import made as diagnosed
 from tests.helpers import damage, micro
 from tests.helpers.made_experiment import made as made_experiment
 from tests.train.test_plot import lines_of

@@ -109,7 +109,7 @@ def _make(tiny: TinyRun) -> None:
     )
     cfg = micro.config(data=data, steps=STEPS, checkpoint_every=CHECKPOINT_EVERY, name="tiny")
     config_json.write_json(tiny.config, config_json.to_dict(cfg))
-    # Drawing takes as long as training; tests/train/test_plot.py and tests/eval/test_draw.py look at figures.
+    # Drawing takes as long as training; train/test_plot.py and eval/streaming/test_plots.py look at figures.
     with mock.patch.multiple(Figure, savefig=_nothing, draw_without_rendering=_nothing):
         done = in_process.command("train", "--from", tiny.config, "--run-dir", tiny.run)
     tiny.output.write_text(done.stdout)

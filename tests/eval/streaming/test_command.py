@@ -25,7 +25,7 @@ LENGTHS = (60, 45, 52)
 
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch):
-    """Made-up scores and empty figures; tests/eval/test_stream.py and test_draw.py look at the real ones."""
+    """Made-up scores and empty figures; test_runner.py and test_plots.py look at real ones."""
     monkeypatch.setattr(score_files, "stream", made_scores.stream)
     for name in ("_losses", "_figure5", "_state", "_checkpoints"):
         monkeypatch.setattr(plots, name, lambda *_: None)

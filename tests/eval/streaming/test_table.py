@@ -11,7 +11,7 @@ from eval.stats.verdict import MARGIN, THRESHOLD, WORSE, Rule, advise, verdict
 from eval.streaming import scores, table
 from eval.streaming.results import LAST, TREND
 from eval.streaming.summary import summarise
-from tests.eval.test_results import agree, by_hand, mean
+from tests.eval.streaming.test_summary import agree, by_hand, mean
 from tests.helpers import made_scores
 from tests.helpers.made_scores import ARMS, CHECKPOINT, FILES, LAYERS, SETTING, write
 

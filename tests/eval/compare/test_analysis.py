@@ -15,7 +15,7 @@ from eval.stats import paired
 from eval.stats.paired import ALPHA
 from eval.stats.verdict import ADVICE, BELOW, BETTER, EQUIVALENT, UNDECIDED, WORSE, p_words
 from eval.streaming.scores import ArmScores, FileScores
-from tests.eval.test_verdict import SPREAD
+from tests.eval.stats.test_verdict import SPREAD
 from tests.helpers.made_experiment import CHUNK, changed, made, spoilt
 
 

@@ -17,7 +17,7 @@ from eval.streaming import command as streaming_command
 from eval.streaming import plots as streaming_plots
 from eval.streaming import results as stream_results
 from eval.streaming.results import Results, Setting
-from tests.eval.test_diagnose import made as made_records
+from tests.eval.diagnose.test_diagnose import made as made_records
 from tests.helpers import made_scores, micro
 from tests.helpers.made_experiment import made
 from tests.helpers.made_scores import FILES
