@@ -35,6 +35,7 @@ enter() {
     local home="$scratch/$1" python
     if [ ! -d "$home" ]; then
         python=$(find_python "$1")
+        [ -n "$python" ] || fail "Python $1 cannot make virtual environments here: install its venv module"
         mkdir -p "$home/bin"
         printf '#!/bin/sh\nexec "%s" "$@"\n' "$python" > "$home/bin/python3"
         chmod +x "$home/bin/python3"

@@ -165,7 +165,7 @@ class Experiment:
             _remove_rest(place, cfg.steps)
             data = cfg.data if name == "speech" else dataclasses.replace(cfg.data, train=self._trained_on(name))
             cfgs.append(dataclasses.replace(cfg, name=place.name, run_dir=str(place), seed=seed, data=data))
-        if cfgs and loop.start(cfgs, self._load):
+        if cfgs and loop.start(cfgs, self._load, evaluate=False):
             raise KeyboardInterrupt
 
     def _trained_on(self, name: str) -> str:

@@ -61,8 +61,8 @@ def dry_run(cfg: TrainConfig) -> int:
     return 0
 
 
-def start(cfgs: Sequence[TrainConfig], load: Callable[..., Corpus] | None = None) -> int:
-    """Trains a new run of each of `cfgs` and returns the exit code; a run by itself is evaluated at its end.
+def start(cfgs: Sequence[TrainConfig], load: Callable[..., Corpus] | None = None, evaluate: bool = True) -> int:
+    """Trains a new run of each of `cfgs` and returns the exit code; a run by itself is evaluated at its end if asked.
 
     Several differ in name, folder, seed and training files alone. `load` opens the speech: `ttt_jax.data.corpus.load`,
     for several runs `setup.keep_in_memory()`. Raises `InputError` if a run cannot start, and then leaves nothing
@@ -86,7 +86,7 @@ def start(cfgs: Sequence[TrainConfig], load: Callable[..., Corpus] | None = None
         checkpoints = [opened.enter_context(contextlib.closing(_checkpoints(run))) for run in runs]
         stopped, failed = _train(runs, state, frozen, None, checkpoints)
     del state, frozen  # evaluation loads the checkpoint
-    return _end(runs, checkpoints, stopped, failed)
+    return _end(runs, checkpoints, stopped, failed, evaluate)
 
 
 def resume(run_dir: Path, **changes: Any) -> int:
@@ -126,10 +126,11 @@ def _stored_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, Tree,
 
 def _train(
     runs: Sequence[Run], state: TrainState, frozen: Tree, position: Any, checkpoints: Sequence[Checkpoints]
-) -> tuple[int, dict[int, str]]:
+) -> tuple[tuple[int, int] | None, dict[int, str]]:
     """Steps until the end or a signal.
 
-    Returns the signal, 0 at the end, and a sentence for each of several runs whose numbers were not finite.
+    Returns the signal with the last step, None at the end, and a sentence for each of several runs whose numbers were
+    not finite.
     """
     from tqdm import tqdm
 
@@ -137,7 +138,7 @@ def _train(
     done = int(np.max(state.step))
     failed: dict[int, str] = {}
     if done >= cfg.steps:
-        return 0, failed
+        return None, failed
     with contextlib.ExitStack() as opened:
         batches = [opened.enter_context(contextlib.closing(_batches(run))) for run in runs]
         if position is not None:
@@ -220,16 +221,23 @@ def _train(
                 with _paused(logs):
                     sampler(step, merge(state.trainable, frozen))
             if ending:
-                resumed = "; ".join(f"python -m train --resume {run.cfg.run_dir}" for run in runs)
-                log.info("interrupted after step %d; go on with: %s", step, resumed)
-                return ending, failed
-    return 0, failed
+                return (ending, step), failed
+    return None, failed
 
 
-def _end(runs: Sequence[Run], checkpoints: Sequence[Checkpoints], stopped: int, failed: dict[int, str]) -> int:
+def _end(
+    runs: Sequence[Run],
+    checkpoints: Sequence[Checkpoints],
+    stopped: tuple[int, int] | None,
+    failed: dict[int, str],
+    evaluate: bool = True,
+) -> int:
     """Draws the runs, evaluates a run by itself, and returns the exit code."""
     if stopped:
-        return 128 + stopped
+        signal, step = stopped
+        resumed = [f"python -m train --resume {run.cfg.run_dir}" for i, run in enumerate(runs) if i not in failed]
+        log.info("interrupted after step %d; go on with: %s", step, "; ".join(resumed))
+        return 128 + signal
     for i, run in enumerate(runs):
         if i not in failed and launch.is_first():
             run_dir = Path(run.cfg.run_dir)
@@ -244,13 +252,14 @@ def _end(runs: Sequence[Run], checkpoints: Sequence[Checkpoints], stopped: int, 
         log.info(
             "the lowest validation loss was that of step %d (%s)", best, Path(cfg.run_dir, "checkpoints", str(best))
         )
-    if len(runs) == 1:
+    if len(runs) == 1 and evaluate:
         if not corpus.heldout:
             log.info("no held-out files to evaluate: name some with --data.heldout")
         elif jax.process_count() > 1:
             log.info("evaluate it in one process: python -m eval stream %s", cfg.run_dir)
         else:
-            code = call("eval", ["stream", cfg.run_dir])
+            with memory(cfg):  # on one device, however many have trained it
+                code = call("eval", ["stream", cfg.run_dir])
     return code or (PARTIAL if any(run.corpus.missing for run in runs) else 0)
 
 

@@ -202,7 +202,9 @@ def _from_scores(options: Options) -> int:
         about=evaluation.about | {"scores": str(source)},
         **options.rule,
     )
-    beside = source.with_name("compare" + source.name.removeprefix("eval").removeprefix("compare"))
+    place = Path(os.path.abspath(source))
+    kind = next((kind for kind in ("eval", "compare") if place.name.startswith(kind)), None)
+    beside = place.with_name(f"compare{place.name.removeprefix(kind)}" if kind else f"compare-{place.name}")
     folder = local(options.out) if options.out is not None else beside
     if os.path.realpath(folder) == os.path.realpath(source):
         raise InputError(f"--scores {source} is the folder of the results, too: give another folder by --out.")
@@ -222,7 +224,10 @@ def _finish(experiment: Experiment, about: dict[str, Any], folder: Path, new: Pa
     losses.write(new, experiment)
     results.write(new, experiment, analysis, about)
     # Checked again: another command may have written there meanwhile.
-    folders.replace(folder, new, replaced(folder, experiment))
+    old = replaced(folder, experiment)
+    if not (new / FRAMES).exists():  # statistics on scores that lie elsewhere: frames of the same experiment stay
+        old = [name for name in old if name != FRAMES]
+    folders.replace(folder, new, old)
     return report(experiment, analysis, about, folder)
 
 

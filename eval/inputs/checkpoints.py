@@ -86,6 +86,7 @@ def load_all(paths: Sequence[str | Path], keep: bool = True) -> list[Checkpoint]
     for path in paths:
         checkpoint = load(path)
         loaded.append(checkpoint if keep else checkpoint._replace(params=None))
+        del checkpoint  # its weights, before the next are read
     names, count = [checkpoint.name for checkpoint in loaded], 1
     alike: set[int] = set()
     while len(set(names)) < len(names):

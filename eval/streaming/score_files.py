@@ -67,6 +67,11 @@ def score_files(
         scores_path(folder, name, infos[0]).parent.mkdir(parents=True)
         if checkpoint.params is None:
             loaded = loading.load(checkpoint.about["path"])
+            if loaded.about["weights"] != checkpoint.about["weights"]:
+                raise InputError(
+                    f"{checkpoint.about['path']} has another checkpoint than when this command began: name one, as"
+                    " RUN/checkpoints/STEP."
+                )
         permuted, rows = "permuted" in arms[name], batch or (1 if checkpoint.cfg.dtype == "bfloat16" else ROWS)
         with tqdm(total=sum(lengths), desc=name, unit="frame", unit_scale=True, leave=False, mininterval=0.5) as bar:
             for members in batches(lengths, rows, least=2 if permuted else 1):

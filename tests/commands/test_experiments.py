@@ -110,7 +110,7 @@ def test_the_comparison_shows_how_near_the_best_losses_it_comes(done):
 
 def test_a_run_that_is_not_whole_is_begun_anew_and_those_beside_it_are_left(tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(loop, "start", lambda cfgs, load: started.append([cfg.name for cfg in cfgs]) or 0)
+    monkeypatch.setattr(loop, "start", lambda cfgs, load, evaluate: started.append([cfg.name for cfg in cfgs]) or 0)
     monkeypatch.setattr(memory.Experiment, "_trained_on", lambda _, name: name)
     experiment, runs = memory.Experiment(tmp_path, [1, 2], 4), tmp_path / "runs"
     names = [f"way-recall-{seed}" for seed in (1, 2)]
@@ -129,7 +129,7 @@ def test_a_run_that_is_not_whole_is_begun_anew_and_those_beside_it_are_left(tmp_
     with pytest.raises(InputError, match="holds a run of 9 steps, not 4"):
         experiment._train("way", memory.TINY, ("speech",))
     assert (runs / "way-speech-1" / "config.json").is_file()
-    monkeypatch.setattr(loop, "start", lambda *_: 130)
+    monkeypatch.setattr(loop, "start", lambda *_, **__: 130)
     with pytest.raises(KeyboardInterrupt):  # an interrupt in training ends the whole
         experiment._train("way", memory.TASK, ("recall",))
     assert len(started) == 1

@@ -6,6 +6,7 @@ Training, `python -m eval prepare` and evaluation all encode audio here.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -51,6 +52,7 @@ class Encoder:
         self.codec, self.tokenizer, self.voice = codec, tokenizer, voice
         self._silence: np.ndarray | None = None
         self._silence_state: Any = None
+        self._silence_lock = threading.Lock()  # runs side by side read in threads and share an encoder
 
     def encode(self, entry: Entry, watch: Watch = lambda blocks: blocks) -> Encoded:
         """Returns the codes of an audio file, read block by block; logs which of its words were dropped.
@@ -92,16 +94,17 @@ class Encoder:
     def silence(self, num_frames: int) -> np.ndarray:
         """Returns the codes of silence, int32 [num_codebooks, num_frames], equal to `codec.encode` of zeros."""
         codec = self.codec
-        if self._silence is None:
-            self._silence = np.empty((codec.num_codebooks, 0), np.int32)
-            self._silence_state = codec.init_state()
-        pieces = [self._silence]
-        for start in range(self._silence.shape[1], num_frames, _BLOCK):
-            zeros = np.zeros(min(num_frames - start, _BLOCK) * codec.frame_size, np.float32)
-            codes, self._silence_state = codec.encode_step(zeros, self._silence_state)
-            pieces.append(codes)
-        self._silence = np.concatenate(pieces, axis=1)
-        return self._silence[:, :num_frames]
+        with self._silence_lock:
+            if self._silence is None:
+                self._silence = np.empty((codec.num_codebooks, 0), np.int32)
+                self._silence_state = codec.init_state()
+            pieces = [self._silence]
+            for start in range(self._silence.shape[1], num_frames, _BLOCK):
+                zeros = np.zeros(min(num_frames - start, _BLOCK) * codec.frame_size, np.float32)
+                codes, self._silence_state = codec.encode_step(zeros, self._silence_state)
+                pieces.append(codes)
+            self._silence = np.concatenate(pieces, axis=1)
+            return self._silence[:, :num_frames]
 
 
 def encode_blocks(blocks: Iterable[np.ndarray], codec: Codec) -> tuple[list[np.ndarray], int]:

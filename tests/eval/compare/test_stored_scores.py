@@ -53,6 +53,23 @@ def test_any_evaluation_can_be_compared_later(evaluation, capsys):
     assert (code, names) == (command.BROKEN, ["persist", "reset", "frozen", "off"])
 
 
+def test_scores_in_the_working_folder_are_compared_beside_it(evaluation, monkeypatch):
+    monkeypatch.chdir(evaluation)
+    assert main(["compare", "tiny@persist", "other@persist", "--scores", "."]) == 0
+    assert (evaluation.parent / "compare-talks" / "results.json").is_file()
+
+
+def test_stored_scores_leave_the_frames_of_the_same_comparison(evaluation):
+    words = ["compare", "tiny@persist", "other@persist", "--scores", str(evaluation)]
+    main(words)
+    folder = evaluation.parent / "compare-talks"
+    made_scores.write(folder)
+    before = sorted(path for path in folder.rglob("*.npz"))
+    assert len(before) > 1
+    main(words)
+    assert sorted(path for path in folder.rglob("*.npz")) == before
+
+
 @pytest.mark.integration
 def test_real_scores_of_a_run_are_compared_later(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plots, "draw_all", lambda *_: [])

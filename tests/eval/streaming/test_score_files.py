@@ -111,3 +111,11 @@ def test_what_is_recorded_of_a_checkpoint():
     assert info.about == {"path": "tiny", "step": 3, "weights": "w"}
     assert info.reach == 2 * 7 + 1 + 1
     assert checkpoint_info(checkpoint()).about.keys() == {"path", "step", "weights", "codec"}
+
+
+def test_a_checkpoint_that_is_not_the_described_one_any_more_is_refused(streamed, tmp_path, monkeypatch):
+    newer = checkpoint()
+    monkeypatch.setattr(checkpoints, "load", lambda path: newer._replace(about=newer.about | {"weights": "newer"}))
+    with pytest.raises(InputError, match="tiny has another checkpoint than when this command began"):
+        score_files([checkpoint(params=False)], [evaluated()], {"tiny": ("persist",)}, tmp_path, reset_every=8)
+    assert not streamed
