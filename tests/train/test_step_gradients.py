@@ -187,6 +187,7 @@ def row_of(stream, i):
     return *(leaf[i] for leaf in stream[:3]), jax.tree.map(lambda leaf: leaf[:, i], stream.layers)
 
 
+@pytest.mark.slow
 def test_a_row_that_begins_a_file_and_its_neighbours_are_as_if_each_ran_alone():
     trainable, frozen, stream = jax.tree.map(np.asarray, carried(TWO))
     one = batch(2, seed=4, reset=[(1, 1)])

@@ -85,6 +85,7 @@ def test_a_run_has_the_losses_that_it_would_have_alone_and_its_neighbour_others(
     assert all(abs(a["loss"] - b["loss"]) > 1e-3 for a, b in zip(other, expected[:STOPPED], strict=True))
 
 
+@pytest.mark.integration
 def test_a_run_has_the_weights_that_it_would_have_alone_and_its_neighbour_others(runs):
     folder, _, _, kept = runs
     early, later = (load_run(folder / "alone" / "checkpoints" / step).params for step in "46")
@@ -98,6 +99,7 @@ def test_a_run_has_the_weights_that_it_would_have_alone_and_its_neighbour_others
         assert max(jax.tree.leaves(apart)) > 1e-2
 
 
+@pytest.mark.integration
 def test_an_interrupt_ends_all_runs_after_the_same_step_with_a_checkpoint(runs):
     _, codes, left, kept = runs
     assert codes["together"] == 128 + signal.SIGINT
@@ -106,6 +108,7 @@ def test_an_interrupt_ends_all_runs_after_the_same_step_with_a_checkpoint(runs):
         assert [line["step"] for line in kept[name][0]] == list(range(1, STOPPED + 1))
 
 
+@pytest.mark.integration
 def test_a_run_goes_on_alone_to_where_it_would_have_come_alone(runs):
     folder, codes, *_ = runs
     assert codes["second"] == codes["alone"] == 0
@@ -113,6 +116,7 @@ def test_a_run_goes_on_alone_to_where_it_would_have_come_alone(runs):
     assert_near(load_run(folder / "second").params, load_run(folder / "alone").params)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", MEMBERS)
 def test_the_folder_of_each_run_is_that_of_a_run_by_itself(runs, name):
     folder, _, _, kept = runs
