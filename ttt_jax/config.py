@@ -49,7 +49,8 @@ class _Checked:
             raise InputError(f"{self.prefix}.{field}={getattr(self, field)} {problem}")
 
     def _rules(self) -> Iterator[tuple[str, str]]:
-        raise NotImplementedError  # yields each field that does not fit, with the problem and what to do
+        """Yields each field that does not fit, with the problem and what to do."""
+        yield from ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,7 +142,10 @@ def verify(
         assert_same_bits(
             (row(of_other[1], 0), module.row(of_other[2], 0)), (row(slopes[1], 0), module.row(slopes[2], 0))
         )
-    only = lambda leaf, axis: leaf * (np.arange(len(mask)) == 0).reshape(-1, *(1,) * (leaf.ndim - axis - 1))  # noqa: E731
+
+    def only(leaf, axis):
+        return leaf * (np.arange(len(mask)) == 0).reshape(-1, *(1,) * (leaf.ndim - axis - 1))
+
     alone = (
         jax.tree.map(partial(only, axis=0), weights[0]),
         jax.tree.map(partial(only, axis=module.batch_axis), weights[1]),

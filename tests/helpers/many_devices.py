@@ -125,7 +125,10 @@ def run(mesh: jax.sharding.Mesh, accumulate: int, steps: int = STEPS) -> dict:
         moved += [name for (name, leaf), want in leaves if leaf.sharding != want.sharding]
     adam = next(part for part in state.opt_state if hasattr(part, "mu"))
     trees = {"trainable": state.trainable, "mu": adam.mu, "nu": adam.nu, "stream": state.stream}
-    shards = lambda tree: {name: list(leaf.sharding.shard_shape(leaf.shape)) for name, leaf in named(tree).items()}  # noqa: E731
+
+    def shards(tree):
+        return {name: list(leaf.sharding.shard_shape(leaf.shape)) for name, leaf in named(tree).items()}
+
     text = program.as_text()
     return {
         "metrics": metrics_of,

@@ -127,7 +127,9 @@ def module(cfg) -> Module:
         return jax.tree.map(lambda leaf: np.asarray(leaf)[index], tree)
 
     def reset(state, rows):
-        keep = lambda leaf: np.where(rows.reshape(-1, *(1,) * (np.ndim(leaf) - 1)), 0, leaf).astype(leaf.dtype)  # noqa: E731
+        def keep(leaf):
+            return np.where(rows.reshape(-1, *(1,) * (np.ndim(leaf) - 1)), 0, leaf).astype(leaf.dtype)
+
         return jax.tree.map(keep, state)
 
     def spoil(state):

@@ -86,14 +86,20 @@ def test_the_state_holds_two_numbers_for_each_that_trains(trainable):
     cfg = combined(trainable)
     like = step.state_like(cfg, one_device())
     assert named(like.trainable).keys() == named(split(partition.shapes(cfg.model), cfg)[0]).keys()
-    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree) if leaf.ndim or leaf.dtype == np.float32)  # noqa: E731
+
+    def count(tree):
+        return sum(leaf.size for leaf in jax.tree.leaves(tree) if leaf.ndim or leaf.dtype == np.float32)
+
     assert {leaf.dtype for leaf in jax.tree.leaves(like.trainable)} == {np.dtype(np.float32)}
     assert count(like.opt_state) == 2 * count(like.trainable)
 
 
 def test_layers_whose_attention_alone_trains_are_stacked_apart():
     model = dataclasses.replace(small_step.MODEL, num_layers=6, ttt=TTTConfig(layers="5"))
-    runs = lambda **trainable: [run.name for run in combined(TrainableConfig(**trainable), model).model.runs]  # noqa: E731
+
+    def runs(**trainable):
+        return [run.name for run in combined(TrainableConfig(**trainable), model).model.runs]
+
     assert runs() == runs(base=False) == runs(attention="1-2") == ["layers_00_04", "layers_05_05"]
     expected = ["layers_00_00", "layers_01_02", "layers_03_04", "layers_05_05"]
     assert runs(base=False, attention="1-2") == expected
