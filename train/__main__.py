@@ -30,7 +30,8 @@ DESCRIPTION = f"""Train a Moshi with TTT layers on speech; the layers' state is 
   python -m train --resume RUN                 go on from the latest checkpoint
 
 The defaults below are those of the preset or of the stored configuration.
-Exit code: 0 done, 2 an input is wrong, 3 done without the files that are missing, 130 Ctrl-C, 143 SIGTERM."""
+Exit code: 0 done, 2 an input is wrong, 3 done without files that are missing or whose predictions are not finite,
+130 Ctrl-C, 143 SIGTERM."""
 
 
 @dataclasses.dataclass(frozen=True)

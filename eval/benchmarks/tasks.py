@@ -108,7 +108,7 @@ class Options:
     """Make a data set for which the best possible loss is known.
 
     Train on the folder with --data.train FOLDER --data.codec files --data.from-start --loss.text 0: the facts stand at
-    the start of each file, and its text is padding. See docs/evaluation.md.
+    the start of each file, and its text is padding. See docs/evaluation/tasks.md.
     """
 
     settings: Annotated[Settings, arg(name="")]

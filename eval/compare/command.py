@@ -44,8 +44,8 @@ class Options:
 
     What exists as a path is a path, whatever =, commas and @ it has: runs/x@reset is a folder if there is one,
     runs/x/@reset never. The first condition is under test, each other is compared with it: better, equivalent, worse
-    or undecided, by the file, or by the speaker where the manifest names them (docs/evaluation.md). A single one
-    without @ARM stands for all four. Seeds pair in their order.
+    or undecided, by the file, or by the speaker where the manifest names them (docs/evaluation/compare.md). A single
+    one without @ARM stands for all four. Seeds pair in their order.
 
     python -m eval compare kept=runs/kept-0,runs/kept-1 none=runs/none-0,runs/none-1 --data prepared --out results
 
@@ -95,7 +95,9 @@ class Options:
                     f" effect: leave it out, or stream anew without --{flag}."
                 )
         if not self.conditions and self.again is None and self.scores is None:
-            raise InputError("there is no condition: give a checkpoint, or --again and the folder of earlier results.")
+            raise InputError(
+                "there is no condition: give a checkpoint, or --again or --scores and the folder of earlier results."
+            )
 
     @property
     def rule(self) -> dict[str, float]:

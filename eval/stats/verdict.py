@@ -1,4 +1,4 @@
-"""Verdicts of `python -m eval compare` in words: the decision tree of docs/evaluation.md."""
+"""Verdicts of `python -m eval compare` in words: the decision tree of docs/evaluation/compare.md."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Writes safetensors files block by block, so that they never lie whole in memory.
 
-One thread reads, hashes and writes each block in turn. Threads for the three were measured (docs/performance.md) and
-are not worth their queues.
+One thread reads, hashes and writes each block in turn. Threads for the three were measured
+(docs/performance/streaming.md) and are not worth their queues.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Converts TTT layers of the original, the PyTorch system that first put them into Moshi (docs/checkpoints.md).
+"""Converts TTT layers of the original, the PyTorch system that first put them into Moshi.
 
-It replaces `transformer.layers.N` by a module that holds a TTT layer, and Kyutai's layer under two names, so that files
-hold the tensors of that twice. Names, shapes and equations: github.com/AlufRon/claude-web, folder
+docs/checkpoints/original.md describes what carries over. The original replaces `transformer.layers.N` by a module that
+holds a TTT layer, and Kyutai's layer under two names, so that files hold the tensors of that twice.
+Names, shapes and equations: github.com/AlufRon/claude-web, folder
 moshi_ttt_try/moshi-finetune (`moshi_ttt/`, `finetune/checkpointing.py`).
 """
 
