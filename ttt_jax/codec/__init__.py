@@ -1,5 +1,6 @@
 """Audio to codes and back.
 
+ttt_jax.codec.base          the interface of codecs
 ttt_jax.codec.kmeans        the embedded codec: residual k-means over log-mel frames
 ttt_jax.codec.griffin_lim   a waveform from log-mel energies, for its decoder
 """
@@ -8,55 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
-import numpy as np
-
+from ttt_jax.codec.base import Codec
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.errors import InputError
 from ttt_jax.utils.paths import local
 
 DEFAULT_FILE = Path(__file__).resolve().parents[2] / "corpus" / "codec" / "melkmeans-8x64.safetensors"
-
-
-class Codec(Protocol):
-    """The interface of every codec; data, training and evaluation use nothing beyond it.
-
-    The embedded codec runs at 16 kHz with 64 entries a codebook, Mimi at 24 kHz with 2048. Neural codecs hold jax
-    parameters and return NumPy codes; their state is a pytree.
-    """
-
-    name: str  # stored with every result, e.g. "melkmeans-8x64"
-    digest: str  # SHA-256, hex, of the parameters: equal digests mean equal codes
-    sample_rate: int  # samples a second that `encode` takes and `decode` returns
-    frame_rate: float  # frames a second: `ttt_jax.config.FRAME_RATE`
-    frame_size: int  # samples of a frame, sample_rate / frame_rate
-    num_codebooks: int  # rows of the codes: 8, the coarsest first
-    cardinality: int  # entries of a codebook; codes lie in [0, cardinality)
-
-    def encode(self, audio: np.ndarray) -> np.ndarray:
-        """float [samples], one channel -> int32 [num_codebooks, T], T = ceil(samples / frame_size).
-
-        The last frame is filled up with zeros.
-        """
-        ...
-
-    def init_state(self) -> Any:
-        """The state of a stream before its first sample."""
-        ...
-
-    def encode_step(self, audio: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
-        """The next whole frames of a stream, float [frame_size * n], and the state before them
-        -> int32 [num_codebooks, n] and the state after them.
-
-        The state is never changed in place. Codes depend on no later sample. Any split of a recording into blocks gives
-        the codes of `encode`.
-        """
-        ...
-
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """int [num_codebooks, T] in [0, cardinality) -> float32 [T * frame_size]."""
-        ...
 
 
 @dataclass(frozen=True)
