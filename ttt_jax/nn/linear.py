@@ -85,21 +85,25 @@ def linear(x: jax.Array, kernel: Kernel, scaling: float = 1.0, wide: bool = Fals
     Returns:
       [..., *out].
     """
-    y = _product(x, kernel.w, wide)
+    y = product(x, kernel.w, wide)
     if kernel.lora_a is None:
         return y
     # XLA joins products that share an operand and copies their matrices together for it: the barrier forbids that.
-    narrow = _product(jax.lax.optimization_barrier(x), kernel.lora_a, False)
-    return y + scaling * _product(narrow, kernel.lora_b, wide)
+    narrow = product(jax.lax.optimization_barrier(x), kernel.lora_a)
+    return y + scaling * product(narrow, kernel.lora_b, wide)
 
 
-def _product(x: jax.Array, w: jax.Array, wide: bool) -> jax.Array:
+def product(
+    x: jax.Array, w: jax.Array, wide: bool = False, precision: jax.lax.Precision | None = None
+) -> jax.Array:
+    """W x, [..., *out] of [..., in] and [*out, in]; `wide` as in `linear`, `precision` as in `jax.lax.dot_general`."""
     sums = jnp.promote_types(x.dtype, jnp.float32)
     out_type = sums if wide else x.dtype
     w, lead, out = w.astype(x.dtype), x.shape[:-1], w.shape[:-1]
 
     def dot(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jax.lax.dot_general(x, w, (((x.ndim - 1,), (w.ndim - 1,)), ((), ())), preferred_element_type=out_type)
+        contract = (((x.ndim - 1,), (w.ndim - 1,)), ((), ()))
+        return jax.lax.dot_general(x, w, contract, precision, preferred_element_type=out_type)
 
     def multiply_reduce(x: jax.Array, w: jax.Array) -> jax.Array:
         y = (w.astype(sums) * x.reshape(-1).astype(sums)).sum(-1)
@@ -109,7 +113,8 @@ def _product(x: jax.Array, w: jax.Array, wide: bool) -> jax.Array:
         size, parts = w.shape[-1], math.gcd(math.prod(out), 4)
         rows = jnp.broadcast_to(x.reshape(1, -1, size), (parts, math.prod(lead), size))
         matrices = w.reshape(parts, -1, size)
-        y = jax.lax.dot_general(matrices, rows, (((2,), (2,)), ((0,), (0,))), preferred_element_type=out_type)
+        contract = (((2,), (2,)), ((0,), (0,)))
+        y = jax.lax.dot_general(matrices, rows, contract, precision, preferred_element_type=out_type)
         return jnp.moveaxis(y, -1, 0).reshape(*lead, *out)
 
     rows = math.prod(lead)

@@ -1,0 +1,90 @@
+"""Mimi as a codec: NumPy in and out, compiled for a few lengths, recordings of any length in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttt_jax.codec.base import Codec, check_audio, check_codes
+from ttt_jax.codec.mimi import model
+from ttt_jax.codec.mimi.config import MimiConfig, Use
+
+_BLOCK = {"cpu": 32, "gpu": 512}
+"""Frames of one call by device: enough to keep it busy, and no more memory than that takes."""
+
+_encode = jax.jit(model.encode, static_argnames=("cfg", "use"))
+_decode = jax.jit(model.decode, static_argnames=("cfg", "use"))
+_reset = jax.jit(model.reset)
+
+
+class MimiCodec(Codec):
+    """A Mimi with the parameters `params`, by the names of `config.shapes`, on JAX's default device.
+
+    A call of more frames than one is padded to a power of two, so that few lengths are compiled; a long one runs block
+    by block.
+    """
+
+    def __init__(self, params: Mapping[str, np.ndarray], cfg: MimiConfig, use: Use, name: str, digest: str) -> None:
+        self.cfg, self.use, self.name, self.digest = cfg, use, name, digest
+        self.sample_rate, self.frame_rate, self.frame_size = cfg.sample_rate, cfg.frame_rate, cfg.frame_size
+        self.num_codebooks, self.cardinality = use.num_codebooks, cfg.cardinality
+        self.params = model.prepare(params, use)
+
+    def init_encoder(self, batch: int) -> model.State:
+        """The state of `batch` streams of audio before their first sample."""
+        return model.init_encoder(self.cfg, self.use, batch)
+
+    def init_decoder(self, batch: int) -> model.State:
+        """The state of `batch` streams of codes before their first frame."""
+        return model.init_decoder(self.cfg, self.use, batch)
+
+    def encode_step(
+        self, audio: np.ndarray, state: model.State, mask: np.ndarray | None = None
+    ) -> tuple[np.ndarray, model.State]:
+        """As `Codec.encode_step`."""
+        audio, mask = check_audio(self, audio, mask)
+        frames = audio.reshape(*mask.shape, self.frame_size)
+        codes = [np.empty((len(audio), self.num_codebooks, 0), np.int32)]
+        parts = []
+        for block, there, count in _blocks(frames, mask):
+            part, state = _encode(self.params, block.reshape(len(block), -1), there, state, self.cfg, self.use)
+            parts.append((part, count))
+        codes += [np.asarray(part)[:, :, :count] for part, count in parts]  # only now, so that the device never waits
+        return np.concatenate(codes, 2), state
+
+    def decode_step(
+        self, codes: np.ndarray, state: model.State, mask: np.ndarray | None = None
+    ) -> tuple[np.ndarray, model.State]:
+        """As `Codec.decode_step`."""
+        codes, mask = check_codes(self, codes, mask)
+        audio = [np.empty((len(codes), 0), np.float32)]
+        parts = []
+        for block, there, count in _blocks(codes.swapaxes(1, 2), mask):
+            part, state = _decode(self.params, block.swapaxes(1, 2), there, state, self.cfg, self.use)
+            parts.append((part, count))
+        audio += [np.asarray(part)[:, : count * self.frame_size] for part, count in parts]
+        return np.concatenate(audio, 1), state
+
+    def reset(self, state: model.State, rows: np.ndarray) -> model.State:
+        """As `Codec.reset`."""
+        return _reset(state, jnp.asarray(rows, bool))
+
+
+def _blocks(frames: np.ndarray, mask: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Yields frames [B, n, ...] and mask [B, n] in blocks whose length is a power of two, with the number of frames
+    that are not padding."""
+    most = _BLOCK.get(jax.default_backend(), _BLOCK["gpu"])
+    for start in range(0, mask.shape[1], most):
+        block, there = frames[:, start : start + most], mask[:, start : start + most]
+        count = there.shape[1]
+        more = (1 << (count - 1).bit_length()) - count
+        yield (
+            np.pad(block, ((0, 0), (0, more), *((0, 0),) * (frames.ndim - 2))),
+            np.pad(there, ((0, 0), (0, more))),
+            count,
+        )
