@@ -186,7 +186,7 @@ def floor(codec: Any, step: str, rows: int, bandwidth: float, rate: float) -> tu
     lowered = jax.jit(run, static_argnames=("cfg", "use")).lower(
         codec.params, given, mask, state, cfg=codec.cfg, use=dataclasses.replace(codec.use)
     )
-    return nbytes / bandwidth * 1e3, lowered.cost_analysis()["flops"] / rate * 1e3
+    return nbytes / bandwidth * 1e3, (lowered.cost_analysis() or lowered.compile().cost_analysis())["flops"] / rate * 1e3
 
 
 def compare_codes(codecs: dict[str, Any]) -> None:

@@ -108,13 +108,6 @@ def _biased(params: Params, name: str, y: jax.Array) -> jax.Array:
 # Transformers
 
 
-class Cache(NamedTuple):
-    """Keys (rotated) and values of the last S = context latents of each row, the newest last: [B, S, D]."""
-
-    k: jax.Array
-    v: jax.Array
-
-
 class Sight(NamedTuple):
     """Where the latents of a call stand, and which keys each of them sees."""
 
@@ -141,13 +134,17 @@ def transformer(
     params: Params,
     name: str,
     x: jax.Array,
-    caches: tuple[Cache, ...],
+    caches: tuple[jax.Array, ...],
     where: Sight,
     advance: Advance,
     heads: int,
     max_period: float,
-) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """Causal transformer layers with LayerNorm, rotary embedding, GELU and layer scales: latents [B, T, D]."""
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Causal transformer layers with LayerNorm, rotary embedding, GELU and layer scales: latents [B, T, D].
+
+    A layer's cache holds the keys (rotated) and values of the last S = context latents of each row, the newest last:
+    [B, S, 2 * D].
+    """
     after = []
     for i, cache in enumerate(caches):
         layer = f"{name}/{i}"
@@ -165,24 +162,24 @@ def _attention(
     params: Params,
     layer: str,
     x: jax.Array,
-    cache: Cache,
+    cache: jax.Array,
     where: Sight,
     advance: Advance,
     heads: int,
     max_period: float,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, jax.Array]:
     rows, steps, dim = x.shape
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    q, k, v = jnp.split(product(x, params[f"{layer}/qkv"]), 3, 2)
-    q, k = (rotate(y.reshape(rows, steps, heads, -1), where.position, max_period) for y in (q, k))
-    lines = [jnp.concatenate([old, new], 1) for old, new in zip(cache, (k.reshape(v.shape), v), strict=True)]
-    keys, values = (line.reshape(rows, -1, heads, dim // heads) for line in lines)
+    qkv = product(x, params[f"{layer}/qkv"])
+    turned = rotate(qkv[..., : 2 * dim].reshape(rows, steps, 2 * heads, -1), where.position, max_period)
+    q, k = turned[:, :, :heads], turned[:, :, heads:].reshape(x.shape)
+    line = jnp.concatenate([cache, jnp.concatenate([k, qkv[..., 2 * dim :]], 2)], 1)
+    keys, values = (line[..., i * dim :][..., :dim].reshape(rows, -1, heads, dim // heads) for i in range(2))
     scores = jnp.einsum("BTHK,BSHK->BHTS", q, keys, precision=_PRECISION, preferred_element_type=wide)
     scores = jnp.where(where.visible[:, None], scores * (dim // heads) ** -0.5, _HIDDEN)
     weights = jax.nn.softmax(scores, -1).astype(x.dtype)
     read = jnp.einsum("BHTS,BSHK->BTHK", weights, values, precision=_PRECISION)
-    context = cache.k.shape[1]
-    return product(read.reshape(x.shape), params[f"{layer}/out"]), Cache(*(advance.tail(x, context) for x in lines))
+    return product(read.reshape(x.shape), params[f"{layer}/out"]), advance.tail(line, cache.shape[1])
 
 
 # Quantiser

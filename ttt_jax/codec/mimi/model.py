@@ -18,7 +18,7 @@ import numpy as np
 
 from ttt_jax.codec.mimi import layers
 from ttt_jax.codec.mimi.config import MimiConfig, Use, shapes
-from ttt_jax.codec.mimi.layers import Advance, Cache, Params
+from ttt_jax.codec.mimi.layers import Advance, Params
 
 ABSENT = -1
 """Code of a frame that the mask leaves out."""
@@ -29,8 +29,8 @@ class State(NamedTuple):
 
     convs: dict[str, jax.Array]
     """Last inputs of each convolution, [B, kernel - stride, C]."""
-    caches: tuple[Cache, ...]
-    """Keys and values of each attention layer."""
+    caches: tuple[jax.Array, ...]
+    """Keys and values of each attention layer, [B, context, 2 * D]."""
     position: jax.Array
     """Latents so far, int32 [B]."""
 
@@ -94,7 +94,7 @@ def _init(cfg: MimiConfig, use: Use, batch: int, convs: dict[str, tuple[int, int
     def zeros(*shape: int) -> jax.Array:
         return jnp.zeros((batch, *shape), use.dtype)
 
-    caches = tuple(Cache(zeros(cfg.context, cfg.dim), zeros(cfg.context, cfg.dim)) for _ in range(cfg.num_layers))
+    caches = tuple(zeros(cfg.context, 2 * cfg.dim) for _ in range(cfg.num_layers))
     return State({name: zeros(*shape) for name, shape in convs.items()}, caches, jnp.zeros(batch, jnp.int32))
 
 
@@ -189,7 +189,7 @@ def decode_latents(
 
 def _transformer(
     params: Params, name: str, x: jax.Array, state: State, advance: Advance, cfg: MimiConfig, use: Use
-) -> tuple[jax.Array, tuple[Cache, ...]]:
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     lost = cfg.stride - 1 if use.window == "reference" else 0
     where = layers.sight(state.position, x.shape[1], cfg.context, lost)
     return layers.transformer(params, name, x, state.caches, where, advance, cfg.num_heads, cfg.max_period)
