@@ -94,7 +94,7 @@ def read(path: str | Path) -> Mimi:
                 _from_json(kind, metadata[key], path, key) for kind, key in ((MimiConfig, "config"), (Use, "use"))
             )
             _check_use(cfg, use, str(path))
-            stored = {name: file.get_slice(name) for name in file.keys()}
+            stored = {name: file.get_slice(name) for name in sorted(file.keys())}
             kinds = {name: (tuple(about.get_shape()), about.get_dtype()) for name, about in stored.items()}
             _check_layout(kinds, cfg, str(path), again)
             params = {name: file.get_tensor(name) for name in stored}
