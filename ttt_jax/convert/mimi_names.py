@@ -21,6 +21,7 @@ from ttt_jax.errors import InputError
 Shape = tuple[int, ...]
 Arrays = dict[str, np.ndarray]
 
+MANY = 10  # tensors of another shape, whose list would help nobody
 SUM, USAGE, FLAG = "embedding_sum", "cluster_usage", "_initialized"
 EPSILON = np.float32(1e-5)
 """Smallest usage that moshi divides by."""
@@ -177,8 +178,8 @@ def to_kyutai(params: Arrays, cfg: MimiConfig) -> Arrays:
 def from_kyutai(state_dict: StateDict, cfg: MimiConfig, where: str, advice: str, notes: list[str]) -> Arrays:
     """Returns our parameters from Kyutai's tensors.
 
-    `where` names the configuration, `advice` says what to do if it does not fit ("": give others). Raises `InputError` with all tensors
-    that are missing, left over, or of another shape or type, and for codebooks that were never set.
+    `where` names the configuration, `advice` says what to do if it does not fit ("": give others). Raises `InputError`
+    with all tensors that are missing, left over, or of another shape or type, and for codebooks that were never set.
     """
     tensors = _renamed(state_dict, notes)
     expected: dict[str, Shape] = {}
@@ -254,13 +255,11 @@ def _renamed(state_dict: StateDict, notes: list[str]) -> dict[str, StoredTensor]
 def _compare(
     expected: Mapping[str, Shape], tensors: Mapping[str, StoredTensor], path: Path, where: str, advice: str
 ) -> None:
-    """Raises `InputError` unless `tensors` have the names and shapes expected, and one type. With `advice`, where a
-    Mimi of other sizes is likely, it names only the first differences."""
+    """Raises `InputError` unless `tensors` have the names and shapes expected, and one type."""
     if problems := misfits(expected, tensors, path):
-        if advice:
-            problems = {
-                file: [*texts[:2], *(["differs further"] if texts[2:] else [])] for file, texts in problems.items()
-            }
+        sized = [key in tensors and len(shape) > 1 and tensors[key].shape != shape for key, shape in expected.items()]
+        if advice and sum(sized) > MANY:
+            problems = {path: ["has other sizes"]}
         refuse_misfits(problems, where, advice)
 
 

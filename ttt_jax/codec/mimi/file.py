@@ -100,11 +100,11 @@ def read(path: str | Path) -> Mimi:
             params = {name: file.get_tensor(name) for name in stored}
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} is damaged or no safetensors file ({error}): {again}.") from None
-    _check_finite(params, str(path), again)
     digest = _digest(params, cfg, use)
     if digest != metadata["digest"]:
         states = f"its content has the digest {digest}, its metadata state {metadata['digest']}"
         raise InputError(f"{path} is damaged, as {states}: copy it or {again}.")
+    _check_finite(params, str(path), again)
     return Mimi({name: params[name] for name in shapes(cfg)}, cfg, use, metadata["name"], digest, metadata)
 
 
@@ -113,10 +113,10 @@ def _from_json(kind: type[Config], text: str, path: Path, key: str) -> Config:
     where = f"{path}: {key}"
     try:
         return config_json.from_dict(kind, json.loads(text), where)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error}): write the file again by `{MADE_BY}`.") from None
     except InputError as error:
         raise (error if str(error).startswith(where) else InputError(f"{where} is wrong: {error}")) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON ({error}): write the file again by `{MADE_BY}`.") from None
 
 
 def _check_use(cfg: MimiConfig, use: Use, where: str) -> None:
