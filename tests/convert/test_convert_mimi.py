@@ -9,12 +9,13 @@ from safetensors.numpy import load_file, save_file
 
 from tests.helpers import kyutai_files, mimi_files
 from tests.helpers.comparing import same
-from tests.helpers.converting import assert_one_sentence, info_of
+from tests.helpers.converting import assert_one_sentence, change_config, info_of
 from tests.helpers.in_process import command
 from ttt_jax.checkpoints import weights
 from ttt_jax.codec.mimi import file
 from ttt_jax.codec.mimi.config import MimiConfig, Use
 from ttt_jax.convert import export, kyutai, mimi
+from ttt_jax.errors import InputError
 
 CFG = MimiConfig(
     filters=4, dim=32, num_layers=2, num_heads=4, hidden=64, context=10, quantizer_dim=16, codebooks=8, cardinality=64
@@ -279,6 +280,44 @@ def test_a_models_mimi_comes_with_it_and_goes_back(model, tmp_path, ours):
     again = info_of(tmp_path / "again")
     assert again["codec"] == info["codec"]
     assert again["digest"] == info["digest"]
+
+
+def test_a_mimi_in_a_folder_of_its_own_goes_back_beside_the_model(model, tmp_path, ours):
+    (model / "codec").mkdir()
+    (model / mimi_files.NAME).rename(model / "codec" / "model.safetensors")
+    (model / "codec.json").rename(model / "codec" / "mimi_config.json")
+    change_config(model, mimi_name="codec/model.safetensors", mimi_config_name="codec/mimi_config.json")
+    kyutai(model, tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "back")
+    config = info_of(tmp_path / "back")
+    assert (config["mimi_name"], config["mimi_config_name"]) == (mimi_files.NAME, "mimi_config.json")
+    mimi(tmp_path / "back", tmp_path / "again.safetensors")
+    assert file.read(tmp_path / "again.safetensors").digest == ours.digest
+
+
+def test_a_folder_whose_mimi_is_lost_or_damaged_is_refused(model, tmp_path):
+    kyutai(model, tmp_path / "ours")
+    path, info = tmp_path / "ours" / "mimi.safetensors", info_of(tmp_path / "ours")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="mimi.safetensors has another SHA-256"):
+        weights.load(tmp_path / "ours", verify=True)
+    with pytest.raises(InputError, match=r"mimi.safetensors is damaged"):
+        export(tmp_path / "ours", tmp_path / "back")
+    path.unlink()
+    with pytest.raises(InputError, match="mimi.safetensors is missing"):
+        weights.load(tmp_path / "ours")
+    files = {name: about for name, about in info["files"].items() if name != "mimi.safetensors"}
+    change_config(tmp_path / "ours", files=files)
+    with pytest.raises(InputError, match='lists no "mimi.safetensors"'):
+        weights.load(tmp_path / "ours")
+    change_config(tmp_path / "ours", codec={"name": 3})
+    with pytest.raises(InputError, match="codec.name is 3"):
+        weights.codec(tmp_path / "ours")
+    change_config(tmp_path / "ours", codec=...)
+    assert weights.codec(tmp_path / "ours") is None
+    weights.load(tmp_path / "ours")  # as a folder of before
 
 
 def test_a_dry_run_with_mimi_writes_nothing(model, tmp_path):

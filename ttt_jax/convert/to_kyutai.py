@@ -150,11 +150,17 @@ def _origin(folder: weights.Folder) -> tuple[dict[str, Any], tuple[Path, ...], P
 
 
 def _codec(opened: Checkpoint) -> CodecFile | None:
-    """Returns the Mimi to be written, under the name that it had."""
+    """Returns the Mimi to be written, under the name that it had, as far as that is free."""
     if opened.codec is None:
         return None
-    name = (opened.source.get("mimi") or MIMI).rpartition("/")[2]
-    return mimi_files.kyutais(mimi_file.read(opened.codec), name)
+    name = _last(opened.source.get("mimi") or MIMI)
+    taken = name in (MOSHI, weights.LORA, ttt_layers.TTT)
+    return mimi_files.kyutais(mimi_file.read(opened.codec), MIMI if taken else name)
+
+
+def _last(name: str) -> str:
+    """Returns the name of a file without folders or repository."""
+    return name.rpartition("/")[2]
 
 
 def _of_params(params: dict[str, Any]) -> tuple[Callable[..., Piece], Callable[[Tensor], str]]:
@@ -220,7 +226,11 @@ def _config(cfg: MoshiConfig, opened: Checkpoint, codec: CodecFile | None) -> di
         config["lora_name"] = weights.LORA
     known = {"mimi_name": "mimi", "tokenizer_name": "tokenizer", "lm_gen_config": "lm_gen_config"}
     config |= {key: source[name] for key, name in known.items() if source.get(name)}
-    return config | ({"mimi_name": codec.name} if codec else {})
+    if codec:
+        config["mimi_name"] = codec.name
+        if config.get("mimi_config_name"):  # which travels along
+            config["mimi_config_name"] = _last(config["mimi_config_name"])
+    return config
 
 
 def _readme(plan: Plan, opened: Checkpoint) -> str:
