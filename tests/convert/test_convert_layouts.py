@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers import kyutai_files as files
+from tests.helpers import mimi_files
 from tests.helpers.comparing import same
 from tests.helpers.converting import arrives, assert_one_sentence, cached_by_hub, change_config, nightly, refused, run
 from ttt_jax.checkpoints import safetensors_reader, weights
@@ -43,7 +44,9 @@ def test_shards_under_another_name(source, plain):
     index["weight_map"] = {key: name.replace("model", "tuned") for key, name in index["weight_map"].items()}
     (source / INDEX).unlink()
     (source / "tuned.safetensors.index.json").write_text(json.dumps(index))
-    save_file({"x": np.zeros(1)}, source / "tokenizer-e351c8d8-checkpoint125.safetensors")
+    save_file(mimi_files.weights(), source / mimi_files.NAME)
+    (source / "codec.json").write_text(json.dumps(mimi_files.CONFIG))
+    change_config(source, mimi_config_name="codec.json")
     arrives(source, plain)
 
 

@@ -27,10 +27,12 @@ def command(module: str, *words: object) -> subprocess.CompletedProcess:
 
 @contextlib.contextmanager
 def _logging_as_before():
-    """Takes back what `python -m train` does to its logger."""
-    log = logging.getLogger("train")
-    handlers, level, propagates = log.handlers[:], log.level, log.propagate
+    """Takes back what `python -m train` and `python -m ttt_jax.convert` do to their loggers."""
+    logs = [logging.getLogger(name) for name in ("train", "convert")]
+    before = [(log.handlers[:], log.level, log.propagate) for log in logs]
     try:
         yield
     finally:
-        log.handlers[:], log.level, log.propagate = handlers, level, propagates
+        for log, (handlers, level, propagates) in zip(logs, before, strict=True):
+            log.handlers[:], log.propagate = handlers, propagates
+            log.setLevel(level)

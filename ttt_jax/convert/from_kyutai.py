@@ -15,7 +15,15 @@ from ttt_jax.checkpoints.differences import group
 from ttt_jax.checkpoints.safetensors_reader import DTYPES, NAMES, TensorFile
 from ttt_jax.checkpoints.safetensors_writer import Spec
 from ttt_jax.config import LoRAConfig, MoshiConfig, TTTConfig, model_preset
-from ttt_jax.convert import from_huggingface, from_original, kyutai_config, kyutai_names, ttt_layers, unsupported
+from ttt_jax.convert import (
+    from_huggingface,
+    from_original,
+    kyutai_config,
+    kyutai_names,
+    mimi_files,
+    ttt_layers,
+    unsupported,
+)
 from ttt_jax.convert.lora import Adapter, merged
 from ttt_jax.convert.model_card import UNKNOWN
 from ttt_jax.convert.plan import Plan, execute
@@ -122,6 +130,8 @@ class _Conversion:
             notes.append("no tokenizer was found, so none travels along")
         if licence == UNKNOWN and not licences:
             notes.append("the source names no licence of the weights, which is recorded as unknown")
+        # Moshi reads the codes of two streams, its own and the user's.
+        mimi = mimi_files.beside(source, cfg.n_q // 2, notes)
         copies = tuple(path for path in (*licences, tokenizer, source.mimi_config()) if path)
         about = {
             "name": source.name,
@@ -147,9 +157,12 @@ class _Conversion:
                 "files": written,
                 "digest": weights.digest(weights.base(cfg), written),
             }
+            if mimi is not None:
+                info["codec"] = {"name": mimi.name, "digest": mimi.digest, "file": weights.MIMI}
             config_json.write_json(folder / weights.CONFIG, info)
 
-        plan = Plan(source.name, out, cfg, base.dtype, files, copies, (weights.CONFIG,), tuple(notes))
+        codec = None if mimi is None else mimi_files.ours(mimi, weights.MIMI)
+        plan = Plan(source.name, out, cfg, base.dtype, files, copies, (weights.CONFIG,), tuple(notes), codec)
         execute(plan, finish, dry_run)
         return plan
 

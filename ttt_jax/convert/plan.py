@@ -23,6 +23,16 @@ log = logging.getLogger("convert")
 SMALL = 1 << 20  # bytes kept free for config.json and other small files
 
 
+class CodecFile(NamedTuple):
+    """The file of a model's Mimi, to be written."""
+
+    name: str
+    about: str
+    nbytes: int
+    write: Callable[[Path], None]
+    """Writes it to a path."""
+
+
 class Plan(NamedTuple):
     """A conversion whose inputs are checked."""
 
@@ -38,10 +48,11 @@ class Plan(NamedTuple):
     others: tuple[str, ...]
     """Names of the small files that are written besides."""
     notes: tuple[str, ...]
+    codec: CodecFile | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors, but for the codec's."""
         return sum(spec.nbytes for specs in self.files.values() for spec in specs)
 
     def lines(self) -> list[str]:
@@ -63,6 +74,7 @@ class Plan(NamedTuple):
             f" delays {','.join(map(str, cfg.delays))}",
             f"adapters      {lora or 'none apart'}",
             f"TTT layers    {', '.join(map(str, cfg.ttt_layers)) or 'none'}",
+            f"codec         {self.codec.about if self.codec else 'none'}",
             f"tensors       {len(specs)}, {numbers:,} parameters, {self.nbytes:,} bytes, weights in"
             f" {NAMES[self.dtype]}",
         ]
@@ -81,6 +93,8 @@ class Plan(NamedTuple):
                 yield f"{first} to {rest[-1]} ({len(rest) + 1} files of {size:,} bytes)"
             else:
                 yield f"{first} ({size:,} bytes)"
+        if self.codec:
+            yield f"{self.codec.name} ({self.codec.nbytes:,} bytes)"
 
 
 Finish = Callable[[Path, dict[str, dict[str, Any]]], None]
@@ -90,7 +104,7 @@ Finish = Callable[[Path, dict[str, dict[str, Any]]], None]
 def execute(plan: Plan, finish: Finish, dry_run: bool, metadata: dict[str, str] | None = None) -> None:
     """Logs the plan, and writes it all or nothing unless `dry_run`; `metadata` goes into the headers of the files.
     Raises `InputError` if two files would have one name, or the disk is full."""
-    taken = {*plan.files, *plan.others}
+    taken = {*plan.files, *plan.others} | ({plan.codec.name} if plan.codec else set())
     for path in plan.copies:
         if path.name in taken:
             raise InputError(f"{path} cannot travel along, as {path.name} is written anew: rename it in the source.")
@@ -103,20 +117,31 @@ def execute(plan: Plan, finish: Finish, dry_run: bool, metadata: dict[str, str] 
 
 def _write(plan: Plan, finish: Finish, metadata: dict[str, str] | None) -> None:
     check_new(plan.out)
-    parent = plan.out.absolute().parent
-    needed = plan.nbytes + sum(path.stat().st_size for path in plan.copies) + SMALL
+    codec = plan.codec.nbytes if plan.codec else 0
+    needed = plan.nbytes + codec + sum(path.stat().st_size for path in plan.copies) + SMALL
+    total = plan.nbytes + codec + sum(len(header(specs, metadata)) for specs in plan.files.values())
+    with room_for(plan.out, needed), new_folder(plan.out) as folder, _progress_bar(total) as progress:
+        written = write_files(folder, plan.files, progress, metadata)
+        beside = [Path(shutil.copyfile(path, folder / path.name)) for path in plan.copies]
+        if plan.codec:
+            plan.codec.write(folder / plan.codec.name)
+            beside.append(folder / plan.codec.name)
+            progress(codec)
+        for path in beside:
+            written[path.name] = {"bytes": os.path.getsize(path), "sha256": file_digest(path)}
+        finish(folder, written)
+
+
+@contextlib.contextmanager
+def room_for(out: Path, needed: int) -> Iterator[None]:
+    """Raises `InputError` if the disk of `out` has fewer than `needed` bytes left, or is full before the end."""
+    parent = out.absolute().parent
     free = shutil.disk_usage(parent).free
     full = f"needs {needed:,} bytes: free some space, or give another OUT."
     if free < needed:
         raise InputError(f"the disk of {parent} has {free:,} bytes left, the conversion {full}")
     try:
-        total = plan.nbytes + sum(len(header(specs, metadata)) for specs in plan.files.values())
-        with new_folder(plan.out) as folder, _progress_bar(total) as progress:
-            written = write_files(folder, plan.files, progress, metadata)
-            for path in plan.copies:
-                copied = Path(shutil.copyfile(path, folder / path.name))
-                written[path.name] = {"bytes": os.path.getsize(copied), "sha256": file_digest(copied)}
-            finish(folder, written)
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

@@ -118,8 +118,8 @@ class Source(NamedTuple):
 
 
 def find(name: str) -> Source:
-    """Returns an existing folder or file, else OWNER/NAME or OWNER/NAME@REVISION on the hub. Raises `InputError` if
-    `name` is neither."""
+    """Returns an existing folder or file, else OWNER/NAME, OWNER/NAME@REVISION or hf://OWNER/NAME/FILE on the hub.
+    Raises `InputError` if `name` is none of them."""
     path = local(name)
     if path.is_dir():
         return _local(name, path, None)
@@ -127,6 +127,9 @@ def find(name: str) -> Source:
         if path.suffix in PICKLED:
             raise InputError(f"{name} is pickled: give weights as safetensors.")
         return _local(name, path.parent, path)
+    if named := re.fullmatch(r"hf://([\w-][\w.-]*/[\w-][\w.-]*)/(.+)", name):
+        source = _hub(name, named[1], None)
+        return source._replace(file=source.need(named[2], "the file"))
     match = re.fullmatch(r"(?:hf://)?([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w./-]+))?", name)
     if match is None or path.suffix == ".safetensors":
         how = "give a folder, a safetensors file, or OWNER/NAME"

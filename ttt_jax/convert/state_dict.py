@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import numpy as np
+
 from ttt_jax.checkpoints.differences import differences, group
 from ttt_jax.checkpoints.safetensors_reader import DTYPES, Piece, TensorFile, cast, watched
 from ttt_jax.checkpoints.safetensors_writer import Spec
@@ -42,6 +44,11 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     piece: Callable[..., Piece]
     """Returns its bytes; called with (part, parts) one of `parts` equal consecutive shares."""
+
+    def array(self) -> np.ndarray:
+        """Returns all of it as float32."""
+        content = b"".join(map(bytes, self.piece().blocks(1)))
+        return np.frombuffer(content, DTYPES[self.dtype]).reshape(self.shape).astype(np.float32)
 
     def cast(self, dtype: str) -> StoredTensor:
         """Returns the tensor as type `dtype`. Reading it raises `InputError` if a number is beyond its range."""

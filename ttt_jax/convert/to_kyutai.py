@@ -18,12 +18,14 @@ from ttt_jax.checkpoints import weights
 from ttt_jax.checkpoints.safetensors_reader import DTYPES, NAMES, Piece, cast, of_array, watched
 from ttt_jax.checkpoints.safetensors_writer import Spec
 from ttt_jax.checkpoints.weights import Tensor
+from ttt_jax.codec.mimi import file as mimi_file
 from ttt_jax.config import LoRAConfig, MoshiConfig
-from ttt_jax.convert import kyutai_config, kyutai_names, ttt_layers
+from ttt_jax.convert import kyutai_config, kyutai_names, mimi_files, ttt_layers
 from ttt_jax.convert.lora import Adapter, merged
+from ttt_jax.convert.mimi_files import MimiPlan
 from ttt_jax.convert.model_card import UNKNOWN, front_matter
-from ttt_jax.convert.plan import Plan, execute
-from ttt_jax.convert.source import CONFIG, MOSHI
+from ttt_jax.convert.plan import CodecFile, Plan, execute
+from ttt_jax.convert.source import CONFIG, MIMI, MOSHI
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
 from ttt_jax.utils.files import check_new, run_and_step
@@ -40,6 +42,8 @@ class Checkpoint(NamedTuple):
     """Its origin: "source" in the config.json of the weights that it began with; {} if there were none."""
     copies: tuple[Path, ...]
     """Files that travel along."""
+    codec: Path | None
+    """Our file of the Mimi that belongs to it; None if there was none beside the weights."""
     part: Callable[[Tensor, int, int], Piece]
     """From a tensor, `number` and `count` to that one of `count` equal shares of its bytes."""
     dtype: Callable[[Tensor], str]
@@ -57,8 +61,9 @@ def export(
     merge_lora: bool = False,
     dtype: Dtype | None = None,
     dry_run: bool = False,
-) -> Plan:
-    """Writes a checkpoint as safetensors and config.json that Kyutai's tools load. Returns the plan of what is written.
+) -> Plan | MimiPlan:
+    """Writes a checkpoint as safetensors and config.json that Kyutai's tools load, or a Mimi of ours as theirs. Returns
+    the plan of what is written.
 
     The arguments are those of `python -m ttt_jax.convert export`. Without `dtype`, trainable weights in float32 take
     the type of the frozen weights. Raises `InputError`, and writes nothing, if the checkpoint is damaged or Kyutai's
@@ -66,6 +71,10 @@ def export(
     """
     out = local(out)
     check_new(out)
+    if local(checkpoint).is_file():
+        if merge_lora or dtype:
+            raise InputError(f"{checkpoint} is a file, and a Mimi is written as it is: leave out other options.")
+        return mimi_files.export_mimi(local(checkpoint), out, dry_run)
     with contextlib.ExitStack() as stack:
         opened = _watched(_open(local(checkpoint), stack), checkpoint)
         cfg = opened.cfg
@@ -75,7 +84,8 @@ def export(
             some = f"has adapters on {', '.join(cfg.lora.maps)} only"
             raise InputError(f"{checkpoint} {some}, but Kyutai's loader wants them on every map: give --merge-lora.")
         exported = dataclasses.replace(cfg, lora=LoRAConfig()) if merge_lora else cfg
-        config = _config(exported, opened)
+        codec = _codec(opened)
+        config = _config(exported, opened, codec)
         base = weights.base(cfg)
         # Kyutai's files have one type; the first tensor, an embedding, is trained only with all the others.
         target = {name: short for short, name in NAMES.items()}[dtype] if dtype else opened.dtype(base[0])
@@ -92,7 +102,7 @@ def export(
                 Spec(ttt_layers.exported_name(t), "F32", t.shape, (opened.part(t, 0, 1),)) for t in weights.ttt(cfg)
             ]
             others.append(ttt_layers.TTT_CONFIG)
-        plan = Plan(str(checkpoint), out, exported, target, files, opened.copies, tuple(others), tuple(notes))
+        plan = Plan(str(checkpoint), out, exported, target, files, opened.copies, tuple(others), tuple(notes), codec)
 
         def finish(folder: Path, written: dict[str, dict[str, Any]]) -> None:
             config_json.write_json(folder / CONFIG, config)
@@ -109,7 +119,7 @@ def _open(path: Path, stack: contextlib.ExitStack) -> Checkpoint:
         from ttt_jax.checkpoints import run_weights  # loads jax
 
         run = run_weights.load_run(path)
-        origin = ({}, ())
+        origin = ({}, (), None)
         if base := run.meta.get("base"):
             with weights.base_of_run(path, **base) as folder:
                 origin = _origin(folder)
@@ -133,10 +143,24 @@ def _watched(opened: Checkpoint, checkpoint: str | Path) -> Checkpoint:
     return opened._replace(part=part)
 
 
-def _origin(folder: weights.Folder) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """Returns the origin of a folder of weights, and the files that travel along."""
-    source = folder.info["source"]
-    return source, tuple(folder.path / name for name in source["travelling"])
+def _origin(folder: weights.Folder) -> tuple[dict[str, Any], tuple[Path, ...], Path | None]:
+    """Returns the origin of a folder of weights, the files that travel along, and its Mimi."""
+    source, codec = folder.info["source"], weights.codec(folder.path)
+    return source, tuple(folder.path / name for name in source["travelling"]), codec and codec.path
+
+
+def _codec(opened: Checkpoint) -> CodecFile | None:
+    """Returns the Mimi to be written, under the name that it had, as far as that is free."""
+    if opened.codec is None:
+        return None
+    name = _last(opened.source.get("mimi") or MIMI)
+    taken = name in (MOSHI, weights.LORA, ttt_layers.TTT)
+    return mimi_files.kyutais(mimi_file.read(opened.codec), MIMI if taken else name)
+
+
+def _last(name: str) -> str:
+    """Returns the name of a file without folders or repository."""
+    return name.rpartition("/")[2]
 
 
 def _of_params(params: dict[str, Any]) -> tuple[Callable[..., Piece], Callable[[Tensor], str]]:
@@ -194,14 +218,19 @@ def _specs(names: kyutai_names.Names, pieces: list[Piece], dtype: str, target: s
     return specs
 
 
-def _config(cfg: MoshiConfig, opened: Checkpoint) -> dict[str, Any]:
+def _config(cfg: MoshiConfig, opened: Checkpoint, codec: CodecFile | None) -> dict[str, Any]:
     source = opened.source
     config = kyutai_config.export(cfg, source.get("config") or {}) | {"moshi_name": MOSHI}
     config.pop("lora_name", None)
     if cfg.lora.rank:
         config["lora_name"] = weights.LORA
     known = {"mimi_name": "mimi", "tokenizer_name": "tokenizer", "lm_gen_config": "lm_gen_config"}
-    return config | {key: source[name] for key, name in known.items() if source.get(name)}
+    config |= {key: source[name] for key, name in known.items() if source.get(name)}
+    if codec:
+        config["mimi_name"] = codec.name
+        if config.get("mimi_config_name"):  # which travels along
+            config["mimi_config_name"] = _last(config["mimi_config_name"])
+    return config
 
 
 def _readme(plan: Plan, opened: Checkpoint) -> str:

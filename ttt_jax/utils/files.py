@@ -65,6 +65,16 @@ def check_new(folder: Path) -> None:
         raise InputError(f"{folder.parent} is no folder, so {folder.name} cannot be made in it: make it first.")
 
 
+def check_new_file(path: Path, ending: str) -> None:
+    """Raises `InputError` unless a file can be made at `path`: nothing is there, and its name has the ending."""
+    if os.path.lexists(path):
+        raise InputError(f"{path} exists already: give a new file, or remove what is there.")
+    if path.suffix != ending:
+        raise InputError(f"{path} does not end in {ending}: give a new file with that ending.")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path.parent} is no folder, so {path.name} cannot be made in it: make it first.")
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `folder`, renamed to it at the end and removed on an error or interrupt.
