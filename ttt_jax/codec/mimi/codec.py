@@ -17,9 +17,9 @@ from ttt_jax.codec.mimi.config import MimiConfig, Use
 _BLOCK = {"cpu": 32, "gpu": 512}
 """Frames of one call by device: enough to keep it busy, and no more memory than that takes."""
 
-_encode = jax.jit(model.encode, static_argnames=("cfg", "use"))
-_decode = jax.jit(model.decode, static_argnames=("cfg", "use"))
-_reset = jax.jit(model.reset)
+_encode = jax.jit(model.encode, static_argnames=("cfg", "use"), donate_argnames="state")
+_decode = jax.jit(model.decode, static_argnames=("cfg", "use"), donate_argnames="state")
+_reset = jax.jit(model.reset, donate_argnames="state")
 
 
 class MimiCodec(Codec):
@@ -69,6 +69,10 @@ class MimiCodec(Codec):
             parts.append((part, count))
         audio += [np.asarray(part)[:, : count * self.frame_size] for part, count in parts]
         return np.concatenate(audio, 1), state
+
+    def fork(self, state: model.State) -> model.State:
+        """As `Codec.fork`."""
+        return jax.tree.map(jnp.array, state)
 
     def reset(self, state: model.State, rows: np.ndarray) -> model.State:
         """As `Codec.reset`."""
