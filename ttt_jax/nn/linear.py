@@ -94,9 +94,12 @@ def linear(x: jax.Array, kernel: Kernel, scaling: float = 1.0, wide: bool = Fals
 
 
 def product(
-    x: jax.Array, w: jax.Array, wide: bool = False, precision: jax.lax.Precision | None = None
+    x: jax.Array, w: jax.Array, wide: bool = False, precision: jax.lax.Precision | None = None, reduced: int = 1
 ) -> jax.Array:
-    """W x, [..., *out] of [..., in] and [*out, in]; `wide` as in `linear`, `precision` as in `jax.lax.dot_general`."""
+    """W x, [..., *out] of [..., in] and [*out, in]; `wide` as in `linear`, `precision` as in `jax.lax.dot_general`.
+
+    On a GPU products of up to `reduced` rows are reductions along the matrix, of more the library's.
+    """
     sums = jnp.promote_types(x.dtype, jnp.float32)
     out_type = sums if wide else x.dtype
     w, lead, out = w.astype(x.dtype), x.shape[:-1], w.shape[:-1]
@@ -106,8 +109,8 @@ def product(
         return jax.lax.dot_general(x, w, contract, precision, preferred_element_type=out_type)
 
     def multiply_reduce(x: jax.Array, w: jax.Array) -> jax.Array:
-        y = (w.astype(sums) * x.reshape(-1).astype(sums)).sum(-1)
-        return y.astype(out_type).reshape(*lead, *out)
+        y = (w.astype(sums).reshape(-1, 1, w.shape[-1]) * x.reshape(1, -1, w.shape[-1]).astype(sums)).sum(-1)
+        return y.T.astype(out_type).reshape(*lead, *out)
 
     def dot_in_parts(x: jax.Array, w: jax.Array) -> jax.Array:
         size, parts = w.shape[-1], math.gcd(math.prod(out), 4)
@@ -122,4 +125,4 @@ def product(
         return dot(x, w)
     # XLA's GPU products of one row copy the matrix out of its stack first, a reduction reads it in place. Its CPU
     # products transpose a right-hand matrix of more than two axes, and occupy one core unless they come in parts.
-    return jax.lax.platform_dependent(x, w, cuda=multiply_reduce if rows == 1 else dot, cpu=dot_in_parts, default=dot)
+    return jax.lax.platform_dependent(x, w, cuda=multiply_reduce if rows <= reduced else dot, cpu=dot_in_parts, default=dot)

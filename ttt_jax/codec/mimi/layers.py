@@ -26,6 +26,8 @@ from ttt_jax.nn.rotary import rotate
 Params = Mapping[str, jax.Array]
 """Parameters by the names of `ttt_jax.codec.mimi.config.shapes`."""
 _PRECISION = jax.lax.Precision.HIGHEST
+_REDUCED = 4
+"""Rows up to which a GPU reads a matrix faster by reductions than by the library's products."""
 _HIDDEN = -1e30  # finite: a query without any key must not turn into NaN
 _NORM_EPS = 1e-5
 
@@ -47,7 +49,7 @@ class Advance(NamedTuple):
 
 def product(x: jax.Array, w: jax.Array) -> jax.Array:
     """W x, [..., out] of [..., in] and [out, in]."""
-    return linear.product(x, w, precision=_PRECISION)
+    return linear.product(x, w, precision=_PRECISION, reduced=_REDUCED)
 
 
 # Convolutions
@@ -111,23 +113,39 @@ def _biased(params: Params, name: str, y: jax.Array) -> jax.Array:
 class Sight(NamedTuple):
     """Where the latents of a call stand, and which keys each of them sees."""
 
-    position: jax.Array
-    """int32 [B, T]; unbounded."""
+    query: jax.Array
+    """Position of each latent, int32 [B, T]; unbounded, never wrapped."""
     visible: jax.Array
-    """bool [B, T, S + T]: of the cache, then of the call."""
+    """bool [B, T, keys]."""
+    slot: jax.Array
+    """Slot of the cache that stores each latent, int32 [B, T]; S: none."""
 
 
-def sight(position: jax.Array, latents: int, context: int, lost: int) -> Sight:
-    """The `Sight` of a call of T = `latents` in rows that have seen `position` latents, int32 [B].
+def cache_slots(context: int, stride: int) -> int:
+    """Slots S of a cache: a frame is written before its first latent reads, which must not lose a key by it."""
+    return context + stride
 
-    Of the latents of a frame, `lost` + 1 of them, the last sees `context` keys, the one before it one key fewer, and so
-    on: PyTorch's stream writes a whole frame into a ring of `context` keys before it reads them. 0: all see `context`.
+
+def sight(position: jax.Array, advance: Advance, stride: int, context: int, lossy: bool) -> Sight:
+    """The `Sight` of a call in rows that have seen `position` latents, int32 [B], `stride` of them a frame.
+
+    A latent sees the last `context` latents, itself included. With `lossy`, the last latent of a frame does, the one
+    before it sees one less, and so on: PyTorch's stream writes a frame into a ring of `context` before it reads.
     """
-    query = position[:, None] + jnp.arange(latents)
-    key = position[:, None] - context + jnp.arange(context + latents)
+    slots, latents = cache_slots(context, stride), advance.frames * stride
+    count = (advance.count * stride)[:, None]
+    place = jnp.arange(latents)
+    query = position[:, None] + place
+    # A call of one frame writes before it reads. A longer one reads cache and call, then writes.
+    last = position[:, None] + (latents if advance.frames == 1 else 0) - 1
+    key = last - (last - jnp.arange(slots)) % slots  # position of the latent in each slot; negative if it is empty
+    if advance.frames > 1:
+        key = jnp.concatenate([key, query], 1)
     distance = query[:, :, None] - key[:, None]
-    reach = context - (lost - query % (lost + 1))
-    return Sight(query, (key >= 0)[:, None] & (distance >= 0) & (distance < reach[:, :, None]))
+    reach = context - (stride - 1 - query % stride if lossy else 0)
+    visible = (key >= 0)[:, None] & (distance >= 0) & (distance < jnp.broadcast_to(reach, query.shape)[:, :, None])
+    stays = (place < count) & (place >= count - slots)
+    return Sight(query, visible, jnp.where(stays, query % slots, slots))
 
 
 def transformer(
@@ -136,50 +154,45 @@ def transformer(
     x: jax.Array,
     caches: tuple[jax.Array, ...],
     where: Sight,
-    advance: Advance,
     heads: int,
     max_period: float,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Causal transformer layers with LayerNorm, rotary embedding, GELU and layer scales: latents [B, T, D].
 
-    A layer's cache holds the keys (rotated) and values of the last S = context latents of each row, the newest last:
-    [B, S, 2 * D].
+    A layer's cache is a ring of S slots of keys (rotated) and values, [B, S, 2 * D].
     """
     after = []
     for i, cache in enumerate(caches):
         layer = f"{name}/{i}"
-        h = layer_norm(x, params[f"{layer}/norm1/scale"], params[f"{layer}/norm1/bias"], _NORM_EPS)
-        h, cache = _attention(params, layer, h, cache, where, advance, heads, max_period)
+        h, cache = _attention(params, layer, _norm(params, f"{layer}/norm1", x), cache, where, heads, max_period)
         x = x + params[f"{layer}/scale1"] * h
-        h = layer_norm(x, params[f"{layer}/norm2/scale"], params[f"{layer}/norm2/bias"], _NORM_EPS)
-        h = product(jax.nn.gelu(product(h, params[f"{layer}/up"]), approximate=False), params[f"{layer}/down"])
-        x = x + params[f"{layer}/scale2"] * h
+        h = product(_norm(params, f"{layer}/norm2", x), params[f"{layer}/up"])
+        x = x + params[f"{layer}/scale2"] * product(jax.nn.gelu(h, approximate=False), params[f"{layer}/down"])
         after.append(cache)
     return x, tuple(after)
 
 
+def _norm(params: Params, name: str, x: jax.Array) -> jax.Array:
+    return layer_norm(x, params[f"{name}/scale"], params[f"{name}/bias"], _NORM_EPS)
+
+
 def _attention(
-    params: Params,
-    layer: str,
-    x: jax.Array,
-    cache: jax.Array,
-    where: Sight,
-    advance: Advance,
-    heads: int,
-    max_period: float,
+    params: Params, layer: str, x: jax.Array, cache: jax.Array, where: Sight, heads: int, max_period: float
 ) -> tuple[jax.Array, jax.Array]:
     rows, steps, dim = x.shape
     wide = jnp.promote_types(x.dtype, jnp.float32)
     qkv = product(x, params[f"{layer}/qkv"])
-    turned = rotate(qkv[..., : 2 * dim].reshape(rows, steps, 2 * heads, -1), where.position, max_period)
+    turned = rotate(qkv[..., : 2 * dim].reshape(rows, steps, 2 * heads, -1), where.query, max_period)
     q, k = turned[:, :, :heads], turned[:, :, heads:].reshape(x.shape)
-    line = jnp.concatenate([cache, jnp.concatenate([k, qkv[..., 2 * dim :]], 2)], 1)
-    keys, values = (line[..., i * dim :][..., :dim].reshape(rows, -1, heads, dim // heads) for i in range(2))
+    new = jnp.concatenate([k, qkv[..., 2 * dim :]], 2)
+    after = cache.at[jnp.arange(rows)[:, None], where.slot].set(new, mode="drop")
+    seen = after if where.visible.shape[2] == cache.shape[1] else jnp.concatenate([cache, new], 1)
+    keys, values = (seen[..., i * dim :][..., :dim].reshape(rows, -1, heads, dim // heads) for i in range(2))
     scores = jnp.einsum("BTHK,BSHK->BHTS", q, keys, precision=_PRECISION, preferred_element_type=wide)
     scores = jnp.where(where.visible[:, None], scores * (dim // heads) ** -0.5, _HIDDEN)
     weights = jax.nn.softmax(scores, -1).astype(x.dtype)
     read = jnp.einsum("BHTS,BSHK->BTHK", weights, values, precision=_PRECISION)
-    return product(read.reshape(x.shape), params[f"{layer}/out"]), advance.tail(line, cache.shape[1])
+    return product(read.reshape(x.shape), params[f"{layer}/out"]), after
 
 
 # Quantiser

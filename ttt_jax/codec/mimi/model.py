@@ -30,7 +30,7 @@ class State(NamedTuple):
     convs: dict[str, jax.Array]
     """Last inputs of each convolution, [B, kernel - stride, C]."""
     caches: tuple[jax.Array, ...]
-    """Keys and values of each attention layer, [B, context, 2 * D]."""
+    """Keys and values of each attention layer, [B, slots, 2 * D]."""
     position: jax.Array
     """Latents so far, int32 [B]."""
 
@@ -94,7 +94,8 @@ def _init(cfg: MimiConfig, use: Use, batch: int, convs: dict[str, tuple[int, int
     def zeros(*shape: int) -> jax.Array:
         return jnp.zeros((batch, *shape), use.dtype)
 
-    caches = tuple(zeros(cfg.context, 2 * cfg.dim) for _ in range(cfg.num_layers))
+    slots = layers.cache_slots(cfg.context, cfg.stride)
+    caches = tuple(zeros(slots, 2 * cfg.dim) for _ in range(cfg.num_layers))
     return State({name: zeros(*shape) for name, shape in convs.items()}, caches, jnp.zeros(batch, jnp.int32))
 
 
@@ -190,9 +191,8 @@ def decode_latents(
 def _transformer(
     params: Params, name: str, x: jax.Array, state: State, advance: Advance, cfg: MimiConfig, use: Use
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    lost = cfg.stride - 1 if use.window == "reference" else 0
-    where = layers.sight(state.position, x.shape[1], cfg.context, lost)
-    return layers.transformer(params, name, x, state.caches, where, advance, cfg.num_heads, cfg.max_period)
+    where = layers.sight(state.position, advance, cfg.stride, cfg.context, use.window == "reference")
+    return layers.transformer(params, name, x, state.caches, where, cfg.num_heads, cfg.max_period)
 
 
 def _first(frames: jax.Array, mask: jax.Array) -> jax.Array:
