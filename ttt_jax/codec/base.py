@@ -117,8 +117,9 @@ def check_audio(codec: Codec, audio: np.ndarray, mask: np.ndarray | None) -> tup
             " frames and keep the rest for the next call."
         )
     mask = check_mask(mask, (len(audio), audio.shape[1] // size))
-    frames = audio.reshape(*mask.shape, size)
-    audio = np.where(mask[..., None], frames, 0).reshape(audio.shape).astype(np.float32, copy=False)
+    if not mask.all():
+        audio = np.where(mask[..., None], audio.reshape(*mask.shape, size), 0).reshape(audio.shape)
+    audio = audio.astype(np.float32, copy=False)
     if not np.isfinite(audio).all():
         row, sample = np.argwhere(~np.isfinite(audio))[0]
         raise InputError(

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,12 +113,13 @@ class KMeansCodec(Codec):
         audio, mask = check_audio(self, audio, mask)
         # The frames that there are move to the front of their row: there they follow each other.
         order = np.argsort(~mask, axis=1, kind="stable")
-        frames = np.take_along_axis(audio.reshape(*mask.shape, self.frame_size), order[..., None], axis=1)
-        samples = np.concatenate([state.samples, frames.reshape(audio.shape)], axis=1)
+        audio = np.take_along_axis(audio.reshape(*mask.shape, self.frame_size), order[..., None], axis=1)
+        samples = np.concatenate([state.samples, audio.reshape(len(mask), mask.shape[1] * self.frame_size)], axis=1)
         count = mask.sum(axis=1)
         is_there = np.arange(mask.shape[1]) < count[:, None]
         codes = np.full((len(mask), self.num_codebooks, mask.shape[1]), -1, np.int32)
-        codes[np.nonzero(is_there)[0], :, order[is_there]] = self._quantise(self._features(samples, is_there)).T
+        for rows, frames, features_NF in self._features(samples, is_there):
+            codes[rows, :, order[rows, frames]] = self._quantise(features_NF).T
         last = count[:, None] * self.frame_size + np.arange(state.samples.shape[1])
         return codes, EncoderState(np.take_along_axis(samples, last, axis=1))
 
@@ -156,42 +158,40 @@ class KMeansCodec(Codec):
         """
         check_channel(audio)
         audio, mask = check_audio(self, np.pad(audio, (0, -len(audio) % self.frame_size))[None], None)
-        return self._features(np.concatenate([self.init_encoder(1).samples, audio], axis=1), mask)
+        samples = np.concatenate([self.init_encoder(1).samples, audio], axis=1)
+        blocks = [features_NF for _, _, features_NF in self._features(samples, mask)]
+        return np.concatenate([np.empty((0, len(self._mean_F))), *blocks])
 
     def quantised_features(self, codes: np.ndarray) -> np.ndarray:
         """Returns the features of codes, int [num_codebooks, T] -> float64 [T, features]. Raises `InputError`."""
         return self._sum_entries(check_codes(self, np.asarray(codes)[None])[0][0].T)
 
-    def _features(self, samples: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Returns the features [N, F] of the frames that `mask`, bool [B, n], keeps, row after row.
+    def _features(self, samples: np.ndarray, mask: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yields rows [N], frames [N] and features [N, F] of some frames at a time that `mask`, bool [B, n], keeps.
 
         `samples`, [B, n * frame_size + ...], begin with the state before them. Streaming needs equal bits for any
         number of frames: the products below are batches of one frame each, since a matrix product of another shape may
         sum in another order.
         """
-        features, places = [np.empty((0, len(self._mean_F)))], np.argwhere(mask)
-        if not len(places):
-            return features[0]
+        if not mask.any():
+            return
         context = self.window - self._hop + self.frame_size
-        frames = np.lib.stride_tricks.sliding_window_view(samples, context, axis=1)[:, :: self.frame_size]
-        windows = np.lib.stride_tricks.sliding_window_view(frames, self.window, axis=2)[:, :, :: self._hop]
+        windows = np.lib.stride_tricks.sliding_window_view(samples, context, axis=1)[:, :: self.frame_size]
+        windows = np.lib.stride_tricks.sliding_window_view(windows, self.window, axis=2)[:, :, :: self._hop]
+        places = np.argwhere(mask)
         for start in range(0, len(places), _BLOCK):
-            row, frame = places[start : start + _BLOCK].T
-            spectrum = np.fft.rfft(windows[row, frame].astype(np.float64) * self._taper)
+            rows, frames = places[start : start + _BLOCK].T
+            spectrum = np.fft.rfft(windows[rows, frames] * self._taper)
             power = np.square(spectrum.real) + np.square(spectrum.imag)
             logmel = np.log(np.matmul(power, self._filters) + self.floor)
-            features.append(logmel.reshape(len(logmel), -1) - self._mean_F)
-        return np.concatenate(features)
+            yield rows, frames, logmel.reshape(len(logmel), -1) - self._mean_F
 
     def _quantise(self, features_NF: np.ndarray) -> np.ndarray:
         codes_QN = np.empty((self.num_codebooks, len(features_NF)), np.int32)
-        for start in range(0, len(features_NF), _BLOCK):
-            rest_NF = features_NF[start : start + _BLOCK]
-            for row_N, book_VF, half_norms_V in zip(codes_QN, self._codebooks_QVF, self._half_norms_QV, strict=True):
-                # argmin |x - c|^2 = argmax <x, c> - |c|^2 / 2
-                nearest_N = (np.matmul(book_VF, rest_NF[:, :, None])[:, :, 0] - half_norms_V).argmax(axis=1)
-                row_N[start : start + _BLOCK] = nearest_N
-                rest_NF = rest_NF - book_VF[nearest_N]
+        for row_N, book_VF, half_norms_V in zip(codes_QN, self._codebooks_QVF, self._half_norms_QV, strict=True):
+            # argmin |x - c|^2 = argmax <x, c> - |c|^2 / 2
+            row_N[:] = (np.matmul(book_VF, features_NF[:, :, None])[:, :, 0] - half_norms_V).argmax(axis=1)
+            features_NF = features_NF - book_VF[row_N]
         return codes_QN
 
     def _sum_entries(self, codes_NQ: np.ndarray) -> np.ndarray:
