@@ -173,26 +173,44 @@ def transformer(
 
 
 def _norm(params: Params, name: str, x: jax.Array) -> jax.Array:
-    return layer_norm(x, params[f"{name}/scale"], params[f"{name}/bias"], _NORM_EPS)
+    y = layer_norm(x, params[f"{name}/scale"], params[f"{name}/bias"], _NORM_EPS)
+    return jax.lax.optimization_barrier(y)  # else a reduction over a matrix computes it again for each row
 
 
 def _attention(
     params: Params, layer: str, x: jax.Array, cache: jax.Array, where: Sight, heads: int, max_period: float
 ) -> tuple[jax.Array, jax.Array]:
     rows, steps, dim = x.shape
-    wide = jnp.promote_types(x.dtype, jnp.float32)
     qkv = product(x, params[f"{layer}/qkv"])
     turned = rotate(qkv[..., : 2 * dim].reshape(rows, steps, 2 * heads, -1), where.query, max_period)
     q, k = turned[:, :, :heads], turned[:, :, heads:].reshape(x.shape)
     new = jnp.concatenate([k, qkv[..., 2 * dim :]], 2)
     after = cache.at[jnp.arange(rows)[:, None], where.slot].set(new, mode="drop")
-    seen = after if where.visible.shape[2] == cache.shape[1] else jnp.concatenate([cache, new], 1)
+    one_frame = where.visible.shape[2] == cache.shape[1]
+    seen = after if one_frame else jnp.concatenate([cache, new], 1)
     keys, values = (seen[..., i * dim :][..., :dim].reshape(rows, -1, heads, dim // heads) for i in range(2))
-    scores = jnp.einsum("BTHK,BSHK->BHTS", q, keys, precision=_PRECISION, preferred_element_type=wide)
-    scores = jnp.where(where.visible[:, None], scores * (dim // heads) ** -0.5, _HIDDEN)
-    weights = jax.nn.softmax(scores, -1).astype(x.dtype)
-    read = jnp.einsum("BHTS,BSHK->BTHK", weights, values, precision=_PRECISION)
+    args = q * (dim // heads) ** -0.5, keys, values, where.visible
+    if one_frame:
+        read = jax.lax.platform_dependent(*args, cuda=_attend_few, default=_attend)
+    else:
+        read = _attend(*args)
     return product(read.reshape(x.shape), params[f"{layer}/out"]), after
+
+
+def _attend(q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array) -> jax.Array:
+    """Attention of queries [B, T, H, K] to keys and values [B, S, H, K]; softmax in float32 or wider."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("BTHK,BSHK->BHTS", q, keys, precision=_PRECISION, preferred_element_type=wide)
+    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, _HIDDEN), -1).astype(q.dtype)
+    return jnp.einsum("BHTS,BSHK->BTHK", weights, values, precision=_PRECISION)
+
+
+def _attend_few(q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array) -> jax.Array:
+    """`_attend` of few queries as reductions, which read keys and values in place: products copy them first."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = (q[:, :, None].astype(wide) * keys[:, None].astype(wide)).sum(-1)
+    weights = jax.nn.softmax(jnp.where(visible[..., None], scores, _HIDDEN), 2)
+    return (weights[..., None] * values[:, None].astype(wide)).sum(2).astype(q.dtype)
 
 
 # Quantiser

@@ -27,8 +27,8 @@ ABSENT = -1
 class State(NamedTuple):
     """What an encoder or a decoder knows of the past of each row; zeros before the first frame."""
 
-    convs: dict[str, jax.Array]
-    """Last inputs of each convolution, [B, kernel - stride, C]."""
+    past: jax.Array
+    """Last inputs of all convolutions, [B, N]."""
     caches: tuple[jax.Array, ...]
     """Keys and values of each attention layer, [B, slots, 2 * D]."""
     position: jax.Array
@@ -38,19 +38,29 @@ class State(NamedTuple):
 def prepare(params: Mapping[str, np.ndarray], use: Use) -> dict[str, jax.Array]:
     """Parameters as the functions here take them, of parameters by the names of `config.shapes`.
 
-    Weights are cast to `use.dtype`, projections and codebooks of the quantiser stay float32. Codebooks beyond
-    `use.num_codebooks` are left out.
+    Weights are cast to `use.dtype`, the quantiser's stay float32. Codebooks beyond `use.num_codebooks` are left out.
+    All vectors become one, as a call's cost on a GPU grows with the number of its arguments.
     """
-    ready = {}
-    for name, value in params.items():
+    ready, vectors = {}, []
+    for name, value in sorted(params.items()):
+        if value.ndim == 1:
+            vectors.append(value)
+            continue
         if name == "quantizer/acoustic/codebooks":
             value = value[: use.num_codebooks - 1]
-        dtype = jnp.float32 if name.startswith("quantizer/") else jnp.dtype(use.dtype)
-        ready[name] = jnp.asarray(value, dtype)
+        ready[name] = jnp.asarray(value, jnp.float32 if name.startswith("quantizer/") else use.dtype)
         if name.endswith("/codebooks"):
             half_norms = 0.5 * np.square(np.asarray(value, np.float64)).sum(-1)
             ready[name.removesuffix("codebooks") + "half_norms"] = jnp.asarray(half_norms, jnp.float32)
-    return ready
+    return ready | {"vectors": jnp.asarray(np.concatenate(vectors), use.dtype)}
+
+
+def by_name(params: Params, cfg: MimiConfig) -> dict[str, jax.Array]:
+    """Parameters of `prepare` by the names of `config.shapes`, vectors too."""
+    lengths = {name: shape[0] for name, shape in sorted(shapes(cfg).items()) if len(shape) == 1}
+    ends = np.cumsum([*lengths.values()])
+    vectors = jnp.split(params["vectors"], ends[:-1])
+    return {**params, **dict(zip(lengths, vectors, strict=True))}
 
 
 def init_params(cfg: MimiConfig, seed: int) -> dict[str, np.ndarray]:
@@ -74,29 +84,49 @@ def init_params(cfg: MimiConfig, seed: int) -> dict[str, np.ndarray]:
 
 def init_encoder(cfg: MimiConfig, use: Use, batch: int) -> State:
     """The state of `batch` streams of audio before their first sample."""
-    convs = {"encoder/first": (cfg.kernel - 1, 1), "encoder/last": (cfg.last_kernel - 1, cfg.widths[-1])}
-    for i, (ratio, width) in enumerate(zip(cfg.ratios, cfg.widths[:-1], strict=True)):
-        convs[f"encoder/{i}/residual"] = (cfg.residual_kernel - 1, width)
-        convs[f"encoder/{i}/down"] = (ratio, width)
-    return _init(cfg, use, batch, convs | {"downsample": (cfg.stride, cfg.dim)})
+    return _init(cfg, use, batch, _encoder_past(cfg))
 
 
 def init_decoder(cfg: MimiConfig, use: Use, batch: int) -> State:
     """The state of `batch` streams of codes before their first frame."""
-    convs = {"decoder/first": (cfg.kernel - 1, cfg.dim), "decoder/last": (cfg.last_kernel - 1, cfg.filters)}
+    return _init(cfg, use, batch, _decoder_past(cfg))
+
+
+Sizes = dict[str, tuple[int, int]]
+"""Steps and channels of the last inputs of each convolution."""
+
+
+def _encoder_past(cfg: MimiConfig) -> Sizes:
+    sizes = {"encoder/first": (cfg.kernel - 1, 1), "encoder/last": (cfg.last_kernel - 1, cfg.widths[-1])}
+    for i, (ratio, width) in enumerate(zip(cfg.ratios, cfg.widths[:-1], strict=True)):
+        sizes[f"encoder/{i}/residual"] = (cfg.residual_kernel - 1, width)
+        sizes[f"encoder/{i}/down"] = (ratio, width)
+    return sizes | {"downsample": (cfg.stride, cfg.dim)}
+
+
+def _decoder_past(cfg: MimiConfig) -> Sizes:
+    sizes = {"decoder/first": (cfg.kernel - 1, cfg.dim), "decoder/last": (cfg.last_kernel - 1, cfg.filters)}
     for i, width in enumerate(cfg.widths[:0:-1]):
-        convs[f"decoder/{i}/up"] = (1, width)
-        convs[f"decoder/{i}/residual"] = (cfg.residual_kernel - 1, width // 2)
-    return _init(cfg, use, batch, convs | {"upsample": (1, cfg.dim)})
+        sizes[f"decoder/{i}/up"] = (1, width)
+        sizes[f"decoder/{i}/residual"] = (cfg.residual_kernel - 1, width // 2)
+    return sizes | {"upsample": (1, cfg.dim)}
 
 
-def _init(cfg: MimiConfig, use: Use, batch: int, convs: dict[str, tuple[int, int]]) -> State:
-    def zeros(*shape: int) -> jax.Array:
-        return jnp.zeros((batch, *shape), use.dtype)
-
+def _init(cfg: MimiConfig, use: Use, batch: int, sizes: Sizes) -> State:
     slots = layers.cache_slots(cfg.context, cfg.stride)
-    caches = tuple(zeros(slots, 2 * cfg.dim) for _ in range(cfg.num_layers))
-    return State({name: zeros(*shape) for name, shape in convs.items()}, caches, jnp.zeros(batch, jnp.int32))
+    caches = tuple(jnp.zeros((batch, slots, 2 * cfg.dim), use.dtype) for _ in range(cfg.num_layers))
+    past = jnp.zeros((batch, sum(steps * width for steps, width in sizes.values())), use.dtype)
+    return State(past, caches, jnp.zeros(batch, jnp.int32))
+
+
+def _unpack(past: jax.Array, sizes: Sizes) -> dict[str, jax.Array]:
+    """The last inputs of each convolution, [B, steps, C]."""
+    parts = jnp.split(past, np.cumsum([steps * width for steps, width in sizes.values()])[:-1], 1)
+    return {name: part.reshape(len(past), *sizes[name]) for name, part in zip(sizes, parts, strict=True)}
+
+
+def _pack(parts: Mapping[str, jax.Array], sizes: Sizes) -> jax.Array:
+    return jnp.concatenate([parts[name].reshape(len(parts[name]), -1) for name in sizes], 1)
 
 
 def reset(state: State, rows: jax.Array) -> State:
@@ -126,10 +156,11 @@ def encode_latents(
 ) -> tuple[jax.Array, State]:
     """`encode` without its quantiser: latents [B, n, D] of type `use.dtype`, of any value in frames left out."""
     rows, frames = mask.shape
-    convs, advance = {}, Advance(mask.sum(1), frames)
+    params, sizes = by_name(params, cfg), _encoder_past(cfg)
+    past, after, advance = _unpack(state.past, sizes), {}, Advance(mask.sum(1), frames)
 
     def conv(name: str, x: jax.Array, stride: int = 1) -> jax.Array:
-        y, convs[name] = layers.conv(params, name, x, state.convs[name], advance, stride)
+        y, after[name] = layers.conv(params, name, x, past[name], advance, stride)
         return y
 
     x = jnp.where(mask[..., None], audio.reshape(rows, frames, -1), 0)
@@ -137,16 +168,16 @@ def encode_latents(
     x = conv("encoder/first", x)
     for i, ratio in enumerate(cfg.ratios):
         name = f"encoder/{i}/residual"
-        x, convs[name] = layers.residual(params, name, x, state.convs[name], advance)
+        x, after[name] = layers.residual(params, name, x, past[name], advance)
         x = conv(f"encoder/{i}/down", jax.nn.elu(x), ratio)
     x = conv("encoder/last", jax.nn.elu(x))
     x, caches = _transformer(params, "encoder_transformer", x, state, advance, cfg, use)
     # The reference pads a stream's beginning here with its first latent, elsewhere with zeros.
     begins = (state.position == 0)[:, None, None]
-    past = jnp.where(begins, x[:, :1], state.convs["downsample"])
-    x, past = layers.conv(params, "downsample", x, past, advance, cfg.stride)
-    convs["downsample"] = jnp.where(advance.count[:, None, None] > 0, past, state.convs["downsample"])
-    return _back(x, mask), State(convs, caches, state.position + advance.count * cfg.stride)
+    before = jnp.where(begins, x[:, :1], past["downsample"])
+    x, last = layers.conv(params, "downsample", x, before, advance, cfg.stride)
+    after["downsample"] = jnp.where(advance.count[:, None, None] > 0, last, past["downsample"])
+    return _back(x, mask), State(_pack(after, sizes), caches, state.position + advance.count * cfg.stride)
 
 
 def decode(
@@ -169,14 +200,15 @@ def decode_latents(
 ) -> tuple[jax.Array, State]:
     """`decode` of latents [B, n, D], such as quantised ones with a gradient."""
     rows, frames = mask.shape
-    convs, advance = {}, Advance(mask.sum(1), frames)
+    params, sizes = by_name(params, cfg), _decoder_past(cfg)
+    past, after, advance = _unpack(state.past, sizes), {}, Advance(mask.sum(1), frames)
 
     def run(layer, name: str, x: jax.Array) -> jax.Array:
-        y, convs[name] = layer(params, name, x, state.convs[name], advance)
+        y, after[name] = layer(params, name, x, past[name], advance)
         return y
 
     x = _first(jnp.where(mask[..., None], latents, 0), mask).astype(use.dtype)
-    x, convs["upsample"] = layers.upsample(params, x, state.convs["upsample"], advance)
+    x, after["upsample"] = layers.upsample(params, x, past["upsample"], advance)
     x, caches = _transformer(params, "decoder_transformer", x, state, advance, cfg, use)
     x = run(layers.conv, "decoder/first", x)
     for i in range(len(cfg.ratios)):
@@ -185,7 +217,7 @@ def decode_latents(
     x = run(layers.conv, "decoder/last", jax.nn.elu(x))
     audio = _back(x.astype(jnp.float32).reshape(rows, frames, -1), mask)
     audio = jnp.where(mask[..., None], audio, 0).reshape(rows, -1)
-    return audio, State(convs, caches, state.position + advance.count * cfg.stride)
+    return audio, State(_pack(after, sizes), caches, state.position + advance.count * cfg.stride)
 
 
 def _transformer(
