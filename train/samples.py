@@ -110,8 +110,9 @@ class Sampler:
         )
         write_codes(path.with_name(path.name + ".safetensors"), about)
         if not isinstance(codec, CodecInfo):
-            voices = [_decode(codec, tokens[1 : 1 + codebooks]), _decode(codec, tokens[1 + codebooks :])]
-            write_atomically(path.with_name(path.name + ".wav"), _wav(np.stack(voices), codec.sample_rate))
+            voices = np.stack([tokens[1 : 1 + codebooks], tokens[1 + codebooks :]])
+            sound, _ = codec.decode_step(voices, codec.init_decoder(2), (voices >= 0).all(1))
+            write_atomically(path.with_name(path.name + ".wav"), _wav(sound, codec.sample_rate))
         if not isinstance(tokenizer, TokenizerInfo):
             prompt, generated = (tokenizer.decode(part) for part in np.split(tokens[0], [boundary]))
             text = f"prompt: {prompt}\nmodel:  {generated}\n"
@@ -123,13 +124,6 @@ def _silence(codec: Codec | CodecInfo, num_frames: int) -> np.ndarray:
     if isinstance(codec, CodecInfo):
         return np.full((codec.num_codebooks, num_frames), ABSENT, np.int32)
     return codec.encode(np.zeros(num_frames * codec.frame_size, np.float32))
-
-
-def _decode(codec: Codec, codes: np.ndarray) -> np.ndarray:
-    """Decodes codes int [codebooks, T] to float32 [samples], silent in frames with absent codes."""
-    known = (codes >= 0).all(0)
-    sound = codec.decode(np.where(known, codes, 0)).reshape(len(known), codec.frame_size)
-    return np.where(known[:, None], sound, 0).reshape(-1)
 
 
 def _wav(channels: np.ndarray, sample_rate: int) -> bytes:

@@ -70,12 +70,12 @@ def test_silence_goes_on_from_the_state_of_the_codec():
 
         num_codebooks, frame_size = 2, 4
 
-        def init_state(self):
+        def init_encoder(self, batch):
             return 0
 
         def encode_step(self, audio, state):
-            after = state + len(audio) // self.frame_size
-            return np.tile(np.arange(state, after, dtype=np.int32), (2, 1)), after
+            after = state + audio.shape[1] // self.frame_size
+            return np.tile(np.arange(state, after, dtype=np.int32), (len(audio), 2, 1)), after
 
     encoder = Encoder(Counting(), TOKENIZER)
     for frames in (3, 600, 5):  # more than a block of silence, and fewer than are known

@@ -90,10 +90,10 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch, encoded,
     with monkeypatch.context() as patch:
         real = KMeansCodec.encode_step
 
-        def interrupted(self, samples, state):
-            if len(encoded) == 3 and samples.any():
+        def interrupted(self, audio, *args):
+            if len(encoded) == 3 and audio.any():
                 raise KeyboardInterrupt
-            return real(self, samples, state)
+            return real(self, audio, *args)
 
         patch.setattr(KMeansCodec, "encode_step", interrupted)
         assert run(*args) == command.INTERRUPTED

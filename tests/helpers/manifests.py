@@ -24,9 +24,9 @@ class CountingCodec:
     def __getattr__(self, name):
         return getattr(self._codec, name)
 
-    def encode_step(self, audio, state):
+    def encode_step(self, audio, state, mask=None):
         self.calls += 1
-        return self._codec.encode_step(audio, state)
+        return self._codec.encode_step(audio, state, mask)
 
 
 def write_entry(folder, audio, name="a.wav", words=None, duration=None):

@@ -1,8 +1,8 @@
 """Audio to codes and back.
 
-ttt_jax.codec.base          the interface of codecs
-ttt_jax.codec.kmeans        the embedded codec: residual k-means over log-mel frames
-ttt_jax.codec.griffin_lim   a waveform from log-mel energies, for its decoder
+ttt_jax.codec.base                     the interface of codecs
+ttt_jax.codec.kmeans                   the embedded codec: residual k-means over log-mel frames
+ttt_jax.codec.spectrogram_inversion    a waveform from log-mel energies, for its decoder
 """
 
 from __future__ import annotations

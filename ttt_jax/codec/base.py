@@ -98,11 +98,12 @@ class Codec(abc.ABC):
 
 
 def check_channel(audio: np.ndarray) -> None:
-    """Raises `InputError` if `audio` is not one channel."""
-    if np.ndim(audio) != 1:
+    """Raises `InputError` if `audio` is not one channel of floats."""
+    audio = np.asarray(audio)
+    if audio.ndim != 1 or not np.issubdtype(audio.dtype, np.floating):
         raise InputError(
-            f"the codec got audio of shape {list(np.shape(audio))}, but takes one channel, [samples]: mix or choose"
-            " channels first."
+            f"the codec got {audio.dtype} audio of shape {list(audio.shape)}, but takes one channel of floats,"
+            " [samples]: mix or choose channels first, full scale 1."
         )
 
 
@@ -121,8 +122,9 @@ def check_audio(codec: Codec, audio: np.ndarray, mask: np.ndarray | None) -> tup
             " frames and keep the rest for the next call."
         )
     mask = check_mask(mask, (len(audio), audio.shape[1] // size))
-    frames = audio.reshape(*mask.shape, size)
-    audio = np.where(mask[..., None], frames, 0).reshape(audio.shape).astype(np.float32, copy=False)
+    if not mask.all():
+        audio = np.where(mask[..., None], audio.reshape(*mask.shape, size), 0).reshape(audio.shape)
+    audio = audio.astype(np.float32, copy=False)
     if not np.isfinite(audio).all():
         row, sample = np.argwhere(~np.isfinite(audio))[0]
         raise InputError(
@@ -150,15 +152,15 @@ def check_codes(codec: Codec, codes: np.ndarray, mask: np.ndarray | None = None)
     return codes.astype(np.int32, copy=False), mask
 
 
-def check_mask(mask: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray:
-    """Returns a mask, bool [B, n]; None stands for all frames. Raises `InputError` for another shape or type."""
+def check_mask(mask: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns a mask, bool [B, n] or [B]; None stands for all. Raises `InputError` for another shape or type."""
     if mask is None:
         return np.ones(shape, bool)
     mask = np.asarray(mask)
     if mask.shape != shape or mask.dtype != bool:
         raise InputError(
             f"the codec got a {mask.dtype} mask of shape {list(mask.shape)}, expected bool of shape {list(shape)}: give"
-            " one value for each frame of each row."
+            f" one value for each {'frame of each row' if len(shape) > 1 else 'row'}."
         )
     return mask
 

@@ -3,10 +3,11 @@
 A frame is 80 ms of 16 kHz audio. Its features are the log-mel energies of a few short windows (the sub-frames) over the
 samples of the frame and at most one window of samples before it, never later ones. ``num_codebooks`` codebooks quantise
 the features one after the other, each the residual of those before it (greedy residual k-means). Decoding sums the
-entries, inverts the mel filters and finds a phase (`ttt_jax.codec.griffin_lim`). The speech is intelligible, but rough.
+entries, inverts the mel filters and finds a phase, frame by frame (`ttt_jax.codec.spectrogram_inversion`). The speech
+is intelligible, but rough.
 
-Two laws hold by construction. *Streaming equals offline, bit by bit*: the arithmetic on a frame, in float64, does not
-depend on the other frames of the call. *Silence is one code vector*: energies far below `floor` vanish in the
+Two laws hold by construction. *Streaming equals offline, bit by bit*: the arithmetic on a frame does not depend on the
+other frames and rows of the call. *Silence is one code vector*: energies far below `floor` vanish in the
 logarithm, one entry of the first codebook is exactly the silent frame, and one entry of every later codebook is exactly
 zero.
 
@@ -25,12 +26,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ttt_jax.codec import griffin_lim
+from ttt_jax.codec import spectrogram_inversion
+from ttt_jax.codec.base import Codec, check_audio, check_channel, check_codes, check_mask
 from ttt_jax.errors import InputError
 from ttt_jax.utils.files import write_atomically
 
@@ -40,8 +43,14 @@ _NUMBERS = ("sample_rate", "frame_size", "window", "floor")
 _TENSORS = {"codebooks": 3, "mean": 1, "mel": 2}
 
 
-class KMeansCodec:
-    """The `ttt_jax.codec.Codec` of the module's docstring, of the tensors and metadata of the file format.
+class EncoderState(NamedTuple):
+    """What the next frame of each of B streams takes from those before."""
+
+    samples: np.ndarray  # float32 [B, window - sub-frame hop]: the last samples
+
+
+class KMeansCodec(Codec):
+    """The codec of the module's docstring, of the tensors and metadata of the file format.
 
     Raises `InputError`, which names `source`, if a tensor or a metadata key is missing or invalid.
     """
@@ -69,6 +78,9 @@ class KMeansCodec:
         self._mean_F = self.tensors["mean"].astype(np.float64)
         self._filters = np.ascontiguousarray(self.tensors["mel"].T, dtype=np.float64)
         self._taper = taper(self.window)
+        self._inversion = spectrogram_inversion.Inversion(
+            self._filters, self.floor, self._taper, self.frame_size, self.num_subframes
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> KMeansCodec:
@@ -90,84 +102,100 @@ class KMeansCodec:
         """Writes the codec to `path`, all of it or nothing."""
         write_atomically(Path(path), safetensors.numpy.save(self.tensors, metadata=self.metadata))
 
-    def init_state(self) -> np.ndarray:
-        """Returns the state before the first sample: silence, float32 [window - sub-frame hop]."""
-        return np.zeros(self.window - self._hop, dtype=np.float32)
+    def init_encoder(self, batch: int) -> EncoderState:
+        """Silence before the first sample."""
+        return EncoderState(np.zeros((batch, self.window - self._hop), np.float32))
 
-    def encode_step(self, audio: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the codes of the next whole frames, float [frame_size * n] -> int32 [num_codebooks, n], and the next
-        state. `state`, from `init_state` or the previous call, is not changed. Raises `InputError`."""
-        audio = _check_audio(audio)
-        num_frames, rest = divmod(len(audio), self.frame_size)
-        if rest:
-            raise InputError(
-                f"encode_step got {len(audio)} samples, which is not a multiple of frame_size={self.frame_size}: "
-                "give whole frames and keep the rest for the next call."
-            )
-        samples = np.concatenate([state, audio])
-        codes = [self._quantise(features_TF) for features_TF in self._blocks(samples)]
-        codes_QT = np.concatenate(codes, axis=1) if codes else np.empty((self.num_codebooks, 0), np.int32)
-        return codes_QT, samples[len(samples) - len(state) :].copy()
+    def encode_step(
+        self, audio: np.ndarray, state: EncoderState, mask: np.ndarray | None = None
+    ) -> tuple[np.ndarray, EncoderState]:
+        """As `Codec.encode_step`, in float64."""
+        audio, mask = check_audio(self, audio, mask)
+        # The frames that there are move to the front of their row: there they follow each other.
+        order = np.argsort(~mask, axis=1, kind="stable")
+        audio = np.take_along_axis(audio.reshape(*mask.shape, self.frame_size), order[..., None], axis=1)
+        samples = np.concatenate([state.samples, audio.reshape(len(mask), mask.shape[1] * self.frame_size)], axis=1)
+        count = mask.sum(axis=1)
+        is_there = np.arange(mask.shape[1]) < count[:, None]
+        codes = np.full((len(mask), self.num_codebooks, mask.shape[1]), -1, np.int32)
+        for rows, frames, features_NF in self._features(samples, is_there):
+            codes[rows, :, order[rows, frames]] = self._quantise(features_NF).T
+        last = count[:, None] * self.frame_size + np.arange(state.samples.shape[1])
+        return codes, EncoderState(np.take_along_axis(samples, last, axis=1))
 
-    def encode(self, audio: np.ndarray) -> np.ndarray:
-        """Returns the codes of a recording, float [samples] -> int32 [num_codebooks, ceil(samples / frame_size)].
+    def init_decoder(self, batch: int) -> spectrogram_inversion.State:
+        """Silence before the first frame."""
+        return self._inversion.init_state(batch)
 
-        The last frame is filled up with zeros. Raises `InputError` if `audio` is not one channel of finite samples.
-        """
-        audio = _check_audio(audio)
-        audio = np.pad(audio, (0, -len(audio) % self.frame_size))
-        return self.encode_step(audio, self.init_state())[0]
+    def decode_step(
+        self, codes: np.ndarray, state: spectrogram_inversion.State, mask: np.ndarray | None = None
+    ) -> tuple[np.ndarray, spectrogram_inversion.State]:
+        """As `Codec.decode_step`, one frame after the other."""
+        codes, mask = check_codes(self, codes, mask)
+        audio = np.zeros((*mask.shape, self.frame_size), np.float32)
+        state = spectrogram_inversion.State(*(leaf.copy() for leaf in state))
+        for frame, is_there in enumerate(mask.T):
+            if is_there.any():
+                logmel = self._sum_entries(codes[is_there, :, frame]) + self._mean_F
+                logmel = logmel.reshape(len(logmel), self.num_subframes, self.num_bands)
+                before = spectrogram_inversion.State(*(leaf[is_there] for leaf in state))
+                audio[is_there, frame], after = self._inversion(logmel, before)
+                for leaf, new in zip(state, after, strict=True):
+                    leaf[is_there] = new
+        return audio.reshape(len(mask), mask.shape[1] * self.frame_size), state
+
+    def reset(self, state: NamedTuple, rows: np.ndarray) -> NamedTuple:
+        """As `Codec.reset`. Raises `InputError` if `rows` is not bool [B]."""
+        batch = len(state[0])
+        rows = check_mask(rows, (batch,))
+        fresh = self.init_encoder(batch) if isinstance(state, EncoderState) else self.init_decoder(batch)
+        return type(state)(*(np.where(rows[:, None], new, old) for new, old in zip(fresh, state, strict=True)))
 
     def features(self, audio: np.ndarray) -> np.ndarray:
-        """Returns the features that `encode` quantises: log-mel energies minus their mean, float64 [T, features]."""
-        audio = _check_audio(audio)
-        samples = np.pad(audio, (self.window - self._hop, -len(audio) % self.frame_size))
-        return np.concatenate([np.empty((0, len(self._mean_F))), *self._blocks(samples)])
+        """Returns the features that `encode` quantises: log-mel energies minus their mean, float64 [T, features].
+
+        `audio` as for `encode`. Raises `InputError`.
+        """
+        check_channel(audio)
+        audio, mask = check_audio(self, np.pad(audio, (0, -len(audio) % self.frame_size))[None], None)
+        samples = np.concatenate([self.init_encoder(1).samples, audio], axis=1)
+        blocks = [features_NF for _, _, features_NF in self._features(samples, mask)]
+        return np.concatenate([np.empty((0, len(self._mean_F))), *blocks])
 
     def quantised_features(self, codes: np.ndarray) -> np.ndarray:
         """Returns the features of codes, int [num_codebooks, T] -> float64 [T, features]. Raises `InputError`."""
-        codes_QT = np.asarray(codes)
-        if codes_QT.ndim != 2 or len(codes_QT) != self.num_codebooks or not np.issubdtype(codes_QT.dtype, np.integer):
-            raise InputError(
-                f"decode got {codes_QT.dtype} codes of shape {codes_QT.shape}, but {self.name} needs integers of shape "
-                f"[{self.num_codebooks}, T]: give the codes of one stream."
-            )
-        if codes_QT.size and (codes_QT.min() < 0 or codes_QT.max() >= self.cardinality):
-            raise InputError(
-                f"decode got codes from {codes_QT.min()} to {codes_QT.max()}, but {self.name} has entries "
-                f"0 to {self.cardinality - 1}: drop absent (-1) and special tokens first."
-            )
-        return sum(book_VF[row_T] for book_VF, row_T in zip(self._codebooks_QVF, codes_QT, strict=True))
+        return self._sum_entries(check_codes(self, np.asarray(codes)[None])[0][0].T)
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Returns audio, float32 [T * frame_size], with about the features of int codes [num_codebooks, T].
+    def _features(self, samples: np.ndarray, mask: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yields rows [N], frames [N] and features [N, F] of some frames at a time that `mask`, bool [B, n], keeps.
 
-        Equal codes give equal samples. Raises `InputError` for another shape or codes outside [0, cardinality).
+        `samples`, [B, n * frame_size + ...], begin with the state before them. Streaming needs equal bits for any
+        number of frames: the products below are batches of one frame each, since a matrix product of another shape may
+        sum in another order.
         """
-        logmel = (self.quantised_features(codes) + self._mean_F).reshape(-1, self.num_bands)
-        return griffin_lim.waveform(logmel, self._filters, self.floor, self._taper, self._hop)
-
-    def _blocks(self, samples: np.ndarray) -> Iterator[np.ndarray]:
-        """Yields the features [T, F] of some frames at a time; `samples` begins with the state before them.
-
-        Streaming needs equal bits for any number of frames: the products below are batches of one frame each, since a
-        matrix product of another shape may sum in another order.
-        """
-        windows = np.lib.stride_tricks.sliding_window_view(samples, self.window)[:: self._hop]
-        windows = windows.reshape(-1, self.num_subframes, self.window)
-        for start in range(0, len(windows), _BLOCK):
-            spectrum = np.fft.rfft(windows[start : start + _BLOCK].astype(np.float64) * self._taper)
+        if not mask.any():
+            return
+        context = self.window - self._hop + self.frame_size
+        windows = np.lib.stride_tricks.sliding_window_view(samples, context, axis=1)[:, :: self.frame_size]
+        windows = np.lib.stride_tricks.sliding_window_view(windows, self.window, axis=2)[:, :, :: self._hop]
+        places = np.argwhere(mask)
+        for start in range(0, len(places), _BLOCK):
+            rows, frames = places[start : start + _BLOCK].T
+            spectrum = np.fft.rfft(windows[rows, frames] * self._taper)
             power = np.square(spectrum.real) + np.square(spectrum.imag)
             logmel = np.log(np.matmul(power, self._filters) + self.floor)
-            yield logmel.reshape(len(logmel), -1) - self._mean_F
+            yield rows, frames, logmel.reshape(len(logmel), -1) - self._mean_F
 
-    def _quantise(self, features_TF: np.ndarray) -> np.ndarray:
-        codes_QT = np.empty((self.num_codebooks, len(features_TF)), np.int32)
-        for row_T, book_VF, half_norms_V in zip(codes_QT, self._codebooks_QVF, self._half_norms_QV, strict=True):
+    def _quantise(self, features_NF: np.ndarray) -> np.ndarray:
+        codes_QN = np.empty((self.num_codebooks, len(features_NF)), np.int32)
+        for row_N, book_VF, half_norms_V in zip(codes_QN, self._codebooks_QVF, self._half_norms_QV, strict=True):
             # argmin |x - c|^2 = argmax <x, c> - |c|^2 / 2
-            row_T[:] = (np.matmul(book_VF, features_TF[:, :, None])[:, :, 0] - half_norms_V).argmax(axis=1)
-            features_TF = features_TF - book_VF[row_T]
-        return codes_QT
+            row_N[:] = (np.matmul(book_VF, features_NF[:, :, None])[:, :, 0] - half_norms_V).argmax(axis=1)
+            features_NF = features_NF - book_VF[row_N]
+        return codes_QN
+
+    def _sum_entries(self, codes_NQ: np.ndarray) -> np.ndarray:
+        return sum(book_VF[codes_N] for book_VF, codes_N in zip(self._codebooks_QVF, codes_NQ.T, strict=True))
 
 
 def taper(window: int) -> np.ndarray:
@@ -188,22 +216,6 @@ def mel_filters(num_bands: int, window: int, sample_rate: int, low: float, high:
     falling = (edges[2:, None] - bins) / np.diff(edges)[1:, None]
     filters = np.clip(np.minimum(rising, falling), 0, None)
     return (filters / filters.sum(axis=1, keepdims=True)).astype(np.float32)
-
-
-def _check_audio(audio: np.ndarray) -> np.ndarray:
-    audio = np.asarray(audio)
-    if audio.ndim != 1 or not np.issubdtype(audio.dtype, np.floating):
-        raise InputError(
-            f"The codec got {audio.dtype} audio of shape {audio.shape}, expected floats of shape [samples]: "
-            "give one channel with full scale 1."
-        )
-    audio = audio.astype(np.float32, copy=False)
-    if not np.isfinite(audio).all():
-        raise InputError(
-            f"The codec got audio whose sample {int(np.argmin(np.isfinite(audio)))} is not finite: "
-            "mend the recording or leave it out."
-        )
-    return audio
 
 
 def _check(tensors: dict[str, np.ndarray], metadata: dict[str, str], source: str) -> dict[str, float]:

@@ -97,35 +97,35 @@ class Encoder:
         with self._silence_lock:
             if self._silence is None:
                 self._silence = np.empty((codec.num_codebooks, 0), np.int32)
-                self._silence_state = codec.init_state()
+                self._silence_state = codec.init_encoder(1)
             pieces = [self._silence]
             for start in range(self._silence.shape[1], num_frames, _BLOCK):
-                zeros = np.zeros(min(num_frames - start, _BLOCK) * codec.frame_size, np.float32)
+                zeros = np.zeros((1, min(num_frames - start, _BLOCK) * codec.frame_size), np.float32)
                 codes, self._silence_state = codec.encode_step(zeros, self._silence_state)
-                pieces.append(codes)
+                pieces.append(codes[0])
             self._silence = np.concatenate(pieces, axis=1)
             return self._silence[:, :num_frames]
 
 
-def encode_blocks(blocks: Iterable[np.ndarray], codec: Codec) -> tuple[list[np.ndarray], int]:
-    """Encodes blocks of audio, float32 [channels, n], any n, at the codec's rate.
+def encode_blocks(blocks: Iterable[np.ndarray], codec: Codec) -> tuple[np.ndarray, int]:
+    """Encodes blocks of audio, float32 [channels, n], any n, at the codec's rate; channels are rows of one batch.
 
-    Returns for each channel int32 [num_codebooks, T], T = ceil(samples / frame_size), equal to `codec.encode` of the
-    whole; and the number of samples.
+    Returns int32 [channels, num_codebooks, T], T = ceil(samples / frame_size), of each channel equal to `codec.encode`
+    of the whole; and the number of samples. No blocks have no channels.
     """
     size, num_samples = codec.frame_size, 0
     rest: np.ndarray | None = None
-    states: list[Any] = []
-    codes: list[list[np.ndarray]] = []
+    state: Any = None
+    codes = []
 
     def step(audio: np.ndarray) -> None:
-        for channel, samples in enumerate(audio):
-            block_codes, states[channel] = codec.encode_step(samples, states[channel])
-            codes[channel].append(block_codes)
+        nonlocal state
+        block_codes, state = codec.encode_step(audio, state)
+        codes.append(block_codes)
 
     for block in blocks:
         if rest is None:
-            rest, states, codes = block[:, :0], [codec.init_state() for _ in block], [[] for _ in block]
+            rest, state = block[:, :0], codec.init_encoder(len(block))
         num_samples += block.shape[1]
         joined = np.concatenate([rest, block], axis=1)
         whole = joined.shape[1] // size * size
@@ -134,8 +134,8 @@ def encode_blocks(blocks: Iterable[np.ndarray], codec: Codec) -> tuple[list[np.n
             step(joined[:, :whole])
     if rest is not None and rest.shape[1]:
         step(np.pad(rest, ((0, 0), (0, size - rest.shape[1]))))
-    empty = np.empty((codec.num_codebooks, 0), np.int32)
-    return [np.concatenate([empty, *channel], axis=1) for channel in codes], num_samples
+    empty = np.empty((0 if rest is None else len(rest), codec.num_codebooks, 0), np.int32)
+    return np.concatenate([empty, *codes], axis=2), num_samples
 
 
 def join_rows(text: np.ndarray | None, *codes: np.ndarray) -> np.ndarray:
