@@ -57,8 +57,8 @@ def load_codec(name_or_path: str | Path = "kmeans") -> Codec:
     name = str(name_or_path)
     if name == MIMI:
         raise InputError(
-            f"codec 'mimi' has no file of its own here: give mimi:PATH, the path of a file that `{file.MADE_BY} SOURCE"
-            " OUT` has made."
+            f"codec 'mimi' does not come with the project: give mimi:PATH or PATH, a file that `{file.MADE_BY} SOURCE"
+            " PATH` makes, or 'kmeans', the embedded codec."
         )
     if name == KMEANS and not DEFAULT_FILE.is_file():
         raise InputError(
