@@ -1,4 +1,4 @@
-"""`python -m eval prepare`: any audio to code files and their manifest. Loads no jax.
+"""`python -m eval prepare`: any audio to code files and their manifest. Loads no jax, but for a Mimi.
 
 The work is done in `ttt_jax.data.prepare`; here are options, progress bar and summary.
 """
@@ -18,7 +18,7 @@ from tyro.conf import Positional, arg
 from ttt_jax.data.manifest import MANIFEST
 from ttt_jax.data.sources import Layout, Recording, Stream, find, streams
 from ttt_jax.errors import InputError
-from ttt_jax.utils.command import PARTIAL
+from ttt_jax.utils.command import PARTIAL, keep_compiled
 from ttt_jax.utils.paths import local, printable
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Options:
     out: Annotated[str, arg(metavar="FOLDER")]
     """Folder for codes and manifest.jsonl; may hold earlier ones."""
     codec: str = "kmeans"
-    """kmeans (the embedded one) or a codec file."""
+    """kmeans (the embedded one), a codec file, or converted weights with their Mimi; mimi:PATH takes a Mimi alone."""
     tokenizer: Annotated[str | None, arg(metavar="FILE")] = None
     """SentencePiece model for alignments; unset: the embedded one."""
     voice: Literal["moshi", "user"] = "moshi"
@@ -62,7 +62,10 @@ def main(options: Options) -> int:
     from ttt_jax.data.prepare import PreparedFolder
 
     contents = find(options.sources, options.layout)
-    codec, tokenizer = load_coders(CorpusConfig(codec=options.codec, tokenizer=options.tokenizer))
+    corpus = CorpusConfig(codec=options.codec, tokenizer=options.tokenizer)
+    codec, tokenizer = load_coders(corpus)
+    if "jax" in sys.modules:  # which a Mimi has loaded
+        keep_compiled(corpus.cache_dir / "compiled")
     folder = PreparedFolder(local(options.out), Encoder(codec, tokenizer, options.voice), options.join)
     failed: dict[str, InputError] = {}
     for problem in contents.problems:

@@ -21,8 +21,9 @@ from train import dry_run, initial_params, trackers
 from train.config import TrainConfig
 from train.partition import fit
 from train.step import TrainState, state_like
+from ttt_jax.checkpoints import weights
 from ttt_jax.checkpoints.run_checkpoints import FOLDER, open_run
-from ttt_jax.codec import Codec
+from ttt_jax.codec import MIMI, MIMI_AT, Codec
 from ttt_jax.data import corpus as corpora
 from ttt_jax.data import unigram
 from ttt_jax.data.corpus import Corpus, CorpusConfig
@@ -61,6 +62,7 @@ def prepare(cfg: TrainConfig, run_dir: Path, load: Callable[..., Corpus] = corpo
         raise InputError(f"run_dir {run_dir} cannot be made ({writable} is not writable): give another --run-dir.")
     trackers.check(cfg.tensorboard, cfg.wandb)
     initial_params.check_base(cfg)
+    cfg = with_codec_of_base(cfg)
     codec, tokenizer = corpora.load_coders(cfg.data, cfg.model.card, cfg.model.text_card)
     cfg = fit(fit_model(dataclasses.replace(cfg, run_dir=str(run_dir), data=cfg.data.resolved()), codec, tokenizer))
     cfg = dataclasses.replace(cfg, base=None if cfg.base is None else str(local(cfg.base).absolute()))
@@ -165,10 +167,23 @@ def make_folder(run: Run) -> None:
     config_json.write_json(folder / "meta.json", run.meta)
 
 
+def with_codec_of_base(cfg: TrainConfig) -> TrainConfig:
+    """Returns `cfg` with the place of the base's Mimi for the codec "mimi". Raises `InputError` if it has none."""
+    if cfg.base is None or cfg.data.codec != MIMI:
+        return cfg
+    base = local(cfg.base)
+    if weights.codec(base) is None:
+        raise InputError(
+            f"{base} has no Mimi, which data.codec='mimi' asks for: convert it again from a folder that has one, or give"
+            " mimi:PATH."
+        )
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, codec=f"{MIMI_AT}{base}"))
+
+
 def fit_model(cfg: TrainConfig, codec: Codec, tokenizer: Tokenizer) -> TrainConfig:
     """Returns `cfg` with the model fitted to codec and tokenizer. Raises `InputError` if they do not fit."""
-    weights = None if cfg.base is None else f"the checkpoint in {cfg.base}"
-    model = corpora.fit_model(cfg.model, codec, tokenizer, weights)
+    name = None if cfg.base is None else f"the checkpoint in {cfg.base}"
+    model = corpora.fit_model(cfg.model, codec, tokenizer, name)
     # The default inner rate may change in later versions: the run stores its own.
     ttt = dataclasses.replace(model.ttt, base_lr=model.inner_lr)
     return dataclasses.replace(cfg, model=dataclasses.replace(model, ttt=ttt))

@@ -34,7 +34,8 @@ class Checkpoint(NamedTuple):
 
     @property
     def codec(self) -> dict[str, str] | None:
-        """Name and digest of the codec of the training data; None for converted weights, which do not record it."""
+        """Name and digest of the codec of the training data; of converted weights that of the Mimi which came with
+        them, None without one."""
         return self.about.get("codec")
 
     @property

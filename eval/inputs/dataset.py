@@ -14,7 +14,7 @@ import numpy as np
 
 from eval.inputs.checkpoints import Checkpoint
 from eval.results.schema import Skipped
-from ttt_jax.codec import Codec, CodecInfo
+from ttt_jax.codec import MIMI_AT, Codec, CodecInfo, load_codec
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
 from ttt_jax.data.codes import read_header
@@ -145,18 +145,25 @@ class _Reader:
 
     def __init__(self, checkpoints: Sequence[Checkpoint]):
         self._checkpoints = checkpoints
-        self._run = next((checkpoint for checkpoint in checkpoints if checkpoint.corpus is not None), None)
+        runs = [checkpoint for checkpoint in checkpoints if checkpoint.corpus is not None]
+        weights = [checkpoint for checkpoint in checkpoints if checkpoint.corpus is None and checkpoint.codec]
+        self._source = next(iter(runs + weights), None)
+        """The checkpoint that brings the codec."""
+        self._reads_words = bool(runs)
 
     def read(self, entry: Entry) -> tuple[np.ndarray, tuple[int, ...], dict[str, str | None]]:
         """Returns tokens int32 [17, T], boundaries, and name and digest of the codec.
 
-        Converted weights do not record their codec. They read code files with both streams, and no words beside them.
+        Converted weights read no words beside a file, as their tokenizer is not loaded. Without a Mimi they read code
+        files with both streams only.
         """
+        if not self._reads_words:
+            entry = dataclasses.replace(entry, alignment=None)
         if entry.path.suffix != ".safetensors":
-            if self._run is None:
+            if self._source is None:
                 raise InputError(
                     f"{entry.path} is audio, but converted weights do not say which codec they need: prepare code files"
-                    " first (docs/data.md)."
+                    " first, or convert the weights with their Mimi (docs/data.md)."
                 )
             codec = self._frame_reader.codec
             self._check(entry.path, codec, self._frame_reader.tokenizer)
@@ -164,20 +171,22 @@ class _Reader:
         header, configs = read_header(entry.path), [checkpoint.cfg for checkpoint in self._checkpoints]
         codec = CodecInfo(header.codec_name or "a codec", header.codec, header.cardinality, configs[0].dep_q)
         self._check(entry.path, codec, TokenizerInfo())
-        if self._run is not None:
+        if self._source is not None:
             self._check(entry.path, self._frame_reader.codec, self._frame_reader.tokenizer)
             frames = self._frame_reader.open(entry).read()
         else:
             codec = dataclasses.replace(codec, cardinality=min(cfg.card for cfg in configs))
             tokenizer = TokenizerInfo(cardinality=min(cfg.text_card for cfg in configs))
-            frames = FrameReader(codec, tokenizer, "").open(dataclasses.replace(entry, alignment=None)).read()
+            frames = FrameReader(codec, tokenizer, "").open(entry).read()
         return frames, header.boundaries, {"name": header.codec_name, "digest": header.codec}
 
     @functools.cached_property
     def _frame_reader(self) -> FrameReader:
-        run = self._run
-        coders = corpora.load_coders(run.corpus, run.cfg.card, run.cfg.text_card, run.about)
-        return FrameReader(*coders, run.cache_dir / "frames")
+        source = self._source
+        cfg, cache = source.cfg, source.cache_dir / "frames"
+        if source.corpus is None:
+            return FrameReader(load_codec(f"{MIMI_AT}{source.about['path']}"), TokenizerInfo(None, cfg.text_card), cache)
+        return FrameReader(*corpora.load_coders(source.corpus, cfg.card, cfg.text_card, source.about), cache)
 
     def _check(self, path: Path, codec: Codec | CodecInfo, tokenizer: Tokenizer | TokenizerInfo) -> None:
         for checkpoint in self._checkpoints:

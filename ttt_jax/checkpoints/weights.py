@@ -17,13 +17,13 @@ import numpy as np
 
 from ttt_jax.checkpoints.differences import differences
 from ttt_jax.checkpoints.safetensors_reader import DTYPES, TensorFile
+from ttt_jax.codec.stored import CONFIG, StoredCodec, stated
 from ttt_jax.config import MoshiConfig, Part
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
 from ttt_jax.utils.files import file_digest
 
 FORMAT = 1
-CONFIG = "config.json"
 LORA = "lora.safetensors"
 MIMI = "mimi.safetensors"
 """Our file of the codec that belongs to the weights, where there is one."""
@@ -67,26 +67,9 @@ class Weights(NamedTuple):
     """All of `config.json`: "source" gives the origin of the weights, "digest" identifies the base."""
 
 
-class StoredCodec(NamedTuple):
-    """The codec in a folder of weights."""
-
-    name: str
-    digest: str
-    path: Path
-    """A file that `ttt_jax.codec.mimi.file` reads."""
-
-
 def codec(folder: str | Path) -> StoredCodec | None:
     """Returns the codec in a folder of weights, by its `config.json`; None if it states none. Raises `InputError`."""
-    folder = Path(folder)
-    if (stated := _read_config(folder).get("codec")) is None:
-        return None
-    where = str(folder / CONFIG)
-    stated = config_json.conform(dict, stated, where, "codec")
-    name, digest, file = (
-        config_json.conform(str, stated.get(key), where, f"codec.{key}") for key in ("name", "digest", "file")
-    )
-    return StoredCodec(name, digest, folder / file)
+    return stated(Path(folder), _read_config(Path(folder)))
 
 
 def base(cfg: MoshiConfig) -> list[Tensor]:
@@ -236,8 +219,8 @@ class Folder(contextlib.ExitStack):
             stored = {key: info.shape for key, info in file.tensors.items()}
             expected = {t.name: t.shape for t in grouped[name]}
             yield from (f"{name} {problem}" for problem in differences(expected, stored))
-        if (stated := codec(self.path)) is not None and stated.path.name not in listed:
-            yield f'{CONFIG} lists no "{stated.path.name}"'
+        if (mimi := codec(self.path)) is not None and mimi.path.name not in listed:
+            yield f'{CONFIG} lists no "{mimi.path.name}"'
         types_of = {name: {info.dtype for info in file.tensors.values()} for name, file in self.files.items()}
         for kind in (by_file(base(self.cfg)).keys(), {LORA}):
             types = {(name, dtype) for name in kind & types_of.keys() for dtype in types_of[name]}

@@ -144,6 +144,10 @@ class KMeansCodec(Codec):
                     leaf[is_there] = new
         return audio.reshape(len(mask), mask.shape[1] * self.frame_size), state
 
+    def fork(self, state: NamedTuple) -> NamedTuple:
+        """As `Codec.fork`: the state itself, as no call changes it."""
+        return state
+
     def reset(self, state: NamedTuple, rows: np.ndarray) -> NamedTuple:
         """As `Codec.reset`. Raises `InputError` if `rows` is not bool [B]."""
         batch = len(state[0])

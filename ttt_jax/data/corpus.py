@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttt_jax.codec import Codec, CodecInfo, load_codec
+from ttt_jax.codec import KMEANS, MIMI, MIMI_AT, Codec, CodecInfo, load_codec
 from ttt_jax.config import MoshiConfig
 from ttt_jax.data.codes import read_header
 from ttt_jax.data.encode import codec_missing
@@ -40,9 +40,10 @@ class CorpusConfig:
     is unset, else none."""
     validation: str | None = None
     """Manifest or prepared folder of the files that are scored during training; unset: the held-out files."""
-    codec: str = "kmeans"
-    """Codec that turns audio into codes: "kmeans" (embedded), the path of a codec file, or "files": code files only, of
-    the codec that they state. A codec file of such a name is ./kmeans or ./files."""
+    codec: str = KMEANS
+    """Codec that turns audio into codes: "kmeans" (embedded), the path of a codec file or of converted weights with
+    their Mimi, "mimi:PATH" for a Mimi alone, in training also "mimi": that of the base; or "files": code files only, of
+    the codec that they state. A file of such a name is ./kmeans, ./mimi or ./files."""
     tokenizer: str | None = None
     """SentencePiece model for the text stream; unset: the embedded one, with codec "files" the one that they state."""
     cache: str | None = None
@@ -58,9 +59,11 @@ class CorpusConfig:
     def resolved(self) -> CorpusConfig:
         """Returns the configuration with absolute paths. Raises `InputError` as `parse_sources`."""
         names = ["heldout", "validation", "tokenizer", "cache"]
-        if self.codec not in ("kmeans", FILES) and exists(self.codec):
-            names.append("codec")
         absolute = {name: _absolute(getattr(self, name)) for name in names if getattr(self, name) is not None}
+        prefix = MIMI_AT if self.codec.startswith(MIMI_AT) else ""
+        codec = self.codec.removeprefix(prefix)
+        if self.codec not in (KMEANS, MIMI, FILES) and exists(codec):
+            absolute["codec"] = prefix + _absolute(codec)
         if self.train is not None:
             sources = [(_absolute(path), weight) for path, weight in parse_sources(self.train)]
             absolute["train"] = ",".join(

@@ -24,7 +24,8 @@ Voice = Literal["moshi", "user"]
 """The stream of the left or only channel."""
 Watch = Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]]
 """Passes on blocks of audio, float32 [channels, n]."""
-_BLOCK = 256  # frames of silence encoded at a time; bounds memory
+_BLOCK = 256  # frames encoded at a time; bounds memory
+_PIECE = 32  # the last frames of a recording are filled up to a multiple of these: few lengths, so few programs of jax
 
 log = logging.getLogger("ttt_jax")
 
@@ -99,8 +100,8 @@ class Encoder:
                 self._silence = np.empty((codec.num_codebooks, 0), np.int32)
                 self._silence_state = codec.init_encoder(1)
             pieces = [self._silence]
-            for start in range(self._silence.shape[1], num_frames, _BLOCK):
-                zeros = np.zeros((1, min(num_frames - start, _BLOCK) * codec.frame_size), np.float32)
+            zeros = np.zeros((1, _BLOCK * codec.frame_size), np.float32)
+            for _ in range(self._silence.shape[1], num_frames, _BLOCK):
                 codes, self._silence_state = codec.encode_step(zeros, self._silence_state)
                 pieces.append(codes[0])
             self._silence = np.concatenate(pieces, axis=1)
@@ -117,25 +118,22 @@ def encode_blocks(blocks: Iterable[np.ndarray], codec: Codec) -> tuple[np.ndarra
     rest: np.ndarray | None = None
     state: Any = None
     codes = []
-
-    def step(audio: np.ndarray) -> None:
-        nonlocal state
-        block_codes, state = codec.encode_step(audio, state)
-        codes.append(block_codes)
-
     for block in blocks:
         if rest is None:
             rest, state = block[:, :0], codec.init_encoder(len(block))
         num_samples += block.shape[1]
-        joined = np.concatenate([rest, block], axis=1)
-        whole = joined.shape[1] // size * size
-        rest = joined[:, whole:].copy()  # a view would keep the block in memory
-        if whole:
-            step(joined[:, :whole])
-    if rest is not None and rest.shape[1]:
-        step(np.pad(rest, ((0, 0), (0, size - rest.shape[1]))))
-    empty = np.empty((0 if rest is None else len(rest), codec.num_codebooks, 0), np.int32)
-    return np.concatenate([empty, *codes], axis=2), num_samples
+        rest = np.concatenate([rest, block], axis=1)
+        while rest.shape[1] >= _BLOCK * size:
+            block_codes, state = codec.encode_step(rest[:, : _BLOCK * size], state)
+            codes.append(block_codes)
+            rest = rest[:, _BLOCK * size :].copy()  # a view would keep the block in memory
+    if rest is None:
+        return np.empty((0, codec.num_codebooks, 0), np.int32), 0
+    count = -(-rest.shape[1] // size)
+    there = np.arange(-(-count // _PIECE) * _PIECE) < count
+    audio = np.pad(rest, ((0, 0), (0, len(there) * size - rest.shape[1])))
+    block_codes, _ = codec.encode_step(audio, state, np.tile(there, (len(rest), 1)))
+    return np.concatenate([*codes, block_codes[:, :, :count]], axis=2), num_samples
 
 
 def join_rows(text: np.ndarray | None, *codes: np.ndarray) -> np.ndarray:
