@@ -109,8 +109,11 @@ def product(
         return jax.lax.dot_general(x, w, contract, precision, preferred_element_type=out_type)
 
     def multiply_reduce(x: jax.Array, w: jax.Array) -> jax.Array:
-        y = (w.astype(sums).reshape(-1, 1, w.shape[-1]) * x.reshape(1, -1, w.shape[-1]).astype(sums)).sum(-1)
-        return y.T.astype(out_type).reshape(*lead, *out)
+        if rows == 1:
+            y = (w.astype(sums) * x.reshape(-1).astype(sums)).sum(-1)
+        else:
+            y = (w.astype(sums).reshape(-1, 1, x.shape[-1]) * x.reshape(1, rows, -1).astype(sums)).sum(-1).T
+        return y.astype(out_type).reshape(*lead, *out)
 
     def dot_in_parts(x: jax.Array, w: jax.Array) -> jax.Array:
         size, parts = w.shape[-1], math.gcd(math.prod(out), 4)
