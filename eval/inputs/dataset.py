@@ -185,7 +185,9 @@ class _Reader:
         source = self._source
         cfg, cache = source.cfg, source.cache_dir / "frames"
         if source.corpus is None:
-            return FrameReader(load_codec(f"{MIMI_AT}{source.about['path']}"), TokenizerInfo(None, cfg.text_card), cache)
+            return FrameReader(
+                load_codec(f"{MIMI_AT}{source.about['path']}"), TokenizerInfo(None, cfg.text_card), cache
+            )
         return FrameReader(*corpora.load_coders(source.corpus, cfg.card, cfg.text_card, source.about), cache)
 
     def _check(self, path: Path, codec: Codec | CodecInfo, tokenizer: Tokenizer | TokenizerInfo) -> None:

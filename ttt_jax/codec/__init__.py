@@ -119,7 +119,9 @@ def _read(path: Path, name: str) -> Codec:
             " give OUT."
         )
     if name.startswith(MIMI_AT):
-        raise InputError(f"{path} is no Mimi (its metadata state the format {form!r}): give one that `{file.MADE_BY}` made.")
+        raise InputError(
+            f"{path} is no Mimi (its metadata state the format {form!r}): give one that `{file.MADE_BY}` made."
+        )
     if form != kmeans.FORMAT:
         raise InputError(
             f"{path} is no codec file (its metadata state the format {form!r}, not {kmeans.FORMAT!r} or"
