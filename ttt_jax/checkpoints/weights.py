@@ -72,6 +72,18 @@ def codec(folder: str | Path) -> StoredCodec | None:
     return stated(Path(folder), _read_config(Path(folder)))
 
 
+def tokenizer(folder: str | Path) -> Path | None:
+    """Returns the path of the SentencePiece model in a folder of weights, by its `config.json`; None if there is none.
+
+    Raises `InputError`.
+    """
+    folder = Path(folder)
+    where = str(folder / CONFIG)
+    source = config_json.conform(dict, _read_config(folder)["source"], where, "source")
+    name = config_json.conform(str | None, source.get("tokenizer"), where, "source.tokenizer")
+    return None if name is None else folder / name
+
+
 def base(cfg: MoshiConfig) -> list[Tensor]:
     """Returns the tensors of the model without adapters and TTT layers, in the order of the files."""
     d, heads, width, depth = cfg.dim, cfg.num_heads, cfg.head_dim, cfg.depth

@@ -45,7 +45,8 @@ class CorpusConfig:
     their Mimi, "mimi:PATH" for a Mimi alone, in training also "mimi": that of the base; or "files": code files only, of
     the codec that they state. A file of such a name is ./kmeans, ./mimi or ./files."""
     tokenizer: str | None = None
-    """SentencePiece model for the text stream; unset: the embedded one, with codec "files" the one that they state."""
+    """SentencePiece model for the text stream; unset: the embedded one, with codec "files" the one that they state,
+    with codec "mimi" the base's, if it has one."""
     cache: str | None = None
     """Folder for encoded data and compiled programs; unset: ttt_jax in the user's cache folder."""
 
