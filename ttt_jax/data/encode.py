@@ -130,9 +130,8 @@ def encode_blocks(blocks: Iterable[np.ndarray], codec: Codec) -> tuple[np.ndarra
     if rest is None:
         return np.empty((0, codec.num_codebooks, 0), np.int32), 0
     count = -(-rest.shape[1] // size)
-    there = np.arange(-(-count // _PIECE) * _PIECE) < count
-    audio = np.pad(rest, ((0, 0), (0, len(there) * size - rest.shape[1])))
-    block_codes, _ = codec.encode_step(audio, state, np.tile(there, (len(rest), 1)))
+    filled = -(-count // _PIECE) * _PIECE * size
+    block_codes, _ = codec.encode_step(np.pad(rest, ((0, 0), (0, filled - rest.shape[1]))), state)
     return np.concatenate([*codes, block_codes[:, :, :count]], axis=2), num_samples
 
 
