@@ -62,7 +62,7 @@ def prepare(cfg: TrainConfig, run_dir: Path, load: Callable[..., Corpus] = corpo
         raise InputError(f"run_dir {run_dir} cannot be made ({writable} is not writable): give another --run-dir.")
     trackers.check(cfg.tensorboard, cfg.wandb)
     initial_params.check_base(cfg)
-    cfg = with_coders_of_base(cfg)
+    cfg = with_codec_of_base(cfg)
     codec, tokenizer = corpora.load_coders(cfg.data, cfg.model.card, cfg.model.text_card)
     cfg = fit(fit_model(dataclasses.replace(cfg, run_dir=str(run_dir), data=cfg.data.resolved()), codec, tokenizer))
     cfg = dataclasses.replace(cfg, base=None if cfg.base is None else str(local(cfg.base).absolute()))
@@ -167,9 +167,8 @@ def make_folder(run: Run) -> None:
     config_json.write_json(folder / "meta.json", run.meta)
 
 
-def with_coders_of_base(cfg: TrainConfig) -> TrainConfig:
-    """Returns `cfg` with the place of the base's Mimi for the codec "mimi", and with the base's tokenizer if none is
-    given. Raises `InputError` if the base has no Mimi."""
+def with_codec_of_base(cfg: TrainConfig) -> TrainConfig:
+    """Returns `cfg` with the place of the base's Mimi for the codec "mimi". Raises `InputError` if it has none."""
     if cfg.base is None or cfg.data.codec != MIMI:
         return cfg
     base = local(cfg.base)
@@ -178,10 +177,7 @@ def with_coders_of_base(cfg: TrainConfig) -> TrainConfig:
             f"{base} has no Mimi, which data.codec='mimi' asks for: convert it again from a folder that has one, or"
             " give mimi:PATH."
         )
-    tokenizer = cfg.data.tokenizer
-    if tokenizer is None and (own := weights.tokenizer(base)) is not None:
-        tokenizer = str(own)
-    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, codec=f"{MIMI_AT}{base}", tokenizer=tokenizer))
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, codec=f"{MIMI_AT}{base}"))
 
 
 def fit_model(cfg: TrainConfig, codec: Codec, tokenizer: Tokenizer) -> TrainConfig:

@@ -1,6 +1,7 @@
 """Codecs by name and by path: the embedded one, a Mimi's file, the Mimi of converted weights; what is no codec."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from ttt_jax.codec import DEFAULT_FILE, load_codec
 from ttt_jax.codec.kmeans import KMeansCodec
 from ttt_jax.codec.mimi import file
 from ttt_jax.codec.mimi.codec import MimiCodec
-from ttt_jax.data.corpus import CorpusConfig
+from ttt_jax.data.corpus import EMBEDDED, CorpusConfig, load_coders
 from ttt_jax.errors import InputError
 
 
@@ -85,6 +86,21 @@ def test_a_damaged_mimi_and_another_than_the_weights_state_are_refused(small_mim
     with pytest.raises(InputError, match=f"has the digest {sound.digest}, but .*config.json states {mimi.digest}"):
         load_codec(weights)
     assert load_codec(weights / "mimi.safetensors").digest == sound.digest
+
+
+def test_the_tokenizer_of_converted_weights_comes_with_their_mimi(small_mimi, tmp_path):
+    weights = shutil.copytree(small_mimi.parent / "weights", tmp_path / "weights")
+    embedded = load_coders(CorpusConfig())[1].digest
+    assert load_coders(CorpusConfig(codec=f"mimi:{weights}"))[1].digest == embedded  # as they have none
+    info = json.loads((weights / "config.json").read_text())
+    info["source"]["tokenizer"] = "pieces.model"
+    (weights / "config.json").write_text(json.dumps(info))
+    (weights / "pieces.model").write_bytes(b"pieces")
+    for codec in (f"mimi:{weights}", str(weights)):
+        with pytest.raises(InputError, match=r"weights/pieces\.model is not a usable SentencePiece model"):
+            load_coders(CorpusConfig(codec=codec))
+    given = CorpusConfig(codec=str(weights), tokenizer=str(EMBEDDED / "tokenizer" / "spm512.model"))
+    assert load_coders(given)[1].digest == embedded
 
 
 def test_a_stored_codec_is_an_absolute_path(small_mimi, monkeypatch):

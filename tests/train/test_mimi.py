@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import wave
 from unittest import mock
 
@@ -19,7 +18,7 @@ from tests.helpers.in_process import command
 from tests.helpers.places import ROOT
 from tests.helpers.small_mimi import write_model
 from train.config import TrainableConfig
-from train.setup import with_coders_of_base
+from train.setup import with_codec_of_base
 from ttt_jax.checkpoints import weights
 from ttt_jax.codec import load_codec
 from ttt_jax.data.codes import read_codes
@@ -35,27 +34,17 @@ def config(base, **changes):
 
 def test_the_codec_mimi_is_that_of_the_base(small_mimi):
     base = small_mimi.parent / "weights"
-    assert with_coders_of_base(config(base)).data.codec == f"mimi:{base}"
+    assert with_codec_of_base(config(base)).data.codec == f"mimi:{base}"
     assert load_codec(f"mimi:{base}").digest == load_codec(small_mimi).digest
-    assert with_coders_of_base(config(None)) == config(None)
+    assert with_codec_of_base(config(None)) == config(None)
     files = dataclasses.replace(config(base), data=dataclasses.replace(micro.CONFIG.data, codec="files"))
-    assert with_coders_of_base(files) == files
-
-
-def test_the_tokenizer_of_the_base_comes_with_its_mimi(small_mimi, tmp_path):
-    base = shutil.copytree(small_mimi.parent / "weights", tmp_path / "weights")
-    assert with_coders_of_base(config(base)).data.tokenizer is None
-    info = json.loads((base / "config.json").read_text())
-    info["source"]["tokenizer"] = "pieces.model"
-    (base / "config.json").write_text(json.dumps(info))
-    assert with_coders_of_base(config(base)).data.tokenizer == str(base / "pieces.model")
-    assert with_coders_of_base(config(base, tokenizer="own.model")).data.tokenizer == "own.model"
+    assert with_codec_of_base(files) == files
 
 
 def test_a_base_without_mimi_is_refused(tmp_path):
     base = write_model(tmp_path, with_mimi=False)
     with pytest.raises(InputError, match=r"weights has no Mimi, which data\.codec='mimi' asks for: convert it again"):
-        with_coders_of_base(config(base))
+        with_codec_of_base(config(base))
 
 
 def cut(folder, part, starts, seconds=6.0):

@@ -17,7 +17,7 @@ import numpy as np
 
 from ttt_jax.checkpoints.differences import differences
 from ttt_jax.checkpoints.safetensors_reader import DTYPES, TensorFile
-from ttt_jax.codec.stored import CONFIG, StoredCodec, stated
+from ttt_jax.codec.stored import CONFIG, StoredCodec, stated, stated_tokenizer
 from ttt_jax.config import MoshiConfig, Part
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
@@ -77,11 +77,7 @@ def tokenizer(folder: str | Path) -> Path | None:
 
     Raises `InputError`.
     """
-    folder = Path(folder)
-    where = str(folder / CONFIG)
-    source = config_json.conform(dict, _read_config(folder)["source"], where, "source")
-    name = config_json.conform(str | None, source.get("tokenizer"), where, "source.tokenizer")
-    return None if name is None else folder / name
+    return stated_tokenizer(Path(folder), _read_config(Path(folder)))
 
 
 def base(cfg: MoshiConfig) -> list[Tensor]:
