@@ -1,19 +1,21 @@
 """Times Mimi at full size with random weights: ``python -m bench.mimi``.
 
-Frames are encoded and decoded one by one, samples and codes on the host after each, by ours and by the PyTorch package
-``moshi`` (where it is installed; with its CUDA graphs on a GPU), in turns and in one process. Beside them stands the
-time to read all weights and states once at the bandwidth that a copy reaches here, and the time of all operations at
-the rate that a large product reaches, both in float32. Then a long recording is encoded and decoded, and bfloat16 is
-compared with float32: time, and the share of codes of real speech that differ.
+Frames are encoded and decoded one by one, by ours and by the PyTorch package ``moshi`` (where it is installed; with its
+CUDA graphs on a GPU), in turns and in one process: samples and codes on the host after each, and queued, when nobody
+waits for a result before the last. Beside them stands the time to read all weights and states once at the bandwidth
+that a copy reaches here, and the time of all operations at the rate that a large product reaches, both in float32.
+Then a long recording is encoded and decoded, and bfloat16 is compared with float32: the share of codes of real speech
+that differ.
 
     python -m bench.mimi                                  # 1 row, a minute of audio
     python -m bench.mimi --rows 1 8 32 --seconds 3600     # on a GPU
+    python -m bench.mimi --dtypes float32 bfloat16        # all figures for both
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import importlib.util
 import os
 import time
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=50, help="timed in each round")
     parser.add_argument("--rounds", type=int, default=5, help="in which the programs take turns")
     parser.add_argument("--seconds", type=float, default=60, help="of the long recording")
+    parser.add_argument("--dtypes", choices=["float32", "bfloat16"], nargs="+", default=["float32"])
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is on the same GPU
     os.environ.setdefault("NO_TORCH_COMPILE", "1")
@@ -41,36 +44,36 @@ def main() -> None:
     from ttt_jax.codec.mimi.codec import MimiCodec
     from ttt_jax.codec.mimi.config import MimiConfig, Use
 
-    cfg = MimiConfig()
-    params = model.init_params(cfg, 0)
-    ours = {kind: MimiCodec(params, cfg, Use(dtype=kind), "random", kind) for kind in ("float32", "bfloat16")}
+    params = model.init_params(MimiConfig(), 0)
+    ours = {kind: MimiCodec(params, MimiConfig(), Use(dtype=kind), "random", kind) for kind in ("float32", "bfloat16")}
     bandwidth, rate = figures.copy_bandwidth(), product_rate()
     print(f"{figures.device()}; copies {bandwidth / 1e9:.0f} GB/s, float32 products {rate / 1e12:.2f} TFLOP/s")
     with_torch = importlib.util.find_spec("moshi") is not None
     print(torch_device() if with_torch else "PyTorch moshi is not installed here (docs/parity.md says how to)")
     for rows in args.rows:
-        audio, codes = some_audio(rows, WARM_UP + args.frames), some_codes(rows, WARM_UP + args.frames)
-        for step, inputs in (("encode", audio), ("decode", codes)):
-            programs = {f"ours {kind}": frames(codec, step, inputs) for kind, codec in ours.items()}
+        count = WARM_UP + args.frames
+        for step, inputs in (("encode", some_audio(rows, count)), ("decode", some_codes(rows, count))):
+            programs = {f"ours {kind}": frames(ours[kind], step, inputs) for kind in args.dtypes}
             if with_torch:
                 programs["torch"] = torch_frames(step, inputs)
             times = take_turns(programs, args.rounds)
-            floors = floor(ours["float32"], step, rows, bandwidth, rate)
-            for who, ms in times.items():
-                print(f"{step} a frame, {rows:2d} rows  {who:14s} {text(ms)} ms")
-            print(f"{step} a frame, {rows:2d} rows  floors         bytes {floors[0]:.2f} ms, operations {floors[1]:.2f} ms")
-            if with_torch:
-                ratio = np.median(times["torch"]) / np.median(times["ours float32"])
-                print(f"{step} a frame, {rows:2d} rows  ours takes 1/{ratio:.1f} of PyTorch's time", flush=True)
-    samples = round(args.seconds * cfg.sample_rate)
-    audio = 0.1 * np.random.default_rng(0).standard_normal(samples, np.float32)
-    for kind, codec in ours.items():
+            what = f"{step} a frame, {rows:2d} rows "
+            for who, (waited, queued) in times.items():
+                ratio = [
+                    np.median(a) / np.median(b) for a, b in zip(times.get("torch", ()), (waited, queued), strict=False)
+                ]
+                than = f"; PyTorch takes {ratio[0]:.1f} and {ratio[1]:.1f} times as long" if ratio else ""
+                print(f"{what} {who:14s} {text(waited)} ms on the host, queued {text(queued)} ms{than}", flush=True)
+            nbytes, operations = floor(ours["float32"], step, rows)
+            floors = f"bytes {nbytes / bandwidth * 1e3:.2f} ms, operations {operations / rate * 1e3:.2f} ms"
+            print(f"{what} floors         {floors}", flush=True)
+    for kind in args.dtypes:
         for step in ("encode", "decode"):
-            given = audio if step == "encode" else codes_of(samples, codec)
-            run = getattr(codec, step)
-            run(given)  # compiles
-            spent = figures.seconds(lambda run=run, given=given: run(given), 3)
-            print(f"{step} {args.seconds:g} s, {kind:9s} {text(spent)} s, {args.seconds / np.median(spent):.0f} x real time")
+            run = functools.partial(getattr(ours[kind], step), long_input(step, args.seconds, ours[kind]))
+            run()  # compiles
+            spent = figures.seconds(run, 3)
+            speed = args.seconds / np.median(spent)
+            print(f"{step} {args.seconds:g} s, {kind}: {text(spent)} s, {speed:.0f} times real time", flush=True)
     compare_codes(ours)
 
 
@@ -97,16 +100,30 @@ def some_codes(rows: int, count: int) -> list[np.ndarray]:
     return [rng.integers(0, 2048, (rows, 8, 1), np.int32) for _ in range(count)]
 
 
-def codes_of(samples: int, codec: Any) -> np.ndarray:
-    """Random codes of as many samples, int32 [8, T]."""
-    frames = -(-samples // codec.frame_size)
-    return np.random.default_rng(0).integers(0, codec.cardinality, (codec.num_codebooks, frames), np.int32)
+def long_input(step: str, seconds: float, codec: Any) -> np.ndarray:
+    """Noise float32 [samples], or random codes int32 [8, T] of as many."""
+    rng, samples = np.random.default_rng(0), round(seconds * codec.sample_rate)
+    if step == "encode":
+        return 0.1 * rng.standard_normal(samples, np.float32)
+    return rng.integers(0, codec.cardinality, (codec.num_codebooks, -(-samples // codec.frame_size)), np.int32)
 
 
-def frames(codec: Any, step: str, inputs: list[np.ndarray]) -> Iterator[list[float]]:
-    """Milliseconds of each frame, round after round, in one stream of ours."""
+Round = tuple[list[float], list[float]]
+"""Milliseconds of each frame with its result on the host, and of a frame among queued ones."""
+
+
+def frames(codec: Any, step: str, inputs: list[np.ndarray]) -> Iterator[Round]:
+    """Times one stream of ours, round after round."""
+    import jax
+
+    from ttt_jax.codec.mimi import model
+    from ttt_jax.codec.mimi.codec import compiled
+
     run = codec.encode_step if step == "encode" else codec.decode_step
+    program = compiled(model.encode if step == "encode" else model.decode)
     state = (codec.init_encoder if step == "encode" else codec.init_decoder)(len(inputs[0]))
+    mask = jax.numpy.ones((len(inputs[0]), 1), bool)
+    on_device = [jax.numpy.asarray(given) for given in inputs[WARM_UP:]]
     for given in inputs[:WARM_UP]:
         _, state = run(given, state)
     while True:
@@ -115,7 +132,12 @@ def frames(codec: Any, step: str, inputs: list[np.ndarray]) -> Iterator[list[flo
             began = time.perf_counter()
             _, state = run(given, state)
             times.append((time.perf_counter() - began) * 1e3)
-        yield times
+        jax.block_until_ready(state)
+        began = time.perf_counter()
+        for given in on_device:
+            _, state = program(codec.params, given, mask, state, codec.cfg, codec.use)
+        jax.block_until_ready(state)
+        yield times, [(time.perf_counter() - began) * 1e3 / len(on_device)]
 
 
 def torch_device() -> str:
@@ -126,8 +148,8 @@ def torch_device() -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-def torch_frames(step: str, inputs: list[np.ndarray]) -> Iterator[list[float]]:
-    """As `frames`, in a stream of PyTorch's, whose convolutions and products are float32 too."""
+def torch_frames(step: str, inputs: list[np.ndarray]) -> Iterator[Round]:
+    """As `frames`, for a stream of PyTorch's, whose convolutions and products are float32 too."""
     import torch
     from moshi.models import loaders
 
@@ -143,33 +165,43 @@ def torch_frames(step: str, inputs: list[np.ndarray]) -> Iterator[list[float]]:
             layer._codebook._initialized.fill_(1)
     mimi.streaming_forever(len(inputs[0]))
 
-    def run(given: np.ndarray) -> np.ndarray:
-        given = torch.from_numpy(given).to(device)
+    def run(given: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return (mimi.encode(given[:, None]) if step == "encode" else mimi.decode(given.long())).cpu().numpy()
+            return mimi.encode(given[:, None]) if step == "encode" else mimi.decode(given.long())
 
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    on_device = [torch.from_numpy(given).to(device) for given in inputs[WARM_UP:]]
     for given in inputs[:WARM_UP]:
-        run(given)
+        run(torch.from_numpy(given).to(device))
     while True:
         times = []
         for given in inputs[WARM_UP:]:
             began = time.perf_counter()
-            run(given)
+            run(torch.from_numpy(given).to(device)).cpu().numpy()
             times.append((time.perf_counter() - began) * 1e3)
-        yield times
+        wait()
+        began = time.perf_counter()
+        for given in on_device:
+            run(given)
+        wait()
+        yield times, [(time.perf_counter() - began) * 1e3 / len(on_device)]
 
 
-def take_turns(programs: dict[str, Iterator[list[float]]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of all frames of each program, which take turns so that all meet the same machine."""
-    times: dict[str, list[float]] = {who: [] for who in programs}
+def take_turns(programs: dict[str, Iterator[Round]], rounds: int) -> dict[str, Round]:
+    """Times of all rounds of each program, which take turns so that all meet the same machine."""
+    times: dict[str, Round] = {who: ([], []) for who in programs}
     for _ in range(rounds):
         for who, program in programs.items():
-            times[who] += next(program)
+            for all_rounds, one in zip(times[who], next(program), strict=True):
+                all_rounds += one
     return times
 
 
-def floor(codec: Any, step: str, rows: int, bandwidth: float, rate: float) -> tuple[float, float]:
-    """Milliseconds of a frame by bytes of weights and state, and by operations."""
+def floor(codec: Any, step: str, rows: int) -> tuple[float, float]:
+    """Bytes of weights and state that a frame must read or write, and its operations."""
     import jax
 
     from ttt_jax.codec.mimi import model
@@ -180,13 +212,13 @@ def floor(codec: Any, step: str, rows: int, bandwidth: float, rate: float) -> tu
         parts = ("encoder", "downsample", "quantizer")
     else:
         run, state, given = model.decode, codec.init_decoder(rows), some_codes(rows, 1)[0]
-        parts = ("decoder", "upsample")  # of the codebooks it reads single rows
-    wanted = {name: p for name, p in codec.params.items() if name.startswith(parts)}
-    nbytes = sum(x.nbytes for x in jax.tree.leaves(wanted)) + 2 * sum(x.nbytes for x in jax.tree.leaves(state))
-    lowered = jax.jit(run, static_argnames=("cfg", "use")).lower(
-        codec.params, given, mask, state, cfg=codec.cfg, use=dataclasses.replace(codec.use)
+        parts = ("decoder", "upsample")  # of the codebooks it reads single entries
+    read = sum(x.nbytes for name, x in codec.params.items() if name.startswith(parts)) + sum(
+        x.nbytes for x in jax.tree.leaves(state)
     )
-    return nbytes / bandwidth * 1e3, (lowered.cost_analysis() or lowered.compile().cost_analysis())["flops"] / rate * 1e3
+    program = jax.jit(run, static_argnames=("cfg", "use"))
+    lowered = program.lower(codec.params, given, mask, state, codec.cfg, codec.use)
+    return read, lowered.cost_analysis()["flops"]
 
 
 def compare_codes(codecs: dict[str, Any]) -> None:
@@ -196,10 +228,10 @@ def compare_codes(codecs: dict[str, Any]) -> None:
 
     path = sorted((EMBEDDED / "voices").glob("*/heldout-*.ogg"))[0]
     codec = codecs["float32"]
-    speech = read_audio(path, codec.sample_rate)[0, : 60 * codec.sample_rate]
+    speech = read_audio(path, codec.sample_rate)[0, : 512 * codec.frame_size]
     exact, rounded = (codecs[kind].encode(speech) for kind in ("float32", "bfloat16"))
     shares = " ".join(f"{share:.3f}" for share in (exact != rounded).mean(1))
-    print(f"codes of a minute of speech that bfloat16 changes, by codebook (random weights): {shares}")
+    print(f"codes of 41 s of speech that bfloat16 changes, by codebook (random weights): {shares}")
     print(f"the same without an error in the codebooks before it: {first_changes(exact, rounded)}")
 
 

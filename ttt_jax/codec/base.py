@@ -15,10 +15,10 @@ class Codec(abc.ABC):
     """Turns audio into codes and back. Data, training and evaluation use nothing beyond this class.
 
     A codec reads and writes a batch of streams, B rows, each at its own place. Where the stream of a row stands is a
-    value, the state, which is passed in and returned. A state is passed on once, as its memory may be used again; `fork`
-    copies one that is to be passed on twice. A frame that the mask leaves out takes
-    no place in its row's stream, whatever it holds: its codes are -1, its audio is 0. Codes depend on no later sample,
-    audio on no later code, and any split of a stream into calls and batches gives the same codes and audio.
+    value, the state, which is passed in and returned. A state is passed on once, as its memory may be used again;
+    `fork` copies one that is to be passed on twice. A frame that the mask leaves out takes no place in its row's
+    stream, whatever it holds: its codes are -1, its audio is 0. Codes depend on no later sample, audio on no later
+    code, and any split of a stream into calls and batches gives the same codes and audio.
     """
 
     name: str  # stored with every result, e.g. "melkmeans-8x64"

@@ -125,4 +125,5 @@ def product(
         return dot(x, w)
     # XLA's GPU products of one row copy the matrix out of its stack first, a reduction reads it in place. Its CPU
     # products transpose a right-hand matrix of more than two axes, and occupy one core unless they come in parts.
-    return jax.lax.platform_dependent(x, w, cuda=multiply_reduce if rows <= reduced else dot, cpu=dot_in_parts, default=dot)
+    on_gpu = multiply_reduce if rows <= reduced else dot
+    return jax.lax.platform_dependent(x, w, cuda=on_gpu, cpu=dot_in_parts, default=dot)

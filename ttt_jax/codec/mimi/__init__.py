@@ -1,0 +1,1 @@
+"""Mimi, the neural codec of Moshi, in JAX: audio to Kyutai's codes and back."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,23 @@ from ttt_jax.codec.mimi.config import MimiConfig, Use
 _BLOCK = {"cpu": 32, "gpu": 512}
 """Frames of one call by device: enough to keep it busy, and no more memory than that takes."""
 
-_encode = jax.jit(model.encode, static_argnames=("cfg", "use"), donate_argnames="state")
-_decode = jax.jit(model.decode, static_argnames=("cfg", "use"), donate_argnames="state")
+
+@functools.cache
+def compiled(step: Callable[..., tuple[jax.Array, model.State]]) -> Callable[..., tuple[jax.Array, model.State]]:
+    """Returns `model.encode` or `model.decode` as a program that takes over the state's memory."""
+    shardings = {}
+    if jax.default_backend() == "gpu":  # which writes to the host's memory by itself, sooner than one asks for a copy
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
+        shardings["out_shardings"] = (host, None)
+    return jax.jit(step, static_argnames=("cfg", "use"), donate_argnames="state", **shardings)
+
+
+@functools.lru_cache(maxsize=16)
+def _everything(shape: tuple[int, int]) -> jax.Array:
+    """The mask of all frames, which need not travel to the device again."""
+    return jnp.ones(shape, bool)
+
+
 _reset = jax.jit(model.reset, donate_argnames="state")
 
 
@@ -52,7 +66,9 @@ class MimiCodec(Codec):
         codes = [np.empty((len(audio), self.num_codebooks, 0), np.int32)]
         parts = []
         for block, there, count in _blocks(frames, mask):
-            part, state = _encode(self.params, block.reshape(len(block), -1), there, state, self.cfg, self.use)
+            part, state = compiled(model.encode)(
+                self.params, block.reshape(len(block), -1), there, state, self.cfg, self.use
+            )
             parts.append((part, count))
         codes += [np.asarray(part)[:, :, :count] for part, count in parts]  # only now, so that the device never waits
         return np.concatenate(codes, 2), state
@@ -65,7 +81,7 @@ class MimiCodec(Codec):
         audio = [np.empty((len(codes), 0), np.float32)]
         parts = []
         for block, there, count in _blocks(codes.swapaxes(1, 2), mask):
-            part, state = _decode(self.params, block.swapaxes(1, 2), there, state, self.cfg, self.use)
+            part, state = compiled(model.decode)(self.params, block.swapaxes(1, 2), there, state, self.cfg, self.use)
             parts.append((part, count))
         audio += [np.asarray(part)[:, : count * self.frame_size] for part, count in parts]
         return np.concatenate(audio, 1), state
@@ -79,16 +95,14 @@ class MimiCodec(Codec):
         return _reset(state, jnp.asarray(rows, bool))
 
 
-def _blocks(frames: np.ndarray, mask: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+def _blocks(frames: np.ndarray, mask: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray | jax.Array, int]]:
     """Yields frames [B, n, ...] and mask [B, n] in blocks whose length is a power of two, with the number of frames
     that are not padding."""
     most = _BLOCK.get(jax.default_backend(), _BLOCK["gpu"])
     for start in range(0, mask.shape[1], most):
         block, there = frames[:, start : start + most], mask[:, start : start + most]
         count = there.shape[1]
-        more = (1 << (count - 1).bit_length()) - count
-        yield (
-            np.pad(block, ((0, 0), (0, more), *((0, 0),) * (frames.ndim - 2))),
-            np.pad(there, ((0, 0), (0, more))),
-            count,
-        )
+        if more := (1 << (count - 1).bit_length()) - count:
+            block = np.pad(block, ((0, 0), (0, more), *((0, 0),) * (frames.ndim - 2)))
+            there = np.pad(there, ((0, 0), (0, more)))
+        yield block, _everything(there.shape) if there.all() else there, count

@@ -91,9 +91,7 @@ def residual(params: Params, name: str, x: jax.Array, past: jax.Array, advance: 
     return x + _biased(params, f"{name}/wide", product(jax.nn.elu(y), w.reshape(len(w), -1))), past
 
 
-def _windows(
-    x: jax.Array, past: jax.Array, advance: Advance, kernel: int, stride: int
-) -> tuple[jax.Array, jax.Array]:
+def _windows(x: jax.Array, past: jax.Array, advance: Advance, kernel: int, stride: int) -> tuple[jax.Array, jax.Array]:
     """The inputs of each output of a convolution, [B, T / stride, kernel * C], and the past after the call."""
     line = jnp.concatenate([past, x], 1)
     blocks = line.reshape(len(x), -1, stride * x.shape[2])
@@ -190,10 +188,7 @@ def _attention(
     seen = after if one_frame else jnp.concatenate([cache, new], 1)
     keys, values = (seen[..., i * dim :][..., :dim].reshape(rows, -1, heads, dim // heads) for i in range(2))
     args = q * (dim // heads) ** -0.5, keys, values, where.visible
-    if one_frame:
-        read = jax.lax.platform_dependent(*args, cuda=_attend_few, default=_attend)
-    else:
-        read = _attend(*args)
+    read = jax.lax.platform_dependent(*args, cuda=_attend_few, default=_attend) if one_frame else _attend(*args)
     return product(read.reshape(x.shape), params[f"{layer}/out"]), after
 
 

@@ -75,7 +75,7 @@ def init_params(cfg: MimiConfig, seed: int) -> dict[str, np.ndarray]:
         if leaf.startswith("scale"):
             return 1 + 0.1 * noise if leaf == "scale" else 0.1 + 0.01 * noise
         if leaf == "codebooks":
-            return noise
+            return 0.1 * noise
         fan_in = 2 if name == "upsample/w" else int(np.prod(shape[1:])) // (shape[1] if "/up/w" in name else 1)
         return noise * np.float32(fan_in) ** -0.5
 
