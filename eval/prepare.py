@@ -42,7 +42,7 @@ class Options:
     codec: str = "kmeans"
     """kmeans (the embedded one), a codec file, or converted weights with their Mimi; mimi:PATH takes a Mimi alone."""
     tokenizer: Annotated[str | None, arg(metavar="FILE")] = None
-    """SentencePiece model for alignments; unset: the embedded one."""
+    """SentencePiece model for alignments; unset: that of the weights which --codec names, else the embedded one."""
     voice: Literal["moshi", "user"] = "moshi"
     """Stream of the left or only channel."""
     join: bool = False

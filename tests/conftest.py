@@ -51,6 +51,16 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory):
     return tiny_run.shared(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
 
 
+@pytest.fixture(scope="session")
+def small_mimi(tmp_path_factory: pytest.TempPathFactory):
+    """The path of a small Mimi's file. Beside it lies `weights`, converted weights that this Mimi came with."""
+    from tests.helpers import small_mimi
+
+    folder = tmp_path_factory.mktemp("small_mimi")
+    small_mimi.write_model(folder)
+    return small_mimi.write(folder)
+
+
 MOST = 1.2e9
 """Bytes of memory above which a worker forgets its compiled programs between two tests."""
 

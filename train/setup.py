@@ -174,8 +174,8 @@ def with_codec_of_base(cfg: TrainConfig) -> TrainConfig:
     base = local(cfg.base)
     if weights.codec(base) is None:
         raise InputError(
-            f"{base} has no Mimi, which data.codec='mimi' asks for: convert it again from a folder that has one, or give"
-            " mimi:PATH."
+            f"{base} has no Mimi, which data.codec='mimi' asks for: convert it again from a folder that has one, or"
+            " give mimi:PATH."
         )
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, codec=f"{MIMI_AT}{base}"))
 

@@ -14,13 +14,14 @@ import numpy as np
 
 from eval.inputs.checkpoints import Checkpoint
 from eval.results.schema import Skipped
+from ttt_jax.checkpoints import weights
 from ttt_jax.codec import MIMI_AT, Codec, CodecInfo, load_codec
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
 from ttt_jax.data.codes import read_header
 from ttt_jax.data.frames import FrameReader
 from ttt_jax.data.manifest import MANIFEST, Entry, Manifest, is_manifest, read_manifest
-from ttt_jax.data.text import ABSENT, Tokenizer, TokenizerInfo
+from ttt_jax.data.text import ABSENT, Tokenizer, TokenizerInfo, load_tokenizer
 from ttt_jax.errors import InputError
 from ttt_jax.utils.paths import absolute, beside, local, printable
 
@@ -146,19 +147,16 @@ class _Reader:
     def __init__(self, checkpoints: Sequence[Checkpoint]):
         self._checkpoints = checkpoints
         runs = [checkpoint for checkpoint in checkpoints if checkpoint.corpus is not None]
-        weights = [checkpoint for checkpoint in checkpoints if checkpoint.corpus is None and checkpoint.codec]
-        self._source = next(iter(runs + weights), None)
-        """The checkpoint that brings the codec."""
-        self._reads_words = bool(runs)
+        with_mimi = [checkpoint for checkpoint in checkpoints if checkpoint.corpus is None and checkpoint.codec]
+        self._source = next(iter(runs + with_mimi), None)
+        """The checkpoint that brings codec and tokenizer."""
 
     def read(self, entry: Entry) -> tuple[np.ndarray, tuple[int, ...], dict[str, str | None]]:
         """Returns tokens int32 [17, T], boundaries, and name and digest of the codec.
 
-        Converted weights read no words beside a file, as their tokenizer is not loaded. Without a Mimi they read code
-        files with both streams only.
+        Converted weights without a Mimi read code files with both streams only; without a tokenizer they read no words
+        beside a file.
         """
-        if not self._reads_words:
-            entry = dataclasses.replace(entry, alignment=None)
         if entry.path.suffix != ".safetensors":
             if self._source is None:
                 raise InputError(
@@ -167,26 +165,35 @@ class _Reader:
                 )
             codec = self._frame_reader.codec
             self._check(entry.path, codec, self._frame_reader.tokenizer)
-            return self._frame_reader.open(entry).read(), (), {"name": codec.name, "digest": codec.digest}
+            return self._frames(entry), (), {"name": codec.name, "digest": codec.digest}
         header, configs = read_header(entry.path), [checkpoint.cfg for checkpoint in self._checkpoints]
         codec = CodecInfo(header.codec_name or "a codec", header.codec, header.cardinality, configs[0].dep_q)
         self._check(entry.path, codec, TokenizerInfo())
         if self._source is not None:
             self._check(entry.path, self._frame_reader.codec, self._frame_reader.tokenizer)
-            frames = self._frame_reader.open(entry).read()
+            frames = self._frames(entry)
         else:
             codec = dataclasses.replace(codec, cardinality=min(cfg.card for cfg in configs))
             tokenizer = TokenizerInfo(cardinality=min(cfg.text_card for cfg in configs))
-            frames = FrameReader(codec, tokenizer, "").open(entry).read()
+            frames = FrameReader(codec, tokenizer, "").open(dataclasses.replace(entry, alignment=None)).read()
         return frames, header.boundaries, {"name": header.codec_name, "digest": header.codec}
+
+    def _frames(self, entry: Entry) -> np.ndarray:
+        reader = self._frame_reader
+        if self._source.corpus is None and isinstance(reader.tokenizer, TokenizerInfo):
+            entry = dataclasses.replace(entry, alignment=None)
+        return reader.open(entry).read()
 
     @functools.cached_property
     def _frame_reader(self) -> FrameReader:
         source = self._source
         cfg, cache = source.cfg, source.cache_dir / "frames"
-        if source.corpus is None:
-            return FrameReader(load_codec(f"{MIMI_AT}{source.about['path']}"), TokenizerInfo(None, cfg.text_card), cache)
-        return FrameReader(*corpora.load_coders(source.corpus, cfg.card, cfg.text_card, source.about), cache)
+        if source.corpus is not None:
+            return FrameReader(*corpora.load_coders(source.corpus, cfg.card, cfg.text_card, source.about), cache)
+        folder = source.about["path"]
+        path = weights.tokenizer(folder)
+        tokenizer = TokenizerInfo(cardinality=cfg.text_card) if path is None else load_tokenizer(path)
+        return FrameReader(load_codec(f"{MIMI_AT}{folder}"), tokenizer, cache)
 
     def _check(self, path: Path, codec: Codec | CodecInfo, tokenizer: Tokenizer | TokenizerInfo) -> None:
         for checkpoint in self._checkpoints:

@@ -203,12 +203,6 @@ def test_mel_filters_average_power():
     assert (np.diff(centres) >= 1).all()
 
 
-@pytest.mark.parametrize(("name", "problem"), [("mimi", "is not available"), ("no/such", "is neither a codec nor a")])
-def test_unknown_codec_is_refused_with_what_exists(name, problem):
-    with pytest.raises(InputError, match=f"{name}' {problem}.*use .*'kmeans'"):
-        load_codec(name)
-
-
 @pytest.mark.parametrize("content", [b"not a codec", DEFAULT_FILE.read_bytes()[:-1000]])
 def test_file_that_is_no_codec_is_refused_by_name(tmp_path, content):
     (tmp_path / "bad.safetensors").write_bytes(content)

@@ -54,7 +54,7 @@ def test_a_mistake_in_a_shell_is_one_sentence_and_leaves_nothing(tmp_path, modul
         (["--model.ttt.mini-batch", "0"], "mini_batch=0 is not a size"),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--data.train", "empty.jsonl"], "empty.jsonl is empty"),
-        (["--data.codec", "mimi"], "codec 'mimi' is not available"),
+        (["--data.codec", "mimi"], "codec 'mimi' does not come with the project"),
         (["--model.n-q", "4", "--model.dep-q", "2", "--model.delays", "0", "0", "1", "0", "1"], "do not fit the codec"),
         (["--resume", "nowhere"], "nowhere is not the folder of a run"),
         (["--from", "nowhere.json"], "nowhere.json is not a file"),

@@ -106,7 +106,8 @@ MISTAKES = [
     (["a.wav", "--layout", "librilight"], "a.wav is a file, but layout librilight is one of"),
     (["a.wav", "--out", "taken/out"], "taken/out cannot be made or used (Not a directory): give another folder"),
     (["a.wav", "--out", "data"], "data holds a manifest.jsonl that is not from `prepare`"),
-    (["a.wav", "--codec", "mimi"], "codec 'mimi' is not available"),
+    (["a.wav", "--codec", "mimi"], "codec 'mimi' does not come with the project"),
+    (["a.wav", "--codec", "mimi:nowhere"], "codec 'mimi:nowhere' is neither a codec nor a file"),
     (["a.wav", "--tokenizer", "no.model"], "no.model cannot be read"),
 ]
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ttt_jax.checkpoints.differences import differences
 from ttt_jax.checkpoints.safetensors_reader import DTYPES, TensorFile
-from ttt_jax.codec.stored import CONFIG, StoredCodec, stated
+from ttt_jax.codec.stored import CONFIG, StoredCodec, stated, stated_tokenizer
 from ttt_jax.config import MoshiConfig, Part
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
@@ -70,6 +70,14 @@ class Weights(NamedTuple):
 def codec(folder: str | Path) -> StoredCodec | None:
     """Returns the codec in a folder of weights, by its `config.json`; None if it states none. Raises `InputError`."""
     return stated(Path(folder), _read_config(Path(folder)))
+
+
+def tokenizer(folder: str | Path) -> Path | None:
+    """Returns the path of the SentencePiece model in a folder of weights, by its `config.json`; None if there is none.
+
+    Raises `InputError`.
+    """
+    return stated_tokenizer(Path(folder), _read_config(Path(folder)))
 
 
 def base(cfg: MoshiConfig) -> list[Tensor]:

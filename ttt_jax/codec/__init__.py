@@ -4,7 +4,7 @@ ttt_jax.codec.base                     the interface of codecs
 ttt_jax.codec.kmeans                   the embedded codec: residual k-means over log-mel frames
 ttt_jax.codec.spectrogram_inversion    a waveform from log-mel energies, for its decoder
 ttt_jax.codec.mimi                     Mimi, Kyutai's codec, in jax
-ttt_jax.codec.stored                   the codec in a folder of weights
+ttt_jax.codec.stored                   the codec and the tokenizer in a folder of weights
 
 `load_codec` finds one by a name or a path. Imports no jax, but for a Mimi.
 """

@@ -1,4 +1,4 @@
-"""The codec in a folder of weights, as its `config.json` states it. Imports no jax."""
+"""The codec and the tokenizer in a folder of weights, as its `config.json` states them. Imports no jax."""
 
 from __future__ import annotations
 
@@ -31,3 +31,14 @@ def stated(folder: Path, info: Mapping[str, Any]) -> StoredCodec | None:
         config_json.conform(str, codec.get(key), where, f"codec.{key}") for key in ("name", "digest", "file")
     )
     return StoredCodec(name, digest, folder / file)
+
+
+def stated_tokenizer(folder: Path, info: Mapping[str, Any]) -> Path | None:
+    """Returns the SentencePiece model in a folder whose `config.json` holds `info`; None if it states none.
+
+    Raises `InputError`.
+    """
+    where = str(folder / CONFIG)
+    source = config_json.conform(dict, info.get("source", {}), where, "source")
+    name = config_json.conform(str | None, source.get("tokenizer"), where, "source.tokenizer")
+    return None if name is None else folder / name

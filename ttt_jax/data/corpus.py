@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ttt_jax.codec import KMEANS, MIMI, MIMI_AT, Codec, CodecInfo, load_codec
+from ttt_jax.codec.stored import CONFIG, stated_tokenizer
 from ttt_jax.config import MoshiConfig
 from ttt_jax.data.codes import read_header
 from ttt_jax.data.encode import codec_missing
@@ -19,6 +20,7 @@ from ttt_jax.data.frames import Recording, open_manifest
 from ttt_jax.data.manifest import MANIFEST, Absent, read_manifest
 from ttt_jax.data.text import Tokenizer, TokenizerInfo, load_tokenizer
 from ttt_jax.errors import InputError
+from ttt_jax.utils import config_json
 from ttt_jax.utils.paths import exists, listed, local
 
 EMBEDDED = Path(__file__).resolve().parent.parent.parent / "corpus"
@@ -45,7 +47,8 @@ class CorpusConfig:
     their Mimi, "mimi:PATH" for a Mimi alone, in training also "mimi": that of the base; or "files": code files only, of
     the codec that they state. A file of such a name is ./kmeans, ./mimi or ./files."""
     tokenizer: str | None = None
-    """SentencePiece model for the text stream; unset: the embedded one, with codec "files" the one that they state."""
+    """SentencePiece model for the text stream; unset: the embedded one, with codec "files" the one that they state,
+    with converted weights as codec theirs, if they have one."""
     cache: str | None = None
     """Folder for encoded data and compiled programs; unset: ttt_jax in the user's cache folder."""
 
@@ -146,14 +149,23 @@ def load_coders(
     the files may be gone. `card` and `text_card`, cardinalities of the model, stand for those that no file states.
     """
     if cfg.codec != FILES:
-        embedded = EMBEDDED / "tokenizer" / "spm512.model"
-        return load_codec(cfg.codec), load_tokenizer(embedded if cfg.tokenizer is None else cfg.tokenizer)
+        codec = load_codec(cfg.codec)
+        return codec, load_tokenizer(_default_tokenizer(cfg.codec) if cfg.tokenizer is None else cfg.tokenizer)
     if stored is not None:
         codec, text_digest = CodecInfo(**stored["codec"], cardinality=card), stored["tokenizer"]["digest"]
     else:
         codec, text_digest = _stated(cfg, card)
     tokenizer = TokenizerInfo(text_digest, text_card) if cfg.tokenizer is None else load_tokenizer(cfg.tokenizer)
     return codec, tokenizer
+
+
+def _default_tokenizer(codec: str) -> Path:
+    """Returns the tokenizer in the folder of weights that `codec` names; else the embedded one."""
+    if codec != KMEANS and (folder := local(codec.removeprefix(MIMI_AT))).is_dir():
+        info = config_json.read_json(folder / CONFIG, "a folder of weights")
+        if (path := stated_tokenizer(folder, info)) is not None:
+            return path
+    return EMBEDDED / "tokenizer" / "spm512.model"
 
 
 def fit_model(

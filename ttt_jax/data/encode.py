@@ -25,7 +25,7 @@ Voice = Literal["moshi", "user"]
 Watch = Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]]
 """Passes on blocks of audio, float32 [channels, n]."""
 _BLOCK = 256  # frames encoded at a time; bounds memory
-_PIECE = 32  # the last frames of a recording are filled up to a multiple of these: few lengths, so few programs of jax
+_PIECE = 32  # shorter calls are filled up to a multiple of these frames: few lengths, so few programs of jax
 
 log = logging.getLogger("ttt_jax")
 
@@ -100,8 +100,8 @@ class Encoder:
                 self._silence = np.empty((codec.num_codebooks, 0), np.int32)
                 self._silence_state = codec.init_encoder(1)
             pieces = [self._silence]
-            zeros = np.zeros((1, _BLOCK * codec.frame_size), np.float32)
-            for _ in range(self._silence.shape[1], num_frames, _BLOCK):
+            for start in range(self._silence.shape[1], num_frames, _BLOCK):
+                zeros = np.zeros((1, min(_whole(num_frames - start), _BLOCK) * codec.frame_size), np.float32)
                 codes, self._silence_state = codec.encode_step(zeros, self._silence_state)
                 pieces.append(codes[0])
             self._silence = np.concatenate(pieces, axis=1)
@@ -130,10 +130,14 @@ def encode_blocks(blocks: Iterable[np.ndarray], codec: Codec) -> tuple[np.ndarra
     if rest is None:
         return np.empty((0, codec.num_codebooks, 0), np.int32), 0
     count = -(-rest.shape[1] // size)
-    there = np.arange(-(-count // _PIECE) * _PIECE) < count
-    audio = np.pad(rest, ((0, 0), (0, len(there) * size - rest.shape[1])))
-    block_codes, _ = codec.encode_step(audio, state, np.tile(there, (len(rest), 1)))
+    filled = _whole(count) * size
+    block_codes, _ = codec.encode_step(np.pad(rest, ((0, 0), (0, filled - rest.shape[1]))), state)
     return np.concatenate([*codes, block_codes[:, :, :count]], axis=2), num_samples
+
+
+def _whole(num_frames: int) -> int:
+    """Returns the number of frames filled up to a multiple of `_PIECE`."""
+    return -(-num_frames // _PIECE) * _PIECE
 
 
 def join_rows(text: np.ndarray | None, *codes: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,9 +11,13 @@ from safetensors.numpy import save_file
 from eval.inputs import checkpoints, dataset
 from tests.helpers import micro
 from tests.helpers.eval_models import DIGEST, tokens, write_data, write_run
-from ttt_jax.codec import CodecInfo
-from ttt_jax.data.corpus import Corpus, CorpusConfig
+from tests.helpers.recordings import record
+from ttt_jax.codec import CodecInfo, load_codec
+from ttt_jax.data.audio.reader import read_audio
+from ttt_jax.data.corpus import EMBEDDED, Corpus, CorpusConfig, load_coders
+from ttt_jax.data.encode import Encoder
 from ttt_jax.data.frames import open_manifest
+from ttt_jax.data.manifest import Entry
 from ttt_jax.data.text import TokenizerInfo
 from ttt_jax.errors import InputError
 
@@ -51,9 +56,6 @@ def test_held_out_files_of_a_run_are_grouped_by_speaker():
 
 
 def test_evaluation_feeds_what_training_reads(run, tmp_path):
-    from ttt_jax.codec import load_codec
-    from ttt_jax.data.corpus import load_coders
-
     words = [["yes", [0.3, 0.5], "SPEAKER_MAIN"], ["\u4e2d", [1.0, 1.2], "SPEAKER_MAIN"]]
     beside = {"words": {"alignments": words}, "book": {"book_meta": {}}, "emilia": {"id": "x"}, "nothing": None}
     beside["labels"] = {"alignments": [["yes", [0.3, 0.5], "SPEAKER_00"]]}
@@ -115,6 +117,47 @@ def test_code_files_need_neither_codec_nor_training_data(model, message, tmp_pat
     (data / "manifest.jsonl").write_text('{"path": "a.wav", "duration": 4.8}\n')
     with pytest.raises(InputError, match=message):
         dataset.read(data, [model])
+
+
+def test_converted_weights_encode_audio_with_the_mimi_that_came_with_them(small_mimi, tmp_path):
+    words = [["yes", [0.3, 0.5], "SPEAKER_MAIN"]]
+    path = record(tmp_path / "a.wav", 2.4, channels=2, rate=24000, words=words)
+    (tmp_path / "m.jsonl").write_text(json.dumps({"path": "a.wav", "duration": 2.4}))
+    model, codec = checkpoints.load(small_mimi.parent / "weights"), load_codec(small_mimi)
+    assert model.codec["digest"] == codec.digest
+    for data in (path, tmp_path / "m.jsonl"):
+        (file,), skipped = dataset.read(data, [model])
+        assert not skipped
+        assert file.codec == {"name": "mimi-8x64", "digest": codec.digest}
+        assert (file.frames[0] == -1).all()  # no tokenizer came with them
+        channels = codec.encode_batch(read_audio(path, 24000))
+        np.testing.assert_array_equal(file.frames[1:], np.concatenate(channels))
+
+
+def test_converted_weights_read_words_with_the_tokenizer_that_came_with_them(small_mimi, tmp_path):
+    path = record(tmp_path / "a.wav", 2.4, rate=24000, words=[["yes", [0.3, 0.5], "SPEAKER_MAIN"]])
+    folder = shutil.copytree(small_mimi.parent / "weights", tmp_path / "weights")
+    shutil.copy(EMBEDDED / "tokenizer" / "spm512.model", folder / "pieces.model")
+    info = json.loads((folder / "config.json").read_text())
+    info["source"]["tokenizer"] = "pieces.model"
+    (folder / "config.json").write_text(json.dumps(info))
+    (file,), _ = dataset.read(path, [checkpoints.load(folder)])
+    codec, tokenizer = load_codec(small_mimi), load_coders(CorpusConfig())[1]
+    read = Encoder(codec, tokenizer).encode(Entry(path, 2.4, path.with_suffix(".json")))
+    assert set(tokenizer.encode("yes")) <= set(file.frames[0].tolist())
+    np.testing.assert_array_equal(file.frames, read.frames)
+
+
+def test_converted_weights_with_a_mimi_take_its_codes_and_no_others(small_mimi, tmp_path):
+    model, codec = checkpoints.load(small_mimi.parent / "weights"), load_codec(small_mimi)
+    data = write_data(tmp_path / "own", [tokens(20), tokens(20)[1:9]], digest=codec.digest)
+    files, skipped = dataset.read(data, [model])
+    assert not skipped
+    np.testing.assert_array_equal(files[0].frames, tokens(20))
+    np.testing.assert_array_equal(files[1].frames[9:], codec.encode(np.zeros(20 * codec.frame_size, np.float32)))
+    other = write_data(tmp_path / "other", [tokens(20)], digest="3" * 64)
+    with pytest.raises(InputError, match="weights was trained with the codec mimi-8x64 .*the speech was encoded with"):
+        dataset.read(other, [model])
 
 
 def test_codes_of_another_codec_than_the_runs_are_refused(tmp_path):
