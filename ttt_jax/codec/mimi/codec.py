@@ -14,7 +14,7 @@ from ttt_jax.codec.mimi import model
 from ttt_jax.codec.mimi.config import MimiConfig, Use
 
 _BLOCK = {"cpu": 32, "gpu": 512}
-"""Frames of one call by device: enough to keep it busy, and no more memory than that takes."""
+"""Frames of all rows in one call, by device: enough to keep it busy, and no more memory than that takes."""
 
 
 @functools.cache
@@ -98,7 +98,8 @@ class MimiCodec(Codec):
 def _blocks(frames: np.ndarray, mask: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray | jax.Array, int]]:
     """Yields frames [B, n, ...] and mask [B, n] in blocks whose length is a power of two, with the number of frames
     that are not padding."""
-    most = _BLOCK.get(jax.default_backend(), _BLOCK["gpu"])
+    most = _BLOCK.get(jax.default_backend(), _BLOCK["gpu"]) // max(1, len(mask))
+    most = 1 << max(0, most.bit_length() - 1)
     for start in range(0, mask.shape[1], most):
         block, there = frames[:, start : start + most], mask[:, start : start + most]
         count = there.shape[1]
