@@ -26,6 +26,7 @@ class Stream(NamedTuple):
     init: Callable[[int], Any]
     step: Callable[..., tuple[np.ndarray, Any]]
     """Frames [B, n, width], a state and a mask or nothing -> frames [B, n, width] and the next state."""
+    fork: Callable[[Any], Any]
     reset: Callable[[Any, np.ndarray], Any]
     frames: np.ndarray
     """[ROWS, 2 * FRAMES, width], all different: what the stream reads."""
@@ -50,7 +51,7 @@ def encoding(codec: Codec, audio: np.ndarray) -> Stream:
         return np.moveaxis(codes, 1, 2), state
 
     frames = audio[: ROWS * 2 * FRAMES * codec.frame_size].reshape(ROWS, 2 * FRAMES, -1)
-    return Stream(codec.init_encoder, step, codec.reset, frames, np.nan, -1, 0)
+    return Stream(codec.init_encoder, step, codec.fork, codec.reset, frames, np.nan, -1, 0)
 
 
 def decoding(codec: Codec, audio: np.ndarray, atol: float) -> Stream:
@@ -65,7 +66,7 @@ def decoding(codec: Codec, audio: np.ndarray, atol: float) -> Stream:
     encoder = encoding(codec, audio)
     first, state = encoder.step(encoder.frames[:, :FRAMES], encoder.init(ROWS))
     codes = np.concatenate([first, encoder.step(encoder.frames[:, FRAMES:], state)[0]], 1)
-    return Stream(codec.init_decoder, step, codec.reset, codes, -1, 0, atol)
+    return Stream(codec.init_decoder, step, codec.fork, codec.reset, codes, -1, 0, atol)
 
 
 def blocks_give_what_the_whole_gives(stream: Stream) -> None:
@@ -98,30 +99,32 @@ def a_row_is_its_frames_alone(stream: Stream) -> None:
 
 
 def no_mask_is_a_mask_of_all(stream: Stream) -> None:
-    frames, state = stream.frames[:, :FRAMES], stream.init(ROWS)
-    stream.is_equal(stream.step(frames, state)[0], stream.step(frames, state, np.ones_like(MASK))[0])
+    frames = stream.frames[:, :FRAMES]
+    both = [stream.step(frames, stream.init(ROWS), *mask)[0] for mask in ((), (np.ones_like(MASK),))]
+    stream.is_equal(*both)
 
 
 def a_reset_row_begins_anew_and_no_other(stream: Stream) -> None:
     before, after = stream.frames[:, :FRAMES], stream.frames[:, FRAMES:]
     _, state = stream.step(before, stream.init(ROWS))
-    going, (fresh, _) = stream.step(after, state)[0], stream.step(after, stream.init(ROWS))
+    going, fresh = stream.step(after, stream.fork(state))[0], stream.step(after, stream.init(ROWS))[0]
     rows = np.array([False, True, False])
     got, _ = stream.step(after, stream.reset(state, rows))
     stream.is_equal(got, np.where(rows[:, None, None], fresh, going))
     assert (going != fresh).any(axis=(1, 2)).all(), "the law says nothing where a fresh row gives the same"
 
 
-def states_are_values(stream: Stream) -> None:
-    """Neither a step nor a reset changes the state that it is given."""
+def a_fork_is_a_value(stream: Stream) -> None:
+    """Neither a step nor a reset of a state changes its copies, whose future is the same."""
     frames = stream.frames[:, :FRAMES].copy()
     _, state = stream.step(frames, stream.init(ROWS))
-    kept = jax.tree.map(np.array, state)
+    fork, kept = stream.fork(state), jax.tree.map(np.array, state)
     frames[:] = frames[::-1].copy()
-    stream.step(frames, state)
-    stream.step(frames, state, MASK)
-    stream.reset(state, np.ones(ROWS, bool))
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, state), kept)
+    got, after = stream.step(frames, state)
+    stream.step(frames, after, MASK)
+    stream.reset(stream.fork(fork), np.ones(ROWS, bool))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, fork), kept)
+    np.testing.assert_array_equal(stream.step(frames, fork)[0], got)
 
 
 LAWS = (
@@ -129,7 +132,7 @@ LAWS = (
     a_row_is_its_frames_alone,
     no_mask_is_a_mask_of_all,
     a_reset_row_begins_anew_and_no_other,
-    states_are_values,
+    a_fork_is_a_value,
 )
 
 

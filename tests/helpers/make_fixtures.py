@@ -9,13 +9,17 @@ greedily:
   widths, an adapter file, bfloat16
 - `all_moshi`: every codebook is predicted, as in TTS; two layers in the depth transformer
 
-`moshi.*` beside them, the 7B's shape in small, are older; their trace is described in `moshi/test_parity.py`.
+`moshi.*` and `mimi.*` beside them, the 7B's and Mimi's shapes in small, are older; their traces are described in
+`moshi/test_parity.py` and `mimi_checks.py`. The codes of `mimi.trace.safetensors` are almost all the same, as its
+codebooks lie far from its latents. `mimi.codes.safetensors` has codebooks for the same weights that lie among them, and
+what PyTorch makes of the same audio with those.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +27,15 @@ import torch
 from moshi.models.lm import LMGen
 from moshi.modules.rope import apply_rope
 from moshi.utils.sampling import sample_token
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from tests.helpers import torch_moshi
+from tests.helpers import mimi_files, torch_mimi, torch_moshi
+from tests.helpers.places import FIXTURES
 from tests.helpers.torch_moshi import MOSHI, VARIANTS
 
 ROWS, FRAMES, CALLS = 2, 24, 40
 RANK, SCALING = 2, 1.5
+THINNED = 16
 SHAPES = {
     "hibiki": VARIANTS["shared"] | {"num_layers": 2, "depformer_num_layers": 1, "extra_heads_num_heads": 2},
     "all_moshi": MOSHI | {"num_layers": 1, "n_q": 4, "dep_q": 4, "delays": [0, 0, 1, 1, 1]},
@@ -51,6 +57,36 @@ def main() -> None:
         for file in folder.rglob("*.safetensors"):
             file.chmod(0o644)
         print(folder, sum(file.stat().st_size for file in folder.rglob("*.*")), "bytes")
+    save_file(mimi_codes(), out / "mimi.codes.safetensors")
+    (out / "mimi.codes.safetensors").chmod(0o644)
+
+
+def mimi_codes() -> dict[str, np.ndarray]:
+    """Codebooks among the latents of the fixture's Mimi, and what it makes of the fixture's audio then: whole, as a
+    stream of frames, and as one whose rows pause (what a paused row gives says nothing) and are reset before a frame.
+    Audio: every `THINNED`th sample."""
+    audio = load_file(FIXTURES / "mimi.trace.safetensors")["wav"][:, 0]
+    with tempfile.TemporaryDirectory() as folder:
+        path = mimi_files.write(Path(folder) / "mimi") / mimi_files.NAME
+        theirs = torch_mimi.loaders.get_mimi(path, mimi_files.CONFIG, num_codebooks=8)
+    torch_mimi.spread_codebooks(theirs, torch_mimi.encode(theirs, audio).latents, torch.Generator().manual_seed(0))
+    whole, stream = torch_mimi.encode(theirs, audio), torch_mimi.encode_stream(theirs, audio)
+    mask, reset = np.ones((2, 20), bool), np.zeros((2, 20), bool)
+    mask[0, [0, 7, 8, 12]] = mask[1, [3, 15]] = False
+    reset[0, 14] = reset[1, 9] = True
+    paused = torch_mimi.encode_stream(theirs, audio, mask, reset)
+    outs = {
+        "out": torch_mimi.decode(theirs, whole.codes),
+        "out_stream": torch_mimi.decode_stream(theirs, whole.codes),
+        "out_paused": torch_mimi.decode_stream(theirs, whole.codes, mask, reset),
+    }
+    state = theirs.state_dict()
+    return {
+        **{name: np.ascontiguousarray(out[:, ::THINNED]) for name, out in outs.items()},
+        **{name: array.numpy() for name, array in state.items() if name.endswith(("embedding_sum", "cluster_usage"))},
+        **{"mask": mask, "reset": reset, "latents_stream": stream.latents, "latents_paused": paused.latents},
+        **{"codes": whole.codes, "codes_stream": stream.codes, "codes_paused": paused.codes},
+    }
 
 
 def teacher_forced(theirs, kwargs) -> dict[str, np.ndarray]:

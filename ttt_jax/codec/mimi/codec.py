@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.codec.base import Codec, check_audio, check_codes
+from ttt_jax.codec.base import Codec, check_audio, check_codes, check_mask
 from ttt_jax.codec.mimi import model
 from ttt_jax.codec.mimi.config import MimiConfig, Use
 
@@ -91,8 +91,8 @@ class MimiCodec(Codec):
         return jax.tree.map(jnp.array, state)
 
     def reset(self, state: model.State, rows: np.ndarray) -> model.State:
-        """As `Codec.reset`."""
-        return _reset(state, jnp.asarray(rows, bool))
+        """As `Codec.reset`. Raises `InputError` if `rows` is not bool [B]."""
+        return _reset(state, check_mask(rows, state.position.shape))
 
 
 def _blocks(frames: np.ndarray, mask: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray | jax.Array, int]]:
