@@ -183,3 +183,33 @@ def test_a_mimi_of_another_frame_rate_is_refused(tmp_path):
     with pytest.raises(InputError, match="gives 25 frames a second .*3200 Hz.*: give a codec of 12.5") as caught:
         load_codec(tmp_path / "small")
     assert str(caught.value).count(". ") == 0
+
+
+# The forms that products and attention take on a GPU
+
+
+def test_a_gpus_forms_compute_the_same(monkeypatch):
+    """Frames of one row, of a size that reductions read, and of three rows; past the window, with a paused row."""
+
+    def on_gpu(*args, cuda, **others):
+        return cuda(*args)
+
+    audio = tiny_mimi.audio(8, 3)
+    mask = np.ones((3, 8), bool)
+    mask[1, 3:5] = False
+    codec = tiny_mimi.codec()
+    codes, _ = codec.encode_step(audio, codec.init_encoder(3), mask)
+    heard, _ = codec.decode_step(codes, codec.init_decoder(3), mask)
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_gpu)
+    for rows in (slice(0, 1), slice(None)):
+        count = len(audio[rows])
+        # New functions, since the programs of others are kept.
+        encode = quick_jit(lambda *args: model.encode(*args, CFG, USE))
+        decode = quick_jit(lambda *args: model.decode(*args, CFG, USE))
+        encoder, decoder = codec.init_encoder(count), codec.init_decoder(count)
+        for frame in range(8):
+            there, samples = mask[rows, frame, None], slice(frame * CFG.frame_size, (frame + 1) * CFG.frame_size)
+            got, encoder = encode(codec.params, audio[rows, samples], there, encoder)
+            np.testing.assert_array_equal(got[..., 0], codes[rows, :, frame])
+            got, decoder = decode(codec.params, codes[rows, :, frame, None], there, decoder)
+            np.testing.assert_allclose(got, heard[rows, samples], rtol=0, atol=1e-5)
