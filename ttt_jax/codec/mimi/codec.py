@@ -11,7 +11,7 @@ import numpy as np
 
 from ttt_jax.codec.base import Codec, check_audio, check_codes, check_mask
 from ttt_jax.codec.mimi import model
-from ttt_jax.codec.mimi.config import MimiConfig, Use
+from ttt_jax.codec.mimi.config import MimiConfig, Use, check_use
 
 _BLOCK = {"cpu": 32, "gpu": 512}
 """Frames of all rows in one call, by device: enough to keep it busy, and no more memory than that takes."""
@@ -40,10 +40,11 @@ class MimiCodec(Codec):
     """A Mimi with the parameters `params`, by the names of `config.shapes`, on JAX's default device.
 
     A call of more frames than one is padded to a power of two, so that few lengths are compiled; a long one runs block
-    by block.
+    by block. Raises `InputError` if `cfg` has fewer codebooks than `use` names.
     """
 
     def __init__(self, params: Mapping[str, np.ndarray], cfg: MimiConfig, use: Use, name: str, digest: str) -> None:
+        check_use(cfg, use, name)
         self.cfg, self.use, self.name, self.digest = cfg, use, name, digest
         self.sample_rate, self.frame_rate, self.frame_size = cfg.sample_rate, cfg.frame_rate, cfg.frame_size
         self.num_codebooks, self.cardinality = use.num_codebooks, cfg.cardinality

@@ -24,7 +24,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ttt_jax.codec.mimi.config import MimiConfig, Use, shapes
+from ttt_jax.codec.mimi.config import MimiConfig, Use, check_use, shapes
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
 from ttt_jax.utils.files import write_atomically
@@ -58,7 +58,7 @@ def make(params: Params, cfg: MimiConfig, use: Use, *, licence: str, source: str
     Raises `InputError` with `source` unless they are those of `cfg`, float32 and finite, and it has the codebooks that
     are used.
     """
-    _check_use(cfg, use, source)
+    check_use(cfg, use, source)
     kinds = {
         key: (array.shape, "F32" if array.dtype == np.float32 else str(array.dtype)) for key, array in params.items()
     }
@@ -93,7 +93,7 @@ def read(path: str | Path) -> Mimi:
             cfg, use = (
                 _from_json(kind, metadata[key], path, key) for kind, key in ((MimiConfig, "config"), (Use, "use"))
             )
-            _check_use(cfg, use, str(path))
+            check_use(cfg, use, str(path))
             stored = {name: file.get_slice(name) for name in sorted(file.keys())}
             kinds = {name: (tuple(about.get_shape()), about.get_dtype()) for name, about in stored.items()}
             _check_layout(kinds, cfg, str(path), again)
@@ -117,14 +117,6 @@ def _from_json(kind: type[Config], text: str, path: Path, key: str) -> Config:
         raise (error if str(error).startswith(where) else InputError(f"{where} is wrong: {error}")) from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error}): write the file again by `{MADE_BY}`.") from None
-
-
-def _check_use(cfg: MimiConfig, use: Use, where: str) -> None:
-    if not 1 <= use.num_codebooks <= cfg.codebooks:
-        raise InputError(
-            f"{where}: num_codebooks={use.num_codebooks} is no number of codebooks of a Mimi that has {cfg.codebooks}:"
-            f" give 1 to {cfg.codebooks}."
-        )
 
 
 def _check_layout(stored: Mapping[str, Kind], cfg: MimiConfig, where: str, advice: str) -> None:
