@@ -42,7 +42,7 @@ class Advance(NamedTuple):
         """The last `size` steps before the next call, of `line` [B, size + T, C]: the steps before the call and those
         of the call."""
         if self.frames == 1:
-            return jnp.where(_wide(self.count == 1, line), line[:, -size:], line[:, :size])
+            return jnp.where(_wide(self.count == 1, line), line[:, line.shape[1] - size :], line[:, :size])
         steps = self.count * ((line.shape[1] - size) // self.frames)
         return jnp.take_along_axis(line, (steps[:, None] + jnp.arange(size))[..., None], 1)
 
