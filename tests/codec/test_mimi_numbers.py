@@ -13,7 +13,6 @@ from jax.extend.core import jaxprs_in_params
 from tests.helpers import tiny_mimi
 from tests.helpers.drawing import quick_jit
 from tests.helpers.tiny_mimi import CFG, USE
-from ttt_jax.codec import load_codec
 from ttt_jax.codec.mimi import file, layers, model
 from ttt_jax.codec.mimi.codec import MimiCodec
 from ttt_jax.codec.mimi.config import Use, shapes
@@ -175,11 +174,41 @@ def test_other_numbers_of_codebooks_are_refused(count):
     with pytest.raises(InputError, match=message) as caught:
         file.make(tiny_mimi.params(), CFG, Use(count), licence="unknown", source="here")
     assert str(caught.value).count(". ") == 0
+    with pytest.raises(InputError, match=f"here: {message}"):
+        MimiCodec(tiny_mimi.params(), CFG, Use(count), "here", "")
 
 
-def test_a_mimi_of_another_frame_rate_is_refused(tmp_path):
-    cfg = dataclasses.replace(CFG, sample_rate=3200)
-    file.write(tmp_path / "small", file.make(tiny_mimi.params(), cfg, USE, licence="unknown", source="here"))
-    with pytest.raises(InputError, match="gives 25 frames a second .*3200 Hz.*: give a codec of 12.5") as caught:
-        load_codec(tmp_path / "small")
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"dim": 0}, "mimi.dim=0 is not a size: give 1 or more"),
+        ({"dim": "16"}, "mimi.dim is '16', but must be of type int"),
+        ({"stride": True}, "mimi.stride is True, but must be of type int"),
+        ({"context": 6.0}, "mimi.context is 6.0, but must be of type int"),
+        ({"max_period": float("nan")}, "mimi.max_period=nan is not a period"),
+        ({"ratios": ()}, r"mimi.ratios=\(\) is no list of factors"),
+        ({"ratios": (8, 0)}, r"mimi.ratios=\(8, 0\) is no list of factors"),
+        ({"num_heads": 16}, "mimi.num_heads=16 does not divide mimi.dim=16 into heads of even width"),
+        ({"compress": 3}, "mimi.compress=3 does not divide mimi.filters=4"),
+        ({"codebooks": 1}, "mimi.codebooks=1 leaves no acoustic ones"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(sizes, words):
+    with pytest.raises(InputError, match=words) as caught:
+        dataclasses.replace(CFG, **sizes)
     assert str(caught.value).count(". ") == 0
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_convolution_frame_by_frame_is_the_whole_one(kernel):
+    """Also one that needs no sample of the past."""
+    rng = np.random.default_rng(0)
+    params = {"a/w": jnp.asarray(rng.standard_normal((4, kernel, 2)))}
+    x, past = jnp.asarray(rng.standard_normal((2, 6, 2))), jnp.zeros((2, kernel - 1, 2))
+    whole, _ = layers.conv(params, "a", x, past, layers.Advance(jnp.full(2, 3), 3))
+    for start in (0, 2, 4):
+        y, past = layers.conv(params, "a", x[:, start : start + 2], past, layers.Advance(jnp.ones(2, int), 1))
+        np.testing.assert_allclose(y, whole[:, start : start + 2], atol=1e-5)
