@@ -166,7 +166,7 @@ def _transformer(name: str, cfg: MimiConfig) -> Iterator[tuple[str, tuple[int, .
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """How a Mimi is used. Codes depend on all of it but `num_codebooks`."""
+    """How a Mimi is used. Codes depend on all of it."""
 
     num_codebooks: int = 8
     """Codebooks that are written and read, the first ones."""

@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import safetensors
@@ -157,7 +157,7 @@ def _few(words: list[str]) -> str:
 
 def _digest(params: Params, cfg: MimiConfig, use: Use) -> str:
     """SHA-256, hex, of all that codes depend on."""
-    about: list[Any] = [FORMAT, dataclasses.asdict(cfg), {"dtype": use.dtype, "window": use.window}]
+    about = [FORMAT, dataclasses.asdict(cfg), dataclasses.asdict(use)]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, shape in shapes(cfg).items():
         digest.update(f"{name}{list(shape)}".encode())
