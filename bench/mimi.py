@@ -120,7 +120,7 @@ def frames(codec: Any, step: str, inputs: list[np.ndarray]) -> Iterator[Round]:
     from ttt_jax.codec.mimi.codec import compiled
 
     run = codec.encode_step if step == "encode" else codec.decode_step
-    program = compiled(model.encode if step == "encode" else model.decode)
+    program = compiled(model.encode if step == "encode" else model.decode, codec.device)
     state = (codec.init_encoder if step == "encode" else codec.init_decoder)(len(inputs[0]))
     mask = jax.numpy.ones((len(inputs[0]), 1), bool)
     on_device = [jax.numpy.asarray(given) for given in inputs[WARM_UP:]]

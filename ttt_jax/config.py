@@ -28,7 +28,7 @@ def check(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-class _Checked:
+class Checked:
     """A configuration that checks types and values of its fields, and turns lists into tuples so that it has a hash."""
 
     prefix: ClassVar[str]
@@ -54,7 +54,7 @@ class _Checked:
 
 
 @dataclasses.dataclass(frozen=True)
-class TTTConfig(_Checked):
+class TTTConfig(Checked):
     """TTT layers: where they sit and how their inner network learns."""
 
     prefix: ClassVar[str] = "ttt"
@@ -116,7 +116,7 @@ def default_base_lr(mini_batch: int, head_dim: int, hidden_layers: int = 1) -> f
 
 
 @dataclasses.dataclass(frozen=True)
-class DepthConfig(_Checked):
+class DepthConfig(Checked):
     """The depth transformer ("depformer"): one pass over the codebooks of Moshi's stream inside each frame."""
 
     prefix: ClassVar[str] = "depth"
@@ -146,7 +146,7 @@ class DepthConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRAConfig(_Checked):
+class LoRAConfig(Checked):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on linear maps of the base: W x + scaling * B (A x)."""
 
     prefix: ClassVar[str] = "lora"
@@ -179,7 +179,7 @@ class LoRAConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class MoshiConfig(_Checked):
+class MoshiConfig(Checked):
     """Moshi's language model. Defaults are the 7B's (kyutai/moshiko)."""
 
     prefix: ClassVar[str] = "model"

@@ -11,6 +11,7 @@ from tests.helpers.tiny_mimi import CFG
 from ttt_jax.codec.mimi import codec as of_arrays
 from ttt_jax.codec.mimi import model
 from ttt_jax.codec.mimi.config import Use
+from ttt_jax.errors import InputError
 
 ATOL = 1e-5
 """Of audio and states, which reach 5: products of other numbers of rows add in another order. Codes are equal."""
@@ -179,3 +180,25 @@ def test_bfloat16_is_near_float32():
     assert 10 * np.log10(noise) < -25
     for name, array in codec.params.items():
         assert array.dtype == (jnp.float32 if name.startswith("quantizer/") else jnp.bfloat16), name
+
+
+def test_a_state_is_refused_a_second_time_and_for_other_rows():
+    codec = tiny_mimi.codec()
+    audio = tiny_mimi.audio(6, 3)
+    state = codec.init_encoder(3)
+    codes, after = codec.encode_step(audio, state)
+    for step, frames, used in ((codec.encode_step, audio, state), (codec.encode_step, audio[:2], after)):
+        with pytest.raises(InputError, match="go on with the returned one|give a state of these rows") as caught:
+            step(frames, used)
+        assert str(caught.value).count(". ") == 0
+    with pytest.raises(InputError, match="3 rows and a state of 1: give"):
+        codec.decode_step(codes, codec.init_decoder(1))
+
+
+def test_no_rows_give_no_rows():
+    codec = tiny_mimi.codec()
+    nothing = np.zeros((0, 2 * CFG.frame_size), np.float32)
+    codes, state = codec.encode_step(nothing, codec.init_encoder(0))
+    assert codes.shape == (0, codec.num_codebooks, 2)
+    assert codec.decode_step(codes, codec.init_decoder(0))[0].shape == nothing.shape
+    assert state.position.shape == (0,)

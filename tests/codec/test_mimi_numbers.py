@@ -13,7 +13,6 @@ from jax.extend.core import jaxprs_in_params
 from tests.helpers import tiny_mimi
 from tests.helpers.drawing import quick_jit
 from tests.helpers.tiny_mimi import CFG, USE
-from ttt_jax.codec import load_codec
 from ttt_jax.codec.mimi import file, layers, model
 from ttt_jax.codec.mimi.codec import MimiCodec
 from ttt_jax.codec.mimi.config import Use, shapes
@@ -112,17 +111,15 @@ def test_gradients_through_the_decoder_are_those_of_differences(x64):
     """For each parameter that decoding reads and for the latents, in a direction half random and half its own; the
     audio is float32, which leaves 1e-4 to rounding."""
     rng, mask = np.random.default_rng(0), jnp.ones((1, 4), bool)
-    params = model.by_name(model.prepare(tiny_mimi.params(), WIDE), CFG)
+    params = model.by_name(model.prepare(tiny_mimi.params(), CFG, WIDE), CFG)
     params = {name: params[name].astype(jnp.float64) for name in OF_DECODER + OF_QUANTISER}
     codes = jnp.asarray(rng.integers(0, CFG.cardinality, (1, 4, 4)), jnp.int32)
     wanted = jnp.asarray(rng.standard_normal((1, 4 * CFG.frame_size)))
     state = model.init_decoder(CFG, WIDE, 1)
-    packed = [name for name, shape in sorted(shapes(CFG).items()) if len(shape) == 1]
 
     def loss(at):
-        vectors = jnp.concatenate([at[0].get(name, jnp.zeros(shapes(CFG)[name])) for name in packed])
         latents = layers.dequantise(at[0], codes) + at[1]
-        audio, _ = model.decode_latents(at[0] | {"vectors": vectors}, latents, mask, state, CFG, WIDE)
+        audio, _ = model.decode_latents(at[0], latents, mask, state, CFG, WIDE)
         return jnp.square(audio - wanted).mean()
 
     here = params, jnp.zeros((1, 4, CFG.dim))
@@ -148,7 +145,7 @@ def test_gradients_through_the_decoder_are_those_of_differences(x64):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_fewer_codebooks_are_the_first_ones(count):
-    few, all_of_them = (model.prepare(tiny_mimi.params(), Use(n)) for n in (count, 4))
+    few, all_of_them = (model.prepare(tiny_mimi.params(), CFG, Use(n)) for n in (count, 4))
     latents = np.random.default_rng(0).standard_normal((2, 5, CFG.dim), np.float32)
     quantise = quick_jit(layers.quantise, static_argnames="num_codebooks")
     codes = quantise(few, latents, num_codebooks=count)
@@ -175,13 +172,31 @@ def test_other_numbers_of_codebooks_are_refused(count):
     with pytest.raises(InputError, match=message) as caught:
         file.make(tiny_mimi.params(), CFG, Use(count), licence="unknown", source="here")
     assert str(caught.value).count(". ") == 0
+    with pytest.raises(InputError, match=f"here: {message}"):
+        MimiCodec(tiny_mimi.params(), CFG, Use(count), "here", "")
 
 
-def test_a_mimi_of_another_frame_rate_is_refused(tmp_path):
-    cfg = dataclasses.replace(CFG, sample_rate=3200)
-    file.write(tmp_path / "small", file.make(tiny_mimi.params(), cfg, USE, licence="unknown", source="here"))
-    with pytest.raises(InputError, match="gives 25 frames a second .*3200 Hz.*: give a codec of 12.5") as caught:
-        load_codec(tmp_path / "small")
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"dim": 0}, "mimi.dim=0 is not a size: give 1 or more"),
+        ({"dim": "16"}, "mimi.dim is '16', but must be of type int"),
+        ({"stride": True}, "mimi.stride is True, but must be of type int"),
+        ({"context": 6.0}, "mimi.context is 6.0, but must be of type int"),
+        ({"max_period": float("nan")}, "mimi.max_period=nan is not a period"),
+        ({"ratios": ()}, r"mimi.ratios=\(\) is no list of factors"),
+        ({"ratios": (8, 0)}, r"mimi.ratios=\(8, 0\) is no list of factors"),
+        ({"num_heads": 16}, "mimi.num_heads=16 does not divide mimi.dim=16 into heads of even width"),
+        ({"compress": 3}, "mimi.compress=3 does not divide mimi.filters=4"),
+        ({"codebooks": 1}, "mimi.codebooks=1 leaves no acoustic ones"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(sizes, words):
+    with pytest.raises(InputError, match=words) as caught:
+        dataclasses.replace(CFG, **sizes)
     assert str(caught.value).count(". ") == 0
 
 
@@ -213,3 +228,18 @@ def test_a_gpus_forms_compute_the_same(monkeypatch):
             np.testing.assert_array_equal(got[..., 0], codes[rows, :, frame])
             got, decoder = decode(codec.params, codes[rows, :, frame, None], there, decoder)
             np.testing.assert_allclose(got, heard[rows, samples], rtol=0, atol=1e-5)
+
+
+# Convolutions
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_convolution_frame_by_frame_is_the_whole_one(kernel):
+    """Also one that needs no sample of the past."""
+    rng = np.random.default_rng(0)
+    params = {"a/w": jnp.asarray(rng.standard_normal((4, kernel, 2)))}
+    x, past = jnp.asarray(rng.standard_normal((2, 6, 2))), jnp.zeros((2, kernel - 1, 2))
+    whole, _ = layers.conv(params, "a", x, past, layers.Advance(jnp.full(2, 3), 3))
+    for start in (0, 2, 4):
+        y, past = layers.conv(params, "a", x[:, start : start + 2], past, layers.Advance(jnp.ones(2, int), 1))
+        np.testing.assert_allclose(y, whole[:, start : start + 2], atol=1e-5)

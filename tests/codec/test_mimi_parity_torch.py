@@ -121,7 +121,7 @@ def decoded(pair: Pair, window: str, codes: np.ndarray, parts: tuple[int, ...], 
 
 def _ours(pair, window, frames, parts, init, mask, anew):
     use = Use(pair.cfg.codebooks, window=window)
-    params = model.prepare(pair.params, use)
+    params = model.prepare(pair.params, pair.cfg, use)
     mask = np.ones(frames.shape[:2], bool) if mask is None else mask
 
     def run(step) -> list:
@@ -207,7 +207,7 @@ def test_fewer_codebooks_are_the_first_ones_of_pytorch(pair):
         fewer = torch_mimi.encode(pair.theirs, pair.audio).codes
         expected = torch_mimi.decode(pair.theirs, fewer)
         use = Use(count)
-        params, mask = model.prepare(pair.params, use), np.ones((ROWS, frames), bool)
+        params, mask = model.prepare(pair.params, pair.cfg, use), np.ones((ROWS, frames), bool)
         (_, codes), _ = encode(params, pair.audio, mask, model.init_encoder(pair.cfg, use, ROWS), cfg=pair.cfg, use=use)
         np.testing.assert_array_equal(fewer, theirs.codes[:, :count])
         near_ties.assert_equal_but_for_ties(pair.params, theirs.latents, fewer, np.asarray(codes))

@@ -325,7 +325,7 @@ def rewritten(tmp_path, sound):
         ({"config": "{"}, "config is not JSON"),
         ({"config": "[" * 99999}, "config is not JSON"),
         ({"config": "{}"}, "does not fit its configuration"),
-        ({"config": '{"dim": -1}'}, "config is wrong: a Mimi with dim=-1 cannot be"),
+        ({"config": '{"dim": -1}'}, "config is wrong: mimi.dim=-1 is not a size: give 1 or more"),
         ({"config": '{"num_layers": 1000000000}'}, "has 104 tensors only"),
         ({"use": '{"dtype": "int8"}'}, "use: dtype is 'int8'"),
         ({"use": '{"num_codebooks": 9}'}, "num_codebooks=9"),

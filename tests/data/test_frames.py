@@ -68,18 +68,26 @@ def test_silence_goes_on_from_the_state_of_the_codec():
     class Counting:
         """Its codes of a frame are the number of frames before."""
 
-        num_codebooks, frame_size = 2, 4
+        num_codebooks, frame_size, fails = 2, 4, False
 
         def init_encoder(self, batch):
             return 0
 
         def encode_step(self, audio, state):
+            if self.fails and state:
+                raise KeyboardInterrupt
             after = state + audio.shape[1] // self.frame_size
             return np.tile(np.arange(state, after, dtype=np.int32), (len(audio), 2, 1)), after
 
     encoder = Encoder(Counting(), TOKENIZER)
     for frames in (3, 600, 5):  # more than a block of silence, and fewer than are known
         np.testing.assert_array_equal(encoder.silence(frames), [np.arange(frames)] * 2)
+    encoder = Encoder(Counting(), TOKENIZER)
+    encoder.codec.fails = True
+    with pytest.raises(KeyboardInterrupt):
+        encoder.silence(600)  # in its second block
+    encoder.codec.fails = False
+    np.testing.assert_array_equal(encoder.silence(600), [np.arange(600)] * 2)
 
 
 def test_cache_follows_audio_alignments_codec_and_tokenizer(codec, tmp_path):

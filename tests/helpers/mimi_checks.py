@@ -74,7 +74,7 @@ def _program(encode_latents, encode):
 
 def encode(case: Case, use: Use, audio: np.ndarray = AUDIO) -> tuple[np.ndarray, np.ndarray]:
     """Latents and codes of whole recordings."""
-    params, mask = model.prepare(case.params, use), np.ones((ROWS, FRAMES), bool)
+    params, mask = model.prepare(case.params, case.cfg, use), np.ones((ROWS, FRAMES), bool)
     state = model.init_encoder(case.cfg, use, ROWS)
     run = _program(model.encode_latents, model.encode)
     return jax.device_get(run(params, audio, mask, state, cfg=case.cfg, use=use))
@@ -82,7 +82,7 @@ def encode(case: Case, use: Use, audio: np.ndarray = AUDIO) -> tuple[np.ndarray,
 
 def decode(case: Case, use: Use, codes: np.ndarray) -> np.ndarray:
     """Audio of whole streams of codes."""
-    params, mask = model.prepare(case.params, use), np.ones((ROWS, FRAMES), bool)
+    params, mask = model.prepare(case.params, case.cfg, use), np.ones((ROWS, FRAMES), bool)
     state = model.init_decoder(case.cfg, use, ROWS)
     run = quick_jit(model.decode, static_argnames=("cfg", "use"))
     return np.asarray(run(params, codes.astype(np.int32), mask, state, cfg=case.cfg, use=use)[0])
@@ -91,7 +91,7 @@ def decode(case: Case, use: Use, codes: np.ndarray) -> np.ndarray:
 def encode_stream(case: Case, use: Use, mask=None, reset=None) -> tuple[np.ndarray, np.ndarray]:
     """As `encode`, frame by frame; rows pause where `mask` is False and begin anew before a frame that `reset` marks,
     both bool [B, n]."""
-    params, frames = model.prepare(case.params, use), np.split(AUDIO, FRAMES, 1)
+    params, frames = model.prepare(case.params, case.cfg, use), np.split(AUDIO, FRAMES, 1)
     state = model.init_encoder(case.cfg, use, ROWS)
     latents = _stream(model.encode_latents, params, frames, state, case.cfg, use, mask, reset)
     codes = quick_jit(layers.quantise, static_argnames="num_codebooks")(
@@ -102,7 +102,7 @@ def encode_stream(case: Case, use: Use, mask=None, reset=None) -> tuple[np.ndarr
 
 def decode_stream(case: Case, use: Use, codes: np.ndarray, mask=None, reset=None) -> np.ndarray:
     """As `encode_stream`: audio."""
-    params, frames = model.prepare(case.params, use), np.split(codes.astype(np.int32), FRAMES, 2)
+    params, frames = model.prepare(case.params, case.cfg, use), np.split(codes.astype(np.int32), FRAMES, 2)
     state = model.init_decoder(case.cfg, use, ROWS)
     return _stream(model.decode, params, frames, state, case.cfg, use, mask, reset)
 

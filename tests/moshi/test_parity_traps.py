@@ -250,7 +250,7 @@ TRAPS = {
     "adapters without their factor": Flaw(
         adapters_give_pytorchs_logits,
         (linear, *EVERYWHERE),
-        {"y + scaling * product(": "y + _product("},
+        {"y + scaling * product(": "y + product("},
     ),
     "adapters merged without their factor": Flaw(
         merged_adapters_give_pytorchs_logits,

@@ -71,7 +71,8 @@ class Codec(abc.ABC):
         return self.encode_batch([audio])[0]
 
     def encode_batch(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """`encode` of each recording; they are rows of one batch and may differ in length."""
+        """`encode` of each recording; they are rows of one batch and may differ in length, each at the cost of the
+        longest."""
         for audio in recordings:
             check_channel(audio)
         size = self.frame_size
@@ -139,8 +140,8 @@ def check_codes(codec: Codec, codes: np.ndarray, mask: np.ndarray | None = None)
     codes = np.asarray(codes)
     if codes.ndim != 3 or codes.shape[1] != codec.num_codebooks or not np.issubdtype(codes.dtype, np.integer):
         raise InputError(
-            f"decode got {codes.dtype} codes of shape {list(codes.shape[1:])}, but {codec.name} needs integers of shape"
-            f" [{codec.num_codebooks}, T]: give the codes of one stream."
+            f"decode got {codes.dtype} codes of shape {list(codes.shape[codes.ndim == 3 :])}, but {codec.name} needs"
+            f" integers of shape [{codec.num_codebooks}, T]: give the codes of one stream."
         )
     mask = check_mask(mask, (len(codes), codes.shape[2]))
     codes = np.where(mask[:, None], codes, 0)

@@ -164,7 +164,8 @@ def to_kyutai_names(state_dict: StateDict, cfg: MoshiConfig, where: str, notes: 
     codec = [key for key in state_dict.tensors if key.startswith(CODEC)]
     buffers = [key for key in state_dict.tensors if key.endswith(BUFFER) and key not in codec]
     if codec:
-        notes.append(f"{CODEC}* ({len(codec)} tensors) is Mimi, the codec, and left out: Kyutai's file of it is {MIMI}")
+        how = f"`python -m ttt_jax.convert mimi {MIMI} OUT` converts Kyutai's file of it"
+        notes.append(f"{CODEC}* ({len(codec)} tensors) is Mimi, the codec, and left out: {how}")
     if buffers:
         notes.append(f"*{BUFFER} ({len(buffers)} tensors) follows from the configuration and is left out")
     used = {key: stored for key, stored in state_dict.tensors.items() if key not in {*codec, *buffers}}

@@ -99,12 +99,11 @@ class Encoder:
             if self._silence is None:
                 self._silence = np.empty((codec.num_codebooks, 0), np.int32)
                 self._silence_state = codec.init_encoder(1)
-            pieces = [self._silence]
             for start in range(self._silence.shape[1], num_frames, _BLOCK):
                 zeros = np.zeros((1, min(_whole(num_frames - start), _BLOCK) * codec.frame_size), np.float32)
                 codes, self._silence_state = codec.encode_step(zeros, self._silence_state)
-                pieces.append(codes[0])
-            self._silence = np.concatenate(pieces, axis=1)
+                # At once: codes and state must agree if the next call is interrupted.
+                self._silence = np.concatenate([self._silence, codes[0]], axis=1)
             return self._silence[:, :num_frames]
 
 

@@ -112,7 +112,7 @@ def product(
         if rows == 1:
             y = (w.astype(sums) * x.reshape(-1).astype(sums)).sum(-1)
         else:
-            y = (w.astype(sums).reshape(-1, 1, x.shape[-1]) * x.reshape(1, rows, -1).astype(sums)).sum(-1).T
+            y = (w.astype(sums).reshape(-1, 1, x.shape[-1]) * x.reshape(1, rows, x.shape[-1]).astype(sums)).sum(-1).T
         return y.astype(out_type).reshape(*lead, *out)
 
     def dot_in_parts(x: jax.Array, w: jax.Array) -> jax.Array:

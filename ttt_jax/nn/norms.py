@@ -1,4 +1,4 @@
-"""Norms: Moshi's RMSNorm and LayerNorm."""
+"""Moshi's RMSNorm."""
 
 from __future__ import annotations
 
@@ -15,12 +15,3 @@ def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     # In this order XLA makes one GPU kernel of it.
     y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + RMS_EPS)
     return (y * scale.astype(wide)).astype(x.dtype)
-
-
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """LayerNorm (Ba et al. 2016) over the last axis, in float32 or wider, biased variance; returns the type of `x`."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    y = x.astype(wide)
-    y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
-    return (y * scale.astype(wide) + bias.astype(wide)).astype(x.dtype)

@@ -11,18 +11,21 @@ import numpy as np
 
 from ttt_jax.codec.base import Codec, check_audio, check_codes, check_mask
 from ttt_jax.codec.mimi import model
-from ttt_jax.codec.mimi.config import MimiConfig, Use
+from ttt_jax.codec.mimi.config import MimiConfig, Use, check_use
+from ttt_jax.errors import InputError
 
 _BLOCK = {"cpu": 32, "gpu": 512}
 """Frames of all rows in one call, by device: enough to keep it busy, and no more memory than that takes."""
 
 
 @functools.cache
-def compiled(step: Callable[..., tuple[jax.Array, model.State]]) -> Callable[..., tuple[jax.Array, model.State]]:
-    """Returns `model.encode` or `model.decode` as a program that takes over the state's memory."""
+def compiled(
+    step: Callable[..., tuple[jax.Array, model.State]], device: jax.Device
+) -> Callable[..., tuple[jax.Array, model.State]]:
+    """Returns `model.encode` or `model.decode` as a program for a device that takes over the state's memory."""
     shardings = {}
-    if jax.default_backend() == "gpu":  # which writes to the host's memory by itself, sooner than one asks for a copy
-        host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
+    if device.platform == "gpu":  # which writes to the host's memory by itself, sooner than one asks for a copy
+        host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
         shardings["out_shardings"] = (host, None)
     return jax.jit(step, static_argnames=("cfg", "use"), donate_argnames="state", **shardings)
 
@@ -40,14 +43,16 @@ class MimiCodec(Codec):
     """A Mimi with the parameters `params`, by the names of `config.shapes`, on JAX's default device.
 
     A call of more frames than one is padded to a power of two, so that few lengths are compiled; a long one runs block
-    by block.
+    by block. Raises `InputError` if `use` is not one of `cfg`.
     """
 
     def __init__(self, params: Mapping[str, np.ndarray], cfg: MimiConfig, use: Use, name: str, digest: str) -> None:
+        check_use(cfg, use, name)
         self.cfg, self.use, self.name, self.digest = cfg, use, name, digest
         self.sample_rate, self.frame_rate, self.frame_size = cfg.sample_rate, cfg.frame_rate, cfg.frame_size
         self.num_codebooks, self.cardinality = use.num_codebooks, cfg.cardinality
-        self.params = model.prepare(params, use)
+        self.params = model.prepare(params, cfg, use)
+        (self.device,) = self.params["vectors"].devices()
 
     def init_encoder(self, batch: int) -> model.State:
         """The state of `batch` streams of audio before their first sample."""
@@ -62,29 +67,34 @@ class MimiCodec(Codec):
     ) -> tuple[np.ndarray, model.State]:
         """As `Codec.encode_step`."""
         audio, mask = check_audio(self, audio, mask)
-        frames = audio.reshape(*mask.shape, self.frame_size)
-        codes = [np.empty((len(audio), self.num_codebooks, 0), np.int32)]
-        parts = []
-        for block, there, count in _blocks(frames, mask):
-            part, state = compiled(model.encode)(
-                self.params, block.reshape(len(block), -1), there, state, self.cfg, self.use
-            )
-            parts.append((part, count))
-        codes += [np.asarray(part)[:, :, :count] for part, count in parts]  # only now, so that the device never waits
-        return np.concatenate(codes, 2), state
+        frames, parts = audio.reshape(*mask.shape, self.frame_size), []
+        _check_state(state, len(mask))
+        for frame, block, there in self._blocks(frames, mask):
+            block = block.reshape(len(block), -1)
+            part, state = compiled(model.encode, self.device)(self.params, block, there, state, self.cfg, self.use)
+            parts.append((frame, part))
+        codes = np.empty((len(mask), self.num_codebooks, mask.shape[1]), np.int32)
+        for frame, part in parts:  # only now, so that the device never waits
+            to = codes[:, :, frame : frame + part.shape[2]]
+            to[:] = np.asarray(part)[:, :, : to.shape[2]]
+        return codes, state
 
     def decode_step(
         self, codes: np.ndarray, state: model.State, mask: np.ndarray | None = None
     ) -> tuple[np.ndarray, model.State]:
         """As `Codec.decode_step`."""
         codes, mask = check_codes(self, codes, mask)
-        audio = [np.empty((len(codes), 0), np.float32)]
         parts = []
-        for block, there, count in _blocks(codes.swapaxes(1, 2), mask):
-            part, state = compiled(model.decode)(self.params, block.swapaxes(1, 2), there, state, self.cfg, self.use)
-            parts.append((part, count))
-        audio += [np.asarray(part)[:, : count * self.frame_size] for part, count in parts]
-        return np.concatenate(audio, 1), state
+        _check_state(state, len(mask))
+        for frame, block, there in self._blocks(codes.swapaxes(1, 2), mask):
+            block = block.swapaxes(1, 2)
+            part, state = compiled(model.decode, self.device)(self.params, block, there, state, self.cfg, self.use)
+            parts.append((frame * self.frame_size, part))
+        audio = np.empty((len(mask), mask.shape[1] * self.frame_size), np.float32)
+        for sample, part in parts:
+            to = audio[:, sample : sample + part.shape[1]]
+            to[:] = np.asarray(part)[:, : to.shape[1]]
+        return audio, state
 
     def fork(self, state: model.State) -> model.State:
         """As `Codec.fork`."""
@@ -94,16 +104,23 @@ class MimiCodec(Codec):
         """As `Codec.reset`. Raises `InputError` if `rows` is not bool [B]."""
         return _reset(state, check_mask(rows, state.position.shape))
 
+    def _blocks(self, frames: np.ndarray, mask: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray | jax.Array]]:
+        """Yields blocks of frames [B, n, ...] and mask [B, n], padded to a power of two, with their first frame."""
+        if not mask.size:
+            return
+        most = 1 << max(0, (_BLOCK.get(self.device.platform, _BLOCK["gpu"]) // len(mask)).bit_length() - 1)
+        for start in range(0, mask.shape[1], most):
+            block, there = frames[:, start : start + most], mask[:, start : start + most]
+            count = there.shape[1]
+            if more := (1 << (count - 1).bit_length()) - count:
+                block = np.pad(block, ((0, 0), (0, more), *((0, 0),) * (frames.ndim - 2)))
+                there = np.pad(there, ((0, 0), (0, more)))
+            yield start, block, _everything(there.shape) if there.all() else there
 
-def _blocks(frames: np.ndarray, mask: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray | jax.Array, int]]:
-    """Yields frames [B, n, ...] and mask [B, n] in blocks whose length is a power of two, with the number of frames
-    that are not padding."""
-    most = _BLOCK.get(jax.default_backend(), _BLOCK["gpu"]) // max(1, len(mask))
-    most = 1 << max(0, most.bit_length() - 1)
-    for start in range(0, mask.shape[1], most):
-        block, there = frames[:, start : start + most], mask[:, start : start + most]
-        count = there.shape[1]
-        if more := (1 << (count - 1).bit_length()) - count:
-            block = np.pad(block, ((0, 0), (0, more), *((0, 0),) * (frames.ndim - 2)))
-            there = np.pad(there, ((0, 0), (0, more)))
-        yield block, _everything(there.shape) if there.all() else there, count
+
+def _check_state(state: model.State, rows: int) -> None:
+    """Raises `InputError` if a state was passed on before, or is one of another number of rows."""
+    if state.position.is_deleted():
+        raise InputError("the codec got a state that was passed on before: go on with the returned one, or `fork` it.")
+    if len(state.position) != rows:
+        raise InputError(f"the codec got {rows} rows and a state of {len(state.position)}: give a state of these rows.")

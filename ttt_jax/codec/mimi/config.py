@@ -5,17 +5,38 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
+from ttt_jax.config import Checked
 from ttt_jax.errors import InputError
+from ttt_jax.utils import config_json
 
 Dtype = Literal["float32", "bfloat16"]
 Window = Literal["exact", "reference"]
 
 
 @dataclasses.dataclass(frozen=True)
-class MimiConfig:
+class MimiConfig(Checked):
     """Sizes of a Mimi; the defaults are Kyutai's. Names and order follow the path of the audio."""
+
+    prefix: ClassVar[str] = "mimi"
+    sizes: ClassVar[tuple[str, ...]] = (
+        "sample_rate",
+        "filters",
+        "kernel",
+        "residual_kernel",
+        "last_kernel",
+        "compress",
+        "dim",
+        "num_layers",
+        "num_heads",
+        "hidden",
+        "context",
+        "stride",
+        "quantizer_dim",
+        "codebooks",
+        "cardinality",
+    )
 
     sample_rate: int = 24000
     """Samples a second."""
@@ -52,20 +73,17 @@ class MimiConfig:
     cardinality: int = 2048
     """Entries of a codebook."""
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            values = value if isinstance(value, tuple) else (value,)
-            if not values or not all(0 < number < math.inf for number in values):
-                raise InputError(f"a Mimi with {field.name}={value} cannot be: give numbers above 0.")
-        for name, whole, part in (
-            ("num_heads", self.dim, 2 * self.num_heads),
-            ("compress", self.filters, self.compress),
-        ):
-            if whole % part:
-                raise InputError(f"a Mimi with {name}={getattr(self, name)} does not divide its width {whole}.")
+    def _rules(self) -> Iterator[tuple[str, str]]:
+        if min(self.ratios, default=0) < 1:
+            yield "ratios", "is no list of factors: give one or more, of 1 or more."
+        if not (0 < self.max_period < math.inf):
+            yield "max_period", "is not a period: give more than 0, such as 10000."
+        if self.dim % (2 * self.num_heads):
+            yield "num_heads", f"does not divide mimi.dim={self.dim} into heads of even width: choose one that does."
+        if self.filters % self.compress:
+            yield "compress", f"does not divide mimi.filters={self.filters}: choose a factor that does."
         if self.codebooks < 2:
-            raise InputError("a Mimi with 1 codebook has no acoustic ones: give 2 or more.")
+            yield "codebooks", "leaves no acoustic ones beside the semantic one: give 2 or more."
 
     @property
     def hop(self) -> int:
@@ -149,7 +167,7 @@ def _transformer(name: str, cfg: MimiConfig) -> Iterator[tuple[str, tuple[int, .
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """How a Mimi is used. Codes depend on all of it but `num_codebooks`."""
+    """How a Mimi is used. Codes depend on all of it."""
 
     num_codebooks: int = 8
     """Codebooks that are written and read, the first ones."""
@@ -158,3 +176,15 @@ class Use:
     window: Window = "exact"
     """"exact": a stream gives what PyTorch gives for the whole recording. "reference": what PyTorch gives for a stream
     of single frames, whose ring has lost the oldest keys (from 10 seconds on)."""
+
+
+def check_use(cfg: MimiConfig, use: Use, where: str) -> None:
+    """Raises `InputError`, which begins with `where`, unless a Mimi of `cfg` can be used so."""
+    for key, kind in (("dtype", Dtype), ("window", Window)):
+        config_json.conform(kind, getattr(use, key), where, key)
+    count = use.num_codebooks
+    if type(count) is not int or not 1 <= count <= cfg.codebooks:
+        raise InputError(
+            f"{where}: num_codebooks={count} is no number of codebooks of a Mimi that has {cfg.codebooks}: give 1 to"
+            f" {cfg.codebooks}."
+        )

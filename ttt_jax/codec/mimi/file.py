@@ -3,7 +3,7 @@
 File format: safetensors. Its tensors are exactly `ttt_jax.codec.mimi.config.shapes`, float32; its metadata:
 
     format    "ttt_jax.mimi/1"
-    name      what results store, "mimi-32x2048": codebooks that there are, and their entries
+    name      what results store, "mimi-8x2048": codebooks that are used, and their entries
     config    JSON of `MimiConfig`
     use       JSON of `Use`
     licence   of the weights, or "unknown"
@@ -18,13 +18,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ttt_jax.codec.mimi.config import MimiConfig, Use, shapes
+from ttt_jax.codec.mimi.config import MimiConfig, Use, check_use, shapes
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
 from ttt_jax.utils.files import write_atomically
@@ -58,13 +58,13 @@ def make(params: Params, cfg: MimiConfig, use: Use, *, licence: str, source: str
     Raises `InputError` with `source` unless they are those of `cfg`, float32 and finite, and it has the codebooks that
     are used.
     """
-    _check_use(cfg, use, source)
+    check_use(cfg, use, source)
     kinds = {
         key: (array.shape, "F32" if array.dtype == np.float32 else str(array.dtype)) for key, array in params.items()
     }
     _check_layout(kinds, cfg, source, "convert a sound Mimi")
     _check_finite(params, source, "convert a sound Mimi")
-    name, digest = f"mimi-{cfg.codebooks}x{cfg.cardinality}", _digest(params, cfg, use)
+    name, digest = f"mimi-{use.num_codebooks}x{cfg.cardinality}", _digest(params, cfg, use)
     config = {"config": json.dumps(config_json.to_dict(cfg)), "use": json.dumps(config_json.to_dict(use))}
     metadata = {"format": FORMAT, "name": name, **config, "licence": licence, "source": source, "digest": digest}
     return Mimi({key: params[key] for key in shapes(cfg)}, cfg, use, name, digest, metadata)
@@ -93,7 +93,7 @@ def read(path: str | Path) -> Mimi:
             cfg, use = (
                 _from_json(kind, metadata[key], path, key) for kind, key in ((MimiConfig, "config"), (Use, "use"))
             )
-            _check_use(cfg, use, str(path))
+            check_use(cfg, use, str(path))
             stored = {name: file.get_slice(name) for name in sorted(file.keys())}
             kinds = {name: (tuple(about.get_shape()), about.get_dtype()) for name, about in stored.items()}
             _check_layout(kinds, cfg, str(path), again)
@@ -117,14 +117,6 @@ def _from_json(kind: type[Config], text: str, path: Path, key: str) -> Config:
         raise (error if str(error).startswith(where) else InputError(f"{where} is wrong: {error}")) from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error}): write the file again by `{MADE_BY}`.") from None
-
-
-def _check_use(cfg: MimiConfig, use: Use, where: str) -> None:
-    if not 1 <= use.num_codebooks <= cfg.codebooks:
-        raise InputError(
-            f"{where}: num_codebooks={use.num_codebooks} is no number of codebooks of a Mimi that has {cfg.codebooks}:"
-            f" give 1 to {cfg.codebooks}."
-        )
 
 
 def _check_layout(stored: Mapping[str, Kind], cfg: MimiConfig, where: str, advice: str) -> None:
@@ -165,7 +157,7 @@ def _few(words: list[str]) -> str:
 
 def _digest(params: Params, cfg: MimiConfig, use: Use) -> str:
     """SHA-256, hex, of all that codes depend on."""
-    about: list[Any] = [FORMAT, dataclasses.asdict(cfg), {"dtype": use.dtype, "window": use.window}]
+    about = [FORMAT, dataclasses.asdict(cfg), dataclasses.asdict(use)]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, shape in shapes(cfg).items():
         digest.update(f"{name}{list(shape)}".encode())

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.nn import linear
-from ttt_jax.nn.norms import layer_norm
 from ttt_jax.nn.rotary import rotate
 
 Params = Mapping[str, jax.Array]
@@ -42,7 +41,7 @@ class Advance(NamedTuple):
         """The last `size` steps before the next call, of `line` [B, size + T, C]: the steps before the call and those
         of the call."""
         if self.frames == 1:
-            return jnp.where(_wide(self.count == 1, line), line[:, -size:], line[:, :size])
+            return jnp.where(_wide(self.count == 1, line), line[:, line.shape[1] - size :], line[:, :size])
         steps = self.count * ((line.shape[1] - size) // self.frames)
         return jnp.take_along_axis(line, (steps[:, None] + jnp.arange(size))[..., None], 1)
 
@@ -171,7 +170,12 @@ def transformer(
 
 
 def _norm(params: Params, name: str, x: jax.Array) -> jax.Array:
-    y = layer_norm(x, params[f"{name}/scale"], params[f"{name}/bias"], _NORM_EPS)
+    """LayerNorm over the last axis, in float32 or wider."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    y = x.astype(wide)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + _NORM_EPS)
+    y = (y * params[f"{name}/scale"].astype(wide) + params[f"{name}/bias"].astype(wide)).astype(x.dtype)
     return jax.lax.optimization_barrier(y)  # else a reduction over a matrix computes it again for each row
 
 

@@ -35,15 +35,16 @@ class State(NamedTuple):
     """Latents so far, int32 [B]."""
 
 
-def prepare(params: Mapping[str, np.ndarray], use: Use) -> dict[str, jax.Array]:
+def prepare(params: Mapping[str, np.ndarray], cfg: MimiConfig, use: Use) -> dict[str, jax.Array]:
     """Parameters as the functions here take them, of parameters by the names of `config.shapes`.
 
     Weights are cast to `use.dtype`, the quantiser's stay float32. Codebooks beyond `use.num_codebooks` are left out.
     All vectors become one, as a call's cost on a GPU grows with the number of its arguments.
     """
     ready, vectors = {}, []
-    for name, value in sorted(params.items()):
-        if value.ndim == 1:
+    for name, shape in shapes(cfg).items():
+        value = params[name]
+        if len(shape) == 1:
             vectors.append(value)
             continue
         if name == "quantizer/acoustic/codebooks":
@@ -56,8 +57,11 @@ def prepare(params: Mapping[str, np.ndarray], use: Use) -> dict[str, jax.Array]:
 
 
 def by_name(params: Params, cfg: MimiConfig) -> dict[str, jax.Array]:
-    """Parameters of `prepare` by the names of `config.shapes`, vectors too."""
-    lengths = {name: shape[0] for name, shape in sorted(shapes(cfg).items()) if len(shape) == 1}
+    """Parameters of `prepare` by the names of `config.shapes`, vectors too. The functions here take both forms; this
+    one is for tuning."""
+    if "vectors" not in params:
+        return dict(params)
+    lengths = {name: shape[0] for name, shape in shapes(cfg).items() if len(shape) == 1}
     ends = np.cumsum([*lengths.values()])
     vectors = jnp.split(params["vectors"], ends[:-1])
     return {**params, **dict(zip(lengths, vectors, strict=True))}
