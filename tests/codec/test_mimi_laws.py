@@ -11,6 +11,7 @@ from tests.helpers.tiny_mimi import CFG
 from ttt_jax.codec.mimi import codec as of_arrays
 from ttt_jax.codec.mimi import model
 from ttt_jax.codec.mimi.config import Use
+from ttt_jax.errors import InputError
 
 ATOL = 1e-5
 """Of audio and states, which reach 5: products of other numbers of rows add in another order. Codes are equal."""
@@ -33,6 +34,17 @@ def streams(codec):
 @pytest.fixture(params=["encoder", "decoder"])
 def stream(request, streams):
     return streams[request.param]
+
+
+def test_states_of_others_and_states_passed_on_twice_are_refused(codec):
+    step = lambda state: codec.encode_step(np.zeros((ROWS, 0), np.float32), state)  # noqa: E731
+    for state in (codec.init_encoder(ROWS + 1), codec.init_decoder(ROWS), None):
+        with pytest.raises(InputError, match=rf"which is not of init_encoder\({ROWS}\): give what that"):
+            step(state)
+    state = codec.init_encoder(ROWS)
+    codec.reset(state, np.ones(ROWS, bool))
+    with pytest.raises(InputError, match="a state that was passed on before, .* pass on a copy by fork"):
+        step(state)
 
 
 @pytest.mark.parametrize("law", codec_laws.LAWS)

@@ -12,6 +12,7 @@ import numpy as np
 from ttt_jax.codec.base import Codec, check_audio, check_codes, check_mask
 from ttt_jax.codec.mimi import model
 from ttt_jax.codec.mimi.config import MimiConfig, Use
+from ttt_jax.errors import InputError
 
 _BLOCK = {"cpu": 32, "gpu": 512}
 """Frames of all rows in one call, by device: enough to keep it busy, and no more memory than that takes."""
@@ -62,6 +63,7 @@ class MimiCodec(Codec):
     ) -> tuple[np.ndarray, model.State]:
         """As `Codec.encode_step`."""
         audio, mask = check_audio(self, audio, mask)
+        _check_state(state, model.init_encoder, self, len(audio))
         frames = audio.reshape(*mask.shape, self.frame_size)
         codes = [np.empty((len(audio), self.num_codebooks, 0), np.int32)]
         parts = []
@@ -78,6 +80,7 @@ class MimiCodec(Codec):
     ) -> tuple[np.ndarray, model.State]:
         """As `Codec.decode_step`."""
         codes, mask = check_codes(self, codes, mask)
+        _check_state(state, model.init_decoder, self, len(codes))
         audio = [np.empty((len(codes), 0), np.float32)]
         parts = []
         for block, there, count in _blocks(codes.swapaxes(1, 2), mask):
@@ -93,6 +96,29 @@ class MimiCodec(Codec):
     def reset(self, state: model.State, rows: np.ndarray) -> model.State:
         """As `Codec.reset`. Raises `InputError` if `rows` is not bool [B]."""
         return _reset(state, check_mask(rows, state.position.shape))
+
+
+@functools.lru_cache(maxsize=64)
+def _shape(init: Callable[..., model.State], cfg: MimiConfig, use: Use, rows: int) -> tuple[int, ...]:
+    """The shape of the last inputs in a state of `init`, which differs between encoders and decoders."""
+    return jax.eval_shape(lambda: init(cfg, use, rows)).past.shape
+
+
+def _check_state(state: model.State, init: Callable[..., model.State], codec: MimiCodec, rows: int) -> None:
+    """Raises `InputError` unless `state` is one of `init` of as many rows, which was not passed on before."""
+    made_by = init.__name__
+    past = getattr(state, "past", None)
+    if past is None or past.shape != _shape(init, codec.cfg, codec.use, rows):
+        given = type(state).__name__ if past is None else f"a state whose `past` has the shape {list(past.shape)}"
+        raise InputError(
+            f"the codec got {given}, which is not of {made_by}({rows}): give what that or the call before returned, for"
+            " as many rows."
+        )
+    if past.is_deleted():
+        raise InputError(
+            "the codec got a state that was passed on before, whose memory is used again: give the state of the latest"
+            " call, or pass on a copy by fork."
+        )
 
 
 def _blocks(frames: np.ndarray, mask: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray | jax.Array, int]]:
