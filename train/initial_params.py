@@ -35,12 +35,18 @@ class Parameters(NamedTuple):
 
 
 def check_base(cfg: TrainConfig) -> None:
-    """Raises `InputError` if frozen weights would be random."""
+    """Raises `InputError` if frozen weights would be random, or `cfg.base` is of another architecture.
+
+    It reads no numbers, so it can come before audio is encoded, which may take hours.
+    """
     if cfg.base is None and not cfg.trainable.base:
         raise InputError(
             "trainable.base is off and base is unset, so frozen weights would stay at random: give --base FOLDER"
             " (python -m ttt_jax.convert makes it), or --trainable.base."
         )
+    if cfg.base is not None:
+        with _open(cfg) as folder:
+            _tensors(folder, cfg)
 
 
 def stored(cfg: TrainConfig) -> list[str] | None:

@@ -266,7 +266,7 @@ def test_a_models_mimi_comes_with_it_and_goes_back(model, tmp_path, ours):
     alone = mimi(model, tmp_path / "alone.safetensors", num_codebooks=2).mimi  # n_q is 4, for two streams
     assert f"digest {alone.digest[:16]}" in "\n".join(plan.lines())
     info = weights.load(tmp_path / "ours", verify=True).info
-    assert info["codec"] == {"name": "mimi-8x64", "digest": alone.digest, "file": "mimi.safetensors"}
+    assert info["codec"] == {"name": "mimi-2x64", "digest": alone.digest, "file": "mimi.safetensors"}
     codec = weights.codec(tmp_path / "ours")
     assert (codec.name, codec.digest) == (alone.name, alone.digest)
     found = file.read(codec.path)

@@ -35,6 +35,14 @@ def source(tmp_path):
     return mimi_files.write(tmp_path / "source")
 
 
+def test_a_language_model_is_no_mimi_and_a_mimi_no_language_model(tmp_path):
+    c = kyutai_files.config()
+    folder = kyutai_files.write(tmp_path / "kyutai", c, kyutai_files.weights(c), codec=mimi_files.weights())
+    refused(folder / "model.safetensors", "model.safetensors is no Mimi, as none of its", "give Kyutai's file")
+    words = "codec.safetensors is a Mimi, the audio codec: convert it by `python -m ttt_jax.convert mimi SOURCE OUT`"
+    refused(folder / "codec.safetensors", words, out="ours", call=kyutai)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [

@@ -18,9 +18,10 @@ from tests.helpers.in_process import command
 from tests.helpers.places import ROOT
 from tests.helpers.small_mimi import write_model
 from train.config import TrainableConfig
-from train.setup import with_codec_of_base
+from train.setup import prepare, with_codec_of_base
 from ttt_jax.checkpoints import weights
 from ttt_jax.codec import load_codec
+from ttt_jax.codec.mimi.codec import MimiCodec
 from ttt_jax.data.codes import read_codes
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
@@ -45,6 +46,15 @@ def test_a_base_without_mimi_is_refused(tmp_path):
     base = write_model(tmp_path, with_mimi=False)
     with pytest.raises(InputError, match=r"weights has no Mimi, which data\.codec='mimi' asks for: convert it again"):
         with_codec_of_base(config(base))
+
+
+def test_a_base_of_another_architecture_is_refused_before_audio_is_encoded(small_mimi, tmp_path):
+    with mock.patch.object(MimiCodec, "encode_step", side_effect=AssertionError("encoded")):
+        for field, value in (("dim", 32), ("text_card", 600)):
+            cfg = config(small_mimi.parent / "weights", train=str(tmp_path / cut(tmp_path, "train", (0,))))
+            cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **{field: value}))
+            with pytest.raises(InputError, match=rf"are of another architecture \(.*model\.{field} is {value}, there"):
+                prepare(cfg, tmp_path / "run")
 
 
 def cut(folder, part, starts, seconds=6.0):

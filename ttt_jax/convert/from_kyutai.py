@@ -14,6 +14,7 @@ from ttt_jax.checkpoints import weights
 from ttt_jax.checkpoints.differences import group
 from ttt_jax.checkpoints.safetensors_reader import DTYPES, NAMES, TensorFile
 from ttt_jax.checkpoints.safetensors_writer import Spec
+from ttt_jax.codec.mimi.file import MADE_BY
 from ttt_jax.config import LoRAConfig, MoshiConfig, TTTConfig, model_preset
 from ttt_jax.convert import (
     from_huggingface,
@@ -21,6 +22,7 @@ from ttt_jax.convert import (
     kyutai_config,
     kyutai_names,
     mimi_files,
+    mimi_names,
     ttt_layers,
     unsupported,
 )
@@ -177,6 +179,11 @@ class _Conversion:
         if path.name == FINE_TUNED and source.file is None and not from_original.is_checkpoint(source):
             self.notes.append(
                 f"{FINE_TUNED}, moshi-finetune's name of a full fine-tune, is taken, as no other weights are there"
+            )
+        if mimi_names.is_mimi(state_dict.tensors):
+            raise InputError(
+                f"{state_dict.path} is a Mimi, the audio codec: convert it by `{MADE_BY} SOURCE OUT`, or give the"
+                " folder of a language model, whose Mimi comes along."
             )
         is_huggingface = from_huggingface.is_config(source.raw)
         if from_huggingface.is_layout(state_dict.tensors):

@@ -222,6 +222,11 @@ def is_huggingface(names: Mapping[str, object]) -> bool:
     return any("residual_vector_quantizer." in name or name.startswith("encoder.layers.") for name in names)
 
 
+def is_mimi(names: Mapping[str, object]) -> bool:
+    """Returns whether these are names of a Mimi alone, in any layout."""
+    return any(name.startswith("quantizer.") for name in names)
+
+
 def huggingface_names(key: str) -> list[str]:
     """Returns transformers' names of what one tensor of Kyutai's holds, end to end."""
     for pattern, replacement in HUGGINGFACE:
@@ -256,6 +261,11 @@ def _compare(
     expected: Mapping[str, Shape], tensors: Mapping[str, StoredTensor], path: Path, where: str, advice: str
 ) -> None:
     """Raises `InputError` unless `tensors` have the names and shapes expected, and one type."""
+    if not expected.keys() & tensors.keys():  # naming every tensor would bury what happened
+        raise InputError(
+            f"{path} is no Mimi, as none of its {len(tensors)} tensors has a name of one's: give Kyutai's file"
+            " (tokenizer-*-checkpoint*.safetensors) or Hugging Face's MimiModel."
+        )
     if problems := misfits(expected, tensors, path):
         sized = [key in tensors and len(shape) > 1 and tensors[key].shape != shape for key, shape in expected.items()]
         if advice and sum(sized) > MANY:

@@ -67,8 +67,8 @@ class MimiCodec(Codec):
     ) -> tuple[np.ndarray, model.State]:
         """As `Codec.encode_step`."""
         audio, mask = check_audio(self, audio, mask)
+        _check_state(state, model.init_encoder, self, len(mask))
         frames, parts = audio.reshape(*mask.shape, self.frame_size), []
-        _check_state(state, len(mask))
         for frame, block, there in self._blocks(frames, mask):
             block = block.reshape(len(block), -1)
             part, state = compiled(model.encode, self.device)(self.params, block, there, state, self.cfg, self.use)
@@ -84,8 +84,8 @@ class MimiCodec(Codec):
     ) -> tuple[np.ndarray, model.State]:
         """As `Codec.decode_step`."""
         codes, mask = check_codes(self, codes, mask)
+        _check_state(state, model.init_decoder, self, len(mask))
         parts = []
-        _check_state(state, len(mask))
         for frame, block, there in self._blocks(codes.swapaxes(1, 2), mask):
             block = block.swapaxes(1, 2)
             part, state = compiled(model.decode, self.device)(self.params, block, there, state, self.cfg, self.use)
@@ -118,9 +118,23 @@ class MimiCodec(Codec):
             yield start, block, _everything(there.shape) if there.all() else there
 
 
-def _check_state(state: model.State, rows: int) -> None:
-    """Raises `InputError` if a state was passed on before, or is one of another number of rows."""
-    if state.position.is_deleted():
-        raise InputError("the codec got a state that was passed on before: go on with the returned one, or `fork` it.")
-    if len(state.position) != rows:
-        raise InputError(f"the codec got {rows} rows and a state of {len(state.position)}: give a state of these rows.")
+@functools.lru_cache(maxsize=64)
+def _shape(init: Callable[..., model.State], cfg: MimiConfig, use: Use, rows: int) -> tuple[int, ...]:
+    """The shape of the last inputs in a state of `init`, which differs between encoders and decoders."""
+    return jax.eval_shape(lambda: init(cfg, use, rows)).past.shape
+
+
+def _check_state(state: model.State, init: Callable[..., model.State], codec: MimiCodec, rows: int) -> None:
+    """Raises `InputError` unless `state` is one of `init` of as many rows, which was not passed on before."""
+    past = getattr(state, "past", None)
+    if past is None or past.shape != _shape(init, codec.cfg, codec.use, rows):
+        given = type(state).__name__ if past is None else f"a state whose `past` has the shape {list(past.shape)}"
+        raise InputError(
+            f"the codec got {given}, which is not of {init.__name__}({rows}): give what that or the call before"
+            " returned, for as many rows."
+        )
+    if past.is_deleted():
+        raise InputError(
+            "the codec got a state that was passed on before, whose memory is used again: give the state of the latest"
+            " call, or pass on a copy by fork."
+        )
