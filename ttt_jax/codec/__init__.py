@@ -58,7 +58,7 @@ def load_codec(name_or_path: str | Path = "kmeans") -> Codec:
     if name == MIMI:
         raise InputError(
             f"codec 'mimi' does not come with the project: give mimi:PATH or PATH, a file that `{file.MADE_BY} SOURCE"
-            " PATH` makes, or 'kmeans', the embedded codec."
+            " PATH` makes, 'kmeans', the embedded codec, or in training --base weights that have a Mimi."
         )
     if name == KMEANS and not DEFAULT_FILE.is_file():
         raise InputError(
