@@ -165,21 +165,21 @@ class _Reader:
                 )
             codec = self._frame_reader.codec
             self._check(entry.path, codec, self._frame_reader.tokenizer)
-            return self._frames(entry), (), {"name": codec.name, "digest": codec.digest}
+            return self._frames(entry, self._frame_reader), (), {"name": codec.name, "digest": codec.digest}
         header, configs = read_header(entry.path), [checkpoint.cfg for checkpoint in self._checkpoints]
         codec = CodecInfo(header.codec_name or "a codec", header.codec, header.cardinality, configs[0].dep_q)
         self._check(entry.path, codec, TokenizerInfo())
         if self._source is not None:
-            self._check(entry.path, self._frame_reader.codec, self._frame_reader.tokenizer)
-            frames = self._frames(entry)
+            reader = self._frame_reader if header.rows == configs[0].dep_q else self._code_reader
+            self._check(entry.path, reader.codec, reader.tokenizer)
+            frames = self._frames(entry, reader)
         else:
             codec = dataclasses.replace(codec, cardinality=min(cfg.card for cfg in configs))
             tokenizer = TokenizerInfo(cardinality=min(cfg.text_card for cfg in configs))
             frames = FrameReader(codec, tokenizer, "").open(dataclasses.replace(entry, alignment=None)).read()
         return frames, header.boundaries, {"name": header.codec_name, "digest": header.codec}
 
-    def _frames(self, entry: Entry) -> np.ndarray:
-        reader = self._frame_reader
+    def _frames(self, entry: Entry, reader: FrameReader) -> np.ndarray:
         if self._source.corpus is None and isinstance(reader.tokenizer, TokenizerInfo):
             entry = dataclasses.replace(entry, alignment=None)
         return reader.open(entry).read()
@@ -190,10 +190,21 @@ class _Reader:
         cfg, cache = source.cfg, source.cache_dir / "frames"
         if source.corpus is not None:
             return FrameReader(*corpora.load_coders(source.corpus, cfg.card, cfg.text_card, source.about), cache)
-        folder = source.about["path"]
-        path = weights.tokenizer(folder)
-        tokenizer = TokenizerInfo(cardinality=cfg.text_card) if path is None else load_tokenizer(path)
-        return FrameReader(load_codec(f"{MIMI_AT}{folder}"), tokenizer, cache)
+        return FrameReader(load_codec(f"{MIMI_AT}{source.about['path']}"), self._tokenizer_of_weights, cache)
+
+    @functools.cached_property
+    def _code_reader(self) -> FrameReader:
+        """As `_frame_reader`, for code files of both streams, for which the Mimi of weights need not be read."""
+        source = self._source
+        if source.corpus is not None:
+            return self._frame_reader
+        codec = CodecInfo(source.codec["name"], source.codec["digest"], source.cfg.card, source.cfg.dep_q)
+        return FrameReader(codec, self._tokenizer_of_weights, "")
+
+    @functools.cached_property
+    def _tokenizer_of_weights(self) -> Tokenizer | TokenizerInfo:
+        path = weights.tokenizer(self._source.about["path"])
+        return TokenizerInfo(cardinality=self._source.cfg.text_card) if path is None else load_tokenizer(path)
 
     def _check(self, path: Path, codec: Codec | CodecInfo, tokenizer: Tokenizer | TokenizerInfo) -> None:
         for checkpoint in self._checkpoints:

@@ -160,6 +160,16 @@ def test_converted_weights_with_a_mimi_take_its_codes_and_no_others(small_mimi, 
         dataset.read(other, [model])
 
 
+def test_code_files_of_both_streams_do_not_load_the_mimi_of_weights(small_mimi, tmp_path, monkeypatch):
+    model = checkpoints.load(small_mimi.parent / "weights")
+    data = write_data(tmp_path / "own", [tokens(20), tokens(20)[1:]], digest=model.codec["digest"])
+    monkeypatch.delattr(dataset, "load_codec")
+    files, skipped = dataset.read(data, [model])
+    assert not skipped
+    np.testing.assert_array_equal(files[0].frames, tokens(20))
+    np.testing.assert_array_equal(files[1].frames[1:], tokens(20)[1:])
+
+
 def test_codes_of_another_codec_than_the_runs_are_refused(tmp_path):
     with pytest.raises(InputError, match="trained was trained with the codec theirs .*the speech was encoded with"):
         dataset.read(write_data(tmp_path / "other", [tokens(20)], digest="3" * 64), [TRAINED])
