@@ -176,6 +176,14 @@ def test_other_numbers_of_codebooks_are_refused(count):
         MimiCodec(tiny_mimi.params(), CFG, Use(count), "here", "")
 
 
+@pytest.mark.parametrize("other", [{"window": "lossy"}, {"dtype": "float16"}])
+def test_other_uses_are_refused(other):
+    (key, value) = next(iter(other.items()))
+    with pytest.raises(InputError, match=f"here: {key} is '{value}', but must be") as caught:
+        MimiCodec(tiny_mimi.params(), CFG, Use(4, **other), "here", "")
+    assert str(caught.value).count(". ") == 0
+
+
 # Sizes
 
 

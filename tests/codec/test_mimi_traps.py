@@ -50,8 +50,8 @@ TRAPS = {
         latents_are_pytorchs,
         (model,),
         {
-            "layers.conv(params, name, x, past[name], advance, stride)": (
-                "layers.conv(params, name, x, 0 * past[name] + x[:, :1], advance, stride)"
+            "layer(params, name, x, past[name], advance, *args)": (
+                "layer(params, name, x, 0 * past[name] + x[:, :1], advance, *args)"
             )
         },
     ),

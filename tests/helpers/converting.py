@@ -45,13 +45,13 @@ def info_of(folder):
     return json.loads((folder / "config.json").read_text())
 
 
-def refused(source, *words, out="ours", **options):
+def refused(source, *words, out="ours", call=kyutai, **options):
     """The message of a conversion that must fail: one sentence with all of `words`, and nothing left behind."""
     folder = Path(source).parent
     out = folder / out
     before = sorted(folder.iterdir())
     with pytest.raises(InputError) as caught:
-        kyutai(source, out, **options)
+        call(source, out, **options)
     message = str(caught.value)
     for text in words:
         assert text in message, message

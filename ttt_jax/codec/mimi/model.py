@@ -9,7 +9,7 @@ Shapes: B rows, n frames of the call, Q codebooks, S samples of a frame.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -161,20 +161,15 @@ def encode_latents(
     """`encode` without its quantiser: latents [B, n, D] of type `use.dtype`, of any value in frames left out."""
     rows, frames = mask.shape
     params, sizes = by_name(params, cfg), _encoder_past(cfg)
-    past, after, advance = _unpack(state.past, sizes), {}, Advance(mask.sum(1), frames)
-
-    def conv(name: str, x: jax.Array, stride: int = 1) -> jax.Array:
-        y, after[name] = layers.conv(params, name, x, past[name], advance, stride)
-        return y
-
+    past, advance = _unpack(state.past, sizes), Advance(mask.sum(1), frames)
+    run, after = _runner(params, past, advance)
     x = jnp.where(mask[..., None], audio.reshape(rows, frames, -1), 0)
     x = _first(x, mask).reshape(rows, -1, 1).astype(use.dtype)
-    x = conv("encoder/first", x)
+    x = run(layers.conv, "encoder/first", x)
     for i, ratio in enumerate(cfg.ratios):
-        name = f"encoder/{i}/residual"
-        x, after[name] = layers.residual(params, name, x, past[name], advance)
-        x = conv(f"encoder/{i}/down", jax.nn.elu(x), ratio)
-    x = conv("encoder/last", jax.nn.elu(x))
+        x = run(layers.residual, f"encoder/{i}/residual", x)
+        x = run(layers.conv, f"encoder/{i}/down", jax.nn.elu(x), ratio)
+    x = run(layers.conv, "encoder/last", jax.nn.elu(x))
     x, caches = _transformer(params, "encoder_transformer", x, state, advance, cfg, use)
     # The reference pads a stream's beginning here with its first latent, elsewhere with zeros.
     begins = (state.position == 0)[:, None, None]
@@ -205,12 +200,8 @@ def decode_latents(
     """`decode` of latents [B, n, D], such as quantised ones with a gradient."""
     rows, frames = mask.shape
     params, sizes = by_name(params, cfg), _decoder_past(cfg)
-    past, after, advance = _unpack(state.past, sizes), {}, Advance(mask.sum(1), frames)
-
-    def run(layer, name: str, x: jax.Array) -> jax.Array:
-        y, after[name] = layer(params, name, x, past[name], advance)
-        return y
-
+    past, advance = _unpack(state.past, sizes), Advance(mask.sum(1), frames)
+    run, after = _runner(params, past, advance)
     x = _first(jnp.where(mask[..., None], latents, 0), mask).astype(use.dtype)
     x, after["upsample"] = layers.upsample(params, x, past["upsample"], advance)
     x, caches = _transformer(params, "decoder_transformer", x, state, advance, cfg, use)
@@ -222,6 +213,19 @@ def decode_latents(
     audio = _back(x.astype(jnp.float32).reshape(rows, frames, -1), mask)
     audio = jnp.where(mask[..., None], audio, 0).reshape(rows, -1)
     return audio, State(_pack(after, sizes), caches, state.position + advance.count * cfg.stride)
+
+
+def _runner(
+    params: Params, past: Mapping[str, jax.Array], advance: Advance
+) -> tuple[Callable[..., jax.Array], dict[str, jax.Array]]:
+    """Returns a function that runs a layer by name, and the last inputs that it leaves for the next call."""
+    after = {}
+
+    def run(layer: Callable[..., tuple[jax.Array, jax.Array]], name: str, x: jax.Array, *args: int) -> jax.Array:
+        y, after[name] = layer(params, name, x, past[name], advance, *args)
+        return y
+
+    return run, after
 
 
 def _transformer(
