@@ -12,7 +12,7 @@ from ttt_jax.errors import InputError
 
 if TYPE_CHECKING:
     from eval.check_state.checks import Trace
-    from eval.inputs.checkpoints import Checkpoint
+    from ttt_jax.checkpoints.loading import Checkpoint
 
 HEAD, TAIL = 4, 3
 """Frames at the start and the end of the table."""
@@ -42,12 +42,13 @@ class Options:
 def main(options: Options) -> int:
     """Checks a checkpoint and prints the report; returns the exit code: 0 PASS, 1 FAIL. Raises `InputError`."""
     from eval.check_state.checks import check
-    from eval.inputs import checkpoints, dataset
+    from eval.inputs import dataset
+    from ttt_jax.checkpoints import loading
     from ttt_jax.data.corpus import CorpusConfig
     from ttt_jax.utils.command import keep_compiled
 
     keep_compiled(CorpusConfig().cache_dir / "compiled")
-    checkpoint = fresh_tiny() if options.checkpoint is None else checkpoints.load(options.checkpoint)
+    checkpoint = fresh_tiny() if options.checkpoint is None else loading.load(options.checkpoint)
     cfg = checkpoint.cfg
     if not cfg.ttt_layers:
         raise InputError(
@@ -72,7 +73,7 @@ def fresh_tiny() -> Checkpoint:
     """Returns the model tiny with untrained weights."""
     import jax
 
-    from eval.inputs.checkpoints import Checkpoint
+    from ttt_jax.checkpoints.loading import Checkpoint
     from ttt_jax.data.corpus import CorpusConfig
     from ttt_jax.moshi import model
 

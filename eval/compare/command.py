@@ -131,10 +131,10 @@ def _stream(options: Options) -> int:
     from eval.compare.conditions import ARMS, conditions, parse
     from eval.compare.experiment import plan
     from eval.compare.losses import collect
-    from eval.inputs import checkpoints as loading
     from eval.inputs import evaluation_set
     from eval.streaming.command import RESET_EVERY
     from eval.streaming.score_files import checkpoint_info, file_infos, score_files
+    from ttt_jax.checkpoints import loading
 
     began = time.perf_counter()
     given = _spelled_alike([parse(text) for text in options.conditions])

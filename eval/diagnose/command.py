@@ -20,7 +20,7 @@ from ttt_jax.utils.command import cost, keep_compiled, machine
 from ttt_jax.utils.paths import file_name, local
 
 if TYPE_CHECKING:
-    from eval.inputs.checkpoints import Checkpoint
+    from ttt_jax.checkpoints.loading import Checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def main(options: Options) -> int:
 
 def load(checkpoint: str, other: str | None) -> list[Checkpoint]:
     """Returns the checkpoint and, if there is one, the one to compare with. Raises `InputError`."""
-    from eval.inputs.checkpoints import load_all
+    from ttt_jax.checkpoints.loading import load_all
 
     if other is not None and os.path.realpath(local(checkpoint)) == os.path.realpath(local(other)):
         raise InputError(f"--compare {other} is the checkpoint itself: give another one.")

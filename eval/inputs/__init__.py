@@ -1,1 +1,1 @@
-"""What is evaluated: checkpoints, and recordings as frames of tokens."""
+"""What is evaluated: recordings as frames of tokens."""

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eval.inputs.checkpoints import Checkpoint
 from eval.results.schema import Skipped
 from ttt_jax.checkpoints import weights
+from ttt_jax.checkpoints.loading import Checkpoint
 from ttt_jax.codec import MIMI_AT, Codec, CodecInfo, load_codec
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora

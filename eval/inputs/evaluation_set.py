@@ -8,8 +8,8 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from eval.inputs import dataset
-from eval.inputs.checkpoints import Checkpoint
 from eval.inputs.dataset import EvalFile, Skipped
+from ttt_jax.checkpoints.loading import Checkpoint
 from ttt_jax.data import corpus as corpora
 from ttt_jax.errors import InputError
 from ttt_jax.utils.command import shortened

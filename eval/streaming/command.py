@@ -16,10 +16,10 @@ from ttt_jax.errors import InputError
 from ttt_jax.utils.command import PARTIAL, cost, keep_compiled, machine
 
 if TYPE_CHECKING:
-    from eval.inputs.checkpoints import Checkpoint
     from eval.inputs.dataset import EvalFile
     from eval.inputs.evaluation_set import EvaluationSet
     from eval.streaming.results import Results
+    from ttt_jax.checkpoints.loading import Checkpoint
 
 RESET_EVERY, WINDOW = 1250, 250
 """Defaults: frames between resets for converted weights (the 100 s of Kyutai's fine-tuning), and frames that a position
@@ -93,9 +93,9 @@ class Options:
 
 def main(options: Options) -> int:
     """Runs the command; returns the exit code: 0, or 3 if files were skipped. Raises `InputError`."""
-    from eval.inputs import checkpoints as loading
     from eval.inputs import evaluation_set
     from eval.streaming import arms
+    from ttt_jax.checkpoints import loading
 
     paths = options.checkpoints
     if not paths:

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from eval.inputs import checkpoints as loading
-from eval.inputs.checkpoints import Checkpoint
 from eval.inputs.dataset import EvalFile
 from eval.results.schema import CheckpointInfo, FileInfo, scores_path
 from eval.streaming import scores
 from eval.streaming.runner import batches, stream
+from ttt_jax.checkpoints import loading
+from ttt_jax.checkpoints.loading import Checkpoint
 from ttt_jax.data import unigram
 from ttt_jax.errors import InputError
 

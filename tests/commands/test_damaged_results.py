@@ -21,7 +21,6 @@ from eval.__main__ import main as eval_main
 from eval.compare import analysis, losses, report
 from eval.compare import results as compare_results
 from eval.diagnose.records import Results
-from eval.inputs import checkpoints
 from eval.results import schema
 from eval.streaming import results as stream_results
 from eval.streaming import summary, table
@@ -32,7 +31,7 @@ from tests.helpers.made_experiment import made as made_experiment
 from tests.train.test_plot import lines_of
 from train import metrics, plot
 from train.config import TrainConfig
-from ttt_jax.checkpoints import stream_state
+from ttt_jax.checkpoints import loading, stream_state
 from ttt_jax.data.codes import read_codes
 from ttt_jax.moshi import model
 from ttt_jax.utils import config_json
@@ -43,7 +42,7 @@ pytestmark = pytest.mark.integration
 
 @cache
 def _params(run: Path) -> dict:
-    return jax.tree.map(np.asarray, checkpoints.load(run).params)
+    return jax.tree.map(np.asarray, loading.load(run).params)
 
 
 def a_run(rng, root, folder):
@@ -55,7 +54,7 @@ def a_run(rng, root, folder):
         path.unlink()
     else:
         damage.spoil(path, rng)
-    found = damage.attempt(checkpoints.load, copied)
+    found = damage.attempt(loading.load, copied)
     if found is not None:
         jax.tree.map(np.testing.assert_array_equal, found.params, _params(sound))
 

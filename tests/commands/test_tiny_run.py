@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from eval.inputs import checkpoints
 from eval.results.schema import scores_path
 from eval.streaming import results as stream_results
 from eval.streaming import scores
+from ttt_jax.checkpoints import loading
 
 pytestmark = pytest.mark.integration
 
@@ -16,7 +16,7 @@ def test_the_shared_run_is_whole(tiny_run):
     steps = {path.name for path in (tiny_run.run / "checkpoints").iterdir() if path.name.isdecimal()}
     assert steps == {"2", "4"}
     assert len((tiny_run.run / "metrics.jsonl").read_text().splitlines()) == 4
-    trained, converted = (checkpoints.load(path) for path in (tiny_run.run, tiny_run.weights))
+    trained, converted = (loading.load(path) for path in (tiny_run.run, tiny_run.weights))
     jax.tree.map(np.testing.assert_array_equal, converted.params, trained.params)
     results = stream_results.read(tiny_run.eval)
     assert results.checkpoints[0].info.about["weights"] == trained.about["weights"]

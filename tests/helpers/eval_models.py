@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from eval.inputs.checkpoints import Checkpoint
 from tests.helpers import micro
 from tests.helpers.drawing import random_params
+from ttt_jax.checkpoints.loading import Checkpoint
 from ttt_jax.checkpoints.run_checkpoints import Checkpoints
 from ttt_jax.codec import load_codec
 from ttt_jax.moshi import model

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from matplotlib.figure import Figure
 
-from eval.inputs import checkpoints, dataset
+from eval.inputs import dataset
 from eval.streaming import runner
 from tests.helpers import micro, quick
 from tests.helpers.converting import assert_one_sentence
@@ -19,7 +19,7 @@ from tests.helpers.places import ROOT
 from tests.helpers.small_mimi import write_model
 from train.config import TrainableConfig
 from train.setup import prepare, with_codec_of_base
-from ttt_jax.checkpoints import weights
+from ttt_jax.checkpoints import loading, weights
 from ttt_jax.codec import load_codec
 from ttt_jax.codec.mimi.codec import MimiCodec
 from ttt_jax.data.codes import read_codes
@@ -112,7 +112,7 @@ def test_a_run_on_audio_trains_speaks_and_is_evaluated(small_mimi, tmp_path, mon
         for name in (f"mimi:{small_mimi}", "kmeans"):
             out = name.partition(":")[0]
             assert command("eval", "prepare", data["heldout"], "--codec", name, "--out", out).returncode == 0
-        (model,) = checkpoints.load_all([run])
+        (model,) = loading.load_all([run])
         audio, prepared = (dataset.read(place, [model])[0] for place in (data["heldout"], "mimi"))
         for heard, read in zip(audio, prepared, strict=True):
             np.testing.assert_array_equal(heard.frames[1:], read.frames[1:])

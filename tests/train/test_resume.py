@@ -9,14 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from eval.inputs import checkpoints
 from tests.helpers import small_tasks
 from tests.helpers.commands import lines as metrics
 from tests.helpers.micro import files, write_manifest
 from tests.helpers.quick import interrupted, quicken
 from train import loop
 from train.config import DataConfig, load
-from ttt_jax.checkpoints import checksums
+from ttt_jax.checkpoints import checksums, loading
 from ttt_jax.checkpoints.run_weights import load_run
 from ttt_jax.codec import load_codec
 from ttt_jax.errors import InputError
@@ -185,7 +184,7 @@ def test_a_checkpoint_can_be_read_by_its_folder(runs):
     assert (early.meta["step"], late.meta["step"]) == (3, 6)
     assert same(late.params, load_run(whole).params)
     assert not same(late.params, early.params)
-    assert checkpoints.load(whole / "checkpoints" / "3").name == "whole-3"
+    assert loading.load(whole / "checkpoints" / "3").name == "whole-3"
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_again_in_its_folder(runs, tmp_path):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from eval.benchmarks.tasks import CODEC
-from eval.inputs import checkpoints
 from tests.helpers.commands import lines
 from tests.helpers.quick import interrupted, quicken, quickly
 from tests.helpers.small_tasks import CONFIG, write_data
 from train import loop, plots
 from train.config import load
+from ttt_jax.checkpoints import loading
 from ttt_jax.checkpoints.run_weights import load_run
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
@@ -134,7 +134,7 @@ def test_the_folder_of_each_run_is_that_of_a_run_by_itself(runs, name):
     assert (data[0] == data[1]) == (name == "second")  # meta.json describes the data
     assert metas[0]["codec"]["digest"] == CODEC
     assert kept[name][1].meta["config"] == config_json.to_dict(own)
-    loaded = checkpoints.load(mine)
+    loaded = loading.load(mine)
     assert (loaded.name, loaded.cfg, loaded.chunk, loaded.seed) == (name, own.model, own.data.chunk, own.seed)
     assert vars(loaded.corpus).items() <= vars(own.data).items()
 

@@ -10,12 +10,13 @@ from eval import __main__ as command
 from eval.diagnose import measure
 from eval.diagnose import records as report
 from eval.diagnose.figure import PANELS, draw
-from eval.inputs import checkpoints, dataset
+from eval.inputs import dataset
 from eval.results import schema
 from eval.results.schema import CheckpointInfo, FileInfo
 from tests.helpers import eval_models, micro
 from tests.helpers.drawing import quick_jit
 from tests.helpers.micro import MODEL
+from ttt_jax.checkpoints import loading
 from ttt_jax.config import TTTConfig
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import model
@@ -282,7 +283,7 @@ def test_the_command_prints_stores_and_draws(tiny_run, tmp_path, capsys):
     assert main(run, "--data", data, "--every", EVERY, "--out", tmp_path / "out") == 0
     printed = capsys.readouterr().out
     assert "run: TTT layers 1; 45 frames (3.6 s) of " in printed
-    checkpoint = checkpoints.load(run)
+    checkpoint = loading.load(run)
     tokens = dataset.first(data, [checkpoint], SHORTEST).frames
     records = list(measure.walk(checkpoint.params, tokens, checkpoint.cfg, EVERY))
     assert [record["frame"] for record in records] == list(range(EVERY, SHORTEST + 1, EVERY))
@@ -306,7 +307,7 @@ def test_the_command_prints_stores_and_draws(tiny_run, tmp_path, capsys):
 
 @integration
 def test_figures_are_drawn_again_without_a_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoints, "load", lambda path: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(loading, "load", lambda path: pytest.fail("a model was loaded"))
     schema.write(tmp_path, made(), {})
     assert main("--draw", tmp_path) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / f"diagnose.{kind}") for kind in ("png", "pdf")]

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from eval.inputs import checkpoints, dataset
+from eval.inputs import dataset
 from tests.helpers import micro
 from tests.helpers.eval_models import DIGEST, tokens, write_data, write_run
 from tests.helpers.recordings import record
+from ttt_jax.checkpoints import loading
 from ttt_jax.codec import CodecInfo, load_codec
 from ttt_jax.data.audio.reader import read_audio
 from ttt_jax.data.corpus import EMBEDDED, Corpus, CorpusConfig, load_coders
@@ -36,7 +37,7 @@ def data(tmp_path):
 
 
 def test_a_text_that_is_not_known_is_fed_as_nothing(run, data):
-    files, skipped = dataset.read(data, [checkpoints.load(run)])
+    files, skipped = dataset.read(data, [loading.load(run)])
     assert not skipped
     assert [file.text_known.mean() for file in files] == [1, 1, 0]
     assert (files[2].frames[0] == -1).all()
@@ -67,7 +68,7 @@ def test_evaluation_feeds_what_training_reads(run, tmp_path):
     part[0, 3:9] = -1
     data2 = write_data(tmp_path / "part", [part], load_codec().digest)
     for folder in (data, data2):
-        files, skipped = dataset.read(folder, [checkpoints.load(run)])
+        files, skipped = dataset.read(folder, [loading.load(run)])
         assert not skipped
         coders = load_coders(CorpusConfig())
         trained = open_manifest(folder / "manifest.jsonl", *coders, tmp_path / "cache", progress=False)
@@ -80,7 +81,7 @@ def test_evaluation_feeds_what_training_reads(run, tmp_path):
 
 def test_speakers_are_the_units(run, tmp_path):
     data = write_data(tmp_path / "s", [tokens(20, 0), tokens(20, 1)], speaker="one", group="a/b")
-    assert {file.group for file in dataset.read(data, [checkpoints.load(run)])[0]} == {"one"}
+    assert {file.group for file in dataset.read(data, [loading.load(run)])[0]} == {"one"}
 
 
 def test_files_are_called_by_the_names_of_their_links(run, tmp_path):
@@ -92,14 +93,14 @@ def test_files_are_called_by_the_names_of_their_links(run, tmp_path):
     (data / "twin.safetensors").symlink_to(f"../blobs/{0:064x}")
     with (data / "manifest.jsonl").open("a") as file:
         file.write(json.dumps({"path": "twin.safetensors", "duration": 16 / 12.5}))
-    files, skipped = dataset.read(data, [checkpoints.load(run)])
+    files, skipped = dataset.read(data, [loading.load(run)])
     assert [file.name for file in files] == ["0", "1", "twin"]
     assert not skipped
 
 
-WEIGHTS = checkpoints.Checkpoint("moshi", micro.MODEL, None, {})
+WEIGHTS = loading.Checkpoint("moshi", micro.MODEL, None, {})
 CODECS = {"codec": {"name": "theirs", "digest": "1" * 64}, "tokenizer": {"digest": "2" * 64, "pieces": None}}
-TRAINED = checkpoints.Checkpoint("trained", micro.MODEL, None, CODECS, CorpusConfig(train="gone", codec="files"))
+TRAINED = loading.Checkpoint("trained", micro.MODEL, None, CODECS, CorpusConfig(train="gone", codec="files"))
 """A run on code files, whose data are gone."""
 
 
@@ -123,7 +124,7 @@ def test_converted_weights_encode_audio_with_the_mimi_that_came_with_them(small_
     words = [["yes", [0.3, 0.5], "SPEAKER_MAIN"]]
     path = record(tmp_path / "a.wav", 2.4, channels=2, rate=24000, words=words)
     (tmp_path / "m.jsonl").write_text(json.dumps({"path": "a.wav", "duration": 2.4}))
-    model, codec = checkpoints.load(small_mimi.parent / "weights"), load_codec(small_mimi)
+    model, codec = loading.load(small_mimi.parent / "weights"), load_codec(small_mimi)
     assert model.codec["digest"] == codec.digest
     for data in (path, tmp_path / "m.jsonl"):
         (file,), skipped = dataset.read(data, [model])
@@ -141,7 +142,7 @@ def test_converted_weights_read_words_with_the_tokenizer_that_came_with_them(sma
     info = json.loads((folder / "config.json").read_text())
     info["source"]["tokenizer"] = "pieces.model"
     (folder / "config.json").write_text(json.dumps(info))
-    (file,), _ = dataset.read(path, [checkpoints.load(folder)])
+    (file,), _ = dataset.read(path, [loading.load(folder)])
     codec, tokenizer = load_codec(small_mimi), load_coders(CorpusConfig())[1]
     read = Encoder(codec, tokenizer).encode(Entry(path, 2.4, path.with_suffix(".json")))
     assert set(tokenizer.encode("yes")) <= set(file.frames[0].tolist())
@@ -149,7 +150,7 @@ def test_converted_weights_read_words_with_the_tokenizer_that_came_with_them(sma
 
 
 def test_converted_weights_with_a_mimi_take_its_codes_and_no_others(small_mimi, tmp_path):
-    model, codec = checkpoints.load(small_mimi.parent / "weights"), load_codec(small_mimi)
+    model, codec = loading.load(small_mimi.parent / "weights"), load_codec(small_mimi)
     data = write_data(tmp_path / "own", [tokens(20), tokens(20)[1:9]], digest=codec.digest)
     files, skipped = dataset.read(data, [model])
     assert not skipped
@@ -161,7 +162,7 @@ def test_converted_weights_with_a_mimi_take_its_codes_and_no_others(small_mimi, 
 
 
 def test_code_files_of_both_streams_do_not_load_the_mimi_of_weights(small_mimi, tmp_path, monkeypatch):
-    model = checkpoints.load(small_mimi.parent / "weights")
+    model = loading.load(small_mimi.parent / "weights")
     data = write_data(tmp_path / "own", [tokens(20), tokens(20)[1:]], digest=model.codec["digest"])
     monkeypatch.delattr(dataset, "load_codec")
     files, skipped = dataset.read(data, [model])
@@ -181,7 +182,7 @@ def test_codes_of_another_rate_are_refused_for_converted_weights_too(run, tmp_pa
     metadata = {"frame_rate": rate, "codec": DIGEST}
     save_file({"codes": tokens(20)}, data / "0.safetensors", metadata=metadata)
     (data / "manifest.jsonl").write_text(json.dumps({"path": "0.safetensors", "duration": 20 / float(rate)}))
-    for model in (WEIGHTS, checkpoints.load(run)):
+    for model in (WEIGHTS, loading.load(run)):
         for place in (data, data / "0.safetensors"):
             with pytest.raises(InputError, match=f"0.safetensors states frame_rate '{rate}' .*models read 12.5 frames"):
                 dataset.read(place, [model])
@@ -208,6 +209,6 @@ def test_every_file_has_a_name_of_its_own(run, tmp_path):
     other = tmp_path / "elsewhere"
     other.mkdir()
     (other / "m.jsonl").write_text("\n".join([*lines, lines[0]]) + "\n")
-    files, (twice,) = dataset.read(other / "m.jsonl", [checkpoints.load(run)])
+    files, (twice,) = dataset.read(other / "m.jsonl", [loading.load(run)])
     assert len({file.name for file in files}) == len({file.group for file in files}) == 2
     assert "twice" in twice.reason

@@ -9,7 +9,6 @@ from eval.compare import command as compare_command
 from eval.compare import losses
 from eval.compare import results as compare_results
 from eval.compare.analysis import analyse
-from eval.inputs import checkpoints
 from eval.results import folder as folders
 from eval.results import schema
 from eval.results.schema import CheckpointInfo, scores_path
@@ -21,6 +20,7 @@ from tests.eval.diagnose.test_diagnose import made as made_records
 from tests.helpers import made_scores, micro
 from tests.helpers.made_experiment import made
 from tests.helpers.made_scores import FILES
+from ttt_jax.checkpoints import loading
 from ttt_jax.errors import InputError
 from ttt_jax.utils import config_json
 
@@ -76,14 +76,12 @@ def test_a_checkpoint_of_several_has_its_step_in_the_runs_folder(tmp_path, monke
 
 
 def test_checkpoints_of_one_name_are_told_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        checkpoints, "load", lambda path: checkpoints.Checkpoint(checkpoints._name(path, 1), None, {}, {})
-    )
+    monkeypatch.setattr(loading, "load", lambda path: loading.Checkpoint(loading._name(path, 1), None, {}, {}))
     for name in ("A/x", "B/x", "B/C/x", "a.1", "a.2", "x-5", "x/checkpoints/5", "new\nline", "new\\nline"):
         (tmp_path / name).mkdir(parents=True)
 
     def names(*paths):
-        return [entry.name for entry in checkpoints.load_all([tmp_path / path for path in paths])]
+        return [entry.name for entry in loading.load_all([tmp_path / path for path in paths])]
 
     assert names("a.1", "a.2") == ["a.1", "a.2"]
     assert names("A/x", "B/x", "a.1") == ["A/x", "B/x", "a.1"]

@@ -6,14 +6,14 @@ import types
 import numpy as np
 import pytest
 
-from eval.inputs import checkpoints
-from eval.inputs.checkpoints import Checkpoint
 from eval.inputs.dataset import EvalFile
 from eval.results.schema import scores_path
 from eval.streaming import score_files as module
 from eval.streaming.score_files import checkpoint_info, file_infos, score_files
 from eval.streaming.scores import load
 from tests.helpers import made_scores, micro
+from ttt_jax.checkpoints import loading
+from ttt_jax.checkpoints.loading import Checkpoint
 from ttt_jax.data import unigram
 from ttt_jax.errors import InputError
 
@@ -66,7 +66,7 @@ def test_the_partner_of_permuted_is_the_longest_file_of_another_speaker(streamed
 
 def test_checkpoints_without_weights_are_loaded_one_at_a_time(streamed, tmp_path, monkeypatch):
     loaded = []
-    monkeypatch.setattr(checkpoints, "load", lambda path: loaded.append(path) or checkpoint(path)._replace(params=path))
+    monkeypatch.setattr(loading, "load", lambda path: loaded.append(path) or checkpoint(path)._replace(params=path))
     both = [checkpoint("x", params=False), checkpoint("y", params=False)]
     arms = {"x": ("persist", "off"), "y": ("off",)}
     files = [evaluated(), evaluated("b", 15)]
@@ -115,7 +115,7 @@ def test_what_is_recorded_of_a_checkpoint():
 
 def test_a_checkpoint_that_is_not_the_described_one_any_more_is_refused(streamed, tmp_path, monkeypatch):
     newer = checkpoint()
-    monkeypatch.setattr(checkpoints, "load", lambda path: newer._replace(about=newer.about | {"weights": "newer"}))
+    monkeypatch.setattr(loading, "load", lambda path: newer._replace(about=newer.about | {"weights": "newer"}))
     with pytest.raises(InputError, match="tiny has another checkpoint than when this command began"):
         score_files([checkpoint(params=False)], [evaluated()], {"tiny": ("persist",)}, tmp_path, reset_every=8)
     assert not streamed

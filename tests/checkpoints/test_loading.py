@@ -2,8 +2,8 @@
 
 import pytest
 
-from eval.inputs import checkpoints
 from tests.helpers import micro
+from ttt_jax.checkpoints import loading
 from ttt_jax.errors import InputError
 
 CFG = micro.CONFIG
@@ -16,12 +16,12 @@ def test_weights_are_known_by_what_they_are_and_not_by_where_they_lie(tmp_path):
 
     first, other = write_run(tmp_path / "first"), write_run(tmp_path / "other", seed=1)
     shutil.copytree(first, tmp_path / "copy.1")
-    known = {path.name: checkpoints.load(path).about["weights"] for path in (first, tmp_path / "copy.1", other)}
+    known = {path.name: loading.load(path).about["weights"] for path in (first, tmp_path / "copy.1", other)}
     assert known["first"] == known["copy.1"] != known["other"]
-    assert checkpoints.load(first / "checkpoints" / "1").about["weights"] == known["first"]
+    assert loading.load(first / "checkpoints" / "1").about["weights"] == known["first"]
     (first / "checkpoints" / "1" / "integrity" / "metadata").write_text("{}")
     with pytest.raises(InputError, match="checkpoints/1 is damaged"):
-        checkpoints.load(first / "checkpoints" / "1")
+        loading.load(first / "checkpoints" / "1")
 
 
 def test_added_layers_make_other_weights_on_the_same_base():
