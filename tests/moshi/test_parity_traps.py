@@ -150,7 +150,7 @@ TRAPS = {
         },
     ),
     "first frame heard": Flaw(
-        greedy_stream_is_pytorchs, (generate,), {"rows & (position > 0)[:, None]": "rows & (position >= 0)[:, None]"}
+        greedy_stream_is_pytorchs, (generate,), {"active & (position > 0)[:, None]": "rows & (position >= 0)[:, None]"}
     ),
     "frames heard a call later": Flaw(
         greedy_stream_is_pytorchs,

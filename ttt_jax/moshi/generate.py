@@ -16,6 +16,7 @@ from ttt_jax.errors import InputError
 from ttt_jax.moshi import depth
 from ttt_jax.moshi.delays import ABSENT
 from ttt_jax.moshi.model import PRNG, Params, State, temporal, text_logits
+from ttt_jax.ttt.layer import Control, Measurement
 
 FREE = -2
 """In place of a forced token: sample it (Kyutai's "ungenerated" token)."""
@@ -28,6 +29,30 @@ class Sampling(NamedTuple):
     top_k: int = 250
     text_temperature: float = 0.7
     text_top_k: int = 25
+
+
+class RowSampling(NamedTuple):
+    """`Sampling` of rows that differ, [B] each; no top-k is larger than that of the `Sampling` beside it."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    text_temperature: jax.Array
+    text_top_k: jax.Array
+
+
+class Frame(NamedTuple):
+    """What a call generates."""
+
+    moshi: jax.Array
+    """Moshi's tokens of the newest complete frame s - max_delay, int32 [B, 1 + dep_q]; `ABSENT` in the first max_delay
+    calls of a row and in inactive rows."""
+    column: jax.Array
+    """Tokens of column s, int32 [B, 1 + dep_q]; `ABSENT` where a stream has not begun and in inactive rows."""
+    log_probs: jax.Array | None
+    """Of the tokens of `column` under the model's distribution (all tokens, temperature 1), float32 [B, 1 + dep_q]; 0
+    where absent; None unless measured."""
+    ttt: Measurement | None
+    """By TTT layer, leaves [L, B, 1, ...]; None unless measured."""
 
 
 def streaming_params(params: Params, cfg: MoshiConfig) -> Params:
@@ -55,12 +80,15 @@ def is_wide(names: Sequence[str]) -> bool:
     return "norm" in names[-1] or ("ttt" in names and not names[-1].endswith(narrow))
 
 
-def sample(logits: jax.Array, noise: jax.Array | None, temperature: float) -> jax.Array:
+def sample(
+    logits: jax.Array, noise: jax.Array | None, temperature: float | jax.Array, top_k: jax.Array | None = None
+) -> jax.Array:
     """Draws tokens from the top k of `logits` at a temperature.
 
     Args:
       logits: [B, V].
       noise: standard Gumbel [B, k]; None with temperature 0.
+      temperature: of all rows, or [B], where 0 takes the largest logit; top_k: int32 [B], 0 for all k; None: all k.
 
     Returns:
       int32 [B]: a draw from the softmax over the top k; without noise the token of the largest logit.
@@ -68,7 +96,12 @@ def sample(logits: jax.Array, noise: jax.Array | None, temperature: float) -> ja
     if noise is None:
         return logits.argmax(-1).astype(jnp.int32)
     values, tokens = jax.lax.top_k(logits, noise.shape[-1])
-    choice = (values / temperature + noise).argmax(-1)
+    if top_k is None:
+        choice = (values / temperature + noise).argmax(-1)
+    else:
+        draws, limit = (temperature > 0)[:, None], jnp.where(top_k > 0, top_k, noise.shape[-1])
+        scores = jnp.where(draws, values / jnp.where(draws, temperature[:, None], 1) + noise, values)
+        choice = jnp.where(jnp.arange(noise.shape[-1]) < limit[:, None], scores, -jnp.inf).argmax(-1)
     return jnp.take_along_axis(tokens, choice[:, None], -1)[:, 0].astype(jnp.int32)
 
 
@@ -103,41 +136,73 @@ def stream_step(
       Moshi's tokens of the newest complete frame s - max_delay, int32 [B, 1 + dep_q], `ABSENT` in the first max_delay
       calls of a row and in inactive rows; the state.
     """
+    frame, state = next_frame(params, user, mask, state, cfg, sampling, forced=forced)
+    return frame.moshi, state
+
+
+def next_frame(
+    params: Params,
+    user: jax.Array,
+    mask: jax.Array,
+    state: State,
+    cfg: MoshiConfig,
+    sampling: Sampling = Sampling(),
+    rows: RowSampling | None = None,
+    forced: jax.Array | None = None,
+    control: Control | None = None,
+    measured: bool = False,
+) -> tuple[Frame, State]:
+    """`stream_step` as a part of a larger program, with more to give and to get.
+
+    Args:
+      rows: where rows sample differently.
+      control: what rows do with their memory.
+      measured: whether to compute the log-probabilities and to measure the TTT layers; static.
+    """
     moshi_streams = 1 + cfg.dep_q
     delays, newest_slot = cfg.delays, state.history.shape[-1] - 1
-    rows, position = mask[:, None], state.position
+    active, position = mask[:, None], state.position
     text_noise, noise = _gumbel(state, cfg, sampling)
     # history[..., -1] is frame s - 1, pushed by the call before, before the user's codes were known.
-    newest = jnp.where(rows & (position > 0)[:, None], user, state.history[:, moshi_streams:, -1])
+    newest = jnp.where(active & (position > 0)[:, None], user, state.history[:, moshi_streams:, -1])
     history = state.history.at[:, moshi_streams:, -1].set(newest)
     tokens = jnp.stack([history[:, k, newest_slot - delays[k]] for k in range(cfg.num_streams)], 1)[:, None]
-    hidden, state, _ = temporal(params, tokens, rows, state, cfg)
+    hidden, state, ttt = temporal(params, tokens, active, state, cfg, measured, control=control)
 
     # Push frame s, then generate column s and put stream k into frame s - delay_k, unless that lies before frame 0. A
     # token that is there already is forced, or part of a prompt.
     moshi = jnp.full((mask.shape[0], moshi_streams), FREE, jnp.int32) if forced is None else forced
     pushed = jnp.concatenate([moshi, jnp.full_like(newest, ABSENT)], 1)[..., None]
     pushed = jnp.concatenate([history[..., 1:], pushed], -1)
+    column, log_probs = [], []
 
-    def put(pushed: jax.Array, stream: int, sampled: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def put(pushed: jax.Array, stream: int, logits: jax.Array, sampled: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Token of `stream` in column s, and the frames with it."""
         place = newest_slot - delays[stream]
         held, begun = pushed[:, stream, place], position >= delays[stream]
         token = jnp.where(begun & (held != FREE), held, sampled)
+        present = mask & begun & (token >= 0)
+        column.append(jnp.where(present, token, ABSENT))
+        if measured:
+            of_token = jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], 1)[:, 0]
+            log_probs.append(jnp.where(present, of_token - jax.nn.logsumexp(logits, -1), 0))
         return token, pushed.at[:, stream, place].set(jnp.where(begun, token, held))
 
     cache: depth.Cache = [[] for _ in range(cfg.depth.num_layers)]
-    hidden = hidden[:, 0]
-    token = sample(text_logits(params, hidden, cfg), text_noise, sampling.text_temperature)
-    token, pushed = put(pushed, 0, token)
+    hidden, by_row = hidden[:, 0], rows or RowSampling(sampling.temperature, None, sampling.text_temperature, None)
+    logits = text_logits(params, hidden, cfg)
+    token = sample(logits, text_noise, by_row.text_temperature, by_row.text_top_k)
+    token, pushed = put(pushed, 0, logits, token)
     for codebook in range(cfg.dep_q):
         logits, cache = depth.step(params["depth"], hidden, token, codebook, cache, cfg)
-        token = sample(logits, None if noise is None else noise[:, codebook], sampling.temperature)
-        token, pushed = put(pushed, 1 + codebook, token)
+        of_codebook = None if noise is None else noise[:, codebook]
+        token = sample(logits, of_codebook, by_row.temperature, by_row.top_k)
+        token, pushed = put(pushed, 1 + codebook, logits, token)
 
-    complete = rows & (position >= cfg.max_delay)[:, None]
+    complete = active & (position >= cfg.max_delay)[:, None]
     moshi = jnp.where(complete, pushed[:, :moshi_streams, newest_slot - cfg.max_delay], ABSENT)
-    return moshi, state._replace(history=jnp.where(rows[..., None], pushed, history))
+    state = state._replace(history=jnp.where(active[..., None], pushed, history))
+    return Frame(moshi, jnp.stack(column, 1), jnp.stack(log_probs, 1) if measured else None, ttt), state
 
 
 @partial(jax.jit, static_argnames=("cfg", "sampling", "first_frame"), donate_argnames=("state",))
@@ -197,13 +262,14 @@ def _gumbel(state: State, cfg: MoshiConfig, sampling: Sampling) -> tuple[jax.Arr
             raise InputError(f"sampling {name}={value} cannot be: give 0 or a positive number.")
     text = min(sampling.text_top_k or cfg.text_card, cfg.text_card) if sampling.text_temperature else 0
     audio = min(sampling.top_k or cfg.card, cfg.card) if sampling.temperature else 0
+    shape = (max(text, audio), 1 + cfg.dep_q)  # in this order a draw does not depend on how large top-k is
 
     def draw(key: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(key, impl=PRNG), position)
-        return jax.random.gumbel(key, (text + cfg.dep_q * audio,), jnp.float32)
+        return jax.random.gumbel(key, shape, jnp.float32)
 
-    noise = jax.vmap(draw)(state.key, state.position)
+    noise = jax.vmap(draw)(state.key, state.position) if max(text, audio) else None
     return (
-        noise[:, :text] if text else None,
-        noise[:, text:].reshape(-1, cfg.dep_q, audio) if audio else None,
+        noise[:, :text, 0] if text else None,
+        noise[:, :audio, 1:].swapaxes(1, 2) if audio else None,
     )

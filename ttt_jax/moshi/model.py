@@ -205,12 +205,13 @@ def temporal(
     cfg: MoshiConfig,
     measured: bool = False,
     remat: Remat = "none",
+    control: ttt_layer.Control | None = None,
 ) -> tuple[jax.Array, State, ttt_layer.Measurement | None]:
     """The temporal transformer over columns of the delayed grid.
 
     Args:
       tokens: int32 [B, T, K], the column that each position reads; mask: bool [B, T]; measured: as in `forward`;
-        remat: as in `encode`.
+        remat: as in `encode`; control: of TTT layers, by row.
 
     Returns:
       Hidden vectors after the output norm [B, T, dim], the state after the call (except for `history`), and
@@ -221,7 +222,7 @@ def temporal(
     layers, measurements = {}, []
     for run in cfg.runs:
         args = params["layers"][run.name], x, mask, state.layers[run.name], state.position, run, cfg, measured, remat
-        x, layers[run.name], measurement = _over_layers(*args)
+        x, layers[run.name], measurement = _over_layers(*args, control)
         if measurement is not None:
             measurements.append(measurement)
     position = state.position + mask.sum(1, dtype=jnp.int32)
@@ -239,6 +240,7 @@ def _over_layers(
     cfg: MoshiConfig,
     measured: bool,
     remat: Remat,
+    control: ttt_layer.Control | None,
 ) -> tuple[jax.Array, RunState, ttt_layer.Measurement | None]:
     """Applies a run of layers to a call whose rows have seen `start` frames: x, the run's new state, its measurement.
 
@@ -254,7 +256,7 @@ def _over_layers(
             attend = partial(attention.attend_one, kv_caches=kv_caches, layer=i, position=start, mask=mask[:, 0])
             ttt = jax.tree.map(lambda leaf, i=i: leaf[i], ttts)
             x, (kv_caches, ttt, measurement) = block.apply(
-                {"params": layer}, x, mask, start[:, None], attend, ttt, measured
+                {"params": layer}, x, mask, start[:, None], attend, ttt, measured, control
             )
             ttts = jax.tree.map(lambda leaf, new, i=i: leaf.at[i].set(new), ttts, ttt)
             measurements.append(measurement)
@@ -271,7 +273,7 @@ def _over_layers(
                 return attention.attend_fused(q, k, v, kv_cache, where)
             return attention.attend(q, k, v, kv_cache, where), (k, v)
 
-        x, kept = block.apply({"params": params}, x, mask, where.query, attend, ttt, measured)
+        x, kept = block.apply({"params": params}, x, mask, where.query, attend, ttt, measured, control)
         return by_rows(x), kept
 
     if remat != "none" and not run.has_ttt:

@@ -36,6 +36,15 @@ class Measurement(NamedTuple):
     """Output before the gate, [B, T, dim]: the layer adds tanh(alpha) times this."""
 
 
+class Control(NamedTuple):
+    """What rows of a running stream do with their memory, other than learning and reading as trained."""
+
+    learns: jax.Array
+    """bool [B]; the other rows read their fast weights as they stand, and their state does not change."""
+    gate: jax.Array
+    """float32 [B], tanh(alpha) of all channels; NaN: as learned."""
+
+
 class TTTLayer(nn.Module):
     """x + tanh(alpha) * Wo post_norm(q + LN(f_{W_i}(q))), heads joined; alpha per channel."""
 
@@ -43,7 +52,12 @@ class TTTLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array, state: inner.TTTState, measured: bool = False
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        state: inner.TTTState,
+        measured: bool = False,
+        control: Control | None = None,
     ) -> tuple[jax.Array, inner.TTTState, Measurement | None]:
         """Runs the layer over a call of any length.
 
@@ -52,6 +66,7 @@ class TTTLayer(nn.Module):
           mask: bool [B, T], valid frames; masked frames take no place in a mini-batch, and their output is 0.
           state: of `init_state` or of the previous call.
           measured: whether to measure, too.
+          control: by row; None: every row learns, and gates are as learned.
 
         Returns:
           [B, T, dim] in the type of `x`, the new state, and the measurement or None.
@@ -85,6 +100,8 @@ class TTTLayer(nn.Module):
         rate_bias = self.param("rate_bias", nn.initializers.zeros, (heads,)).astype(wide)
         rate = jax.nn.sigmoid(jnp.einsum("BTD,HD->BTH", h.astype(wide), rate_weight) + rate_bias)
         eta = cfg.inner_lr / width * rate
+        if control is not None:
+            eta = jnp.where(control.learns[:, None, None], eta, 0)
 
         base = tuple(
             network.Affine(
@@ -95,7 +112,8 @@ class TTTLayer(nn.Module):
         )
         # Sharded by heads over a mesh: the inner loop then needs nothing from another device.
         inputs = network.Inputs(*(by_rows(y, None, "tensor") for y in (q, k, target, eta)))
-        state, z, of_inner = inner.inner_scan(base, scale, bias, state, inputs, mask, cfg.ttt, measured)
+        after, z, of_inner = inner.inner_scan(base, scale, bias, state, inputs, mask, cfg.ttt, measured)
+        state = after if control is None else _where(control.learns, after, state)
 
         z = z.reshape(x.shape)
         if cfg.ttt.post_norm:
@@ -106,6 +124,9 @@ class TTTLayer(nn.Module):
                 POST_NORM_EPS,
             )
         gate = jnp.tanh(self.param("gate", nn.initializers.constant(cfg.ttt.gate_init), (cfg.dim,)).astype(wide))
+        if control is not None:
+            given = control.gate.astype(wide)[:, None, None]
+            gate = jnp.where(jnp.isnan(given), gate, given)
         output = self._project("out", z.astype(x.dtype))
         update = gate * output
         out = jnp.where(mask[..., None], x + update.astype(x.dtype), 0)
@@ -126,6 +147,10 @@ class TTTLayer(nn.Module):
         return linear(x, Kernel(kernel)) + self.param(f"{name}_bias", init("bias", bias), (self.cfg.dim,)).astype(
             x.dtype
         )
+
+
+def _where(rows: jax.Array, a: inner.TTTState, b: inner.TTTState) -> inner.TTTState:
+    return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y), a, b)
 
 
 def init_state(cfg: MoshiConfig, batch: int) -> inner.TTTState:
