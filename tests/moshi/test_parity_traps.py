@@ -150,7 +150,9 @@ TRAPS = {
         },
     ),
     "first frame heard": Flaw(
-        greedy_stream_is_pytorchs, (generate,), {"active & (position > 0)[:, None]": "rows & (position >= 0)[:, None]"}
+        greedy_stream_is_pytorchs,
+        (generate,),
+        {"active & (position > 0)[:, None]": "active & (position >= 0)[:, None]"},
     ),
     "frames heard a call later": Flaw(
         greedy_stream_is_pytorchs,
@@ -191,25 +193,27 @@ TRAPS = {
         greedy_stream_is_pytorchs,
         (generate,),
         {
-            "    token, pushed = put(pushed, 0, token)\n": "    _, pushed = put(pushed, 0, token)\n"
+            "    token, pushed = put(pushed, 0, logits, token)\n": "    _, pushed = put(pushed, 0, logits, token)\n"
             "    token = tokens[:, 0, 0]\n"
         },
     ),
     "codebooks read the sample, not the forced token": Flaw(
         forced_tokens_are_heard_as_in_pytorch,
         (generate,),
-        {"token, pushed = put(pushed, 1 + codebook, token)": "_, pushed = put(pushed, 1 + codebook, token)"},
+        {
+            "token, pushed = put(pushed, 1 + codebook, logits, token)": "_, pushed = put(pushed, 1 + codebook, logits, token)"
+        },
     ),
     # 10
     "temperature divides the noise": Flaw(
-        draws_are_pytorchs, (generate,), {"values / temperature + noise": "(values + noise) / temperature"}
+        draws_are_pytorchs, (generate,), {"(values / temperature + noise)": "((values + noise) / temperature)"}
     ),
     "temperature of text for audio": Flaw(
         text_has_a_temperature_of_its_own,
         (generate,),
         {
-            "text_noise, sampling.text_temperature)": "text_noise, sampling.temperature)",
-            "noise[:, codebook], sampling.temperature)": "noise[:, codebook], sampling.text_temperature)",
+            "text_noise, by_row.text_temperature,": "text_noise, by_row.temperature,",
+            "of_codebook, by_row.temperature,": "of_codebook, by_row.text_temperature,",
         },
     ),
     "defaults of the Rust port": Flaw(
