@@ -13,15 +13,15 @@ from typing import NamedTuple
 import numpy as np
 
 from eval.results.schema import Skipped
-from ttt_jax.checkpoints import weights
+from ttt_jax.checkpoints import loading
 from ttt_jax.checkpoints.loading import Checkpoint
-from ttt_jax.codec import MIMI_AT, Codec, CodecInfo, load_codec
+from ttt_jax.codec import Codec, CodecInfo
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data import corpus as corpora
 from ttt_jax.data.codes import read_header
 from ttt_jax.data.frames import FrameReader
 from ttt_jax.data.manifest import MANIFEST, Entry, Manifest, is_manifest, read_manifest
-from ttt_jax.data.text import ABSENT, Tokenizer, TokenizerInfo, load_tokenizer
+from ttt_jax.data.text import ABSENT, Tokenizer, TokenizerInfo
 from ttt_jax.errors import InputError
 from ttt_jax.utils.paths import absolute, beside, local, printable
 
@@ -186,11 +186,7 @@ class _Reader:
 
     @functools.cached_property
     def _frame_reader(self) -> FrameReader:
-        source = self._source
-        cfg, cache = source.cfg, source.cache_dir / "frames"
-        if source.corpus is not None:
-            return FrameReader(*corpora.load_coders(source.corpus, cfg.card, cfg.text_card, source.about), cache)
-        return FrameReader(load_codec(f"{MIMI_AT}{source.about['path']}"), self._tokenizer_of_weights, cache)
+        return FrameReader(*loading.coders(self._source), self._source.cache_dir / "frames")
 
     @functools.cached_property
     def _code_reader(self) -> FrameReader:
@@ -199,12 +195,7 @@ class _Reader:
         if source.corpus is not None:
             return self._frame_reader
         codec = CodecInfo(source.codec["name"], source.codec["digest"], source.cfg.card, source.cfg.dep_q)
-        return FrameReader(codec, self._tokenizer_of_weights, "")
-
-    @functools.cached_property
-    def _tokenizer_of_weights(self) -> Tokenizer | TokenizerInfo:
-        path = weights.tokenizer(self._source.about["path"])
-        return TokenizerInfo(cardinality=self._source.cfg.text_card) if path is None else load_tokenizer(path)
+        return FrameReader(codec, loading.tokenizer_of_weights(source), "")
 
     def _check(self, path: Path, codec: Codec | CodecInfo, tokenizer: Tokenizer | TokenizerInfo) -> None:
         for checkpoint in self._checkpoints:

@@ -201,7 +201,7 @@ TRAPS = {
         forced_tokens_are_heard_as_in_pytorch,
         (generate,),
         {
-            "token, pushed = put(pushed, 1 + codebook, logits, token)": "_, pushed = put(pushed, 1 + codebook, logits, token)"
+            "token, pushed = put(pushed, 1 + codebook, logits,": "_, pushed = put(pushed, 1 + codebook, logits,",
         },
     ),
     # 10

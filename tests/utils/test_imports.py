@@ -23,6 +23,7 @@ ROOMS = (
     ("ttt_jax.data",),
     ("ttt_jax.checkpoints",),
     ("ttt_jax.convert",),
+    ("ttt_jax.serve",),
     ("ttt_jax.doctor",),
     ("train", "eval"),
     ("experiments", "bench", "corpus", "tests"),

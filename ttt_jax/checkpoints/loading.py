@@ -1,4 +1,4 @@
-"""Checkpoints to evaluate: the folder of a run, or a folder of converted weights."""
+"""Checkpoints to evaluate and to talk with: the folder of a run, or a folder of converted weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ttt_jax.checkpoints import run_weights, weights
+from ttt_jax.codec import MIMI_AT, Codec, CodecInfo, load_codec
 from ttt_jax.config import MoshiConfig
+from ttt_jax.data import corpus
 from ttt_jax.data.corpus import CorpusConfig
+from ttt_jax.data.text import Tokenizer, TokenizerInfo, load_tokenizer
 from ttt_jax.errors import InputError
 from ttt_jax.moshi.model import Params
 from ttt_jax.utils import config_json
@@ -60,8 +63,8 @@ def load(path: str | Path) -> Checkpoint:
         run = run_weights.load_run(path)
         data = run.meta["config"]["data"]
         fields = {field.name: data[field.name] for field in dataclasses.fields(CorpusConfig)}
-        corpus = config_json.from_dict(CorpusConfig, fields, f"the checkpoint in {path}")
-        return Checkpoint(name, run.config, run.params, {"path": str(path), **run.meta}, corpus, data["chunk"])
+        speech = config_json.from_dict(CorpusConfig, fields, f"the checkpoint in {path}")
+        return Checkpoint(name, run.config, run.params, {"path": str(path), **run.meta}, speech, data["chunk"])
     if (path / weights.CONFIG).is_file():
         folder = weights.load(path)
         digest = weights.digest(weights.tensors(folder.cfg), folder.info["files"])
@@ -95,6 +98,23 @@ def load_all(paths: Sequence[str | Path], keep: bool = True) -> list[Checkpoint]
         alike |= {i for i, name in enumerate(names) if names.count(name) > 1}
         names = [_name(Path(place), count) if i in alike else names[i] for i, place in enumerate(places)]
     return [checkpoint._replace(name=name) for checkpoint, name in zip(loaded, names, strict=True)]
+
+
+def coders(checkpoint: Checkpoint) -> tuple[Codec | CodecInfo, Tokenizer | TokenizerInfo]:
+    """Returns codec and tokenizer of the data that a checkpoint was trained on; of converted weights their own.
+
+    Raises `InputError` if one cannot be loaded, or converted weights have no Mimi.
+    """
+    if checkpoint.corpus is not None:
+        return corpus.load_coders(checkpoint.corpus, checkpoint.cfg.card, checkpoint.cfg.text_card, checkpoint.about)
+    path = checkpoint.about["path"]
+    return load_codec(f"{MIMI_AT}{path}"), tokenizer_of_weights(checkpoint)
+
+
+def tokenizer_of_weights(checkpoint: Checkpoint) -> Tokenizer | TokenizerInfo:
+    """Returns the tokenizer in a folder of converted weights; what is known of it if there is none."""
+    path = weights.tokenizer(checkpoint.about["path"])
+    return TokenizerInfo(cardinality=checkpoint.cfg.text_card) if path is None else load_tokenizer(path)
 
 
 def _name(path: Path, count: int) -> str:
