@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +27,7 @@ def save_state(path: str | Path, state: State, cfg: MoshiConfig) -> None:
 
     Raises `InputError` if it cannot be written; what was there before is left as it was.
     """
-    leaves = {name: np.asarray(leaf) for name, leaf in trees.named(state).items()}
-    about = json.dumps(config_json.to_dict(_model(cfg)))
-    content = save(leaves, {"model": about, "checksum": _checksum(leaves, about)})
-    try:
-        write_atomically(Path(path), content)
-    except OSError as error:
-        failed = f"{path} could not be written ({error.strerror}), {len(content):,} bytes are needed"
-        raise InputError(f"{failed}: mend that, or give another path.") from error
+    write(path, state, {"model": describe(cfg)})
 
 
 def load_state(path: str | Path, cfg: MoshiConfig) -> State:
@@ -41,37 +35,89 @@ def load_state(path: str | Path, cfg: MoshiConfig) -> State:
 
     Raises `InputError` if the file is damaged or is not the state of a model with the configuration `cfg`.
     """
+    stored = read(path, "a state that save_state wrote")
+    check_model(stored, cfg)
+    rows = stored.leaves["position"].shape[0] if "position" in stored.leaves else 1
+    return jax.tree.map(jnp.asarray, stored.like(jax.eval_shape(lambda: init_state(cfg, rows))))
+
+
+class Stored(NamedTuple):
+    """The content of a file that `write` wrote."""
+
+    path: Path
+    leaves: dict[str, np.ndarray]
+    about: dict[str, str]
+    checksum: str | None
+    wanted: str
+    """What the file should be, in words."""
+
+    def like(self, tree: Any) -> Any:
+        """Returns the leaves as NumPy arrays in the form of `tree`, arrays or their shapes.
+
+        Raises `InputError` if they have another form, or are not as they were written.
+        """
+        expected = {name: (*leaf.shape, str(leaf.dtype)) for name, leaf in trees.named(tree).items()}
+        found = {name: (*leaf.shape, str(leaf.dtype)) for name, leaf in self.leaves.items()}
+        if problems := list(differences(expected, found)):
+            raise InputError(f"{self.path} {'; '.join(problems)}: give {self.wanted}.")
+        if self.checksum != _checksum(self.leaves, self.about):
+            raise InputError(
+                f"{self.path} is damaged (its checksum does not match its content): bring back a sound copy."
+            )
+        return jax.tree.unflatten(jax.tree.structure(tree), [self.leaves[name] for name in expected])
+
+
+def write(path: str | Path, tree: Any, about: dict[str, str]) -> None:
+    """Writes the leaves of `tree` and `about` to `path`, with a checksum over both.
+
+    Raises `InputError` if it cannot be written; what was there before is left as it was.
+    """
+    leaves = {name: np.asarray(leaf) for name, leaf in trees.named(tree).items()}
+    content = save(leaves, {**about, "checksum": _checksum(leaves, about)})
+    try:
+        write_atomically(Path(path), content)
+    except OSError as error:
+        failed = f"{path} could not be written ({error.strerror}), {len(content):,} bytes are needed"
+        raise InputError(f"{failed}: mend that, or give another path.") from error
+
+
+def read(path: str | Path, wanted: str) -> Stored:
+    """Returns what `write` wrote; `wanted` says in words what it should be.
+
+    Raises `InputError` if the file cannot be read. Whether it is as it was written `Stored.like` finds out.
+    """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path} is not a file: give the path of a state that save_state wrote.")
+        raise InputError(f"{path} is not a file: give the path of {wanted}.")
     try:
         with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
+            about = file.metadata() or {}
             leaves = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
     except SafetensorError as error:
-        damaged = f"{path} is damaged or no safetensors file ({error})"
-        raise InputError(f"{damaged}: give a state that save_state wrote.") from None
-    wanted = config_json.to_dict(_model(cfg))
+        raise InputError(f"{path} is damaged or no safetensors file ({error}): give {wanted}.") from None
+    return Stored(path, leaves, about, about.pop("checksum", None), wanted)
+
+
+def check_model(stored: Stored, cfg: MoshiConfig) -> None:
+    """Raises `InputError` unless the state in a file is of a model with the configuration `cfg`."""
+    wanted = json.loads(describe(cfg))
     try:
-        model = dict(json.loads(metadata["model"]))
+        model = dict(json.loads(stored.about["model"]))
     except (KeyError, ValueError, TypeError):
-        raise InputError(f"{path} does not name its model: give a state that save_state wrote.") from None
+        raise InputError(f"{stored.path} does not name its model: give {stored.wanted}.") from None
     if differing := [key for key in wanted if model.get(key) != wanted[key]]:
         key = differing[0]
         other = f"whose {key} is {model.get(key)!r} where this one's is {wanted[key]!r}"
-        raise InputError(f"{path} is the state of another model, {other}: give the state of this model.")
-    rows = leaves["position"].shape[0] if "position" in leaves else 1
-    fresh = jax.eval_shape(lambda: init_state(cfg, rows))
-    expected = {name: (*leaf.shape, str(leaf.dtype)) for name, leaf in trees.named(fresh).items()}
-    if problems := list(differences(expected, {name: (*leaf.shape, str(leaf.dtype)) for name, leaf in leaves.items()})):
-        raise InputError(f"{path} {'; '.join(problems)}: give a state that save_state wrote.")
-    if metadata.get("checksum") != _checksum(leaves, metadata["model"]):
-        raise InputError(f"{path} is damaged (its checksum does not match its content): bring back a sound copy.")
-    return jax.tree.unflatten(jax.tree.structure(fresh), [jnp.asarray(leaves[name]) for name in expected])
+        raise InputError(f"{stored.path} is the state of another model, {other}: give the state of this model.")
 
 
-def _checksum(leaves: dict[str, np.ndarray], about: str) -> str:
-    digest = hashlib.sha256(about.encode())
+def describe(cfg: MoshiConfig) -> str:
+    """Returns what a state depends on of its model's configuration, JSON."""
+    return json.dumps(config_json.to_dict(_model(cfg)))
+
+
+def _checksum(leaves: dict[str, np.ndarray], about: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, leaf in sorted(leaves.items()):
         digest.update(f"{name} {leaf.dtype} {leaf.shape} ".encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())

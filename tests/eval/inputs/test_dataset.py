@@ -164,7 +164,7 @@ def test_converted_weights_with_a_mimi_take_its_codes_and_no_others(small_mimi, 
 def test_code_files_of_both_streams_do_not_load_the_mimi_of_weights(small_mimi, tmp_path, monkeypatch):
     model = loading.load(small_mimi.parent / "weights")
     data = write_data(tmp_path / "own", [tokens(20), tokens(20)[1:]], digest=model.codec["digest"])
-    monkeypatch.delattr(dataset, "load_codec")
+    monkeypatch.delattr(loading, "load_codec")
     files, skipped = dataset.read(data, [model])
     assert not skipped
     np.testing.assert_array_equal(files[0].frames, tokens(20))
