@@ -81,7 +81,10 @@ class Speech:
           most: its top-k are the largest that a row may ask for (0: no limit); its temperatures have no effect.
         """
         self.cfg, self.codec = cfg, codec
-        self.most = most._replace(temperature=1.0, text_temperature=1.0)
+        top_k, text_top_k = (
+            given if given < size else 0 for given, size in ((most.top_k, cfg.card), (most.text_top_k, cfg.text_card))
+        )
+        self.most = Sampling(1.0, top_k, 1.0, text_top_k)
         self.params = generate.streaming_params(params, cfg)
         self.step: Callable[..., tuple[Spoken, State]] = (
             self._step_with_mimi if isinstance(codec, MimiCodec) else self._step
