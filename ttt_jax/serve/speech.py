@@ -86,9 +86,6 @@ class Speech:
         )
         self.most = Sampling(1.0, top_k, 1.0, text_top_k)
         self.params = generate.streaming_params(params, cfg)
-        self.step: Callable[..., tuple[Spoken, State]] = (
-            self._step_with_mimi if isinstance(codec, MimiCodec) else self._step
-        )
 
     def init_state(self, seeds: Sequence[int]) -> State:
         """The state of talks that have not begun; each row draws by its seed. Raises `InputError` for seeds."""
@@ -97,7 +94,7 @@ class Speech:
             self.codec.init_encoder(rows), model.init_state(self.cfg, rows, seeds), self.codec.init_decoder(rows)
         )
 
-    def _step(
+    def step(
         self,
         audio: np.ndarray,
         hears: np.ndarray,
@@ -112,51 +109,27 @@ class Speech:
         speaks. A row that does neither keeps its state.
 
         Args:
-          audio: the user's samples, float32 [B, S], full scale 1; hears: bool [B], rows that have a frame.
+          audio: the user's samples, finite, float32 [B, S], full scale 1; hears: bool [B], rows that have a frame.
           speaks: bool [B], rows that the language model goes on in.
           measured: whether to compute log-probabilities and to measure the TTT layers.
 
         Returns:
           What was spoken, and the state after the step.
-
-        Raises:
-          InputError: samples of a row that hears are not finite.
         """
-        codes, encoder = self.codec.encode_step(audio, state.encoder, hears[:, None])
+        codec, lm = self.codec, {"cfg": self.cfg, "most": self.most, "measured": measured}
+        if isinstance(codec, MimiCodec):
+            params = self.params, codec.params
+            spoken, state = _with_mimi(
+                params, audio, hears, speaks, state, settings, mimi_cfg=codec.cfg, use=codec.use, **lm
+            )
+            return jax.device_get(spoken), state
+        codes, encoder = codec.encode_step(audio, state.encoder, hears[:, None])
         user = codes[:, :, 0]
-        frame, lm = _language_model(
-            self.params, user, speaks, state.model, settings, cfg=self.cfg, most=self.most, measured=measured
-        )
+        frame, model_state = _language_model(self.params, user, speaks, state.model, settings, **lm)
         frame = jax.device_get(frame)
-        there = (frame.moshi[:, 1:] >= 0).all(1)
-        sound, decoder = self.codec.decode_step(frame.moshi[:, 1:, None], state.decoder, there[:, None])
-        return Spoken(sound, frame.moshi, user, *frame[1:]), State(encoder, lm, decoder)
-
-    def _step_with_mimi(
-        self,
-        audio: np.ndarray,
-        hears: np.ndarray,
-        speaks: np.ndarray,
-        state: State,
-        settings: RowSettings,
-        measured: bool = False,
-    ) -> tuple[Spoken, State]:
-        """As `_step`, as one program; samples that are not finite are not looked for."""
-        codec = self.codec
-        spoken, state = _with_mimi(
-            (self.params, codec.params),
-            audio,
-            hears,
-            speaks,
-            state,
-            settings,
-            cfg=self.cfg,
-            mimi_cfg=codec.cfg,
-            use=codec.use,
-            most=self.most,
-            measured=measured,
-        )
-        return jax.device_get(spoken), state
+        there = (frame.moshi[:, 1:] >= 0).all(1, keepdims=True)
+        sound, decoder = codec.decode_step(frame.moshi[:, 1:, None], state.decoder, there)
+        return Spoken(sound, frame.moshi, user, *frame[1:]), State(encoder, model_state, decoder)
 
 
 class _Frame(NamedTuple):
