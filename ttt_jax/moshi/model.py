@@ -132,13 +132,12 @@ def init_state(cfg: MoshiConfig, batch: int, seeds: Sequence[int] | None = None)
         )
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (run.stop - run.start, *leaf.shape)), one)
 
-    state = State(
+    return State(
         init_history(cfg, batch),
         jnp.zeros((batch,), jnp.int32),
         _keys(range(batch) if seeds is None else seeds, batch),
         {run.name: run_state(run) for run in cfg.runs},
     )
-    return jax.tree.map(jnp.array, state)  # new buffers, so that a step can donate them
 
 
 def _keys(seeds: Sequence[int], batch: int) -> jax.Array:
