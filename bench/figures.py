@@ -105,7 +105,10 @@ def in_use() -> float:
     import jax
 
     stats = jax.devices()[0].memory_stats()
-    if stats:
-        return stats["bytes_in_use"] / 1e9
+    return stats["bytes_in_use"] / 1e9 if stats else of_process()
+
+
+def of_process() -> float:
+    """Memory of the host that the process holds now, in gigabytes (Linux)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e9

@@ -151,18 +151,9 @@ def torch_device() -> str:
 def torch_frames(step: str, inputs: list[np.ndarray]) -> Iterator[Round]:
     """As `frames`, for a stream of PyTorch's, whose convolutions and products are float32 too."""
     import torch
-    from moshi.models import loaders
 
-    torch.set_num_threads(os.cpu_count())
     torch.backends.cudnn.allow_tf32 = False
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    mimi = loaders.get_mimi(None, device=device).eval()
-    mimi.set_num_codebooks(8)
-    for part in (mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest):
-        for layer in part.vq.layers:
-            layer._codebook.embedding_sum.normal_()
-            layer._codebook.cluster_usage.fill_(1)
-            layer._codebook._initialized.fill_(1)
+    mimi, device = torch_mimi()
     mimi.streaming_forever(len(inputs[0]))
 
     def run(given: torch.Tensor) -> torch.Tensor:
@@ -188,6 +179,23 @@ def torch_frames(step: str, inputs: list[np.ndarray]) -> Iterator[Round]:
             run(given)
         wait()
         yield times, [(time.perf_counter() - began) * 1e3 / len(on_device)]
+
+
+def torch_mimi() -> tuple[Any, str]:
+    """PyTorch's Mimi with 8 codebooks and random weights, and the device that it is on: a GPU if there is one."""
+    import torch
+    from moshi.models import loaders
+
+    torch.set_num_threads(os.cpu_count())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mimi = loaders.get_mimi(None, device=device).eval()
+    mimi.set_num_codebooks(8)
+    for part in (mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest):
+        for layer in part.vq.layers:
+            layer._codebook.embedding_sum.normal_()
+            layer._codebook.cluster_usage.fill_(1)
+            layer._codebook._initialized.fill_(1)
+    return mimi, device
 
 
 def take_turns(programs: dict[str, Iterator[Round]], rounds: int) -> dict[str, Round]:

@@ -130,12 +130,9 @@ def ours(shape: str, rows: int, ttt: str, frames: int, long: int | None) -> Iter
     import jax
     import jax.numpy as jnp
 
-    from ttt_jax.config import DepthConfig, MoshiConfig, TTTConfig
     from ttt_jax.moshi import generate, model
 
-    cfg = MoshiConfig(dtype="bfloat16", ttt=TTTConfig(layers=ttt))
-    if shape == "small":
-        cfg = MoshiConfig(**SMALL | {"depth": DepthConfig(**SMALL["depth"])}, ttt=TTTConfig(layers=ttt))
+    cfg = configuration(shape, ttt)
     params = random_params(cfg)
     weights = read_bytes(params)
     params = generate.streaming_params(params, cfg)
@@ -187,6 +184,15 @@ def ours(shape: str, rows: int, ttt: str, frames: int, long: int | None) -> Iter
         yield {"ms": times, "queued_ms": (time.perf_counter() - began) * 1e3 / frames}
 
 
+def configuration(shape: str, ttt: str) -> Any:
+    """The `MoshiConfig` of a shape with TTT in the layers `ttt`: the 7B in bfloat16, `SMALL` in float32."""
+    from ttt_jax.config import DepthConfig, MoshiConfig, TTTConfig
+
+    if shape == "small":
+        return MoshiConfig(**SMALL | {"depth": DepthConfig(**SMALL["depth"])}, ttt=TTTConfig(layers=ttt))
+    return MoshiConfig(dtype="bfloat16", ttt=TTTConfig(layers=ttt))
+
+
 def read_bytes(params: Any) -> int:
     """Bytes of weights that a frame must read: all but the embedding tables."""
     import jax
@@ -199,33 +205,14 @@ def torch_moshi(shape: str, rows: int, frames: int) -> Iterator[dict[str, Any]]:
     """``LMGen.step`` of PyTorch moshi, its defaults, random weights, a full window: as `ours`."""
     import torch
 
+    gen, context = torch_language_model(shape)
     cuda = torch.cuda.is_available()
-    if not cuda:
-        os.environ["NO_TORCH_COMPILE"] = "1"  # on a CPU compiling takes minutes and brings nothing
-    from moshi.models.lm import LMGen, LMModel
-
-    size = SMALL if shape == "small" else None
-    torch.set_num_threads(os.cpu_count())
-    kwargs = {
-        "delays": [0] + 2 * ([0] + 7 * [1]), "n_q": 16, "dep_q": 8, "card": 2048, "text_card": 32000,
-        "dim": size["dim"] if size else 4096, "num_heads": size["num_heads"] if size else 32,
-        "num_layers": size["num_layers"] if size else 32, "hidden_scale": 4.125, "causal": True,
-        "context": size["context"] if size else 3000, "max_period": 10000, "gating": "silu", "norm": "rms_norm_f32",
-        "positional_embedding": "rope", "depformer_dim": size["depth"]["dim"] if size else 1024,
-        "depformer_num_heads": size["depth"]["num_heads"] if size else 16, "depformer_num_layers": 6,
-        "depformer_dim_feedforward": int(4.125 * (size["depth"]["dim"] if size else 1024)),
-        "depformer_multi_linear": True, "depformer_context": 8, "depformer_gating": "silu",
-        "depformer_pos_emb": "none", "depformer_weights_per_step": True,
-    }  # fmt: skip
-    device = "cuda" if cuda else "cpu"
-    model = LMModel(**kwargs, device=device, dtype=torch.float32 if size else torch.bfloat16).eval()
-    gen = LMGen(model)
-    codes = torch.randint(0, 2048, (64, rows, 8, 1), device=device)
+    codes = torch.randint(0, 2048, (64, rows, 8, 1), device="cuda" if cuda else "cpu")
     with torch.no_grad(), gen.streaming(rows):
         for i in range(WARM_UP):
             gen.step(codes[i])
         # A full window without a stream: the cache's mask depends on the count of frames alone.
-        fill_window(model, kwargs["context"] + 5)
+        fill_window(gen.lm_model.transformer, context + 5)
         for i in range(WARM_UP):
             gen.step(codes[i])
         name = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} threads"
@@ -247,9 +234,36 @@ def torch_moshi(shape: str, rows: int, frames: int) -> Iterator[dict[str, Any]]:
             yield {"ms": times, "queued_ms": (time.perf_counter() - began) * 1e3 / frames}
 
 
-def fill_window(model: Any, frames: int) -> None:
-    """Sets the position of every KV cache of the temporal transformer to `frames`, in place."""
-    for module in model.transformer.modules():
+def torch_language_model(shape: str) -> tuple[Any, int]:
+    """An ``LMGen`` of PyTorch moshi with its defaults and random weights, on a GPU if there is one, and its window."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ["NO_TORCH_COMPILE"] = "1"  # on a CPU compiling takes minutes and brings nothing
+    from moshi.models.lm import LMGen, LMModel
+
+    size = SMALL if shape == "small" else None
+    torch.set_num_threads(os.cpu_count())
+    kwargs = {
+        "delays": [0] + 2 * ([0] + 7 * [1]), "n_q": 16, "dep_q": 8, "card": 2048, "text_card": 32000,
+        "dim": size["dim"] if size else 4096, "num_heads": size["num_heads"] if size else 32,
+        "num_layers": size["num_layers"] if size else 32, "hidden_scale": 4.125, "causal": True,
+        "context": size["context"] if size else 3000, "max_period": 10000, "gating": "silu", "norm": "rms_norm_f32",
+        "positional_embedding": "rope", "depformer_dim": size["depth"]["dim"] if size else 1024,
+        "depformer_num_heads": size["depth"]["num_heads"] if size else 16, "depformer_num_layers": 6,
+        "depformer_dim_feedforward": int(4.125 * (size["depth"]["dim"] if size else 1024)),
+        "depformer_multi_linear": True, "depformer_context": 8, "depformer_gating": "silu",
+        "depformer_pos_emb": "none", "depformer_weights_per_step": True,
+    }  # fmt: skip
+    dtype = torch.float32 if size else torch.bfloat16
+    model = LMModel(**kwargs, device="cuda" if cuda else "cpu", dtype=dtype).eval()
+    return LMGen(model), kwargs["context"]
+
+
+def fill_window(transformer: Any, frames: int) -> None:
+    """Sets the position of every KV cache of a PyTorch transformer to `frames`, in place."""
+    for module in transformer.modules():
         state = getattr(module, "_streaming_state", None)
         for name in ("offset", "offsets"):
             if hasattr(state, name):
