@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -155,7 +156,7 @@ class Talks:
     def put_memory(self, row: int, memory: dict[str, Any] | None) -> None:
         """Replaces a talk's fast weights; None: by their learned start. What it heard and said stays."""
         self._check_row(row)
-        memory = speech.take_memory(self.speech.init_state([0]), 0) if memory is None else memory
+        memory = jax.tree.map(jnp.zeros_like, self.take_memory(row)) if memory is None else memory
         self._state = speech.put_memory(self._state, row, memory)
 
     def step(self, frames: Mapping[int, np.ndarray]) -> list[Reply]:
