@@ -17,6 +17,7 @@ from ttt_jax.config import DepthConfig, LoRAConfig, MoshiConfig, TTTConfig
 from ttt_jax.errors import InputError
 from ttt_jax.moshi import generate, model
 from ttt_jax.moshi.generate import FREE, Sampling
+from ttt_jax.utils import config_json
 
 CFG = dataclasses.replace(MODEL, n_q=6, dep_q=3, delays=(0, 0, 1, 1, 0, 1, 1), card=16, text_card=20)
 ROWS, CALLS = 3, 20
@@ -303,6 +304,21 @@ def test_state_of_another_model(tmp_path):
     stream_state.save_state(tmp_path / "state", model.init_state(CFG, 1), CFG)
     with pytest.raises(InputError, match="whose context is 8 where this one's is 9"):
         stream_state.load_state(tmp_path / "state", dataclasses.replace(CFG, context=9))
+
+
+def test_a_state_knows_its_sink_and_older_ones_have_none(tmp_path):
+    path, state, sunk = tmp_path / "state", model.init_state(CFG, 1), dataclasses.replace(CFG, attention_sink=2)
+    stream_state.save_state(path, state, CFG)
+    with pytest.raises(InputError, match="whose attention_sink is 0 where this one's is 2"):
+        stream_state.load_state(path, sunk)
+    about = config_json.to_dict(CFG)
+    assert about.pop("attention_sink") == 0
+    with pytest.MonkeyPatch.context() as patch:  # as it was before there was the field
+        patch.setattr(config_json, "to_dict", lambda _: {**about, "ttt": {**about["ttt"]}})
+        stream_state.save_state(path, state, CFG)
+    equal(stream_state.load_state(path, CFG), state)
+    with pytest.raises(InputError, match="whose attention_sink is 0 where this one's is 2"):
+        stream_state.load_state(path, sunk)
 
 
 def test_state_that_is_not_written_leaves_the_old_one(tmp_path, monkeypatch):
