@@ -64,9 +64,9 @@ def streamed(params, frames, mask, cfg, parts):
 
 
 def rows_with_pauses(rng):
-    """Row 0 has all frames; row 1 begins late and pauses, so that its sink lies elsewhere in the calls."""
+    """Row 0 has all frames; row 1 begins late and pauses between, in and behind the frames of its sink."""
     mask = random_mask(rng, (ROWS, FRAMES))
-    mask[0], mask[1, :2], mask[1, -4:] = True, False, True
+    mask[0], mask[1, :6], mask[1, -6:] = True, (False, False, True, False, True, False), True
     return mask
 
 
