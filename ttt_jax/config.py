@@ -262,8 +262,9 @@ class MoshiConfig(Checked):
             yield "extra_heads", f"of {self.extra_heads_dim} outputs cannot be: give heads of 1 output or more."
         if len(set(named)) < len(named):
             yield "layer_context", "gives a layer two windows: name each layer once."
-        if not 0 <= self.attention_sink < (window := min(self.contexts)):
-            yield "attention_sink", f"does not fit: give 0 or more, below the shortest attention window of {window}."
+        if not 0 <= self.attention_sink < min(self.contexts):
+            shortest = f"the shortest attention window of {min(self.contexts)}"
+            yield "attention_sink", f"does not fit: give 0 or more, below {shortest}."
         if not all(0 <= layer <= last for layer in self.apart):
             yield "apart", f"names layers that are not there: name layers 0 to {last}."
         if self.ttt_layers and self.head_dim < 4:
