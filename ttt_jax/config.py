@@ -262,9 +262,11 @@ class MoshiConfig(Checked):
             yield "extra_heads", f"of {self.extra_heads_dim} outputs cannot be: give heads of 1 output or more."
         if len(set(named)) < len(named):
             yield "layer_context", "gives a layer two windows: name each layer once."
-        if not 0 <= self.attention_sink < min(self.contexts):
-            shortest = f"the shortest attention window of {min(self.contexts)}"
-            yield "attention_sink", f"does not fit: give 0 or more, below {shortest}."
+        # Not min(self.contexts): a damaged file may name more layers than can be listed.
+        others = [self.context] if len(named) < self.num_layers else []
+        shortest = min([frames for _, frames in self.layer_context] + others)
+        if not 0 <= self.attention_sink < shortest:
+            yield "attention_sink", f"does not fit: give 0 or more, below the shortest attention window of {shortest}."
         if not all(0 <= layer <= last for layer in self.apart):
             yield "apart", f"names layers that are not there: name layers 0 to {last}."
         if self.ttt_layers and self.head_dim < 4:

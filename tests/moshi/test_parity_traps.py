@@ -286,8 +286,8 @@ TRAPS = {
         softmax_is_float32,
         (attention,),
         {
-            "return jnp.where(seen[:, None], s, NEGATIVE)": (
-                "return jnp.where(seen[:, None], s, NEGATIVE).astype(q.dtype)"
+            "return jnp.where(view.seen[:, None], s, NEGATIVE)": (
+                "return jnp.where(view.seen[:, None], s, NEGATIVE).astype(q.dtype)"
             )
         },
     ),
