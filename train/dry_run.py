@@ -212,8 +212,9 @@ def _residuals(f: Callable, x: Any, *others: Any) -> list[Leaf]:
 
 
 def _is_fused(leaf: Leaf, cfg: TrainConfig) -> bool:
-    """Whether the leaf is attention scores that cuDNN's flash attention does not store (bfloat16 on a GPU)."""
-    return cfg.model.dtype == "bfloat16" and any(
+    """Whether the leaf is attention scores that cuDNN's flash attention does not store (bfloat16 on a GPU, no sink)."""
+    fuses = cfg.model.dtype == "bfloat16" and not cfg.model.attention_sink
+    return fuses and any(
         leaf.shape[-2:] in ((cfg.data.chunk, cfg.data.chunk), (cfg.data.chunk, context))
         for context in cfg.model.contexts
     )

@@ -21,7 +21,7 @@ from ttt_jax.utils import config_json
 from ttt_jax.utils.trees import Tree, merge, named, pick
 from ttt_jax.utils.xla import known_options
 
-FREE = ("ttt", "lora", "apart", "dtype", "context", "layer_context")
+FREE = ("ttt", "lora", "apart", "dtype", "context", "layer_context", "attention_sink")
 """Fields of the model in which a run may differ from the weights that it starts from."""
 
 

@@ -207,6 +207,9 @@ class MoshiConfig(Checked):
     """Attention window in frames: a frame sees itself and the context - 1 before it."""
     layer_context: tuple[tuple[int, int], ...] = ()
     """Windows of single layers, as (layer, frames) pairs; the others have `context`."""
+    attention_sink: int = 0
+    """First frames of a stream that every later frame sees, in place of as many of the oldest in each window (Xiao et
+    al. 2023, arXiv 2309.17453); they seem no further away than the window is long. 0: none."""
     max_period: float = 10000.0
     """Longest period of the rotary position embedding."""
     n_q: int = 16
@@ -259,6 +262,11 @@ class MoshiConfig(Checked):
             yield "extra_heads", f"of {self.extra_heads_dim} outputs cannot be: give heads of 1 output or more."
         if len(set(named)) < len(named):
             yield "layer_context", "gives a layer two windows: name each layer once."
+        # Not min(self.contexts): a damaged file may name more layers than can be listed.
+        others = [self.context] if len(named) < self.num_layers else []
+        shortest = min([frames for _, frames in self.layer_context] + others)
+        if not 0 <= self.attention_sink < shortest:
+            yield "attention_sink", f"does not fit: give 0 or more, below the shortest attention window of {shortest}."
         if not all(0 <= layer <= last for layer in self.apart):
             yield "apart", f"names layers that are not there: name layers 0 to {last}."
         if self.ttt_layers and self.head_dim < 4:

@@ -173,7 +173,10 @@ def plan(
             " files or a smaller --reset-every."
         )
     setting["window"] = max(info.context for info in checkpoints)
-    setting["reach"] = max(info.reach for info in checkpoints)
+    # What reaches the stream's beginning, delayed codebooks included, reaches no further than the longest file.
+    everything = max(file.frames for file in files) + max(info.max_delay for info in checkpoints)
+    reach = max(info.reach for info in checkpoints)
+    setting["reach"] = everything if reach == math.inf else reach
     setting["dtype"] = "bfloat16" if any(info.dtype == "bfloat16" for info in checkpoints) else "float32"
     return Experiment(Setting(**setting), conditions, checkpoints, files, skipped)
 

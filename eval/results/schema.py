@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -58,6 +59,8 @@ class CheckpointInfo:
     """Of its training; None of converted weights."""
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Path, step, digest of the weights, and what else a command records."""
+    attention_sink: int = 0
+    """First frames of a stream that every later frame sees."""
 
     @property
     def context(self) -> int:
@@ -65,11 +68,13 @@ class CheckpointInfo:
         return max(self.contexts)
 
     @property
-    def reach(self) -> int:
-        """Frames that attention of all layers together looks back at most.
+    def reach(self) -> float:
+        """Frames that attention of all layers together looks back at most; infinity with an attention sink.
 
         Each layer passes on what its window shows, and codebooks come with their delay.
         """
+        if self.attention_sink:
+            return math.inf
         return sum(context - 1 for context in self.contexts) + 1 + self.max_delay
 
 

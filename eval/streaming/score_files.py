@@ -133,7 +133,14 @@ def checkpoint_info(checkpoint: Checkpoint, brief: bool = False) -> CheckpointIn
     if brief:
         about = {key: about[key] for key in ("path", "step", "weights") if key in about}
     return CheckpointInfo(
-        checkpoint.name, cfg.contexts, cfg.ttt_layers, cfg.max_delay, cfg.dtype, checkpoint.seed, about
+        checkpoint.name,
+        cfg.contexts,
+        cfg.ttt_layers,
+        cfg.max_delay,
+        cfg.dtype,
+        checkpoint.seed,
+        about,
+        cfg.attention_sink,
     )
 
 

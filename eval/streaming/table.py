@@ -67,7 +67,8 @@ def _checkpoint(results: Results, checkpoint: CheckpointResults) -> list[str]:
     info = checkpoint.info
     layers = f"TTT layers {', '.join(map(str, info.ttt_layers))}" if info.ttt_layers else "no TTT layers"
     resets = f", resets every {results.setting.reset_every} frames" if set(RESETTING) & set(checkpoint.arms) else ""
-    lines = [f"{info.name}: {layers}, attention window {info.context} frames{resets}"]
+    sink = f" with a sink of {info.attention_sink}" if info.attention_sink else ""
+    lines = [f"{info.name}: {layers}, attention window {info.context} frames{sink}{resets}"]
     parts = [part(results, checkpoint) for part in (_streams, _positions, _differences, _inner)]
     for part in [*parts, [checkpoint.verdict]]:
         lines += ["", *part] if part else []

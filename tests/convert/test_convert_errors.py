@@ -275,8 +275,12 @@ def test_export_refuses_folders_that_are_no_checkpoints_and_models_that_kyutai_c
     with pytest.raises(InputError, match="has no adapters that could be merged"):
         export(tmp_path / "ours", tmp_path / "back", merge_lora=True)
     info = json.loads((tmp_path / "ours" / "config.json").read_text())
-    info["model"]["layer_context"] = [[1, 4]]
-    (tmp_path / "ours" / "config.json").write_text(json.dumps(info))
-    with pytest.raises(InputError, match=r"model.layer_context=\(\(1, 4\),\) .* Kyutai's layout cannot express"):
-        export(tmp_path / "ours", tmp_path / "back")
+    for field, value, words in (
+        ("layer_context", [[1, 4]], r"model.layer_context=\(\(1, 4\),\) .* Kyutai's layout cannot express"),
+        ("attention_sink", 2, r"model.attention_sink=2 .* Kyutai's layout cannot express"),
+    ):
+        changed = {**info, "model": {**info["model"], field: value}}
+        (tmp_path / "ours" / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(InputError, match=words):
+            export(tmp_path / "ours", tmp_path / "back")
     assert not (tmp_path / "back").exists()

@@ -51,6 +51,7 @@ NETWORKS = {"linear": (), "mlp2": (2,), "mlp3": (2, 2)}
 
 def _grid():
     params = [pytest.param(SMALL, id="small"), pytest.param(DEEP, id="deep", marks=pytest.mark.slow)]
+    params.append(pytest.param(dataclasses.replace(SMALL, attention_sink=2), id="sink", marks=pytest.mark.slow))
     for (name, hidden), b in itertools.product(NETWORKS.items(), (1, 4, 16, 64)):
         cfg = dataclasses.replace(SHALLOW, ttt=dataclasses.replace(SHALLOW.ttt, hidden=hidden, mini_batch=b))
         params.append(pytest.param(cfg, id=f"{name}-{b}", marks=pytest.mark.slow))
@@ -58,7 +59,7 @@ def _grid():
 
 
 configs = _grid()
-"""`SMALL`; all else is slow: more runs, and inner networks by mini-batch sizes."""
+"""`SMALL`; all else is slow: more runs, an attention sink, and inner networks by mini-batch sizes."""
 PREDICTED = 1 + SMALL.dep_q
 CARDS = np.array([SMALL.text_card] + SMALL.n_q * [SMALL.card])
 

@@ -9,6 +9,7 @@ from tests.helpers.drawing import quick_jit
 from ttt_jax.config import MoshiConfig, TTTConfig
 from ttt_jax.moshi import attention
 from ttt_jax.moshi.blocks import Attention
+from ttt_jax.moshi.sink import Sink
 from ttt_jax.nn.linear import Kernel, linear
 
 SLOTS, HEADS, WIDTH, ROWS = 8, 2, 4, 3
@@ -92,6 +93,7 @@ def test_the_library_serves_long_calls_in_its_types_on_a_gpu(monkeypatch, frames
     assert not attention.can_fuse(frames, context, width, jnp.dtype(dtype))  # tests run on a CPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert attention.can_fuse(frames, context, width, jnp.dtype(dtype)) == fits
+    assert not attention.can_fuse(frames, context, width, jnp.dtype(dtype), Sink(4, 10000.0))
 
 
 def test_queries_and_keys_turn_by_the_period_of_the_configuration():
@@ -117,19 +119,19 @@ def gpu_branches(monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", choose)
 
 
-def one_frame(rows):
+def one_frame(rows, sink=None):
     draw = np.random.default_rng(rows).normal
     kv_caches = attention.KVCache(*draw(size=(2, 2, rows, HEADS, SLOTS, WIDTH)).astype(np.float32))
     inputs = draw(size=(3, rows, 1, HEADS, WIDTH)).astype(np.float32)
     position, mask = jnp.array([3, 30, 0], jnp.int32)[:rows], jnp.array([True, True, False])[:rows]
-    return attention.attend_one(*inputs, jax.tree.map(jnp.asarray, kv_caches), 1, position, mask)
+    return attention.attend_one(*inputs, jax.tree.map(jnp.asarray, kv_caches), 1, position, mask, sink)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_one_frame_on_a_gpu_reads_and_writes_the_same(request, rows):
-    read, kept = one_frame(rows)
+@pytest.mark.parametrize(("rows", "sink"), [(1, None), (3, None), (3, Sink(2, 100.0))])
+def test_one_frame_on_a_gpu_reads_and_writes_the_same(request, rows, sink):
+    read, kept = one_frame(rows, sink)
     request.getfixturevalue("gpu_branches")
-    found, now = one_frame(rows)
+    found, now = one_frame(rows, sink)
     np.testing.assert_allclose(found, read, rtol=1e-5, atol=1e-6)
     for a, b in zip(now, kept, strict=True):
         np.testing.assert_array_equal(a, b)

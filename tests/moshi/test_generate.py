@@ -1,6 +1,7 @@
 """Streaming generation: forced tokens, seeds by row, the scan, first-frame conventions, saved and forked states."""
 
 import dataclasses
+import json
 from functools import partial
 
 import jax
@@ -303,6 +304,21 @@ def test_state_of_another_model(tmp_path):
     stream_state.save_state(tmp_path / "state", model.init_state(CFG, 1), CFG)
     with pytest.raises(InputError, match="whose context is 8 where this one's is 9"):
         stream_state.load_state(tmp_path / "state", dataclasses.replace(CFG, context=9))
+
+
+def test_a_state_knows_its_sink_and_older_ones_have_none(tmp_path):
+    path, state, sunk = tmp_path / "state", model.init_state(CFG, 1), dataclasses.replace(CFG, attention_sink=2)
+    stream_state.save_state(path, state, CFG)
+    with pytest.raises(InputError, match="whose attention_sink is 0 where this one's is 2"):
+        stream_state.load_state(path, sunk)
+    older = json.loads(stream_state.describe(CFG))
+    assert older.pop("attention_sink") == 0
+    with pytest.MonkeyPatch.context() as patch:  # as it was before there was the field
+        patch.setattr(stream_state, "describe", lambda _: json.dumps(older))
+        stream_state.save_state(path, state, CFG)
+    equal(stream_state.load_state(path, CFG), state)
+    with pytest.raises(InputError, match="whose attention_sink is 0 where this one's is 2"):
+        stream_state.load_state(path, sunk)
 
 
 def test_state_that_is_not_written_leaves_the_old_one(tmp_path, monkeypatch):

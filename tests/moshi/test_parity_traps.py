@@ -232,7 +232,7 @@ TRAPS = {
     "window one frame longer": Flaw(
         teacher_forced_logits_are_pytorchs,
         (attention, *TEMPORAL),
-        {"(distance >= 0) & (distance < context)": "(distance >= 0) & (distance <= context)"},
+        {"(distance >= 0) & (distance < window)": "(distance >= 0) & (distance <= window)"},
     ),
     # 12
     "NaN where nothing is scored": Flaw(
@@ -286,8 +286,8 @@ TRAPS = {
         softmax_is_float32,
         (attention,),
         {
-            "return jnp.where(seen[:, None], s, NEGATIVE)": (
-                "return jnp.where(seen[:, None], s, NEGATIVE).astype(q.dtype)"
+            "return jnp.where(view.seen[:, None], s, NEGATIVE)": (
+                "return jnp.where(view.seen[:, None], s, NEGATIVE).astype(q.dtype)"
             )
         },
     ),

@@ -102,6 +102,9 @@ def test_impossible_layers_are_refused(text, words):
         (lambda: dataclasses.replace(TINY, delays=(1,) + 16 * (1,)), "model.delays[0]=1"),
         (lambda: dataclasses.replace(TINY, layer_context=((3, 10),)), "model.layer_context=(3, 10)"),
         (lambda: dataclasses.replace(TINY, layer_context=((0, 0),)), "model.layer_context=(0, 0)"),
+        (lambda: dataclasses.replace(TINY, attention_sink=-1), "model.attention_sink=-1 does not fit"),
+        (lambda: dataclasses.replace(TINY, attention_sink=64), "below the shortest attention window of 64"),
+        (lambda: dataclasses.replace(TINY, attention_sink=9, layer_context=((1, 9),)), "attention window of 9"),
         (lambda: dataclasses.replace(TINY, ttt=TTTConfig(layers="3")), "names layer 3, but the model has layers 0"),
     ],
 )

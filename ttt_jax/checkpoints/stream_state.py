@@ -102,7 +102,8 @@ def check_model(stored: Stored, cfg: MoshiConfig) -> None:
     """Raises `InputError` unless the state in a file is of a model with the configuration `cfg`."""
     wanted = json.loads(describe(cfg))
     try:
-        model = dict(json.loads(stored.about["model"]))
+        # States that were saved before there were sinks have none.
+        model = {"attention_sink": 0, **json.loads(stored.about["model"])}
     except (KeyError, ValueError, TypeError):
         raise InputError(f"{stored.path} does not name its model: give {stored.wanted}.") from None
     if differing := [key for key in wanted if model.get(key) != wanted[key]]:

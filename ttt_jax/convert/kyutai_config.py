@@ -135,6 +135,9 @@ def export(cfg: MoshiConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
     if cfg.layer_context:
         other = f"model.layer_context={cfg.layer_context} gives some layers other windows"
         raise InputError(f"{other}, which Kyutai's layout cannot express: export a model with one window.")
+    if cfg.attention_sink:
+        other = f"model.attention_sink={cfg.attention_sink} keeps the first frames in view"
+        raise InputError(f"{other}, which Kyutai's layout cannot express: export a model without a sink.")
     kept = {key: value for key, value in raw.items() if key in BESIDE | NO_EFFECT}
     depth = cfg.depth
     scale, wide = raw.get("hidden_scale", 4.125), raw.get("depformer_dim_feedforward")

@@ -1,6 +1,7 @@
 """Sliding-window attention over a KV cache and the frames of the call. Plain functions on arrays.
 
-The cache is a ring of S slots: the frame at position p lies in slot p % S. A call of many frames reads the cache and
+The cache is a ring of S slots: the frame at position p lies in slot p % S; a `Sink` keeps the first frames in theirs,
+and the rest is the ring. A call of many frames reads the cache and
 the frames of the call, then writes (`attend`, `write`; both in `attend_fused` where cuDNN's flash attention runs). A
 call of one frame writes first and then reads the cache alone (`attend_one`): the same keys in fewer steps.
 
@@ -9,18 +10,21 @@ Shapes: B rows, T frames of the call, S slots of the cache, H heads, K head widt
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.moshi.sink import Sink
+
 NEGATIVE = -1e30  # finite: a query without any key must not turn into NaN
 
 
 class KVCache(NamedTuple):
-    """Keys (rotated) and values of the last S valid frames of each row, frame at position p in slot p % S: [..., B, H,
-    S, K]."""
+    """Keys (rotated) and values of the last S valid frames of each row, or of its sink and the last others: [..., B, H,
+    S, K]. Slots: `slot_of`."""
 
     k: jax.Array
     v: jax.Array
@@ -31,10 +35,25 @@ class Positions(NamedTuple):
 
     query: jax.Array
     """Position of each frame, int32 [B, T]; unbounded, never wrapped."""
+    valid: jax.Array
+    """bool [B, T]."""
     in_cache: jax.Array
-    """bool [B, T, S]."""
+    """bool [B, T, S]; without the sink's keys."""
     in_call: jax.Array
-    """bool [B, T, T]."""
+    """bool [B, T, T]; without the sink's keys."""
+
+
+class View(NamedTuple):
+    """Queries, and N keys with values of which they see some."""
+
+    q: jax.Array
+    """[B, T, H, K]."""
+    k: jax.Array
+    """[B, H, N, K]."""
+    v: jax.Array
+    """[B, H, N, K]."""
+    seen: jax.Array
+    """bool [B, T, N]."""
 
 
 def init_kv_cache(batch: int, slots: int, heads: int, width: int, dtype: jnp.dtype) -> KVCache:
@@ -43,38 +62,65 @@ def init_kv_cache(batch: int, slots: int, heads: int, width: int, dtype: jnp.dty
     return KVCache(empty, empty)
 
 
-def positions(start: jax.Array, mask: jax.Array, context: int) -> Positions:
-    """Positions of a call whose rows have seen `start` int32 [B] valid frames; `mask` bool [B, T]; window and cache of
-    `context` frames."""
+def slot_of(position: jax.Array, slots: int, sink: Sink | None) -> jax.Array:
+    """Slot of the cache in which the frame at `position` lies."""
+    return position % slots if sink is None else sink.slot(position, slots)
+
+
+def positions(start: jax.Array, mask: jax.Array, context: int, sink: Sink | None = None) -> Positions:
+    """Positions of a call whose rows have seen `start` int32 [B] valid frames; `mask` bool [B, T]; window (a sink
+    included) and cache of `context` frames."""
+    first = 0 if sink is None else sink.frames
+    window = context - first
     query = start[:, None] + jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
     slot = jnp.arange(context)[None]
     last = start[:, None] - 1
-    stored = last - (last - slot) % context  # position of the frame in the slot; negative if the slot is empty
-    in_cache = (stored >= 0)[:, None] & (query[:, :, None] - stored[:, None] < context)
+    stored = last - (last - slot) % window  # position of the frame in the slot; below `first` if the slot is empty
+    in_cache = (stored >= first)[:, None] & (query[:, :, None] - stored[:, None] < window)
     distance = query[:, :, None] - query[:, None]
-    in_call = (distance >= 0) & (distance < context) & mask[:, None]
+    in_call = (distance >= 0) & (distance < window) & mask[:, None]
+    if sink is not None:
+        in_cache &= slot[:, None] >= first
+        in_call &= query[:, None] >= first
     # A masked frame shares its position with a valid one before it: order within the call keeps it causal.
-    return Positions(query, in_cache, in_call & jnp.tril(jnp.ones(in_call.shape[1:], bool)))
+    return Positions(query, mask, in_cache, in_call & jnp.tril(jnp.ones(in_call.shape[1:], bool)))
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: KVCache, where: Positions) -> jax.Array:
-    """Attention of the call's queries over cache and call; [B, T, H, K] each; softmax in float32 or wider.
+def view_sink(
+    q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: KVCache, start: jax.Array, where: Positions, sink: Sink
+) -> View:
+    """What the queries of a call see of the sink, whose frames may lie in the cache or in the call.
+
+    Args: those of `attend`, and start: as in `positions`.
+    """
+    held = KVCache(*(leaf[None, :, :, : sink.frames] for leaf in kv_cache))
+    first = write(held, k[None], v[None], start, where.valid & (where.query < sink.frames))
+    seen = jnp.arange(sink.frames) <= where.query[..., None]
+    return View(sink.turn(q, where.query, kv_cache.k.shape[2]), first.k[0], first.v[0], seen)
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: KVCache, where: Positions, sink: View | None = None
+) -> jax.Array:
+    """Attention of the call's queries over cache and call, and over the `sink` of `view_sink`; [B, T, H, K] each;
+    softmax in float32 or wider.
 
     Cache and call have separate scores, so that the cache is read in place and never copied.
     """
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    keys, values, seen = (kv_cache.k, k.swapaxes(1, 2)), (kv_cache.v, v.swapaxes(1, 2)), (where.in_cache, where.in_call)
+    views = [View(q, *kv_cache, where.in_cache), View(q, k.swapaxes(1, 2), v.swapaxes(1, 2), where.in_call)]
+    views += [] if sink is None else [sink]
 
-    def score(key: jax.Array, seen: jax.Array) -> jax.Array:
-        s = jnp.einsum("BTHK,BHSK->BHTS", q, key, preferred_element_type=wide) * q.shape[-1] ** -0.5
-        return jnp.where(seen[:, None], s, NEGATIVE)
+    def score(view: View) -> jax.Array:
+        s = jnp.einsum("BTHK,BHSK->BHTS", view.q, view.k, preferred_element_type=wide) * q.shape[-1] ** -0.5
+        return jnp.where(view.seen[:, None], s, NEGATIVE)
 
-    scores = [score(*part) for part in zip(keys, seen, strict=True)]
-    highest = jnp.maximum(*(s.max(-1, keepdims=True) for s in scores))
+    scores = [score(view) for view in views]
+    highest = functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for s in scores))
     weights = [jnp.exp(s - highest) for s in scores]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
     parts = ((w / total).astype(q.dtype) for w in weights)
-    return sum(jnp.einsum("BHTS,BHSK->BTHK", w, value) for w, value in zip(parts, values, strict=True))
+    return sum(jnp.einsum("BHTS,BHSK->BTHK", w, view.v) for w, view in zip(parts, views, strict=True))
 
 
 class Line(NamedTuple):
@@ -98,14 +144,14 @@ class Line(NamedTuple):
     """Slot that stores the frame of each place after the call, int32 [B, S + T]; S: none."""
 
 
-def can_fuse(frames: int, context: int, width: int, dtype: jnp.dtype) -> bool:
-    """Returns whether `attend_fused` can run: cuDNN's types and head widths, on a GPU, and a call that is long beside
-    the cache.
+def can_fuse(frames: int, context: int, width: int, dtype: jnp.dtype, sink: Sink | None = None) -> bool:
+    """Returns whether `attend_fused` can run: cuDNN's types and head widths, on a GPU, no sink, and a call that is long
+    beside the cache.
 
     The line has as many queries as keys, so it also computes queries for the cache; for a short call that costs more
     than all scores.
     """
-    fits = dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
+    fits = dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128 and sink is None
     return fits and 8 * frames >= context and jax.default_backend() == "gpu"
 
 
@@ -177,17 +223,23 @@ def _move_backward(to: jax.Array, grad: jax.Array):
 _move.defvjp(_move_forward, _move_backward)
 
 
-def write(kv_caches: KVCache, k: jax.Array, v: jax.Array, start: jax.Array, mask: jax.Array) -> KVCache:
+def write(
+    kv_caches: KVCache, k: jax.Array, v: jax.Array, start: jax.Array, mask: jax.Array, sink: Sink | None = None
+) -> KVCache:
     """Writes the valid frames of a call into the caches of a run of layers.
 
     Args:
       kv_caches: [L, B, H, S, K]; k, v: [L, B, T, H, K]; start, mask: as in `positions`. Of more than S frames the last
-        S stay.
+        S stay; with a sink, its frames and the last of the others.
     """
     slots = kv_caches.k.shape[3]
     rank = jnp.cumsum(mask, 1) - 1
-    stays = mask & (rank >= mask.sum(1, keepdims=True) - slots)
-    slot = jnp.where(stays, (start[:, None] + rank) % slots, slots)
+    ring = slots if sink is None else slots - sink.frames
+    stays = mask & (rank >= mask.sum(1, keepdims=True) - ring)
+    position = start[:, None] + rank
+    if sink is not None:
+        stays |= mask & (position < sink.frames)
+    slot = jnp.where(stays, slot_of(position, slots, sink), slots)
     rows = jnp.arange(mask.shape[0])[:, None]
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -197,7 +249,14 @@ def write(kv_caches: KVCache, k: jax.Array, v: jax.Array, start: jax.Array, mask
 
 
 def attend_one(
-    q: jax.Array, k: jax.Array, v: jax.Array, kv_caches: KVCache, layer: int, position: jax.Array, mask: jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv_caches: KVCache,
+    layer: int,
+    position: jax.Array,
+    mask: jax.Array,
+    sink: Sink | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """`attend` and `write` for a call of one frame in one layer of stacked caches.
 
@@ -209,7 +268,7 @@ def attend_one(
     """
     q, k, v = q[:, 0], k[:, 0], v[:, 0]
     slots, wide = kv_caches.k.shape[3], jnp.promote_types(q.dtype, jnp.float32)
-    slot = jnp.where(mask, position % slots, slots)
+    slot = jnp.where(mask, slot_of(position, slots, sink), slots)
     kv_caches = KVCache(_put(kv_caches.k, k, layer, slot), _put(kv_caches.v, v, layer, slot))
     keys, values = kv_caches.k[layer], kv_caches.v[layer]
 
@@ -228,7 +287,13 @@ def attend_one(
         split = lambda y: y.reshape(*y.shape[:2], parts, slots // parts, -1)  # noqa: E731
         return (split(weights) * split(values).astype(wide)).sum(3).sum(2).astype(values.dtype)
 
-    scores = jax.lax.platform_dependent(q, keys, cuda=reduce_keys, default=dot_keys) * q.shape[-1] ** -0.5
+    def score(q: jax.Array, keys: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(q, keys, cuda=reduce_keys, default=dot_keys) * q.shape[-1] ** -0.5
+
+    scores = score(q, keys)
+    if sink is not None:
+        turned = sink.turn(q[:, None], position[:, None], slots)[:, 0]
+        scores = scores.at[..., : sink.frames].set(score(turned, keys[:, :, : sink.frames]))
     filled = (jnp.arange(slots) <= position[:, None])[:, None]
     weights = jax.nn.softmax(jnp.where(filled, scores, NEGATIVE), axis=-1)
     read = jax.lax.platform_dependent(weights, values, cuda=reduce_values, default=dot_values)

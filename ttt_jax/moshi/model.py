@@ -21,6 +21,7 @@ from ttt_jax.moshi import attention, depth
 from ttt_jax.moshi.blocks import REMAT, Block, Remat
 from ttt_jax.moshi.delays import columns, init_history
 from ttt_jax.moshi.embed import lookup
+from ttt_jax.moshi.sink import Sink
 from ttt_jax.nn.init import embedding, linear_kernel
 from ttt_jax.nn.linear import init_kernel, kernel, linear
 from ttt_jax.nn.norms import rms_norm
@@ -248,11 +249,14 @@ def _over_layers(
       all of the time.
     """
     block, length = Block(cfg, run.has_ttt, remat if run.has_ttt else "none"), run.stop - run.start
+    sink = Sink(cfg.attention_sink, cfg.max_period) if cfg.attention_sink else None
     if x.shape[1] == 1:
         kv_caches, ttts, measurements = state.kv_cache, state.ttt, []
         for i in range(length):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], params, is_leaf=lambda leaf: isinstance(leaf, tuple))
-            attend = partial(attention.attend_one, kv_caches=kv_caches, layer=i, position=start, mask=mask[:, 0])
+            attend = partial(
+                attention.attend_one, kv_caches=kv_caches, layer=i, position=start, mask=mask[:, 0], sink=sink
+            )
             ttt = jax.tree.map(lambda leaf, i=i: leaf[i], ttts)
             x, (kv_caches, ttt, measurement) = block.apply(
                 {"params": layer}, x, mask, start[:, None], attend, ttt, measured, control
@@ -261,8 +265,11 @@ def _over_layers(
             measurements.append(measurement)
         return x, RunState(kv_caches, ttts), jax.tree.map(lambda *leaves: jnp.stack(leaves), *measurements)
 
-    fused = attention.can_fuse(x.shape[1], run.context, cfg.head_dim, x.dtype)
-    where = (attention.line_up if fused else attention.positions)(start, mask, run.context)
+    fused = attention.can_fuse(x.shape[1], run.context, cfg.head_dim, x.dtype, sink)
+    if fused:
+        where = attention.line_up(start, mask, run.context)
+    else:
+        where = attention.positions(start, mask, run.context, sink)
 
     def body(x: jax.Array, layer: tuple[Params, RunState]):
         params, (kv_cache, ttt) = layer
@@ -270,7 +277,8 @@ def _over_layers(
         def attend(q: jax.Array, k: jax.Array, v: jax.Array):
             if fused:
                 return attention.attend_fused(q, k, v, kv_cache, where)
-            return attention.attend(q, k, v, kv_cache, where), (k, v)
+            first = attention.view_sink(q, k, v, kv_cache, start, where, sink) if sink else None
+            return attention.attend(q, k, v, kv_cache, where, first), (k, v)
 
         x, kept = block.apply({"params": params}, x, mask, where.query, attend, ttt, measured, control)
         return by_rows(x), kept
@@ -283,7 +291,7 @@ def _over_layers(
         kept, ttt, measurement = jax.tree.map(lambda leaf: leaf[None], ys)
     else:
         x, (kept, ttt, measurement) = jax.lax.scan(body, x, (params, state))
-    kv_cache = kept if fused else attention.write(state.kv_cache, *kept, start, mask)
+    kv_cache = kept if fused else attention.write(state.kv_cache, *kept, start, mask, sink)
     return x, RunState(kv_cache, ttt), measurement
 
 

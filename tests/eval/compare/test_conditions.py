@@ -3,7 +3,8 @@
 import pytest
 
 from eval.compare import conditions
-from eval.results.schema import CheckpointInfo
+from eval.compare.experiment import plan
+from eval.results.schema import CheckpointInfo, FileInfo
 from ttt_jax.errors import InputError
 from ttt_jax.utils import paths
 
@@ -69,6 +70,14 @@ CHECKPOINTS = {name: CheckpointInfo(name, (8, 8), () if name == "plain" else (1,
 def chosen(*texts):
     compared = conditions.conditions(list(map(conditions.parse, texts)), CHECKPOINTS)
     return [(condition.name, condition.arm, condition.checkpoints) for condition in compared]
+
+
+def test_attention_with_a_sink_reaches_all_of_the_longest_file():
+    files = [FileInfo(name, name, frames, f"{name}.npz") for name, frames in (("x", 900), ("y", 40))]
+    setting = {"chunk": 20, "weighting": "equal"}
+    infos = [CheckpointInfo("a", (8, 8), (1,), max_delay=1), CheckpointInfo("b", (8, 8), (1,), attention_sink=2)]
+    assert plan([], infos[:1], files, [], **setting).setting.reach == infos[0].reach == 16
+    assert plan([], infos, files, [], **setting).setting.reach == 900 + 1
 
 
 def test_conditions():

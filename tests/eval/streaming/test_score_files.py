@@ -1,6 +1,8 @@
 """`score_files`: what is stored of each checkpoint, file and arm, on made-up scores and known answers. No model is
 run."""
 
+import dataclasses
+import math
 import types
 
 import numpy as np
@@ -110,6 +112,9 @@ def test_what_is_recorded_of_a_checkpoint():
     assert (info.contexts, info.ttt_layers, info.max_delay, info.dtype) == ((8, 8), (1,), 1, "float32")
     assert info.about == {"path": "tiny", "step": 3, "weights": "w"}
     assert info.reach == 2 * 7 + 1 + 1
+    sunk = checkpoint()
+    sunk = sunk._replace(cfg=dataclasses.replace(sunk.cfg, attention_sink=3))
+    assert (checkpoint_info(sunk).attention_sink, checkpoint_info(sunk).reach) == (3, math.inf)
     assert checkpoint_info(checkpoint()).about.keys() == {"path", "step", "weights", "codec"}
 
 
