@@ -73,7 +73,7 @@ class Options:
     """twice: Moshi hears the first frame, as in training; once: it is lost, as in Kyutai's server. A talk that goes on
     loses none."""
     arm: Arm | None = None
-    """Memory kept (persist), cleared every --reset-every frames (reset), not learning (frozen), or without effect (off);
+    """Memory kept (persist), cleared every --reset-every frames (reset), not learning (frozen), without effect (off);
     unset: persist, with --score all of them."""
     reset_every: Annotated[int | None, arg(metavar="N")] = None
     """Frames between resets; unset: a training chunk of the run, or 1250."""
@@ -96,8 +96,8 @@ class Options:
     batch: int = 8
     """Most files side by side."""
     score: bool = False
-    """Score given conversations (stereo: left Moshi, right the user; or code files) in place of talking: what `python -m
-    eval stream --data` does with these files. Stores its results; a mono file is Moshi's voice then."""
+    """Score given conversations (stereo: left Moshi, right the user; or code files) in place of talking, as `python -m
+    eval stream --data` does, and store its results. A mono file is Moshi's voice then."""
 
     def __post_init__(self) -> None:
         if self.checkpoint is None or not self.files:

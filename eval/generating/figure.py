@@ -110,7 +110,7 @@ def _voice(axis: Any, samples: np.ndarray, rate: int, name: str, colour: str) ->
     pieces = samples[: len(samples) // size * size].reshape(-1, size)
     at = (np.arange(len(pieces)) + 0.5) * size / rate
     axis.fill_between(at, pieces.min(1), pieces.max(1), color=colour, lw=0.3)
-    peak = max(float(np.abs(samples).max(initial=0)), 0.01)
+    peak = min(max(float(np.abs(samples).max(initial=0)), 0.01), 1)  # full scale: a wav file holds no more
     axis.set_ylim(-1.05 * peak, 1.05 * peak)
     axis.set_ylabel(name, fontsize=9)
     axis.axhline(0, color=colour, lw=0.5)

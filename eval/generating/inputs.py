@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import numpy as np
 
 from eval.results.schema import Skipped
 from ttt_jax.data import sources
+from ttt_jax.data.audio.levels import SILENT
 from ttt_jax.data.audio.reader import read_audio
 from ttt_jax.errors import InputError
 from ttt_jax.utils.files import file_digest
@@ -23,6 +25,7 @@ Channel = Literal["right", "left", "mix"]
 DUPLEX_INPUT, DUPLEX_OUTPUT = "input.wav", "output.wav"
 """Names of Full-Duplex-Bench: a model's answer to the first lies beside it under the second."""
 CODES = ".safetensors"
+_log = logging.getLogger("ttt_jax")
 
 
 class Input(NamedTuple):
@@ -119,4 +122,16 @@ def read(path: Path, sample_rate: int, channel: Channel) -> np.ndarray:
     audio = read_audio(path, sample_rate)
     if audio.shape[1] == 0:
         raise InputError(f"{path} is shorter than a sample at {sample_rate} Hz: give a longer recording.")
-    return {"right": audio[-1], "left": audio[0], "mix": audio.mean(0)}[channel]
+    voice = {"right": audio[-1], "left": audio[0], "mix": audio.mean(0)}[channel]
+    if len(audio) == 2 and _quiet(voice) and not _quiet(audio):
+        _log.warning(
+            "%s has sound, but none in the user's channel (--channel %s): --channel %s takes the other.",
+            path,
+            channel,
+            "right" if channel == "left" else "left",
+        )
+    return voice
+
+
+def _quiet(audio: np.ndarray) -> bool:
+    return float(np.abs(audio).max(initial=0)) < SILENT

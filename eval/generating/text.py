@@ -45,8 +45,8 @@ def counts(tokens: np.ndarray) -> Counts:
 def words(tokens: np.ndarray, tokenizer: Tokenizer | TokenizerInfo) -> list[Spoken]:
     """Returns the words in a text row, int [T]: from the first frame of a word's tokens to the end of the last.
 
-    A piece that begins no word belongs to the one before, unless a pause lies between. Without a tokenizer each token is
-    a word of its own, [ID].
+    A piece that begins no word belongs to the one before, unless a pause lies between. Without a tokenizer each token
+    is a word of its own, [ID].
     """
     found: list[list[int]] = []
     for frame in np.flatnonzero((tokens >= 0) & (tokens != EPAD) & (tokens != PAD)):
