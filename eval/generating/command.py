@@ -217,7 +217,8 @@ def _talk(
     )
     rows = 1 if options.keep_state else min(options.batch, len(inputs))
     talks = Talks(speech, rows, measured=options.diagnostics_every > 0)
-    print(f"{checkpoint.name} listens to {len(inputs)} files, {rows} at a time ...", flush=True)
+    count = "1 file" if len(inputs) == 1 else f"{len(inputs)} files, {rows} at a time"
+    print(f"{checkpoint.name} listens to {count} ...", flush=True)
     talk.warm_up(talks)
     rate = speech.codec.sample_rate
     silence = round(options.silence * rate)
