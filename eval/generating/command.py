@@ -219,7 +219,7 @@ def _talk(
     talks = Talks(speech, rows, measured=options.diagnostics_every > 0)
     count = "1 file" if len(inputs) == 1 else f"{len(inputs)} files, {rows} at a time"
     print(f"{checkpoint.name} listens to {count} ...", flush=True)
-    talk.warm_up(talks)
+    talk.warm_up(talks, settings)
     rate = speech.codec.sample_rate
     silence = round(options.silence * rate)
 
@@ -234,7 +234,8 @@ def _talk(
                 skipped.append(made)
                 _report([made])
                 continue
-            files[made.source.name] = outputs.write(folder, made, loaded, layers, gates, options.diagnostics_every)
+            every = options.diagnostics_every
+            files[made.source.name] = outputs.write(folder, made, loaded, layers, gates, every, silence)
             bar.set_postfix_str(f"{len(files)} of {len(inputs)} files")
     if not files:
         raise InputError(skipped[-1].reason)

@@ -14,7 +14,6 @@ from eval.generating.results import TalkResults
 from eval.generating.talk import Made
 from eval.results.schema import as_json
 from ttt_jax.config import FRAME_RATE
-from ttt_jax.data.audio.reader import read_audio
 from ttt_jax.data.codes import Codes, write_codes
 from ttt_jax.errors import InputError
 from ttt_jax.serve import saved
@@ -44,12 +43,13 @@ def write(
     layers: Sequence[int],
     gates: Sequence[float],
     every: int,
+    silence: int,
 ) -> TalkResults:
     """Writes the files of a talk to `folder`, and the answer beside an input.wav; returns its results.
 
     Args:
       layers: indices of the TTT layers; gates: their mean size; every: frames from one record of inner losses to the
-        next, 0 for none.
+        next, 0 for none; silence: samples that `made.user` has behind those of the file.
     """
     codec, name, kept = loaded.speech.codec, made.source.name, list(ENDINGS)
     rate, frames = codec.sample_rate, made.moshi.shape[1]
@@ -82,7 +82,7 @@ def write(
     else:
         saved.save(path(".state.safetensors"), made.talk, loaded.speech, loaded.checkpoint.about["weights"])
     if made.source.answer is not None:
-        write_atomically(made.source.answer, _answer(made, rate))
+        write_atomically(made.source.answer, _answer(made, rate, len(made.user) - silence))
     seconds = len(made.user) / rate
     means = None if diagnostics is None else {key: value.mean(0).tolist() for key, value in diagnostics.items()}
     return TalkResults(
@@ -127,13 +127,16 @@ def _wav(samples: np.ndarray, rate: int) -> bytes:
     return content.getvalue()
 
 
-def _answer(made: Made, rate: int) -> bytes:
-    """Returns Moshi's voice as a wav file of the rate and the length of the recording, without silence after it."""
+def _answer(made: Made, rate: int, heard: int) -> bytes:
+    """Returns Moshi's voice as a wav file of the rate and the length of the recording, of which `heard` samples were
+    read at `rate`."""
     import soundfile
     import soxr
 
-    own = soundfile.info(made.source.path).samplerate
-    length = read_audio(made.source.path, own).shape[1]
+    info = soundfile.info(made.source.path)
+    own, length = info.samplerate, info.frames
+    if abs(length * rate / own - heard) > 1:  # a header that does not know the length
+        length = round(heard * own / rate)
     voice = made.voice if own == rate else soxr.resample(made.voice, rate, own, "HQ")
     samples = np.zeros(length, np.float32)
     samples[: len(voice)] = voice[:length]

@@ -100,9 +100,9 @@ def generate(
         rows = [row for row in rows if row.goes_on]
 
 
-def warm_up(talks: Talks) -> None:
+def warm_up(talks: Talks, settings: TalkSettings) -> None:
     """Compiles what a talk needs, so that its first frame takes no longer than others."""
-    row, silence = talks.join(), np.zeros(talks.speech.codec.frame_size, np.float32)
+    row, silence = talks.join(settings), np.zeros(talks.speech.codec.frame_size, np.float32)
     for _ in range(2):
         talks.step({row: silence})
     talks.leave(row)

@@ -51,7 +51,7 @@ def words(tokens: np.ndarray, tokenizer: Tokenizer | TokenizerInfo) -> list[Spok
     found: list[list[int]] = []
     for frame in np.flatnonzero((tokens >= 0) & (tokens != EPAD) & (tokens != PAD)):
         is_first = isinstance(tokenizer, TokenizerInfo) or tokenizer.begins_word(tokens[frame])
-        if is_first or not found or frame - found[-1][-1] > PAUSE * FRAME_RATE:
+        if is_first or not found or frame - found[-1][-1] - 1 >= PAUSE * FRAME_RATE:
             found.append([])
         found[-1].append(int(frame))
     spoken = []
