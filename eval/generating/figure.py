@@ -17,7 +17,7 @@ from eval.results.figures import pyplot, save
 MOSHI, USER, BASE, BEFORE, DISPLACEMENT = "#0072B2", "#6B6B6B", "#E69F00", "#0072B2", "#009E73"
 """Colours, of those of `eval.results.figures`."""
 INCHES_A_SECOND, NARROWEST, WIDEST = 0.35, 11, 36
-LETTER, LINES = 0.078, 8
+LETTER, LINES = 0.078, 14
 """Width of a letter of the words in inches, and most lines of words."""
 LAYERS = 8
 """Most TTT layers that are drawn; of more, evenly spaced ones."""
@@ -56,7 +56,7 @@ def write(
         sharex=True,
         layout="constrained",
     )
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     _words(axes[0], lines, left_out)
     _voice(axes[1], moshi, rate, "Moshi", MOSHI)
     _voice(axes[2], user, rate, "user", USER)
