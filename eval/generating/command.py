@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from tyro.conf import Positional, arg
 from eval.generating.inputs import Channel
 from eval.results import folder as folders
 from eval.results import schema
-from eval.results.schema import RESULTS, CheckpointInfo, Skipped
+from eval.results.schema import RESULTS, Skipped
 from ttt_jax.errors import InputError
 from ttt_jax.utils.command import PARTIAL, cost, keep_compiled, machine, shortened
 from ttt_jax.utils.files import file_digest
@@ -136,7 +135,7 @@ def main(options: Options) -> int:
 
         return score.main(options)
     from eval.generating import inputs as recordings
-    from eval.generating import outputs, results
+    from eval.generating import outputs, replace, results
     from eval.streaming.score_files import checkpoint_info
     from ttt_jax.moshi.generate import Sampling
     from ttt_jax.serve import load
@@ -151,31 +150,25 @@ def main(options: Options) -> int:
     keep_compiled(loaded.checkpoint.cache_dir / "compiled")
     if not loaded.speech.cfg.ttt_layers and (options.arm not in (None, "off") or options.gate is not None):
         raise InputError(f"{loaded.checkpoint.name} has no TTT layers: leave --arm and --gate out.")
-    usable = []
-    for source in inputs:
-        try:
-            outputs.check_answer(source)
-            usable.append(source)
-        except InputError as error:
-            skipped.append(Skipped(source.name, str(error)))
-            _report(skipped[-1:])
+    usable, kept = outputs.without_foreign_answers(inputs)
     if not usable:
-        raise InputError(skipped[-1].reason)
+        raise InputError(kept[0].reason)
+    _report(kept)
+    skipped += kept
     folder = folders.find(options.out, "generate", options.checkpoint, options.data)
     folders.make(folder)
-    info = dataclasses.replace(
-        checkpoint_info(loaded.checkpoint, brief=True), contexts=loaded.speech.cfg.contexts
-    )  # the window that was used
+    contexts = loaded.speech.cfg.contexts  # the window that is used
+    info = dataclasses.replace(checkpoint_info(loaded.checkpoint, brief=True), contexts=contexts)
     setting = _setting(options, loaded)
-    asked = _subject(options.data, {source.name: source.digest for source in usable}, skipped, info, setting)
-    _replaced(folder, asked, usable)  # errors are reported before the work
+    asked = replace.subject(options.data, {source.name: source.digest for source in usable}, skipped, info, setting)
+    replace.replaced(folder, asked, usable)  # errors are reported before the work
     with folders.staged(folder) as new:
         files = _talk(options, settings, setting, loaded, usable, skipped, new)
         made = results.Results(options.data, setting, info, files, skipped)
         about = {"figures": results.FIGURES, "files_by_ending": outputs.ENDINGS}
         about |= {"codec": {"name": loaded.speech.codec.name, "digest": loaded.speech.codec.digest}}
         schema.write(new, made, about | {"evaluated_with": machine(), "cost": cost()})
-        folders.replace(folder, new, _replaced(folder, asked, usable))
+        folders.replace(folder, new, replace.replaced(folder, asked, usable))
     print(f"\n{results.table(made)}\n")
     print("\n".join(map(str, [folder / RESULTS, *(file.answer for file in files if file.answer)])))
     return PARTIAL if skipped else 0
@@ -206,15 +199,8 @@ def _talk(
     begin = None
     if options.load_state is not None:
         begin = saved.load(local(options.load_state), speech, checkpoint.about["weights"])
-    plan = talk.Plan(
-        settings,
-        options.first_frame,
-        options.seed,
-        setting["--reset-every"],
-        begin,
-        options.keep_state,
-        options.save_state,
-    )
+    reset_every, keep, save = setting["--reset-every"], options.keep_state, options.save_state
+    plan = talk.Plan(settings, options.first_frame, options.seed, reset_every, begin, keep, save)
     rows = 1 if options.keep_state else min(options.batch, len(inputs))
     talks = Talks(speech, rows, measured=options.diagnostics_every > 0)
     count = "1 file" if len(inputs) == 1 else f"{len(inputs)} files, {rows} at a time"
@@ -264,34 +250,6 @@ def _setting(options: Options, loaded: Loaded) -> dict[str, Any]:
     setting |= {_flag(name): getattr(options, name) for name in ("context", "attention_sink", "codec")}
     state = options.load_state
     return setting | {"--load-state": None if state is None else file_digest(local(state))}
-
-
-def _subject(
-    data: str, files: dict[str, str], skipped: Sequence[Skipped], info: CheckpointInfo, setting: dict[str, Any]
-) -> folders.Subject:
-    checkpoints = (folders.checkpoint(info.name, info.about),)
-    return folders.Subject(data, files, frozenset(file.name for file in skipped), checkpoints, setting)
-
-
-def _replaced(folder: Path, asked: folders.Subject, inputs: Sequence[Input]) -> list[str]:
-    """Returns names of the earlier results in `folder` that the new ones replace.
-
-    Raises `InputError` if they are not to be replaced, or a file of another origin has the name of an output.
-    """
-    from eval.generating.outputs import ENDINGS
-    from eval.generating.results import Results
-
-    names = [f"{source.name}{ending}" for source in inputs for ending in ENDINGS]
-    earlier = folders.stored(folder, lambda folder: schema.read(folder, Results), names)
-    if earlier is None:
-        return []
-    files = {file.name: file.digest for file in earlier.files}
-    folders.check(folder, _subject(earlier.data, files, earlier.skipped, earlier.checkpoint, earlier.setting), asked)
-    ours = [name for file in earlier.files for name in file.outputs]
-    foreign = next((name for name in names if name not in ours and os.path.lexists(folder / name)), None)
-    if foreign is not None:
-        raise InputError(f"{folder} holds {foreign}, which is no result of this command: give another --out.")
-    return ours
 
 
 def _gates(loaded: Loaded, settings: TalkSettings) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,13 +13,14 @@ from eval.generating import figure, results, text
 from eval.generating.inputs import DUPLEX_OUTPUT, Input
 from eval.generating.results import TalkResults
 from eval.generating.talk import Made
-from eval.results.schema import as_json
+from eval.results.schema import Skipped, as_json
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data.codes import Codes, write_codes
 from ttt_jax.errors import InputError
 from ttt_jax.serve import saved
 from ttt_jax.serve.load import Loaded
 from ttt_jax.utils.files import write_atomically
+from ttt_jax.utils.paths import printable
 
 ENDINGS = {
     ".wav": "Moshi's voice, mono, at the codec's rate",
@@ -143,11 +145,27 @@ def _answer(made: Made, rate: int, heard: int) -> bytes:
     return _wav(samples, own)
 
 
+def without_foreign_answers(inputs: Sequence[Input]) -> tuple[list[Input], list[Skipped]]:
+    """Returns the recordings that pass `check_answer`, and why the others do not."""
+    usable, skipped = [], []
+    for source in inputs:
+        try:
+            check_answer(source)
+            usable.append(source)
+        except InputError as error:
+            skipped.append(Skipped(source.name, printable(str(error))))
+    return usable, skipped
+
+
 def check_answer(source: Input) -> None:
-    """Raises `InputError` if an answer that this command did not write lies beside the recording."""
+    """Raises `InputError` if an answer cannot be written beside the recording, or one of another origin is there."""
     import soundfile
 
-    if source.answer is None or not source.answer.exists():
+    if source.answer is None:
+        return
+    if not os.access(source.answer.parent, os.W_OK):
+        raise InputError(f"{source.answer} cannot be written: mend that, or copy the folder.")
+    if not os.path.lexists(source.answer):
         return
     try:
         with soundfile.SoundFile(source.answer) as sound:
