@@ -13,6 +13,7 @@ COMMANDS = {
     "prepare": ("eval.prepare", "audio to files of codes"),
     "tasks": ("eval.benchmarks.tasks", "data sets for which the best possible loss is known"),
     "stream": ("eval.streaming.command", "losses on speech, frame by frame, with memory kept, reset, frozen and off"),
+    "generate": ("eval.generating.command", "recordings of the user in, Moshi's voice and text out"),
     "draw": ("eval.streaming.draw", "table and figures of stored results again"),
     "compare": ("eval.compare.command", "does memory help? conditions by file, with statistics and a verdict"),
     "check-state": ("eval.check_state.command", "whether the fast weights persist: PASS or FAIL"),

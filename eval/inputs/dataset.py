@@ -64,7 +64,21 @@ def read(
 
     Raises `InputError` if the manifest cannot be read, or no file can be used.
     """
-    (entries, absent), root = _entries(local(data))
+    return _files(str(data), *_entries(local(data)), checkpoints, most)
+
+
+def read_paths(
+    paths: Sequence[Path], data: str, checkpoints: Sequence[Checkpoint]
+) -> tuple[list[EvalFile], list[Skipped]]:
+    """As `read`, of the recordings or code files `paths`, which errors call `data`."""
+    entries = [Entry(path, math.nan, beside(path, ".json")) for path in paths]
+    return _files(data, Manifest(entries, []), paths[0].parent.parent, checkpoints, None)
+
+
+def _files(
+    data: str, manifest: Manifest, root: Path, checkpoints: Sequence[Checkpoint], most: int | None
+) -> tuple[list[EvalFile], list[Skipped]]:
+    entries, absent = manifest
     names = iter(_names([entry.path for entry in (*absent, *entries)], root))
     reader = _Reader(checkpoints)
     files, skipped = [], [_skipped(next(names), entry.reason) for entry in absent]

@@ -47,8 +47,8 @@ def legend(figure: Any, axes: Sequence[Any], columns: int) -> None:
     figure.legend(handles.values(), handles.keys(), **place)
 
 
-def save(figure: Any, folder: Path, name: str) -> list[Path]:
-    """Writes a figure to `folder` in all of `KINDS`, and closes it; returns the paths."""
+def save(figure: Any, folder: Path, name: str, kinds: Sequence[str] = KINDS) -> list[Path]:
+    """Writes a figure to `folder` in all `kinds`, and closes it; returns the paths."""
     from matplotlib.text import Text
 
     paths = []
@@ -56,7 +56,7 @@ def save(figure: Any, folder: Path, name: str) -> list[Path]:
         text.set_parse_math(False)  # a $ in a name is a $
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the layout is settled once, not for each kind
-    for kind in KINDS:
+    for kind in kinds:
         content = io.BytesIO()
         # Without a date the same results give the same file.
         figure.savefig(content, dpi=120, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)

@@ -51,6 +51,10 @@ class Tokenizer:
         """Returns the text of a row of ids without EPAD, PAD, begin and end marks and absent (negative) ids."""
         return self._processor.decode([int(i) for i in ids if i >= 0 and int(i) not in self._silent])
 
+    def begins_word(self, token: int) -> bool:
+        """Returns whether the piece of an id, 0 or more, is the first of a word."""
+        return self._processor.id_to_piece(int(token)).startswith(_WORD_START)
+
 
 @dataclass(frozen=True)
 class TokenizerInfo:

@@ -104,8 +104,8 @@ def _decode(source: Source, part: Part) -> Iterator[tuple[np.ndarray, int, str]]
             is_open = True
             if sound.channels > 2:
                 raise InputError(
-                    f"{source.path} has {sound.channels} channels: give one (Moshi's stream) or two (left Moshi's"
-                    " stream, right the user's)."
+                    f"{source.path} has {sound.channels} channels: give one, or two (left Moshi's stream, right the"
+                    " user's)."
                 )
             if not _RATES[0] <= sound.samplerate <= _RATES[1]:
                 raise InputError(
