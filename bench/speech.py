@@ -227,7 +227,7 @@ def between_steps(speech: Speech, state: State) -> dict[str, list[float]]:
 
     def join(i: int) -> None:
         nonlocal state
-        state = jax.block_until_ready(put(state, last, speech.init_state([i])))
+        state = jax.block_until_ready(speech.begin(state, last, i))
 
     def take_out(i: int) -> None:
         jax.block_until_ready(take(state, 0))

@@ -136,12 +136,13 @@ def init_state(cfg: MoshiConfig, batch: int, seeds: Sequence[int] | None = None)
     return State(
         init_history(cfg, batch),
         jnp.zeros((batch,), jnp.int32),
-        _keys(range(batch) if seeds is None else seeds, batch),
+        init_keys(range(batch) if seeds is None else seeds, batch),
         {run.name: run_state(run) for run in cfg.runs},
     )
 
 
-def _keys(seeds: Sequence[int], batch: int) -> jax.Array:
+def init_keys(seeds: Sequence[int], batch: int) -> jax.Array:
+    """Key data of the draws of `batch` rows, one seed each: uint32 [B, 2]. Raises `InputError` as `init_state`."""
     if len(seeds) != batch or not all(0 <= seed < 2**32 for seed in seeds):
         raise InputError(f"seeds={list(seeds)} cannot be: give one of 0 to 2^32 - 1 for each of the {batch} rows.")
     keys = jnp.array(seeds, jnp.uint32)
@@ -154,7 +155,7 @@ def reset_rows(state: State, rows: jax.Array, cfg: MoshiConfig, seeds: Sequence[
     They keep their random key, and so repeat their draws, unless `seeds` (one for every row) gives new ones.
     """
     batch = rows.shape[0]
-    fresh = init_state(cfg, batch)._replace(key=state.key if seeds is None else _keys(seeds, batch))
+    fresh = init_state(cfg, batch)._replace(key=state.key if seeds is None else init_keys(seeds, batch))
     layers = _select(rows, fresh.layers, state.layers, axis=1)
     return State(*_select(rows, fresh[:3], state[:3], axis=0), layers)
 
@@ -170,7 +171,7 @@ def fork_rows(state: State, rows: Sequence[int], seeds: Sequence[int] | None = N
     index = jnp.array(rows, jnp.int32)
     layers = jax.tree.map(lambda leaf: leaf[:, index], state.layers)
     forked = State(*(leaf[index] for leaf in state[:3]), layers)
-    return forked if seeds is None else forked._replace(key=_keys(seeds, len(rows)))
+    return forked if seeds is None else forked._replace(key=init_keys(seeds, len(rows)))
 
 
 def clear_kv_caches(state: State) -> State:

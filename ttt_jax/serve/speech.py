@@ -94,6 +94,19 @@ class Speech:
             self.codec.init_encoder(rows), model.init_state(self.cfg, rows, seeds), self.codec.init_decoder(rows)
         )
 
+    def begin(self, state: State, row: int, seed: int) -> State:
+        """The state with a new talk in `row`, as one of `init_state`, written in place. `state` is passed on.
+
+        Raises `InputError` for the seed.
+        """
+        key = model.init_keys([seed], 1)
+        rows = np.arange(len(state.model.position)) == row
+        return State(
+            self.codec.reset(state.encoder, rows),
+            _begin(state.model, jnp.int32(row), key, cfg=self.cfg),
+            self.codec.reset(state.decoder, rows),
+        )
+
     def step(
         self,
         audio: np.ndarray,
@@ -244,6 +257,11 @@ def _put_leaf(row: int, old: Any, new: Any) -> Any:
 @partial(jax.jit, donate_argnums=0)
 def _put_first(old: jax.Array, row: jax.Array, new: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(old, new, row, 0)
+
+
+@partial(jax.jit, donate_argnums=0, static_argnames="cfg")
+def _begin(state: model.State, row: jax.Array, key: jax.Array, cfg: MoshiConfig) -> model.State:
+    return _put(state, row, model.init_state(cfg, 1)._replace(key=key))
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -120,10 +120,13 @@ class Talks:
         if first_frame not in ("twice", "once"):
             raise InputError(f'first_frame="{first_frame}" is no convention: give "twice" or "once".')
         self._check(settings)
-        talk = Talk(self.speech.init_state([seed]), False) if talk is None else talk
-        row = self._free.pop(0)
-        self._state = speech.put(self._state, row, talk.state)
-        self._begun[row], self._drops[row] = talk.begun, first_frame == "once" and not talk.begun
+        row, begun = self._free[0], talk is not None and talk.begun
+        if talk is None:
+            self._state = self.speech.begin(self._state, row, seed)
+        else:
+            self._state = speech.put(self._state, row, talk.state)
+        self._free.pop(0)
+        self._begun[row], self._drops[row] = begun, first_frame == "once" and not begun
         self._settings[row], self._on_device = settings, None
         return row
 
