@@ -53,8 +53,8 @@ class Options:
     out: Annotated[str | None, arg(metavar="FOLDER")] = None
     """Folder for the results; unset: generate-DATA (score-DATA) in CHECKPOINT's folder. Results of the same files,
     checkpoint and options are replaced; a folder with others is refused."""
-    channel: Channel = "right"
-    """The user's channel of stereo files."""
+    channel: Channel = "auto"
+    """The user's channel of stereo files; auto: the right one, or the left one where the right one is silent."""
     silence: Annotated[float, arg(metavar="SECONDS")] = 0.0
     """Silence that Moshi hears after each file; outputs are longer by as much."""
     temperature: float = 0.8

@@ -20,7 +20,8 @@ from ttt_jax.errors import InputError
 from ttt_jax.utils.files import file_digest
 from ttt_jax.utils.paths import absolute, file_name, local, place, printable
 
-Channel = Literal["right", "left", "mix"]
+Channel = Literal["auto", "right", "left", "mix"]
+"""The user's channel of a stereo file; auto: the right one, or the left one where the right one is silent."""
 
 DUPLEX_INPUT, DUPLEX_OUTPUT = "input.wav", "output.wav"
 """Names of Full-Duplex-Bench: a model's answer to the first lies beside it under the second."""
@@ -122,15 +123,10 @@ def read(path: Path, sample_rate: int, channel: Channel) -> np.ndarray:
     audio = read_audio(path, sample_rate)
     if audio.shape[1] == 0:
         raise InputError(f"{path} is shorter than a sample at {sample_rate} Hz: give a longer recording.")
-    voice = {"right": audio[-1], "left": audio[0], "mix": audio.mean(0)}[channel]
-    if len(audio) == 2 and _quiet(voice) and not _quiet(audio):
-        _log.warning(
-            "%s has sound, but none in the user's channel (--channel %s): --channel %s takes the other.",
-            path,
-            channel,
-            "right" if channel == "left" else "left",
-        )
-    return voice
+    if channel == "auto" and len(audio) == 2 and _quiet(audio[1]) and not _quiet(audio[0]):
+        _log.warning("%s has no sound in its right channel, the user's: the left one is heard.", path)
+        channel = "left"
+    return {"auto": audio[-1], "right": audio[-1], "left": audio[0], "mix": audio.mean(0)}[channel]
 
 
 def _quiet(audio: np.ndarray) -> bool:

@@ -63,20 +63,21 @@ def test_a_seed_depends_on_the_content_alone(tmp_path):
     assert first.seed(1) == (first.seed(0) + 1) % 2**32
 
 
-@pytest.mark.parametrize(("channel", "level"), [("right", 0.5), ("left", 0.1), ("mix", 0.3)])
+@pytest.mark.parametrize(("channel", "level"), [("auto", 0.5), ("right", 0.5), ("left", 0.1), ("mix", 0.3)])
 def test_channels(tmp_path, channel, level):
     path = write(tmp_path / "s.wav", np.stack([np.full(800, 0.1), np.full(800, 0.5)], 1))
     np.testing.assert_allclose(read(path, RATE, channel), level, atol=1e-4)
     np.testing.assert_allclose(read(write(tmp_path / "m.wav"), RATE, channel), 0.25, atol=1e-4)
 
 
-def test_a_silent_channel_beside_a_loud_one_is_told(tmp_path, caplog):
+def test_a_silent_right_channel_beside_a_loud_one(tmp_path, caplog):
     path = write(tmp_path / "s.wav", np.stack([np.full(800, 0.1), np.zeros(800)], 1))
+    silent = write(tmp_path / "n.wav", np.zeros((800, 2)))
     with caplog.at_level(logging.WARNING, "ttt_jax"):
-        read(path, RATE, "left")
-        assert not caplog.records
-        read(path, RATE, "right")
-    assert "--channel left" in caplog.text
+        assert read(path, RATE, "right").max() == read(silent, RATE, "auto").max() == 0
+        assert "right channel" not in caplog.text
+        np.testing.assert_allclose(read(path, RATE, "auto"), 0.1, atol=1e-4)
+    assert "s.wav has no sound in its right channel, the user's: the left one is heard." in caplog.text
 
 
 def test_unusable_recordings(tmp_path):
