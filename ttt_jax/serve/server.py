@@ -150,6 +150,6 @@ def _tls(options: Options) -> ssl.SSLContext | None:
         context.load_cert_chain(options.tls_cert, options.tls_key)
     except OSError as error:  # ssl.SSLError is one
         raise InputError(
-            f"{options.tls_cert} and {options.tls_key} are no certificate and its key ({error.strerror}): give PEM files."
+            f"{options.tls_cert} and {options.tls_key} are no certificate and key ({error.strerror}): give PEM files."
         ) from None
     return context
