@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ log = logging.getLogger("ttt_jax")
 
 PAGE = Path(__file__).parent / "page"
 GOING_AWAY = 1001
+SEND_BUFFER = 1 << 16
 
 
 def make_app(service: Service, access: Access, page: Path = PAGE) -> web.Application:
@@ -56,6 +58,7 @@ def make_app(service: Service, access: Access, page: Path = PAGE) -> web.Applica
         seat, seed = await _seat(asked, service)
         try:
             await ws.prepare(request)
+            _bound_buffer(request)
             open_sockets.add(ws)
             for name in set(asked.ignored) - noticed:
                 log.warning(f"clients give {name}, which has no effect here.")
@@ -89,6 +92,12 @@ def make_app(service: Service, access: Access, page: Path = PAGE) -> web.Applica
     app.router.add_static("/static/", page)
     app.router.add_static("/", page)
     return app
+
+
+def _bound_buffer(request: web.Request) -> None:
+    """Keeps what the system holds for a client that does not read small: megabytes are minutes of speech."""
+    if request.transport is not None:
+        request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
 
 async def _seat(asked: Request, service: Service) -> tuple[Seat, int]:

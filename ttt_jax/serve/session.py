@@ -45,7 +45,7 @@ log = logging.getLogger("ttt_jax")
 
 KEEP_ALIVE = 5.0
 """Seconds without a message after which a ping is sent: Kyutai's clients close after 10."""
-OUTGOING = 256
+OUTGOING = 128
 """Messages that wait for a client that does not read, before it is closed."""
 WITHOUT_FRAME = 1000
 """Messages that may come before a frame is whole: of 128 samples, 10 to 15 make one."""
