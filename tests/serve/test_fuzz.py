@@ -120,7 +120,7 @@ def server(tmp_path_factory):
         yield server
 
 
-def cases(server, caplog, caplog, first: int, count: int) -> None:
+def cases(server, caplog, first: int, count: int) -> None:
     """Some at a time, each time beside a talk. No error of the server's own may be logged."""
     url, together, talked = server.start(), ROWS - 2, 0
 
