@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 from pathlib import Path
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("ttt_jax")
 
 PAGE = Path(__file__).parent / "page"
-GOING_AWAY = 1001
 SEND_BUFFER = 1 << 16
 
 
@@ -29,7 +29,7 @@ def make_app(service: Service, access: Access, page: Path = PAGE) -> web.Applica
     """Returns the application; `service.ticks.run` must run beside it."""
     from aiohttp import web
 
-    open_sockets: set[web.WebSocketResponse] = set()
+    talking: set[asyncio.Task] = set()
     noticed: set[str] = set()
 
     @web.middleware
@@ -59,14 +59,14 @@ def make_app(service: Service, access: Access, page: Path = PAGE) -> web.Applica
         try:
             await ws.prepare(request)
             _bound_buffer(request)
-            open_sockets.add(ws)
+            talking.add(asyncio.current_task())
             for name in set(asked.ignored) - noticed:
                 log.warning(f"clients give {name}, which has no effect here.")
             noticed.update(asked.ignored)
             await session.serve(ws, lambda: request.transport and request.transport.abort(), asked, seed, seat, service)
         finally:
             service.ticks.give_back(seat)
-            open_sockets.discard(ws)
+            talking.discard(asyncio.current_task())
         return ws
 
     async def show_metrics(_: web.Request) -> web.Response:
@@ -79,12 +79,13 @@ def make_app(service: Service, access: Access, page: Path = PAGE) -> web.Applica
     async def index(_: web.Request) -> web.StreamResponse:
         return web.FileResponse(page / "index.html")
 
-    async def close_all(_: web.Application) -> None:
-        for ws in list(open_sockets):
-            await session.close(ws, GOING_AWAY, "the server stops.")
+    async def stop(_: web.Application) -> None:
+        service.stops.set()
+        if talking:
+            await asyncio.wait(talking, timeout=2 * session.CLOSING_SECONDS)
 
     app = web.Application(middlewares=[checked], client_max_size=service.limits.max_message)
-    app.on_shutdown.append(close_all)
+    app.on_shutdown.append(stop)
     app.router.add_get(PATH, chat)
     app.router.add_get("/metrics", show_metrics)
     app.router.add_get("/healthz", healthy)

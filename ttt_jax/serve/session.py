@@ -56,8 +56,8 @@ CLOSING_SECONDS = 2.0
 SHARE = 4
 """Reading a talk's messages rests this many times as long as it worked, so that a flood leaves time for the others."""
 
-INVALID, POLICY = 1007, 1008
-"""Codes that a websocket is closed with: what came cannot be read, breaks a limit."""
+NORMAL, GOING_AWAY, INVALID, POLICY = 1000, 1001, 1007, 1008
+"""Codes that close a websocket: the talk is over, the server stops, what came cannot be read, breaks a limit."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self._forks: dict[str, tuple[Seat, int, asyncio.TimerHandle]] = {}
+        self.stops = asyncio.Event()
 
     def keep_fork(self, seat: Seat, seed: int) -> str:
         """Keeps a talk until it is taken up; returns the key for `take_fork`."""
@@ -148,7 +149,8 @@ class Session:
         self._send(HANDSHAKE)
         if self._request.metadata:
             self._send(await self._hello())
-        tasks = [asyncio.create_task(part()) for part in (self._receive_all, self._talk, self._send_all)]
+        parts = (self._receive_all, self._talk, self._send_all, self._until_stop)
+        tasks = [asyncio.create_task(part()) for part in parts]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -157,6 +159,10 @@ class Session:
             await asyncio.gather(*tasks, return_exceptions=True)
         for task in done:
             task.result()
+
+    async def _until_stop(self) -> None:
+        await self._service.stops.wait()
+        raise _Ends(GOING_AWAY, "the server stops.")
 
     # From the client
 
@@ -393,7 +399,7 @@ async def serve(
 
     `abort` drops the connection of a client that does not read, with what waits to be sent.
     """
-    code, sentence, reads = 1000, "", True
+    code, sentence, reads = NORMAL, "", True
     try:
         await Session(ws, request, seed, seat, service).run()
     except _Ends as end:
@@ -401,12 +407,12 @@ async def serve(
     except _NotReading:
         reads = False
     if reads:
-        await close(ws, code, sentence)
+        await _close(ws, code, sentence)
     else:
         abort()
 
 
-async def close(ws: web.WebSocketResponse, code: int, sentence: str) -> None:
+async def _close(ws: web.WebSocketResponse, code: int, sentence: str) -> None:
     """Says why and closes; a client that does not answer is left."""
     try:
         async with asyncio.timeout(CLOSING_SECONDS):
