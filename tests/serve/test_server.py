@@ -350,11 +350,12 @@ def test_a_flood_drops_the_oldest_frames_and_counts_them(server, url):
         ({}, [b"\x01" + bytes(70000)], {}, 1009, ""),
         ({}, [b"\x01" + bytes(3)], {}, 1007, "even number"),
         ({}, [b"\x01"] * 1001, {}, 1008, "no whole frame"),
+        ({}, [b"\x06"] * 1001, {}, 1008, "no whole frame"),
         ({"audio": "opus"}, [b"\x01garbage"], {}, 1007, "OggS"),
         ({}, [], {"idle": 0.1}, 1008, "no message came for 0.1 s"),
         ({"metadata": "1"}, [b"\x01" + b"".join(voice(20))] + [b"\x03\x03"] * 40, {}, 1008, "16 commands wait"),
     ],
-    ids=["large", "half a sample", "nothing", "garbage", "idle", "commands"],
+    ids=["large", "half a sample", "nothing", "pings", "garbage", "idle", "commands"],
 )
 def test_who_breaks_a_limit_is_told_and_closed(server, query, messages, limits, code, says):
     async def talk(client):

@@ -48,7 +48,7 @@ KEEP_ALIVE = 5.0
 OUTGOING = 128
 """Messages that wait for a client that does not read, before it is closed."""
 WITHOUT_FRAME = 1000
-"""Messages that may come before a frame is whole: of 128 samples, 10 to 15 make one."""
+"""Messages that may come before a frame is whole, pings included: of 128 samples, 10 to 15 make a frame."""
 FORK_SECONDS = 60.0
 """How long a fork waits to be taken up."""
 CLOSING_SECONDS = 2.0
@@ -187,7 +187,7 @@ class Session:
 
     def _receive(self, message: bytes) -> None:
         kind = message[0] if message else -1
-        self._without_frame += kind != Kind.PING
+        self._without_frame += 1
         if self._without_frame > WITHOUT_FRAME:
             raise _Ends(POLICY, f"{WITHOUT_FRAME} messages have no whole frame of audio: send larger ones.")
         if kind == Kind.AUDIO:
