@@ -11,7 +11,7 @@ import sphn
 
 from ttt_jax.errors import InputError
 from ttt_jax.serve import opus
-from ttt_jax.serve.opus import WITHOUT_AUDIO, OpusReader, OpusWriter
+from ttt_jax.serve.opus import RATES, WITHOUT_AUDIO, OpusReader, OpusWriter, check_rate
 
 RATE = 16000
 TAGS = b"OpusTags" + struct.pack("<I", 1) + b"x" + struct.pack("<I", 0)
@@ -78,9 +78,12 @@ def test_opus_that_we_write_is_what_kyutais_clients_read():
     assert frequency(audio, 24000) == pytest.approx(440, abs=3)
 
 
-def test_a_codec_of_another_rate_is_refused():
+def test_rates_that_opus_has():
+    for rate in RATES:
+        check_rate(rate)
+        OpusWriter(rate)
     with pytest.raises(InputError, match="22050"):
-        OpusWriter(22050)
+        check_rate(22050)
 
 
 def test_stereo_is_mixed_down():
@@ -138,7 +141,7 @@ def test_a_panic_of_the_decoder_is_refused(monkeypatch):
 
     monkeypatch.setattr(sphn, "OpusStreamReader", Reader)
     with pytest.raises(InputError, match="index out of bounds"):
-        OpusReader(RATE).append(stream(SILENCE))
+        list(OpusReader(RATE).append(stream(SILENCE)))
 
 
 @pytest.mark.parametrize(
@@ -153,11 +156,11 @@ def test_a_panic_of_the_decoder_is_refused(monkeypatch):
 )
 def test_bytes_without_audio_are_limited(junk):
     reader = OpusReader(RATE)
-    reader.append(stream(SILENCE))
+    assert len(list(reader.append(stream(SILENCE)))) == 1
     for _ in range(WITHOUT_AUDIO // len(junk)):
-        assert reader.append(junk) == []
+        assert list(reader.append(junk)) == []
     with pytest.raises(InputError, match="no audio"):
-        reader.append(2 * junk)
+        list(reader.append(2 * junk))
 
 
 def test_streams_that_begin_again_and_again_take_no_memory():
@@ -187,13 +190,22 @@ def test_damage_raises_input_errors_only(seed):
         cut = rng.integers(len(data))
         reader = OpusReader(RATE)
         try:
-            audio = reader.append(bytes(data[:cut])) + reader.append(bytes(data[cut:]))
+            audio = [*reader.append(bytes(data[:cut])), *reader.append(bytes(data[cut:]))]
         except InputError:
             refused += 1
         else:
             assert all(np.isfinite(piece).all() for piece in audio)
             assert sum(map(len, audio)) < 2 * RATE
     assert 0 < refused < 150
+
+
+def test_much_audio_in_few_bytes_comes_piece_by_piece():
+    bomb = page([SILENCE] * 83, 3) * 300
+    assert len(bomb) < 60000
+    reader = OpusReader(RATE)
+    pieces = [len(audio) for audio in reader.append(stream() + bomb)]
+    assert sum(pieces) > 1400 * RATE
+    assert max(pieces) <= 5 * RATE
 
 
 def test_keyboard_interrupts_pass(monkeypatch):
@@ -206,7 +218,7 @@ def test_keyboard_interrupts_pass(monkeypatch):
 
     monkeypatch.setattr(sphn, "OpusStreamReader", Reader)
     with pytest.raises(KeyboardInterrupt):
-        OpusReader(RATE).append(stream(SILENCE))
+        list(OpusReader(RATE).append(stream(SILENCE)))
 
 
 def test_the_limit_is_above_what_a_page_can_be():

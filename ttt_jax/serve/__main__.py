@@ -47,7 +47,7 @@ class Options:
     static: Path | None = None
     """Folder of another page, with an index.html."""
     memories: Path | None = None
-    """Folder of saved talks; unset: CHECKPOINT/memories."""
+    """Folder of saved talks; unset: memories/ in that of the checkpoint."""
     max_memories: int = 100
     """Saved talks that the folder may hold."""
     every: int = 5

@@ -35,10 +35,10 @@ class Access:
 
     def is_origin(self, headers: Mapping[str, str]) -> bool:
         """Whether a page may talk; programs send no Origin and may."""
-        origin = headers.get("Origin")
+        origin, host = headers.get("Origin"), headers.get("Host", "")
         if origin is None or origin in self.origins:
             return True
-        return origin.partition("://")[2].lower() == headers.get("Host", "").lower()
+        return host != "" and origin.partition("://")[2].lower() == host.lower()
 
     def has_token(self, headers: Mapping[str, str], query: Mapping[str, str]) -> bool:
         """Whether the token is in the URL (token=T) or in the header (Authorization: Bearer T)."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ttt_jax.errors import InputError
 from ttt_jax.serve import metrics, session
 from ttt_jax.serve.access import Access
+from ttt_jax.serve.opus import check_rate
 from ttt_jax.serve.protocol import PATH, Request, parse_query
 from ttt_jax.serve.session import Service
 from ttt_jax.serve.talks import Talks
@@ -50,6 +51,8 @@ def make_app(service: Service, access: Access, page: Path = PAGE) -> web.Applica
             raise web.HTTPForbidden(text="Pages of this origin may not talk: start the server with --origin for them.")
         try:
             asked = parse_query(request.query)
+            if asked.coding == "opus":
+                check_rate(service.speech.codec.sample_rate)
         except InputError as error:
             raise web.HTTPBadRequest(text=str(error)) from None
         ws = web.WebSocketResponse(max_msg_size=service.limits.max_message, compress=False)
@@ -59,14 +62,18 @@ def make_app(service: Service, access: Access, page: Path = PAGE) -> web.Applica
         try:
             await ws.prepare(request)
             _bound_buffer(request)
-            talking.add(asyncio.current_task())
-            for name in set(asked.ignored) - noticed:
-                log.warning(f"clients give {name}, which has no effect here.")
-            noticed.update(asked.ignored)
+        except BaseException:
+            service.ticks.give_back(seat)
+            raise
+        for name in set(asked.ignored) - noticed:
+            log.warning(f"clients give {name}, which has no effect here.")
+        noticed.update(asked.ignored)
+        task = asyncio.current_task()
+        talking.add(task)
+        try:
             await session.serve(ws, lambda: request.transport and request.transport.abort(), asked, seed, seat, service)
         finally:
-            service.ticks.give_back(seat)
-            talking.discard(asyncio.current_task())
+            talking.discard(task)
         return ws
 
     async def show_metrics(_: web.Request) -> web.Response:

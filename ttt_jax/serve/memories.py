@@ -45,8 +45,14 @@ class Memories:
         """The fast weights of a file, for `Talks.put_memory`. Raises `InputError` if there are none for this model."""
         if name not in self.names():
             raise InputError(f"no memory is called {name}: give one of the list.")
-        talk = await asyncio.to_thread(saved.load, self._path(name), self._speech, self._weights)
-        return speech.take_memory(talk.state, 0)
+        return await asyncio.to_thread(self._load, name)
+
+    def _load(self, name: str) -> dict[str, Any]:
+        path = self._path(name)
+        try:
+            return speech.take_memory(saved.load(path, self._speech, self._weights).state, 0)
+        except InputError as error:  # clients need not know folders of the server
+            raise InputError(str(error).replace(str(path), name)) from None
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}{_ENDING}"

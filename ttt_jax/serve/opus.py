@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from ttt_jax.errors import InputError
@@ -10,6 +12,14 @@ _HEADER = 27  # bytes of an Ogg page before its table of segments
 _BEGINS = 2  # flag of a stream's first page
 WITHOUT_AUDIO = 1 << 17
 """Bytes that may come without audio in them: headers, half a page."""
+RATES = (8000, 12000, 16000, 24000, 48000)
+"""Samples a second that Opus is encoded from and decoded to."""
+
+
+def check_rate(sample_rate: int) -> None:
+    """Raises `InputError` for a rate that Opus lacks."""
+    if sample_rate not in RATES:
+        raise InputError(f"Opus has no sample rate of {sample_rate} Hz, which the codec has here: ask for audio=pcm.")
 
 
 class OpusReader:
@@ -26,21 +36,19 @@ class OpusReader:
         self._bytes = bytearray()
         self._without_audio = 0
 
-    def append(self, payload: bytes) -> list[np.ndarray]:
-        """Returns the audio of each page that `payload` completes, float32 [S].
+    def append(self, payload: bytes) -> Iterator[np.ndarray]:
+        """Yields the audio of each page that `payload` completes, float32 [S]: a few bytes may be many seconds.
 
         Raises `InputError` for what is no Ogg-Opus; the reader is of no use then.
         """
         self._bytes += payload
         self._without_audio += len(payload)
-        found = []
         while (page := self._next_page()) is not None:
             if len(audio := self._decode(page)):
-                found.append(audio)
                 self._without_audio = len(self._bytes)
+                yield audio
         if self._without_audio > WITHOUT_AUDIO:
             raise InputError(f"{self._without_audio} bytes of Ogg-Opus have no audio: give packets of Opus.")
-        return found
 
     def _next_page(self) -> bytes | None:
         """Takes a page off the front of the bytes that have come; None until it is complete."""
@@ -81,15 +89,10 @@ class OpusWriter:
     """Samples at the codec's rate as a stream of Ogg pages."""
 
     def __init__(self, sample_rate: int) -> None:
-        """Raises `InputError` for a rate that Opus lacks."""
+        """The rate is one of `RATES`."""
         import sphn
 
-        try:
-            self._writer = sphn.OpusStreamWriter(sample_rate)
-        except ValueError:
-            raise InputError(
-                f"Opus has no sample rate of {sample_rate} Hz (8, 12, 16, 24 and 48 kHz): give another codec."
-            ) from None
+        self._writer = sphn.OpusStreamWriter(sample_rate)
 
     def append(self, audio: np.ndarray) -> bytes:
         """Returns the pages that `audio`, float32 [S], completes, maybe none."""

@@ -19,10 +19,11 @@ from ttt_jax.serve.access import Access, access
 from ttt_jax.serve.app import PAGE, make_app
 from ttt_jax.serve.memories import Memories
 from ttt_jax.serve.metrics import Metrics
-from ttt_jax.serve.session import Limits, Service
+from ttt_jax.serve.session import CLOSING_SECONDS, Limits, Service
 from ttt_jax.serve.talks import Talks
 from ttt_jax.serve.ticks import Ticks
 from ttt_jax.utils.command import INTERRUPTED, keep_compiled
+from ttt_jax.utils.files import run_and_step
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -68,7 +69,9 @@ def make_service(options: Options, loaded: load.Loaded) -> Service:
     """What the clients share."""
     talks = Talks(loaded.speech, options.rows, measured=bool(loaded.speech.cfg.ttt_layers))
     metrics = Metrics()
-    folder = options.memories or Path(options.checkpoint) / "memories"
+    path = Path(loaded.checkpoint.about["path"])
+    run, _ = run_and_step(path) or (path, None)
+    folder = options.memories or run / "memories"
     memories = Memories(folder, options.max_memories, loaded.speech, loaded.checkpoint.about["weights"])
     return Service(
         loaded.checkpoint.name,
@@ -106,7 +109,7 @@ async def _until_signal(
 
     loop.add_signal_handler(signal.SIGINT, stop, INTERRUPTED)
     loop.add_signal_handler(signal.SIGTERM, stop, 0)
-    runner = web.AppRunner(app, access_log=None)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=CLOSING_SECONDS)
     await runner.setup()
     await web.SockSite(runner, listener, ssl_context=tls).start()
     print(says, flush=True)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ FORK_SECONDS = 60.0
 CLOSING_SECONDS = 2.0
 """How long a client may take to say goodbye."""
 SHARE = 4
-"""Reading a talk's messages rests this many times as long as it worked, so that a flood leaves time for the others."""
+"""Reading a client's messages rests this many times as long as it worked: a flood leaves time for the others."""
 
 NORMAL, GOING_AWAY, INVALID, POLICY = 1000, 1001, 1007, 1008
 """Codes that close a websocket: the talk is over, the server stops, what came cannot be read, breaks a limit."""
@@ -145,7 +145,7 @@ class Session:
         self._heard = self._dropped = 0
 
     async def run(self) -> None:
-        """Talks until the client goes, breaks a limit, or the server stops. The seat is not given back."""
+        """Talks until the client goes, breaks a limit, or the server stops."""
         self._send(HANDSHAKE)
         if self._request.metadata:
             self._send(await self._hello())
@@ -176,22 +176,25 @@ class Session:
                     message = await self._ws.receive()
             except TimeoutError:
                 raise _Ends(POLICY, f"no message came for {idle:g} s: the talk is closed.") from None
-            start = time.perf_counter()
             if message.type == WSMsgType.BINARY:
-                self._receive(message.data)
+                parts = self._receive(message.data)
             elif message.type == WSMsgType.TEXT:
-                self._receive(b"\xff")  # no kind of message
+                parts = self._receive(b"\xff")  # no kind of message
             else:
                 return
-            await asyncio.sleep(SHARE * (time.perf_counter() - start))
+            start = time.thread_time()
+            for _ in parts:
+                await asyncio.sleep(SHARE * (time.thread_time() - start))
+                start = time.thread_time()
 
-    def _receive(self, message: bytes) -> None:
+    def _receive(self, message: bytes) -> Iterator[None]:
+        """Takes a message in parts, which are not much work each."""
         kind = message[0] if message else -1
         self._without_frame += 1
         if self._without_frame > WITHOUT_FRAME:
             raise _Ends(POLICY, f"{WITHOUT_FRAME} messages have no whole frame of audio: send larger ones.")
         if kind == Kind.AUDIO:
-            self._receive_audio(message[1:])
+            yield from self._receive_audio(message[1:])
         elif kind == Kind.CONTROL:
             self._receive_control(message[1:])
         elif kind == Kind.METADATA and self._request.metadata:
@@ -199,19 +202,20 @@ class Session:
         elif kind not in list(Kind) and not self._complained:
             self._complained = True
             log.warning(f"a client sends messages of the unknown kind {kind}: they are passed over.")
+        yield
 
-    def _receive_audio(self, payload: bytes) -> None:
+    def _receive_audio(self, payload: bytes) -> Iterator[None]:
+        size = self._service.speech.codec.frame_size
         try:
-            pieces = [from_pcm(payload)] if self._reader is None else self._reader.append(payload)
+            for piece in [from_pcm(payload)] if self._reader is None else self._reader.append(payload):
+                samples = np.concatenate([self._rest, piece])
+                whole = len(samples) // size * size
+                self._rest = samples[whole:]
+                for frame in samples[:whole].reshape(-1, size):
+                    self._receive_frame(frame)
+                yield
         except InputError as error:
             raise _Ends(INVALID, str(error)) from None
-        size = self._service.speech.codec.frame_size
-        for piece in pieces:
-            samples = np.concatenate([self._rest, piece])
-            whole = len(samples) // size * size
-            self._rest = samples[whole:]
-            for frame in samples[:whole].reshape(-1, size):
-                self._receive_frame(frame)
 
     def _receive_frame(self, frame: np.ndarray) -> None:
         self._without_frame = 0
@@ -395,7 +399,7 @@ def _finite(value: Any) -> float | None:
 async def serve(
     ws: web.WebSocketResponse, abort: Callable[[], None], request: Request, seed: int, seat: Seat, service: Service
 ) -> None:
-    """Runs a session over a websocket that is open and closes it.
+    """Runs a session over a websocket that is open, gives its seat back, and closes the websocket.
 
     `abort` drops the connection of a client that does not read, with what waits to be sent.
     """
@@ -406,6 +410,8 @@ async def serve(
         code, sentence = end.code, str(end)
     except _NotReading:
         reads = False
+    finally:
+        service.ticks.give_back(seat)
     if reads:
         await _close(ws, code, sentence)
     else:
