@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import socket
@@ -12,9 +13,12 @@ import aiohttp
 import numpy as np
 import pytest
 
+from tests.helpers import live_server, micro, tiny_mimi
+from tests.helpers.eval_models import params
 from tests.helpers.live_server import QUEUE, ROWS, ByHand, connected, live, speech, voice, with_client
 from ttt_jax.serve import session
 from ttt_jax.serve.access import access
+from ttt_jax.serve.speech import Speech
 from ttt_jax.serve.talks import TalkSettings
 
 FRAMES = 14
@@ -538,3 +542,22 @@ def test_what_is_waiting_is_heard_in_order(url):
         return await client.hear(len(expected))
 
     assert with_client(url, talk, audio_seed="3", metadata="1") == expected != ByHand(3).hear(frames)
+
+
+def test_a_talk_with_a_mimi(tmp_path, monkeypatch):
+    """Codec and model are one program then. Opus lacks the rate of this Mimi."""
+    cfg = dataclasses.replace(micro.MODEL, n_q=8, dep_q=4, card=32, delays=(0, 0, 1, 1, 1, 0, 1, 1, 1))
+    small = Speech(params(cfg), cfg, tiny_mimi.codec())
+    monkeypatch.setattr(live_server, "speech", lambda: small)
+    frames, hand = voice(FRAMES), ByHand(7)
+    expected = hand.hear(frames)
+
+    async def talk(client):
+        await client.send(*frames)
+        heard = await client.hear(len(expected))
+        return heard, [(await client.order(*order))["type"] for order in (["reset"], ["fork"])]
+
+    with live(tmp_path) as server:
+        url = server.start()
+        assert status(url, audio="opus") == 400
+        assert with_client(url, talk, audio_seed="7", metadata="1") == (expected, ["done", "done"])
