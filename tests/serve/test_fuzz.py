@@ -80,7 +80,7 @@ async def hostile(url: str, seed: int) -> bool:
             for _ in range(rng.integers(1, 25)):
                 await client.ws.send_bytes(message(rng, ogg))
                 if rng.random() < 0.05:
-                    await client.ws.send_bytes(bytes(70000))
+                    await client.ws.send_bytes(bytes(140000 if rng.random() < 0.5 else 70000))
                 if rng.random() < 0.2:
                     await asyncio.sleep(0.002)
             match rng.integers(4):

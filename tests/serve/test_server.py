@@ -121,7 +121,7 @@ def test_other_clients_change_no_bit(url):
         async with connected(url, audio_seed="9") as client:
             await client.send(*frames[:5])
             await client.send(b"\x02", kind=3)
-            await client.send(*voice(3, 10))  # nobody hears these
+            await client.send(*voice(3, 10), frames[0][:600])  # nobody hears these
             await asyncio.sleep(0.05)
             await client.send(b"\x00", kind=3)
             await client.send(*frames[5:])
@@ -154,6 +154,7 @@ def test_restart_begins_the_talk_anew(url):
     async def talk(client):
         await client.send(*voice(6, 1))
         await client.hear(len(ByHand(5).hear(voice(6, 1))))
+        await client.send(frames[3][:1000])  # of a frame that never is whole
         await client.send(b"\x03", kind=3)
         await client.send(*frames)
         return await client.hear(len(expected))
@@ -350,7 +351,7 @@ def test_a_flood_drops_the_oldest_frames_and_counts_them(server, url):
 @pytest.mark.parametrize(
     ("query", "messages", "limits", "code", "says"),
     [
-        ({}, [b"\x01" + bytes(70000)], {}, 1009, ""),
+        ({}, [b"\x01" + bytes(1 << 16)], {}, 1009, "65,537 bytes"),
         ({}, [b"\x01" + bytes(3)], {}, 1007, "even number"),
         ({}, [b"\x01"] * 1001, {}, 1008, "no whole frame"),
         ({}, [b"\x06"] * 1001, {}, 1008, "no whole frame"),
@@ -369,6 +370,15 @@ def test_who_breaks_a_limit_is_told_and_closed(server, query, messages, limits, 
     closed, errors = with_client(server.start(**limits), talk, **query)
     assert closed == code
     assert says in "".join(errors)
+
+
+def test_a_message_that_is_much_too_large_is_cut_off(url):
+    async def talk(client):
+        with contextlib.suppress(ConnectionError):
+            await client.ws.send_bytes(bytes(10_000_000))
+        return await client.end()
+
+    assert with_client(url, talk) in (1006, 1009)
 
 
 def test_a_client_that_does_not_read_is_closed(server, url):

@@ -56,8 +56,8 @@ CLOSING_SECONDS = 2.0
 SHARE = 4
 """Reading a client's messages rests this many times as long as it worked: a flood leaves time for the others."""
 
-NORMAL, GOING_AWAY, INVALID, POLICY = 1000, 1001, 1007, 1008
-"""Codes that close a websocket: the talk is over, the server stops, what came cannot be read, breaks a limit."""
+NORMAL, GOING_AWAY, INVALID, POLICY, TOO_BIG = 1000, 1001, 1007, 1008, 1009
+"""Codes that close a websocket: the talk is over, the server stops, what came cannot be read, or breaks a limit."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,9 @@ class Session:
 
     def _receive(self, message: bytes) -> Iterator[None]:
         """Takes a message in parts, which are not much work each."""
+        if len(message) > self._service.limits.max_message:
+            most = self._service.limits.max_message
+            raise _Ends(TOO_BIG, f"a message has {len(message):,} bytes: send at most {most:,}.")
         kind = message[0] if message else -1
         self._without_frame += 1
         if self._without_frame > WITHOUT_FRAME:
@@ -229,10 +232,11 @@ class Session:
 
     def _receive_control(self, payload: bytes) -> None:
         control = payload[0] if payload else -1
-        if control in (Control.START, Control.PAUSE):
-            self._paused = control == Control.PAUSE
-        elif control == Control.RESTART:
-            self._paused = False
+        if control not in (Control.START, Control.PAUSE, Control.RESTART):
+            return
+        self._paused = control == Control.PAUSE
+        self._rest = self._rest[:0]
+        if control == Control.RESTART:
             self._inbox.clear()
             self._order(_Restart())
 

@@ -57,7 +57,7 @@ class Ticks:
         self._changed.set()
 
     async def call(self, do: Callable[[Talks], Result]) -> Result:
-        """Returns `do(talks)`, run between two steps, and also run if the caller is cancelled."""
+        """Returns `do(talks)`, run between two steps; what has begun runs to its end if the caller is cancelled."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, do, self._talks)
 
     async def step(self, row: int, frame: np.ndarray, hurries: bool) -> list[Reply]:
