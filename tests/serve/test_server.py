@@ -162,6 +162,21 @@ def test_restart_begins_the_talk_anew(url):
     assert with_client(url, talk, audio_seed="5") == expected
 
 
+def test_restart_drops_what_waits(url):
+    frames = voice(FRAMES)
+    expected = ByHand(5).hear(frames)
+
+    async def talk(client):
+        await client.send(b"".join(voice(20, 1)))
+        await client.send(b"\x03", kind=3)
+        await client.send(b"".join(frames))
+        await client.until(lambda: client.audio.endswith(expected))
+        return len(client.audio) - len(expected)
+
+    step = len(expected) // (FRAMES - 1)
+    assert with_client(url, talk, audio_seed="5") < 19 * step
+
+
 # Metadata
 
 
@@ -353,15 +368,17 @@ def test_a_flood_drops_the_oldest_frames_and_counts_them(server, url):
     [
         ({}, [b"\x01" + bytes(1 << 16)], {}, 1009, "65,537 bytes"),
         ({}, [b"\x01" + bytes(3)], {}, 1007, "even number"),
-        ({}, [b"\x01"] * 1001, {}, 1008, "no whole frame"),
-        ({}, [b"\x06"] * 1001, {}, 1008, "no whole frame"),
+        ({}, [b"\x01"] * 101, {}, 1008, "100 messages have no whole frame"),
+        ({}, [b"\x06"] * 101, {}, 1008, "100 messages have no whole frame"),
         ({"audio": "opus"}, [b"\x01garbage"], {}, 1007, "OggS"),
         ({}, [], {"idle": 0.1}, 1008, "no message came for 0.1 s"),
         ({"metadata": "1"}, [b"\x01" + b"".join(voice(20))] + [b"\x03\x03"] * 40, {}, 1008, "16 commands wait"),
     ],
     ids=["large", "half a sample", "nothing", "pings", "garbage", "idle", "commands"],
 )
-def test_who_breaks_a_limit_is_told_and_closed(server, query, messages, limits, code, says):
+def test_who_breaks_a_limit_is_told_and_closed(server, monkeypatch, query, messages, limits, code, says):
+    monkeypatch.setattr(session, "WITHOUT_FRAME", 100)
+
     async def talk(client):
         for message in messages:
             await client.ws.send_bytes(message)
