@@ -16,7 +16,7 @@ import pytest
 from tests.helpers import live_server, micro, tiny_mimi
 from tests.helpers.eval_models import params
 from tests.helpers.live_server import QUEUE, ROWS, ByHand, connected, live, speech, voice, with_client
-from ttt_jax.serve import session
+from ttt_jax.serve import inbox, session
 from ttt_jax.serve.access import access
 from ttt_jax.serve.speech import Speech
 from ttt_jax.serve.talks import TalkSettings
@@ -372,12 +372,19 @@ def test_a_flood_drops_the_oldest_frames_and_counts_them(server, url):
         ({}, [b"\x06"] * 101, {}, 1008, "100 messages have no whole frame"),
         ({"audio": "opus"}, [b"\x01garbage"], {}, 1007, "OggS"),
         ({}, [], {"idle": 0.1}, 1008, "no message came for 0.1 s"),
-        ({"metadata": "1"}, [b"\x01" + b"".join(voice(20))] + [b"\x03\x03"] * 40, {}, 1008, "16 commands wait"),
+        (
+            {"metadata": "1"},
+            [b"\x01" + b"".join(voice(20))] + [b'\x04{"command": "reset"}'] * 3,
+            {},
+            1008,
+            "2 commands wait",
+        ),
     ],
     ids=["large", "half a sample", "nothing", "pings", "garbage", "idle", "commands"],
 )
 def test_who_breaks_a_limit_is_told_and_closed(server, monkeypatch, query, messages, limits, code, says):
     monkeypatch.setattr(session, "WITHOUT_FRAME", 100)
+    monkeypatch.setattr(inbox, "COMMANDS", 2)
 
     async def talk(client):
         for message in messages:
@@ -387,6 +394,19 @@ def test_who_breaks_a_limit_is_told_and_closed(server, monkeypatch, query, messa
     closed, errors = with_client(server.start(**limits), talk, **query)
     assert closed == code
     assert says in "".join(errors)
+
+
+def test_samples_that_are_not_finite_end_their_talk_alone(url, monkeypatch):
+    """No coding has them today; in a step they would end all talks."""
+    monkeypatch.setattr(session, "from_pcm", lambda payload: np.full(len(payload) // 2, np.nan, np.float32))
+
+    async def talk(client):
+        await client.send(*voice(1))
+        return await client.end(), client.errors
+
+    code, errors = with_client(url, talk)
+    assert code == 1007
+    assert "not finite" in errors[0]
 
 
 def test_a_message_that_is_much_too_large_is_cut_off(url):
