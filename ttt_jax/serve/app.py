@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from pathlib import Path
@@ -106,7 +107,8 @@ def make_app(service: Service, access: Access, page: Path = PAGE) -> web.Applica
 def _bound_buffer(request: web.Request) -> None:
     """Keeps what the system holds for a client that does not read small: megabytes are minutes of speech."""
     if request.transport is not None:
-        request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        with contextlib.suppress(OSError):  # the client is gone already
+            request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
 
 async def _seat(asked: Request, service: Service) -> tuple[Seat, int]:
