@@ -26,7 +26,7 @@ from ttt_jax.serve.memories import Memories
 from ttt_jax.serve.metrics import Metrics
 from ttt_jax.serve.protocol import Words, from_pcm, to_pcm
 from ttt_jax.serve.server import warm_up
-from ttt_jax.serve.session import Limits, Service
+from ttt_jax.serve.service import Limits, Service
 from ttt_jax.serve.speech import Speech
 from ttt_jax.serve.talks import Talks, TalkSettings
 from ttt_jax.serve.ticks import Ticks

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.live_server import ROWS, ByHand, connected, live, speech, voice
-from ttt_jax.serve import session
+from ttt_jax.serve import service
 from ttt_jax.serve.opus import OpusWriter
 
 FRAMES = 12
@@ -116,7 +116,7 @@ async def good(url: str, seed: int) -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     with live(tmp_path_factory.mktemp("fuzz")) as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "FORK_SECONDS", 0.05)
+        patch.setattr(service, "FORK_SECONDS", 0.05)
         yield server
 
 

@@ -16,7 +16,7 @@ import pytest
 from tests.helpers import live_server, micro, tiny_mimi
 from tests.helpers.eval_models import params
 from tests.helpers.live_server import QUEUE, ROWS, ByHand, connected, live, speech, voice, with_client
-from ttt_jax.serve import inbox, session
+from ttt_jax.serve import inbox, receiver, service, session
 from ttt_jax.serve.access import access
 from ttt_jax.serve.speech import Speech
 from ttt_jax.serve.talks import TalkSettings
@@ -312,7 +312,7 @@ def test_a_fork_goes_on_beside_its_talk(url):
 
 
 def test_a_fork_that_nobody_takes_up_frees_its_row(server, url, monkeypatch):
-    monkeypatch.setattr(session, "FORK_SECONDS", 0.05)
+    monkeypatch.setattr(service, "FORK_SECONDS", 0.05)
 
     async def talk(client):
         await client.order("fork")
@@ -383,7 +383,7 @@ def test_a_flood_drops_the_oldest_frames_and_counts_them(server, url):
     ids=["large", "half a sample", "nothing", "pings", "garbage", "idle", "commands"],
 )
 def test_who_breaks_a_limit_is_told_and_closed(server, monkeypatch, query, messages, limits, code, says):
-    monkeypatch.setattr(session, "WITHOUT_FRAME", 100)
+    monkeypatch.setattr(receiver, "WITHOUT_FRAME", 100)
     monkeypatch.setattr(inbox, "COMMANDS", 2)
 
     async def talk(client):
@@ -398,7 +398,7 @@ def test_who_breaks_a_limit_is_told_and_closed(server, monkeypatch, query, messa
 
 def test_samples_that_are_not_finite_end_their_talk_alone(url, monkeypatch):
     """No coding has them today; in a step they would end all talks."""
-    monkeypatch.setattr(session, "from_pcm", lambda payload: np.full(len(payload) // 2, np.nan, np.float32))
+    monkeypatch.setattr(receiver, "from_pcm", lambda payload: np.full(len(payload) // 2, np.nan, np.float32))
 
     async def talk(client):
         await client.send(*voice(1))

@@ -14,7 +14,7 @@ from ttt_jax.serve import metrics, session
 from ttt_jax.serve.access import Access
 from ttt_jax.serve.opus import check_rate
 from ttt_jax.serve.protocol import PATH, Request, parse_query
-from ttt_jax.serve.session import Service
+from ttt_jax.serve.service import Service
 from ttt_jax.serve.talks import Talks
 from ttt_jax.serve.ticks import Seat
 

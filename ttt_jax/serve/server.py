@@ -19,7 +19,8 @@ from ttt_jax.serve.access import Access, access
 from ttt_jax.serve.app import PAGE, make_app
 from ttt_jax.serve.memories import Memories
 from ttt_jax.serve.metrics import Metrics
-from ttt_jax.serve.session import CLOSING_SECONDS, Limits, Service
+from ttt_jax.serve.service import Limits, Service
+from ttt_jax.serve.session import CLOSING_SECONDS
 from ttt_jax.serve.talks import Talks
 from ttt_jax.serve.ticks import Ticks
 from ttt_jax.utils.command import INTERRUPTED, keep_compiled

@@ -1,129 +1,49 @@
-"""One client: its messages become frames and commands of a talk, what the talk says becomes messages."""
+"""One client: frames and commands of its messages go to a talk, what the talk says becomes messages."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import secrets
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ttt_jax.errors import InputError
-from ttt_jax.serve.inbox import Inbox
-from ttt_jax.serve.memories import Memories
-from ttt_jax.serve.metrics import Metrics
-from ttt_jax.serve.opus import OpusReader, OpusWriter
+from ttt_jax.serve.opus import OpusWriter
 from ttt_jax.serve.protocol import (
     HANDSHAKE,
     PING,
     Command,
-    Control,
     Kind,
     Request,
     Words,
     error_message,
-    from_pcm,
     metadata_message,
-    parse_command,
     text_message,
     to_pcm,
 )
-from ttt_jax.serve.speech import Speech
+from ttt_jax.serve.receiver import GOING_AWAY, NORMAL, POLICY, Ends, Receiver, Restart
+from ttt_jax.serve.service import Service
 from ttt_jax.serve.talks import Reply, Talks
-from ttt_jax.serve.ticks import Seat, Ticks
+from ttt_jax.serve.ticks import Seat
 
 if TYPE_CHECKING:
     from aiohttp import web
-
-    from ttt_jax.data.text import Tokenizer, TokenizerInfo
-
-log = logging.getLogger("ttt_jax")
 
 KEEP_ALIVE = 5.0
 """Seconds without a message after which a ping is sent: Kyutai's clients close after 10."""
 OUTGOING = 128
 """Messages that wait for a client that does not read, before it is closed."""
-WITHOUT_FRAME = 1000
-"""Messages that may come before a frame is whole, pings included: of 128 samples, 10 to 15 make a frame."""
-FORK_SECONDS = 60.0
-"""How long a fork waits to be taken up."""
 CLOSING_SECONDS = 2.0
 """How long a client may take to say goodbye."""
 SHARE = 4
 """Reading a client's messages rests this many times as long as it worked: a flood leaves time for the others."""
 
-NORMAL, GOING_AWAY, INVALID, POLICY, TOO_BIG = 1000, 1001, 1007, 1008, 1009
-"""Codes that close a websocket: the talk is over, the server stops, what came cannot be read, or breaks a limit."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one client may use."""
-
-    queue: int = 25
-    """Frames that wait to be heard."""
-    max_message: int = 1 << 16
-    """Bytes of a message."""
-    idle: float = 60.0
-    """Seconds without a message."""
-
-
-@dataclass
-class Service:
-    """What all clients share."""
-
-    name: str
-    """Of the checkpoint."""
-    speech: Speech
-    tokenizer: Tokenizer | TokenizerInfo
-    ticks: Ticks
-    metrics: Metrics
-    memories: Memories
-    limits: Limits
-    every: int
-    """Frames from one measurement that clients are sent to the next."""
-
-    def __post_init__(self) -> None:
-        self._forks: dict[str, tuple[Seat, int, asyncio.TimerHandle]] = {}
-        self.stops = asyncio.Event()
-
-    def keep_fork(self, seat: Seat, seed: int) -> str:
-        """Keeps a talk until it is taken up; returns the key for `take_fork`."""
-        key = secrets.token_urlsafe(24)
-        expires = asyncio.get_running_loop().call_later(FORK_SECONDS, self._expire, key)
-        self._forks[key] = seat, seed, expires
-        return key
-
-    def take_fork(self, key: str) -> tuple[Seat, int] | None:
-        """Seat and seed of the talk that is kept under `key`, once; None if there is none."""
-        seat, seed, expires = self._forks.pop(key, (None, 0, None))
-        if seat is None or expires is None:
-            return None
-        expires.cancel()
-        return seat, seed
-
-    def _expire(self, key: str) -> None:
-        self.ticks.give_back(self._forks.pop(key)[0])
-
-
-class _Ends(Exception):
-    """The talk is closed with a code and a sentence."""
-
-    def __init__(self, code: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.code = code
-
 
 class _NotReading(Exception):
     """The client does not read what is sent."""
-
-
-class _Restart:
-    """A command: the talk begins anew."""
 
 
 class Session:
@@ -133,16 +53,12 @@ class Session:
         """`seat` is that of a talk which has joined; `seed` is for when it begins anew."""
         self._ws, self._request, self._seed, self._seat, self._service = ws, request, seed, seat, service
         codec = service.speech.codec
-        opus = request.coding == "opus"
-        self._reader = OpusReader(codec.sample_rate) if opus else None
-        self._writer = OpusWriter(codec.sample_rate) if opus else None
+        self._writer = OpusWriter(codec.sample_rate) if request.coding == "opus" else None
         self._words = Words(service.tokenizer)
-        self._inbox: Inbox[Command | _Restart] = Inbox(service.limits.queue)
+        self._receiver = Receiver(request, codec, service.limits, service.metrics, self._send)
+        self._inbox = self._receiver.inbox
         self._outbox: asyncio.Queue[bytes] = asyncio.Queue(OUTGOING)
-        self._rest = np.zeros(0, np.float32)  # samples of a frame that is not whole
-        self._paused = self._complained = False
-        self._without_frame = 0
-        self._heard = self._dropped = 0
+        self._heard = 0
 
     async def run(self) -> None:
         """Talks until the client goes, breaks a limit, or the server stops."""
@@ -162,7 +78,7 @@ class Session:
 
     async def _until_stop(self) -> None:
         await self._service.stops.wait()
-        raise _Ends(GOING_AWAY, "the server stops.")
+        raise Ends(GOING_AWAY, "the server stops.")
 
     # From the client
 
@@ -175,84 +91,17 @@ class Session:
                 async with asyncio.timeout(idle):
                     message = await self._ws.receive()
             except TimeoutError:
-                raise _Ends(POLICY, f"no message came for {idle:g} s: the talk is closed.") from None
+                raise Ends(POLICY, f"no message came for {idle:g} s: the talk is closed.") from None
             if message.type == WSMsgType.BINARY:
-                parts = self._receive(message.data)
+                parts = self._receiver.receive(message.data)
             elif message.type == WSMsgType.TEXT:
-                parts = self._receive(b"\xff")  # no kind of message
+                parts = self._receiver.receive(b"\xff")  # no kind of message
             else:
                 return
             start = time.thread_time()
             for _ in parts:
                 await asyncio.sleep(SHARE * (time.thread_time() - start))
                 start = time.thread_time()
-
-    def _receive(self, message: bytes) -> Iterator[None]:
-        """Takes a message in parts, which are not much work each."""
-        if len(message) > self._service.limits.max_message:
-            most = self._service.limits.max_message
-            raise _Ends(TOO_BIG, f"a message has {len(message):,} bytes: send at most {most:,}.")
-        kind = message[0] if message else -1
-        self._without_frame += 1
-        if self._without_frame > WITHOUT_FRAME:
-            raise _Ends(POLICY, f"{WITHOUT_FRAME} messages have no whole frame of audio: send larger ones.")
-        if kind == Kind.AUDIO:
-            yield from self._receive_audio(message[1:])
-        elif kind == Kind.CONTROL:
-            self._receive_control(message[1:])
-        elif kind == Kind.METADATA and self._request.metadata:
-            self._receive_command(message[1:])
-        elif kind not in list(Kind) and not self._complained:
-            self._complained = True
-            log.warning(f"a client sends messages of the unknown kind {kind}: they are passed over.")
-        yield
-
-    def _receive_audio(self, payload: bytes) -> Iterator[None]:
-        size = self._service.speech.codec.frame_size
-        try:
-            for piece in [from_pcm(payload)] if self._reader is None else self._reader.append(payload):
-                samples = np.concatenate([self._rest, piece])
-                whole = len(samples) // size * size
-                self._rest = samples[whole:]
-                for frame in samples[:whole].reshape(-1, size):
-                    self._receive_frame(frame)
-                yield
-        except InputError as error:
-            raise _Ends(INVALID, str(error)) from None
-
-    def _receive_frame(self, frame: np.ndarray) -> None:
-        self._without_frame = 0
-        if self._paused:
-            return
-        if not np.isfinite(frame).all():
-            raise _Ends(INVALID, "a frame of the audio is not finite: give finite samples.")
-        dropped = self._inbox.put(frame)
-        self._dropped += dropped
-        self._service.metrics.dropped += dropped
-
-    def _receive_control(self, payload: bytes) -> None:
-        control = payload[0] if payload else -1
-        if control not in (Control.START, Control.PAUSE, Control.RESTART):
-            return
-        self._paused = control == Control.PAUSE
-        self._rest = self._rest[:0]
-        if control == Control.RESTART:
-            self._inbox.clear()
-            self._order(_Restart())
-
-    def _receive_command(self, payload: bytes) -> None:
-        try:
-            command = parse_command(payload)
-        except InputError as error:
-            self._send(metadata_message({"type": "error", "command": None, "message": str(error)}))
-        else:
-            self._order(command)
-
-    def _order(self, command: Command | _Restart) -> None:
-        try:
-            self._inbox.put(command)
-        except InputError as error:
-            raise _Ends(POLICY, str(error)) from None
 
     # The talk
 
@@ -267,7 +116,7 @@ class Session:
                     self._say(reply)
                 if self._request.metadata and self._heard % self._service.every == 0:
                     self._send(self._measurement(replies[-1]))
-            elif isinstance(item, _Restart):
+            elif isinstance(item, Restart):
                 await ticks.call(self._restart)
                 self._words, self._heard = Words(self._service.tokenizer), 0
             else:
@@ -372,7 +221,7 @@ class Session:
                 {"layer": layer, **{name: _finite(getattr(inner, name)[i]) for name in names}}
                 for i, layer in enumerate(cfg.ttt_layers)
             ]
-        waits = {"queue": self._inbox.frames, "dropped": self._dropped}
+        waits = {"queue": self._inbox.frames, "dropped": self._receiver.dropped}
         return metadata_message({"type": "frame", "frame": self._heard, "layers": layers, **waits})
 
     async def _hello(self) -> bytes:
@@ -410,7 +259,7 @@ async def serve(
     code, sentence, reads = NORMAL, "", True
     try:
         await Session(ws, request, seed, seat, service).run()
-    except _Ends as end:
+    except Ends as end:
         code, sentence = end.code, str(end)
     except _NotReading:
         reads = False
