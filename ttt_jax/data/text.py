@@ -55,6 +55,10 @@ class Tokenizer:
         """Returns whether the piece of an id, 0 or more, is the first of a word."""
         return self._processor.id_to_piece(int(token)).startswith(_WORD_START)
 
+    def piece(self, token: int) -> str:
+        """Returns the piece of one id as it is in the model: U+2581 begins a word, a byte is written as <0xE4>."""
+        return self._processor.id_to_piece(token)
+
 
 @dataclass(frozen=True)
 class TokenizerInfo:

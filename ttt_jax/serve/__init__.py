@@ -3,6 +3,7 @@
 ttt_jax.serve.speech     codec and language model as one step of all rows; the state is a value
 ttt_jax.serve.talks      talks that join, leave, pause, fork: each a row
 ttt_jax.serve.saved      a talk in a file
+ttt_jax.serve.server     the live server: `ticks` steps talks, `session` is a client, `receiver` hears it
 
 Imports no jax.
 """
