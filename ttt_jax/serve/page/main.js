@@ -1,0 +1,232 @@
+// The page of a live talk: starts and ends it, and shows what it is doing.
+
+import { Sound, secure } from "./audio.js";
+import { Connection } from "./connection.js";
+import { MemoryControls } from "./memory.js";
+import { clock } from "./plot.js";
+import { Plots } from "./plots.js";
+import { INSECURE, MICROPHONE_LOST, aboutEnd, aboutMicrophone } from "./words.js";
+
+const PARAGRAPH = 3; // seconds without text after which a new paragraph begins
+const QUIETEST = -60; // dB of full scale at the low end of a level meter
+
+const find = (id) => document.getElementById(id);
+const asked = new URLSearchParams(location.search);
+const plots = new Plots();
+const memory = new MemoryControls((command) => connection.command(command), (label) => plots.mark(label));
+
+let connection = null;
+let sound = null;
+let hello = null;
+let paused = false;
+
+/** What the page has counted, for tests and for the curious. */
+const counts = {
+  state: "idle", // idle, opening, talking
+  sent: 0, // samples of the microphone
+  received: 0, // samples of Moshi
+  played: 0, // samples at the loudspeaker, at the browser's rate
+  loudest: 0, // RMS of the loudest 100 ms that were played
+  frame: 0, // of the newest measurement
+  measured: null, // layers of the newest measurement
+  dropped: 0, // frames, by the server
+  queue: 0, // frames that wait on the server
+  buffered: 0, // seconds that wait here
+  gaps: 0, // pauses in Moshi's voice because nothing had come
+};
+globalThis.talk = counts;
+
+// Starting and ending
+
+async function start() {
+  Object.assign(counts, { state: "opening", sent: 0, received: 0, played: 0, loudest: 0, frame: 0, measured: null });
+  Object.assign(counts, { dropped: 0, queue: 0, buffered: 0, gaps: 0 });
+  warn("");
+  show();
+  try {
+    sound = await Sound.open();
+  } catch (error) {
+    return stop(aboutMicrophone(error));
+  }
+  if (counts.state !== "opening") return sound.close(); // stopped while the browser asked
+  connection = new Connection(parameters(), {
+    hello: begin,
+    audio(samples) {
+      counts.received += samples.length;
+      sound.play(samples);
+    },
+    text: say,
+    json: read,
+    refused: (message) => stop(`The server says: ${message}`),
+    closed: async (how) => stop(await aboutEnd(how, clock(counts.frame / (hello?.frame_rate ?? 1)))),
+  });
+}
+
+function parameters() {
+  const given = [...new FormData(find("settings"))].filter(([, value]) => value !== "");
+  const all = { ...Object.fromEntries(given) };
+  if (asked.has("token")) all.token ??= asked.get("token");
+  if (asked.has("fork")) return { ...all, fork: asked.get("fork") };
+  if (memory.memory !== "on") all.memory = memory.memory;
+  if (memory.gate !== null) all.gate = memory.gate;
+  return all;
+}
+
+function begin(said) {
+  hello = said;
+  counts.state = "talking";
+  find("model").textContent = `${said.checkpoint} · ${said.codec} · ${said.sample_rate / 1000} kHz`;
+  find("text").replaceChildren();
+  find("spoken").replaceChildren();
+  plots.begin(said.ttt_layers);
+  memory.begin(said);
+  sound.start({
+    rate: said.sample_rate,
+    frame: said.frame_size,
+    onHeard({ samples, rms }) {
+      level("user-level", paused ? 0 : rms);
+      if (!paused && connection.hear(samples)) counts.sent += samples.length;
+    },
+    onPlayed(report) {
+      level("moshi-level", report.rms);
+      counts.loudest = Math.max(counts.loudest, report.rms);
+      Object.assign(counts, { played: report.played, buffered: report.buffered, gaps: report.gaps });
+      describe();
+    },
+    onLost: () => stop(MICROPHONE_LOST),
+  });
+  if (asked.delete("fork")) history.replaceState(null, "", `?${asked}`); // a fork is taken up once
+  find("hint").hidden = true;
+  show();
+}
+
+function stop(problem = "") {
+  connection?.close();
+  sound?.close();
+  connection = sound = null;
+  counts.state = "idle";
+  setPaused(false);
+  memory.end();
+  level("user-level", 0);
+  level("moshi-level", 0);
+  warn(problem);
+  show();
+}
+
+// What the server says
+
+function read(value) {
+  if (value.type !== "frame") return memory.answer(value);
+  if (value.frame < counts.frame) plots.clear();
+  Object.assign(counts, { frame: value.frame, measured: value.layers, queue: value.queue, dropped: value.dropped });
+  plots.add(value.frame / hello.frame_rate, value.layers);
+}
+
+function say(piece) {
+  const text = find("text");
+  const now = performance.now() / 1000;
+  const follows = text.scrollHeight - text.scrollTop - text.clientHeight < 8;
+  if (!text.lastChild || now - say.last > PARAGRAPH) {
+    const time = document.createElement("time");
+    time.textContent = clock(counts.frame / hello.frame_rate);
+    const paragraph = document.createElement("p");
+    paragraph.append(time, document.createElement("span"));
+    text.append(paragraph);
+  }
+  say.last = now;
+  text.lastChild.lastChild.append(piece);
+  if (follows) text.scrollTop = text.scrollHeight;
+  // A screen reader is given phrases, not pieces of words.
+  say.phrase = (say.phrase ?? "") + piece;
+  clearTimeout(say.timer);
+  say.timer = setTimeout(speakPhrase, 1000);
+}
+
+function speakPhrase() {
+  const line = document.createElement("p");
+  line.textContent = say.phrase;
+  say.phrase = "";
+  find("spoken").append(line);
+}
+
+// What is shown
+
+function show() {
+  const idle = counts.state === "idle";
+  find("start").textContent = idle ? "Start talking" : "Stop";
+  find("start").classList.toggle("stop", !idle);
+  for (const id of ["mute", "pause", "restart"]) find(id).disabled = counts.state !== "talking";
+  describe();
+}
+
+function describe() {
+  const waiting = { opening: "Connecting … allow the microphone if the browser asks.", idle: "Not connected." };
+  if (counts.state !== "talking") {
+    if (counts.state === "opening" || hello) find("status").textContent = waiting[counts.state];
+    return;
+  }
+  const parts = [
+    paused ? "Paused" : "Connected",
+    clock(counts.frame / hello.frame_rate),
+    `playback buffer ${Math.round(counts.buffered * 1000)} ms`,
+    `server queue ${plural(counts.queue, "frame")}`,
+    `dropped ${plural(counts.dropped, "frame")}`,
+    plural(counts.gaps, "playback gap"),
+  ];
+  find("status").textContent = parts.join(" · ");
+}
+
+function plural(count, noun) {
+  return `${count} ${noun}${count === 1 ? "" : "s"}`;
+}
+
+function warn(problem) {
+  find("alert").textContent = problem;
+  find("alert").hidden = !problem;
+}
+
+function level(id, rms) {
+  const share = rms > 0 ? 1 - (20 * Math.log10(rms)) / QUIETEST : 0;
+  find(id).value = Math.max(0, Math.min(1, share));
+}
+
+// Buttons
+
+function setPaused(value) {
+  paused = value;
+  find("pause").setAttribute("aria-pressed", value);
+  find("pause").textContent = value ? "Go on" : "Pause";
+}
+
+function press(id, pressed) {
+  find(id).setAttribute("aria-pressed", pressed);
+}
+
+find("start").onclick = () => (counts.state === "idle" ? start() : stop());
+find("mute").onclick = () => {
+  const muted = find("mute").getAttribute("aria-pressed") !== "true";
+  press("mute", muted);
+  find("mute").textContent = muted ? "Unmute" : "Mute";
+  sound.mute(muted);
+};
+find("pause").onclick = () => {
+  setPaused(!paused);
+  connection.control(paused ? "pause" : "start");
+  if (paused) sound.clear();
+};
+find("restart").onclick = () => {
+  connection.control("restart");
+  sound.clear();
+  find("text").replaceChildren();
+  plots.clear();
+  counts.frame = 0;
+};
+document.addEventListener("visibilitychange", () => sound?.resume());
+
+if (!secure()) {
+  find("start").disabled = true;
+  warn(INSECURE);
+} else if (asked.has("fork")) {
+  find("hint").textContent = "This is the fork of a talk. Press Start: it goes on from where it was forked.";
+  find("hint").hidden = false;
+}
