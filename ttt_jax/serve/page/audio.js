@@ -77,6 +77,7 @@ export class Sound {
   /** Gives the microphone back. */
   close() {
     stopTracks(this.stream);
+    for (const node of [this.capture, this.playback]) if (node) node.port.onmessage = null;
     if (this.context.state !== "closed") this.context.close();
   }
 }

@@ -2,8 +2,16 @@
 
 const KIND = { handshake: 0, audio: 1, text: 2, control: 3, metadata: 4, error: 5, ping: 6 };
 const CONTROL = { start: 0, pause: 2, restart: 3 };
-const PATIENCE = 10000; // milliseconds until the server must have answered
+const PATIENCE = 10000; // milliseconds; the server sends something every 5 s, a ping if nothing else
+const KEEP_ALIVE = 20000; // milliseconds between pings; the server closes talks that send nothing for a minute
 const MOST_WAITING = 1 << 16; // bytes that may wait to be sent; more audio is dropped: late speech helps nobody
+
+/** The address of a talk, with http. */
+export function address(parameters) {
+  const url = new URL("api/chat", document.baseURI);
+  url.search = new URLSearchParams({ audio: "pcm", metadata: "1", ...parameters });
+  return url;
+}
 
 /** One talk. */
 export class Connection {
@@ -15,17 +23,23 @@ export class Connection {
     this.on = on;
     this.answered = false; // whether the server has said hello
     this.dropped = 0; // blocks of the microphone that were not sent
-    const url = new URL("api/chat", document.baseURI);
+    const url = address(parameters);
     url.protocol = url.protocol.replace("http", "ws");
-    url.search = new URLSearchParams({ audio: "pcm", metadata: "1", ...parameters });
     this.socket = new WebSocket(url);
     this.socket.binaryType = "arraybuffer";
     this.socket.onmessage = ({ data }) => this.receive(data);
     this.socket.onclose = ({ code, reason }) => this.end(code, reason);
-    this.timer = setTimeout(() => this.end(0, ""), PATIENCE);
+    this.pings = setInterval(() => this.send(KIND.ping, new Uint8Array(0)), KEEP_ALIVE);
+    this.watch();
+  }
+
+  watch() {
+    clearTimeout(this.watchdog);
+    this.watchdog = setTimeout(() => this.end(0, ""), PATIENCE);
   }
 
   receive(data) {
+    this.watch();
     if (!(data instanceof ArrayBuffer) || data.byteLength === 0) return;
     const kind = new Uint8Array(data)[0];
     const content = data.slice(1);
@@ -37,7 +51,6 @@ export class Connection {
 
   read(value) {
     if (value.type !== "hello") return this.on.json(value);
-    clearTimeout(this.timer);
     this.answered = true;
     this.on.hello(value);
   }
@@ -51,7 +64,8 @@ export class Connection {
   /** Ends the talk. */
   close() {
     this.ended = true;
-    clearTimeout(this.timer);
+    clearTimeout(this.watchdog);
+    clearInterval(this.pings);
     this.socket.onmessage = this.socket.onclose = null;
     this.socket.close();
   }

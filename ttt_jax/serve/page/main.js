@@ -1,7 +1,7 @@
 // The page of a live talk: starts and ends it, and shows what it is doing.
 
 import { Sound, secure } from "./audio.js";
-import { Connection } from "./connection.js";
+import { Connection, address } from "./connection.js";
 import { MemoryControls } from "./memory.js";
 import { clock } from "./plot.js";
 import { Plots } from "./plots.js";
@@ -49,23 +49,26 @@ async function start() {
     return stop(aboutMicrophone(error));
   }
   if (counts.state !== "opening") return sound.close(); // stopped while the browser asked
-  connection = new Connection(parameters(), {
+  const given = parameters();
+  connection = new Connection(given, {
     hello: begin,
     audio(samples) {
       counts.received += samples.length;
-      sound.play(samples);
+      if (!paused) sound.play(samples);
     },
     text: say,
     json: read,
     refused: (message) => stop(`The server says: ${message}`),
-    closed: async (how) => stop(await aboutEnd(how, clock(counts.frame / (hello?.frame_rate ?? 1)))),
+    closed(how) {
+      const refused = { ...how, duration: clock(talkTime()), address: address(given), forked: "fork" in given };
+      stop();
+      aboutEnd(refused).then((problem) => counts.state === "idle" && warn(problem));
+    },
   });
 }
 
 function parameters() {
-  const given = [...new FormData(find("settings"))].filter(([, value]) => value !== "");
-  const all = { ...Object.fromEntries(given) };
-  if (asked.has("token")) all.token ??= asked.get("token");
+  const all = Object.fromEntries([...new FormData(find("settings"))].filter(([, value]) => value !== ""));
   if (asked.has("fork")) return { ...all, fork: asked.get("fork") };
   if (memory.memory !== "on") all.memory = memory.memory;
   if (memory.gate !== null) all.gate = memory.gate;
@@ -74,6 +77,7 @@ function parameters() {
 
 function begin(said) {
   hello = said;
+  say.phrase = "";
   counts.state = "talking";
   find("model").textContent = `${said.checkpoint} · ${said.codec} · ${said.sample_rate / 1000} kHz`;
   find("text").replaceChildren();
@@ -106,6 +110,7 @@ function stop(problem = "") {
   connection = sound = null;
   counts.state = "idle";
   setPaused(false);
+  setMuted(false);
   memory.end();
   level("user-level", 0);
   level("moshi-level", 0);
@@ -128,7 +133,7 @@ function say(piece) {
   const follows = text.scrollHeight - text.scrollTop - text.clientHeight < 8;
   if (!text.lastChild || now - say.last > PARAGRAPH) {
     const time = document.createElement("time");
-    time.textContent = clock(counts.frame / hello.frame_rate);
+    time.textContent = clock(talkTime());
     const paragraph = document.createElement("p");
     paragraph.append(time, document.createElement("span"));
     text.append(paragraph);
@@ -160,20 +165,26 @@ function show() {
 }
 
 function describe() {
-  const waiting = { opening: "Connecting … allow the microphone if the browser asks.", idle: "Not connected." };
-  if (counts.state !== "talking") {
-    if (counts.state === "opening" || hello) find("status").textContent = waiting[counts.state];
-    return;
-  }
-  const parts = [
+  if (counts.state === "opening") return status(["Connecting … allow the microphone if the browser asks."]);
+  if (counts.state === "idle") return hello && status(["Not connected", `the last talk took ${clock(talkTime())}`]);
+  status([
     paused ? "Paused" : "Connected",
-    clock(counts.frame / hello.frame_rate),
+    clock(talkTime()),
     `playback buffer ${Math.round(counts.buffered * 1000)} ms`,
     `server queue ${plural(counts.queue, "frame")}`,
     `dropped ${plural(counts.dropped, "frame")}`,
     plural(counts.gaps, "playback gap"),
-  ];
-  find("status").textContent = parts.join(" · ");
+  ]);
+}
+
+function status(parts) {
+  const spans = parts.map((part) => Object.assign(document.createElement("span"), { textContent: part }));
+  find("status").replaceChildren(...spans);
+}
+
+/** Seconds that were measured of the talk. */
+function talkTime() {
+  return hello ? counts.frame / hello.frame_rate : 0;
 }
 
 function plural(count, noun) {
@@ -187,7 +198,7 @@ function warn(problem) {
 
 function level(id, rms) {
   const share = rms > 0 ? 1 - (20 * Math.log10(rms)) / QUIETEST : 0;
-  find(id).value = Math.max(0, Math.min(1, share));
+  find(id).firstElementChild.style.transform = `scaleX(${Math.max(0, Math.min(1, share))})`;
 }
 
 // Buttons
@@ -198,17 +209,14 @@ function setPaused(value) {
   find("pause").textContent = value ? "Go on" : "Pause";
 }
 
-function press(id, pressed) {
-  find(id).setAttribute("aria-pressed", pressed);
+function setMuted(value) {
+  find("mute").setAttribute("aria-pressed", value);
+  find("mute").textContent = value ? "Unmute" : "Mute";
+  sound?.mute(value);
 }
 
 find("start").onclick = () => (counts.state === "idle" ? start() : stop());
-find("mute").onclick = () => {
-  const muted = find("mute").getAttribute("aria-pressed") !== "true";
-  press("mute", muted);
-  find("mute").textContent = muted ? "Unmute" : "Mute";
-  sound.mute(muted);
-};
+find("mute").onclick = () => setMuted(find("mute").getAttribute("aria-pressed") !== "true");
 find("pause").onclick = () => {
   setPaused(!paused);
   connection.control(paused ? "pause" : "start");
@@ -216,12 +224,14 @@ find("pause").onclick = () => {
 };
 find("restart").onclick = () => {
   connection.control("restart");
+  setPaused(false);
   sound.clear();
   find("text").replaceChildren();
   plots.clear();
   counts.frame = 0;
 };
 document.addEventListener("visibilitychange", () => sound?.resume());
+document.querySelector("[name=token]").value = asked.get("token") ?? "";
 
 if (!secure()) {
   find("start").disabled = true;

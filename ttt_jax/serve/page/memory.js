@@ -15,7 +15,6 @@ export class MemoryControls {
     this.send = send;
     this.marked = marked;
     this.running = false;
-    this.waiting = []; // commands without an answer, oldest first
     for (const choice of document.querySelectorAll("[name=memory]")) {
       choice.onchange = () => this.ask({ command: "memory", value: choice.value });
     }
@@ -46,7 +45,7 @@ export class MemoryControls {
   ask(command) {
     this.describe();
     find("answer").textContent = "";
-    if (this.running && this.send(command)) this.waiting.push(command);
+    if (this.running) this.send(command);
   }
 
   /** Shows a talk as the server describes it: {memory, gate, memories, ttt_layers}. */
@@ -54,7 +53,6 @@ export class MemoryControls {
     const has = hello.ttt_layers.length > 0;
     find("without").hidden = has;
     find("controls").hidden = find("plots").hidden = !has;
-    this.waiting = [];
     this.set(hello);
     this.list(hello.memories);
     this.enable(true);
@@ -62,7 +60,6 @@ export class MemoryControls {
 
   end() {
     this.enable(false);
-    this.waiting = [];
   }
 
   set({ memory, gate }) {
@@ -76,7 +73,7 @@ export class MemoryControls {
   describe() {
     find("memory-note").textContent = NOTES[this.memory];
     find("gate").disabled = this.gate === null;
-    find("gate-value").textContent = this.gate === null ? "–" : this.gate.toFixed(2).replace("-", "−");
+    find("gate-value").textContent = this.gate === null ? "" : this.gate.toFixed(2).replace("-", "−");
   }
 
   list(names) {
@@ -95,21 +92,18 @@ export class MemoryControls {
   }
 
   /** Takes the server's "done" or "error". */
-  answer({ type, command, memories, key, message }) {
-    const at = this.waiting.findIndex((one) => one.command === command);
-    const asked = at < 0 ? { command } : this.waiting.splice(at, 1)[0];
-    if (memories) this.list(memories);
-    if (type === "error") {
-      find("answer").textContent = message;
+  answer(answer) {
+    if (answer.memories) this.list(answer.memories);
+    if (answer.type === "error") {
+      find("answer").textContent = `The server says: ${answer.message}`;
       this.set(this.confirmed);
       return;
     }
-    const said = this.effect(asked, key);
-    if (said) find("answer").replaceChildren(...[said].flat());
+    find("answer").replaceChildren(...this.effect(answer));
   }
 
-  /** Shows what a command did and returns it in words. */
-  effect({ command, value, name }, key) {
+  /** Notes what a command did and returns the words and links that say so. */
+  effect({ command, value, name, key }) {
     if (command === "memory") {
       this.confirmed.memory = value;
       this.marked({ on: "memory on", frozen: "frozen", off: "memory off" }[value]);
@@ -117,29 +111,31 @@ export class MemoryControls {
       this.confirmed.gate = value;
       this.marked(value === null ? "gate as trained" : `gate ${value}`);
     } else if (command === "reset") {
-      this.marked("forgot");
-      return "The fast weights are W₀ again.";
+      this.marked("forget");
+      return ["The fast weights are W₀ again."];
     } else if (command === "save") {
-      this.marked(`saved ${name}`);
+      this.marked(`save ${name}`);
       find("load-name").value = name;
       find("save-name").value = "";
-      return `Saved as ${name}.`;
+      return [`Saved as ${name}.`];
     } else if (command === "load") {
-      this.marked(`took up ${name}`);
-      return `Took up ${name}.`;
+      this.marked(`take up ${name}`);
+      return [`Took up ${name}.`];
     } else if (command === "fork") {
       return this.open(key);
     }
-    return null;
+    return [];
   }
 
   open(key) {
     const link = document.createElement("a");
+    const token = document.querySelector("[name=token]").value;
     const url = new URL(document.baseURI);
     url.searchParams.set("fork", key);
+    if (token) url.searchParams.set("token", token);
     link.href = url;
     link.target = "_blank";
-    link.textContent = "the fork";
-    return window.open(url) ? "The fork waits in a new tab: press Start there." : ["The browser opened no tab. Open ", link, "."];
+    link.textContent = "Open the fork";
+    return window.open(url) ? ["The fork waits in a new tab for a minute: press Start there."] : [link, " within a minute."];
   }
 }

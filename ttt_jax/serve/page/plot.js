@@ -1,9 +1,10 @@
 // A line plot on a canvas: axes with ticks and labels, lines, bands between lines, vertical marks.
 
 const LEFT = 52;
-const RIGHT = 12;
+const RIGHT = 18;
 const BOTTOM = 36;
 const LINE = 14; // pixels that a line of text takes
+const ROWS = 3; // of names of marks
 
 /**
  * Draws.
@@ -18,8 +19,8 @@ export function draw(canvas, { lines, bands = [], marks, range: [start, end], ze
   const ink = getComputedStyle(canvas);
   const colours = { text: ink.color, grid: ink.getPropertyValue("--line") };
   const placed = named ? rows(pen, marks, (time) => LEFT + share(time) * (width - LEFT - RIGHT), width) : [];
-  const top = LINE / 2 + 4 + LINE * (named ? 2 : 0);
-  const [low, high, ticks] = scale(lines, zero, Math.max(2, Math.floor((height - top - BOTTOM) / 36)));
+  const top = LINE / 2 + 4 + LINE * (named ? ROWS : 0);
+  const { low, high, step, ticks } = scale(lines, zero, Math.max(2, Math.floor((height - top - BOTTOM) / 30)));
   function share(time) {
     return (time - start) / (end - start);
   }
@@ -32,11 +33,11 @@ export function draw(canvas, { lines, bands = [], marks, range: [start, end], ze
   pen.textAlign = "right";
   for (const tick of ticks) {
     stroke(pen, [[LEFT, y(tick)], [width - RIGHT, y(tick)]]);
-    pen.fillText(number(tick, ticks[1] - ticks[0]), LEFT - 6, y(tick));
+    pen.fillText(number(tick, step), LEFT - 6, y(tick));
   }
   pen.textAlign = "center";
-  const step = timeStep(end - start, (width - LEFT - RIGHT) / 64);
-  for (let tick = Math.ceil(start / step) * step; tick <= end; tick += step) {
+  const beat = timeStep(end - start, (width - LEFT - RIGHT) / 64);
+  for (let tick = Math.ceil(start / beat) * beat; tick <= end; tick += beat) {
     stroke(pen, [[x(tick), height - BOTTOM], [x(tick), height - BOTTOM + 4]]);
     pen.fillText(clock(tick), x(tick), height - BOTTOM + 11);
   }
@@ -95,9 +96,9 @@ function stroke(pen, points) {
   pen.stroke();
 }
 
-/** Names of marks in two rows; one that would cover another is left out. */
+/** Places for the names of marks in rows; one that would cover another is left out. */
 function rows(pen, marks, x, width) {
-  const ends = [0, 0];
+  const ends = Array(ROWS).fill(0);
   const placed = [];
   for (const { time, label } of marks) {
     const size = pen.measureText(label).width;
@@ -122,12 +123,12 @@ function scale(lines, zero, count) {
   const step = niceStep((high - low) / count);
   const first = Math.ceil(low / step);
   const ticks = Array.from({ length: Math.floor(high / step) - first + 1 }, (_, i) => (first + i) * step);
-  return [low, high, ticks];
+  return { low, high, step, ticks };
 }
 
 function niceStep(least) {
   const power = 10 ** Math.floor(Math.log10(least));
-  return power * [1, 2, 5, 10].find((factor) => factor * power >= least);
+  return power * [1, 2, 2.5, 5, 10].find((factor) => factor * power >= least);
 }
 
 function timeStep(span, count) {
@@ -136,7 +137,8 @@ function timeStep(span, count) {
 }
 
 function number(value, step) {
-  return value.toFixed(Math.max(0, Math.min(8, -Math.floor(Math.log10(step ?? 1) + 1e-9))));
+  const digits = [0, 1, 2, 3, 4, 5, 6].find((count) => Math.abs(step - step.toFixed(count)) < step / 1000) ?? 7;
+  return value.toFixed(digits).replace("-", "−");
 }
 
 /** 75 -> "1:15". */

@@ -6,7 +6,7 @@ import { draw } from "./plot.js";
 const COLOURS = 6; // --layer-0 to --layer-5 in style.css
 const FIELDS = ["loss_base", "loss_before", "displacement"];
 const MOST_SHOWN = 3; // layers whose lines are shown at first
-const STEPS = 120; // points of a line
+const STEP = 5; // pixels between two points of a line
 const NEWEST = 2; // seconds that the table is the mean of
 
 const find = (id) => document.getElementById(id);
@@ -33,7 +33,7 @@ export class Plots {
   }
 
   show(there) {
-    for (const id of ["loss-plot", "displacement-plot", "layers"]) find(id).hidden = !there;
+    for (const id of ["legend", "loss-plot", "displacement-plot", "layers"]) find(id).hidden = !there;
     find("empty").hidden = there;
   }
 
@@ -48,7 +48,8 @@ export class Plots {
     tick.checked = i < MOST_SHOWN;
     tick.onchange = () => this.plan();
     swatch.className = `swatch layer-${i % COLOURS}`;
-    label.append(tick, swatch, `layer ${layer}`);
+    tick.ariaLabel = `show layer ${layer}`;
+    label.append(tick, swatch, layer);
     head.append(label);
     row.append(head, ...Array.from({ length: 4 }, () => document.createElement("td")));
     return row;
@@ -82,13 +83,14 @@ export class Plots {
     const all = document.querySelector("[name=shown]:checked").value === "whole";
     const end = recent.at(-1).time;
     const range = all ? [0, Math.max(end, 1)] : [Math.max(0, end - LAST), Math.max(end, LAST)];
-    const points = thinned(all ? whole : recent, ...range, STEPS);
+    const steps = Math.ceil(find("loss-plot").clientWidth / STEP);
+    const points = thinned(all ? whole : recent, ...range, steps);
     const body = find("layers").tBodies[0];
     const shown = this.layers.map((_, i) => i).filter((i) => body.rows[i].querySelector("input").checked);
     const style = getComputedStyle(document.documentElement);
     const colour = (i) => style.getPropertyValue(`--layer-${i % COLOURS}`);
-    const line = (i, field, dashed) => ({
-      points: points.map(({ time, row }) => [time, row[FIELDS.length * i + field]]),
+    const line = (i, field, dashed, unit = 1) => ({
+      points: points.map(({ time, row }) => [time, row[FIELDS.length * i + field] * unit]),
       colour: colour(i),
       dashed,
     });
@@ -105,11 +107,11 @@ export class Plots {
       named: true,
     });
     draw(find("displacement-plot"), {
-      lines: shown.map((i) => line(i, 2, false)),
+      lines: shown.map((i) => line(i, 2, false, 100)),
       marks,
       range,
       zero: true,
-      label: "displacement ‖W − W₀‖ / ‖W₀‖",
+      label: "displacement (% of W₀)",
     });
     this.fill(body);
   }
@@ -119,12 +121,13 @@ export class Plots {
     this.layers.forEach((_, i) => {
       const [base, before, displacement] = mean.slice(FIELDS.length * i);
       const cells = body.rows[i].querySelectorAll("td");
-      [base, before, base - before, displacement].forEach((value, j) => (cells[j].textContent = short(value)));
+      [base, before, base - before].forEach((value, j) => (cells[j].textContent = short(value)));
+      cells[3].textContent = `${short(100 * displacement)} %`;
     });
   }
 }
 
-/** Four significant digits, so that the columns keep their width. */
+/** Three significant digits. */
 function short(value) {
   return Number.isFinite(value) ? value.toPrecision(3).replace("-", "−") : "–";
 }

@@ -16,21 +16,32 @@ export function aboutMicrophone(error) {
 
 export const MICROPHONE_LOST = "The microphone is gone. Connect it again, then press Start.";
 
-/** Of a connection that ended. The websocket does not say why it was refused, so the server's health is asked. */
-export async function aboutEnd({ answered, code, reason }, duration) {
-  if (reason) return `The server ended the talk: ${reason}`;
+/**
+ * Of a connection that ended: {answered, code, reason} as of Connection, duration of the talk, address of the talk, whether it was a fork.
+ * A websocket does not say why it was refused, so the server is asked again, without one.
+ */
+export async function aboutEnd({ answered, code, reason, duration, address, forked }) {
+  if (reason) return `The server says: ${reason}`;
   if (answered && code === 1000) return "The server ended the talk. Press Start for a new one.";
   if (answered) return `The connection was lost after ${duration}. Press Start for a new talk.`;
-  const health = await readHealth();
-  if (!health) return "The server does not answer. Check that it runs, then press Start.";
-  if (health.free === 0) return "All talks are taken. Wait until one ends, then press Start.";
-  return "The server refused the talk. If it asks for a token, enter it under Settings, then press Start.";
+  let response, rows;
+  try {
+    response = await fetch(address);
+    rows = await readMetrics(address.searchParams.get("token"));
+  } catch {
+    return "The server does not answer. Check that it runs, then press Start.";
+  }
+  if (response.status === 401) return "The server asks for a token. Enter it under Settings, then press Start.";
+  if (forked) return "The fork is gone: it can be taken up once, within a minute. Open this page without it for a new talk.";
+  if (rows.ttt_jax_talks >= rows.ttt_jax_rows) return `All ${rows.ttt_jax_rows} talks are taken. Wait until one ends, then press Start.`;
+  if (response.status === 400) return `The server says: ${await response.text()}`;
+  return "The server refused the talk. Press Start to try again.";
 }
 
-async function readHealth() {
-  try {
-    return await (await fetch(new URL("healthz", document.baseURI))).json();
-  } catch {
-    return null;
-  }
+/** The numbers of the server's metrics, by name. */
+async function readMetrics(token) {
+  const url = new URL("metrics", document.baseURI);
+  if (token) url.searchParams.set("token", token);
+  const text = await (await fetch(url)).text();
+  return Object.fromEntries([...text.matchAll(/^(\w+) (\d+)$/gm)].map(([, name, value]) => [name, Number(value)]));
 }
