@@ -7,7 +7,9 @@ import { clock } from "./plot.js";
 import { Plots } from "./plots.js";
 import { INSECURE, MICROPHONE_LOST, aboutEnd, aboutMicrophone } from "./words.js";
 
-const PARAGRAPH = 3; // seconds without text after which a new paragraph begins
+const PAUSE = 3; // seconds without text after which a new paragraph begins
+const LONGEST = 20; // seconds after which the next word begins a new paragraph
+const PHRASE = 2; // seconds of text that a screen reader is given at once
 const QUIETEST = -60; // dB of full scale at the low end of a level meter
 
 const find = (id) => document.getElementById(id);
@@ -99,7 +101,10 @@ function begin(said) {
     },
     onLost: () => stop(MICROPHONE_LOST),
   });
-  if (asked.delete("fork")) history.replaceState(null, "", `?${asked}`); // a fork is taken up once
+  if (asked.has("fork")) {
+    asked.delete("fork"); // it is taken up once
+    history.replaceState(null, "", `?${asked}`);
+  }
   find("hint").hidden = true;
   show();
 }
@@ -131,7 +136,9 @@ function say(piece) {
   const text = find("text");
   const now = performance.now() / 1000;
   const follows = text.scrollHeight - text.scrollTop - text.clientHeight < 8;
-  if (!text.lastChild || now - say.last > PARAGRAPH) {
+  const long = now - say.began > LONGEST && piece.startsWith(" ");
+  if (!text.lastChild || now - say.last > PAUSE || long) {
+    say.began = now;
     const time = document.createElement("time");
     time.textContent = clock(talkTime());
     const paragraph = document.createElement("p");
@@ -141,17 +148,16 @@ function say(piece) {
   say.last = now;
   text.lastChild.lastChild.append(piece);
   if (follows) text.scrollTop = text.scrollHeight;
-  // A screen reader is given phrases, not pieces of words.
-  say.phrase = (say.phrase ?? "") + piece;
-  clearTimeout(say.timer);
-  say.timer = setTimeout(speakPhrase, 1000);
+  say.phrase += piece;
+  say.timer ??= setInterval(speakPhrase, PHRASE * 1000);
 }
 
+/** Gives a screen reader the whole words that came since the last time: pieces of words would be read one by one. */
 function speakPhrase() {
-  const line = document.createElement("p");
-  line.textContent = say.phrase;
-  say.phrase = "";
-  find("spoken").append(line);
+  const words = Math.max(0, say.phrase.trimEnd().lastIndexOf(" ")) || say.phrase.length;
+  if (!words) return;
+  find("spoken").append(Object.assign(document.createElement("p"), { textContent: say.phrase.slice(0, words) }));
+  say.phrase = say.phrase.slice(words);
 }
 
 // What is shown

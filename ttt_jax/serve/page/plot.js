@@ -2,7 +2,7 @@
 
 const LEFT = 52;
 const RIGHT = 18;
-const BOTTOM = 36;
+const BOTTOM = 38;
 const LINE = 14; // pixels that a line of text takes
 const ROWS = 3; // of names of marks
 
@@ -39,7 +39,7 @@ export function draw(canvas, { lines, bands = [], marks, range: [start, end], ze
   const beat = timeStep(end - start, (width - LEFT - RIGHT) / 64);
   for (let tick = Math.ceil(start / beat) * beat; tick <= end; tick += beat) {
     stroke(pen, [[x(tick), height - BOTTOM], [x(tick), height - BOTTOM + 4]]);
-    pen.fillText(clock(tick), x(tick), height - BOTTOM + 11);
+    pen.fillText(clock(tick), x(tick), height - BOTTOM + 13);
   }
   pen.fillText("time in the talk (min:s)", (LEFT + width - RIGHT) / 2, height - 7);
   pen.save();
