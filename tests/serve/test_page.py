@@ -187,6 +187,8 @@ def test_voice_goes_both_ways_and_text_comes(tab, heard, address):
     until(lambda: len(heard) > before + 12)
     assert max(heard[before:]) > 10 * SILENT
     assert counts["dropped"] == 0
+    delay = re.search(r"delay (\d+) ms", tab.text("#status"))
+    assert 80 < int(delay[1]) < 1000
     until(lambda: tab.page.text_content("#spoken"))  # what a screen reader is told
     assert {request.split("?")[0].rsplit("/", 1)[0] + "/" for request in tab.requests} <= {
         address.url,
@@ -392,6 +394,25 @@ def test_a_lost_connection_and_a_stopping_server_are_said(opened, server):
     assert said(tab) == "The server says: the server stops."
     tab.page.click("#start")
     until(lambda: said(tab) == "The server does not answer. Check that it runs, then press Start.")
+
+
+def test_stop_while_the_browser_asks(opened, server):
+    """Two starts of which the first was stopped are one talk, and the first gives its microphone back."""
+    script = """
+        const open = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+        globalThis.streams = [];
+        navigator.mediaDevices.getUserMedia = async (wanted) => {
+            await new Promise((done) => setTimeout(done, 500));
+            streams.push(await open(wanted));
+            return streams.at(-1);
+        };"""
+    tab = opened(script=script)
+    for _ in range(3):
+        tab.page.click("#start")
+    tab.measured()
+    assert server.service.ticks.taken == 1
+    live = "() => streams.map((stream) => stream.getTracks()[0].readyState)"
+    assert tab.page.evaluate(live) == ["ended", "live"]
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ PLAYER = (
     PROCESSORS
     + """
 const player = new (worklet(48000).playback)({ processorOptions: { rate: 16000, wait: 0.16, most: 0.64 } });
-const frame = () => player.port.onmessage({ data: new Int16Array(1280).fill(8000) });
+const frame = (level = 8000) => player.port.onmessage({ data: new Int16Array(1280).fill(level) });
 function play(blocks) {
   const out = [];
   for (let i = 0; i < blocks; i++) {
@@ -165,6 +165,15 @@ def test_the_player_cuts_a_queue_that_is_too_long(node):
     report = node(PLAYER + script)
     assert report["skipped"] > 0
     assert report["buffered"] < 0.2
+
+
+@pytest.mark.parametrize("level", [0, 8000])
+def test_what_a_burst_has_left_goes_in_a_silence(node, level):
+    """Six frames at once, then one each 80 ms (30 blocks): only in a silence the queue gets shorter."""
+    script = f"for (let i = 0; i < 5; i++) frame(); for (let i = 0; i < 90; i++) {{ frame({level}); play(30); }}"
+    report = node(PLAYER + script + "console.log(JSON.stringify(last()))")
+    assert (report["gaps"], report["skipped"]) == (0, 0)
+    assert report["buffered"] == pytest.approx(0.08 if level == 0 else 0.4, abs=0.03)
 
 
 def test_the_history_of_a_long_talk_is_bounded_and_keeps_the_mean(node):

@@ -64,6 +64,11 @@ export class Sound {
     this.playback.port.postMessage("clear");
   }
 
+  /** Seconds from the player to the ear, as far as the browser knows. */
+  get latency() {
+    return this.context.outputLatency || this.context.baseLatency || 0;
+  }
+
   /** While true the server hears silence. */
   mute(muted) {
     this.capture.port.postMessage({ muted });

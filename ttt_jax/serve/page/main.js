@@ -5,25 +5,25 @@ import { Connection, address } from "./connection.js";
 import { MemoryControls } from "./memory.js";
 import { clock } from "./plot.js";
 import { Plots } from "./plots.js";
+import { Transcript } from "./text.js";
 import { INSECURE, MICROPHONE_LOST, aboutEnd, aboutMicrophone } from "./words.js";
 
-const PAUSE = 3; // seconds without text after which a new paragraph begins
-const LONGEST = 20; // seconds after which the next word begins a new paragraph
-const PHRASE = 2; // seconds of text that a screen reader is given at once
 const QUIETEST = -60; // dB of full scale at the low end of a level meter
 
 const find = (id) => document.getElementById(id);
 const asked = new URLSearchParams(location.search);
 const plots = new Plots();
+const transcript = new Transcript(find("text"), find("spoken"));
 const memory = new MemoryControls((command) => connection.command(command), (label) => plots.mark(label));
 
 let connection = null;
 let sound = null;
 let hello = null;
 let paused = false;
+let attempt = 0; // counts starts and stops
 
-/** What the page has counted, for tests and for the curious. */
-const counts = {
+/** What the page counts in a talk; it is there as `talk`, for tests and for the curious. */
+const fresh = () => ({
   state: "idle", // idle, opening, talking
   sent: 0, // samples of the microphone
   received: 0, // samples of Moshi
@@ -32,25 +32,25 @@ const counts = {
   frame: 0, // of the newest measurement
   measured: null, // layers of the newest measurement
   dropped: 0, // frames, by the server
+  droppedBefore: 0, // of them before the last restart
   queue: 0, // frames that wait on the server
   buffered: 0, // seconds that wait here
   gaps: 0, // pauses in Moshi's voice because nothing had come
-};
+});
+const counts = fresh();
 globalThis.talk = counts;
 
 // Starting and ending
 
 async function start() {
-  Object.assign(counts, { state: "opening", sent: 0, received: 0, played: 0, loudest: 0, frame: 0, measured: null });
-  Object.assign(counts, { dropped: 0, queue: 0, buffered: 0, gaps: 0 });
+  const mine = ++attempt;
+  Object.assign(counts, fresh(), { state: "opening" });
   warn("");
   show();
-  try {
-    sound = await Sound.open();
-  } catch (error) {
-    return stop(aboutMicrophone(error));
-  }
-  if (counts.state !== "opening") return sound.close(); // stopped while the browser asked
+  const opened = await Sound.open().catch((error) => mine === attempt && stop(aboutMicrophone(error)));
+  if (!opened) return;
+  if (mine !== attempt) return opened.close(); // stopped while the browser asked
+  sound = opened;
   const given = parameters();
   connection = new Connection(given, {
     hello: begin,
@@ -58,7 +58,7 @@ async function start() {
       counts.received += samples.length;
       if (!paused) sound.play(samples);
     },
-    text: say,
+    text: (piece) => transcript.add(piece, talkTime()),
     json: read,
     refused: (message) => stop(`The server says: ${message}`),
     closed(how) {
@@ -79,11 +79,9 @@ function parameters() {
 
 function begin(said) {
   hello = said;
-  say.phrase = "";
   counts.state = "talking";
   find("model").textContent = `${said.checkpoint} · ${said.codec} · ${said.sample_rate / 1000} kHz`;
-  find("text").replaceChildren();
-  find("spoken").replaceChildren();
+  transcript.clear();
   plots.begin(said.ttt_layers);
   memory.begin(said);
   sound.start({
@@ -110,6 +108,7 @@ function begin(said) {
 }
 
 function stop(problem = "") {
+  attempt += 1;
   connection?.close();
   sound?.close();
   connection = sound = null;
@@ -132,34 +131,6 @@ function read(value) {
   plots.add(value.frame / hello.frame_rate, value.layers);
 }
 
-function say(piece) {
-  const text = find("text");
-  const now = performance.now() / 1000;
-  const follows = text.scrollHeight - text.scrollTop - text.clientHeight < 8;
-  const long = now - say.began > LONGEST && piece.startsWith(" ");
-  if (!text.lastChild || now - say.last > PAUSE || long) {
-    say.began = now;
-    const time = document.createElement("time");
-    time.textContent = clock(talkTime());
-    const paragraph = document.createElement("p");
-    paragraph.append(time, document.createElement("span"));
-    text.append(paragraph);
-  }
-  say.last = now;
-  text.lastChild.lastChild.append(piece);
-  if (follows) text.scrollTop = text.scrollHeight;
-  say.phrase += piece;
-  say.timer ??= setInterval(speakPhrase, PHRASE * 1000);
-}
-
-/** Gives a screen reader the whole words that came since the last time: pieces of words would be read one by one. */
-function speakPhrase() {
-  const words = Math.max(0, say.phrase.trimEnd().lastIndexOf(" ")) || say.phrase.length;
-  if (!words) return;
-  find("spoken").append(Object.assign(document.createElement("p"), { textContent: say.phrase.slice(0, words) }));
-  say.phrase = say.phrase.slice(words);
-}
-
 // What is shown
 
 function show() {
@@ -171,20 +142,26 @@ function show() {
 }
 
 function describe() {
-  if (counts.state === "opening") return status(["Connecting … allow the microphone if the browser asks."]);
-  if (counts.state === "idle") return hello && status(["Not connected", `the last talk took ${clock(talkTime())}`]);
+  if (counts.state === "opening") return status([["Connecting … allow the microphone if the browser asks."]]);
+  if (counts.state === "idle") return hello && status([["Not connected"], [`the last talk took ${clock(talkTime())}`]]);
   status([
-    paused ? "Paused" : "Connected",
-    clock(talkTime()),
-    `playback buffer ${Math.round(counts.buffered * 1000)} ms`,
-    `server queue ${plural(counts.queue, "frame")}`,
-    `dropped ${plural(counts.dropped, "frame")}`,
-    plural(counts.gaps, "playback gap"),
+    [`${paused ? "Paused" : "Connected"} ${clock(talkTime())}`, "Time that the talk has taken"],
+    [`delay ${Math.round(delay() * 1000)} ms`, "From the microphone to the loudspeaker: network, server and playback buffer"],
+    [`queue ${plural(counts.queue, "frame")}`, "Frames that wait on the server"],
+    [`dropped ${plural(counts.dropped, "frame")}`, "Frames that came faster than the server could hear them"],
+    [plural(counts.gaps, "gap"), "How often Moshi's voice stopped because the next frame was late"],
   ]);
 }
 
+/** Seconds. Each frame that was heard is answered by one that is spoken. */
+function delay() {
+  const unanswered = counts.sent - counts.received - (counts.dropped - counts.droppedBefore) * hello.frame_size;
+  return Math.max(0, unanswered) / hello.sample_rate + counts.buffered + sound.latency;
+}
+
+/** Shows parts, [words, explanation] each. */
 function status(parts) {
-  const spans = parts.map((part) => Object.assign(document.createElement("span"), { textContent: part }));
+  const spans = parts.map(([textContent, title = ""]) => Object.assign(document.createElement("span"), { textContent, title }));
   find("status").replaceChildren(...spans);
 }
 
@@ -232,9 +209,9 @@ find("restart").onclick = () => {
   connection.control("restart");
   setPaused(false);
   sound.clear();
-  find("text").replaceChildren();
+  transcript.clear();
   plots.clear();
-  counts.frame = 0;
+  Object.assign(counts, { sent: 0, received: 0, frame: 0, droppedBefore: counts.dropped });
 };
 document.addEventListener("visibilitychange", () => sound?.resume());
 document.querySelector("[name=token]").value = asked.get("token") ?? "";

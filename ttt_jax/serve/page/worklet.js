@@ -4,6 +4,8 @@
 const ZEROS = 24; // zero crossings of the sinc on each side
 const CUTOFF = 0.92; // of the lower rate's half
 const REPORT = 0.1; // seconds between two reports of the player
+const SETTLE = 5; // seconds after which the player takes what was always left over for needless delay
+const QUIET = 0.01; // samples below may be left out unheard
 
 /** Changes the sample rate of a stream: a Blackman-windowed sinc, by phases. The output is ZEROS periods of the lower rate late. */
 class Resampler {
@@ -87,13 +89,13 @@ class Capture extends AudioWorkletProcessor {
 
 /**
  * Plays Int16Array messages; the message "clear" empties the buffer, as at a pause. Playing begins when `wait` seconds lie ready; a longer
- * queue than `most` seconds is cut to `wait`. Posts {rms, buffered (s), played, skipped (samples), gaps}.
+ * queue than `most` seconds is cut to `wait`, and what a burst has left in the queue goes in the next silence. Posts {rms, buffered (s), played, skipped (samples), gaps}.
  */
 class Playback extends AudioWorkletProcessor {
   constructor({ processorOptions: { rate, wait, most } }) {
     super();
     this.rate = rate;
-    this.wait = wait * sampleRate;
+    this.wait = Math.round(wait * sampleRate);
     this.most = most * sampleRate;
     this.clear();
     this.played = this.skipped = this.gaps = this.power = this.since = 0;
@@ -106,6 +108,13 @@ class Playback extends AudioWorkletProcessor {
     this.offset = 0; // samples of the first block that were played
     this.buffered = 0;
     this.playing = false;
+    this.settle();
+  }
+
+  settle() {
+    this.spare = Number.isFinite(this.least) ? Math.max(0, Math.floor(this.least - this.wait / 2)) : 0;
+    this.least = Infinity; // samples that were left over after a block
+    this.settled = 0;
   }
 
   take(samples) {
@@ -116,13 +125,15 @@ class Playback extends AudioWorkletProcessor {
     if (this.buffered >= this.wait) this.playing = true;
   }
 
+  /** Leaves out at most `count` samples; returns how many. */
   drop(count) {
-    for (let left = count; left > 0 && this.queue.length; ) {
+    let left = count;
+    while (left > 0 && this.queue.length) {
       const step = Math.min(left, this.queue[0].length - this.offset);
       this.advance(step);
       left -= step;
     }
-    return count;
+    return count - left;
   }
 
   advance(count) {
@@ -136,21 +147,32 @@ class Playback extends AudioWorkletProcessor {
 
   process(_, [[output]]) {
     let index = 0;
+    let peak = 0;
     while (this.playing && index < output.length) {
       if (!this.queue.length) {
         this.playing = false;
+        this.least = 0;
         this.gaps += 1;
         break;
       }
       const sample = this.queue[0][this.offset];
       output[index++] = sample;
       this.power += sample * sample;
+      peak = Math.max(peak, Math.abs(sample));
       this.advance(1);
     }
+    if (this.playing) this.hurry(peak, output.length);
     this.played += index;
     this.since += output.length;
     if (this.since >= REPORT * sampleRate) this.report();
     return true;
+  }
+
+  hurry(peak, length) {
+    if (peak < QUIET) this.spare -= this.drop(Math.min(this.spare, length));
+    this.least = Math.min(this.least, this.buffered);
+    this.settled += length;
+    if (this.settled >= SETTLE * sampleRate) this.settle();
   }
 
   report() {
