@@ -1,7 +1,7 @@
 // The microphone and the loudspeaker of the browser, at the server's sample rate.
 
 const WAIT = 2; // frames that lie ready before playing begins
-const MOST = 8; // frames; a longer queue is cut
+const MOST = 5; // frames; a longer queue is cut
 
 /** Whether this page may use a microphone at all. */
 export function secure() {

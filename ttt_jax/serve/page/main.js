@@ -35,7 +35,7 @@ const fresh = () => ({
   droppedBefore: 0, // of them before the last restart
   queue: 0, // frames that wait on the server
   buffered: 0, // seconds that wait here
-  gaps: 0, // pauses in Moshi's voice because nothing had come
+  gaps: 0, // stops and jumps in Moshi's voice because frames came late
 });
 const counts = fresh();
 globalThis.talk = counts;
@@ -149,7 +149,7 @@ function describe() {
     [`delay ${Math.round(delay() * 1000)} ms`, "From the microphone to the loudspeaker: network, server and playback buffer"],
     [`queue ${plural(counts.queue, "frame")}`, "Frames that wait on the server"],
     [`dropped ${plural(counts.dropped, "frame")}`, "Frames that came faster than the server could hear them"],
-    [plural(counts.gaps, "gap"), "How often Moshi's voice stopped because the next frame was late"],
+    [plural(counts.gaps, "gap"), "How often Moshi's voice stopped or jumped because frames came late"],
   ]);
 }
 

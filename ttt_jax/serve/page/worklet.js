@@ -89,7 +89,7 @@ class Capture extends AudioWorkletProcessor {
 
 /**
  * Plays Int16Array messages; the message "clear" empties the buffer, as at a pause. Playing begins when `wait` seconds lie ready; a longer
- * queue than `most` seconds is cut to `wait`, and what a burst has left in the queue goes in the next silence. Posts {rms, buffered (s), played, skipped (samples), gaps}.
+ * queue than `most` seconds is cut to `wait`, and what a burst has left in the queue goes in the next silence. Posts {rms, buffered (s), played, skipped (samples), gaps: how often it stopped or skipped}.
  */
 class Playback extends AudioWorkletProcessor {
   constructor({ processorOptions: { rate, wait, most } }) {
@@ -121,7 +121,10 @@ class Playback extends AudioWorkletProcessor {
     const block = this.resampler.push(Float32Array.from(samples, (sample) => sample / 32768));
     this.queue.push(block);
     this.buffered += block.length;
-    if (this.buffered > this.most) this.skipped += this.drop(this.buffered - this.wait);
+    if (this.buffered > this.most) {
+      this.skipped += this.drop(this.buffered - this.wait);
+      this.gaps += 1;
+    }
     if (this.buffered >= this.wait) this.playing = true;
   }
 
@@ -155,8 +158,7 @@ class Playback extends AudioWorkletProcessor {
         this.gaps += 1;
         break;
       }
-      const sample = this.queue[0][this.offset];
-      output[index++] = sample;
+      const sample = (output[index++] = this.queue[0][this.offset]);
       this.power += sample * sample;
       peak = Math.max(peak, Math.abs(sample));
       this.advance(1);
