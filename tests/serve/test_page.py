@@ -5,6 +5,7 @@ Run with -m integration; needs the package `playwright` and a Chromium or Chrome
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -64,7 +65,8 @@ class Address:
         from aiohttp import web
 
         async def begin() -> str:
-            self._runner = web.AppRunner(make_app(server.service, access("127.0.0.1", token, ()), PAGE))
+            service = dataclasses.replace(server.service)  # stops alone
+            self._runner = web.AppRunner(make_app(service, access("127.0.0.1", token, ()), PAGE))
             await self._runner.setup()
             site = web.TCPSite(self._runner, "127.0.0.1", 0)
             await site.start()
