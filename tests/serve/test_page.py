@@ -6,6 +6,7 @@ Run with -m integration; needs the package `playwright` and a Chromium or Chrome
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -415,6 +416,66 @@ def test_stop_while_the_browser_asks(opened, server):
     assert server.service.ticks.taken == 1
     live = "() => streams.map((stream) => stream.getTracks()[0].readyState)"
     assert tab.page.evaluate(live) == ["ended", "live"]
+
+
+def test_settings_that_cannot_be(opened):
+    tab = opened()
+    tab.page.evaluate("() => (document.querySelector('details').open = true)")
+    tab.page.fill("[name=audio_topk]", "-1")
+    tab.page.evaluate("() => (document.querySelector('details').open = false)")
+    tab.page.click("#start")
+    assert tab.talk["state"] == "idle"
+    assert tab.page.is_visible("[name=audio_topk]:focus")
+    # What only the server knows to be wrong is said in its words.
+    tab.page.evaluate("() => Object.assign(document.querySelector('[name=audio_topk]'), { step: 'any', value: 1.5 })")
+    tab.page.click("#start")
+    assert said(tab).startswith("The server says: audio_topk='1.5' in the URL is no whole number")
+
+
+HELLO = {
+    "type": "hello",
+    "sample_rate": 24000,
+    "frame_size": 1920,
+    "frame_rate": 12.5,
+    "checkpoint": "another",
+    "codec": "mimi",
+    "every": 1,
+    "memories": [],
+    "memory": "on",
+    "gate": None,
+}
+
+
+@pytest.mark.parametrize("layers", [[], list(range(25, 32))], ids=["none", "many"])
+def test_models_without_and_with_many_ttt_layers(opened, layers):
+    """A made server, with a number that is not finite and Mimi's rate."""
+    losses = {"loss_base": 2.0, "loss_before": 1.0, "loss_after": 0.5, "displacement": None}
+    measured = [{"layer": layer, **losses} for layer in layers]
+    heard = []
+
+    def answer(ws):
+        def say(content: dict) -> None:
+            ws.send(b"\x04" + json.dumps(content).encode())
+
+        ws.on_message(lambda message: heard.append(message))
+        ws.send(b"\x00")
+        say({**HELLO, "ttt_layers": layers})
+        for frame in range(1, 30):
+            say({"type": "frame", "frame": frame, "layers": measured, "queue": 0, "dropped": 0})
+
+    tab = opened()
+    tab.page.route_web_socket("**/api/chat*", answer)
+    tab.page.reload()
+    tab.page.click("#start")
+    until(lambda: tab.talk["frame"] == 29)
+    until(lambda: tab.talk["sent"] > 0 and len(heard) > 10)
+    assert {len(message) for message in heard} == {1 + 2 * 480}  # 20 ms at the server's rate
+    assert tab.page.is_visible("#without") == (not layers)
+    assert tab.page.is_visible("#plots") == tab.page.is_visible("#forget") == bool(layers)
+    assert tab.page.locator("#layers tbody tr").count() == len(layers)
+    if layers:
+        until(lambda: tab.text("#layers tbody tr").split() == ["25", "2.00", "1.00", "1.00", "–", "%"])
+    assert tab.complaints == []
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ const memory = new MemoryControls((command) => connection.command(command), (lab
 let connection = null;
 let sound = null;
 let hello = null;
+let awake = null; // a WakeLockSentinel
 let paused = false;
 let attempt = 0; // counts starts and stops
 
@@ -43,6 +44,10 @@ globalThis.talk = counts;
 // Starting and ending
 
 async function start() {
+  if (!find("settings").checkValidity()) {
+    document.querySelector("details").open = true;
+    return find("settings").reportValidity();
+  }
   const mine = ++attempt;
   Object.assign(counts, fresh(), { state: "opening" });
   warn("");
@@ -104,6 +109,7 @@ function begin(said) {
     history.replaceState(null, "", `?${asked}`);
   }
   find("hint").hidden = true;
+  keepAwake();
   show();
 }
 
@@ -111,7 +117,8 @@ function stop(problem = "") {
   attempt += 1;
   connection?.close();
   sound?.close();
-  connection = sound = null;
+  awake?.release();
+  connection = sound = awake = null;
   counts.state = "idle";
   setPaused(false);
   setMuted(false);
@@ -120,6 +127,12 @@ function stop(problem = "") {
   level("moshi-level", 0);
   warn(problem);
   show();
+}
+
+/** Keeps a phone's screen on during a talk: with the screen the microphone goes off. */
+async function keepAwake() {
+  if (counts.state !== "talking" || document.hidden) return;
+  awake = await navigator.wakeLock?.request("screen").catch(() => null);
 }
 
 // What the server says
@@ -213,7 +226,10 @@ find("restart").onclick = () => {
   plots.clear();
   Object.assign(counts, { sent: 0, received: 0, frame: 0, droppedBefore: counts.dropped });
 };
-document.addEventListener("visibilitychange", () => sound?.resume());
+document.addEventListener("visibilitychange", () => {
+  sound?.resume();
+  keepAwake();
+});
 document.querySelector("[name=token]").value = asked.get("token") ?? "";
 
 if (!secure()) {

@@ -114,7 +114,7 @@ function rows(pen, marks, x, width) {
 
 /** Lowest and highest y, and the ticks between them. */
 function scale(lines, zero, count) {
-  const values = lines.flatMap(({ points }) => points.map(([, value]) => value));
+  const values = lines.flatMap(({ points }) => points.map(([, value]) => value)).filter(Number.isFinite);
   let low = zero ? 0 : Math.min(...values);
   let high = Math.max(...values, zero ? 1e-6 : -Infinity);
   if (!values.length) [low, high] = [0, 1];

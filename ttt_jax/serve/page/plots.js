@@ -48,7 +48,7 @@ export class Plots {
     tick.checked = i < MOST_SHOWN;
     tick.onchange = () => this.plan();
     swatch.className = `swatch layer-${i % COLOURS}`;
-    tick.ariaLabel = `show layer ${layer}`;
+    tick.setAttribute("aria-label", `show layer ${layer}`);
     label.append(tick, swatch, layer);
     head.append(label);
     row.append(head, ...Array.from({ length: 4 }, () => document.createElement("td")));
