@@ -10,8 +10,9 @@ import subprocess
 import numpy as np
 import pytest
 
-from ttt_jax.serve.app import PAGE
+from tests.helpers.places import ROOT
 
+PAGE = ROOT / "ttt_jax" / "serve" / "page"
 FILES = sorted(file for file in PAGE.iterdir() if file.is_file())
 SCRIPTS = [file for file in FILES if file.suffix == ".js"]
 
