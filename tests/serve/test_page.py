@@ -488,6 +488,7 @@ def test_a_missing_microphone(opened, name, words):
     tab.page.click("#start")
     assert words in said(tab)
     assert tab.text("#start") == "Start talking"
+    assert tab.text("#status") == "Not connected"
 
 
 def test_a_page_that_is_not_secure_says_so(opened):
@@ -500,6 +501,8 @@ def test_a_fork_that_is_gone(opened):
     tab = opened("?fork=nothing")
     tab.page.click("#start")
     assert "The fork is gone" in said(tab)
+    tab.begin()
+    assert "fork" not in tab.page.url
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -16,8 +16,9 @@ export function address(parameters) {
 /** One talk. */
 export class Connection {
   /**
-   * parameters: of the URL, by name. on: functions hello(json), audio(Int16Array), text(string), json(value), refused(string: what the
-   * server said) and closed({answered, code, reason}); closed is called once, not after close().
+   * parameters: of the URL, by name.
+   * on: functions hello(json), audio(Int16Array), text(string), json(value), refused(string: what the server said) and
+   * closed({answered, code, reason}); closed is called once, not after close().
    */
   constructor(parameters, on) {
     this.on = on;

@@ -1,4 +1,5 @@
-// What the TTT layers did in a talk: their last minute as measured, and all of it as means. Bounded, however long the talk.
+// What the TTT layers did in a talk: their last minute as measured, and all of it as means.
+// Bounded, however long the talk.
 
 export const LAST = 60; // seconds that are kept as measured
 const MOST = 2400; // points of the whole talk; neighbours are joined when there are more
@@ -46,7 +47,7 @@ function join(a, b) {
   return { time: mean(a.time, b.time), row: a.row.map((x, i) => mean(x, b.row[i])), count };
 }
 
-/** Means of the points in steps of (end - start) / steps seconds, the first step beginning at 0 so that means do not flicker. */
+/** Means of the points in steps of (end - start) / steps seconds. Steps count from 0, so that means do not flicker. */
 export function thinned(points, start, end, steps) {
   const width = (end - start) / steps;
   const means = [];

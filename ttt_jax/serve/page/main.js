@@ -6,7 +6,7 @@ import { MemoryControls } from "./memory.js";
 import { clock } from "./plot.js";
 import { Plots } from "./plots.js";
 import { Transcript } from "./text.js";
-import { INSECURE, MICROPHONE_LOST, aboutEnd, aboutMicrophone } from "./words.js";
+import { FORK_GONE, INSECURE, MICROPHONE_LOST, aboutEnd, aboutMicrophone } from "./words.js";
 
 const QUIETEST = -60; // dB of full scale at the low end of a level meter
 
@@ -69,9 +69,23 @@ async function start() {
     closed(how) {
       const refused = { ...how, duration: clock(talkTime()), address: address(given), forked: "fork" in given };
       stop();
-      aboutEnd(refused).then((problem) => counts.state === "idle" && warn(problem));
+      explain(refused);
     },
   });
+}
+
+async function explain(refused) {
+  const problem = await aboutEnd(refused);
+  if (problem === FORK_GONE) leaveFork();
+  if (counts.state === "idle") warn(problem);
+}
+
+/** The next talk is no fork. */
+function leaveFork() {
+  find("hint").hidden = true;
+  if (!asked.has("fork")) return;
+  asked.delete("fork");
+  history.replaceState(null, "", `?${asked}`);
 }
 
 function parameters() {
@@ -104,11 +118,7 @@ function begin(said) {
     },
     onLost: () => stop(MICROPHONE_LOST),
   });
-  if (asked.has("fork")) {
-    asked.delete("fork"); // it is taken up once
-    history.replaceState(null, "", `?${asked}`);
-  }
-  find("hint").hidden = true;
+  leaveFork();
   keepAwake();
   show();
 }
@@ -156,10 +166,13 @@ function show() {
 
 function describe() {
   if (counts.state === "opening") return status([["Connecting … allow the microphone if the browser asks."]]);
-  if (counts.state === "idle") return hello && status([["Not connected"], [`the last talk took ${clock(talkTime())}`]]);
+  if (counts.state === "idle") {
+    const last = counts.frame ? [[`the last talk took ${clock(talkTime())}`]] : [];
+    return status([["Not connected"], ...last]);
+  }
   status([
     [`${paused ? "Paused" : "Connected"} ${clock(talkTime())}`, "Time that the talk has taken"],
-    [`delay ${Math.round(delay() * 1000)} ms`, "From the microphone to the loudspeaker: network, server and playback buffer"],
+    [`delay ${Math.round(delay() * 1000)} ms`, "From the microphone to the loudspeaker: network, server, buffer"],
     [`queue ${plural(counts.queue, "frame")}`, "Frames that wait on the server"],
     [`dropped ${plural(counts.dropped, "frame")}`, "Frames that came faster than the server could hear them"],
     [plural(counts.gaps, "gap"), "How often Moshi's voice stopped or jumped because frames came late"],
@@ -174,8 +187,8 @@ function delay() {
 
 /** Shows parts, [words, explanation] each. */
 function status(parts) {
-  const spans = parts.map(([textContent, title = ""]) => Object.assign(document.createElement("span"), { textContent, title }));
-  find("status").replaceChildren(...spans);
+  const span = ([textContent, title = ""]) => Object.assign(document.createElement("span"), { textContent, title });
+  find("status").replaceChildren(...parts.map(span));
 }
 
 /** Seconds that were measured of the talk. */
@@ -190,6 +203,7 @@ function plural(count, noun) {
 function warn(problem) {
   find("alert").textContent = problem;
   find("alert").hidden = !problem;
+  if (problem) find("alert").scrollIntoView({ block: "nearest" });
 }
 
 function level(id, rms) {

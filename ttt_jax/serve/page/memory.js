@@ -87,7 +87,7 @@ export class MemoryControls {
 
   enable(running) {
     this.running = running;
-    for (const control of document.querySelectorAll("#forget, #fork, #save input, #save button")) control.disabled = !running;
+    for (const control of [find("forget"), find("fork"), ...find("save").elements]) control.disabled = !running;
     for (const control of find("load").elements) control.disabled = !running || !this.names.length;
   }
 
@@ -136,6 +136,7 @@ export class MemoryControls {
     link.href = url;
     link.target = "_blank";
     link.textContent = "Open the fork";
-    return window.open(url) ? ["The fork waits in a new tab for a minute: press Start there."] : [link, " within a minute."];
+    if (window.open(url)) return ["The fork waits in a new tab for a minute: press Start there."];
+    return [link, " within a minute."];
   }
 }

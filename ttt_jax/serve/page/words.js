@@ -7,17 +7,21 @@ export const INSECURE =
 /** Of a microphone that could not be opened. */
 export function aboutMicrophone(error) {
   const words = {
-    NotAllowedError: "The browser may not use the microphone. Allow it beside the address of this page, then press Start.",
+    NotAllowedError: "The browser may not use the microphone. Allow it beside this page's address, then press Start.",
     NotFoundError: "No microphone was found. Connect one, then press Start.",
-    NotReadableError: "The microphone did not open: another program may be using it. Close that program, then press Start.",
+    NotReadableError: "The microphone did not open: another program may be using it. Close that, then press Start.",
   };
   return words[error.name] ?? `The microphone did not open (${error.message}). Reload the page and try again.`;
 }
 
+export const FORK_GONE =
+  "The fork is gone: it can be taken up once, within a minute. Press Start for a new talk.";
+
 export const MICROPHONE_LOST = "The microphone is gone. Connect it again, then press Start.";
 
 /**
- * Of a connection that ended: {answered, code, reason} as of Connection, duration of the talk, address of the talk, whether it was a fork.
+ * Of a connection that ended: {answered, code, reason} as of Connection; duration and address of the talk; whether it
+ * was a fork.
  * A websocket does not say why it was refused, so the server is asked again, without one.
  */
 export async function aboutEnd({ answered, code, reason, duration, address, forked }) {
@@ -32,8 +36,9 @@ export async function aboutEnd({ answered, code, reason, duration, address, fork
     return "The server does not answer. Check that it runs, then press Start.";
   }
   if (response.status === 401) return "The server asks for a token. Enter it under Settings, then press Start.";
-  if (forked) return "The fork is gone: it can be taken up once, within a minute. Open this page without it for a new talk.";
-  if (rows.ttt_jax_talks >= rows.ttt_jax_rows) return `All ${rows.ttt_jax_rows} talks are taken. Wait until one ends, then press Start.`;
+  if (forked) return FORK_GONE;
+  const { ttt_jax_talks: taken, ttt_jax_rows: all } = rows;
+  if (taken >= all) return `All ${all} talks are taken. Wait until one ends, then press Start.`;
   if (response.status === 400) return `The server says: ${await response.text()}`;
   return "The server refused the talk. Press Start to try again.";
 }

@@ -7,7 +7,7 @@ const REPORT = 0.1; // seconds between two reports of the player
 const SETTLE = 5; // seconds after which the player takes what was always left over for needless delay
 const QUIET = 0.01; // samples below may be left out unheard
 
-/** Changes the sample rate of a stream: a Blackman-windowed sinc, by phases. The output is ZEROS periods of the lower rate late. */
+/** Changes the sample rate of a stream: a Blackman-windowed sinc, by phases; ZEROS periods of the lower rate late. */
 class Resampler {
   constructor(from, to) {
     const divisor = greatestDivisor(from, to);
@@ -17,7 +17,7 @@ class Resampler {
     this.half = Math.ceil((ZEROS * CUTOFF) / band);
     this.filters = Array.from({ length: this.up }, (_, phase) => lowPass(band, this.half, phase / this.up));
     this.held = new Float32Array(2 * this.half - 1);
-    this.position = (this.half - 1) * this.up; // of the next output, in input samples times `up`, from the start of `held`
+    this.position = (this.half - 1) * this.up; // of the next output in `held`, in input samples times `up`
   }
 
   /** Takes samples and returns those of the other rate that are ready. */
@@ -45,7 +45,7 @@ function greatestDivisor(a, b) {
   return b ? greatestDivisor(b, a % b) : a;
 }
 
-/** The 2 * half taps of a low-pass around `shift`, 0 to 1, after the middle; `band` is a share of the input's half rate. */
+/** The 2 * half taps of a low-pass, `shift` (0 to 1) after the middle; `band` is a share of the input's half rate. */
 function lowPass(band, half, shift) {
   const taps = Float32Array.from({ length: 2 * half }, (_, tap) => {
     const x = tap - half + 1 - shift;
@@ -88,8 +88,11 @@ class Capture extends AudioWorkletProcessor {
 }
 
 /**
- * Plays Int16Array messages; the message "clear" empties the buffer, as at a pause. Playing begins when `wait` seconds lie ready; a longer
- * queue than `most` seconds is cut to `wait`, and what a burst has left in the queue goes in the next silence. Posts {rms, buffered (s), played, skipped (samples), gaps: how often it stopped or skipped}.
+ * Plays Int16Array messages; the message "clear" empties the buffer, as at a pause. Options: rate, wait, most.
+ *
+ * Playing begins when `wait` seconds lie ready. A longer queue than `most` seconds is cut to `wait`; what a burst has
+ * left in a shorter one goes in the next silence. Posts {rms, buffered (s), played, skipped (samples), gaps: how often
+ * it stopped or skipped}.
  */
 class Playback extends AudioWorkletProcessor {
   constructor({ processorOptions: { rate, wait, most } }) {
