@@ -10,15 +10,17 @@ export function secure() {
 
 /** An open microphone and loudspeaker. */
 export class Sound {
-  /** Asks for the microphone; call it from a click. Throws a DOMException. */
+  /** Asks for the microphone; call it from a click. Throws a DOMException; NetworkError: the server is gone. */
   static async open() {
     const context = new AudioContext({ latencyHint: "interactive" });
     let stream = null;
     try {
+      await context.resume();
+      await context.audioWorklet.addModule(new URL("worklet.js", import.meta.url)).catch(() => {
+        throw new DOMException("the server does not send worklet.js", "NetworkError");
+      });
       const wanted = { channelCount: 1, echoCancellation: true, noiseSuppression: true, autoGainControl: true };
       stream = await navigator.mediaDevices.getUserMedia({ audio: wanted });
-      await context.audioWorklet.addModule(new URL("worklet.js", import.meta.url));
-      await context.resume();
       return new Sound(context, stream);
     } catch (error) {
       stopTracks(stream);

@@ -4,9 +4,12 @@ export const INSECURE =
   "The browser gives the microphone only to pages that came over https or from this machine (localhost). " +
   "Start the server with a certificate, or reach it through a tunnel to localhost.";
 
+const NO_ANSWER = "The server does not answer. Check that it runs, then press Start.";
+
 /** Of a microphone that could not be opened. */
 export function aboutMicrophone(error) {
   const words = {
+    NetworkError: NO_ANSWER,
     NotAllowedError: "The browser may not use the microphone. Allow it beside this page's address, then press Start.",
     NotFoundError: "No microphone was found. Connect one, then press Start.",
     NotReadableError: "The microphone did not open: another program may be using it. Close that, then press Start.",
@@ -33,7 +36,7 @@ export async function aboutEnd({ answered, code, reason, duration, address, fork
     response = await fetch(address);
     rows = await readMetrics(address.searchParams.get("token"));
   } catch {
-    return "The server does not answer. Check that it runs, then press Start.";
+    return NO_ANSWER;
   }
   if (response.status === 401) return "The server asks for a token. Enter it under Settings, then press Start.";
   if (forked) return FORK_GONE;
