@@ -50,7 +50,8 @@ def tokenizer():
 class Live:
     """One server's talks, in a thread; `start` opens further ports with other rules for them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rows: int = ROWS) -> None:
+        self.rows = rows
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
@@ -60,7 +61,7 @@ class Live:
 
     async def _make(self) -> None:
         metrics = Metrics()
-        ticks = Ticks(Talks(speech(), ROWS, measured=True), metrics)
+        ticks = Ticks(Talks(speech(), self.rows, measured=True), metrics)
         memories = Memories(self.folder, 3, speech(), "digest of weights")
         self.service = Service("a run", speech(), tokenizer(), ticks, metrics, memories, Limits(QUEUE), 5)
         await ticks.call(warm_up)
@@ -93,7 +94,8 @@ class Live:
 
         async def wait() -> bool:
             for _ in range(int(seconds / 0.01)):
-                if await self.service.ticks.call(lambda talks: talks.free) == ROWS and self.service.ticks.taken == 0:
+                free = await self.service.ticks.call(lambda talks: talks.free)
+                if free == self.rows and self.service.ticks.taken == 0:
                     return True
                 await asyncio.sleep(0.01)
             return False
@@ -116,9 +118,9 @@ class Live:
 
 
 @contextmanager
-def live(folder: Path) -> Iterator[Live]:
+def live(folder: Path, rows: int = ROWS) -> Iterator[Live]:
     """A server, closed at the end."""
-    server = Live(folder / "memories")
+    server = Live(folder / "memories", rows)
     try:
         yield server
     finally:
@@ -138,8 +140,8 @@ def voice(frames: int, seed: int = 0) -> list[bytes]:
 class ByHand:
     """A talk without a server: what it says to frames of PCM."""
 
-    def __init__(self, seed: int, settings: TalkSettings | None = None, first_frame="once") -> None:
-        self.talks = Talks(speech(), ROWS, measured=True)
+    def __init__(self, seed: int, settings: TalkSettings | None = None, first_frame="once", rows=ROWS) -> None:
+        self.talks = Talks(speech(), rows, measured=True)
         self.row = self.talks.join(settings or TalkSettings(), seed, first_frame)
         self._words = Words(tokenizer())
         self.text = ""

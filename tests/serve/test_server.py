@@ -13,13 +13,16 @@ import aiohttp
 import numpy as np
 import pytest
 
+from eval.generating import talk as generating
+from eval.generating.inputs import Input
 from tests.helpers import live_server, micro, tiny_mimi
 from tests.helpers.eval_models import params
 from tests.helpers.live_server import QUEUE, ROWS, ByHand, connected, live, speech, voice, with_client
 from ttt_jax.serve import inbox, receiver, service, session
 from ttt_jax.serve.access import access
+from ttt_jax.serve.protocol import from_pcm, to_pcm
 from ttt_jax.serve.speech import Speech
-from ttt_jax.serve.talks import TalkSettings
+from ttt_jax.serve.talks import Talks, TalkSettings
 
 FRAMES = 14
 
@@ -102,9 +105,21 @@ def test_the_url_says_how_a_talk_samples_and_learns(url):
 
 
 def test_other_clients_change_no_bit(url):
-    """Four talk; one goes in the middle, one sends garbage, one pauses and goes on."""
-    voices = [voice(FRAMES, seed) for seed in range(4)]
-    expected = [ByHand(seed).hear(frames) for seed, frames in enumerate(voices)]
+    others_change_no_bit(url, ROWS)
+
+
+@pytest.mark.slow
+def test_of_32_clients_none_changes_a_bit_of_another(tmp_path):
+    with live(tmp_path, 32) as server:
+        others_change_no_bit(server.start(), 32)
+        assert server.empty()
+
+
+def others_change_no_bit(url: str, rows: int) -> None:
+    """One client goes in the middle, one sends garbage, one pauses and goes on; all others talk."""
+    talking = rows - 2
+    voices = [voice(FRAMES, seed) for seed in range(talking)]
+    expected = [ByHand(seed, rows=rows).hear(frames) for seed, frames in enumerate(voices)]
 
     async def good(seed):
         async with connected(url, audio_seed=str(seed)) as client:
@@ -125,7 +140,7 @@ def test_other_clients_change_no_bit(url):
             await asyncio.sleep(0.05)
             await client.send(b"\x00", kind=3)
             await client.send(*frames[5:])
-            return await client.hear(len(ByHand(9).hear(frames)))
+            return await client.hear(len(ByHand(9, rows=rows).hear(frames)))
 
     async def hostile():
         for seed in range(4):
@@ -140,11 +155,21 @@ def test_other_clients_change_no_bit(url):
                     client.ws._response.connection.transport.abort()
 
     async def all_of_them():
-        return await asyncio.gather(*(good(seed) for seed in range(4)), pausing(), hostile())
+        return await asyncio.gather(*(good(seed) for seed in range(talking)), pausing(), hostile())
 
     *heard, paused, _ = asyncio.run(all_of_them())
     assert heard == expected
-    assert paused == ByHand(9).hear(voice(FRAMES, 9))
+    assert paused == ByHand(9, rows=rows).hear(voice(FRAMES, 9))
+
+
+def test_eval_generate_says_the_same(url, tmp_path):
+    frames = voice(FRAMES)
+    source = Input(tmp_path / "user.wav", "user", digest="0123456789abcdef")
+    talks = Talks(speech(), ROWS, measured=True)
+    (made,) = generating.generate(
+        talks, [source], lambda _: from_pcm(b"".join(frames)), generating.Plan(first_frame="twice")
+    )
+    assert said(url, frames, audio_seed=str(source.seed(0)), first_frame="twice") == to_pcm(made.voice)
 
 
 def test_restart_begins_the_talk_anew(url):
