@@ -20,7 +20,7 @@ from ttt_jax.utils.command import PACKAGES, run, version
 
 PYTHON = (3, 11)
 """Oldest Python: `tomllib`, which reads the other bounds, came with it."""
-OPTIONAL = ("log", "test", "cuda")
+OPTIONAL = ("log", "test", "browser", "cuda")
 """Extras that the commands can do without."""
 OPERATORS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt}
 
