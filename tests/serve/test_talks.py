@@ -280,6 +280,8 @@ def test_what_cannot_be():
         talks.join(TalkSettings(HOT._replace(top_k=41)))
     with pytest.raises(InputError, match="sampling temperature=nan cannot be"):
         TalkSettings(Sampling(temperature=float("nan")))
+    with pytest.raises(InputError, match="sampling top_k=2147483648 cannot be"):
+        TalkSettings(Sampling(top_k=2**31))
     with pytest.raises(InputError, match="memory='maybe' cannot be"):
         TalkSettings(memory="maybe")
     with pytest.raises(InputError, match="gate=nan cannot be"):

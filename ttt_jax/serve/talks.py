@@ -38,8 +38,8 @@ class TalkSettings:
 
     def __post_init__(self) -> None:
         for name, value in self.sampling._asdict().items():
-            if not 0 <= value < math.inf:
-                raise InputError(f"sampling {name}={value} cannot be: give 0 or a positive number.")
+            if not 0 <= value < 1 << 31:  # top-k is int32 on the device
+                raise InputError(f"sampling {name}={value} cannot be: give 0 or a positive number below 2^31.")
         if self.memory not in ("on", "frozen", "off"):
             raise InputError(f"memory={self.memory!r} cannot be: give on, frozen or off.")
         if self.gate is not None and not -1 <= self.gate <= 1:
