@@ -16,7 +16,9 @@ from tests.helpers import micro, tiny_mimi
 from tests.helpers.eval_models import params
 from ttt_jax.moshi.generate import Sampling
 from ttt_jax.serve import speech
+from ttt_jax.serve.server import warm_up
 from ttt_jax.serve.speech import Speech, State
+from ttt_jax.serve.talks import Talks
 
 ROWS = 3
 MODEL = dataclasses.replace(micro.MODEL, n_q=8, dep_q=4, card=32, delays=(0, 0, 1, 1, 1, 0, 1, 1, 1))
@@ -56,6 +58,16 @@ def test_a_join_writes_one_row_where_it_lies(small):
     for row in range(ROWS):
         state = speech.put(state, row, small.init_state([7]))
         assert places(state) == there
+
+
+def test_a_fork_compiles_nothing_in_a_server_that_has_warmed_up(small):
+    talks = Talks(small, 4, measured=True)
+    warm_up(talks)
+    changes = (speech._put, speech._put_first, speech._begin, speech._with_mimi)
+    programs = [change._cache_size() for change in changes]
+    talk = talks.take(talks.join())
+    talks.step({talks.join(talk=talk): np.zeros(small.codec.frame_size, np.float32)})
+    assert [change._cache_size() for change in changes] == programs
 
 
 def test_no_step_copies_a_ring():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import signal
 import socket
@@ -43,7 +42,7 @@ def serve(options: Options) -> int:
     tls = _tls(options)
     with _bound(options.host, options.port) as listener:
         loaded = load.load(options.checkpoint, options.codec)
-        keep_compiled(loaded.checkpoint.cache_dir / "jax")
+        keep_compiled(loaded.checkpoint.cache_dir / "compiled")
         rules = access(options.host, options.token, options.origin)
         return asyncio.run(_serve(options, loaded, rules, page, listener, tls))
 
@@ -91,7 +90,9 @@ def warm_up(talks: Talks) -> None:
     row = talks.join()
     for _ in range(2):
         talks.step({row: np.zeros(talks.speech.codec.frame_size, np.float32)})
-    talks.take(row)
+    talk = talks.take(row)
+    if talks.free:
+        talks.leave(talks.join(talk=talk))  # a fork
     talks.put_memory(row, None)
     talks.leave(row)
 
@@ -122,8 +123,7 @@ async def _until_signal(
     finally:
         await runner.cleanup()
         steps.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await steps
+        await asyncio.wait([steps])
         service.ticks.close()
     return codes[0]
 
