@@ -308,6 +308,20 @@ def test_commands_that_cannot_be_done_are_answered_in_one_sentence(server, url):
         assert str(server.folder) not in answer["message"]
 
 
+def test_a_memory_that_cannot_be_written_is_named_without_the_servers_folder(server, url):
+    place = server.folder / "a.safetensors"
+    place.mkdir(parents=True)
+
+    async def talk(client):
+        return await client.order("save", name="a")
+
+    answer = with_client(url, talk, metadata="1")
+    place.rmdir()
+    assert answer["type"] == "error"
+    assert answer["message"].startswith("a could not be written")
+    assert str(server.folder) not in answer["message"]
+
+
 def test_a_fork_goes_on_beside_its_talk(url):
     frames, later = voice(FRAMES), voice(FRAMES, 1)
     hand = ByHand(6, TalkSettings(gate=0.7))

@@ -40,6 +40,8 @@ class Memories:
                 await asyncio.to_thread(saved.save, self._path(name), talk, self._speech, self._weights)
             except OSError as error:
                 raise InputError(f"{name} cannot be saved ({error.strerror}): ask who runs the server.") from None
+            except InputError as error:
+                raise self._without_folder(error, name) from None
 
     async def load(self, name: str) -> dict[str, Any]:
         """The fast weights of a file, for `Talks.put_memory`. Raises `InputError` if there are none for this model."""
@@ -48,11 +50,14 @@ class Memories:
         return await asyncio.to_thread(self._load, name)
 
     def _load(self, name: str) -> dict[str, Any]:
-        path = self._path(name)
         try:
-            return speech.take_memory(saved.load(path, self._speech, self._weights).state, 0)
-        except InputError as error:  # clients need not know folders of the server
-            raise InputError(str(error).replace(str(path), name)) from None
+            return speech.take_memory(saved.load(self._path(name), self._speech, self._weights).state, 0)
+        except InputError as error:
+            raise self._without_folder(error, name) from None
+
+    def _without_folder(self, error: InputError, name: str) -> InputError:
+        """Clients need not know folders of the server."""
+        return InputError(str(error).replace(str(self._path(name)), name))
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}{_ENDING}"
