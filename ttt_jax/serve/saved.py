@@ -49,9 +49,9 @@ def load(path: str | Path, speech: Speech, weights: str) -> Talk:
             raise InputError(
                 f"{path} is a talk with other {name} (digest {given}, here {digest[:12]}): give one of this checkpoint."
             )
-    state = stored.like(speech.init_state([0]))
+    fresh = speech.init_state([0])
     # The state of a codec that computes on the host is of NumPy arrays, all else lies on the device.
-    state = jax.tree.map(_as, speech.init_state([0]), state)
+    state = jax.tree.map(_as, fresh, stored.like(fresh))
     return Talk(state, json.loads(stored.about["begun"]))
 
 
