@@ -84,7 +84,8 @@ class Ticks:
             wait = due - time.monotonic()
             while self._frames and wait > 0 and not self._hurries and len(self._frames) < self.taken:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), wait)
+                    async with asyncio.timeout(wait):  # wait_for of Python 3.11 may lose a cancellation
+                        await self._changed.wait()
                 self._changed.clear()
                 wait = due - time.monotonic()
             if self._frames:
