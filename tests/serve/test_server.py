@@ -435,6 +435,23 @@ def test_who_breaks_a_limit_is_told_and_closed(server, monkeypatch, query, messa
     assert says in "".join(errors)
 
 
+def test_pings_of_the_websocket_are_answered_and_counted(server, monkeypatch):
+    """aiohttp by itself would answer any number of them at once, while all talks wait."""
+    url = server.start(idle=10)
+    monkeypatch.setattr(receiver, "WITHOUT_FRAME", 100)
+
+    async def job():
+        async with aiohttp.ClientSession() as http, http.ws_connect(f"{url}/api/chat", autoping=False) as ws:
+            for i in range(101):
+                await ws.ping(str(i).encode())
+            return [(message.type, message.data) async for message in ws]
+
+    messages = asyncio.run(job())
+    pongs = [data for kind, data in messages if kind == aiohttp.WSMsgType.PONG]
+    assert pongs == [str(i).encode() for i in range(101)]
+    assert messages[-1][1].endswith(b"100 messages have no whole frame of audio: send larger ones.")
+
+
 def test_samples_that_are_not_finite_end_their_talk_alone(url, monkeypatch):
     """No coding has them today; in a step they would end all talks."""
     monkeypatch.setattr(receiver, "from_pcm", lambda payload: np.full(len(payload) // 2, np.nan, np.float32))

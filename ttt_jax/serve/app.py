@@ -57,7 +57,8 @@ def make_app(service: Service, access: Access, page: Path = PAGE) -> web.Applica
         except InputError as error:
             raise web.HTTPBadRequest(text=str(error)) from None
         # aiohttp cuts off what is much too large; what is too large is told so by the session.
-        ws = web.WebSocketResponse(max_msg_size=2 * service.limits.max_message, compress=False)
+        # Pings of the websocket come to the session, too: aiohttp would answer a flood of them without a rest.
+        ws = web.WebSocketResponse(autoping=False, max_msg_size=2 * service.limits.max_message, compress=False)
         if not ws.can_prepare(request):
             raise web.HTTPBadRequest(text="This is the address of a websocket: open / in a browser.")
         seat, seed = await _seat(asked, service)

@@ -90,10 +90,16 @@ class Session:
             try:
                 async with asyncio.timeout(idle):
                     message = await self._ws.receive()
+                    if message.type == WSMsgType.PING:
+                        await self._ws.pong(message.data)
             except TimeoutError:
                 raise Ends(POLICY, f"no message came for {idle:g} s: the talk is closed.") from None
+            except ConnectionError:  # the client is gone
+                return
             if message.type == WSMsgType.BINARY:
                 parts = self._receiver.receive(message.data)
+            elif message.type in (WSMsgType.PING, WSMsgType.PONG):
+                parts = self._receiver.receive(PING)  # counts as one of ours
             elif message.type == WSMsgType.TEXT:
                 parts = self._receiver.receive(b"\xff")  # no kind of message
             else:
