@@ -101,6 +101,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
     counts = [1] * len(paths)
     while True:
         names = ["-".join(part[-count:]) for part, count in zip(parts, counts, strict=True)]
+        # a.conversation.wav is the conversation of a: a recording of that name, such as an earlier one, gets another.
+        names = [re.sub(r"\.conversation$", "-conversation", name) for name in names]
         times = Counter(names)
         alike = [i for i, name in enumerate(names) if times[name] > 1 and counts[i] < len(parts[i])]
         if not alike:

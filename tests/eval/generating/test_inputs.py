@@ -10,6 +10,7 @@ import pytest
 import soundfile
 
 from eval.generating.inputs import find, read
+from eval.generating.outputs import ENDINGS
 from ttt_jax.errors import InputError
 
 RATE = 16000
@@ -33,6 +34,13 @@ def test_names_have_as_many_folders_as_tell_them_apart(tmp_path):
     write(tmp_path / "a-b/c.wav")
     write(tmp_path / "b/c.wav")
     assert len(set(names(tmp_path))) == 8
+
+
+def test_no_two_talks_write_the_same_file(tmp_path):
+    for name in ("a.wav", "a.conversation.wav", "a-conversation.wav", "b.conversation.ogg"):
+        write(tmp_path / name)
+    files = [f"{name}{ending}" for name in names(tmp_path) for ending in ENDINGS]
+    assert len(set(files)) == 4 * len(ENDINGS)
 
 
 def test_a_folder_of_full_duplex_bench(tmp_path):
