@@ -583,6 +583,10 @@ def test_origins(url, server):
 def test_a_foreign_name_for_this_machine_is_refused(url):
     assert status(url, {"Host": "evil.example", "Origin": "http://evil.example"}) == 403
     assert get(url, "/", {"Host": "evil.example:80"})[0] == 403
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), 10) as garbage:
+        garbage.sendall(b"GET / HTTP/1.1\r\nHost: \xff\r\n\r\n")
+        assert garbage.recv(12) == b"HTTP/1.1 403"
     assert get(url, "/", {"Host": "localhost:1234"})[0] == 200
     assert get(url, "/", {"Host": "[::1]"})[0] == 200
 
