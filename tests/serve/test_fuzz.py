@@ -21,7 +21,7 @@ QUERIES = {
     "memory": ["on", "off", "frozen", "x"],
     "gate": ["none", "0.5", "-1", "nan"],
     "audio_temperature": ["0", "0.8", "1e30", "-3", "1e-30"],
-    "audio_topk": ["0", "1", "250", "100000", "x"],
+    "audio_topk": ["0", "1", "250", "100000", "2147483648", "x"],
     "audio_seed": ["0", "4294967295", "-5", ""],
     "first_frame": ["once", "twice"],
     "fork": ["no-such-key"],
@@ -81,6 +81,8 @@ async def hostile(url: str, seed: int) -> bool:
                 await client.ws.send_bytes(message(rng, ogg))
                 if rng.random() < 0.05:
                     await client.ws.send_bytes(bytes(140000 if rng.random() < 0.5 else 70000))
+                if rng.random() < 0.05:
+                    await client.ws.ping(rng.bytes(rng.integers(0, 126)))
                 if rng.random() < 0.2:
                     await asyncio.sleep(0.002)
             match rng.integers(4):
