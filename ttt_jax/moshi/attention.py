@@ -1,9 +1,9 @@
 """Sliding-window attention over a KV cache and the frames of the call. Plain functions on arrays.
 
 The cache is a ring of S slots: the frame at position p lies in slot p % S; a `Sink` keeps the first frames in theirs,
-and the rest is the ring. A call of many frames reads the cache and
-the frames of the call, then writes (`attend`, `write`; both in `attend_fused` where cuDNN's flash attention runs). A
-call of one frame writes first and then reads the cache alone (`attend_one`): the same keys in fewer steps.
+and the rest is the ring. A call of many frames reads the cache and the frames of the call, then writes (`attend`,
+`write`; both in `attend_fused` where cuDNN's flash attention runs). A call of one frame writes first and then reads the
+cache alone (`attend_one`): the same keys in fewer steps.
 
 Shapes: B rows, T frames of the call, S slots of the cache, H heads, K head width, L layers.
 """
