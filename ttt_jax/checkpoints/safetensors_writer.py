@@ -53,10 +53,11 @@ def write_files(
 
     Calls `progress` with the size of each block that was written, headers included.
     """
-    return {name: _write(folder / name, _blocks(specs, metadata), progress) for name, specs in files.items()}
+    return {name: _write(folder / name, blocks(specs, metadata), progress) for name, specs in files.items()}
 
 
-def _blocks(specs: list[Spec], metadata: Mapping[str, str] | None) -> Iterator[memoryview]:
+def blocks(specs: list[Spec], metadata: Mapping[str, str] | None = None) -> Iterator[memoryview]:
+    """Yields the bytes of a file that holds the tensors `specs`. A block is valid until the next one."""
     yield memoryview(header(specs, metadata))
     for spec in specs:
         for piece in spec.pieces:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
+from ttt_jax.checkpoints import safetensors_writer
 from ttt_jax.checkpoints.differences import differences
+from ttt_jax.checkpoints.safetensors_reader import as_bytes, of_array
 from ttt_jax.config import MoshiConfig, TTTConfig
 from ttt_jax.errors import InputError
 from ttt_jax.moshi.model import State, init_state
@@ -72,12 +74,19 @@ def write(path: str | Path, tree: Any, about: dict[str, str]) -> None:
 
     Raises `InputError` if it cannot be written; what was there before is left as it was.
     """
-    leaves = {name: np.asarray(leaf) for name, leaf in trees.named(tree).items()}
-    content = save(leaves, {**about, "checksum": _checksum(leaves, about)})
+    leaves = {name: np.asarray(leaf, order="C") for name, leaf in trees.named(tree).items()}
+    # In blocks: safetensors' own functions copy a state whole, and no other thread of a live server runs meanwhile.
+    specs = [
+        safetensors_writer.Spec(
+            name, _type(leaf.dtype), leaf.shape, (of_array(leaf.nbytes, partial(np.asarray, leaf)),)
+        )
+        for name, leaf in leaves.items()
+    ]
     try:
-        write_atomically(Path(path), content)
+        write_atomically(Path(path), safetensors_writer.blocks(specs, {**about, "checksum": _checksum(leaves, about)}))
     except OSError as error:
-        failed = f"{path} could not be written ({error.strerror}), {len(content):,} bytes are needed"
+        needed = sum(spec.nbytes for spec in specs)
+        failed = f"{path} could not be written ({error.strerror}), {needed:,} bytes are needed"
         raise InputError(f"{failed}: mend that, or give another path.") from error
 
 
@@ -92,7 +101,7 @@ def read(path: str | Path, wanted: str) -> Stored:
     try:
         with safe_open(path, "np") as file:
             about = file.metadata() or {}
-            leaves = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+            leaves = {name: _tensor(file, name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
     except SafetensorError as error:
         raise InputError(f"{path} is damaged or no safetensors file ({error}): give {wanted}.") from None
     return Stored(path, leaves, about, about.pop("checksum", None), wanted)
@@ -117,11 +126,23 @@ def describe(cfg: MoshiConfig) -> str:
     return json.dumps(config_json.to_dict(_model(cfg)))
 
 
+def _type(dtype: np.dtype) -> str:
+    """Returns the name of a type in a safetensors file."""
+    return {"bool": "BOOL", "bfloat16": "BF16"}.get(dtype.name, f"{dtype.kind.upper()}{8 * dtype.itemsize}")
+
+
+def _tensor(file: Any, name: str) -> np.ndarray:
+    """Returns a tensor, read in parts: no other thread runs while one is copied."""
+    part = file.get_slice(name)
+    count = next(iter(part.get_shape()), 0)
+    return np.concatenate([part[i : i + 1] for i in range(count)]) if count else file.get_tensor(name)
+
+
 def _checksum(leaves: dict[str, np.ndarray], about: dict[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, leaf in sorted(leaves.items()):
         digest.update(f"{name} {leaf.dtype} {leaf.shape} ".encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
+        digest.update(as_bytes(np.ascontiguousarray(leaf)))
     return digest.hexdigest()
 
 

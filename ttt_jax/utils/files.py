@@ -7,18 +7,21 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ttt_jax.errors import InputError
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` to `path`. A reader sees the whole old file or the whole new one, also after a crash."""
+def write_atomically(path: Path, content: bytes | Iterable[memoryview]) -> None:
+    """Writes `content`, whole or in blocks, to `path`.
+
+    A reader sees the whole old file or the whole new one, also after a crash.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read
         os.replace(temporary, path)
     except BaseException:
