@@ -17,8 +17,8 @@ FIGURES = {
     "perplexity": "exp of the mean of -log p of the model's own tokens, under its distribution at temperature 1",
     "loss_base": "inner loss at the base W0, mean over heads and measured frames, by TTT layer",
     "loss_before": "inner loss before a frame's step, mean over heads and measured frames, by TTT layer",
-    "displacement": "norm of fast weights minus base / norm of the base, mean over heads, at the last measured frame, by TTT"
-    " layer",
+    "displacement": "norm of fast weights minus base over that of the base, mean over heads, at the last measured"
+    " frame, by TTT layer",
 }
 """Meaning of the figures of a talk."""
 

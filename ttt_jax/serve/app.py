@@ -37,7 +37,9 @@ def make_app(service: Service, access: Access, page: Path = PAGE) -> web.Applica
     @web.middleware
     async def checked(request: web.Request, handler):
         if not access.is_host(request.headers):
-            raise web.HTTPForbidden(text=f"This server has another name than {request.host[:100]!r}: ask for localhost.")
+            raise web.HTTPForbidden(
+                text=f"This server has another name than {request.host[:100]!r}: ask for localhost."
+            )
         if request.path in (PATH, "/metrics") and not access.has_token(request.headers, request.query):
             raise web.HTTPUnauthorized(
                 text="The token is missing or wrong: add token=T, as in the URL that the server prints."
