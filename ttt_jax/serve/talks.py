@@ -235,5 +235,5 @@ def _reply(spoken: speech.Spoken, row: int) -> Reply:
     there = spoken.moshi[row, 0] >= 0
     inner = None if spoken.inner is None else speech.Inner(*(part[:, row] for part in spoken.inner))
     log_probs = None if spoken.log_probs is None else spoken.log_probs[row]
-    audio = spoken.audio[row] if there else None
+    audio = spoken.audio[row].copy() if there else None  # a view would keep the audio of all rows
     return Reply(row, audio, spoken.moshi[row], spoken.user[row], spoken.column[row], log_probs, inner)

@@ -149,6 +149,7 @@ def test_files_folder_and_results(run, recordings, tmp_path):
     assert "holds a.wav, but no results.json" in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_flags(run, recordings, tmp_path):
     def tokens(name, *flags, files="a"):
