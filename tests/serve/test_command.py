@@ -93,6 +93,9 @@ def test_help_loads_no_jax(page):
         (["nowhere", "--tls-cert", "index.html", "--tls-key", "index.html"], "are no certificate and key"),
         (["nowhere", "--static", "/"], "has no index.html"),
         (["nowhere", "--token", ""], "--token is empty"),
+        (["nowhere", "--origin", "https://example.org/"], "--origin https://example.org/ is no origin"),
+        (["nowhere", "--origin", "example.org"], "--origin example.org is no origin"),
+        (["nowhere", "--memories", "index.html"], "--memories index.html is no folder"),
     ],
 )
 def test_a_mistake_is_one_sentence(page, monkeypatch, words, message):

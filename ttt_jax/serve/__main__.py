@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +70,11 @@ class Options:
             raise InputError(f"--port {self.port} cannot be: give 0 to 65535.")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise InputError("--tls-cert and --tls-key belong together: give both or none.")
+        for origin in self.origin:
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#]+", origin):
+                raise InputError(f"--origin {origin} is no origin: give scheme and host alone, as https://example.org.")
+        if self.memories is not None and self.memories.exists() and not self.memories.is_dir():
+            raise InputError(f"--memories {self.memories} is no folder: give one; it is made when a talk is saved.")
         if self.token == "":
             raise InputError("--token is empty: give some text, or leave it out.")
 
