@@ -125,7 +125,7 @@ def _differences(old: Subject, new: Subject) -> Iterator[str]:
         yield f"on {old.data} with {name}, but {new.data}, as asked for, does not have that file"
     for name in sorted(old.files.keys() & new.files.keys()):
         if old.files[name] != new.files[name]:
-            yield f"on {old.data}, but {name} has other tokens or another length in {new.data}, as asked for"
+            yield f"on {old.data}, but {name} has other content or another length in {new.data}, as asked for"
     if [weights for _, weights in old.checkpoints] != [weights for _, weights in new.checkpoints]:
         before, now = (", ".join(name for name, _ in subject.checkpoints) for subject in (old, new))
         yield f"of {before}, not of {now}"
@@ -148,12 +148,17 @@ def check_frames(folder: Path, checkpoints: Sequence[CheckpointInfo], files: Seq
 
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """Yields a new folder in `folder` for results that `replace` then moves; removes it if an error is raised."""
+    """Yields a new folder in `folder` for results that `replace` then moves.
+
+    If an error is raised, removes it, and `folder` too if that is empty then.
+    """
     new = Path(tempfile.mkdtemp(dir=folder, prefix=".results.", suffix=".tmp"))
     try:
         yield new
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
         raise
 
 

@@ -130,7 +130,7 @@ def test_the_same_again_replaces_results(tmp_path, changes):
     [
         ({"data": "other", "files": {"a": "d1"}}, "on talks with b, but other, as asked for, does not have that file"),
         ({"files": {**OLD.files, "new": "d3"}}, "on talks without new, but talks, as asked for, has that file"),
-        ({"files": {"a": "d1", "b": "d9"}}, "on talks, but b has other tokens or another length in talks"),
+        ({"files": {"a": "d1", "b": "d9"}}, "on talks, but b has other content or another length in talks"),
         ({"checkpoints": (("x (step 2)", "w2"),)}, r"of x \(step 1\), not of x \(step 2\)"),
         ({"checkpoints": (*OLD.checkpoints, ("y", "w2"))}, r"of x \(step 1\), not of x \(step 1\), y"),
         ({"setting": {"--every": 4}}, "with --every 3, not 4"),
@@ -322,7 +322,7 @@ def test_a_diagnosis_is_replaced_by_the_same_again_alone(tmp_path):
     schema.write(tmp_path, results, {})
     check_replaced(tmp_path, dataclasses.replace(results, records=[]))
     for text, changes in {
-        "on x, but f has other tokens or another length in y": {
+        "on x, but f has other content or another length in y": {
             "data": "y",
             "file": dataclasses.replace(results.file, digest="e"),
         },
@@ -331,3 +331,17 @@ def test_a_diagnosis_is_replaced_by_the_same_again_alone(tmp_path):
     }.items():
         with pytest.raises(InputError, match=text):
             check_replaced(tmp_path, dataclasses.replace(results, **changes))
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_results_that_fail_leave_the_folder_as_it_was(tmp_path, earlier):
+    folder = tmp_path / "out"
+    folders.make(folder)
+    if earlier:
+        (folder / "results.json").write_text("earlier")
+    staged = folders.staged(folder)
+    (staged.__enter__() / "results.json").write_text("half")
+    assert not staged.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    left = {path.name: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == ({"results.json": "earlier"} if earlier else {})
+    assert folder.exists() == earlier

@@ -207,7 +207,7 @@ def test_the_same_again_replaces_everything_and_less_is_refused(run, data, tmp_p
     assert (out / "state.pdf").read_bytes() != b"of before"
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     refused("of inner losses, which would not be measured again", *words[1:], "--no-figure5")
-    refused("0 has other tokens or another length", *words[1:], "--frames", "17")
+    refused("0 has other content or another length", *words[1:], "--frames", "17")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
