@@ -49,7 +49,7 @@ class Options:
     checkpoint: Annotated[Positional[str | None], arg(metavar="CHECKPOINT")] = None
     """Folder of a run, of one of its checkpoints (RUN/checkpoints/STEP), or of converted weights."""
     files: Annotated[Positional[tuple[str, ...]], arg(metavar="FILE_OR_FOLDER [FILE_OR_FOLDER ...]")] = ()
-    """Recordings (wav, flac, ogg, mp3; any rate), folders of them, or manifests."""
+    """Recordings (wav, flac, ogg, mp3; any rate), folders of them, or manifests. A file named twice is taken once."""
     out: Annotated[str | None, arg(metavar="FOLDER")] = None
     """Folder for the results; unset: generate-DATA (score-DATA) in CHECKPOINT's folder. Results of the same files,
     checkpoint and options are replaced; a folder with others is refused."""
@@ -114,6 +114,8 @@ class Options:
                 )
         if self.reset_every is not None and not self.score and self.arm != "reset":
             raise InputError(f"--reset-every {self.reset_every} has no effect without --arm reset: give both.")
+        if self.gate is not None and not -1 <= self.gate <= 1:
+            raise InputError(f"--gate {self.gate} is out of range: give -1 to 1.")
         if self.gate is not None and self.arm == "off":
             raise InputError(f"--gate {self.gate} has no effect with --arm off: leave one of them out.")
 
@@ -224,7 +226,7 @@ def _talk(
             files[made.source.name] = outputs.write(folder, made, loaded, layers, gates, every, silence)
             bar.set_postfix_str(f"{len(files)} of {len(inputs)} files")
     if not files:
-        raise InputError(skipped[-1].reason)
+        raise InputError("none of the recordings can be used, for the reasons above: mend one or give others.")
     done = [files[source.name] for source in inputs if source.name in files]
     spent, spoken = cost()["seconds"], sum(file.frames for file in done) / FRAME_RATE
     print(f"{spoken:.1f} s of speech in {spent:.1f} s, loading and compiling included")

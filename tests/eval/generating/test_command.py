@@ -33,6 +33,7 @@ RATE = 24000
         ({"batch": 0}, "--batch 0 is out of range: give 1 or more"),
         ({"score": True, "seed": 3}, "--seed has no effect with --score"),
         ({"reset_every": 5}, "--reset-every 5 has no effect without --arm reset"),
+        ({"gate": 3.0}, "--gate 3.0 is out of range: give -1 to 1"),
         ({"arm": "off", "gate": 0.5}, "--gate 0.5 has no effect with --arm off"),
     ],
 )
