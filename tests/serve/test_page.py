@@ -508,6 +508,26 @@ def test_a_fork_that_is_gone(opened):
     assert "fork" not in tab.page.url
 
 
+@pytest.mark.parametrize("end", [True, False])
+def test_the_last_words_stay_in_view_when_a_phone_is_turned(opened, end):
+    tab = opened(viewport={"width": PHONE["height"], "height": PHONE["width"]})
+    tab.page.evaluate("""async (end) => {
+        const { Transcript } = await import("/static/text.js");
+        const text = document.getElementById("text");
+        const transcript = new Transcript(text, document.getElementById("spoken"));
+        for (let i = 0; i < 500; i++) transcript.add(" word", i);
+        if (!end) text.scrollTop -= 50;
+    }""", end)  # fmt: skip
+    tab.page.wait_for_timeout(200)  # a page learns of scrolling in the next frame
+    tab.page.set_viewport_size(PHONE)
+    tab.page.wait_for_timeout(500)
+    height, below = tab.page.locator("#text").evaluate(
+        "(text) => [text.clientHeight, text.scrollHeight - text.scrollTop - text.clientHeight]"
+    )
+    assert height > 100
+    assert (below < 8) == end
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_overflows_on_a_phone(opened, scheme):
     tab = opened(viewport=PHONE, color_scheme=scheme)

@@ -13,6 +13,8 @@ export class Transcript {
     this.shown = shown;
     this.spoken = spoken;
     this.clear();
+    new ResizeObserver(() => this.follows && this.toEnd()).observe(shown); // a phone that is turned
+    shown.addEventListener("scroll", () => (this.follows = this.atEnd()));
     setInterval(() => this.speak(), PHRASE * 1000);
   }
 
@@ -20,6 +22,7 @@ export class Transcript {
     this.shown.replaceChildren();
     this.spoken.replaceChildren();
     this.phrase = "";
+    this.follows = true;
     this.began = this.last = 0; // seconds: of the paragraph, of the last piece
   }
 
@@ -27,13 +30,21 @@ export class Transcript {
   add(piece, time) {
     const { shown } = this;
     const now = performance.now() / 1000;
-    const follows = shown.scrollHeight - shown.scrollTop - shown.clientHeight < 8;
+    this.follows = this.atEnd();
     const long = now - this.began > LONGEST && piece.startsWith(" ");
     if (!shown.lastChild || now - this.last > PAUSE || long) this.paragraph(now, time);
     this.last = now;
     this.shown.lastChild.lastChild.append(piece);
-    if (follows) shown.scrollTop = shown.scrollHeight;
+    if (this.follows) this.toEnd();
     this.phrase += piece;
+  }
+
+  atEnd() {
+    return this.shown.scrollHeight - this.shown.scrollTop - this.shown.clientHeight < 8;
+  }
+
+  toEnd() {
+    this.shown.scrollTop = this.shown.scrollHeight;
   }
 
   paragraph(now, time) {
