@@ -34,8 +34,8 @@ def start(tiny_run, page: Path, *words: object) -> tuple[subprocess.Popen, str]:
     process = subprocess.Popen(
         list(map(str, command)), cwd=page, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    line = process.stdout.readline()
-    if not line:
+    line = next((line for line in process.stdout if " talks at " in line), None)
+    if line is None:
         raise RuntimeError(process.communicate()[1])
     return process, line.split()[-1].split("?")[0].rstrip("/")
 

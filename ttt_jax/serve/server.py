@@ -56,6 +56,7 @@ async def _serve(
     tls: ssl.SSLContext | None,
 ) -> int:
     service = make_service(options, loaded)
+    print(f"{loaded.checkpoint.name} is loaded; compiling the steps of {options.rows} talks ...", flush=True)
     await service.ticks.call(warm_up)
     app = make_app(service, rules, page)
     port = listener.getsockname()[1]
