@@ -3,7 +3,7 @@
 const NOTES = {
   on: "On: the fast weights learn from every frame.",
   frozen: "Frozen: the fast weights are used as they stand, and learn nothing.",
-  off: "Off: the TTT layers add nothing to what Moshi computes.",
+  off: "Off: the TTT layers add nothing to what Moshi computes; the fast weights learn on.",
 };
 
 const find = (id) => document.getElementById(id);
