@@ -157,7 +157,7 @@ def parse_command(payload: bytes) -> Command:
     except (ValueError, RecursionError):
         given = None
     if not isinstance(given, dict) or not isinstance(given.get("command"), str):
-        raise InputError("the message is no command: give a JSON object such as {'command': 'reset'}.")
+        raise InputError('the message is no command: give a JSON object such as {"command": "reset"}.')
     command = given["command"]
     if command == "memory":
         if given.get("value") not in ("on", "frozen", "off"):
