@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ttt_jax.errors import InputError
+from ttt_jax.moshi.generate import Sampling
 from ttt_jax.serve import load
 from ttt_jax.serve.access import Access, access
 from ttt_jax.serve.app import PAGE, make_app
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from ttt_jax.serve.__main__ import Options
 
 
+MOST = Sampling(top_k=500, text_top_k=500)
+"""Largest top-k that a client may ask for."""
+
+
 def serve(options: Options) -> int:
     """Serves until SIGINT or SIGTERM; returns the exit code. Raises `InputError` for what cannot be."""
     import aiohttp  # noqa: F401  before minutes of loading
@@ -41,7 +46,7 @@ def serve(options: Options) -> int:
         raise InputError(f"{page} has no index.html: give the folder of a page.")
     tls = _tls(options)
     with _bound(options.host, options.port) as listener:
-        loaded = load.load(options.checkpoint, options.codec)
+        loaded = load.load(options.checkpoint, options.codec, MOST)
         keep_compiled(loaded.checkpoint.cache_dir / "compiled")
         rules = access(options.host, options.token, options.origin)
         return asyncio.run(_serve(options, loaded, rules, page, listener, tls))
