@@ -283,7 +283,9 @@ def test_a_save_that_fails_in_the_background_is_reported(run, by):
     try:
         save(checkpoints, 5)
         end = {"save": lambda: save(checkpoints, 6), "close": checkpoints.close}[by]
-        with pytest.raises(InputError, match="could not be written to .*File too large.*--resume") as info:
+        # Of its threads Orbax reports the first that fails: rarely one whose folder another has just removed.
+        reason = "(File too large|No such file or directory)"
+        with pytest.raises(InputError, match=f"could not be written to .*{reason}.*--resume") as info:
             end()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
