@@ -9,5 +9,6 @@ check_state/  `check-state`: whether the fast weights persist
 diagnose/     `diagnose`: what the TTT layers do beside attention
 stats/        estimates, paired statistics, verdicts
 results/      folders of results and their format
-benchmarks/   tasks for which the best possible loss is known
+tasks/        controlled tasks, for which the best possible loss is known
+benchmarks/   pairs of recordings: which one does a model find more likely?
 """

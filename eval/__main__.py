@@ -11,13 +11,21 @@ from ttt_jax.utils.command import parse, run
 
 COMMANDS = {
     "prepare": ("eval.prepare", "audio to files of codes"),
-    "tasks": ("eval.benchmarks.tasks", "data sets for which the best possible loss is known"),
+    "tasks": ("eval.tasks.command", "data sets for which the best possible loss is known"),
+    "make-mini": ("eval.mini.command", "small benchmarks of synthetic speech, in the official layouts"),
     "stream": ("eval.streaming.command", "losses on speech, frame by frame, with memory kept, reset, frozen and off"),
     "generate": ("eval.generating.command", "recordings of the user in, Moshi's voice and text out"),
     "draw": ("eval.streaming.draw", "table and figures of stored results again"),
     "compare": ("eval.compare.command", "does memory help? conditions by file, with statistics and a verdict"),
     "check-state": ("eval.check_state.command", "whether the fast weights persist: PASS or FAIL"),
     "diagnose": ("eval.diagnose.command", "what the TTT layers do beside attention, record by record"),
+    "swuggy": ("eval.benchmarks.swuggy", "words against non-words: accuracy by pair"),
+    "sblimp": ("eval.benchmarks.sblimp", "grammatical sentences against ungrammatical ones"),
+    "storycloze": ("eval.benchmarks.storycloze", "right endings of spoken stories against wrong ones"),
+    "salmon": ("eval.benchmarks.salmon", "recordings that stay consistent against recordings that do not"),
+    "suite": ("eval.benchmarks.suite", "all benchmarks of pairs that lie in a folder, one summary"),
+    "recall": ("eval.recall.command", "spoken recall: what is left of an excerpt that was heard before a gap"),
+    "report": ("eval.report.command", "one HTML page over many results"),
 }
 """Module and help of each command; a module has a dataclass `Options` and `main(options)`, returning the exit code."""
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from eval.__main__ import main as evaluate
-from eval.benchmarks.tasks import Settings, make
+from eval.tasks.command import Settings, make
 from eval.compare import command as compare
 from train import loop, setup
 from train.config import PRESETS, DataConfig, LossConfig, TrainConfig

@@ -1,1 +1,1 @@
-"""Data sets with a known answer."""
+"""Benchmarks of pairs: which of two recordings does a model find more likely?"""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from eval.__main__ import main
-from eval.benchmarks import tasks
+from eval.tasks import command as tasks
 from eval.compare import command, plots, report, results
 from eval.compare import losses as stored_losses
 from eval.compare.analysis import analyse

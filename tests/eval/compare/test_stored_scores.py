@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eval.__main__ import main
-from eval.benchmarks.tasks import Settings, bounds_for, make
+from eval.tasks.command import Settings, bounds_for, make
 from eval.compare import command, plots, results
 from eval.compare.bounds import Tokens, stored_tokens, task_bounds
 from eval.inputs import dataset

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from eval.__main__ import main
-from eval.benchmarks import tasks
-from eval.benchmarks.tasks import (
+from eval.tasks import command as tasks
+from eval.tasks.command import (
     CARDINALITY,
     CODEC,
     FACTS,

@@ -1,0 +1,1 @@
+"""Controlled tasks: data sets for which the best possible loss is known."""
