@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from eval.__main__ import main as evaluate
-from eval.tasks.command import Settings, make
 from eval.compare import command as compare
+from eval.tasks.dataset import Settings, make
 from train import loop, setup
 from train.config import PRESETS, DataConfig, LossConfig, TrainConfig
 from ttt_jax.checkpoints.parameter_counts import TTT, parameter_counts

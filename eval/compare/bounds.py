@@ -35,7 +35,7 @@ def task_bounds(experiment: Experiment, files: Sequence[Tokens]) -> tuple[list[n
     data = experiment.setting.about.get("data")
     if not is_task(data):
         return None
-    from eval.tasks import command as tasks
+    from eval.tasks import dataset as tasks
 
     # The first codebook, which tasks are about, has no delay.
     frames = experiment.setting.reach - max(info.max_delay for info in experiment.checkpoints)

@@ -28,7 +28,7 @@ def collect(
     """Returns the experiment with the losses of the scores that `folder` holds.
 
     Args:
-      bounds: of `eval.tasks.command.bounds_for`, by file; None where the data are no controlled task.
+      bounds: of `eval.tasks.dataset.bounds_for`, by file; None where the data are no controlled task.
 
     Raises `InputError` if scores are missing or damaged, or checkpoints predict different tokens.
     """

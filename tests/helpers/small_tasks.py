@@ -4,7 +4,7 @@ once."""
 import dataclasses
 from pathlib import Path
 
-from eval.tasks.command import Settings, make
+from eval.tasks.dataset import Settings, make
 from tests.helpers import micro
 from train.config import DataConfig, LossConfig, OptimConfig, TrainConfig
 from ttt_jax.config import DepthConfig, TTTConfig

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from eval.tasks.command import CODEC
+from eval.tasks.dataset import CODEC
 from tests.helpers.commands import lines
 from tests.helpers.quick import interrupted, quicken, quickly
 from tests.helpers.small_tasks import CONFIG, write_data

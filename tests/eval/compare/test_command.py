@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from eval.__main__ import main
-from eval.tasks import command as tasks
 from eval.compare import command, plots, report, results
 from eval.compare import losses as stored_losses
 from eval.compare.analysis import analyse
@@ -20,6 +19,7 @@ from eval.compare.experiment import LATER, Bounds
 from eval.results.schema import Skipped
 from eval.stats.verdict import EQUIVALENT, UNDECIDED
 from eval.streaming import score_files
+from eval.tasks import dataset as tasks
 from tests.helpers import made_scores, micro
 from tests.helpers.eval_models import tokens, write_data, write_run
 from tests.helpers.made_experiment import made

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from eval.__main__ import main
-from eval.tasks.command import Settings, bounds_for, make
 from eval.compare import command, plots, results
 from eval.compare.bounds import Tokens, stored_tokens, task_bounds
 from eval.inputs import dataset
 from eval.streaming import score_files
+from eval.tasks.dataset import Settings, bounds_for, make
 from tests.helpers import made_scores
 from tests.helpers.made_experiment import made
 from ttt_jax.data.codes import read_codes

@@ -16,27 +16,14 @@ import numpy as np
 import pytest
 
 from eval.__main__ import main
-from eval.tasks import command as tasks
-from eval.tasks.command import (
-    CARDINALITY,
-    CODEC,
-    FACTS,
-    GAP,
-    LEAST_EVERY,
-    MOSHI,
-    QUESTION,
-    SYMBOLS,
-    TASKS,
-    USER,
-    VOCABULARY,
-    Settings,
-    best,
-    bounds_for,
-    make,
-)
 from eval.compare.bounds import is_task
 from eval.inputs import dataset
 from eval.results.schema import CheckpointInfo
+from eval.tasks import dataset as data_sets
+from eval.tasks import facts
+from eval.tasks.dataset import CODEC, TASKS, Settings, best, bounds_for, make
+from eval.tasks.facts import FACTS, GAP, LEAST_EVERY, QUESTION, SYMBOLS, VOCABULARY
+from eval.tasks.streams import CARDINALITY, MOSHI, USER
 from experiments import memory
 from tests.helpers.micro import CONFIG
 from ttt_jax.config import MoshiConfig
@@ -54,6 +41,7 @@ EVERY = 13
 """Frames a question: two rounds of questions and a part of a third in `FRAMES`."""
 SETTINGS = Settings("recall", files=6, frames=FRAMES, every=EVERY, seed=3)
 of_every_task = pytest.mark.parametrize("task", TASKS)
+of_answers = pytest.mark.parametrize("task", ["recall", "speaker", "control"])
 
 
 def settings(**changes):
@@ -144,7 +132,7 @@ def test_a_larger_data_set_begins_with_the_files_of_a_smaller_one(task, tmp_path
     assert len({str(large[name]) for name in large if name.startswith("codes/")}) == 5  # no file twice
 
 
-@of_every_task
+@of_answers
 def test_files_are_training_data_whose_only_targets_are_answers(task, tmp_path):
     make(settings(task=task), tmp_path / "data")
     corpus, result = read(tmp_path / "data")
@@ -164,7 +152,7 @@ def test_data_sets_of_several_tasks_can_be_trained_on_together(tmp_path):
     for task in TASKS:
         make(settings(task=task, files=2), tmp_path / task)
     cfg = CorpusConfig(train=",".join(f"{tmp_path / task}:1" for task in TASKS), codec=corpora.FILES)
-    assert len(list(corpora.load(cfg, *corpora.load_coders(cfg)).recordings)) == 6
+    assert len(list(corpora.load(cfg, *corpora.load_coders(cfg)).recordings)) == 2 * len(TASKS)
 
 
 @pytest.mark.parametrize("task", ["recall", "control"])
@@ -189,7 +177,7 @@ def test_each_key_has_one_fact_and_questions_take_turns_behind_the_gap(task, eve
         assert all(0 <= targets[t, MOSHI] < SYMBOLS for t, _ in turns)
 
 
-@of_every_task
+@of_answers
 @pytest.mark.parametrize(("frames", "every"), [(17 * 128, 131), (17 * 128, 48), (FRAMES, EVERY)])
 def test_answers_are_spread_over_the_whole_file(task, frames, every):
     count = parts(frames, every)
@@ -301,10 +289,14 @@ def by_enumeration(inputs, targets, t, symbols, reach):
 @pytest.mark.parametrize("reach", [2, 9, 17, 200])
 def test_best_losses_of_recall_are_those_of_bayes_rule(reach, monkeypatch):
     for name, value in {"SYMBOLS": 3, "FACTS": 8, "GAP": 10}.items():
-        monkeypatch.setattr(tasks, name, value)
+        monkeypatch.setattr(facts, name, value)
     kinds = set()
     for stream in streams("recall", 8, frames=60, every=4):
-        memoryless, with_memory, shown = best("recall", stream, reach), best("recall", stream), grid(stream)
+        memoryless, with_memory, shown = (
+            best(settings(task="recall"), stream, reach),
+            best(settings(task="recall"), stream),
+            grid(stream),
+        )
         for t in answers(stream):
             expected = by_enumeration(*shown, t, 3, reach)
             if stream[MOSHI, max(0, t - reach)] >= 0 and reach < t:
@@ -321,9 +313,9 @@ def test_best_losses_of_recall_are_those_of_bayes_rule(reach, monkeypatch):
 def test_best_losses_of_a_speaker_are_those_of_bayes_rule(reach, monkeypatch):
     # Small enough that all sets of tokens can be tried.
     for name, value in {"CARDINALITY": 6, "VOCABULARY": 3}.items():
-        monkeypatch.setattr(tasks, name, value)
+        monkeypatch.setattr(facts, name, value)
     for stream in streams("speaker", 6, frames=256):
-        memoryless, with_memory = best("speaker", stream, reach), best("speaker", stream)
+        memoryless, with_memory = best(settings(task="speaker"), stream, reach), best(settings(task="speaker"), stream)
         for t in answers(stream):
             for nats, start in ((memoryless[t], max(0, t - reach)), (with_memory[t], 0)):
                 heard = {int(token) for token in stream[MOSHI, start:t] if token >= 0}
@@ -335,17 +327,17 @@ def test_best_losses_of_a_speaker_are_those_of_bayes_rule(reach, monkeypatch):
 def test_memory_in_recall_is_worth_ln_16_beyond_the_reach():
     for frames, every in ((128, 3), (17 * 128, 131)):
         for stream in streams("recall", 8, frames=frames, every=every):
-            memoryless = best("recall", stream, GAP)
+            memoryless = best(settings(task="recall"), stream, GAP)
             np.testing.assert_array_equal(memoryless[answers(stream)], math.log(16))
-            assert np.isfinite(memoryless).sum() == np.isfinite(best("recall", stream)).sum() == SYMBOLS
+            assert np.isfinite(memoryless).sum() == np.isfinite(best(settings(task="recall"), stream)).sum() == SYMBOLS
 
 
 def test_memory_of_control_is_worth_nothing_and_its_best_loss_is_its_entropy():
     hit, miss = 17 / 32, 1 / 32
     nats = []
     for stream in streams("control", 150):
-        losses, (_, targets) = best("control", stream), grid(stream)
-        np.testing.assert_array_equal(losses, best("control", stream, GAP))
+        losses, (_, targets) = best(settings(task="control"), stream), grid(stream)
+        np.testing.assert_array_equal(losses, best(settings(task="control"), stream, GAP))
         nats += [losses[t] for t, _ in questions(stream)]
         right = [targets[t, MOSHI] == key for t, key in questions(stream)]
         np.testing.assert_allclose(nats[-len(right) :], -np.log(np.where(right, hit, miss)))
@@ -372,7 +364,9 @@ def test_the_command_prints_the_best_losses_that_it_stores(task, tmp_path, capsy
     shown = capsys.readouterr().out
     stored = json.loads((tmp_path / "new" / "data" / "task.json").read_text())
     _, frames = read(tmp_path / "new" / "data")
-    expected = [np.nanmean([best(task, stream, reach) for stream in frames]) for reach in (None, GAP)]
+    expected = [
+        np.nanmean([best(settings(task=task, every=16), stream, reach) for stream in frames]) for reach in (None, GAP)
+    ]
     assert [stored[name] for name in ("with_memory", "memoryless", "reach")] == [*map(pytest.approx, expected), GAP]
     assert stored["settings"] == {"task": task, "files": 3, "frames": 200, "every": 16, "seed": 5}
     assert f"{expected[0]:.4f} with all memory, {expected[1]:.4f} from the last {GAP} frames" in shown
@@ -407,7 +401,7 @@ def test_bad_settings_are_refused_in_one_sentence_and_nothing_is_made(flags, mes
     assert not list(tmp_path.iterdir())
 
 
-@of_every_task
+@of_answers
 def test_the_fewest_allowed_frames_are_enough(task):
     for every in (LEAST_EVERY, 50):
         least = FACTS + GAP + every
@@ -438,8 +432,8 @@ def test_a_failure_half_way_leaves_nothing_behind(failure, tmp_path, monkeypatch
         written.append(path)
         whole(path, codes)
 
-    whole = tasks.write_codes
-    monkeypatch.setattr(tasks, "write_codes", write)
+    whole = data_sets.write_codes
+    monkeypatch.setattr(data_sets, "write_codes", write)
     (tmp_path / "empty").mkdir()
     for name in ("new", "empty"):
         written.clear()
@@ -466,7 +460,7 @@ def test_the_best_losses_of_a_data_set_come_from_its_files(task, tmp_path):
     result = bounds_for(tmp_path / "data", files, 20)
     for i, stream in enumerate(streams(task, 6, seed=3)):
         for losses, reach in zip(result, (None, 20), strict=True):
-            np.testing.assert_array_equal(losses[i], best(task, stream, reach))
+            np.testing.assert_array_equal(losses[i], best(settings(task=task), stream, reach))
     # Files of which the first frames alone are streamed have the same, as far as they go.
     short, _ = dataset.read(tmp_path / "data", [model()], 150)
     for whole, part in zip(result, bounds_for(tmp_path / "data", short, 20), strict=True):
