@@ -45,14 +45,15 @@ def find(root: Path, split: str | None = None) -> Found:
 
     Raises `InputError` if `root` is no folder, or two folders hold the same benchmark.
     """
+    if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
+        raise InputError(f"{root} is no folder that can be read: give one that holds benchmarks.")
     folders, tasks = _folders(root), {}
     absent, broken = [], []
     for benchmark in _benchmarks(split):
-        places = [folder / benchmark.part for folder in folders if whole_name(folder) == benchmark.folder]
-        places = [place for place in places if place.is_dir()]
+        holders = [folder for folder in folders if whole_name(folder) == benchmark.folder]
+        places = [folder / benchmark.part for folder in holders if (folder / benchmark.part).is_dir()]
         if not places:
-            looked_for = printable(str(Path(benchmark.folder, benchmark.part)))
-            absent.append(Skipped(benchmark.name, f"there is no folder {looked_for} in {printable(str(root))}"))
+            absent.append(_absent(benchmark, root, bool(holders)))
         for place in places:
             try:
                 task = benchmark.read(place)
@@ -63,7 +64,7 @@ def find(root: Path, split: str | None = None) -> Found:
                 both = f"{other.about['folder']} and {place}"
                 raise InputError(f"{both} both hold {task.name}: give a folder that holds it once.")
             tasks[task.name] = task
-    return Found(list(tasks.values()), absent, broken)
+    return Found(list(tasks.values()), list(dict.fromkeys(absent)), broken)
 
 
 def check(task: Task) -> list[Skipped]:
@@ -104,6 +105,14 @@ def _only(read: Callable[[Path], list[Task]]) -> Callable[[Path], Task]:
     return lambda folder: read(folder)[0]
 
 
+def _absent(benchmark: _Benchmark, root: Path, holds_others: bool) -> Skipped:
+    """Names the benchmark, or all parts of its folder at once if `root` holds none of them."""
+    name, folder = benchmark.name.partition("/")[0], benchmark.folder
+    if holds_others:
+        name, folder = benchmark.name, f"{folder}/{benchmark.part}"
+    return Skipped(name, f"there is no folder {folder} in {printable(str(root))} or in a folder of it")
+
+
 def _folders(root: Path) -> list[Path]:
     """Returns `root`, its folders, and theirs, but for hidden ones."""
     level = found = [root]
@@ -117,6 +126,6 @@ def _folders_in(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
             names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read ({error.strerror}): give a folder that holds benchmarks.") from None
+    except OSError:  # a folder that may not be read, and need not be
+        return []
     return [folder / name for name in names]
