@@ -45,7 +45,7 @@ def syntactic_rows(subtypes, ids=2, voices=("A", "B")):
     """Rows of sBLIMP: for each (type, subtype) sentences 0, 1, ... in every voice."""
     return [
         {
-            "filename": f"{'u' if correct == '0' else ''}s{kind}{subtype}{i}{voice}",
+            "filename": f"{'u' if correct == '0' else ''}s-{kind}-{subtype}-{i}-{voice}",
             "id": str(i),
             "voice": voice,
             "type": kind,

@@ -22,9 +22,9 @@ def test_scores_come_back_exactly(tmp_path):
 
 def test_files_without_a_score_have_no_line(tmp_path):
     task = zerospeech.syntactic(files.syntactic(files.mark_mini(tmp_path), (("agr", "x"),)))
-    path = submission.write(tmp_path, task, {"sagrx0A": 1.5, "usagrx0A": math.nan})
+    path = submission.write(tmp_path, task, {"s-agr-x-0-A": 1.5, "us-agr-x-0-A": math.nan})
     assert path == tmp_path / "syntactic/dev.txt"
-    assert path.read_text() == "sagrx0A 1.5\n"
+    assert path.read_text() == "s-agr-x-0-A 1.5\n"
 
 
 def test_other_benchmarks_have_no_submission(tmp_path):
