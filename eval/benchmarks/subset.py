@@ -14,8 +14,8 @@ VOICE = "voice"
 def limit(task: Task, count: int, seed: int) -> Task:
     """Returns `task` with at most `count` items, each with all of its voices.
 
-    Groups of items with the same labels but the voice keep their shares, to one item. Items are drawn by digests of the
-    seed and their names: neither the order on disk nor a missing item changes the draw of the others, and a larger
+    Groups of items with the same labels but the voice keep their shares, to about one item. Items are drawn by digests of
+    the seed and their names: neither the order on disk nor a missing item changes the draw of the others, and a larger
     count adds items to a smaller one.
 
     Args:
