@@ -14,9 +14,9 @@ VOICE = "voice"
 def limit(task: Task, count: int, seed: int) -> Task:
     """Returns `task` with at most `count` items, each with all of its voices.
 
-    Groups of items with the same labels but the voice keep their shares, to about one item. Items are drawn by digests of
-    the seed and their names: neither the order on disk nor a missing item changes the draw of the others, and a larger
-    count adds items to a smaller one.
+    Groups of items with the same labels but the voice keep their shares, to about one item. Items are drawn by digests
+    of the seed and their names: the order on disk changes nothing, a missing item hardly anything, and a larger count
+    adds items to a smaller one.
 
     Args:
       count: items, at least 1; seed: of the draw.
