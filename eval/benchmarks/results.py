@@ -167,6 +167,11 @@ class Mean(NamedTuple):
     accuracies: dict[str, Estimate]
     """By rule; n counts the items of all tasks. NaN if a task has no score."""
 
+    @property
+    def title(self) -> str:
+        """What it is the mean of."""
+        return f"{self.name}{f' ({self.split})' if self.split else ''}, mean of {len(self.tasks)}"
+
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkResults:
