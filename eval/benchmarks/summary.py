@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -70,10 +71,16 @@ def summarise(task: Task, scores: Mapping[View, Scored], rule: str) -> TaskResul
 
 
 def _groups(task: Task, label: str) -> dict[str, _Items]:
-    """Returns the items of the pairs that carry each value of a label, in the order of first appearance."""
+    """Returns the items of the pairs that carry each value of a label, values in the order of numbers, else letters."""
     values = [pair.labels.get(label, "") for pair in task.pairs]
     number, _ = official.index(values)
-    return {value: _Items(task, number == i) for i, value in enumerate(dict.fromkeys(values)) if value}
+    groups = {value: number == i for i, value in enumerate(dict.fromkeys(values)) if value}
+    return {value: _Items(task, groups[value]) for value in sorted(groups, key=_order)}
+
+
+def _order(value: str) -> tuple[int, str]:
+    first = re.search("[0-9]+", value)  # 6-20 is before 21-100, and oov before both
+    return int(first[0]) if first else -1, value
 
 
 def compare(tasks: Tasks, rule: str, seed: int = 0) -> list[Comparison]:
