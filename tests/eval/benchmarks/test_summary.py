@@ -9,8 +9,10 @@ from scipy import stats
 
 from eval.benchmarks import summary
 from eval.benchmarks.pairs import Pair, Task
+from eval.benchmarks.results import Comparison
 from eval.benchmarks.rules import DEFAULT, RULES
 from eval.benchmarks.scored import Scored, View
+from eval.stats.estimates import Estimate
 from eval.stats.paired import holm
 from tests.helpers.scored_pairs import OFF, PERSIST, flat, from_outcomes, random_outcomes, scored, words
 
@@ -214,6 +216,24 @@ def test_all_comparisons_are_one_family():
     assert found[-1].difference.n == 0
     assert [summary.verdict(own) for own in found] == ["worse", "undecided"] * 3 + ["undecided"]
     assert 0 < found[0].p < found[0].adjusted
+
+
+@pytest.mark.parametrize(
+    ("adjusted", "better", "worse", "mean", "expected"),
+    [
+        (0.049, 30, 10, 0.1, "better"),
+        (0.049, 10, 30, -0.1, "worse"),
+        (0.051, 30, 10, 0.1, "undecided"),
+        (0.051, 10, 30, -0.1, "undecided"),
+        (0.001, 30, 10, -0.01, "undecided"),  # more items are better, but the worse ones lose more
+        (0.001, 10, 30, 0.01, "undecided"),
+        (float("nan"), 0, 0, float("nan"), "undecided"),
+    ],
+)
+def test_a_verdict_needs_clear_numbers_that_point_one_way(adjusted, better, worse, mean, expected):
+    size = Estimate(mean, mean - 0.05, mean + 0.05, 100)
+    own = Comparison("t", "", PERSIST, OFF, 100, 0, 0.5, 0.6, size, better, worse, adjusted / 3, adjusted)
+    assert summary.verdict(own) == expected
 
 
 def test_the_mean_over_the_parts_of_a_benchmark():
