@@ -107,6 +107,11 @@ class ViewResults:
         return View(self.checkpoint, self.arm, self.text, self.voice)
 
 
+def titled(name: str, split: str) -> str:
+    """Returns a task's name, with the split if there is one."""
+    return f"{name} ({split})" if split else name
+
+
 @dataclasses.dataclass(frozen=True)
 class TaskResults:
     """The results of one task."""
@@ -125,7 +130,7 @@ class TaskResults:
     @property
     def title(self) -> str:
         """Its name, with the split if there is one."""
-        return f"{self.name} ({self.split})" if self.split else self.name
+        return titled(self.name, self.split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +156,11 @@ class Comparison:
     adjusted: float
 
     @property
+    def title(self) -> str:
+        """The task's name, with the split if there is one."""
+        return titled(self.task, self.split)
+
+    @property
     def discordant(self) -> int:
         """Items on which the two differ."""
         return self.better + self.worse
@@ -170,7 +180,7 @@ class Mean(NamedTuple):
     @property
     def title(self) -> str:
         """What it is the mean of."""
-        return f"{self.name}{f' ({self.split})' if self.split else ''}, mean of {len(self.tasks)}"
+        return f"{titled(self.name, self.split)}, mean of {len(self.tasks)}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 from eval.benchmarks.results import BenchmarkResults, ViewResults
@@ -21,8 +22,8 @@ CHANCE = 0.5
 def table(results: BenchmarkResults) -> str:
     """Returns the results for a terminal, at most `WIDTH` characters wide: the setting, a row for each task and view,
     how views compare, and what could not be used."""
-    blocks = [_head(results), _accuracies(results), _comparisons(results), _problems(results)]
-    return "\n\n".join("\n".join(cut(line.rstrip(), WIDTH) for line in block) for block in blocks if block)
+    blocks = [_wrapped(_head(results)), _accuracies(results), _comparisons(results), _wrapped(_problems(results))]
+    return "\n\n".join("\n".join(line.rstrip() for line in block) for block in blocks if block)
 
 
 def view_names(results: BenchmarkResults) -> dict[View, str]:
@@ -49,6 +50,10 @@ def percent(value: Estimate) -> str:
         return "-"
     mark = " *" if value.low <= CHANCE <= value.high else ""
     return f"{100 * value.mean:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]{mark}"
+
+
+def _wrapped(lines: Sequence[str]) -> list[str]:
+    return [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent="    ")]
 
 
 def _head(results: BenchmarkResults) -> list[str]:
@@ -98,20 +103,19 @@ def _comparisons(results: BenchmarkResults) -> list[str]:
     for comparison in results.comparisons:
         size = comparison.difference
         points = f"{100 * size.mean:+z.1f} [{100 * size.low:+z.1f}, {100 * size.high:+z.1f}]" if size.n else "-"
-        task = f"{comparison.task} ({comparison.split})" if comparison.split else comparison.task
         ps = [_p(p) for p in (comparison.p, comparison.adjusted)]
         counts = (f"{comparison.better:,}", f"{comparison.worse:,}")
-        rows.append((task, names[comparison.view], points, *counts, *ps, verdict(comparison)))
+        rows.append((comparison.title, names[comparison.view], points, *counts, *ps, verdict(comparison)))
     against, out = " or ".join(bases), sum(comparison.left_out for comparison in results.comparisons)
     start = [
         f"compared with {cut(against, 40)} on the same pairs: accuracy minus its, in points"
         " [95 %, bootstrap over items];",
-        f"better, worse: items; p: exact sign test over items (McNemar); Holm: p adjusted for"
+        "better, worse: items; p: exact sign test over items (McNemar); Holm: p adjusted for"
         f" {_count(len(results.comparisons), 'comparisons')}",
     ]
     if out:
         start.append(f"left out, because one of the two was not scored: {_count(out, 'pairs')} in all")
-    return start + _lines(rows, (8, 7, 9, 9, 11))
+    return _wrapped(start) + _lines(rows, (8, 7, 9, 9, 11))
 
 
 def _p(p: float) -> str:

@@ -37,6 +37,7 @@ def test_a_row_for_every_task_and_view(found):
     (mean,) = [line for line in lines if line.startswith("salmon, mean of 2") and " persist " in line]
     assert table.percent(found.means[0].accuracies[DEFAULT]) in mean
     assert "at most 100 items a task (seed 0), codec mimi" in lines[0]
+    assert found.setting.rules[DEFAULT] in " ".join(text.split())
     assert "chance is 50 %" in text
     assert lines[-1] == "sblimp (dev): 1 item not used, such as 12: its wrong side is missing"
 
@@ -100,6 +101,20 @@ def test_nothing_to_compare_is_no_block(found):
     alone = dataclasses.replace(found, tasks=[one], comparisons=[], means=[])
     assert "compared" not in table.table(alone)
     assert table.table(alone).splitlines()[-1].split()[-4:] == ["5", "5", "0", "0"]
+
+
+def test_a_task_of_which_everything_failed(found, tmp_path):
+    task = flat("t", 5)
+    scores = {view: from_outcomes(np.full(5, np.nan)) for view in (PERSIST, OFF)}
+    failed = dataclasses.replace(
+        found,
+        tasks=[summary.summarise(task, scores, DEFAULT)],
+        comparisons=summary.compare([(task, scores)], DEFAULT),
+        means=[],
+    )
+    (row, *_) = [line for line in table.table(failed).splitlines() if line.startswith("t ")]
+    assert row.split() == ["t", "persist", "-", "0", "0", "0", "5"]
+    assert len(figure.draw(failed, tmp_path)) == 2
 
 
 def test_the_figure_has_a_dot_for_every_number(found, tmp_path):
