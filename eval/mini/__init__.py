@@ -1,0 +1,1 @@
+"""Small benchmarks of synthetic speech and of the embedded voices, in the official layouts."""
