@@ -1,0 +1,24 @@
+"""`python -m eval storycloze`. Imports no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from eval.benchmarks import options as shared
+from eval.benchmarks import run
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(shared.Options):
+    """Score right endings of spoken stories against wrong ones: sStoryCloze (sSC) and tStoryCloze (tSC), what is there.
+
+    docs/evaluation/benchmarks.md says what the numbers mean. Scores are kept as they come: a run that was killed goes
+    on where it stopped.
+
+    Exit code: 0 done, 2 an input to mend, 3 done but something could not be used.
+    """
+
+
+def main(options: Options) -> int:
+    """Runs the command; returns the exit code. Raises `InputError`."""
+    return run.main(options, "storycloze", run.only("sstorycloze", "tstorycloze"))

@@ -1,0 +1,25 @@
+"""`python -m eval suite`. Imports no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from eval.benchmarks import options as shared
+from eval.benchmarks import run
+from eval.benchmarks.layouts import find
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(shared.Options):
+    """Score all benchmarks of pairs that lie in a folder: sWUGGY, sBLIMP, StoryCloze, SALMon, one summary.
+
+    docs/evaluation/benchmarks.md says what the numbers mean. Scores are kept as they come: a run that was killed goes
+    on where it stopped.
+
+    Exit code: 0 done, 2 an input to mend, 3 done but something could not be used.
+    """
+
+
+def main(options: Options) -> int:
+    """Runs the command; returns the exit code. Raises `InputError`."""
+    return run.main(options, "suite", find.find)
