@@ -45,7 +45,9 @@ NOTES = {
     "half": "gap at which half of the benefit under `main` at the first gap beyond attention's reach is left; linear in"
     " the logarithm of the gap between the gaps that were played; null: more than half is left at the longest; interval"
     " from 10,000 bootstrap samples of the units",
-    "reset": "the arm reset clears the memory at the first frame of the second playing",
+    "reset": "the arm reset clears the memory every 125 frames (10 s), also at the first frame of the second playing;"
+    " what attention relays across a reset can enter the new memory, so it may lie a little off 0 where frozen and off"
+    " are 0",
 }
 """What the numbers in results.json are."""
 
