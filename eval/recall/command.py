@@ -145,6 +145,7 @@ def evaluate(
     replaced.
     """
     from eval.recall import analysis, figure, results, table
+    from eval.recall.items import CALL
     from eval.recall.play import CUE
     from eval.results import schema
     from eval.streaming.arms import ARMS, DEFAULT, WITHOUT_TTT
@@ -158,6 +159,8 @@ def evaluate(
     for reason in reasons:
         print(f"dropped: {reason}")
     arms = {checkpoint.name: DEFAULT if checkpoint.cfg.ttt_layers else WITHOUT_TTT for checkpoint in checkpoints}
+    meanings = {name: arm.meaning for name, arm in ARMS.items()}
+    meanings["reset"] = f"memory cleared every {CALL / FRAME_RATE:g} s and where the second playing begins"
     setting = results.Setting(
         kinds=options.kinds,
         excerpt=options.excerpt_frames,
@@ -166,7 +169,7 @@ def evaluate(
         cue=CUE,
         seed=options.seed,
         weighting=options.weighting,
-        arms={name: arm.meaning for name, arm in ARMS.items() if any(name in names for names in arms.values())},
+        arms={name: meanings[name] for name in ARMS if any(name in names for names in arms.values())},
         about={"data": options.data, "codec": inputs.files[0].codec},
     )
     infos = file_infos(inputs.files)
@@ -174,8 +177,7 @@ def evaluate(
     subject = _subject(setting, infos, inputs.skipped, checkpoint_infos)
     folders.make(folder)
     replaced(folder, subject)  # errors are reported before the work
-    gaps = {(item.kind, item.gap) for item in items}
-    print(f"playing {len(items)} items, {len(gaps)} gaps, to {', '.join(arms)} ...", flush=True)
+    print(f"playing {len(items)} items to {', '.join(arms)} ...", flush=True)
     played: dict[str, list[Played]] = {}
     recalls = []
     with folders.staged(folder) as new:

@@ -14,8 +14,8 @@ from ttt_jax.config import FRAME_RATE
 LEAD_IN = 50
 """Least frames before the first playing, so that it never meets a fresh state."""
 CALL = 125
-"""Frames of a call of the model, and between the resets of the arm reset. The lead-in is as long as it takes to begin the
-second playing with a call: a reset then falls there, and all gaps share one compiled program."""
+"""Frames of a call of the model, and between the resets of the arm reset. The lead-in is as long as it takes to begin
+the second playing with a call: a reset then falls there, and all gaps share one compiled program."""
 CHANGING = 0.5
 """Least share of an excerpt's frames whose semantic code differs from that of the frame before: silence hardly
 changes."""
