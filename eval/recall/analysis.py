@@ -188,13 +188,15 @@ def verdict(info: CheckpointInfo, main: str, points: Sequence[AtGap], half: Half
         f" {test.mean:+.4f} nats per token [{test.low:.4f}, {test.high:.4f}] at {_time(point.seconds)}, p"
         f" {_p(point.against['reset'].p_holm)}"
     )
-    return f"{sentence}; {half_words(half)}."
+    if half is not None:
+        return f"{sentence}; {half_words(half)}."
+    if len(beyond) < 2:
+        return f"{sentence}; how long it lasts takes a longer gap."
+    return f"{sentence}; no benefit to halve at {_time(beyond[0].seconds)}, where persist is not clearly above 0."
 
 
-def half_words(half: Half | None) -> str:
+def half_words(half: Half) -> str:
     """Returns in words how long a benefit lasts."""
-    if half is None:
-        return "no benefit to halve at the first of these gaps"
     bounds = [_time(bound) if bound is not None else "beyond the longest gap" for bound in (half.low, half.high)]
     first = _time(half.first / FRAME_RATE)
     if half.seconds is None:
@@ -211,4 +213,4 @@ def _reach(info: CheckpointInfo) -> str:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds < 120 else f"{seconds / 60:.3g} min"
+    return f"{seconds:.3g} s" if seconds < 600 else f"{seconds / 60:.3g} min"

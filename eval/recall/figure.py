@@ -53,7 +53,7 @@ def draw(results: RecallResults) -> Any:
         row[0].set_ylabel("nats per token")
     for axis in axes[-1]:
         axis.set_xlabel("gap")
-    legend(figure, axes.flat, 6)
+    legend(figure, axes.flat, 3 if len(kinds) == 1 else 7)
     return figure
 
 
@@ -64,9 +64,10 @@ def _curve(axis: Any, curve: Curve) -> None:
         x = np.array([seconds for seconds, _ in points]) * APART ** (i - (len(arms) - 1) / 2)
         mean = np.array([benefit.mean for _, benefit in points])
         bounds = np.array([[benefit.low, benefit.high] for _, benefit in points]).T
-        axis.plot(x, mean, color=COLOURS[arm], marker="o", markersize=4, lw=1.4, dashes=DASHES.get(arm, ()), label=arm)
+        style = {"color": COLOURS[arm], "lw": 1.4, "zorder": 3 - i / 10}  # persist lies on top
+        axis.plot(x, mean, marker="o", markersize=4, dashes=DASHES.get(arm, ()), label=arm, **style)
         lines = axis.dataLim.get_points().copy()
-        axis.vlines(x, *bounds, color=COLOURS[arm], lw=1.4, alpha=0.6)
+        axis.vlines(x, *bounds, alpha=0.6, **style)
         # Over two units an interval is so wide that it would flatten every curve: it does not set the scale.
         firm = np.array([benefit.n > 2 for _, benefit in points])
         axis.dataLim.set_points(lines)

@@ -82,7 +82,7 @@ def test_items_are_stored_by_arm(out):
         mine = [float(row["benefit_equal"]) for row in of_first if row["arm"] == arm]
         assert np.mean(mine) == pytest.approx(values.benefit.mean, abs=1e-6)
     for row in stored:
-        assert (row["benefit_text"] == "") == ("s2" == row["unit"] and row["kind"] == HEARD)
+        assert (row["benefit_text"] == "") == (row["unit"] == "s2" and row["kind"] == HEARD)
         assert row["same"].split("@")[0] == row["unit"].removeprefix("s")
 
 
