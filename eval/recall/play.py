@@ -64,11 +64,12 @@ def play(items: Sequence[Item], player: Player, skip: int, together: int) -> Ite
     """
     for _, alike in groupby(items, key=lambda item: (item.kind, item.gap, len(item.seconds))):
         of_gap = list(alike)
-        for begin in range(0, len(of_gap), together):
-            batch = of_gap[begin : begin + together]
+        width = min(together, len(of_gap))
+        for begin in range(0, len(of_gap), width):
+            batch = of_gap[begin : begin + width]
             streams = [stream for item in batch for stream in item.streams()]
             per_item = len(streams) // len(batch)
-            streams += streams[-1:] * (together * per_item - len(streams))
+            streams += streams[-1:] * (width * per_item - len(streams))
             scored = player(streams)
             for i, item in enumerate(batch):
                 of_item = scored[i * per_item : (i + 1) * per_item]

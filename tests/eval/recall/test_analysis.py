@@ -93,6 +93,14 @@ def test_units_are_speakers_and_excerpts_of_one_speaker_only():
     assert (point.items, point.units, point.unit, point.arms["persist"].benefit.n) == (8, 8, EXCERPTS, 8)
 
 
+def test_one_item_is_too_little_for_a_test():
+    of = curve(players.perfect_buffer, items(count=1))
+    assert means(of) == [players.UNKNOWN] * 3
+    assert math.isnan(of.gaps[0].arms["persist"].benefit.low)
+    assert of.half is None
+    assert "one excerpt is too little for a test" in of.verdict
+
+
 def test_gaps_are_named_by_what_attention_sees():
     info = CheckpointInfo("player", contexts=(60, 100), ttt_layers=(0,))
     assert [point.where for point in curve(players.memoryless, info=info).gaps] == [WINDOW, REACH, BEYOND]
@@ -187,7 +195,8 @@ def test_persist_is_tested_against_reset_and_frozen_with_holm_over_gaps():
         assert point.against["reset"].test.mean == pytest.approx(1.5)
         assert point.against["frozen"].test.mean == pytest.approx(0.9)
     raw = [point.against["reset"].test.p for point in of.gaps]
-    assert [point.against["reset"].p_holm for point in of.gaps] == pytest.approx(analysis.holm(raw))
+    assert [point.against["reset"].p_holm for point in of.gaps] == pytest.approx(analysis.holm(raw), abs=0)
+    assert min(raw) < min(point.against["reset"].p_holm for point in of.gaps)
     assert of.verdict.startswith("player recalls beyond attention's reach (1.2 s) at 4 s, 12 s, 20 s: persist against")
     assert "p < 0.001" in of.verdict
 
