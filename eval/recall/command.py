@@ -212,15 +212,7 @@ def _played(checkpoint: Checkpoint, items: Sequence[Item], arms: Sequence[str], 
     from eval.recall.play import CUE, of_model, play
     from ttt_jax.checkpoints import loading
 
-    params, cfg = checkpoint.params, checkpoint.cfg
-    if params is None:
-        loaded = loading.load(checkpoint.about["path"])
-        if loaded.about["weights"] != checkpoint.about["weights"]:
-            raise InputError(
-                f"{checkpoint.about['path']} has another checkpoint than when this command began: name one, as"
-                " RUN/checkpoints/STEP."
-            )
-        params = loaded.params
+    params, cfg = loading.params_of(checkpoint), checkpoint.cfg
     together = batch or (1 if cfg.dtype == "bfloat16" else 4)
     player = of_model(params, cfg, arms)
     played = []
