@@ -37,9 +37,9 @@ class Options:
     who-is-it: a speaker returns, with new words, after a gap in which another one spoke; control: a third one spoke
     first. The manifest must name the speakers.
 
-    All is done with the memory kept, cleared before the second playing (reset), frozen and off. A gap within
-    attention's reach is marked: there, attention may remember. The same seed and data give the same items for every
-    checkpoint (docs/evaluation/recall.md).
+    All is done with the memory kept, cleared every 10 s and before the second playing (reset), frozen and off. A gap
+    within attention's reach is marked: there, attention may remember. The same seed and data give the same items for
+    every checkpoint (docs/evaluation/recall.md).
 
     Exit code: 0 done, 2 an input to mend, 3 done but some files or items were left out.
     """
@@ -128,8 +128,7 @@ def main(options: Options) -> int:
     )
     folder = folders.find(options.out, "recall", paths[0], options.data)
     results = evaluate(checkpoints, inputs, made, options, folder)
-    failed = any(point.failed for one in results.checkpoints for curve in one.curves.values() for point in curve.gaps)
-    return PARTIAL if failed or results.skipped else 0
+    return PARTIAL if results.skipped or any(one.failed for one in results.checkpoints) else 0
 
 
 def evaluate(
@@ -145,8 +144,6 @@ def evaluate(
     replaced.
     """
     from eval.recall import analysis, figure, results, table
-    from eval.recall.items import CALL
-    from eval.recall.play import CUE
     from eval.results import schema
     from eval.streaming.arms import ARMS, DEFAULT, WITHOUT_TTT
     from eval.streaming.score_files import checkpoint_info, file_infos
@@ -159,19 +156,7 @@ def evaluate(
     for reason in reasons:
         print(f"dropped: {reason}")
     arms = {checkpoint.name: DEFAULT if checkpoint.cfg.ttt_layers else WITHOUT_TTT for checkpoint in checkpoints}
-    meanings = {name: arm.meaning for name, arm in ARMS.items()}
-    meanings["reset"] = f"memory cleared every {CALL / FRAME_RATE:g} s and where the second playing begins"
-    setting = results.Setting(
-        kinds=options.kinds,
-        excerpt=options.excerpt_frames,
-        items=options.items,
-        gaps=options.gap_frames,
-        cue=CUE,
-        seed=options.seed,
-        weighting=options.weighting,
-        arms={name: meanings[name] for name in ARMS if any(name in names for names in arms.values())},
-        about={"data": options.data, "codec": inputs.files[0].codec},
-    )
+    setting = _setting(options, inputs, [name for name in ARMS if any(name in names for names in arms.values())])
     infos = file_infos(inputs.files)
     checkpoint_infos = [checkpoint_info(checkpoint, brief=True) for checkpoint in checkpoints]
     subject = _subject(setting, infos, inputs.skipped, checkpoint_infos)
@@ -183,14 +168,17 @@ def evaluate(
     with folders.staged(folder) as new:
         for checkpoint, info in zip(checkpoints, checkpoint_infos, strict=True):
             names = arms[checkpoint.name]
-            played[checkpoint.name] = _played(checkpoint, items, names, options.batch)
-            curves = analysis.curves(played[checkpoint.name], info, names[0], setting, schema.units(infos)[1])
+            of_checkpoint = played[checkpoint.name] = _played(checkpoint, items, names, options.batch)
+            curves = analysis.curves(of_checkpoint, info, names[0], setting, schema.units(infos)[1])
             if not curves:
                 raise InputError(
                     f"{checkpoint.name} gives no finite predictions of any item: its fast weights or its weights have"
                     " diverged, so lower ttt.base_lr or bound them (ttt.horizon, ttt.max_displacement)."
                 )
-            recalls.append(results.CheckpointRecall(info, list(names), names[0], curves))
+            failed = sum(one.losses is None for one in of_checkpoint)
+            if failed:
+                print(f"left out: {failed} items of which {checkpoint.name} gives no finite predictions")
+            recalls.append(results.CheckpointRecall(info, list(names), names[0], curves, failed))
         made_results = results.RecallResults(setting, recalls, dropped, infos, inputs.skipped)
         spent = cost()
         results.write(new, made_results, {"evaluated_with": machine(), "cost": spent})
@@ -205,8 +193,30 @@ def evaluate(
     return made_results
 
 
+def _setting(options: Options, inputs: EvaluationSet, arms: Sequence[str]) -> Setting:
+    from eval.recall import results
+    from eval.recall.items import CALL
+    from eval.recall.play import CUE
+    from eval.streaming.arms import ARMS
+
+    meanings = {name: ARMS[name].meaning for name in arms}
+    if "reset" in meanings:
+        meanings["reset"] = f"memory cleared every {CALL / FRAME_RATE:g} s and where the second playing begins"
+    return results.Setting(
+        kinds=options.kinds,
+        excerpt=options.excerpt_frames,
+        items=options.items,
+        gaps=options.gap_frames,
+        cue=CUE,
+        seed=options.seed,
+        weighting=options.weighting,
+        arms=meanings,
+        about={"data": options.data, "codec": inputs.files[0].codec},
+    )
+
+
 def _played(checkpoint: Checkpoint, items: Sequence[Item], arms: Sequence[str], batch: int | None) -> list[Played]:
-    """Plays all items to a checkpoint, which is loaded for it if it has no weights. Raises `InputError`."""
+    """Plays all items to a checkpoint, whose weights are read now if it has none. Raises `InputError`."""
     from tqdm import tqdm
 
     from eval.recall.play import CUE, of_model, play

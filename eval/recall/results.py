@@ -169,7 +169,9 @@ class CheckpointRecall:
     main: str
     """The arm that stands for it: persist, or off for a model without TTT layers."""
     curves: dict[str, Curve]
-    """By kind."""
+    """By kind; a kind or gap of which no item was scored has none."""
+    failed: int = 0
+    """Items, of all kinds and gaps, that were left out because a prediction was not finite."""
 
 
 @dataclasses.dataclass(frozen=True)

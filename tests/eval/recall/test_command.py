@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from eval.__main__ import main
-from eval.recall import figure, results
+from eval.recall import figure, play, results
 from eval.recall.command import Options
 from eval.recall.results import BEYOND, HEARD, WHO
 from eval.streaming import runner
@@ -186,6 +186,31 @@ def test_predictions_that_are_not_finite_are_no_recall(run, data, tmp_path, monk
     with pytest.raises(InputError, match="memory gives no finite predictions"):
         main(["recall", str(run), "--data", str(data), "--out", str(tmp_path / "out"), *WORDS])
     assert not (tmp_path / "out").exists()
+
+
+def test_items_that_are_not_finite_are_counted(run, data, tmp_path, monkeypatch, capsys):
+    """All of a gap: it has no point, and the exit code says that something is missing."""
+    of_model = play.of_model
+
+    def broken(*given):
+        player = of_model(*given)
+        return lambda streams: [None] * len(streams) if streams[0].shape[1] > 150 else player(streams)
+
+    monkeypatch.setattr(play, "of_model", broken)
+    words = ["recall", str(run), "--data", str(data), "--out", str(tmp_path), *WORDS, "--kind", HEARD]
+    assert main([*words, "--gaps", "2,10"]) == PARTIAL
+    (checkpoint,) = results.read(tmp_path).checkpoints
+    assert checkpoint.failed == 2
+    assert [point.gap for point in checkpoint.curves[HEARD].gaps] == [25]
+    assert "left out: 2 items of which memory gives no finite predictions" in capsys.readouterr().out
+    assert {row["arm"] for row in rows(tmp_path) if row["gap_seconds"] == "10.0"} == {"not finite"}
+
+
+def test_a_run_recalls_its_own_held_out_files_if_no_data_is_given(tiny_run, tmp_path):
+    with pytest.raises(
+        InputError, match=r"no gap can be filled: heard-before at 4 s: 12 s .* most is 5 s \(tiny_run/heldout1\)"
+    ):
+        main(["recall", str(tiny_run.run), "--out", str(tmp_path / "out"), "--gaps", "4", "--excerpt", "2"])
 
 
 def test_gaps_are_whole_frames_in_order():
