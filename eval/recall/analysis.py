@@ -16,6 +16,7 @@ from eval.recall.results import (
     Against,
     ArmAtGap,
     AtGap,
+    Between,
     Curve,
     Half,
     Setting,
@@ -69,9 +70,7 @@ def curves(played: Sequence[Played], info: CheckpointInfo, main: str, setting: S
 
 def _at_gap(gap: int, played: Sequence[Played], info: CheckpointInfo, setting: Setting, unit: str) -> AtGap:
     scored = [one for one in played if one.losses is not None]
-    units = [one.item.unit for one in scored]
-    several = len(set(units)) > 1
-    groups = units if several else [str(one.item.number) for one in scored]
+    groups, several = _groups(scored)
 
     def by_unit(values: np.ndarray) -> np.ndarray:  # [N, ...] -> [U, ...]
         return group_means(values, groups)
@@ -107,6 +106,12 @@ def _at_gap(gap: int, played: Sequence[Played], info: CheckpointInfo, setting: S
     )
 
 
+def _groups(played: Sequence[Played]) -> tuple[list[str], bool]:
+    """Returns the unit of each item, and whether that is its speaker, as there are several, or the item itself."""
+    several = len({one.item.unit for one in played}) > 1
+    return [one.item.unit if several else str(one.item.number) for one in played], several
+
+
 def _estimate(values: np.ndarray) -> Estimate:
     return Estimate(*(number.item() for number in band(values)))
 
@@ -120,6 +125,27 @@ def _adjusted(points: list[AtGap]) -> list[AtGap]:
     return points
 
 
+def between(
+    first: tuple[Sequence[Played], str], other: tuple[Sequence[Played], str], setting: Setting
+) -> dict[str, list[Between]]:
+    """Returns by kind how much more the other checkpoint recalls than the first, both given as the items that it was
+    played, the same for both, and its main arm."""
+    row, (firsts, arm), (others, other_arm) = ROWS.index(setting.weighting), first, other
+    both = [pair for pair in zip(firsts, others, strict=True) if None not in (pair[0].losses, pair[1].losses)]
+    by_kind = {}
+    for kind in setting.kinds:
+        tests = {}
+        for gap in sorted({one.item.gap for one, _ in both if one.item.kind == kind}):
+            pairs = [pair for pair in both if (pair[0].item.kind, pair[0].item.gap) == (kind, gap)]
+            more = [benefits(two.losses[other_arm])[row] - benefits(one.losses[arm])[row] for one, two in pairs]
+            groups, _ = _groups([one for one, _ in pairs])
+            tests[gap] = mean_test(group_means(np.array(more), groups))
+        adjusted = holm([test.p for test in tests.values()])
+        if tests:
+            by_kind[kind] = [Between(*entry, float(p)) for entry, p in zip(tests.items(), adjusted, strict=True)]
+    return by_kind
+
+
 def _half(points: Sequence[AtGap], played: Sequence[Played], main: str, setting: Setting) -> Half | None:
     """Returns the gap at which half of the benefit is left; None unless the first one beyond attention's reach is
     clearly above 0, or if there is no longer one."""
@@ -128,8 +154,7 @@ def _half(points: Sequence[AtGap], played: Sequence[Played], main: str, setting:
         return None
     gaps = [point.gap for point in beyond]
     scored = [one for one in played if one.losses is not None and one.item.gap in gaps]
-    several = len({one.item.unit for one in scored}) > 1
-    units = [one.item.unit if several else str(one.item.number) for one in scored]
+    units, _ = _groups(scored)
     names, row = list(dict.fromkeys(units)), ROWS.index(setting.weighting)
     values = np.full((len(names), len(gaps), len(scored)), np.nan)
     for i, (one, name) in enumerate(zip(scored, units, strict=True)):

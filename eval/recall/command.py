@@ -179,7 +179,10 @@ def evaluate(
             if failed:
                 print(f"left out: {failed} items of which {checkpoint.name} gives no finite predictions")
             recalls.append(results.CheckpointRecall(info, list(names), names[0], curves, failed))
-        made_results = results.RecallResults(setting, recalls, dropped, infos, inputs.skipped)
+        by_name = {one.info.name: (played[one.info.name], one.main) for one in recalls}
+        first, *others = by_name
+        between = {name: analysis.between(by_name[first], by_name[name], setting) for name in others}
+        made_results = results.RecallResults(setting, recalls, dropped, infos, inputs.skipped, between)
         spent = cost()
         results.write(new, made_results, {"evaluated_with": machine(), "cost": spent})
         write_atomically(new / table.ITEMS, table.items_csv(played).encode("utf-8", "backslashreplace"))

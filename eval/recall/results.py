@@ -42,6 +42,8 @@ NOTES = {
     " speaks for that speaker alone; null was not measured",
     "tests": "benefit under persist minus that under the other arm, by unit; p of the two-sided paired t test, p_holm"
     " adjusted over the gaps (Holm)",
+    "between": "benefit of a checkpoint under `main` minus that of the first, by unit, on items that both have scored;"
+    " above 0 it recalls more; tested as `tests`",
     "half": "gap at which half of the benefit under `main` at the first gap beyond attention's reach is left; linear in"
     " the logarithm of the gap between the gaps that were played; null: more than half is left at the longest; interval"
     " from 10,000 bootstrap samples of the units",
@@ -175,6 +177,17 @@ class CheckpointRecall:
 
 
 @dataclasses.dataclass(frozen=True)
+class Between:
+    """Benefit of a checkpoint minus that of the first, on the same items."""
+
+    gap: int
+    """Frames."""
+    test: MeanTest
+    p_holm: float
+    """p adjusted over the gaps."""
+
+
+@dataclasses.dataclass(frozen=True)
 class RecallResults:
     """The results of one run of the command."""
 
@@ -186,6 +199,8 @@ class RecallResults:
     dropped: list[Dropped]
     files: list[FileInfo]
     skipped: list[Skipped]
+    between: dict[str, dict[str, list[Between]]] = dataclasses.field(default_factory=dict)
+    """By the name of every checkpoint but the first, and kind."""
 
 
 def write(folder: Path, results: RecallResults, about: dict[str, Any]) -> Path:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from eval.recall.analysis import benefits, heard, unheard
 from eval.recall.play import ROWS, Played
 from eval.recall.results import KINDS, CheckpointRecall, Curve, Dropped, RecallResults
-from eval.stats.estimates import interval
+from eval.stats.estimates import Estimate, interval
+from eval.stats.paired import MeanTest
 from eval.streaming.weighting import WEIGHTINGS
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.utils.command import shortened
@@ -24,6 +25,14 @@ def table(results: RecallResults) -> str:
     for checkpoint in results.checkpoints:
         for kind, curve in checkpoint.curves.items():
             blocks.append(_curve(checkpoint, kind, curve))
+    first = results.checkpoints[0].info.name
+    for name, by_kind in results.between.items():
+        for kind, gaps in by_kind.items():
+            rows = [["gap", "benefit more", "p"]]
+            rows += [[f"{one.gap / FRAME_RATE:g} s", _interval(one.test), _p(one.p_holm)] for one in gaps]
+            blocks.append(
+                [f"{name} minus {first}, {kind}, on the same items: above 0 it recalls more", *_aligned(rows)]
+            )
     return "\n\n".join("\n".join(line.rstrip() for line in block) for block in blocks)
 
 
@@ -41,7 +50,7 @@ def _head(results: RecallResults) -> list[str]:
     return [
         f"excerpts of {setting.excerpt / FRAME_RATE:g} s, {setting.items} items a gap, seed {setting.seed}; codebooks"
         f" weighted {setting.weighting}: {WEIGHTINGS[setting.weighting]}",
-        "benefit: nats per token that having heard it before saves the second time [95 % interval]",
+        "benefit: nats per token that having heard it saves the second time [95 % interval]; p: over all gaps (Holm)",
         *(f"  {arm:<{width}}  {meaning}" for arm, meaning in setting.arms.items()),
     ]
 
@@ -60,9 +69,16 @@ def _curve(checkpoint: CheckpointRecall, kind: str, curve: Curve) -> list[str]:
                 *(_p(point.against[arm].p_holm) for arm in against),
             ]
         )
+    return [f"{checkpoint.info.name}, {kind}: {KINDS[kind]}", *_aligned(rows), curve.verdict]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return [f"{checkpoint.info.name}, {kind}: {KINDS[kind]}", *lines, curve.verdict]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _interval(test: MeanTest) -> str:
+    return interval(Estimate(test.mean, test.low, test.high, test.n), 4, signed=True)
 
 
 def _p(p: float) -> str:

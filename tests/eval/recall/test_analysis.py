@@ -216,6 +216,32 @@ def test_the_verdict_says_what_can_be_said(persist, info, words, monkeypatch):
     assert words in of.verdict
 
 
+def test_checkpoints_are_compared_item_by_item():
+    of = items(gaps=(50, 150))
+    rng = np.random.default_rng(0)
+    how_well = {item.streams()[0].tobytes(): rng.random() for item in of}
+
+    def player(more):
+        def scores(streams):
+            # Items differ much in how well they are recalled, by both checkpoints.
+            share = 0.5 * how_well[streams[0].tobytes()] + more
+            known = players.perfect_buffer(streams)
+            return [{"persist": players.UNKNOWN + share * (nats["persist"] - players.UNKNOWN)} for nats in known]
+
+        return scores
+
+    first, other = (list(play(of, player(more), CUE, 1)) for more in (0, 0.1))
+    other[0] = other[0]._replace(losses=None)
+    by_kind = analysis.between((first, "persist"), (other, "persist"), setting(gaps=(50, 150)))
+    assert list(by_kind) == [HEARD]
+    for one, gap in zip(by_kind[HEARD], (50, 150), strict=True):
+        assert (one.gap, one.test.n) == (gap, 4)
+        assert one.test.mean == pytest.approx(0.1 * players.UNKNOWN)
+        assert one.p_holm < 0.001
+    adjusted = analysis.holm([one.test.p for one in by_kind[HEARD]])
+    assert [one.p_holm for one in by_kind[HEARD]] == pytest.approx(adjusted, abs=0)
+
+
 def test_a_model_without_ttt_layers_is_not_tested():
     def player(streams):
         return [{"off": scores["persist"]} for scores in players.memoryless(streams)]

@@ -117,6 +117,12 @@ def test_checkpoints_are_asked_about_the_same_items(run, other, data, out, tmp_p
     assert (plain.arms, plain.main) == (["off"], "off")
     printed = capsys.readouterr().out
     assert "plain has no TTT layers" in printed
+    assert "plain minus memory, heard-before, on the same items" in printed
+    memory = results.read(folder).checkpoints[0]
+    for kind, gaps in results.read(folder).between["plain"].items():
+        # What has no memory recalls nothing, so that all of the difference is what the other recalls.
+        expected = [-point.arms["persist"].benefit.mean for point in memory.curves[kind].gaps]
+        assert [one.test.mean for one in gaps] == pytest.approx(expected, abs=1e-5)
     assert str(folder / "items.csv") in printed
 
 
