@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eval.recall import items as module
+from eval.recall import pools
 from eval.recall.items import CALL, LEAD_IN, build
 from eval.recall.results import HEARD, WHO
 from tests.helpers.recall_players import speech, voice
@@ -181,7 +181,7 @@ def test_who_is_it_needs_named_speakers(files, reason):
 
 def test_runs_share_a_key_only_where_they_are_the_same():
     codes = np.random.default_rng(0).integers(-1, 3, (1, 300)).astype(np.int32)
-    keys = module._keys(codes, 4)
+    keys = pools._keys(codes, 4)
     runs = [codes[:, t : t + 4].tobytes() for t in range(297)]
     assert len(keys) == 297
     same = np.equal.outer(keys, keys)
