@@ -63,22 +63,16 @@ def score_files(
     infos, outcome, chunk = file_infos(files), Outcome({}, {}), chunk or call_frames(checkpoints)
     lengths = [info.frames for info in infos]
     for checkpoint in checkpoints:
-        name, loaded = checkpoint.name, checkpoint
+        name = checkpoint.name
         scores_path(folder, name, infos[0]).parent.mkdir(parents=True)
-        if checkpoint.params is None:
-            loaded = loading.load(checkpoint.about["path"])
-            if loaded.about["weights"] != checkpoint.about["weights"]:
-                raise InputError(
-                    f"{checkpoint.about['path']} has another checkpoint than when this command began: name one, as"
-                    " RUN/checkpoints/STEP."
-                )
+        params = loading.params_of(checkpoint)
         permuted, rows = "permuted" in arms[name], batch or (1 if checkpoint.cfg.dtype == "bfloat16" else ROWS)
         with tqdm(total=sum(lengths), desc=name, unit="frame", unit_scale=True, leave=False, mininterval=0.5) as bar:
             for members in batches(lengths, rows, least=2 if permuted else 1):
                 together = [files[i] for i in members]
                 partners = _partners(together) if permuted else None
                 scored = stream(
-                    loaded.params,
+                    params,
                     [file.frames for file in together],
                     checkpoint.cfg,
                     arms[name],
@@ -102,7 +96,7 @@ def score_files(
                     scores.save(scores_path(folder, name, infos[i]), file_scores)
                     if partners is not None:
                         outcome.partners.setdefault(name, {})[files[i].name] = together[partners[row]].name
-        del loaded  # at most one checkpoint is in memory
+        del params  # at most one checkpoint is in memory
     if len(outcome.failed) == len(files):
         raise InputError(next(iter(outcome.failed.values())))
     for checkpoint in checkpoints:

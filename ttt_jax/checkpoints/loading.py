@@ -100,6 +100,22 @@ def load_all(paths: Sequence[str | Path], keep: bool = True) -> list[Checkpoint]
     return [checkpoint._replace(name=name) for checkpoint, name in zip(loaded, names, strict=True)]
 
 
+def params_of(checkpoint: Checkpoint) -> Params:
+    """Returns the weights of a checkpoint, read again if `load_all` has dropped them.
+
+    Raises `InputError` if its folder has another checkpoint by now.
+    """
+    if checkpoint.params is not None:
+        return checkpoint.params
+    loaded = load(checkpoint.about["path"])
+    if loaded.about["weights"] != checkpoint.about["weights"]:
+        raise InputError(
+            f"{checkpoint.about['path']} has another checkpoint than when this command began: name one, as"
+            " RUN/checkpoints/STEP."
+        )
+    return loaded.params
+
+
 def coders(checkpoint: Checkpoint) -> tuple[Codec | CodecInfo, Tokenizer | TokenizerInfo]:
     """Returns codec and tokenizer of the data that a checkpoint was trained on; of converted weights their own.
 

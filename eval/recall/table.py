@@ -1,0 +1,108 @@
+"""The results of `python -m eval recall` as a table for a terminal, and as rows of items.csv. Imports no jax."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from eval.recall.analysis import benefits, heard, unheard
+from eval.recall.play import ROWS, Played
+from eval.recall.results import KINDS, CheckpointRecall, Curve, Dropped, RecallResults
+from eval.stats.estimates import Estimate, interval
+from eval.stats.paired import MeanTest
+from eval.streaming.weighting import WEIGHTINGS
+from ttt_jax.config import FRAME_RATE
+from ttt_jax.utils.command import shortened
+
+ITEMS = "items.csv"
+
+
+def table(results: RecallResults) -> str:
+    """Returns the results for a terminal: the setting, and for each checkpoint and kind a row for each gap."""
+    blocks = [_head(results)]
+    for checkpoint in results.checkpoints:
+        for kind, curve in checkpoint.curves.items():
+            blocks.append(_curve(checkpoint, kind, curve))
+    first = results.checkpoints[0].info.name
+    for name, by_kind in results.between.items():
+        for kind, gaps in by_kind.items():
+            rows = [["gap", "benefit more", "p"]]
+            rows += [[f"{one.gap / FRAME_RATE:g} s", _interval(one.test), _p(one.p_holm)] for one in gaps]
+            blocks.append(
+                [f"{name} minus {first}, {kind}, on the same items: above 0 it recalls more", *_aligned(rows)]
+            )
+    return "\n\n".join("\n".join(line.rstrip() for line in block) for block in blocks)
+
+
+def dropped(gaps: Sequence[Dropped]) -> list[str]:
+    """Returns a sentence for each reason for which gaps were dropped."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for kind, gap, reason in gaps:
+        by_reason.setdefault((kind, reason), []).append(f"{gap / FRAME_RATE:g}")
+    return shortened([f"{kind} at {', '.join(at)} s: {reason}" for (kind, reason), at in by_reason.items()])
+
+
+def _head(results: RecallResults) -> list[str]:
+    setting = results.setting
+    width = max(map(len, setting.arms))
+    return [
+        f"excerpts of {setting.excerpt / FRAME_RATE:g} s, {setting.items} items a gap, seed {setting.seed}; codebooks"
+        f" weighted {setting.weighting}: {WEIGHTINGS[setting.weighting]}",
+        "benefit: nats per token that having heard it saves the second time [95 % interval]; p: over all gaps (Holm)",
+        *(f"  {arm:<{width}}  {meaning}" for arm, meaning in setting.arms.items()),
+    ]
+
+
+def _curve(checkpoint: CheckpointRecall, kind: str, curve: Curve) -> list[str]:
+    arms = list(curve.gaps[0].arms)
+    against = list(curve.gaps[0].against)
+    rows = [["gap", "items", "", *arms, *(f"p against {arm}" for arm in against)]]
+    for point in curve.gaps:
+        rows.append(
+            [
+                f"{point.seconds:g} s",
+                f"{point.items}" + (f" of {point.items + point.failed}" if point.failed else ""),
+                f"{point.units} {point.unit}, {point.where}",
+                *(interval(point.arms[arm].benefit, 4, signed=True) for arm in arms),
+                *(_p(point.against[arm].p_holm) for arm in against),
+            ]
+        )
+    return [f"{checkpoint.info.name}, {kind}: {KINDS[kind]}", *_aligned(rows), curve.verdict]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _interval(test: MeanTest) -> str:
+    return interval(Estimate(test.mean, test.low, test.high, test.n), 4, signed=True)
+
+
+def _p(p: float) -> str:
+    return "-" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def items_csv(played: Mapping[str, Sequence[Played]]) -> str:
+    """Returns the items by checkpoint as CSV: a line for each item and arm, nats per token."""
+    content = io.StringIO()
+    writer = csv.writer(content, lineterminator="\n")
+    names = ["checkpoint", "kind", "gap_seconds", "item", "unit", "same", "control", "arm"]
+    writer.writerow([*names, *(f"{what}_{row}" for row in ROWS for what in ("benefit", "heard", "unheard"))])
+    for checkpoint, items in played.items():
+        for one in items:
+            writer.writerows([checkpoint, *cells] for cells in _cells(one))
+    return content.getvalue()
+
+
+def _cells(played: Played) -> Iterator[list[object]]:
+    item = played.item
+    about = [item.kind, item.gap / FRAME_RATE, item.number, item.unit, *item.excerpts]
+    if played.losses is None:
+        yield [*about, "not finite", *[""] * (3 * len(ROWS))]
+        return
+    for arm, losses in played.losses.items():
+        values = zip(benefits(losses), heard(losses), unheard(losses), strict=True)
+        yield [*about, arm, *("" if math.isnan(value) else f"{value:.7g}" for row in values for value in row)]
