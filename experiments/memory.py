@@ -14,10 +14,12 @@ from tyro.conf import Positional, arg
 
 from eval.__main__ import main as evaluate
 from eval.compare import command as compare
+from eval.inputs import dataset
 from eval.tasks.dataset import Settings, make
 from train import loop, setup
 from train.config import PRESETS, DataConfig, LossConfig, TrainConfig
 from ttt_jax.checkpoints.parameter_counts import TTT, parameter_counts
+from ttt_jax.codec import KMEANS, load_codec
 from ttt_jax.config import check
 from ttt_jax.data import corpus
 from ttt_jax.utils import config_json
@@ -47,6 +49,22 @@ LONG_SPEAKER = dataclasses.replace(LONG, every=48)
 """Of speakers: the rarer a voice speaks, the longer it has to be remembered."""
 HELDOUT = Settings("", files=128, frames=17 * CHUNK, every=131, seed=2000)
 """Test data: 16 questions or tokens, so that hardly any fact is repeated; the last comes 16 chunks after the start."""
+
+REPLAY = dataclasses.replace(
+    TASK,
+    # Two TTT layers: with one, in the first or the second layer, nothing was learned in 5,000 steps.
+    model=dataclasses.replace(TASK.model, ttt=dataclasses.replace(TASK.model.ttt, layers="0,1")),
+    data=dataclasses.replace(TASK.data, batch=64, codec=KMEANS),
+    steps=3000,
+    checkpoint_every=3000,
+)
+"""Copying an excerpt takes more training than recalling a fact. The codec is that of the speech."""
+EXCERPT = 25
+"""Frames of an excerpt, 2 s: no multiple of a mini-batch, so that a replay finds the TTT layers in another phase."""
+FRESH = Settings("replay", files=64, frames=2700, every=2620, seed=3000)
+"""Streams in which nothing comes again, for `python -m eval recall` to replay."""
+GAPS = "5.12,10,20,40,80,160"
+"""Seconds; 64 to 2,000 frames."""
 
 REPORTED = Path(__file__).parents[1] / "docs" / "results" / "memory"
 """Copies of FOLDER/results without the frames and the PDF figures."""
@@ -129,6 +147,18 @@ class Experiment:
             self._train(way, change(TINY), ("speech",))
         self._compare("speech", self._conditions("speech"), None)
 
+    def replay(self) -> None:
+        """Excerpts that come again, with TTT layers and without; then spoken recall, of codes and of speech."""
+        for way in ("persist", "none"):
+            self._train(way, WAYS[way](REPLAY), ("replay",))
+        kept, none = (self._runs(way, "replay") for way in ("persist", "none"))
+        conditions = [f"persist={kept}@persist", f"reset={kept}@reset", f"frozen={kept}@frozen", f"none={none}@off"]
+        self._compare("tasks-replay", conditions, self._heldout("replay"))
+        runs, fresh = [*kept.split(","), *none.split(",")], self._data("fresh", "replay", FRESH)
+        codes = ["--kind", "heard-before", "--data", str(fresh), "--gaps", GAPS, "--items", "64", "--batch", "16"]
+        for name, flags in {"recall-codes": codes, "recall-speech": ["--data", str(dataset.embedded())]}.items():
+            self.code = max(self.code, evaluate(["recall", *runs, *flags, "--out", str(self._out(name))]))
+
     def _variants(self, part: str, variants: dict[str, Change]) -> None:
         for variant, change in variants.items():
             self._train(variant, change(TASK), ("recall",))
@@ -171,23 +201,31 @@ class Experiment:
     def _trained_on(self, name: str) -> str:
         # A file of the long ones has as many frames as four of the short ones.
         long = LONG_SPEAKER if name == "speaker" else LONG
-        return f"{self._data('short', name, SHORT)}:4,{self._data('long', name, long)}:1"
+        short = SHORT
+        if name == "replay":
+            short, long = (dataclasses.replace(settings, every=EXCERPT) for settings in (short, long))
+        return f"{self._data('short', name, short)}:4,{self._data('long', name, long)}:1"
 
     def _heldout(self, name: str) -> Path:
-        return self._data("heldout", name, HELDOUT)
+        settings = dataclasses.replace(HELDOUT, every=EXCERPT) if name == "replay" else HELDOUT
+        return self._data("heldout", name, settings)
 
     def _data(self, what: str, name: str, settings: Settings) -> Path:
         folder = self._folder / "data" / f"{name}-{what}"
         if not folder.exists():
-            make(dataclasses.replace(settings, task=name), folder)
+            codec = (load_codec(KMEANS).digest,) if name == "replay" else ()
+            make(dataclasses.replace(settings, task=name), folder, *codec)
         return folder
 
     def _compare(self, name: str, conditions: Sequence[str], data: Path | None) -> None:
-        # Of other seeds they are other results, which do not replace these.
-        usual = self._seeds in (SEEDS, SPEECH_SEEDS)
-        out = self._folder / "results" / (name if usual else f"{name}-seeds-{'-'.join(map(str, self._seeds))}")
+        out = self._out(name)
         on = ["--data", str(data), "--batch", "64"] if data is not None else []
         self.code = max(self.code, evaluate(["compare", *conditions, *on, "--out", str(out)]))
+
+    def _out(self, name: str) -> Path:
+        # Of other seeds they are other results, which do not replace these.
+        usual = self._seeds in (SEEDS, SPEECH_SEEDS)
+        return self._folder / "results" / (name if usual else f"{name}-seeds-{'-'.join(map(str, self._seeds))}")
 
 
 def _remove_rest(place: Path, steps: int) -> None:
@@ -212,10 +250,10 @@ class Options:
     that differ in task and seed alone train side by side. A GPU needs minutes for each part.
     """
 
-    part: Positional[Literal["tasks", "inner", "place", "speech"] | None] = None
+    part: Positional[Literal["tasks", "inner", "place", "speech", "replay"] | None] = None
     """tasks: recall, speaker, control, the MLP at b = 16, trained in four ways. inner: recall, linear and MLP, b = 1
     and 16. place: recall, the TTT layer in the first, the middle and the last layer. speech: the embedded speech,
-    trained in four ways."""
+    trained in four ways. replay: excerpts that come again, and spoken recall of them."""
     folder: Annotated[Positional[str | None], arg(metavar="[FOLDER]")] = None
     """The same for all parts; what exists in it is used."""
     seeds: Annotated[str | None, arg(metavar="N,N,...")] = None

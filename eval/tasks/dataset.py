@@ -110,8 +110,10 @@ def bounds_for(data: Path, files: Sequence[EvalFile], reach: int) -> tuple[list[
     return [best(settings, file.frames) for file in files], [best(settings, file.frames, reach) for file in files]
 
 
-def make(settings: Settings, folder: Path) -> DataSet:
+def make(settings: Settings, folder: Path, codec: str = CODEC) -> DataSet:
     """Writes all of the data set to `folder` or nothing; returns the content of task.json.
+
+    `codec` is the digest that the code files state.
 
     Raises `InputError` if the folder is not new or empty, or cannot be made.
     """
@@ -123,7 +125,7 @@ def make(settings: Settings, folder: Path) -> DataSet:
     except OSError as error:
         raise InputError(f"--out {folder} cannot be made ({error.strerror}): give another folder.") from None
     try:
-        data = _write(settings, new)
+        data = _write(settings, new, codec)
         new.chmod(0o755)
         new.replace(folder)
     except BaseException:
@@ -132,14 +134,14 @@ def make(settings: Settings, folder: Path) -> DataSet:
     return data
 
 
-def _write(settings: Settings, folder: Path) -> DataSet:
+def _write(settings: Settings, folder: Path, codec: str) -> DataSet:
     lines, sums, answers = [], np.zeros(2), 0
     for i in range(settings.files):
         # A generator for each file, so that a larger data set begins with the files of a smaller one.
         rng = np.random.default_rng((settings.seed, i))
         stream = TASKS[settings.task](rng, settings.frames, settings.every)
         name = f"codes/{i:05d}.safetensors"
-        codes = Codes(stream, FRAME_RATE, CODEC, codec_name=f"task {settings.task}", cardinality=CARDINALITY)
+        codes = Codes(stream, FRAME_RATE, codec, codec_name=f"task {settings.task}", cardinality=CARDINALITY)
         write_codes(folder / name, codes)
         lines.append(json.dumps({"path": name, "duration": settings.frames / FRAME_RATE}))
         if i < AVERAGED:
