@@ -210,7 +210,7 @@ def verdict(info: CheckpointInfo, main: str, points: Sequence[AtGap], half: Half
     (point, test), times = clear[0], [_time(point.seconds) for point, _ in clear]
     sentence = (
         f"{info.name} recalls beyond attention's reach ({_reach(info)}) at {', '.join(times)}: persist against reset"
-        f" {test.mean:+.4f} nats per token [{test.low:.4f}, {test.high:.4f}] at {_time(point.seconds)}, p"
+        f" {test.mean:+.5f} nats per token [{test.low:.5f}, {test.high:.5f}] at {_time(point.seconds)}, p"
         f" {_p(point.against['reset'].p_holm)}"
     )
     if half is not None:

@@ -17,6 +17,8 @@ from ttt_jax.config import FRAME_RATE
 from ttt_jax.utils.command import shortened
 
 ITEMS = "items.csv"
+DIGITS = 5
+"""Of a benefit in nats: arms without memory are 0 to all of them."""
 
 
 def table(results: RecallResults) -> str:
@@ -65,7 +67,7 @@ def _curve(checkpoint: CheckpointRecall, kind: str, curve: Curve) -> list[str]:
                 f"{point.seconds:g} s",
                 f"{point.items}" + (f" of {point.items + point.failed}" if point.failed else ""),
                 f"{point.units} {point.unit}, {point.where}",
-                *(interval(point.arms[arm].benefit, 4, signed=True) for arm in arms),
+                *(interval(point.arms[arm].benefit, DIGITS, signed=True) for arm in arms),
                 *(_p(point.against[arm].p_holm) for arm in against),
             ]
         )
@@ -78,7 +80,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _interval(test: MeanTest) -> str:
-    return interval(Estimate(test.mean, test.low, test.high, test.n), 4, signed=True)
+    return interval(Estimate(test.mean, test.low, test.high, test.n), DIGITS, signed=True)
 
 
 def _p(p: float) -> str:
