@@ -35,9 +35,25 @@ class Synthesiser(abc.ABC):
     VOICES: ClassVar[dict[str, str]]
     """Gender by the voice's name; the first four are the usual ones."""
 
-    @abc.abstractmethod
+    LIST: ClassVar[str]
+    """Option that lists the voices."""
+
     def version(self) -> str:
         """Returns the version that the program states."""
+        found = re.search(r"\d+(\.\d+)+", self._output("--version"))
+        return found.group() if found else "unknown"
+
+    def has(self, voice: str) -> bool:
+        """Returns whether a voice is installed; the programs speak with another if it is not."""
+        return self._entry(voice) in self._output(self.LIST).split()
+
+    def _output(self, option: str) -> str:
+        done = subprocess.run([self.NAME, option], capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    @abc.abstractmethod
+    def _entry(self, voice: str) -> str:
+        """Returns the word that stands for a voice in the program's list."""
 
     @abc.abstractmethod
     def _text(self, voice: str, text: str, wav: Path) -> list[str]:
@@ -55,10 +71,7 @@ class Synthesiser(abc.ABC):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode or not wav.is_file():
                 reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-                raise InputError(
-                    f"{self.NAME} did not speak with the voice {voice} ({reason}): install the whole program with its"
-                    " voices, or give other --voices."
-                )
+                raise InputError(f"{self.NAME} did not speak with the voice {voice} ({reason}): install it again.")
             return tidy(read_audio(wav, RATE)[0])
 
 
@@ -68,9 +81,10 @@ class Flite(Synthesiser):
     NAME = "flite"
     VOICES = {"slt": "f", "rms": "m", "awb": "m", "kal16": "m"}
 
-    def version(self) -> str:  # noqa: D102
-        done = subprocess.run([self.NAME, "--version"], capture_output=True, text=True)
-        return _number(done.stdout + done.stderr)
+    LIST = "-lv"
+
+    def _entry(self, voice: str) -> str:
+        return voice
 
     def _text(self, voice: str, text: str, wav: Path) -> list[str]:
         return [self.NAME, "-voice", voice, "-t", text, "-o", str(wav)]
@@ -89,6 +103,8 @@ class EspeakNg(Synthesiser):
         **{"en-us+f4": "f", "en-us+f1": "f", "en-us+m3": "m", "en-us+m7": "m"},
     }
 
+    LIST = "--voices=variant"
+
     _PHONES = {
         **{"AA": "A:", "AE": "a", "AH": "V", "AO": "O:", "AW": "aU", "AY": "aI", "EH": "E", "ER": "3:", "EY": "eI"},
         **{"IH": "I", "IY": "i:", "OW": "oU", "OY": "OI", "UH": "U", "UW": "u:"},
@@ -97,9 +113,8 @@ class EspeakNg(Synthesiser):
     """Where its name of a phone is not the small letter."""
     _UNSTRESSED = {"AH": "@", "ER": "3", "IY": "i"}
 
-    def version(self) -> str:  # noqa: D102
-        text = subprocess.run([self.NAME, "--version"], capture_output=True, text=True).stdout
-        return _number(text)
+    def _entry(self, voice: str) -> str:
+        return f"!v/{voice.partition('+')[2]}"
 
     def _text(self, voice: str, text: str, wav: Path) -> list[str]:
         return [self.NAME, "-v", voice, "-w", str(wav), text]
@@ -119,11 +134,6 @@ SYNTHESISERS: dict[str, Synthesiser] = {kind.NAME: kind() for kind in (Flite, Es
 """By name; the one preferred is first, because its phones are clearer."""
 
 
-def _number(text: str) -> str:
-    found = re.search(r"\d+(\.\d+)+", text)
-    return found.group() if found else "unknown"
-
-
 def find(name: str | None) -> Synthesiser:
     """Returns the synthesiser of this name, or the first that is installed. Raises `InputError` if there is none."""
     found = next((each for each in ([name] if name else SYNTHESISERS) if shutil.which(each)), None)
@@ -138,14 +148,17 @@ def find(name: str | None) -> Synthesiser:
 
 def choose(synthesiser: Synthesiser, names: str | None) -> list[str]:
     """Returns the voices that `names` joins by commas; without, the usual four. Raises `InputError` for others."""
-    if names is None:
-        return list(synthesiser.VOICES)[:4]
-    voices = [name.strip() for name in names.split(",")]
+    voices = list(synthesiser.VOICES)[:4] if names is None else [name.strip() for name in names.split(",")]
     for voice in voices:
         if voice not in synthesiser.VOICES:
             raise InputError(
                 f"{voice or 'an empty name'} is no voice of {synthesiser.NAME} that is used here: give some of"
                 f" {', '.join(synthesiser.VOICES)}."
+            )
+        if not synthesiser.has(voice):
+            raise InputError(
+                f"the voice {voice} of {synthesiser.NAME} is not installed: install all its voices, or give other"
+                " --voices."
             )
     if len(set(voices)) < len(voices):
         raise InputError(f"--voices {names} names a voice twice: give each once.")

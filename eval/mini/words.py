@@ -26,7 +26,7 @@ KIND = {phone: kind for kind, phones in _KINDS.items() for phone in phones.split
 """Class of each phone. A phone is exchanged for one of its class, so length and syllables stay."""
 _ALIKE = [
     *[{"P", "B"}, {"T", "D"}, {"K", "G"}, {"CH", "JH"}, {"F", "V"}, {"TH", "DH"}, {"S", "Z"}, {"SH", "ZH"}],
-    *[{"F", "TH"}, {"M", "N"}, {"AA", "AO"}, {"AE", "EH"}, {"EH", "IH"}],
+    *[{"F", "TH"}, {"M", "N"}, {"M", "NG"}, {"N", "NG"}, {"AA", "AO"}, {"AE", "EH"}, {"EH", "IH"}],
 ]
 """Phones that synthesisers hardly keep apart: never exchanged for each other."""
 _NEAREST = 3
@@ -106,6 +106,8 @@ def candidates(word: Word, table: Phonotactics, real: frozenset[Phones]) -> list
         if stress == "0":  # unstressed vowels are too much alike
             continue
         old = bare((phone,))[0]
+        if KIND[old] == "stop" and not _is_clear(bare(word.phones), at):
+            continue
         for new, kind in KIND.items():
             if kind != KIND[old] or new == old or {new, old} in _ALIKE:
                 continue
@@ -113,6 +115,11 @@ def candidates(word: Word, table: Phonotactics, real: frozenset[Phones]) -> list
             if bare(nonword) not in real and table.allows(nonword, word.phones):
                 found.append(nonword)
     return found
+
+
+def _is_clear(phones: Phones, at: int) -> bool:
+    """Whether a stop is well heard: before a vowel or an approximant, and not behind S."""
+    return KIND.get("".join(phones[at + 1 : at + 2])) in ("vowel", "approximant") and phones[at - 1 : at] != ("S",)
 
 
 def draw(seed: int, count: int) -> list[WordPair]:
@@ -127,7 +134,7 @@ def draw(seed: int, count: int) -> list[WordPair]:
     bands: dict[int, list[Word]] = {}
     for word in rng.sample(words, len(words)):
         bands.setdefault(word.frequency, []).append(word)
-    ordered = sorted((turn, -frequency, word) for frequency, band in bands.items() for turn, word in enumerate(band))
+    ordered = sorted((turn, frequency, word) for frequency, band in bands.items() for turn, word in enumerate(band))
     pairs, taken = [], set()
     for _, _, word in ordered[:count]:
         own = table.commonness(word.phones, word.phones)
