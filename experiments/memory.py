@@ -55,8 +55,8 @@ REPLAY = dataclasses.replace(
     # Two TTT layers: with one, in the first or the second layer, nothing was learned in 5,000 steps.
     model=dataclasses.replace(TASK.model, ttt=dataclasses.replace(TASK.model.ttt, layers="0,1")),
     data=dataclasses.replace(TASK.data, batch=64, codec=KMEANS),
-    steps=3000,
-    checkpoint_every=3000,
+    steps=4000,
+    checkpoint_every=4000,
 )
 """Copying an excerpt takes more training than recalling a fact. The codec is that of the speech."""
 EXCERPT = 25
