@@ -38,7 +38,7 @@ def main() -> None:
     silence, length = rng.integers(0, cfg.card, (books, frames), np.int32), call_frames(frames + cfg.max_delay)
     print(
         f"{device()}; {args.shape}, {args.pairs} pairs, {frames} frames a recording; calls of"
-        f" {call_rows(length, None)} recordings and {length} frames",
+        f" {call_rows(length, 1, None)} recordings and {length} frames",
         flush=True,
     )
     ways = {

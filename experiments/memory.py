@@ -155,9 +155,10 @@ class Experiment:
         conditions = [f"persist={kept}@persist", f"reset={kept}@reset", f"frozen={kept}@frozen", f"none={none}@off"]
         self._compare("tasks-replay", conditions, self._heldout("replay"))
         runs, fresh = [*kept.split(","), *none.split(",")], self._data("fresh", "replay", FRESH)
-        codes = ["--kind", "heard-before", "--data", str(fresh), "--gaps", GAPS, "--items", "64", "--batch", "16"]
+        codes = ["--kind", "heard-before", "--data", str(fresh), "--gaps", GAPS, "--items", "64"]
         for name, flags in {"recall-codes": codes, "recall-speech": ["--data", str(dataset.embedded())]}.items():
-            self.code = max(self.code, evaluate(["recall", *runs, *flags, "--out", str(self._out(name))]))
+            place = ["--batch", "16", "--out", str(self._out(name))]
+            self.code = max(self.code, evaluate(["recall", *runs, *flags, *place]))
 
     def _variants(self, part: str, variants: dict[str, Change]) -> None:
         for variant, change in variants.items():

@@ -48,9 +48,12 @@ class Losses(NamedTuple):
     """By arm: sums over the frames of each of the voice's codebooks, float64 [Q]; not finite where the model is."""
 
 
-def call_rows(frames: int, batch: int | None) -> int:
-    """Returns recordings of a call of so many frames: `batch`, or what a device is busy with."""
-    return batch or max(1, (1024 if jax.default_backend() == "cpu" else 8192) // frames)
+def call_rows(frames: int, arms: int, batch: int | None) -> int:
+    """Returns recordings of a call of so many frames under so many arms: `batch`, or what keeps a device busy.
+
+    On a GPU the 7B then takes 20 GB beside its weights.
+    """
+    return batch or max(1, (1024 if jax.default_backend() == "cpu" else 4096) // (frames * arms))
 
 
 def call_frames(frames: int) -> int:
@@ -89,7 +92,7 @@ def score(
     for i, entry in enumerate(entries):
         by_length.setdefault(call_frames(entry.codes.shape[1] + cfg.max_delay), []).append(i)
     for length, members in sorted(by_length.items()):
-        rows, short = call_rows(length, batch), _short(cfg, length)
+        rows, short = call_rows(length, len(arms), batch), _short(cfg, length)
         for start in range(0, len(members), rows):
             chosen = members[start : start + rows]
             frames = [_frames(entries[i], silence, cfg) for i in chosen]
