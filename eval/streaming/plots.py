@@ -215,7 +215,7 @@ def _band(axis: Any, x: np.ndarray, values: Band, colour: Any, label: str, bande
 
 def _figure5(results: Results, checkpoint: CheckpointResults, folder: Path) -> Any:
     """Inner losses by frame, a panel for each TTT layer, and below it what memory brought."""
-    frames, curves = _by_frame(results, checkpoint, folder)
+    frames, curves = by_frame(results, checkpoint, folder)
     layers, main = checkpoint.info.ttt_layers, checkpoint.main
     columns = min(4, len(layers))
     blocks = -(-len(layers) // columns)
@@ -271,17 +271,17 @@ def _smoothing(results: Results, arm: str, frames: np.ndarray) -> tuple[int, int
     return (resets, None) if frames[-1] > TEETH * resets else (SMOOTHED, resets)
 
 
-def _by_frame(
-    results: Results, checkpoint: CheckpointResults, folder: Path
+def by_frame(
+    results: Results, checkpoint: CheckpointResults, folder: Path, points: int = POINTS
 ) -> tuple[np.ndarray, dict[tuple[str, str], Band]]:
-    """Smooths inner losses over P frames that more than half of the units reach.
+    """Smooths inner losses over P frames, at most `points`, that more than half of the units reach.
 
     Returns:
       The frames, int [P], and bands [L, P] by arm and quantity: the three losses of the main arm, the gain of each.
     """
     groups = [file.group for file in results.files]
     reach = sorted((max(f.frames for f in results.files if f.group == group) for group in set(groups)), reverse=True)
-    frames = np.unique(np.linspace(0, reach[len(reach) // 2] - 1, POINTS).round().astype(int))
+    frames = np.unique(np.linspace(0, reach[len(reach) // 2] - 1, points).round().astype(int))
     curves: dict[tuple[str, str], list[np.ndarray]] = {}
     for file in results.files:  # one at a time; what stays of each is what is drawn
         arms = load_scores(folder, checkpoint.info, file, results.setting).arms
