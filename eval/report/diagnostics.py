@@ -53,7 +53,9 @@ def _records(runs: Runs, source: Source) -> list[Figure]:
             for layer in layers:
                 points = [(r["seconds"], value) for r in records if r["layer"] == layer and _is(value := _of(r, name))]
                 if points:
-                    series.append(Series(f"layer {layer}", *map(list, zip(*points, strict=True)), colour=colours[layer]))
+                    series.append(
+                        Series(f"layer {layer}", *map(list, zip(*points, strict=True)), colour=colours[layer])
+                    )
             if series:
                 figures.append(
                     Figure(

@@ -10,7 +10,7 @@ import numpy as np
 from eval.report.collect import STREAM, LeftOut, Source
 from eval.report.parts import Figure, Note, Section, Series, curve, seconds
 from eval.report.runs import Run, Runs
-from eval.results.figures import CHECKPOINTS, COLOURS, DASHES
+from eval.results.figures import CHECKPOINTS, COLOURS
 from eval.stats.estimates import Band, Estimate
 from eval.streaming import plots, table
 from eval.streaming.results import CheckpointResults, Results
