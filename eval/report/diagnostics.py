@@ -32,8 +32,10 @@ def sections(runs: Runs, sources: Sequence[Source], left_out: list[LeftOut]) -> 
     measured = [figure for source in sources if source.command == DIAGNOSE for figure in _records(runs, source)]
     found = []
     if measured:
-        lead = "Records of what the TTT layers do beside attention, over one recording. The darkest curve is the lowest"
-        found.append(Section("diagnostics", "Diagnostics", f"{lead} layer.", measured))
+        lead = (
+            "Records of what the TTT layers do beside attention, over one recording. Colours go from blue, the lowest"
+        )
+        found.append(Section("diagnostics", "Diagnostics", f"{lead} layer, to red, the highest.", measured))
     trained = _training(runs, left_out)
     if trained:
         lead = f"Losses while training, from {METRICS}: the number that is minimised."
@@ -102,7 +104,7 @@ def _training(runs: Runs, left_out: list[LeftOut]) -> list[Figure]:
             if steps:
                 curves[title].append(Series(run.folder.name, steps, values, colour=colour, run=run.key))
     captions = {
-        "Training loss": f"Loss of the training steps, means over neighbouring steps where there are more than {POINTS}",
+        "Training loss": f"Loss of training steps; where there are more than {POINTS}, means over neighbours",
         "Validation loss": "Loss on the validation files while training",
     }
     return [

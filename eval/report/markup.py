@@ -39,7 +39,8 @@ def figure(part: Figure, number: int) -> str:
         options = "".join(f"<option>{escape(name)}</option>" for name in choices)
         choice = f"<label>{escape(part.choice)} <select>{options}</select></label>"
     return (
-        f'<figure class="card plotted" data-figure="{number}"{_runs(part.runs)}>\n<h3>{escape(part.title)}</h3>{choice}\n'
+        f'<figure class="card plotted" data-figure="{number}"{_runs(part.runs)}>\n'
+        f"<h3>{escape(part.title)}</h3>{choice}\n"
         f'<div class="plot" role="img" aria-label="{escape(f"{part.title}. {part.caption}")}"></div>\n'
         f"<figcaption>{escape(part.caption)}</figcaption>\n"
         f'<div class="tools"><details><summary>Data table</summary></details>{_csv(part.title)}</div>\n</figure>'
@@ -52,16 +53,22 @@ def table(part: Table, keys: Sequence[str] = (), name: str = "") -> str:
     Args:
       keys: of each row's run, for a filter; name: its anchor, if it has one.
     """
-    heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in part.heads)
+    numeric = [any(row[i].value is not None for row in part.rows) for i in range(len(part.heads))]
+    heads = "".join(
+        f'<th scope="col"{_class("number" if is_number else "")}>{escape(head)}</th>'
+        for head, is_number in zip(part.heads, numeric, strict=True)
+    )
     rows = []
-    for i, (first, *rest) in enumerate(part.rows):
+    for i, row in enumerate(part.rows):
         key = f' data-run="{keys[i]}"' if keys else ""
-        cells = f'<th scope="row"{_data(first)}>{_content(first)}</th>'
-        rows.append(f"<tr{key}>{cells}{''.join(f'<td{_data(cell)}>{_content(cell)}</td>' for cell in rest)}</tr>")
+        first, *rest = (f"{_data(cell, *of)}>{_content(cell)}" for cell, *of in zip(row, numeric, strict=True))
+        cells = "".join(f"<td{cell}</td>" for cell in rest)
+        rows.append(f'<tr{key}><th scope="row"{first}</th>{cells}</tr>')
     anchor = f' id="{name}"' if name else ""
     return (
-        f'<div class="card tabled"{_runs(part.runs)}>\n<div class="head"><h3>{escape(part.title)}</h3>{_csv(part.title)}'
-        f'</div>\n<p>{escape(part.caption)}</p>\n<div class="scroll" tabindex="0" role="region"'
+        f'<div class="card tabled{" apart" * part.apart}"{_runs(part.runs)}>\n'
+        f'<div class="head"><h3>{escape(part.title)}</h3>{_csv(part.title)}</div>\n'
+        f'<p>{escape(part.caption)}</p>\n<div class="scroll" tabindex="0" role="region"'
         f' aria-label="{escape(part.title)}"><table{anchor}>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n'
         + "\n".join(rows)
         + "\n</tbody></table></div>\n</div>"
@@ -104,11 +111,16 @@ def _csv(title: str) -> str:
     return f'<button type="button" class="csv" aria-label="{escape(f"CSV: {title}")}">CSV</button>'
 
 
-def _data(cell: Cell) -> str:
+def _class(names: str) -> str:
+    return f' class="{names}"' if names else ""
+
+
+def _data(cell: Cell, numeric: bool) -> str:
+    """Returns the attributes of a cell; those of a `numeric` column are aligned as numbers."""
     value = "" if cell.value is None else f' data-value="{cell.value!r}"'
     bounds = "" if cell.bounds is None else f' data-low="{cell.bounds[0]!r}" data-high="{cell.bounds[1]!r}"'
-    kind = ' class="number"' if cell.value is not None else ' class="none"' if cell == NOTHING else ""
-    return value + bounds + kind
+    names = [*(["number"] if numeric else []), *(["none"] if cell == NOTHING else [])]
+    return value + bounds + _class(" ".join(names))
 
 
 def _content(cell: Cell) -> str:

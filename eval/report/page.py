@@ -13,7 +13,7 @@ from string import Template
 
 from eval.report import diagnostics, markup, pairs, persistence, recalls, streams
 from eval.report.collect import Collected, LeftOut, Source
-from eval.report.parts import Cell, Figure, Section, Table, words
+from eval.report.parts import Cell, Figure, Section, Table, listed, words
 from eval.report.runs import Runs
 from ttt_jax.errors import InputError
 from ttt_jax.utils.command import version
@@ -55,8 +55,11 @@ def render(collected: Collected, runs: Runs, title: str) -> tuple[bytes, list[Le
     ]
     differences = runs.differences()
     if differences is not None:
-        lead = "Fields of the training configuration, and where weights come from. A dash: the field is not there."
-        found.append(Section("configuration", "Differences between configurations", lead, [differences]))
+        lead = (
+            "Where the configurations of the runs differ, and where their weights come from. A dash: the field is not"
+            " there."
+        )
+        found.append(Section("configuration", "Configurations", lead, [differences]))
     found.append(_origin(sources, left_out))
     figures = [block for section in found for block in section.blocks if isinstance(block, Figure)]
     parts, number = [], 0
@@ -113,7 +116,7 @@ def _origin(sources: Sequence[Source], left_out: Sequence[LeftOut]) -> Section:
         machine = source.about.get("evaluated_with") or {}
         versions = machine.get("versions") or {}
         seconds = (source.about.get("cost") or {}).get("seconds")
-        names = ", ".join(dict.fromkeys(info.name for info in source.checkpoints))
+        names = listed(info.name for info in source.checkpoints)
         written = datetime.datetime.fromtimestamp((source.folder / "results.json").stat().st_mtime)
         rows.append(
             (
@@ -136,7 +139,7 @@ def _origin(sources: Sequence[Source], left_out: Sequence[LeftOut]) -> Section:
         caption = "Results that are not on this page, or only in part. What was not run is not listed."
         rows = [(Cell(entry.path), Cell(entry.reason)) for entry in left_out]
         blocks.append(Table("Left out", caption, ("Where", "Why"), rows))
-    return Section("origin", "Where the numbers come from", "Folders, versions and devices.", blocks)
+    return Section("origin", "Sources", "Where the numbers come from: folders, versions and devices.", blocks)
 
 
 def _count(number: int, noun: str) -> str:

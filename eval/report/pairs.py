@@ -10,7 +10,7 @@ from eval.benchmarks.results import RULE_MEANINGS, TaskResults, ViewResults
 from eval.benchmarks.scored import View
 from eval.report import published
 from eval.report.collect import PAIRS, Source
-from eval.report.parts import Cell, Figure, Note, Section, Table, curve, estimate, number, words
+from eval.report.parts import Cell, Figure, Note, Section, Table, curve, estimate, number, p_value, words
 from eval.report.runs import Runs
 from eval.results.figures import CHECKPOINTS
 from eval.stats.estimates import Estimate
@@ -52,7 +52,7 @@ def sections(runs: Runs, sources: Sequence[Source]) -> list[Section]:
         " 50 % is chance. Tasks that begin with mini- are small sets of synthetic speech made by this project: they are"
         " not the official benchmarks, and their numbers compare with each other only."
     )
-    return [Section("benchmarks", "Benchmarks of pairs", lead, blocks)]
+    return [Section("benchmarks", "Benchmarks", lead, blocks)]
 
 
 def _bar(runs: Runs, source: Source, title: str, view: View, accuracy: Estimate) -> Bar:
@@ -122,8 +122,8 @@ def _comparisons(runs: Runs, source: Source) -> Table | None:
             estimate(entry.difference, 1, signed=True, scale=100),
             number(entry.better, "d"),
             number(entry.worse, "d"),
-            number(entry.p, ".3g"),
-            number(entry.adjusted, ".3g"),
+            p_value(entry.p),
+            p_value(entry.adjusted),
         )
         for entry in source.results.comparisons
     ]

@@ -4,7 +4,7 @@ Imports no jax."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from eval.stats.estimates import Estimate, interval
@@ -38,6 +38,8 @@ class Table(NamedTuple):
     rows: Sequence[Row]
     runs: frozenset[str] = frozenset()
     """Keys of the runs that it is of; empty: of none in particular."""
+    apart: bool = False
+    """Whether it is set apart, as its numbers were not measured here."""
 
 
 class Series(NamedTuple):
@@ -121,6 +123,18 @@ def number(value: float | None, form: str = ".4g") -> Cell:
     return Cell(format(value, form), value)
 
 
+def p_value(p: float | None) -> Cell:
+    """Returns a p-value as a cell."""
+    return Cell("< 0.001", p) if p is not None and p < 0.001 else number(p, ".3f")
+
+
+def listed(names: Iterable[str], most: int = 4) -> str:
+    """Returns different names as a list; of more than `most` the first, and how many others there are."""
+    names = list(dict.fromkeys(names))
+    rest = len(names) - most
+    return ", ".join(names if rest <= 1 else [*names[:most], f"{rest} more"])
+
+
 def words(value: Any) -> Cell:
     """Returns a text as a cell; `NOTHING` of none."""
     return NOTHING if value is None or value == "" else Cell(str(value))
@@ -140,11 +154,11 @@ def seconds(frames: float) -> float:
 
 
 def shades(count: int) -> list[str]:
-    """Returns colours from dark blue over green to yellow, for layers in their order."""
-    stops = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (200, 180, 30))
+    """Returns colours from blue over green to red, for layers in their order; all stand out on white and on black."""
+    stops = ((64, 112, 200), (30, 150, 160), (90, 155, 70), (195, 135, 30), (205, 80, 65))
     colours = []
     for i in range(count):
-        at = (len(stops) - 1) * (i / (count - 1) if count > 1 else 0.4)
+        at = (len(stops) - 1) * (i / max(count - 1, 1))
         low = min(int(at), len(stops) - 2)
         mixed = (round(a + (at - low) * (b - a)) for a, b in zip(stops[low], stops[low + 1], strict=True))
         colours.append("#{:02x}{:02x}{:02x}".format(*mixed))

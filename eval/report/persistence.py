@@ -7,7 +7,21 @@ from typing import Any
 
 from eval.compare.experiment import REGIONS
 from eval.report.collect import CHECK_STATE, COMPARE, Source
-from eval.report.parts import NOTHING, Cell, Figure, Note, Row, Section, Series, Table, estimate, number, words
+from eval.report.parts import (
+    NOTHING,
+    Cell,
+    Figure,
+    Note,
+    Row,
+    Section,
+    Series,
+    Table,
+    estimate,
+    listed,
+    number,
+    p_value,
+    words,
+)
 from eval.report.runs import Runs
 from eval.results.figures import CHECKPOINTS
 from eval.stats.estimates import Estimate
@@ -38,8 +52,8 @@ def _compared(runs: Runs, source: Source) -> list[Figure | Table | Note]:
     first, setting = results.conditions[0].name, results.setting
     keys = frozenset(runs.of(source, info.name).key for info in results.checkpoints)
     data = setting.about.get("data") or "the held-out files of its run"
-    name = f"{first} against {', '.join(condition.name for condition in results.conditions[1:])}"
-    names = ", ".join(dict.fromkeys(runs.of(source, info.name).name for info in results.checkpoints))
+    name = f"{first} against {listed(condition.name for condition in results.conditions[1:])}"
+    names = listed(runs.of(source, info.name).name for info in results.checkpoints)
     comparisons = results.analysis["comparisons"]
     about = (
         f"{names} on {data}, {results.counts['units']} {results.counts['unit']}, chunks of {setting.chunk} frames,"
@@ -51,9 +65,8 @@ def _compared(runs: Runs, source: Source) -> list[Figure | Table | Note]:
     series = [_region(comparisons, region, CHECKPOINTS[i]) for i, region in enumerate(REGIONS)]
     series = [one for one in series if one.x]
     if series:
-        caption = f"Mean difference to {first} with its 95 % interval, paired: {about}."
-        place = "nats per token; above 0 the first is better"
-        blocks.append(Figure(f"Differences: {name}", caption, place, "", series, keys, "points", zero=True))
+        caption = f"Mean difference to {first} with its 95 % interval, above 0 {first} is better; {about}."
+        blocks.append(Figure(f"Differences: {name}", caption, "nats per token", "", series, keys, "points", zero=True))
     rows = [_row(comparison, region) for comparison in comparisons for region in REGIONS]
     heads = ("Other condition", "Part of the file", "Verdict", "Difference, nats", "p (Holm)", "d_z", "n", "In words")
     caption = f"Paired t tests and equivalence within {setting.margin:g} nats: {about}."
@@ -78,7 +91,7 @@ def _row(comparison: dict[str, Any], region: str) -> Row:
         Cell(region),
         Cell(verdict["kind"], kind=kind) if verdict else NOTHING,
         estimate(difference, 4, signed=True),
-        number(compared["holm"], ".3g"),
+        p_value(compared["holm"]),
         number(paired["dz"], ".2f"),
         number(paired["n"], ".0f"),
         words(verdict and verdict["text"]),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from eval.recall.results import KINDS, AtGap, CheckpointRecall, Curve, Half
 from eval.report.collect import RECALL, Source
-from eval.report.parts import Cell, Figure, Note, Row, Section, Table, curve, estimate, number, seconds
+from eval.report.parts import Cell, Figure, Note, Row, Section, Table, curve, estimate, number, p_value, seconds
 from eval.report.runs import Run, Runs
 from eval.results.figures import CHECKPOINTS, COLOURS
 
@@ -74,7 +74,8 @@ def _recalled(
         series.append(curve(arm, [gap.seconds for gap in gaps], values, colour=COLOURS.get(arm, "#000000"), **style))
     data = setting.about.get("data")
     of = f"{' of ' + str(data) if data else ''}, codebooks weighted {setting.weighting}"
-    caption = f"Benefit by gap and arm with 95 % intervals, excerpts of {seconds(setting.excerpt):g} s{of}."
+    where = ", ".join(f"{words} {at:.4g} s" for at, words in marks)
+    caption = f"Benefit by gap and arm with 95 % intervals, excerpts of {seconds(setting.excerpt):g} s{of}; {where}."
     axes = ("gap, seconds", "benefit, nats per token")
     title = f"{kind}: {run.name}"
     figure = Figure(f"Recall, {title}", caption, *axes, series, keys, marks=marks, zero=True, log=True)
@@ -95,7 +96,7 @@ def _row(gap: AtGap, arm: str) -> Row:
         estimate(own.heard, 4),
         estimate(own.unheard, 4),
         number(against and against.test.mean, "+.4f"),
-        number(against and against.p_holm, ".3g"),
+        p_value(against and against.p_holm),
         number(gap.items, "d"),
         Cell(f"{gap.units} {gap.unit}", gap.units),
         number(gap.failed, "d"),

@@ -88,7 +88,7 @@ class Runs:
     def differences(self) -> Table | None:
         """Returns the fields of the configurations in which runs differ; None without a difference."""
         known = [run for run in self.all if run.config]
-        fields = [_flat(run.config | {name: _short(run.about.get(name)) for name in ORIGIN}) for run in known]
+        fields = [_flat(run.config | _origin(run)) for run in known]
         names = dict.fromkeys(name for by_name in fields for name in by_name if name not in NOT_COMPARED)
         rows: list[Row] = []
         for name in names:
@@ -216,11 +216,15 @@ def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return flat
 
 
-def _short(value: Any) -> Any:
-    """Returns what is stored of an origin with short digests, so that a column stays narrow."""
-    if not isinstance(value, dict):
-        return value
-    return {name: item[:12] if name == "digest" and isinstance(item, str) else item for name, item in value.items()}
+def _origin(run: Run) -> dict[str, Any]:
+    """Returns what is stored of where weights come from, with short digests, so that a column stays narrow."""
+
+    def short(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: short(key, item) for key, item in value.items()}
+        return value[:12] if name == "digest" and isinstance(value, str) else value
+
+    return {name: short(name, run.about[name]) for name in ORIGIN if run.about.get(name) is not None}
 
 
 def _shown(value: Any) -> str:

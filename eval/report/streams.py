@@ -40,7 +40,7 @@ def sections(runs: Runs, sources: Sequence[Source], left_out: list[LeftOut]) -> 
         lead = (
             "Loss of the codebooks in nats per token, in consecutive windows of the stream, from a fresh state. Arms"
             " share weights, files and tokens; only the fast weights differ. Bands are 95 % intervals over files or"
-            " speakers."
+            " speakers, drawn over three or more."
         )
         found.append(Section("position", "Loss by position", lead, by_position))
     if by_frame:

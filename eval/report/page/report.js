@@ -6,13 +6,13 @@ const runs = new Map(data.runs.map((run) => [run.key, run]));
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const hidden = new Set(); // keys of runs that the filter hides
 const drawn = new Set(); // cards whose figure was drawn
-const FEW = 12; // points up to which intervals are bars rather than a band
 
 // Figures
 
 // Plotly reads tags and entities in texts: a name stays a text.
 const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-const shortened = (text) => plain(text.length > 44 ? `${text.slice(0, 42)}…` : text);
+// The middle of a long name gives way: names of one run often differ at the end.
+const shortened = (text) => plain(text.length > 44 ? `${text.slice(0, 24)}…${text.slice(-19)}` : text);
 const colourOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const inkOr = (colour) => (colour === "#000000" ? colourOf("text") : colour);
 
@@ -30,11 +30,14 @@ function shownSeries(card) {
   );
 }
 
+// An interval over two units is so wide that it would flatten every curve: only the data table has it.
+const isFirm = (series, i) => series.low[i] !== null && series.high[i] !== null && series.n[i] > 2;
+
 function intervals(series, values) {
   if (!series.low.length) {
     return undefined;
   }
-  const apart = (bounds) => values.map((value, i) => (bounds[i] === null ? 0 : Math.abs(bounds[i] - value)));
+  const apart = (bounds) => values.map((value, i) => (isFirm(series, i) ? Math.abs(bounds[i] - value) : 0));
   return {
     type: "data", symmetric: false, array: apart(series.high), arrayminus: apart(series.low), thickness: 1.3, width: 4,
     color: colourOf("text"),
@@ -42,7 +45,7 @@ function intervals(series, values) {
 }
 
 function band(series) {
-  const known = series.x.map((_, i) => i).filter((i) => series.low[i] !== null && series.high[i] !== null);
+  const known = series.x.map((_, i) => i).filter((i) => isFirm(series, i));
   const back = [...known].reverse();
   return {
     x: [...known, ...back].map((i) => series.x[i]),
@@ -65,7 +68,7 @@ function traces(figure, series) {
       error_x: bars && { ...bars, color: colour },
     }];
   }
-  const few = series.x.length <= FEW;
+  const few = figure.log || series.x.length < 3; // intervals are bars, not a band
   const line = {
     ...common, mode: few ? "lines+markers" : "lines", marker: { size: 5 },
     line: { color: colour, width: 1.8, dash: series.dash || "solid" },
@@ -80,16 +83,26 @@ function traces(figure, series) {
 function marks(figure, shown) {
   const across = figure.kind === "bars";
   const last = across ? Infinity : Math.max(...shown.flatMap((series) => series.x));
-  return figure.marks
-    .filter(([at]) => at < last)
-    .map(([at, words]) => ({
-      type: "line",
-      ...(across
-        ? { y0: at, y1: at, xref: "paper", x0: 0, x1: 1 }
-        : { x0: at, x1: at, yref: "paper", y0: 0, y1: 1 }),
-      line: { color: colourOf("text"), width: 1, dash: "dot" },
-      label: { text: plain(words), textposition: across ? "end" : "end", font: { size: 11, color: colourOf("quiet") } },
-    }));
+  const places = figure.marks.filter(([at]) => at < last);
+  const shapes = places.map(([at]) => ({
+    type: "line",
+    line: { color: colourOf("text"), width: 1, dash: "dot" },
+    ...(across ? { y0: at, y1: at, xref: "paper", x0: 0, x1: 1 } : { x0: at, x1: at, yref: "paper", y0: 0, y1: 1 }),
+  }));
+  const annotations = places.map(([at, words], i) => ({
+    text: plain(words),
+    showarrow: false,
+    font: { size: 11, color: colourOf("quiet") },
+    bgcolor: colourOf("card"),
+    opacity: 0.85,
+    ...(across
+      ? { xref: "paper", x: 1, xanchor: "right", y: at, yanchor: "bottom" }
+      : {
+        x: figure.log ? Math.log10(at) : at, xanchor: at > last / 2 ? "right" : "left",
+        yref: "paper", y: 1 - 0.08 * i, yanchor: "top",
+      }),
+  }));
+  return { shapes, annotations };
 }
 
 function layout(figure, shown, width) {
@@ -108,19 +121,20 @@ function layout(figure, shown, width) {
     hoverlabel: { bgcolor: colourOf("card"), bordercolor: colourOf("edge"), font: { color: text }, namelength: -1 },
     hovermode: points ? "closest" : "x unified",
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
-    showlegend: shown.length > 1,
+    showlegend: true,
     legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
     scattermode: points ? "group" : "overlay",
     barmode: "group",
     xaxis: {
       ...axis, ...(points ? zero : {}), type: figure.log ? "log" : undefined,
-      title: { text: plain(figure.x), standoff: 8 }, ...(figure.log ? { dtick: "D2" } : {}),
+      title: { text: plain(figure.x), standoff: 8 }, 
+      ...(figure.log ? { tickvals: [...new Set(shown.flatMap((series) => series.x))] } : {}),
     },
     yaxis: {
       ...axis, ...(points ? { autorange: "reversed", type: "category" } : zero),
       title: { text: plain(figure.y), standoff: 8 }, rangemode: figure.from_zero ? "tozero" : "normal",
     },
-    shapes: marks(figure, shown),
+    ...marks(figure, shown),
   };
 }
 
@@ -278,7 +292,7 @@ for (const table of document.querySelectorAll(".tabled table")) {
     head.replaceChildren(button);
   }
 }
-for (const cell of document.querySelectorAll("td")) {
+for (const cell of document.querySelectorAll("tbody th, td")) {
   cell.classList.toggle("long", cell.textContent.length > 40);
 }
 for (const button of document.querySelectorAll(".csv")) {
