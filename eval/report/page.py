@@ -70,7 +70,7 @@ def render(collected: Collected, runs: Runs, title: str) -> tuple[bytes, list[Le
     tags = dict.fromkeys(tag for run in runs.all for tag in run.tags)
     known = [{"key": run.key, "tags": run.tags} for run in runs.all]
     script = (FILES / "report.js").read_text("utf-8")
-    library = _library()
+    library, plotly = _library()
     now = datetime.datetime.now().astimezone()
     page = Template((FILES / "report.html").read_text("utf-8")).substitute(
         marker=MARKER,
@@ -86,7 +86,7 @@ def render(collected: Collected, runs: Runs, title: str) -> tuple[bytes, list[Le
         chips=markup.chips(tags),
         runs=markup.table(table, [run.key for run in runs.all], "runs-table"),
         sections="\n".join(parts),
-        plotly=escape(f"plotly {metadata.version('plotly')}"),
+        plotly=escape(f"plotly {plotly}"),
         style=(FILES / "report.css").read_text("utf-8"),
         library=library,
         script=script,
@@ -97,11 +97,12 @@ def render(collected: Collected, runs: Runs, title: str) -> tuple[bytes, list[Le
     return page.encode("utf-8", "backslashreplace"), left_out
 
 
-def _library() -> str:
-    """Returns plotly.js, which the package plotly brings with it, with its notice of the licence."""
+def _library() -> tuple[str, str]:
+    """Returns plotly.js with its notice of the licence, and the version of the package plotly, which brings it."""
     from plotly.offline import get_plotlyjs
 
-    return get_plotlyjs().replace("\r\n", "\n")  # as a browser reads it, so that its hash is right
+    script = get_plotlyjs().replace("\r\n", "\n")  # as a browser reads it, so that its hash is right
+    return script, metadata.version("plotly")
 
 
 def _hash(script: str) -> str:

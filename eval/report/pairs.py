@@ -12,7 +12,7 @@ from eval.report import published
 from eval.report.collect import PAIRS, Source
 from eval.report.parts import Cell, Figure, Note, Section, Table, curve, estimate, number, p_value, words
 from eval.report.runs import Runs
-from eval.results.figures import CHECKPOINTS
+from eval.results.figures import CHECKPOINTS, COLOURS
 from eval.stats.estimates import Estimate
 
 MINI = "mini-"
@@ -63,6 +63,7 @@ def _bar(runs: Runs, source: Source, title: str, view: View, accuracy: Estimate)
 def _figure(runs: Runs, mini: bool, rule: str, bars: list[Bar]) -> Figure:
     """Returns the accuracies of one kind of tasks as bars: a group for each task, a colour for each view."""
     views = list(dict.fromkeys(bar.view for bar in bars))
+    of_arms = len({view.arm for view in views}) == len(views)  # then arms have the colours of all figures
     told = [name for name in View._fields if len({getattr(view, name) for view in views}) > 1] or ["checkpoint", "arm"]
     series = []
     for i, view in enumerate(views):
@@ -71,7 +72,7 @@ def _figure(runs: Runs, mini: bool, rule: str, bars: list[Bar]) -> Figure:
             name = ", ".join(str(getattr(view, field)) for field in told)
             run = next(iter(own.values())).run
             estimates = [bar.accuracy for bar in own.values()]
-            colour = CHECKPOINTS[i % len(CHECKPOINTS)]
+            colour = COLOURS[view.arm] if of_arms else CHECKPOINTS[i % len(CHECKPOINTS)]
             series.append(curve(name, list(own), estimates, 100, colour=colour, run=run))
     caption = (
         f"{'Mini tasks of synthetic speech, not the official ones' if mini else 'Official tasks'}; rule {rule}:"
