@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -17,12 +18,14 @@ DIGITS = 6
 def section(part: Section, first: int) -> str:
     """Returns a section as HTML; its figures are numbered from `first`."""
     blocks, number = [], first
-    for block in part.blocks:
-        if isinstance(block, Figure):
-            blocks.append(figure(block, number))
-            number += 1
-        else:
-            blocks.append(note(block) if isinstance(block, Note) else table(block))
+    for is_figure, group in itertools.groupby(part.blocks, lambda block: isinstance(block, Figure)):
+        group = list(group)
+        for i, block in enumerate(group):
+            if is_figure:  # two stand side by side, so that of an odd number the first takes both places
+                blocks.append(figure(block, number, wide=i == 0 and len(group) % 2 == 1))
+                number += 1
+            else:
+                blocks.append(note(block) if isinstance(block, Note) else table(block))
     return (
         f'<section id="{part.name}" aria-labelledby="{part.name}-title">\n<h2 id="{part.name}-title">'
         f'{escape(part.title)}</h2>\n<p class="lead">{escape(part.lead)}</p>\n<div class="cards">\n'
@@ -31,7 +34,7 @@ def section(part: Section, first: int) -> str:
     )
 
 
-def figure(part: Figure, number: int) -> str:
+def figure(part: Figure, number: int, wide: bool = False) -> str:
     """Returns a figure; the script draws figure `number` of the data into it."""
     choices = list(dict.fromkeys(one.choice for one in part.series if one.choice))
     choice = ""
@@ -39,7 +42,7 @@ def figure(part: Figure, number: int) -> str:
         options = "".join(f"<option>{escape(name)}</option>" for name in choices)
         choice = f"<label>{escape(part.choice)} <select>{options}</select></label>"
     return (
-        f'<figure class="card plotted" data-figure="{number}"{_runs(part.runs)}>\n'
+        f'<figure class="card plotted{" wide" * wide}" data-figure="{number}"{_runs(part.runs)}>\n'
         f"<h3>{escape(part.title)}</h3>{choice}\n"
         f'<div class="plot" role="img" aria-label="{escape(f"{part.title}. {part.caption}")}"></div>\n'
         f"<figcaption>{escape(part.caption)}</figcaption>\n"

@@ -72,7 +72,7 @@ def _figure(runs: Runs, mini: bool, rule: str, bars: list[Bar]) -> Figure:
             name = ", ".join(str(getattr(view, field)) for field in told)
             run = next(iter(own.values())).run
             estimates = [bar.accuracy for bar in own.values()]
-            colour = COLOURS[view.arm] if of_arms else CHECKPOINTS[i % len(CHECKPOINTS)]
+            colour = COLOURS.get(view.arm, CHECKPOINTS[-1]) if of_arms else CHECKPOINTS[i % len(CHECKPOINTS)]
             series.append(curve(name, list(own), estimates, 100, colour=colour, run=run))
     caption = (
         f"{'Mini tasks of synthetic speech, not the official ones' if mini else 'Official tasks'}; rule {rule}:"

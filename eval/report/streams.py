@@ -26,10 +26,11 @@ def sections(runs: Runs, sources: Sequence[Source], left_out: list[LeftOut]) -> 
     streams = [source for source in sources if source.command == STREAM]
     by_position, by_frame = [*_together(runs, streams)], list[Figure]()
     for source in streams:
+        by_position += _between(runs, source)
         for checkpoint in source.results.checkpoints:
             run = runs.of(source, checkpoint.info.name)
             by_position += _losses(run, source.results, checkpoint)
-            by_position.append(Note(f"{run.name}: {checkpoint.verdict}", runs=frozenset({run.key})))
+            by_position.append(Note(_verdict(run, checkpoint), runs=frozenset({run.key})))
             if checkpoint.inner:
                 try:
                     by_frame += _figure5(run, source, checkpoint)
@@ -75,6 +76,21 @@ def _together(runs: Runs, streams: Sequence[Source]) -> list[Figure]:
             axes = ("seconds of speech", "nats per token")
             figures.append(Figure("Loss by position, all runs", caption, *axes, series, frozenset(keys)))
     return figures
+
+
+def _between(runs: Runs, source: Source) -> list[Figure]:
+    """Returns the paired differences of the checkpoints of one evaluation to the first of them."""
+    results, series = source.results, []
+    first, *others = (runs.of(source, info.name) for info in source.checkpoints)
+    for i, (run, info) in enumerate(zip(others, source.checkpoints[1:], strict=True), 1):
+        values, colour = results.between[info.name]["by_position"], CHECKPOINTS[i % len(CHECKPOINTS)]
+        series.append(_by_window(results, values, run.name, colour, run=run.key))
+    if not series:
+        return []
+    setting, keys = results.setting, frozenset(run.key for run in others)
+    title, how = f"Loss minus that of {first.name}, by position", _how(setting.weighting, setting.window)
+    caption = f"Paired by file, over {_files(results)}, {how}: below 0 a checkpoint is better than {first.name}."
+    return [Figure(title, caption, "seconds of speech", "nats per token", series, keys, zero=True)]
 
 
 def _losses(run: Run, results: Results, checkpoint: CheckpointResults) -> list[Figure]:
@@ -170,6 +186,11 @@ def _figure5(run: Run, source: Source, checkpoint: CheckpointResults) -> list[Fi
 def _band(name: str, x: Sequence[float], band: Band, **style: str) -> Series:
     values = [Estimate(*numbers) for numbers in zip(*(field.tolist() for field in band), strict=True)]
     return curve(name, x, values, **style)
+
+
+def _verdict(run: Run, checkpoint: CheckpointResults) -> str:
+    named = checkpoint.verdict.startswith(run.name)
+    return checkpoint.verdict if named else f"{run.name}: {checkpoint.verdict}"
 
 
 def _files(results: Results) -> str:

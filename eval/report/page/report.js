@@ -14,12 +14,19 @@ const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replac
 // The middle of a long name gives way: names of one run often differ at the end.
 const shortened = (text) => plain(text.length > 44 ? `${text.slice(0, 24)}…${text.slice(-19)}` : text);
 const colourOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-const inkOr = (colour) => (colour === "#000000" ? colourOf("text") : colour);
+const channels = (colour) => [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
+const onDark = () => dark.matches && document.documentElement.dataset.print === undefined;
 
-function faint(colour) {
-  const parts = [1, 3, 5].map((at) => parseInt(inkOr(colour).slice(at, at + 2), 16));
-  return `rgba(${parts.join(", ")}, 0.17)`;
+// A colour of the data as the page shows it: black is the colour of text, and on dark all others are lighter.
+function ink(colour) {
+  if (colour === "#000000") {
+    return colourOf("text");
+  }
+  const hex = (value) => Math.round(onDark() ? value + 0.25 * (255 - value) : value).toString(16).padStart(2, "0");
+  return `#${channels(colour).map(hex).join("")}`;
 }
+
+const faint = (colour) => `rgba(${channels(ink(colour)).join(", ")}, 0.17)`;
 
 const figureOf = (card) => data.figures[Number(card.dataset.figure)];
 
@@ -56,7 +63,7 @@ function band(series) {
 }
 
 function traces(figure, series) {
-  const colour = inkOr(series.colour);
+  const colour = ink(series.colour);
   const common = { x: series.x, y: series.y, name: shortened(series.name), legendgroup: series.name };
   if (figure.kind === "bars") {
     return [{ ...common, type: "bar", marker: { color: colour }, error_y: intervals(series, series.y) }];
@@ -127,6 +134,7 @@ function layout(figure, shown, width) {
     barmode: "group",
     xaxis: {
       ...axis, ...(points ? zero : {}), type: figure.log ? "log" : undefined,
+      rangemode: figure.kind === "lines" && !figure.log ? "tozero" : "normal",
       title: { text: plain(figure.x), standoff: 8 }, 
       ...(figure.log ? { tickvals: [...new Set(shown.flatMap((series) => series.x))] } : {}),
     },

@@ -167,6 +167,12 @@ def test_losses_by_position(whole, results):
     assert together["series"][0]["y"] == pytest.approx([entry["mean"] for entry in stored[:4]], rel=1e-5)
 
 
+def test_checkpoints_of_one_evaluation_are_paired(whole):
+    figure = whole.figure("Loss minus that of one, by position")
+    assert [series["name"] for series in figure["series"]] == [SCRIPT, FORMULA]
+    assert figure["series"][0]["y"] == pytest.approx([-0.05] * 4, abs=0.03), "made to be 0.05 nats better"
+
+
 def test_figure_5_has_a_choice_of_the_layer(whole):
     losses, gains = whole.figure("Inner losses: one"), whole.figure("What memory brought: one")
     assert {series["choice"] for series in losses["series"]} == {"layer 1", "layer 4"}
