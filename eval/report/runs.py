@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.report.collect import PAIRS, STREAM, Collected, Source
-from eval.report.parts import NOTHING, Cell, Row, Table, estimate, number, words
+from eval.report.parts import NOTHING, Cell, Row, Table, estimate, words
 from eval.results.folder import OWN_DATA
 from eval.results.schema import CheckpointInfo
 from ttt_jax.errors import InputError
@@ -40,7 +40,7 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """Configuration of the training; {} if it is not known."""
-        return self.about.get("config") or {}
+        return _dict(self.about.get("config"))
 
 
 class Runs:
@@ -152,31 +152,33 @@ FACTS = ("Run", "Tags", "Step", "Preset", "Model", "TTT layers", "Inner model", 
 
 
 def _facts(run: Run) -> Row:
-    info, model = run.info, run.config.get("model") or {}
-    ttt, step = model.get("ttt") or {}, run.about.get("step")
+    info, model = run.info, _dict(run.config.get("model"))
+    ttt = _dict(model.get("ttt"))
     layers = ", ".join(map(str, info.ttt_layers)) if info else ttt.get("layers")
     size = f"{model['dim']} × {model['num_layers']} layers" if {"dim", "num_layers"} <= model.keys() else None
     hidden = ttt.get("hidden")
-    inner = "linear" if hidden == [] else f"MLP {' '.join(map(str, hidden or []))}"
-    inner = f"{inner}, mini-batch {ttt.get('mini_batch')}" if hidden is not None and layers else None
+    inner = None
+    if isinstance(hidden, list) and layers:
+        kind = f"MLP {' '.join(map(str, hidden))}" if hidden else "linear"
+        inner = f"{kind}, mini-batch {ttt.get('mini_batch')}"
     seed = info.seed if info else run.config.get("seed")
     return (
         Cell(run.name),
         Cell(", ".join(run.tags), kind="tags") if run.tags else NOTHING,
-        number(step, "d"),
+        _whole(run.about.get("step")),
         words(run.config.get("name")),
         words(size),
         words(layers),
         words(inner),
         words(info.dtype if info else model.get("dtype")),
-        number(seed, "d"),
+        _whole(seed),
         Cell(run.about["weights"][:12], kind="code") if run.about.get("weights") else NOTHING,
     )
 
 
 def _own_tags(run: Run) -> list[str]:
     tags = ["TTT" if run.info.ttt_layers else "no TTT"] if run.info else []
-    if (run.config.get("model") or {}).get("lora", {}).get("rank"):
+    if _dict(_dict(run.config.get("model")).get("lora")).get("rank"):
         tags.append("LoRA")
     if run.info and run.info.seed is None:
         tags.append("converted")
@@ -199,10 +201,18 @@ def _folder(source: Source, info: CheckpointInfo, runs: Sequence[Path]) -> Path 
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        return _dict(json.loads((folder / "config.json").read_bytes()))
     except (OSError, ValueError, RecursionError):
         return {}
-    return config if isinstance(config, dict) else {}
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    """Returns `value` if it is one: the configuration beside metrics has no checksum, and may be of another program."""
+    return value if isinstance(value, dict) else {}
+
+
+def _whole(value: Any) -> Cell:
+    return Cell(str(value), value) if isinstance(value, int) else words(value)
 
 
 def _data(source: Source) -> str:

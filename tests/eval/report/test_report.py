@@ -5,6 +5,7 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from eval.report import collect as collecting
@@ -14,7 +15,7 @@ from eval.report.command import Options, main
 from eval.report.runs import Runs
 from eval.results.schema import RESULTS
 from eval.stats.estimates import Estimate
-from tests.helpers import made_report
+from tests.helpers import damage, made_report
 from tests.helpers.in_process import command
 from tests.helpers.made_report import FORMULA, SCRIPT
 from ttt_jax.errors import InputError
@@ -352,3 +353,23 @@ def test_every_command_of_the_page_can_be_read():
     for line, (module, kind) in collecting.KINDS.items():
         results = getattr(importlib.import_module(module), kind)
         assert line == results.COMMAND
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_damage_is_named_or_harmless(results, tmp_path, seed, capsys):
+    """One damaged file, whichever it is, costs at most what it holds."""
+    rng = np.random.default_rng(seed)
+    folder = damage.copied(results, tmp_path / "results")
+    path = folder / "run" / "config.json" if seed % 2 else damage.one_file(folder, rng)
+    if seed % 2:
+        path.write_text(json.dumps(damage.of_json(json.loads(path.read_text()), rng)[0]))
+    else:
+        path.write_bytes(damage.of_bytes(path.read_bytes(), rng))
+    out = tmp_path / "report.html"
+    code = main(Options((str(folder),), str(out)))
+    found = Page(out.read_text("utf-8"))
+    assert len(found.sections) >= 8
+    assert code in (0, 3)
+    assert (code == 3) == ("Left out" in found.tables)
+    if path.name == RESULTS:
+        assert str(path) in capsys.readouterr().err
