@@ -154,7 +154,7 @@ FACTS = ("Run", "Tags", "Step", "Preset", "Model", "TTT layers", "Inner model", 
 def _facts(run: Run) -> Row:
     info, model = run.info, _dict(run.config.get("model"))
     ttt = _dict(model.get("ttt"))
-    layers = ", ".join(map(str, info.ttt_layers)) if info else ttt.get("layers")
+    layers = _ranges(info.ttt_layers) if info else ttt.get("layers")
     size = f"{model['dim']} × {model['num_layers']} layers" if {"dim", "num_layers"} <= model.keys() else None
     hidden = ttt.get("hidden")
     inner = None
@@ -174,6 +174,17 @@ def _facts(run: Run) -> Row:
         _whole(seed),
         Cell(run.about["weights"][:12], kind="code") if run.about.get("weights") else NOTHING,
     )
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """Returns indices in rising order as text, three or more neighbours as a range."""
+    parts = list[list[int]]()
+    for layer in layers:
+        if parts and parts[-1][-1] == layer - 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ", ".join(f"{part[0]} to {part[-1]}" if len(part) > 2 else ", ".join(map(str, part)) for part in parts)
 
 
 def _own_tags(run: Run) -> list[str]:

@@ -153,8 +153,10 @@ def _figure5(run: Run, source: Source, checkpoint: CheckpointResults) -> list[Fi
             losses.append(_band(label, x, of_layer[checkpoint.main, name], colour=colour, choice=choice))
         for arm in plots.WITH_MEMORY:
             if (arm, "gain") in of_layer:
+                average = plots.smoothing(results, arm, frames)[0]
+                note = f" (average over {average})" if average != plots.SMOOTHED else ""
                 style = {"colour": COLOURS[arm], "dash": SHORT.get(arm, ""), "choice": choice}
-                gains.append(_band(f"gain under {arm}", x, of_layer[arm, "gain"], **style))
+                gains.append(_band(f"gain under {arm}{note}", x, of_layer[arm, "gain"], **style))
     average = f"over {_files(results)}, a moving average over {plots.SMOOTHED} frames"
     keys = frozenset({run.key})
     figures = [

@@ -224,7 +224,7 @@ def _figure5(results: Results, checkpoint: CheckpointResults, folder: Path) -> A
         2 * blocks, columns, figsize=size, squeeze=False, sharex=True, layout="constrained"
     )
     figure.get_layout_engine().set(w_pad=0.15)
-    within = any((arm, "gain") in curves and _smoothing(results, arm, frames)[1] for arm in RESETTING)
+    within = any((arm, "gain") in curves and smoothing(results, arm, frames)[1] for arm in RESETTING)
     bands = _bands(results, int(curves[main, "gain"].n[0, -1]))
     average = f"moving average over {SMOOTHED} frames{', not across resets' if within else ''}"
     figure.suptitle(f"{checkpoint.info.name}: inner losses under {main}\n{average}; {bands}", fontsize=10)
@@ -238,7 +238,7 @@ def _figure5(results: Results, checkpoint: CheckpointResults, folder: Path) -> A
             _band(losses, frames, of_layer[main, name], colour, label)
         for arm in WITH_MEMORY:
             if (arm, "gain") in of_layer:
-                average = _smoothing(results, arm, frames)[0]
+                average = smoothing(results, arm, frames)[0]
                 note = f" (average over {average})" if average != SMOOTHED else ""
                 _band(gains, frames, of_layer[arm, "gain"], COLOURS[arm], f"gain under {arm}{note}")
         gains.axhline(0, color="black", lw=0.8)
@@ -260,7 +260,7 @@ def _figure5(results: Results, checkpoint: CheckpointResults, folder: Path) -> A
     return figure
 
 
-def _smoothing(results: Results, arm: str, frames: np.ndarray) -> tuple[int, int | None]:
+def smoothing(results: Results, arm: str, frames: np.ndarray) -> tuple[int, int | None]:
     """Returns frames of the moving average, and those of the periods that it stays within.
 
     With more than `TEETH` resets, it goes over the frames between two.
@@ -292,6 +292,6 @@ def by_frame(
                 if name == "gain" or arm == checkpoint.main:
                     drawn = np.full((len(values), len(frames)), np.nan)
                     inside = frames < file.frames
-                    drawn[:, inside] = smooth(values, *_smoothing(results, arm, frames))[:, frames[inside]]
+                    drawn[:, inside] = smooth(values, *smoothing(results, arm, frames))[:, frames[inside]]
                     curves.setdefault((arm, name), []).append(drawn)
     return frames, {key: band(group_means(np.stack(values), groups)) for key, values in curves.items()}

@@ -12,7 +12,7 @@ from eval.report import collect as collecting
 from eval.report import page, parts, published
 from eval.report.collect import collect
 from eval.report.command import Options, main
-from eval.report.runs import Runs
+from eval.report.runs import Runs, _ranges
 from eval.results.schema import RESULTS
 from eval.stats.estimates import Estimate
 from tests.helpers import damage, made_report
@@ -336,6 +336,11 @@ def test_the_command_line_gives_several_tags(tmp_path):
     assert json.loads(re.search(r'id="data">(.*?)</script>', out.read_text())[1])["runs"] == [
         {"key": "r0", "tags": ["TTT", "a", "b", "c"]}
     ]
+
+
+def test_layers_as_ranges():
+    assert _ranges(()) == ""
+    assert _ranges((0, 1, 3, 5, 6, 7, 31)) == "0, 1, 3, 5 to 7, 31"
 
 
 def test_estimates_as_cells():
