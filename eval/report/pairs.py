@@ -40,8 +40,7 @@ def sections(runs: Runs, sources: Sequence[Source]) -> list[Section]:
             bars = [_bar(runs, source, task.title, view.view, view.accuracies[rule]) for view in task.views]
             groups[task.name.startswith(MINI), rule] += bars
         for mean in source.results.means:
-            title = f"{mean.name} ({mean.split}), mean" if mean.split else f"{mean.name}, mean"
-            bar = _bar(runs, source, title, mean.view, mean.accuracies[rule])
+            bar = _bar(runs, source, mean.title, mean.view, mean.accuracies[rule])
             groups[mean.name.startswith(MINI), rule].append(bar)
     blocks: list[Figure | Table | Note] = [_figure(runs, *key, bars) for key, bars in groups.items() if bars]
     blocks += [_table(runs, source) for source in sources]
@@ -117,7 +116,7 @@ def _comparisons(runs: Runs, source: Source) -> Table | None:
 
     rows = [
         (
-            Cell(f"{entry.task} ({entry.split})" if entry.split else entry.task),
+            Cell(entry.title),
             Cell(name(entry.view)),
             Cell(name(entry.base)),
             estimate(entry.difference, 1, signed=True, scale=100),

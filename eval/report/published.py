@@ -30,7 +30,8 @@ ROWS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 NOTE = (
     "Table 7's multi-stream rows score the stream of the user. Released Moshi weights have no heads for that stream, so"
     " these rows cannot be reproduced with them: scores of released weights, on Moshi's own stream, are another"
-    " measure. Mini tasks are other stimuli altogether and compare with none of these rows."
+    " measure. The single-stream and audio-only rows are other models, whose weights were not released. Mini tasks are"
+    " other stimuli altogether and compare with none of these rows."
 )
 
 

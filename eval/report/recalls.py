@@ -10,6 +10,7 @@ from eval.report.collect import RECALL, Source
 from eval.report.parts import Cell, Figure, Note, Row, Section, Table, curve, estimate, number, p_value, seconds
 from eval.report.runs import Run, Runs
 from eval.results.figures import CHECKPOINTS, COLOURS
+from eval.stats.estimates import Estimate
 
 DASHES = {"reset": "dash", "permuted": "dot"}
 
@@ -25,6 +26,7 @@ def sections(runs: Runs, sources: Sequence[Source]) -> list[Section]:
                 if kind in checkpoint.curves:
                     run = runs.of(source, checkpoint.info.name)
                     blocks += _recalled(run, source, checkpoint, kind, checkpoint.curves[kind])
+    blocks += [_compared(runs, source) for source in sources if source.results.between]
     for source in sources:
         keys = frozenset(runs.of(source, info.name).key for info in source.checkpoints)
         blocks += [
@@ -101,6 +103,31 @@ def _row(gap: AtGap, arm: str) -> Row:
         Cell(f"{gap.units} {gap.unit}", gap.units),
         number(gap.failed, "d"),
     )
+
+
+def _compared(runs: Runs, source: Source) -> Table:
+    """Returns the benefit of every checkpoint minus that of the first."""
+    first, *others = source.results.checkpoints
+    main = {checkpoint.info.name: checkpoint.main for checkpoint in others}
+    rows = [
+        (
+            Cell(runs.of(source, name).name),
+            Cell(main[name]),
+            Cell(kind),
+            number(seconds(entry.gap), "g"),
+            estimate(Estimate(entry.test.mean, entry.test.low, entry.test.high, entry.test.n), 4, signed=True),
+            p_value(entry.p_holm),
+            number(entry.test.n, "d"),
+        )
+        for name, by_kind in source.results.between.items()
+        for kind, entries in by_kind.items()
+        for entry in entries
+    ]
+    name = runs.of(source, first.info.name).name
+    caption = f"Benefit minus that of {name} ({first.main}), on the same items: above 0 a checkpoint recalls more."
+    heads = ("Run", "Arm", "Kind", "Gap, s", "Difference, nats", "p (Holm)", "Units")
+    keys = frozenset(runs.of(source, checkpoint.info.name).key for checkpoint in others)
+    return Table(f"Recall beside {name}", caption, heads, rows, keys)
 
 
 def _half(half: Half | None) -> str:

@@ -153,7 +153,11 @@ def recalled(folder: Path, infos=(ONE, TWO)) -> Path:
         )
     dropped = [recall.Dropped(recall.HEARD, 45000, "no speaker has an hour of speech.")]
     folder.mkdir(parents=True)
-    schema.write(folder, recall.RecallResults(setting, checkpoints, dropped, [FILE], []), ABOUT)
+    between = {
+        info.name: {recall.HEARD: [recall.Between(750, MeanTest(-0.02, -0.03, -0.01, 12, 1e-4), 2e-4)]}
+        for info in infos[1:]
+    }
+    schema.write(folder, recall.RecallResults(setting, checkpoints, dropped, [FILE], [], between), ABOUT)
     return folder
 
 

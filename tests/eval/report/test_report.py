@@ -131,7 +131,7 @@ def test_accuracies_have_intervals_and_mini_tasks_stand_apart(whole):
         "mini-swuggy (dev)",
         "mini-sblimp (dev)",
         "mini-salmon/gender",
-        "mini-salmon, mean",
+        "mini-salmon, mean of 1",
     }
     assert [series["x"] for series in official["series"]] == [["swuggy (dev)"]] * 4
     first = official["series"][0]
@@ -190,6 +190,8 @@ def test_recall_by_gap(whole):
     assert figure["series"][0]["y"][1] == pytest.approx(0.16)
     assert [words for _, words in figure["marks"]] == ["attention window", "attention's reach"]
     assert "Half of the benefit is left after 91.5 s (95 % interval: 70 s to beyond the longest gap)." in whole.text
+    row = ["60", "-0.0200 [-0.0300, -0.0100]", "< 0.001", "12"]
+    assert whole.tables["Recall beside one"][1] == [SCRIPT, "persist", "heard-before", *row]
     assert "gap of 3600 s: left out, no speaker has an hour of speech." in whole.text
 
 
