@@ -27,7 +27,7 @@ from tests.helpers.made_experiment import made
 
 SCRIPT = "<script>document.title='broken'</script>"
 """A name that must stay a name."""
-FORMULA = "=1+2"
+FORMULA = "=1+<b>2</b>"
 ABOUT = {"evaluated_with": {"versions": {"ttt_jax": "0.1.0", "jax": "0.10.2"}, "device": "cpu"}, "cost": {"seconds": 2}}
 FILE = FileInfo("speech", "speech", 500, "speech.npz", digest="f0")
 
