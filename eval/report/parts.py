@@ -135,6 +135,11 @@ def listed(names: Iterable[str], most: int = 4) -> str:
     return ", ".join(names if rest <= 1 else [*names[:most], f"{rest} more"])
 
 
+def of(name: str, sentence: str) -> str:
+    """Returns a sentence that says of which run it is."""
+    return sentence if sentence.startswith(name) else f"{name}: {sentence}"
+
+
 def words(value: Any) -> Cell:
     """Returns a text as a cell; `NOTHING` of none."""
     return NOTHING if value is None or value == "" else Cell(str(value))

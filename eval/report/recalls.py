@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from eval.recall.results import KINDS, AtGap, CheckpointRecall, Curve, Half
 from eval.report.collect import RECALL, Source
-from eval.report.parts import Cell, Figure, Note, Row, Section, Table, curve, estimate, number, p_value, seconds
+from eval.report.parts import Cell, Figure, Note, Row, Section, Table, curve, estimate, number, of, p_value, seconds
 from eval.report.runs import Run, Runs
 from eval.results.figures import CHECKPOINTS, COLOURS
 from eval.stats.estimates import Estimate
@@ -75,9 +75,9 @@ def _recalled(
         values, style = [gap.arms[arm].benefit for gap in gaps], {"dash": DASHES.get(arm, "")}
         series.append(curve(arm, [gap.seconds for gap in gaps], values, colour=COLOURS.get(arm, "#000000"), **style))
     data = setting.about.get("data")
-    of = f"{' of ' + str(data) if data else ''}, codebooks weighted {setting.weighting}"
+    how = f"{f' of {data}' if data else ''}, codebooks weighted {setting.weighting}"
     where = ", ".join(f"{words} {at:.4g} s" for at, words in marks)
-    caption = f"Benefit by gap and arm with 95 % intervals, excerpts of {seconds(setting.excerpt):g} s{of}; {where}."
+    caption = f"Benefit by gap and arm with 95 % intervals, excerpts of {seconds(setting.excerpt):g} s{how}; {where}."
     axes = ("gap, seconds", "benefit, nats per token")
     title = f"{kind}: {run.name}"
     figure = Figure(f"Recall, {title}", caption, *axes, series, keys, marks=marks, zero=True, log=True)
@@ -85,7 +85,7 @@ def _recalled(
     rows = [_row(gap, arm) for gap in recalled.gaps for arm in checkpoint.arms if arm in gap.arms]
     about = f"{KINDS[kind][0].upper()}{KINDS[kind][1:]}."
     table = Table(f"Gaps, {title}", about, (*heads, "Items", "Units", "Failed"), rows, keys)
-    return [figure, Note(f"{run.name}: {recalled.verdict}{_half(recalled.half)}", runs=keys), table]
+    return [figure, Note(of(run.name, recalled.verdict) + _half(recalled.half), runs=keys), table]
 
 
 def _row(gap: AtGap, arm: str) -> Row:

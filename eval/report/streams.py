@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from eval.report.collect import STREAM, LeftOut, Source
-from eval.report.parts import Figure, Note, Section, Series, curve, seconds
+from eval.report.parts import Figure, Note, Section, Series, curve, of, seconds
 from eval.report.runs import Run, Runs
 from eval.results.figures import CHECKPOINTS, COLOURS
 from eval.stats.estimates import Band, Estimate
@@ -30,7 +30,7 @@ def sections(runs: Runs, sources: Sequence[Source], left_out: list[LeftOut]) -> 
         for checkpoint in source.results.checkpoints:
             run = runs.of(source, checkpoint.info.name)
             by_position += _losses(run, source.results, checkpoint)
-            by_position.append(Note(_verdict(run, checkpoint), runs=frozenset({run.key})))
+            by_position.append(Note(of(run.name, checkpoint.verdict), runs=frozenset({run.key})))
             if checkpoint.inner:
                 try:
                     by_frame += _figure5(run, source, checkpoint)
@@ -188,11 +188,6 @@ def _figure5(run: Run, source: Source, checkpoint: CheckpointResults) -> list[Fi
 def _band(name: str, x: Sequence[float], band: Band, **style: str) -> Series:
     values = [Estimate(*numbers) for numbers in zip(*(field.tolist() for field in band), strict=True)]
     return curve(name, x, values, **style)
-
-
-def _verdict(run: Run, checkpoint: CheckpointResults) -> str:
-    named = checkpoint.verdict.startswith(run.name)
-    return checkpoint.verdict if named else f"{run.name}: {checkpoint.verdict}"
 
 
 def _files(results: Results) -> str:

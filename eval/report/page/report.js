@@ -13,6 +13,7 @@ const drawn = new Set(); // cards whose figure was drawn
 const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 // The middle of a long name gives way: names of one run often differ at the end.
 const shortened = (text) => plain(text.length > 44 ? `${text.slice(0, 24)}…${text.slice(-19)}` : text);
+const broken = (task) => plain(task).replace(/\/|,(?= )/g, "$&<br>").replace(/ \(/g, "<br>(");
 const colourOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const channels = (colour) => [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
 const onDark = () => dark.matches && document.documentElement.dataset.print === undefined;
@@ -103,7 +104,7 @@ function marks(figure, shown) {
     bgcolor: colourOf("card"),
     opacity: 0.85,
     ...(across
-      ? { xref: "paper", x: 1, xanchor: "right", y: at, yanchor: "bottom" }
+      ? { xref: "paper", x: 1, xanchor: "left", y: at, yanchor: "middle" }
       : {
         x: figure.log ? Math.log10(at) : at, xanchor: at > last / 2 ? "right" : "left",
         yref: "paper", y: 1 - 0.08 * i, yanchor: "top",
@@ -116,12 +117,13 @@ function layout(figure, shown, width) {
   const text = colourOf("text");
   const axis = { gridcolor: colourOf("grid"), linecolor: colourOf("line"), zeroline: false, automargin: true };
   const zero = { zeroline: figure.zero, zerolinecolor: text, zerolinewidth: 1 };
-  const points = figure.kind === "points";
+  const points = figure.kind === "points", bars = figure.kind === "bars";
+  const groups = bars ? [...new Set(shown.flatMap((series) => series.x))] : [];
   const rows = Math.ceil(shown.reduce((sum, series) => sum + 60 + 7 * Math.min(44, series.name.length), 0) / width);
   const categories = points ? new Set(shown.flatMap((series) => series.y)).size : 0;
   return {
-    height: (points ? 110 + 62 * categories : 320) + 22 * rows,
-    margin: { l: 8, r: 12, t: 12 + 22 * rows, b: 8 },
+    height: (points ? 110 + 62 * categories : bars ? 360 : 320) + 22 * rows,
+    margin: { l: 8, r: bars ? 52 : 12, t: 12 + 22 * rows, b: 8 },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, sans-serif", size: 12, color: text },
@@ -137,6 +139,7 @@ function layout(figure, shown, width) {
       rangemode: figure.kind === "lines" && !figure.log ? "tozero" : "normal",
       title: { text: plain(figure.x), standoff: 8 }, 
       ...(figure.log ? { tickvals: [...new Set(shown.flatMap((series) => series.x))] } : {}),
+      ...(bars ? { tickvals: groups, ticktext: groups.map(broken) } : {}),
     },
     yaxis: {
       ...axis, ...(points ? { autorange: "reversed", type: "category" } : zero),
