@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,5 +140,5 @@ def _thinned(points: list[tuple[float, float]]) -> tuple[list[float], list[float
     """Returns steps and values of at most `POINTS` means over neighbours."""
     size = -(-len(points) // POINTS) or 1
     groups = [points[start : start + size] for start in range(0, len(points), size)]
-    mean: Callable[[int, list], float] = lambda i, group: sum(point[i] for point in group) / len(group)  # noqa: E731
-    return [mean(0, group) for group in groups], [mean(1, group) for group in groups]
+    means = [[sum(values) / len(group) for values in zip(*group, strict=True)] for group in groups]
+    return [step for step, _ in means], [value for _, value in means]
