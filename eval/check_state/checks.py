@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from eval.check_state.results import Check
 from ttt_jax.checkpoints import stream_state
 from ttt_jax.config import MoshiConfig
 from ttt_jax.moshi import model
@@ -35,14 +36,6 @@ Step = tuple[jax.Array, State]
 """Losses in nats [B, 1 + Q, T] and the next state."""
 Call = Callable[[Params, np.ndarray, np.ndarray, State], Step]
 """From parameters, frames [B, K, T], mask [B, T] and state."""
-
-
-class Check(NamedTuple):
-    """A property, whether it holds, and the numbers that show it."""
-
-    what: str
-    passed: bool
-    figure: str
 
 
 class Trace(NamedTuple):

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
+from eval.check_state.results import Results
+from eval.results import folder as folders
+from eval.results import schema
 from ttt_jax.config import FRAME_RATE, MODEL_PRESETS
 from ttt_jax.errors import InputError
+from ttt_jax.utils.command import cost, machine
+from ttt_jax.utils.paths import local
 
 if TYPE_CHECKING:
-    from eval.check_state.checks import Trace
+    from eval.check_state.checks import Report, Trace
+    from eval.inputs.dataset import EvalFile
     from ttt_jax.checkpoints.loading import Checkpoint
 
 HEAD, TAIL = 4, 3
@@ -33,6 +40,9 @@ class Options:
     """Audio, codes (.safetensors) or a manifest, whose first file is read; unset: the held-out embedded speech."""
     frames: int = 50
     """Frames to stream, 80 ms each."""
+    out: Annotated[str | None, arg(metavar="FOLDER")] = None
+    """Folder for results.json, which `python -m eval report` shows; unset: nothing is stored. Checks of the same
+    recording and checkpoint are replaced; a folder with other results is refused."""
 
     def __post_init__(self) -> None:
         if self.frames < 2:
@@ -56,17 +66,44 @@ def main(options: Options) -> int:
             " (python -m ttt_jax.convert kyutai --ttt-layers adds them)."
         )
     file = dataset.first(options.audio or dataset.embedded(), [checkpoint], options.frames)
+    file = file._replace(frames=file.frames[:, : options.frames])
+    if options.out is not None:
+        folders.make(local(options.out))  # before the work, so that a bad --out is reported at once
+        check_replaced(local(options.out), results_of(options, checkpoint, file))
     print(
         f"{checkpoint.name}: TTT layers {','.join(map(str, cfg.ttt_layers))}, mini-batch {cfg.ttt.mini_batch},"
         f" {cfg.dtype}; {options.frames} frames ({options.frames / FRAME_RATE:.1f} s) of {file.name}, one at a time\n",
         flush=True,
     )
-    report = check(checkpoint.params, file.frames[:, : options.frames], cfg)
+    report = check(checkpoint.params, file.frames, cfg)
     width = max(len(entry.what) for entry in report.checks)
     lines = [f"{entry.what:{width}}  {'PASS' if entry.passed else 'FAIL'}  {entry.figure}" for entry in report.checks]
-    result = "PASS" if report.passed else "FAIL"
-    print("\n".join([*table(report.trace, cfg.ttt_layers[0]), "", *lines, "", report.meaning, result]))
+    result, stored = "PASS" if report.passed else "FAIL", list[str]()
+    if options.out is not None:
+        folder, made = local(options.out), results_of(options, checkpoint, file, report)
+        check_replaced(folder, made)  # another command may have written there meanwhile
+        stored = [str(schema.write(folder, made, {"evaluated_with": machine(), "cost": cost()})), ""]
+    print("\n".join([*table(report.trace, cfg.ttt_layers[0]), "", *lines, "", *stored, report.meaning, result]))
     return 0 if report.passed else 1
+
+
+def results_of(options: Options, checkpoint: Checkpoint, file: EvalFile, report: Report | None = None) -> Results:
+    """Returns what is stored; without the checks before there is a report."""
+    from eval.streaming.score_files import checkpoint_info, file_infos
+
+    found = (report.checks, report.meaning, report.passed) if report else ([], "", False)
+    return Results(options.audio, file_infos([file])[0], checkpoint_info(checkpoint, brief=True), *found)
+
+
+def check_replaced(folder: Path, results: Results) -> None:
+    """Raises `InputError` if `folder` holds anything but checks of the same recording and checkpoint."""
+    earlier = folders.stored(folder, lambda folder: schema.read(folder, Results), ())
+    if earlier is not None:
+        old, new = (
+            folders.subject(r.data, [r.file], [], [folders.checkpoint(r.checkpoint.name, r.checkpoint.about)], {})
+            for r in (earlier, results)
+        )
+        folders.check(folder, old, new)
 
 
 def fresh_tiny() -> Checkpoint:

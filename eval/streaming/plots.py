@@ -215,7 +215,7 @@ def _band(axis: Any, x: np.ndarray, values: Band, colour: Any, label: str, bande
 
 def _figure5(results: Results, checkpoint: CheckpointResults, folder: Path) -> Any:
     """Inner losses by frame, a panel for each TTT layer, and below it what memory brought."""
-    frames, curves = _by_frame(results, checkpoint, folder)
+    frames, curves = by_frame(results, checkpoint, folder)
     layers, main = checkpoint.info.ttt_layers, checkpoint.main
     columns = min(4, len(layers))
     blocks = -(-len(layers) // columns)
@@ -224,7 +224,7 @@ def _figure5(results: Results, checkpoint: CheckpointResults, folder: Path) -> A
         2 * blocks, columns, figsize=size, squeeze=False, sharex=True, layout="constrained"
     )
     figure.get_layout_engine().set(w_pad=0.15)
-    within = any((arm, "gain") in curves and _smoothing(results, arm, frames)[1] for arm in RESETTING)
+    within = any((arm, "gain") in curves and smoothing(results, arm, frames)[1] for arm in RESETTING)
     bands = _bands(results, int(curves[main, "gain"].n[0, -1]))
     average = f"moving average over {SMOOTHED} frames{', not across resets' if within else ''}"
     figure.suptitle(f"{checkpoint.info.name}: inner losses under {main}\n{average}; {bands}", fontsize=10)
@@ -238,7 +238,7 @@ def _figure5(results: Results, checkpoint: CheckpointResults, folder: Path) -> A
             _band(losses, frames, of_layer[main, name], colour, label)
         for arm in WITH_MEMORY:
             if (arm, "gain") in of_layer:
-                average = _smoothing(results, arm, frames)[0]
+                average = smoothing(results, arm, frames)[0]
                 note = f" (average over {average})" if average != SMOOTHED else ""
                 _band(gains, frames, of_layer[arm, "gain"], COLOURS[arm], f"gain under {arm}{note}")
         gains.axhline(0, color="black", lw=0.8)
@@ -260,7 +260,7 @@ def _figure5(results: Results, checkpoint: CheckpointResults, folder: Path) -> A
     return figure
 
 
-def _smoothing(results: Results, arm: str, frames: np.ndarray) -> tuple[int, int | None]:
+def smoothing(results: Results, arm: str, frames: np.ndarray) -> tuple[int, int | None]:
     """Returns frames of the moving average, and those of the periods that it stays within.
 
     With more than `TEETH` resets, it goes over the frames between two.
@@ -271,17 +271,17 @@ def _smoothing(results: Results, arm: str, frames: np.ndarray) -> tuple[int, int
     return (resets, None) if frames[-1] > TEETH * resets else (SMOOTHED, resets)
 
 
-def _by_frame(
-    results: Results, checkpoint: CheckpointResults, folder: Path
+def by_frame(
+    results: Results, checkpoint: CheckpointResults, folder: Path, points: int = POINTS
 ) -> tuple[np.ndarray, dict[tuple[str, str], Band]]:
-    """Smooths inner losses over P frames that more than half of the units reach.
+    """Smooths inner losses over P frames, at most `points`, that more than half of the units reach.
 
     Returns:
       The frames, int [P], and bands [L, P] by arm and quantity: the three losses of the main arm, the gain of each.
     """
     groups = [file.group for file in results.files]
     reach = sorted((max(f.frames for f in results.files if f.group == group) for group in set(groups)), reverse=True)
-    frames = np.unique(np.linspace(0, reach[len(reach) // 2] - 1, POINTS).round().astype(int))
+    frames = np.unique(np.linspace(0, reach[len(reach) // 2] - 1, points).round().astype(int))
     curves: dict[tuple[str, str], list[np.ndarray]] = {}
     for file in results.files:  # one at a time; what stays of each is what is drawn
         arms = load_scores(folder, checkpoint.info, file, results.setting).arms
@@ -292,6 +292,6 @@ def _by_frame(
                 if name == "gain" or arm == checkpoint.main:
                     drawn = np.full((len(values), len(frames)), np.nan)
                     inside = frames < file.frames
-                    drawn[:, inside] = smooth(values, *_smoothing(results, arm, frames))[:, frames[inside]]
+                    drawn[:, inside] = smooth(values, *smoothing(results, arm, frames))[:, frames[inside]]
                     curves.setdefault((arm, name), []).append(drawn)
     return frames, {key: band(group_means(np.stack(values), groups)) for key, values in curves.items()}

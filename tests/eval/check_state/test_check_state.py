@@ -11,6 +11,8 @@ import pytest
 from eval import __main__ as command
 from eval.check_state import checks as check
 from eval.check_state import command as check_command
+from eval.check_state.results import Results
+from eval.results import schema
 from tests.helpers import eval_models, micro
 from tests.helpers.drawing import quick_jit
 from tests.helpers.micro import MODEL
@@ -234,6 +236,20 @@ def test_the_command_passes(tiny_run, capsys):
     assert [line for line in lines if "  PASS  " in line] == [
         line for line in lines if line.startswith(tuple(LINES.values()))
     ]
+
+
+@integration
+def test_the_checks_are_stored_and_replaced(tiny_run, tmp_path, capsys):
+    args = (tiny_run.run, "--audio", tiny_run.heldout, "--out", tmp_path / "state", "--frames")
+    for _ in range(2):
+        assert main(*args, FRAMES) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "PASS"
+    stored = schema.read(tmp_path / "state", Results)
+    assert (stored.passed, stored.file.frames, stored.checkpoint.name) == (True, FRAMES, "run")
+    assert [entry.what for entry in stored.checks if entry.passed] == [entry.what for entry in stored.checks]
+    assert stored.meaning.startswith("The fast weights persist")
+    with pytest.raises(InputError, match="holds results on .*give another folder by --out"):
+        main(*args, FRAMES - 1)
 
 
 @integration

@@ -1,0 +1,1 @@
+"""`python -m eval report`: one HTML page over many results."""

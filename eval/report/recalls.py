@@ -1,0 +1,140 @@
+"""Section on spoken recall (`python -m eval recall`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from eval.recall.results import KINDS, AtGap, CheckpointRecall, Curve, Half
+from eval.report.collect import RECALL, Source
+from eval.report.parts import Cell, Figure, Note, Row, Section, Table, curve, estimate, number, of, p_value, seconds
+from eval.report.runs import Run, Runs
+from eval.results.figures import CHECKPOINTS, COLOURS
+from eval.stats.estimates import Estimate
+
+DASHES = {"reset": "dash", "permuted": "dot"}
+
+
+def sections(runs: Runs, sources: Sequence[Source]) -> list[Section]:
+    """Returns the section, if any results belong to it."""
+    blocks = list[Figure | Table | Note]()
+    sources = [source for source in sources if source.command == RECALL]
+    for kind in KINDS:
+        blocks += _together(runs, sources, kind)
+        for source in sources:
+            for checkpoint in source.results.checkpoints:
+                if kind in checkpoint.curves:
+                    run = runs.of(source, checkpoint.info.name)
+                    blocks += _recalled(run, source, checkpoint, kind, checkpoint.curves[kind])
+    blocks += [_compared(runs, source) for source in sources if source.results.between]
+    for source in sources:
+        keys = frozenset(runs.of(source, info.name).key for info in source.checkpoints)
+        blocks += [
+            Note(f"{entry.kind}, gap of {seconds(entry.gap):g} s: left out, {entry.reason}", runs=keys)
+            for entry in source.results.dropped
+        ]
+    lead = (
+        "What is left of an excerpt that was heard before a gap? Benefit: how many nats per token lower the loss of the"
+        " second playing is than in a control in which something else was played first; above 0 it was recalled, 0 is"
+        " no memory. Within attention's window and reach, attention alone can recall; beyond the reach only the fast"
+        " weights can."
+    )
+    return [Section("recall", "Spoken recall", lead, blocks)] if blocks else []
+
+
+def _together(runs: Runs, sources: Sequence[Source], kind: str) -> list[Figure]:
+    """Returns the main arms of all checkpoints, if there are several."""
+    series, keys = [], set[str]()
+    for source in sources:
+        for checkpoint in source.results.checkpoints:
+            run = runs.of(source, checkpoint.info.name)
+            if kind in checkpoint.curves and run.key not in keys:
+                colour, name = CHECKPOINTS[len(keys) % len(CHECKPOINTS)], f"{run.name} ({checkpoint.main})"
+                keys.add(run.key)
+                gaps = [gap for gap in checkpoint.curves[kind].gaps if checkpoint.main in gap.arms]
+                values = [gap.arms[checkpoint.main].benefit for gap in gaps]
+                series.append(curve(name, [gap.seconds for gap in gaps], values, colour=colour, run=run.key))
+    if len(series) < 2:
+        return []
+    caption = f"{kind}: {KINDS[kind]}."
+    axes = ("gap, seconds", "benefit, nats per token")
+    return [Figure(f"Recall, all runs: {kind}", caption, *axes, series, frozenset(keys), zero=True, log=True)]
+
+
+def _recalled(
+    run: Run, source: Source, checkpoint: CheckpointRecall, kind: str, recalled: Curve
+) -> list[Figure | Table | Note]:
+    """Returns the curve of each arm, the verdict, and a table of the gaps."""
+    info, setting, keys = checkpoint.info, source.results.setting, frozenset({run.key})
+    marks = [(seconds(info.context), "attention window")]
+    if math.isfinite(info.reach):
+        marks.append((seconds(info.reach), "attention's reach"))
+    series = []
+    for arm in checkpoint.arms:
+        gaps = [gap for gap in recalled.gaps if arm in gap.arms]
+        values, style = [gap.arms[arm].benefit for gap in gaps], {"dash": DASHES.get(arm, "")}
+        series.append(curve(arm, [gap.seconds for gap in gaps], values, colour=COLOURS.get(arm, "#000000"), **style))
+    data = setting.about.get("data")
+    how = f"{f' of {data}' if data else ''}, codebooks weighted {setting.weighting}"
+    where = ", ".join(f"{words} {at:.4g} s" for at, words in marks)
+    caption = f"Benefit by gap and arm with 95 % intervals, excerpts of {seconds(setting.excerpt):g} s{how}; {where}."
+    axes = ("gap, seconds", "benefit, nats per token")
+    title = f"{kind}: {run.name}"
+    figure = Figure(f"Recall, {title}", caption, *axes, series, keys, marks=marks, zero=True, log=True)
+    heads = ("Gap, s", "Where", "Arm", "Benefit, nats", "Heard, nats", "Unheard, nats", "Persist minus it", "p (Holm)")
+    rows = [_row(gap, arm) for gap in recalled.gaps for arm in checkpoint.arms if arm in gap.arms]
+    about = f"{KINDS[kind][0].upper()}{KINDS[kind][1:]}."
+    table = Table(f"Gaps, {title}", about, (*heads, "Items", "Units", "Failed"), rows, keys)
+    return [figure, Note(of(run.name, recalled.verdict) + _half(recalled.half), runs=keys), table]
+
+
+def _row(gap: AtGap, arm: str) -> Row:
+    own, against = gap.arms[arm], gap.against.get(arm)
+    return (
+        number(gap.seconds, "g"),
+        Cell(gap.where),
+        Cell(arm),
+        estimate(own.benefit, 4, signed=True),
+        estimate(own.heard, 4),
+        estimate(own.unheard, 4),
+        number(against and against.test.mean, "+.4f"),
+        p_value(against and against.p_holm),
+        number(gap.items, "d"),
+        Cell(f"{gap.units} {gap.unit}", gap.units),
+        number(gap.failed, "d"),
+    )
+
+
+def _compared(runs: Runs, source: Source) -> Table:
+    """Returns the benefit of every checkpoint minus that of the first."""
+    first, *others = source.results.checkpoints
+    main = {checkpoint.info.name: checkpoint.main for checkpoint in others}
+    rows = [
+        (
+            Cell(runs.of(source, name).name),
+            Cell(main[name]),
+            Cell(kind),
+            number(seconds(entry.gap), "g"),
+            estimate(Estimate(entry.test.mean, entry.test.low, entry.test.high, entry.test.n), 4, signed=True),
+            p_value(entry.p_holm),
+            number(entry.test.n, "d"),
+        )
+        for name, by_kind in source.results.between.items()
+        for kind, entries in by_kind.items()
+        for entry in entries
+    ]
+    name = runs.of(source, first.info.name).name
+    caption = f"Benefit minus that of {name} ({first.main}), on the same items: above 0 a checkpoint recalls more."
+    heads = ("Run", "Arm", "Kind", "Gap, s", "Difference, nats", "p (Holm)", "Units")
+    keys = frozenset(runs.of(source, checkpoint.info.name).key for checkpoint in others)
+    return Table(f"Recall beside {name}", caption, heads, rows, keys)
+
+
+def _half(half: Half | None) -> str:
+    """Returns a sentence with the gap at which half of the benefit is left."""
+    if half is None:
+        return ""
+    if half.seconds is None:
+        return f" More than half of the benefit at {seconds(half.first):g} s is left at the longest gap."
+    low, high = ("beyond the longest gap" if x is None else f"{x:.3g} s" for x in (half.low, half.high))
+    return f" Half of the benefit is left after {half.seconds:.3g} s (95 % interval: {low} to {high})."
