@@ -10,5 +10,8 @@ diagnose/     `diagnose`: what the TTT layers do beside attention
 stats/        estimates, paired statistics, verdicts
 results/      folders of results and their format
 tasks/        controlled tasks, for which the best possible loss is known
-benchmarks/   pairs of recordings: which one does a model find more likely?
+benchmarks/   `swuggy`, `sblimp`, `storycloze`, `salmon`, `suite`: which of two recordings is more likely?
+mini/         `make-mini`: small benchmarks of synthetic speech
+recall/       `recall`: what is left of speech that was heard before a gap
+report/       `report`: one HTML page over many results
 """

@@ -86,16 +86,25 @@ def _losses(
         "machine": machine(),
     }
     kept = Kept(checkpoint.cache_dir, question)
-    missing = [key for key in entries if key not in kept]
+    names = list(entries)
+    before = sum(name in kept for name in names)
     print(
-        f"scoring {len(entries):,} recordings under {checkpoint.name}"
-        + (f", {len(entries) - len(missing):,} of them scored before ..." if len(missing) < len(entries) else " ..."),
+        f"scoring {len(names):,} recordings under {checkpoint.name}"
+        + (f", {before:,} of them scored before ..." if before else " ..."),
         flush=True,
     )
-    with tqdm(total=len(missing), desc=checkpoint.name, unit="recording", leave=False, mininterval=0.5) as bar:
-        waiting = [entries[key] for key in missing]
-        for call in score(checkpoint.params, checkpoint.cfg, waiting, silence, arms, options.batch):
-            kept.add((missing[i], losses.nats) for i, losses in call)
+    with tqdm(total=len(names), desc=checkpoint.name, unit="recording", leave=False, mininterval=0.5) as bar:
+        calls = score(
+            checkpoint.params,
+            checkpoint.cfg,
+            list(entries.values()),
+            silence,
+            arms,
+            options.batch,
+            lambda i: names[i] in kept,
+        )
+        for call in calls:
+            kept.add((names[i], losses.nats) for i, losses in call)
             bar.update(len(call))
     return {place: (entries[key].codes.shape[1], kept[key]) for place, key in keys.items()}
 
