@@ -1,7 +1,11 @@
 """Controlled task of spoken recall: excerpts of a stream of random codes come again, word for word.
 
-Moshi speaks alone, in codebook 1: parts of equal length, each new or a replay of an earlier one. It is what
+Moshi speaks in codebook 1: parts of equal length, each new or a replay of an earlier one. It is what
 `python -m eval recall` asks for, with a known best loss.
+
+The user's stream is an echo: its codebook 2 says what Moshi says. Moshi delays it by a frame, so every column of the
+delayed grid holds a token beside the one before it, as a fact of the task recall stands beside its key. A TTT layer can
+then learn what follows what from single columns. It says nothing new, so the best loss is that without it.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import math
 
 import numpy as np
 
-from eval.tasks.streams import MOSHI, empty
+from eval.tasks.streams import MOSHI, USER, empty
 
 VOCABULARY = 32
 """Number of tokens that Moshi uses, all equally likely."""
@@ -33,7 +37,7 @@ def replay(rng: np.random.Generator, frames: int, every: int) -> np.ndarray:
         length = min(every, frames - start)
         spoken[start : start + length] = spoken[source : source + length]
         last[source] = start
-    stream[MOSHI] = spoken
+    stream[MOSHI] = stream[USER + 1] = spoken
     return stream
 
 

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from eval.tasks import replay
-from eval.tasks.streams import MOSHI, TEXT
+from eval.tasks.streams import MOSHI, TEXT, USER
+from ttt_jax.config import MoshiConfig
+from ttt_jax.moshi import delays
 
 EVERY, FRAMES = 20, 512
 
@@ -22,10 +24,19 @@ def parts(stream, every=EVERY):
     return [tuple(spoken[start : start + every]) for start in range(0, len(spoken) - every + 1, every)]
 
 
-def test_moshi_speaks_alone_in_one_codebook():
+def test_moshi_speaks_in_one_codebook_and_the_user_s_stream_is_its_echo():
     for stream in streams(4):
         assert ((stream[MOSHI] >= 0) & (stream[MOSHI] < replay.VOCABULARY)).all()
-        assert (np.delete(stream, (TEXT, MOSHI), 0) == -1).all()
+        np.testing.assert_array_equal(stream[USER + 1], stream[MOSHI])
+        assert (np.delete(stream, (TEXT, MOSHI, USER + 1), 0) == -1).all()
+
+
+def test_columns_of_the_delayed_grid_hold_a_token_beside_the_one_before():
+    (stream,) = streams(1)
+    cfg = MoshiConfig(card=64, text_card=512)  # with Moshi's own delays
+    columns, _ = delays.columns(delays.init_history(cfg, 1), stream[None], np.ones((1, FRAMES), bool), cfg)
+    inputs = np.asarray(columns.inputs[0])
+    np.testing.assert_array_equal(inputs[2:, USER + 1], inputs[1:-1, MOSHI])
 
 
 def test_parts_come_again_after_the_gap_and_not_later_than_the_furthest():
