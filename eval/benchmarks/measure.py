@@ -49,11 +49,7 @@ def scores(
     silence = Encoder(codec, TokenizerInfo()).silence(longest)
     scored: list[dict[View, Scored]] = [{} for _ in tasks]
     for checkpoint in checkpoints:
-        loaded = checkpoint
-        if checkpoint.params is None:
-            loaded = loading.load(checkpoint.about["path"])._replace(name=checkpoint.name)
-        losses = _losses(options, loaded, encoded.codes, silence, codec)
-        del loaded  # at most one checkpoint is in memory
+        losses = _losses(options, checkpoint, encoded.codes, silence, codec)
         for arm in options.arms_of(checkpoint):
             for text in options.texts:
                 for voice in options.voices:
@@ -95,7 +91,7 @@ def _losses(
     )
     with tqdm(total=len(names), desc=checkpoint.name, unit="recording", leave=False, mininterval=0.5) as bar:
         calls = score(
-            checkpoint.params,
+            loading.params_of(checkpoint),
             checkpoint.cfg,
             list(entries.values()),
             silence,

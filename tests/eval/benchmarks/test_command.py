@@ -210,3 +210,17 @@ def test_checkpoints_are_compared_on_the_same_pairs(run, data, tmp_path):
     stored = results.read(tmp_path / "out")
     assert [comparison.view.checkpoint for comparison in stored.comparisons] == ["other", "other"]
     assert all(np.isfinite(comparison.p) for comparison in stored.comparisons)
+
+
+def test_a_checkpoint_that_changed_meanwhile_is_not_scored_under_the_old_ones_name(run, data, tmp_path, monkeypatch):
+    other, whole = shutil.copytree(run, tmp_path / "other"), measure.encode
+
+    def encode(*args):
+        shutil.rmtree(other)
+        write_run(other, micro.config(), seed=2)
+        return whole(*args)
+
+    monkeypatch.setattr(measure, "encode", encode)
+    changed = ["storycloze", str(write_run(tmp_path / "one", micro.config(), seed=1)), str(other)]
+    with pytest.raises(InputError, match="has another checkpoint than when this command began"):
+        main([*changed, "--data", str(data), "--arms", "off", "--out", str(tmp_path / "out")])
