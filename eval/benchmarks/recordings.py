@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from eval.benchmarks.layouts.find import LONGEST
 from ttt_jax.codec import Codec
 from ttt_jax.data.audio.reader import read_blocks
 from ttt_jax.errors import InputError
@@ -79,13 +80,17 @@ def encode(
 
 def _read(path: Path, codec: Codec) -> np.ndarray:
     """Returns the samples of a mono recording at the codec's rate, float32 [samples]. Raises `InputError`."""
-    blocks = list(read_blocks(path, codec.sample_rate))
-    audio = np.concatenate(blocks, axis=1)
-    if len(audio) != 1:
-        raise InputError(f"{path} has {len(audio)} channels, but a benchmark's recordings have one: mix it down.")
-    if not audio.shape[1]:
+    blocks, samples = [], 0
+    for block in read_blocks(path, codec.sample_rate):
+        if len(block) != 1:
+            raise InputError(f"{path} has {len(block)} channels, but a benchmark's recordings have one: mix it down.")
+        blocks.append(block[0])
+        samples += block.shape[1]
+        if samples > LONGEST * codec.sample_rate:
+            raise InputError(f"{path} lasts more than {LONGEST} s, which no benchmark's recording does: leave it out.")
+    if not samples:
         raise InputError(f"{path} holds no samples: bring the recording back.")
-    return audio[0]
+    return np.concatenate(blocks)
 
 
 def _encode(recordings: Sequence[np.ndarray], codec: Codec) -> list[np.ndarray]:

@@ -62,9 +62,11 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_encoded(wavs, codec, tmp_p
     (tmp_path / "text.wav").write_text("no sound")
     soundfile.write(tmp_path / "stereo.wav", np.zeros((800, 2)), 16000)
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
-    bad = [tmp_path / name for name in ("text.wav", "stereo.wav", "empty.wav", "missing.wav")]
+    soundfile.write(tmp_path / "long.wav", np.zeros(301 * 1000), 1000)
+    bad = [tmp_path / name for name in ("text.wav", "stereo.wav", "empty.wav", "missing.wav", "long.wav")]
     found = encode([bad[0], *wavs, *bad[1:]], codec, tmp_path / "cache")
     assert set(found.unreadable) == set(bad)
     assert all(path.name in reason for path, reason in found.unreadable.items())
     assert "2 channels" in found.unreadable[bad[1]]
+    assert "more than 300 s" in found.unreadable[bad[4]]
     assert set(found.codes) == set(wavs)
