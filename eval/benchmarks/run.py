@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,36 +29,18 @@ MINI = Path(__file__).parents[2] / "corpus" / "mini"
 SUBMISSION = "submission"
 
 
-Read = Callable[[Path, str | None], find.Found]
-"""Finds the tasks of a command in a folder, of a split."""
+def main(options: Options, command: str, *names: str) -> int:
+    """Runs the command `python -m eval COMMAND` on the benchmarks `names`, without on all.
 
-
-def only(*names: str) -> Read:
-    """Returns a reader of the benchmarks with these names alone."""
-
-    def of_names(root: Path, split: str | None) -> find.Found:
-        def ours(name: str) -> bool:
-            return name.removeprefix(MINI_PREFIX).partition("/")[0] in names
-
-        found = find.find(root, split)
-        tasks = [task for task in found.tasks if ours(task.name)]
-        return find.Found(tasks, *([at for at in part if ours(at.name)] for part in (found.absent, found.broken)))
-
-    return of_names
-
-
-def main(options: Options, command: str, read: Read) -> int:
-    """Runs the command `python -m eval COMMAND`; returns the exit code: 0, or 3 if something could not be used.
-
-    Raises `InputError`.
+    Returns the exit code: 0, or 3 if something could not be used. Raises `InputError`.
     """
     data = MINI if options.data is None else local(options.data)
-    found = read(data, options.split)
+    found = find.find(data, options.split, names)
     if options.verify:
         return verify(found, data)
     if not found.tasks:
-        reasons = [*found.broken, *found.absent]
-        raise InputError(f"{data} holds no benchmark that can be used: {reasons[0].reason}.".replace("..", "."))
+        reason = [*found.broken, *found.absent][0].reason.removesuffix(".")
+        raise InputError(f"{data} holds no benchmark that can be used: {reason}.")
     tasks = [limit(task, options.limit, options.seed) if options.limit else task for task in found.tasks]
     return _score(options, command, data, tasks, found.broken)
 

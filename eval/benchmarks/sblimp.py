@@ -21,4 +21,4 @@ class Options(shared.Options):
 
 def main(options: Options) -> int:
     """Runs the command; returns the exit code. Raises `InputError`."""
-    return run.main(options, "sblimp", run.only("sblimp"))
+    return run.main(options, "sblimp", "sblimp")

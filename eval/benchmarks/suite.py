@@ -6,7 +6,6 @@ import dataclasses
 
 from eval.benchmarks import options as shared
 from eval.benchmarks import run
-from eval.benchmarks.layouts import find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,4 +21,4 @@ class Options(shared.Options):
 
 def main(options: Options) -> int:
     """Runs the command; returns the exit code. Raises `InputError`."""
-    return run.main(options, "suite", find.find)
+    return run.main(options, "suite")

@@ -21,4 +21,4 @@ class Options(shared.Options):
 
 def main(options: Options) -> int:
     """Runs the command; returns the exit code. Raises `InputError`."""
-    return run.main(options, "swuggy", run.only("swuggy"))
+    return run.main(options, "swuggy", "swuggy")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,12 +36,13 @@ class _Benchmark(NamedTuple):
     read: Callable[[Path], Task]
 
 
-def find(root: Path, split: str | None = None) -> Found:
-    """Returns all benchmarks whose folder (lexical, syntactic, sSC, tSC, salmon_benchmark) is `root`, lies in it, or in
+def find(root: Path, split: str | None = None, names: Sequence[str] = ()) -> Found:
+    """Returns the benchmarks whose folder (lexical, syntactic, sSC, tSC, salmon_benchmark) is `root`, lies in it, or in
     a folder of it, such as root/sLM21-dataset/lexical.
 
     Args:
       split: of `lexical` and `syntactic`: dev or test; None for dev where it exists, else test.
+      names: of the benchmarks that are looked for, such as salmon; empty for all.
 
     Raises `InputError` if `root` is no folder, or two folders hold the same benchmark.
     """
@@ -49,7 +50,7 @@ def find(root: Path, split: str | None = None) -> Found:
         raise InputError(f"{root} is no folder that can be read: give one that holds benchmarks.")
     folders, tasks = _folders(root), {}
     absent, broken = [], []
-    for benchmark in _benchmarks(split):
+    for benchmark in _benchmarks(split, names):
         holders = [folder for folder in folders if whole_name(folder) == benchmark.folder]
         places = [folder / benchmark.part for folder in holders if (folder / benchmark.part).is_dir()]
         if not places:
@@ -70,7 +71,7 @@ def find(root: Path, split: str | None = None) -> Found:
 def check(task: Task) -> list[Skipped]:
     """Returns the recordings of the pairs of `task` that will not do, by the key of their pair, and why.
 
-    Reads their headers: unreadable, without samples, or longer than `LONGEST`.
+    Reads their headers: unreadable, not mono, without samples, or longer than `LONGEST`.
     """
     found = []
     for pair in task.pairs:
@@ -89,16 +90,19 @@ def _problem(path: Path) -> str:
         return f"is unreadable ({getattr(error, 'error_string', str(error)).strip().rstrip('.')})"
     if not sound.frames:
         return "holds no samples"
+    if sound.channels != 1:
+        return f"has {sound.channels} channels, not one"
     return f"lasts {sound.duration:.0f} s, more than {LONGEST} s" if sound.duration > LONGEST else ""
 
 
-def _benchmarks(split: str | None) -> list[_Benchmark]:
-    return [
+def _benchmarks(split: str | None, names: Sequence[str]) -> list[_Benchmark]:
+    known = [
         _Benchmark("swuggy", zerospeech.LEXICAL, "", lambda folder: zerospeech.lexical(folder, split)),
         _Benchmark("sblimp", zerospeech.SYNTACTIC, "", lambda folder: zerospeech.syntactic(folder, split)),
         *(_Benchmark(name, folder, "", _only(storycloze.read)) for folder, name in storycloze.TASKS.items()),
         *(_Benchmark(f"salmon/{part}", salmon.FOLDER, part, _only(salmon.read)) for part in salmon.PARTS),
     ]
+    return [benchmark for benchmark in known if not names or benchmark.name.partition("/")[0] in names]
 
 
 def _only(read: Callable[[Path], list[Task]]) -> Callable[[Path], Task]:

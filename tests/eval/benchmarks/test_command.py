@@ -201,6 +201,8 @@ def test_no_checkpoint_and_no_benchmark_are_said(run, tmp_path):
         main(["suite", str(run), "--data", str(tmp_path / "empty")])
     with pytest.raises(InputError, match="no folder"):
         main(["suite", str(run), "--data", str(tmp_path / "absent")])
+    with pytest.raises(InputError, match=r"/empty/\.\./empty holds no benchmark .*: there is no folder lexical [^.]*"):
+        main(["swuggy", str(run), "--data", f"{tmp_path}/empty/../empty"])
 
 
 def test_checkpoints_are_compared_on_the_same_pairs(run, data, tmp_path):

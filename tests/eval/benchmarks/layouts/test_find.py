@@ -87,16 +87,28 @@ def test_two_folders_of_one_benchmark_are_refused_but_a_mini_one_is_another(tmp_
         find.find(tmp_path)
 
 
+def test_only_the_benchmarks_that_are_asked_for_are_read(tmp_path):
+    everything(tmp_path)
+    files.lexical(tmp_path / "copy")  # that sWUGGY is there twice is no matter to the others
+    assert names(find.find(tmp_path, names=["sblimp"]).tasks) == ["sblimp"]
+    assert names(find.find(tmp_path, names=["salmon"]).tasks) == [f"salmon/{part}" for part in PARTS]
+    (tmp_path / "sLM21-dataset/syntactic/dev/gold.csv").unlink()
+    found = find.find(tmp_path, names=["sstorycloze", "tstorycloze"])
+    assert (names(found.tasks), found.absent, found.broken) == (["sstorycloze", "tstorycloze"], [], [])
+
+
 def test_headers_of_recordings_are_checked(tmp_path):
     folder = files.lexical(tmp_path, (1, 2, 3, 4), voices=("A",))
     (folder / "w0A.wav").write_bytes(b"this is no recording")
     files.wav(folder / "nw1A.wav", samples=0)
     soundfile.write(folder / "w2A.wav", np.zeros(301 * 8), 8, format="WAV", subtype="PCM_U8")
     (task,) = find.find(tmp_path).tasks
+    soundfile.write(folder / "nw3A.wav", np.zeros((8, 2)), 16000)
     problems = find.check(task)
-    assert [problem.name for problem in problems] == ["A/0", "A/1", "A/2"]
+    assert [problem.name for problem in problems] == ["A/0", "A/1", "A/2", "A/3"]
     assert problems[0].reason.startswith("w0A.wav is unreadable (")
     assert [problem.reason for problem in problems[1:]] == [
         "nw1A.wav holds no samples",
         "w2A.wav lasts 301 s, more than 300 s",
+        "nw3A.wav has 2 channels, not one",
     ]
