@@ -32,10 +32,12 @@ def score(nats: np.ndarray, frames: np.ndarray, rule: str) -> np.ndarray:
       frames: number of frames, int [...]; rule: one of `RULES`.
 
     Returns:
-      float64 [...].
+      float64 [...]; NaN where a codebook with a weight was not scored, or there is none.
     """
     weighting, norm = rule.rsplit(" ", 1)
     weight = weights(weighting, nats.shape[-1])
     used = weight > 0
+    if not used.any():  # of one codebook there is no acoustic one
+        return np.full(nats.shape[:-1], np.nan)
     loss = nats[..., used] @ weight[used] / weight.sum()
     return -loss / frames if norm == "mean" else -loss
