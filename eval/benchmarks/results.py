@@ -57,7 +57,7 @@ class Setting:
     data: str
     """The folder that --data gave."""
     split: str
-    """dev or test; "" where no benchmark of the results has both."""
+    """That --split gave; "" without: dev where it exists, else test. Each task names its own."""
     limit: int | None
     """Most items of a task, drawn by `seed`; None: all."""
     seed: int

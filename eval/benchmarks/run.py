@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,13 @@ from eval.benchmarks.pairs import Task
 from eval.benchmarks.scored import Scored, View
 from eval.benchmarks.subset import limit
 from eval.results import folder as folders
-from eval.results.schema import RESULTS, Skipped
+from eval.results.schema import RESULTS, CheckpointInfo, Skipped
 from ttt_jax.errors import InputError
 from ttt_jax.utils.command import PARTIAL, cost, keep_compiled, machine, shortened
 from ttt_jax.utils.paths import local
 
 if TYPE_CHECKING:
-    from eval.benchmarks.results import BenchmarkResults
+    from eval.benchmarks.results import BenchmarkResults, Setting
     from ttt_jax.checkpoints.loading import Checkpoint
     from ttt_jax.codec import Codec
 
@@ -47,13 +47,15 @@ def main(options: Options, command: str, *names: str) -> int:
 
 def verify(found: find.Found, data: Path) -> int:
     """Prints which benchmarks lie in a folder and what is wrong with them; returns the exit code."""
+    from eval.benchmarks.results import titled
+
     print(f"{data}:")
     wrong = list(found.broken)
     for task in found.tasks:
         problems = [*task.problems, *find.check(task)]
         items = len({pair.item for pair in task.pairs})
-        split = f" ({task.split})" if task.split else ""
-        print(f"  {task.name}{split}: {len(task.pairs):,} pairs of {items:,} items, {len(problems)} problems")
+        title = titled(task.name, task.split)
+        print(f"  {title}: {len(task.pairs):,} pairs of {items:,} items, {len(problems)} problems")
         for line in shortened([f"{problem.name}: {problem.reason}" for problem in problems]):
             print(f"    {line}")
         wrong += problems
@@ -76,14 +78,15 @@ def _score(options: Options, command: str, data: Path, tasks: list[Task], broken
     checkpoints = loading.load_all(paths, keep=len(paths) == 1)
     keep_compiled(checkpoints[0].cache_dir / "compiled")
     for checkpoint in checkpoints:
-        check(checkpoint.cfg, options.voices, checkpoint.name)
+        check(checkpoint.cfg, options.texts, options.voices, checkpoint.name)
         if not checkpoint.cfg.ttt_layers and options.arms_of(checkpoint) != ("off",):
             raise InputError(f"{checkpoint.name} has no TTT layers: give --arms off, or leave --arms out.")
     codec = _codec(checkpoints)
     infos = [checkpoint_info(checkpoint, brief=True) for checkpoint in checkpoints]
-    setting = _setting(options, tasks, checkpoints, codec)
+    setting = _setting(options, checkpoints, codec)
     folder = folders.find(options.out, command, paths[0], options.data)
-    subject = _subject(setting, tasks, infos)
+    sizes = [(results.titled(task.name, task.split), task.about, len(task.pairs)) for task in tasks]
+    subject = _subject(setting, sizes, infos)
     folders.make(folder)
     replaced(folder, subject)  # errors are reported before the work
     scored, problems = measure.scores(options, checkpoints, tasks, codec)
@@ -133,7 +136,7 @@ def _codec(checkpoints: Sequence[Checkpoint]) -> Codec:
     return codec
 
 
-def _setting(options: Options, tasks: Sequence[Task], checkpoints: Sequence[Checkpoint], codec: Codec) -> Any:
+def _setting(options: Options, checkpoints: Sequence[Checkpoint], codec: Codec) -> Setting:
     from eval.benchmarks.results import Setting
     from eval.streaming.arms import ARMS as meanings
 
@@ -141,7 +144,7 @@ def _setting(options: Options, tasks: Sequence[Task], checkpoints: Sequence[Chec
     return Setting(
         rule=options.rule,
         data="corpus/mini" if options.data is None else options.data,
-        split=next((task.split for task in tasks if task.split), ""),
+        split=options.split or "",
         limit=options.limit,
         seed=options.seed,
         texts=options.texts,
@@ -153,17 +156,13 @@ def _setting(options: Options, tasks: Sequence[Task], checkpoints: Sequence[Chec
     )
 
 
-def _subject(setting: Any, tasks: Sequence[Task], infos: Sequence[Any]) -> folders.Subject:
-    """Returns what results of these tasks and checkpoints are about."""
-    digests = {f"{task.name} {task.split}".strip(): f"{_digest(task.about)} {len(task.pairs)} pairs" for task in tasks}
-    return _subject_from(setting, digests, infos)
-
-
-def _digest(about: dict[str, Any]) -> str:
-    return about.get("gold_sha256") or about.get("names_sha256") or ""
-
-
-def _subject_from(setting: Any, digests: dict[str, str], infos: Sequence[Any]) -> folders.Subject:
+def _subject(
+    setting: Setting, tasks: Iterable[tuple[str, dict[str, Any], int]], infos: Sequence[CheckpointInfo]
+) -> folders.Subject:
+    """Returns what results are about; `tasks`: title, facts (`Task.about`) and number of pairs of each."""
+    digests = {
+        title: f"{about.get('gold_sha256') or about.get('names_sha256')} {pairs} pairs" for title, about, pairs in tasks
+    }
     question = {
         "--limit": setting.limit,
         "--seed": setting.seed,
@@ -171,6 +170,7 @@ def _subject_from(setting: Any, digests: dict[str, str], infos: Sequence[Any]) -
         "--voice": ",".join(setting.voices),
         "--arms": ",".join(setting.arms),
         "--rule": setting.rule,
+        "codec": f"{setting.codec['name']} (digest {setting.codec['digest'][:12]})",
     }
     pairs = tuple(folders.checkpoint(info.name, info.about) for info in infos)
     return folders.Subject(setting.data, digests, frozenset(), pairs, question)
@@ -187,10 +187,8 @@ def replaced(folder: Path, subject: folders.Subject) -> list[str]:
     earlier: BenchmarkResults | None = folders.stored(folder, results.read, names)
     if earlier is None:
         return []
-    digests = {
-        f"{task.name} {task.split}".strip(): f"{_digest(task.about)} {task.pairs} pairs" for task in earlier.tasks
-    }
-    folders.check(folder, _subject_from(earlier.setting, digests, earlier.checkpoints), subject)
+    tasks = [(task.title, task.about, task.pairs) for task in earlier.tasks]
+    folders.check(folder, _subject(earlier.setting, tasks, earlier.checkpoints), subject)
     return names
 
 

@@ -65,8 +65,11 @@ def call_frames(frames: int) -> int:
     return power * 3 // 4 if power > 32 and frames <= power * 3 // 4 else power
 
 
-def check(cfg: MoshiConfig, voices: Sequence[Voice], name: str) -> None:
-    """Raises `InputError` unless the model of checkpoint `name` predicts the streams of all `voices`."""
+def check(cfg: MoshiConfig, texts: Sequence[Text], voices: Sequence[Voice], name: str) -> None:
+    """Raises `InputError` unless the model of checkpoint `name` reads all `texts` and predicts the streams of all
+    `voices`."""
+    if "padding" in texts and cfg.text_card <= PAD:
+        raise InputError(f"{name} has {cfg.text_card} text pieces and so no padding (id {PAD}): give --text absent.")
     if "user" in voices and cfg.dep_q < cfg.n_q:
         raise InputError(
             f"{name} predicts {cfg.dep_q} of {cfg.n_q} codebooks, Moshi's and not the user's, as all released Moshi"

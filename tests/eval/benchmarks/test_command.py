@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -172,6 +173,11 @@ def test_results_of_another_question_are_not_replaced(run, data, out, tmp_path):
         with pytest.raises(InputError, match=message):
             main([*same, *flags])
     assert results.read(folder)
+    stored = results.read(folder)
+    setting = replace(stored.setting, codec={"name": "another", "digest": "0" * 64})
+    results.write(folder, replace(stored, setting=setting), {})
+    with pytest.raises(InputError, match="with codec another .digest 000000000000., not melkmeans-8x64"):
+        main(same)
 
 
 @pytest.mark.parametrize(

@@ -127,10 +127,17 @@ def test_a_model_that_diverges_gives_no_number():
 
 
 def test_the_user_s_voice_needs_its_heads():
-    check(BOTH, ("moshi", "user"), "both")
-    check(CFG, ("moshi",), "one")
+    check(BOTH, ("absent", "padding"), ("moshi", "user"), "both")
+    check(CFG, ("absent",), ("moshi",), "one")
     with pytest.raises(InputError, match="one predicts 8 of 16 codebooks, .* give --voice moshi"):
-        check(CFG, ("user",), "one")
+        check(CFG, ("absent",), ("user",), "one")
+
+
+def test_padding_needs_its_id():
+    small = dataclasses.replace(CFG, text_card=PAD)  # whose initial token has that id
+    check(small, ("absent",), ("moshi",), "one")
+    with pytest.raises(InputError, match="one has 3 text pieces and so no padding .*: give --text absent"):
+        check(small, ("absent", "padding"), ("moshi",), "one")
 
 
 def test_calls_have_few_lengths_and_waste_little():
@@ -173,3 +180,5 @@ def test_rules_are_weighted_sums_and_means():
     nats[0, 3] = np.nan  # a codebook that was not scored
     assert np.isnan(by_rule(nats, frames, "equal mean")).tolist() == [True, False, False]
     assert not np.isnan(by_rule(nats, frames, "semantic mean")).any()
+    with np.errstate(all="raise"):
+        assert np.isnan(by_rule(np.ones((3, 1)), np.full(3, 2), "acoustic sum")).all()  # of one codebook: none is
