@@ -6,17 +6,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from eval.benchmarks.layouts import MINI_PREFIX
 from eval.benchmarks.results import RULE_MEANINGS, TaskResults, ViewResults
 from eval.benchmarks.scored import View
 from eval.report import published
 from eval.report.collect import PAIRS, Source
 from eval.report.parts import Cell, Figure, Note, Section, Table, curve, estimate, number, p_value, words
-from eval.report.runs import Runs
+from eval.report.runs import Runs, subset
 from eval.results.figures import CHECKPOINTS, COLOURS
 from eval.stats.estimates import Estimate
-
-MINI = "mini-"
-"""Tasks of `python -m eval make-mini` begin with this."""
 
 
 class Bar(NamedTuple):
@@ -33,15 +31,15 @@ def sections(runs: Runs, sources: Sequence[Source]) -> list[Section]:
     sources = [source for source in sources if source.command == PAIRS]
     if not sources:
         return []
-    groups: dict[tuple[bool, str], list[Bar]] = defaultdict(list)
+    groups: dict[tuple[bool, str, str], list[Bar]] = defaultdict(list)
     for source in sources:
         rule = source.results.setting.rule
         for task in source.results.tasks:
             bars = [_bar(runs, source, task.title, view.view, view.accuracies[rule]) for view in task.views]
-            groups[task.name.startswith(MINI), rule] += bars
+            groups[task.name.startswith(MINI_PREFIX), rule, subset(source)] += bars
         for mean in source.results.means:
             bar = _bar(runs, source, mean.title, mean.view, mean.accuracies[rule])
-            groups[mean.name.startswith(MINI), rule].append(bar)
+            groups[mean.name.startswith(MINI_PREFIX), rule, subset(source)].append(bar)
     blocks: list[Figure | Table | Note] = [_figure(runs, *key, bars) for key, bars in groups.items() if bars]
     blocks += [_table(runs, source) for source in sources]
     blocks += [table for source in sources if (table := _comparisons(runs, source))]
@@ -59,7 +57,7 @@ def _bar(runs: Runs, source: Source, title: str, view: View, accuracy: Estimate)
     return Bar(title, view._replace(checkpoint=run.name), accuracy, run.key)
 
 
-def _figure(runs: Runs, mini: bool, rule: str, bars: list[Bar]) -> Figure:
+def _figure(runs: Runs, mini: bool, rule: str, items: str, bars: list[Bar]) -> Figure:
     """Returns the accuracies of one kind of tasks as bars: a group for each task, a colour for each view."""
     views = list(dict.fromkeys(bar.view for bar in bars))
     of_arms = len({view.arm for view in views}) == len(views)  # then arms have the colours of all figures
@@ -74,8 +72,8 @@ def _figure(runs: Runs, mini: bool, rule: str, bars: list[Bar]) -> Figure:
             colour = COLOURS.get(view.arm, CHECKPOINTS[-1]) if of_arms else CHECKPOINTS[i % len(CHECKPOINTS)]
             series.append(curve(name, list(own), estimates, 100, colour=colour, run=run))
     caption = (
-        f"{'Mini tasks of synthetic speech, not the official ones' if mini else 'Official tasks'}; rule {rule}:"
-        f" {RULE_MEANINGS.get(rule, rule)}."
+        f"{'Mini tasks of synthetic speech, not the official ones' if mini else 'Official tasks'}; {items}; rule"
+        f" {rule}: {RULE_MEANINGS.get(rule, rule)}."
     )
     title = "Mini tasks: accuracy" if mini else "Accuracy"
     keys = frozenset(bar.run for bar in bars)
@@ -87,8 +85,7 @@ def _table(runs: Runs, source: Source) -> Table:
     rows = [_row(runs, source, task, view, setting.rule) for task in source.results.tasks for view in task.views]
     heads = ("Task", "Run", "Arm", "Text", "Voice", "Accuracy, %", "In vocabulary, %", "Items", "Pairs", "Ties")
     heads = (*heads, "Failed", "No pair")
-    limit = "all items" if setting.limit is None else f"at most {setting.limit} items of a task, seed {setting.seed}"
-    caption = f"{setting.data}; rule {setting.rule}; {limit}; codec {setting.codec.get('name')}."
+    caption = f"{subset(source)}; rule {setting.rule}; codec {setting.codec.get('name')}."
     keys = frozenset(runs.of(source, info.name).key for info in source.checkpoints)
     return Table(f"Accuracies: {setting.data}", caption, heads, rows, keys)
 
@@ -106,7 +103,7 @@ def _row(runs: Runs, source: Source, task: TaskResults, view: ViewResults, rule:
         number(view.scored, "d"),
         number(view.ties, "d"),
         number(view.failed, "d"),
-        number(len(task.problems), "d"),
+        number(task.about.get("problems"), "d"),
     )
 
 

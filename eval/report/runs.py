@@ -115,12 +115,16 @@ class Runs:
                     cells[f"Loss {arm}{where}"] = estimate(rows[setting.weighting], 3)
                 accuracy = checkpoint.accuracy[checkpoint.main][setting.weighting]
                 cells[f"Top-1 %{where}"] = estimate(accuracy, 1, scale=100)
-        for source in (source for source in sources if source.command == PAIRS):
+        benchmarks = [source for source in sources if source.command == PAIRS]
+        several = len({(subset(source), source.results.setting.rule) for source in benchmarks}) > 1
+        for source in benchmarks:
+            rule = source.results.setting.rule
+            where = f", {subset(source)}, {rule}" if several else ""
             for task in source.results.tasks:
                 for view in task.views:
                     cells = measured[self.of(source, view.checkpoint).key]
-                    accuracy = estimate(view.accuracies[source.results.setting.rule], 1, scale=100)
-                    cells.setdefault(f"{task.title} %", accuracy)  # the first view is the headline
+                    accuracy = estimate(view.accuracies[rule], 1, scale=100)
+                    cells.setdefault(f"{task.title} %{where}", accuracy)  # the first view is the headline
         return measured
 
     def _name(self) -> None:
@@ -224,6 +228,13 @@ def _dict(value: Any) -> dict[str, Any]:
 
 def _whole(value: Any) -> Cell:
     return Cell(str(value), value) if isinstance(value, int) else words(value)
+
+
+def subset(source: Source) -> str:
+    """Returns which items results of benchmarks of pairs are of; accuracies of others do not compare."""
+    setting = source.results.setting
+    limit = "all items" if setting.limit is None else f"at most {setting.limit} items of a task, seed {setting.seed}"
+    return f"{setting.data}, {limit}"
 
 
 def _data(source: Source) -> str:

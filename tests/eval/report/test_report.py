@@ -140,6 +140,19 @@ def test_accuracies_have_intervals_and_mini_tasks_stand_apart(whole):
     assert "not the official ones" in mini["caption"]
 
 
+def test_accuracies_on_other_items_do_not_stand_for_each_other(tmp_path):
+    made_report.suite(tmp_path / "all")
+    made_report.suite(tmp_path / "part", limit=50)
+    shown = made_page(tmp_path, tmp_path / "all", tmp_path / "part")
+    figures = [figure for figure in shown.data["figures"] if figure["title"] == "Accuracy"]
+    assert [figure["series"][0]["y"] for figure in figures] == [[62.0], [52.0]]
+    assert ["at most 50 items of a task, seed 0" in figure["caption"] for figure in figures] == [False, True]
+    heads, one, _ = shown.tables["Runs"]
+    cells = {head: cell for head, cell in zip(heads, one, strict=True) if head.startswith("swuggy (dev)")}
+    assert [cell[:4] for cell in cells.values()] == ["62.0", "52.0"]
+    assert ["at most 50 items" in head for head in cells] == [False, True]
+
+
 def test_published_rows_are_apart_with_source_and_caveat(whole):
     _, *rows = whole.tables["Published results of other systems"]
     assert len(rows) == len(published.ROWS)
