@@ -123,7 +123,8 @@ class TaskResults:
     pairs: int
     items: int
     problems: list[Skipped]
-    """Items that make no pair, and why."""
+    """Items that make no pair and recordings of pairs that were not scored, and why; a pair comes again for each
+    recording and view."""
     views: list[ViewResults]
     """The first is the base of the comparisons."""
 
@@ -131,6 +132,11 @@ class TaskResults:
     def title(self) -> str:
         """Its name, with the split if there is one."""
         return titled(self.name, self.split)
+
+    @property
+    def unused(self) -> int:
+        """Number of items and pairs with a problem."""
+        return len({problem.name for problem in self.problems})
 
 
 @dataclasses.dataclass(frozen=True)

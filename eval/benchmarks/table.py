@@ -124,7 +124,7 @@ def _p(p: float) -> str:
 
 def _problems(results: BenchmarkResults) -> list[str]:
     return [
-        f"{task.title}: {_count(len(task.problems), 'items')} not used, such as {task.problems[0].name}:"
+        f"{task.title}: {_count(task.unused, 'items')} not used, such as {task.problems[0].name}:"
         f" {task.problems[0].reason}"
         for task in results.tasks
         if task.problems
