@@ -118,7 +118,10 @@ def _score(options: Options, command: str, data: Path, tasks: list[Task], broken
 
 
 def _codec(checkpoints: Sequence[Checkpoint]) -> Codec:
-    """Returns the codec of all checkpoints. Raises `InputError` if they have several, or none that encodes audio."""
+    """Returns the codec of all checkpoints.
+
+    Raises `InputError` if they have several, none that encodes audio, or one that a model does not fit.
+    """
     from ttt_jax.checkpoints import loading
     from ttt_jax.codec import CodecInfo
 
@@ -128,10 +131,17 @@ def _codec(checkpoints: Sequence[Checkpoint]) -> Codec:
             f"{checkpoints[0].name} was trained on code files, whose codec is not here to encode recordings with: give"
             " a run that was trained on audio, or converted weights with their Mimi."
         )
-    for other in checkpoints[1:]:
-        if (other.codec or {}).get("digest") != codec.digest:
+    for checkpoint in checkpoints:
+        if (checkpoint.codec or {}).get("digest") != codec.digest:
             raise InputError(
-                f"{other.name} has another codec than {checkpoints[0].name} ({codec.name}): evaluate them apart."
+                f"{checkpoint.name} has another codec than {checkpoints[0].name} ({codec.name}): evaluate them apart."
+            )
+        books, entries = checkpoint.cfg.n_q, checkpoint.cfg.card
+        if (books, entries) != (2 * codec.num_codebooks, codec.cardinality):
+            raise InputError(
+                f"{checkpoint.name} reads {books} codebooks of {entries} entries, but its codec {codec.name} gives two"
+                f" streams of {codec.num_codebooks} codebooks of {codec.cardinality}: give it the codec that it was"
+                " trained with."
             )
     return codec
 

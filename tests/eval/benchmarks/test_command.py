@@ -11,8 +11,9 @@ import pytest
 from eval.__main__ import main
 from eval.benchmarks import measure, results
 from eval.benchmarks.rules import RULES
+from eval.benchmarks.run import _codec
 from eval.streaming import runner
-from tests.helpers import benchmark_files, micro, quick
+from tests.helpers import benchmark_files, eval_models, micro, quick
 from tests.helpers.eval_models import write_run
 from ttt_jax.errors import InputError
 from ttt_jax.utils.command import PARTIAL
@@ -130,7 +131,8 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bits(run, data, ou
 
 def test_bad_recordings_are_named_and_counted_and_never_scored(run, data, tmp_path, capsys):
     root = shutil.copytree(data, tmp_path / "set")
-    (root / "lexical" / "dev" / "w1A.wav").write_text("no sound")
+    for name in ("w1A.wav", "nw1A.wav"):
+        (root / "lexical" / "dev" / name).write_text("no sound")
     (root / "lexical" / "dev" / "nw2B.wav").unlink()
     code = main(["swuggy", str(run), "--data", str(root), "--out", str(tmp_path / "out"), "--arms", "off"])
     assert code == PARTIAL
@@ -197,6 +199,15 @@ def test_wrong_options_end_in_one_sentence(flags, message, run, data, tmp_path):
         main(["swuggy", str(run), "--data", str(data), "--out", str(tmp_path / "out"), *flags])
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_codec_that_does_not_fit_the_model_is_refused():
+    fits = eval_models.checkpoint()
+    assert _codec([fits]).digest == eval_models.DIGEST
+    for change in ({"card": 128}, {"n_q": 14, "dep_q": 7, "delays": (0,) * 15}):
+        other = fits._replace(name="other", cfg=replace(fits.cfg, **change))
+        with pytest.raises(InputError, match=r"other reads 1\d codebooks of \d+ entries, but its codec melkmeans"):
+            _codec([fits, other])
 
 
 def test_no_checkpoint_and_no_benchmark_are_said(run, tmp_path):
