@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 from eval.recall.results import KINDS, AtGap, CheckpointRecall, Curve, Half
@@ -43,22 +44,30 @@ def sections(runs: Runs, sources: Sequence[Source]) -> list[Section]:
 
 
 def _together(runs: Runs, sources: Sequence[Source], kind: str) -> list[Figure]:
-    """Returns the main arms of all checkpoints, if there are several."""
-    series, keys = [], set[str]()
+    """Returns a figure of the main arms of all checkpoints that were asked the same of the same recordings."""
+    groups = defaultdict(list)
     for source in sources:
-        for checkpoint in source.results.checkpoints:
-            run = runs.of(source, checkpoint.info.name)
-            if kind in checkpoint.curves and run.key not in keys:
-                colour, name = CHECKPOINTS[len(keys) % len(CHECKPOINTS)], f"{run.name} ({checkpoint.main})"
-                keys.add(run.key)
-                gaps = [gap for gap in checkpoint.curves[kind].gaps if checkpoint.main in gap.arms]
-                values = [gap.arms[checkpoint.main].benefit for gap in gaps]
-                series.append(curve(name, [gap.seconds for gap in gaps], values, colour=colour, run=run.key))
-    if len(series) < 2:
-        return []
-    caption = f"{kind}: {KINDS[kind]}."
-    axes = ("gap, seconds", "benefit, nats per token")
-    return [Figure(f"Recall, all runs: {kind}", caption, *axes, series, frozenset(keys), zero=True, log=True)]
+        setting, files = source.results.setting, source.results.files
+        groups[frozenset(file.digest for file in files), setting.excerpt, setting.weighting].append(source)
+    figures = []
+    for (_, excerpt, weighting), members in groups.items():
+        series, keys = [], set[str]()
+        for source in members:
+            for checkpoint in source.results.checkpoints:
+                run = runs.of(source, checkpoint.info.name)
+                if kind in checkpoint.curves and run.key not in keys:
+                    colour, name = CHECKPOINTS[len(keys) % len(CHECKPOINTS)], f"{run.name} ({checkpoint.main})"
+                    keys.add(run.key)
+                    gaps = [gap for gap in checkpoint.curves[kind].gaps if checkpoint.main in gap.arms]
+                    values = [gap.arms[checkpoint.main].benefit for gap in gaps]
+                    series.append(curve(name, [gap.seconds for gap in gaps], values, colour=colour, run=run.key))
+        if len(series) > 1:
+            how = f"excerpts of {seconds(excerpt):g} s of the same recordings, codebooks weighted {weighting}"
+            caption = f"{kind}: {KINDS[kind]}; {how}."
+            axes = ("gap, seconds", "benefit, nats per token")
+            title = f"Recall, all runs: {kind}"
+            figures.append(Figure(title, caption, *axes, series, frozenset(keys), zero=True, log=True))
+    return figures
 
 
 def _recalled(

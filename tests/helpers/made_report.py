@@ -146,10 +146,10 @@ def _at_gap(gap: int, level: float) -> recall.AtGap:
     return recall.AtGap(gap, where, 24, 0, 12, "speakers", arms, against)
 
 
-def recalled(folder: Path, infos=(ONE, TWO)) -> Path:
+def recalled(folder: Path, infos=(ONE, TWO), excerpt: int = 50) -> Path:
     """Results of `recall`."""
     setting = recall.Setting(
-        [recall.HEARD], 50, 24, [50, 125, 750, 3750], 5, 0, "equal", made_scores.ARMS, {"data": None}
+        [recall.HEARD], excerpt, 24, [50, 125, 750, 3750], 5, 0, "equal", made_scores.ARMS, {"data": None}
     )
     checkpoints = []
     for i, info in enumerate(infos):

@@ -181,6 +181,14 @@ def test_losses_by_position(whole, results):
     assert together["series"][0]["y"] == pytest.approx([entry["mean"] for entry in stored[:4]], rel=1e-5)
 
 
+def test_recall_of_other_excerpts_is_not_drawn_together(tmp_path):
+    made_report.recalled(tmp_path / "one", (made_report.ONE,))
+    for excerpt, drawn in ((50, 1), (100, 0)):
+        other = made_report.recalled(tmp_path / str(excerpt), (made_report.TWO,), excerpt)
+        figures = made_page(tmp_path, tmp_path / "one", other).data["figures"]
+        assert sum(figure["title"] == "Recall, all runs: heard-before" for figure in figures) == drawn
+
+
 def test_checkpoints_of_one_evaluation_are_paired(whole):
     figure = whole.figure("Loss minus that of one, by position")
     assert [series["name"] for series in figure["series"]] == [SCRIPT, FORMULA]
