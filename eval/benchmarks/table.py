@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Sequence
 
@@ -11,7 +10,7 @@ from eval.benchmarks.rules import DEFAULT
 from eval.benchmarks.scored import View
 from eval.benchmarks.summary import verdict
 from eval.stats.estimates import Estimate
-from eval.stats.verdict import p_words
+from eval.stats.verdict import p_cell
 
 WIDTH = 120
 TASK, INTERVAL = 32, 22
@@ -103,7 +102,7 @@ def _comparisons(results: BenchmarkResults) -> list[str]:
     for comparison in results.comparisons:
         size = comparison.difference
         points = f"{100 * size.mean:+z.1f} [{100 * size.low:+z.1f}, {100 * size.high:+z.1f}]" if size.n else "-"
-        ps = [_p(p) for p in (comparison.p, comparison.adjusted)]
+        ps = [p_cell(p) for p in (comparison.p, comparison.adjusted)]
         counts = (f"{comparison.better:,}", f"{comparison.worse:,}")
         rows.append((comparison.title, names[comparison.view], points, *counts, *ps, verdict(comparison)))
     against, out = " or ".join(bases), sum(comparison.left_out for comparison in results.comparisons)
@@ -116,10 +115,6 @@ def _comparisons(results: BenchmarkResults) -> list[str]:
     if out:
         start.append(f"left out, because one of the two was not scored: {_count(out, 'pairs')} in all")
     return _wrapped(start) + _lines(rows, (8, 7, 9, 9, 11))
-
-
-def _p(p: float) -> str:
-    return "-" if math.isnan(p) else p_words(p).removeprefix("p ").removeprefix("= ")
 
 
 def _problems(results: BenchmarkResults) -> list[str]:

@@ -11,7 +11,7 @@ from eval.compare.analysis import Analysis
 from eval.compare.experiment import BEYOND, BOUND_NAMES, LATER, REGIONS, WINDOW, Experiment
 from eval.stats.estimates import Estimate, interval
 from eval.stats.paired import ALPHA
-from eval.stats.verdict import p_words
+from eval.stats.verdict import p_cell
 from eval.streaming.weighting import WEIGHTINGS
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.utils.files import write_atomically
@@ -203,7 +203,7 @@ def _compared(experiment: Experiment, analysis: Analysis, region: str) -> Table:
                 _number(100 * paired.relative, "+z.2f") if paired.reference >= setting.margin else "-",
                 _number(paired.dz, "+z.2f"),
                 f"{100 * paired.above:.0f} %",
-                *map(_p, (paired.p, compared.holm, tost.p, compared.holm_equivalence)),
+                *map(p_cell, (paired.p, compared.holm, tost.p, compared.holm_equivalence)),
                 f"[{tost.low:+z.4f}, {tost.high:+z.4f}]" if paired.n > 1 else "-",
                 *map(_units, (paired.units_for_effect, paired.units_for_equivalence)),
             ]
@@ -218,7 +218,9 @@ def _compared(experiment: Experiment, analysis: Analysis, region: str) -> Table:
 def _trend(analysis: Analysis) -> Table:
     trends = {comparison.name: comparison.trend for comparison in analysis.comparisons}
     rows = [
-        [name, str(trend.n), interval(trend, 6, signed=True), _p(trend.p)] for name, trend in trends.items() if trend.n
+        [name, str(trend.n), interval(trend, 6, signed=True), p_cell(trend.p)]
+        for name, trend in trends.items()
+        if trend.n
     ]
     note = "Slope of the difference over chunks after the first, nats per chunk; above 0 the benefit grows."
     return Table("Trend", note, ["condition", "n", "nats per chunk [95 %]", "p"], rows)
@@ -230,11 +232,11 @@ def _seeds(experiment: Experiment, analysis: Analysis) -> Table:
         compared = comparison.regions[LATER]
         for checkpoint, seed in zip(condition.checkpoints, compared.seeds, strict=False):
             nats = interval(seed.test, 4, signed=True)
-            rows.append([comparison.name, checkpoint, nats, _p(seed.test.p), _p(seed.holm)])
+            rows.append([comparison.name, checkpoint, nats, p_cell(seed.test.p), p_cell(seed.holm)])
         if compared.seeds and compared.paired.n:
             over, means = compared.over_seeds, [seed.test.mean for seed in compared.seeds]
             label = f"over {len(means)} seeds, {sum(mean > 0 for mean in means)} above 0"
-            rows.append([comparison.name, label, interval(over, 4, signed=True), _p(over.p), ""])
+            rows.append([comparison.name, label, interval(over, 4, signed=True), p_cell(over.p), ""])
     heads = ["condition", "seed", "nats [95 %]", "p: t", "Holm"]
     return Table("Seeds", "Each seed alone, after the first chunk.", heads, rows)
 
@@ -292,11 +294,6 @@ def _setting(experiment: Experiment, analysis: Analysis, about: dict[str, Any]) 
 def _has_gap(analysis: Analysis) -> bool:
     """Returns whether memory can lower the loss at best; False where that is unknown."""
     return any(share.n for losses in analysis.losses.values() for share in losses.closed.values())
-
-
-def _p(p: float) -> str:
-    """Returns a p-value as a cell; "-" where there is none."""
-    return "-" if math.isnan(p) else p_words(p).removeprefix("p ").removeprefix("= ")
 
 
 def _number(value: float, form: str) -> str:

@@ -24,6 +24,7 @@ from eval.recall.results import (
 from eval.results.schema import CheckpointInfo
 from eval.stats.estimates import Estimate, band, file_mean, group_means
 from eval.stats.paired import ALPHA, holm, mean_test
+from eval.stats.verdict import p_words
 from ttt_jax.config import FRAME_RATE
 
 OTHERS = ("reset", "frozen")
@@ -210,8 +211,8 @@ def verdict(info: CheckpointInfo, main: str, points: Sequence[AtGap], half: Half
     (point, test), times = clear[0], [_time(point.seconds) for point, _ in clear]
     sentence = (
         f"{info.name} recalls beyond attention's reach ({_reach(info)}) at {', '.join(times)}: persist against reset"
-        f" {test.mean:+.5f} nats per token [{test.low:.5f}, {test.high:.5f}] at {_time(point.seconds)}, p"
-        f" {_p(point.against['reset'].p_holm)}"
+        f" {test.mean:+.5f} nats per token [{test.low:.5f}, {test.high:.5f}] at {_time(point.seconds)},"
+        f" {p_words(point.against['reset'].p_holm)}"
     )
     if half is not None:
         return f"{sentence}; {half_words(half)}."
@@ -227,10 +228,6 @@ def half_words(half: Half) -> str:
     if half.seconds is None:
         return f"more than half of the benefit at {first} is left at the longest gap [{bounds[0]}, {bounds[1]}]"
     return f"half of the benefit at {first} is left at {_time(half.seconds)} [{bounds[0]}, {bounds[1]}]"
-
-
-def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 def _reach(info: CheckpointInfo) -> str:

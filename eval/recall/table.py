@@ -12,6 +12,7 @@ from eval.recall.play import ROWS, Played
 from eval.recall.results import KINDS, CheckpointRecall, Curve, Dropped, RecallResults
 from eval.stats.estimates import Estimate, interval
 from eval.stats.paired import MeanTest
+from eval.stats.verdict import p_cell
 from eval.streaming.weighting import WEIGHTINGS
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.utils.command import shortened
@@ -31,7 +32,7 @@ def table(results: RecallResults) -> str:
     for name, by_kind in results.between.items():
         for kind, gaps in by_kind.items():
             rows = [["gap", "benefit more", "p"]]
-            rows += [[f"{one.gap / FRAME_RATE:g} s", _interval(one.test), _p(one.p_holm)] for one in gaps]
+            rows += [[f"{one.gap / FRAME_RATE:g} s", _interval(one.test), p_cell(one.p_holm)] for one in gaps]
             blocks.append(
                 [f"{name} minus {first}, {kind}, on the same items: above 0 it recalls more", *_aligned(rows)]
             )
@@ -68,7 +69,7 @@ def _curve(checkpoint: CheckpointRecall, kind: str, curve: Curve) -> list[str]:
                 f"{point.items}" + (f" of {point.items + point.failed}" if point.failed else ""),
                 f"{point.units} {point.unit}, {point.where}",
                 *(interval(point.arms[arm].benefit, DIGITS, signed=True) for arm in arms),
-                *(_p(point.against[arm].p_holm) for arm in against),
+                *(p_cell(point.against[arm].p_holm) for arm in against),
             ]
         )
     return [f"{checkpoint.info.name}, {kind}: {KINDS[kind]}", *_aligned(rows), curve.verdict]
@@ -81,10 +82,6 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _interval(test: MeanTest) -> str:
     return interval(Estimate(test.mean, test.low, test.high, test.n), DIGITS, signed=True)
-
-
-def _p(p: float) -> str:
-    return "-" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def items_csv(played: Mapping[str, Sequence[Played]]) -> str:

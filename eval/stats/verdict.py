@@ -162,3 +162,8 @@ def advise(result: Verdict, unit: str) -> Verdict:
 def p_words(p: float) -> str:
     """Returns a p-value in words."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.0995 else f"p = {p:.2f}"
+
+
+def p_cell(p: float) -> str:
+    """Returns a p-value for a column of them; "-" of none."""
+    return "-" if math.isnan(p) else p_words(p).removeprefix("p ").removeprefix("= ")
