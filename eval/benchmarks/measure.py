@@ -107,12 +107,13 @@ def _losses(
 
 def _scored(task: Task, losses: Losses, view: View) -> Scored:
     """Returns the scores of a task's pairs in a view, by all rules."""
+    codebooks = next((len(sums[view.arm]) for _, sums in losses.values()), 1)
+    unscored = 1, {view.arm: np.full(codebooks, np.nan)}
 
     def of_side(paths: Sequence[Path]) -> dict[str, np.ndarray]:
-        found = [losses.get((path, view.text, view.voice)) for path in paths]
-        books = next((len(sums[view.arm]) for at in found if at for sums in [at[1]]), 1)
-        nats = np.stack([at[1][view.arm] if at else np.full(books, np.nan) for at in found])
-        frames = np.array([at[0] if at else 1 for at in found])
+        found = [losses.get((path, view.text, view.voice), unscored) for path in paths]
+        nats = np.stack([sums[view.arm] for _, sums in found])
+        frames = np.array([frames for frames, _ in found])
         return {rule: by_rule(nats, frames, rule) for rule in RULES}
 
     return Scored(of_side([pair.right for pair in task.pairs]), of_side([pair.wrong for pair in task.pairs]))
