@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from eval.benchmarks.layouts import MINI_FILE
 from eval.mini import consistency, sentences, stories, words
 from eval.mini.voices import RATE, Synthesiser, choose, find, same_length
 from eval.results import schema
@@ -27,7 +28,6 @@ from ttt_jax.errors import InputError
 from ttt_jax.utils.files import new_folder, write_atomically
 from ttt_jax.utils.paths import local
 
-MINI = "mini.json"
 NAME = "mini"
 LEAST = 4
 """Pairs that are needed, so that no speaker has more than half of them."""
@@ -136,7 +136,7 @@ def make(options: Options) -> MiniSet:
         pairs = {part: len(seconds) for part, seconds in write.seconds.items()}
         about = (NAME, options.seed, synthesiser.NAME, version, tuple(voices), RATE, write.encoding, pairs, means)
         made = MiniSet(*about)
-        schema.write(folder, made, {}, MINI)
+        schema.write(folder, made, {}, MINI_FILE)
     return made
 
 

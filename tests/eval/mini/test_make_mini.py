@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from eval.__main__ import main
+from eval.benchmarks.layouts import MINI_FILE
 from eval.mini import command, consistency, sentences, stories, voices, words
-from eval.mini.command import MINI, MiniSet, Options, make
+from eval.mini.command import MiniSet, Options, make
 from eval.mini.voices import MARGIN, RATE, SYNTHESISERS, Synthesiser
 from eval.results import schema
 from tests.helpers.places import ROOT
@@ -82,7 +83,7 @@ def wavs(folder, part):
 
 def check_layout(folder, made):
     """Checks that `folder` holds what `made` says, in the official layouts."""
-    assert schema.read(folder, MiniSet, MINI) == made
+    assert schema.read(folder, MiniSet, MINI_FILE) == made
     assert made.name == "mini"
     assert set(made.pairs) - {SALMON[1]} == {*PARTS, SALMON[0]}
     for part, columns, key in (
@@ -322,7 +323,7 @@ def test_words_are_spoken_at_speed_with_silence_around(spoken):
 
 def test_the_shipped_set_is_what_its_seed_gives():
     """Fails when words or templates change: make the set again, as corpus/mini/README.md says."""
-    made = schema.read(SHIPPED, MiniSet, MINI)
+    made = schema.read(SHIPPED, MiniSet, MINI_FILE)
     check_layout(SHIPPED, made)
     count = made.pairs["lexical/dev"] // len(made.voices)
     _, lexical = rows(SHIPPED, "lexical/dev")
