@@ -89,19 +89,20 @@ def _score(options: Options, command: str, data: Path, tasks: list[Task], broken
     subject = _subject(setting, sizes, infos)
     folders.make(folder)
     replaced(folder, subject)  # errors are reported before the work
-    scored, problems = measure.scores(options, checkpoints, tasks, codec)
-    found = [(task, summary.summarise(task, views, options.rule)) for task, views in zip(tasks, scored, strict=True)]
-    summaries = [
-        dataclasses.replace(of, problems=[*of.problems, *extra]) for (_, of), extra in zip(found, problems, strict=True)
-    ]
-    if not any(view.scored for task in summaries for view in task.views):
-        first = next((problem for task in summaries for problem in task.problems), None)
-        raise InputError(f"no pair could be scored{f'; the first: {first.reason}' if first else '.'}")
-    by_task = list(zip(tasks, scored, strict=True))
-    comparisons = summary.compare(by_task, options.rule, options.seed)
-    evaluated = results.BenchmarkResults(setting, infos, summaries, comparisons, summary.means(summaries))
-    spent = cost()
     with folders.staged(folder) as new:
+        scored, problems = measure.scores(options, checkpoints, tasks, codec)
+        by_task = list(zip(tasks, scored, strict=True))
+        summaries = [summary.summarise(task, views, options.rule) for task, views in by_task]
+        summaries = [
+            dataclasses.replace(task, problems=[*task.problems, *extra])
+            for task, extra in zip(summaries, problems, strict=True)
+        ]
+        if not any(view.scored for task in summaries for view in task.views):
+            first = next((f"; the first: {problem.reason}" for task in summaries for problem in task.problems), "")
+            raise InputError(f"no pair could be scored{first.removesuffix('.')}.")
+        comparisons = summary.compare(by_task, options.rule, options.seed)
+        evaluated = results.BenchmarkResults(setting, infos, summaries, comparisons, summary.means(summaries))
+        spent = cost()
         about = {"evaluated_with": machine(), "cost": spent, "broken": list(broken)}
         results.write(new, evaluated, about)
         results.write_pairs(new, by_task, options.rule)

@@ -144,6 +144,15 @@ def test_bad_recordings_are_named_and_counted_and_never_scored(run, data, tmp_pa
     assert "2 items not used, such as" in capsys.readouterr().out
 
 
+def test_recordings_of_which_none_can_be_used_leave_nothing(run, data, tmp_path):
+    root = shutil.copytree(data / "sSC", tmp_path / "sSC")
+    for path in root.iterdir():
+        path.write_text("no sound")
+    with pytest.raises(InputError, match=r"no pair could be scored; the first: .*_correct\.wav is .*[^.]\.$"):
+        main(["storycloze", str(run), "--data", str(root), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_verify_needs_no_model(data, tmp_path, capsys):
     assert main(["suite", "--data", str(data), "--verify"]) == 0
     shown = capsys.readouterr().out
