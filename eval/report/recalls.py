@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from eval.recall.results import KINDS, AtGap, CheckpointRecall, Curve, Half
+from eval.recall.results import KINDS, AtGap, CheckpointRecall, Curve
 from eval.report.collect import RECALL, Source
 from eval.report.parts import Cell, Figure, Note, Row, Section, Table, curve, estimate, number, of, p_value, seconds
 from eval.report.runs import Run, Runs
@@ -94,7 +94,7 @@ def _recalled(
     rows = [_row(gap, arm) for gap in recalled.gaps for arm in checkpoint.arms if arm in gap.arms]
     about = f"{KINDS[kind][0].upper()}{KINDS[kind][1:]}."
     table = Table(f"Gaps, {title}", about, (*heads, "Items", "Units", "Failed"), rows, keys)
-    return [figure, Note(of(run.name, recalled.verdict) + _half(recalled.half), runs=keys), table]
+    return [figure, Note(of(run.name, recalled.verdict), runs=keys), table]
 
 
 def _row(gap: AtGap, arm: str) -> Row:
@@ -137,13 +137,3 @@ def _compared(runs: Runs, source: Source) -> Table:
     heads = ("Run", "Arm", "Kind", "Gap, s", "Difference, nats", "p (Holm)", "Units")
     keys = frozenset(runs.of(source, checkpoint.info.name).key for checkpoint in others)
     return Table(f"Recall beside {name}", caption, heads, rows, keys)
-
-
-def _half(half: Half | None) -> str:
-    """Returns a sentence with the gap at which half of the benefit is left."""
-    if half is None:
-        return ""
-    if half.seconds is None:
-        return f" More than half of the benefit at {seconds(half.first):g} s is left at the longest gap."
-    low, high = ("beyond the longest gap" if x is None else f"{x:.3g} s" for x in (half.low, half.high))
-    return f" Half of the benefit is left after {half.seconds:.3g} s (95 % interval: {low} to {high})."

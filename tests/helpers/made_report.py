@@ -18,6 +18,7 @@ from eval.compare.analysis import analyse
 from eval.diagnose.records import FIGURES
 from eval.diagnose.records import Results as Records
 from eval.recall import results as recall
+from eval.recall.analysis import half_words
 from eval.results import schema
 from eval.results.schema import CheckpointInfo, FileInfo, Skipped
 from eval.stats.estimates import Estimate
@@ -154,7 +155,8 @@ def recalled(folder: Path, infos=(ONE, TWO), excerpt: int = 50) -> Path:
     checkpoints = []
     for i, info in enumerate(infos):
         gaps = [_at_gap(gap, 0.2 * (1 - 0.3 * i) / (1 + gap / 500)) for gap in setting.gaps]
-        curve = recall.Curve(gaps, recall.Half(750, 91.5, 70.0, None), "The memory recalls beyond attention's reach.")
+        half = recall.Half(750, 91.5, 70.0, None)
+        curve = recall.Curve(gaps, half, f"The memory recalls beyond attention's reach; {half_words(half)}.")
         checkpoints.append(
             recall.CheckpointRecall(info, ["persist", "reset", "frozen", "off"], "persist", {recall.HEARD: curve})
         )
