@@ -27,7 +27,7 @@ def test_the_suite_recall_and_the_report_run_on_what_is_shipped(tiny_run, tmp_pa
     data = ["--data", str(dataset.embedded()), "--gaps", "2,10", "--excerpt", "2", "--items", "2"]
     assert main(["recall", str(run), *data, "--out", str(run / "recall")]) == 0
     (of_run,) = recall.read(run / "recall").checkpoints
-    assert {curve.kind for curve in of_run.curves} == set(recall.KINDS)
+    assert set(of_run.curves) == set(recall.KINDS)
     capsys.readouterr()
     assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
     page = (tmp_path / "report.html").read_text()
