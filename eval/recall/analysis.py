@@ -161,12 +161,25 @@ def _half(points: Sequence[AtGap], played: Sequence[Played], main: str, setting:
     for i, (one, name) in enumerate(zip(scored, units, strict=True)):
         values[names.index(name), gaps.index(one.item.gap), i] = benefits(one.losses[main])[row]
     by_unit = file_mean(values)  # [U, G]
+    by_unit = by_unit[np.isfinite(by_unit[:, 0])]
     seconds = np.array(gaps) / FRAME_RATE
-    drawn = np.random.default_rng(0).integers(len(names), size=(SAMPLES, len(names)))
-    sampled = [half_at(seconds, file_mean(by_unit[rows].T)) for rows in drawn]
+    drawn = np.random.default_rng(0).integers(len(by_unit), size=(SAMPLES, len(by_unit)))
+    sampled = [half_at(seconds, left(by_unit[rows])) for rows in drawn]
     low, high = np.quantile(sampled, [ALPHA / 2, 1 - ALPHA / 2], method="nearest")
-    at = half_at(seconds, file_mean(by_unit.T))
+    at = half_at(seconds, left(by_unit))
     return Half(gaps[0], *(float(value) if np.isfinite(value) else None for value in (at, low, high)))
+
+
+def left(by_unit: np.ndarray) -> np.ndarray:
+    """Returns what is left at each gap of the mean benefit at the first, [U, G] -> [G], NaN where nothing can be said.
+
+    Fewer speakers fill a longer gap. Each gap is compared with the first over the speakers that it has, as another mix
+    of them would look like forgetting.
+    """
+    means = file_mean(by_unit.T)
+    whole = file_mean(np.where(np.isfinite(by_unit), by_unit[:, :1], np.nan).T)  # of the gap's units, at the first gap
+    share = np.divide(means, whole, out=np.full(len(means), np.nan), where=whole > 0)
+    return np.append(means[:1], means[0] * share[1:])
 
 
 def half_at(seconds: np.ndarray, benefit: np.ndarray) -> float:

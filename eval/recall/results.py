@@ -44,8 +44,9 @@ NOTES = {
     " adjusted over the gaps (Holm)",
     "between": "benefit of a checkpoint under `main` minus that of the first, by unit, on items that both have scored;"
     " above 0 it recalls more; tested as `tests`",
-    "half": "gap at which half of the benefit under `main` at the first gap beyond attention's reach is left; linear in"
-    " the logarithm of the gap between the gaps that were played; null: more than half is left at the longest; interval"
+    "half": "gap at which half of the benefit under `main` at the first gap beyond attention's reach is left, each gap"
+    " compared with the first over the units that it has; linear in the logarithm of the gap between the gaps that were"
+    " played; null: more than half is left at the longest; interval"
     " from 10,000 bootstrap samples of the units",
     "reset": "the arm reset clears the memory every 125 frames (10 s), also at the first frame of the second playing;"
     " what attention relays across a reset can enter the new memory, so it may lie a little off 0 where frozen and off"

@@ -187,6 +187,15 @@ def several(losses, arms, gaps=GAPS):
     return curves(played, INFO, "persist", setting(gaps=gaps, arms=arms), "files")[HEARD]
 
 
+def test_other_speakers_at_a_longer_gap_are_no_forgetting():
+    nan = np.nan
+    kept = np.array([[1.0, 1.0, nan], [0.1, 0.1, 0.1]])  # neither speaker forgets, and one recalls little
+    assert analysis.left(kept) == pytest.approx([0.55] * 3)
+    assert analysis.left(np.array([[1.0, 0.5, nan], [0.2, 0.1, 0.05]])) == pytest.approx([0.6, 0.3, 0.15])
+    np.testing.assert_array_equal(analysis.left(np.array([[1.0, 0.5, nan], [-0.1, nan, 0.2]])), [0.45, 0.225, nan])
+    np.testing.assert_array_equal(analysis.left(np.array([[-1.0, 0.5]])), [-1, nan])
+
+
 def test_persist_is_tested_against_reset_and_frozen_with_holm_over_gaps():
     arms = ("persist", "reset", "frozen", "off")
     of = several({"persist": 0.5, "reset": 0.0, "frozen": 0.2, "off": 0.0}, arms)
