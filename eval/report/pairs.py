@@ -11,7 +11,7 @@ from eval.benchmarks.scored import View
 from eval.report import published
 from eval.report.collect import PAIRS, Source
 from eval.report.parts import Cell, Figure, Note, Section, Table, curve, estimate, number, p_value, words
-from eval.report.runs import Runs
+from eval.report.runs import Runs, stimuli
 from eval.results.figures import CHECKPOINTS, COLOURS
 from eval.stats.estimates import Estimate
 
@@ -33,15 +33,15 @@ def sections(runs: Runs, sources: Sequence[Source]) -> list[Section]:
     sources = [source for source in sources if source.command == PAIRS]
     if not sources:
         return []
-    groups: dict[tuple[bool, str], list[Bar]] = defaultdict(list)
+    groups: dict[tuple[bool, str, str], list[Bar]] = defaultdict(list)
     for source in sources:
-        rule = source.results.setting.rule
+        rule, of = source.results.setting.rule, stimuli(source)
         for task in source.results.tasks:
             bars = [_bar(runs, source, task.title, view.view, view.accuracies[rule]) for view in task.views]
-            groups[task.name.startswith(MINI), rule] += bars
+            groups[task.name.startswith(MINI), rule, of] += bars
         for mean in source.results.means:
             bar = _bar(runs, source, mean.title, mean.view, mean.accuracies[rule])
-            groups[mean.name.startswith(MINI), rule].append(bar)
+            groups[mean.name.startswith(MINI), rule, of].append(bar)
     blocks: list[Figure | Table | Note] = [_figure(runs, *key, bars) for key, bars in groups.items() if bars]
     blocks += [_table(runs, source) for source in sources]
     blocks += [table for source in sources if (table := _comparisons(runs, source))]
@@ -59,8 +59,8 @@ def _bar(runs: Runs, source: Source, title: str, view: View, accuracy: Estimate)
     return Bar(title, view._replace(checkpoint=run.name), accuracy, run.key)
 
 
-def _figure(runs: Runs, mini: bool, rule: str, bars: list[Bar]) -> Figure:
-    """Returns the accuracies of one kind of tasks as bars: a group for each task, a colour for each view."""
+def _figure(runs: Runs, mini: bool, rule: str, of: str, bars: list[Bar]) -> Figure:
+    """Returns the accuracies on some recordings as bars: a group for each task, a colour for each view."""
     views = list(dict.fromkeys(bar.view for bar in bars))
     of_arms = len({view.arm for view in views}) == len(views)  # then arms have the colours of all figures
     told = [name for name in View._fields if len({getattr(view, name) for view in views}) > 1] or ["checkpoint", "arm"]
@@ -74,10 +74,12 @@ def _figure(runs: Runs, mini: bool, rule: str, bars: list[Bar]) -> Figure:
             colour = COLOURS.get(view.arm, CHECKPOINTS[-1]) if of_arms else CHECKPOINTS[i % len(CHECKPOINTS)]
             series.append(curve(name, list(own), estimates, 100, colour=colour, run=run))
     caption = (
-        f"{'Mini tasks of synthetic speech, not the official ones' if mini else 'Official tasks'}; rule {rule}:"
+        f"{'Mini tasks of synthetic speech, not the official ones' if mini else 'Official tasks'}: {of}; rule {rule}:"
         f" {RULE_MEANINGS.get(rule, rule)}."
     )
-    title = "Mini tasks: accuracy" if mini else "Accuracy"
+    title = f"{'Mini tasks: accuracy' if mini else 'Accuracy'}, {of}"
+    if "checkpoint" not in told:  # else the legend names it
+        title += f": {views[0].checkpoint}"
     keys = frozenset(bar.run for bar in bars)
     return Figure(title, caption, "", "accuracy, %", series, keys, "bars", [(50, "chance")], from_zero=True)
 
@@ -102,7 +104,7 @@ def _row(runs: Runs, source: Source, task: TaskResults, view: ViewResults, rule:
         Cell(view.voice),
         estimate(view.accuracies[rule], 1, scale=100),
         estimate(view.in_vocab[rule], 1, scale=100) if rule in view.in_vocab else words(None),
-        number(task.items, "d"),
+        number(view.accuracies[rule].n, "d"),
         number(view.scored, "d"),
         number(view.ties, "d"),
         number(view.failed, "d"),

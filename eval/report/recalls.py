@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 from eval.recall.results import KINDS, AtGap, CheckpointRecall, Curve, Half
@@ -10,6 +11,7 @@ from eval.report.collect import RECALL, Source
 from eval.report.parts import Cell, Figure, Note, Row, Section, Table, curve, estimate, number, of, p_value, seconds
 from eval.report.runs import Run, Runs
 from eval.results.figures import CHECKPOINTS, COLOURS
+from eval.results.folder import OWN_DATA
 from eval.stats.estimates import Estimate
 
 DASHES = {"reset": "dash", "permuted": "dot"}
@@ -19,8 +21,14 @@ def sections(runs: Runs, sources: Sequence[Source]) -> list[Section]:
     """Returns the section, if any results belong to it."""
     blocks = list[Figure | Table | Note]()
     sources = [source for source in sources if source.command == RECALL]
+    alike = defaultdict[tuple, list[Source]](list)
+    for source in sources:
+        setting = source.results.setting
+        digests = frozenset(file.digest for file in source.results.files)
+        alike[digests, setting.excerpt, setting.weighting].append(source)
     for kind in KINDS:
-        blocks += _together(runs, sources, kind)
+        for group in alike.values():
+            blocks += _together(runs, group, kind)
         for source in sources:
             for checkpoint in source.results.checkpoints:
                 if kind in checkpoint.curves:
@@ -43,7 +51,7 @@ def sections(runs: Runs, sources: Sequence[Source]) -> list[Section]:
 
 
 def _together(runs: Runs, sources: Sequence[Source], kind: str) -> list[Figure]:
-    """Returns the main arms of all checkpoints, if there are several."""
+    """Returns the main arms of all checkpoints on the same files, if there are several."""
     series, keys = [], set[str]()
     for source in sources:
         for checkpoint in source.results.checkpoints:
@@ -56,7 +64,8 @@ def _together(runs: Runs, sources: Sequence[Source], kind: str) -> list[Figure]:
                 series.append(curve(name, [gap.seconds for gap in gaps], values, colour=colour, run=run.key))
     if len(series) < 2:
         return []
-    caption = f"{kind}: {KINDS[kind]}."
+    data = sources[0].results.setting.about.get("data") or OWN_DATA
+    caption = f"{kind} on {data}: {KINDS[kind]}."
     axes = ("gap, seconds", "benefit, nats per token")
     return [Figure(f"Recall, all runs: {kind}", caption, *axes, series, frozenset(keys), zero=True, log=True)]
 
@@ -85,7 +94,8 @@ def _recalled(
     rows = [_row(gap, arm) for gap in recalled.gaps for arm in checkpoint.arms if arm in gap.arms]
     about = f"{KINDS[kind][0].upper()}{KINDS[kind][1:]}."
     table = Table(f"Gaps, {title}", about, (*heads, "Items", "Units", "Failed"), rows, keys)
-    return [figure, Note(of(run.name, recalled.verdict) + _half(recalled.half), runs=keys), table]
+    half = "" if "half of the benefit" in recalled.verdict else _half(recalled.half)
+    return [figure, Note(of(run.name, recalled.verdict) + half, runs=keys), table]
 
 
 def _row(gap: AtGap, arm: str) -> Row:
@@ -94,10 +104,10 @@ def _row(gap: AtGap, arm: str) -> Row:
         number(gap.seconds, "g"),
         Cell(gap.where),
         Cell(arm),
-        estimate(own.benefit, 4, signed=True),
+        estimate(own.benefit, 5, signed=True),
         estimate(own.heard, 4),
         estimate(own.unheard, 4),
-        number(against and against.test.mean, "+.4f"),
+        number(against and against.test.mean, "+.5f"),
         p_value(against and against.p_holm),
         number(gap.items, "d"),
         Cell(f"{gap.units} {gap.unit}", gap.units),
@@ -115,7 +125,7 @@ def _compared(runs: Runs, source: Source) -> Table:
             Cell(main[name]),
             Cell(kind),
             number(seconds(entry.gap), "g"),
-            estimate(Estimate(entry.test.mean, entry.test.low, entry.test.high, entry.test.n), 4, signed=True),
+            estimate(Estimate(entry.test.mean, entry.test.low, entry.test.high, entry.test.n), 5, signed=True),
             p_value(entry.p_holm),
             number(entry.test.n, "d"),
         )

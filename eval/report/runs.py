@@ -115,12 +115,15 @@ class Runs:
                     cells[f"Loss {arm}{where}"] = estimate(rows[setting.weighting], 3)
                 accuracy = checkpoint.accuracy[checkpoint.main][setting.weighting]
                 cells[f"Top-1 %{where}"] = estimate(accuracy, 1, scale=100)
-        for source in (source for source in sources if source.command == PAIRS):
+        of_pairs = [source for source in sources if source.command == PAIRS]
+        several = len({(stimuli(source), source.results.setting.rule) for source in of_pairs}) > 1
+        for source in of_pairs:
+            where = f", {stimuli(source)}, {source.results.setting.rule}" if several else ""
             for task in source.results.tasks:
                 for view in task.views:
                     cells = measured[self.of(source, view.checkpoint).key]
                     accuracy = estimate(view.accuracies[source.results.setting.rule], 1, scale=100)
-                    cells.setdefault(f"{task.title} %", accuracy)  # the first view is the headline
+                    cells.setdefault(f"{task.title} %{where}", accuracy)  # the first view is the headline
         return measured
 
     def _name(self) -> None:
@@ -148,13 +151,19 @@ class Runs:
             run.tags = list(dict.fromkeys([*run.tags, *words]))
 
 
+def stimuli(source: Source) -> str:
+    """Returns in words which recordings results are of: accuracies on others do not stand side by side."""
+    setting = source.results.setting
+    return setting.data + ("" if setting.limit is None else f", at most {setting.limit} items, seed {setting.seed}")
+
+
 FACTS = ("Run", "Tags", "Step", "Preset", "Model", "TTT layers", "Inner model", "Type", "Seed", "Weights")
 
 
 def _facts(run: Run) -> Row:
     info, model = run.info, _dict(run.config.get("model"))
     ttt = _dict(model.get("ttt"))
-    layers = _ranges(info.ttt_layers) if info else ttt.get("layers")
+    layers = _ranges(info.ttt_layers) if info else _named(ttt.get("layers"))
     size = f"{model['dim']} × {model['num_layers']} layers" if {"dim", "num_layers"} <= model.keys() else None
     hidden = ttt.get("hidden")
     inner = None
@@ -187,8 +196,15 @@ def _ranges(layers: Sequence[int]) -> str:
     return ", ".join(f"{part[0]} to {part[-1]}" if len(part) > 2 else ", ".join(map(str, part)) for part in parts)
 
 
+def _named(layers: Any) -> Any:
+    """Returns the TTT layers of a configuration; None if it has none."""
+    return None if layers == "none" else layers
+
+
 def _own_tags(run: Run) -> list[str]:
-    tags = ["TTT" if run.info.ttt_layers else "no TTT"] if run.info else []
+    layers = _dict(_dict(run.config.get("model")).get("ttt")).get("layers")
+    known = run.info is not None or layers is not None
+    tags = ["TTT" if (run.info.ttt_layers if run.info else _named(layers)) else "no TTT"] if known else []
     if _dict(_dict(run.config.get("model")).get("lora")).get("rank"):
         tags.append("LoRA")
     if run.info and run.info.seed is None:

@@ -1,5 +1,6 @@
 """The page over made-up results of every kind: what it shows, what it leaves out, and what it refuses."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -140,6 +141,28 @@ def test_accuracies_have_intervals_and_mini_tasks_stand_apart(whole):
     assert "not the official ones" in mini["caption"]
 
 
+def test_accuracies_on_other_recordings_do_not_stand_side_by_side(tmp_path):
+    for i, data in enumerate(("one/set", "another/set")):
+        made_report.suite(tmp_path / "results" / str(i), data=data, items=1)
+    found = made_page(tmp_path, tmp_path / "results")
+    titles = [figure["title"] for figure in found.data["figures"] if figure["title"].startswith("Mini tasks")]
+    assert titles == ["Mini tasks: accuracy, one/set", "Mini tasks: accuracy, another/set"]
+    heads = found.tables["Runs"][0]
+    assert [f"mini-swuggy (dev) %, {data}, kyutai mean" in heads for data in ("one/set", "another/set")] == [True, True]
+    row = found.tables["Accuracies: one/set"][1]
+    assert "[" in row[5], "an accuracy of one item has an interval"
+
+
+def test_recall_on_other_recordings_is_another_figure(tmp_path):
+    for i, digest in enumerate(("same", "same", "other")):
+        file = dataclasses.replace(made_report.FILE, digest=digest)
+        made_report.recalled(tmp_path / str(i), [(made_report.ONE, made_report.TWO, made_report.PLAIN)[i]], file)
+    alone = made_page(tmp_path, tmp_path / "0", tmp_path / "2")
+    assert not any("all runs" in figure["title"] for figure in alone.data["figures"])
+    together = made_page(tmp_path, tmp_path / "0", tmp_path / "1", tmp_path / "2").figure("Recall, all runs")
+    assert len(together["series"]) == 2
+
+
 def test_published_rows_are_apart_with_source_and_caveat(whole):
     _, *rows = whole.tables["Published results of other systems"]
     assert len(rows) == len(published.ROWS)
@@ -190,7 +213,7 @@ def test_recall_by_gap(whole):
     assert figure["series"][0]["y"][1] == pytest.approx(0.16)
     assert [words for _, words in figure["marks"]] == ["attention window", "attention's reach"]
     assert "Half of the benefit is left after 91.5 s (95 % interval: 70 s to beyond the longest gap)." in whole.text
-    row = ["60", "-0.0200 [-0.0300, -0.0100]", "< 0.001", "12"]
+    row = ["60", "-0.02000 [-0.03000, -0.01000]", "< 0.001", "12"]
     assert whole.tables["Recall beside one"][1] == [SCRIPT, "persist", "heard-before", *row]
     assert "gap of 3600 s: left out, no speaker has an hour of speech." in whole.text
 
