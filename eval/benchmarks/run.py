@@ -71,14 +71,16 @@ def verify(found: find.Found, data: Path) -> int:
         problems = [*task.problems, *find.check(task)]
         items = len({pair.item for pair in task.pairs})
         split = f" ({task.split})" if task.split else ""
-        print(f"  {task.name}{split}: {len(task.pairs):,} pairs of {items:,} items, {len(problems)} problems")
+        counts = ((len(task.pairs), "pair"), (items, "item"), (len(problems), "problem"))
+        pairs, of_items, found_wrong = (f"{count:,} {noun}{'s' * (count != 1)}" for count, noun in counts)
+        print(f"  {task.name}{split}: {pairs} of {of_items}, {found_wrong}")
         for line in shortened([f"{problem.name}: {problem.reason}" for problem in problems]):
             print(f"    {line}")
         wrong += problems
     for kind, entries in {"cannot be read": found.broken, "is not there": found.absent}.items():
         for name, reason in entries:
             print(f"  {name} {kind}: {reason}")
-    if not found.tasks:
+    if not found.tasks and not found.broken:
         raise InputError(f"{data} holds no benchmark: see docs/evaluation/benchmark_data.md for what is looked for.")
     return PARTIAL if wrong else 0
 
@@ -126,7 +128,10 @@ def _score(options: Options, command: str, data: Path, tasks: list[Task], broken
     print(f"\n{table.table(evaluated)}\n")
     for line in shortened([f"{name} cannot be read: {reason}" for name, reason in broken]):
         print(line, file=sys.stderr)
-    for path in (folder / RESULTS, folder / results.PAIRS, *figure.draw(evaluated, folder)):
+    if options.submission and (options.limit or any(task.problems for task in summaries)):
+        print("submission files lack recordings, so ZeroSpeech's toolkit refuses them", file=sys.stderr)
+    submissions = [folder / SUBMISSION] if (folder / SUBMISSION).is_dir() else []
+    for path in (folder / RESULTS, folder / results.PAIRS, *submissions, *figure.draw(evaluated, folder)):
         print(path)
     print(f"took {spent['seconds']:.0f} s and at most {spent['peak_gigabytes']:.1f} GB of memory")
     return PARTIAL if broken or any(task.problems for task in summaries) else 0
@@ -173,12 +178,13 @@ def _setting(options: Options, tasks: Sequence[Task], checkpoints: Sequence[Chec
 
 def _subject(setting: Any, tasks: Sequence[Task], infos: Sequence[Any]) -> folders.Subject:
     """Returns what results of these tasks and checkpoints are about."""
-    digests = {f"{task.name} {task.split}".strip(): f"{_digest(task.about)} {len(task.pairs)} pairs" for task in tasks}
+    digests = {f"{task.name} {task.split}".strip(): _digest(task.about) for task in tasks}
     return _subject_from(setting, digests, infos)
 
 
 def _digest(about: dict[str, Any]) -> str:
-    return about.get("gold_sha256") or about.get("names_sha256") or ""
+    """Returns what tells the pairs of a task, before a limit."""
+    return f"{about.get('gold_sha256') or about.get('names_sha256') or ''} {about.get('pairs')} pairs"
 
 
 def _subject_from(setting: Any, digests: dict[str, str], infos: Sequence[Any]) -> folders.Subject:
@@ -205,9 +211,7 @@ def replaced(folder: Path, subject: folders.Subject) -> list[str]:
     earlier: BenchmarkResults | None = folders.stored(folder, results.read, names)
     if earlier is None:
         return []
-    digests = {
-        f"{task.name} {task.split}".strip(): f"{_digest(task.about)} {task.pairs} pairs" for task in earlier.tasks
-    }
+    digests = {f"{task.name} {task.split}".strip(): _digest(task.about) for task in earlier.tasks}
     folders.check(folder, _subject_from(earlier.setting, digests, earlier.checkpoints), subject)
     return names
 

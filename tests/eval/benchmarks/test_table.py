@@ -37,9 +37,10 @@ def test_a_row_for_every_task_and_view(found):
     (mean,) = [line for line in lines if line.startswith("salmon, mean of 2") and " persist " in line]
     assert table.percent(found.means[0].accuracies[DEFAULT]) in mean
     assert "at most 100 items a task (seed 0), codec mimi" in lines[0]
+    assert lines[1] == "checkpoint base", "one checkpoint is named nowhere else"
     assert found.setting.rules[DEFAULT] in " ".join(text.split())
     assert "chance is 50 %" in text
-    assert lines[-1] == "sblimp (dev): 1 item not used, such as 12: its wrong side is missing"
+    assert lines[-1] == ("sblimp (dev): 1 problem (results.json names all), such as 12: its wrong side is missing")
 
 
 def test_intervals_that_contain_chance_are_marked():
@@ -54,7 +55,9 @@ def test_comparisons_have_a_verdict_and_say_what_is_left_out(found):
     start = next(i for i, line in enumerate(lines) if line.startswith("compared with persist"))
     assert "Holm: p adjusted for 4 comparisons" in lines[start + 1]
     out = sum(own.left_out for own in found.comparisons)
-    assert lines[start + 2] == f"left out, because one of the two was not scored: {out} pairs in all"
+    assert lines[start + 2] == (
+        f"pairs left out because one of the two was not scored: {out}, counted in every comparison anew"
+    )
     rows = lines[start + 4 : start + 8]
     for row, own in zip(rows, found.comparisons, strict=True):
         assert row.startswith(own.task)
