@@ -53,8 +53,8 @@ def _head(results: RecallResults) -> list[str]:
     setting = results.setting
     width = max(map(len, setting.arms))
     lines = [
-        f"excerpts of {setting.excerpt / FRAME_RATE:g} s, {setting.items} items a gap, seed {setting.seed}; codebooks"
-        f" weighted {setting.weighting}: {WEIGHTINGS[setting.weighting]}",
+        f"excerpts of {setting.excerpt / FRAME_RATE:g} s, at most {setting.items} items a gap, seed {setting.seed};"
+        f" codebooks weighted {setting.weighting}: {WEIGHTINGS[setting.weighting]}",
         "benefit: nats per token that having heard it saves the second time [95 % interval over units]; p: persist"
         " against this arm, adjusted over the gaps (Holm)",
         *(f"  {arm:<{width}}  {meaning}" for arm, meaning in setting.arms.items()),
