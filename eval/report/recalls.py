@@ -67,7 +67,7 @@ def _together(runs: Runs, sources: Sequence[Source], kind: str) -> list[Figure]:
     data = sources[0].results.setting.about.get("data") or OWN_DATA
     caption = f"{kind} on {data}: {KINDS[kind]}."
     axes = ("gap, seconds", "benefit, nats per token")
-    return [Figure(f"Recall, all runs: {kind}", caption, *axes, series, frozenset(keys), zero=True, log=True)]
+    return [Figure(f"Recall, all runs: {kind}, {data}", caption, *axes, series, frozenset(keys), zero=True, log=True)]
 
 
 def _recalled(
@@ -88,7 +88,7 @@ def _recalled(
     where = ", ".join(f"{words} {at:.4g} s" for at, words in marks)
     caption = f"Benefit by gap and arm with 95 % intervals, excerpts of {seconds(setting.excerpt):g} s{how}; {where}."
     axes = ("gap, seconds", "benefit, nats per token")
-    title = f"{kind}: {run.name}"
+    title = f"{kind}: {run.name}{f', {data}' if data else ''}"
     figure = Figure(f"Recall, {title}", caption, *axes, series, keys, marks=marks, zero=True, log=True)
     heads = ("Gap, s", "Where", "Arm", "Benefit, nats", "Heard, nats", "Unheard, nats", "Persist minus it", "p (Holm)")
     rows = [_row(gap, arm) for gap in recalled.gaps for arm in checkpoint.arms if arm in gap.arms]
