@@ -109,7 +109,9 @@ def _comparisons(results: BenchmarkResults) -> list[str]:
     rows = [("task", "view", "points", "better", "worse", "p", "Holm", "")]
     for comparison in results.comparisons:
         size = comparison.difference
-        points = f"{100 * size.mean:+z.1f} [{100 * size.low:+z.1f}, {100 * size.high:+z.1f}]" if size.n else "-"
+        # Where no item differs the bootstrap has nothing to draw from: [0, 0] would look certain.
+        bounds = f" [{100 * size.low:+z.1f}, {100 * size.high:+z.1f}]" if comparison.discordant else ""
+        points = f"{100 * size.mean:+z.1f}{bounds}" if size.n else "-"
         ps = [_p(p) for p in (comparison.p, comparison.adjusted)]
         counts = (f"{comparison.better:,}", f"{comparison.worse:,}")
         rows.append((comparison.title, names[comparison.view], points, *counts, *ps, verdict(comparison)))

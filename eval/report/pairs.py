@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from eval.benchmarks.results import RULE_MEANINGS, TaskResults, ViewResults
+from eval.benchmarks.results import RULE_MEANINGS, Comparison, TaskResults, ViewResults
 from eval.benchmarks.scored import View
 from eval.report import published
 from eval.report.collect import PAIRS, Source
@@ -112,6 +113,11 @@ def _row(runs: Runs, source: Source, task: TaskResults, view: ViewResults, rule:
     )
 
 
+def _difference(entry: Comparison) -> Estimate:
+    """Returns the difference, without bounds where no item differs: the bootstrap then has nothing to draw from."""
+    return entry.difference if entry.discordant else entry.difference._replace(low=math.nan, high=math.nan)
+
+
 def _comparisons(runs: Runs, source: Source) -> Table | None:
     def name(view: View) -> str:
         return ", ".join((runs.of(source, view.checkpoint).name, view.arm, view.text, view.voice))
@@ -121,7 +127,7 @@ def _comparisons(runs: Runs, source: Source) -> Table | None:
             Cell(entry.title),
             Cell(name(entry.view)),
             Cell(name(entry.base)),
-            estimate(entry.difference, 1, signed=True, scale=100),
+            estimate(_difference(entry), 1, signed=True, scale=100),
             number(entry.better, "d"),
             number(entry.worse, "d"),
             p_value(entry.p),

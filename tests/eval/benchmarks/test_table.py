@@ -63,6 +63,9 @@ def test_comparisons_have_a_verdict_and_say_what_is_left_out(found):
         assert row.startswith(own.task)
         assert row.endswith(summary.verdict(own))
     assert rows[-1].split()[2:] == ["-", "0", "0", "-", "-", "undecided"]
+    alike = dataclasses.replace(found.comparisons[0], better=0, worse=0, difference=Estimate(0.0, 0.0, 0.0, 40))
+    row = table.table(dataclasses.replace(found, comparisons=[alike])).splitlines()
+    assert any(line.split()[3:5] == ["+0.0", "0"] for line in row if "undecided" in line), "no interval of no width"
     clear = dataclasses.replace(found.comparisons[0], p=1e-5, adjusted=4e-5, better=30, worse=2)
     clear = dataclasses.replace(clear, difference=Estimate(0.25, 0.2, 0.3, 40))
     row = table.table(dataclasses.replace(found, comparisons=[clear])).splitlines()
