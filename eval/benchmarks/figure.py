@@ -7,7 +7,7 @@ from typing import Any
 
 from eval.benchmarks.results import BenchmarkResults
 from eval.benchmarks.scored import View
-from eval.benchmarks.table import CHANCE, cut, view_names
+from eval.benchmarks.table import CHANCE, checkpoint_names, cut, view_names
 from eval.results.figures import CHECKPOINTS, KINDS, legend, pyplot, save
 from eval.stats.estimates import Estimate
 
@@ -49,6 +49,10 @@ def figure(results: BenchmarkResults) -> Any:
             lw=1.2,
             label=cut(name, 60),
         )
+    if len(results.checkpoints) == 1:  # the legend names several
+        axis.set_title(f"{checkpoint_names(results)}, {cut(results.setting.data, 40)}", fontsize=10, loc="left")
+    else:
+        axis.set_title(cut(results.setting.data, 60), fontsize=10, loc="left")
     axis.set_yticks(range(len(rows)), [cut(name, 40) for name in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel(f"accuracy in %, rule {results.setting.rule}\n95 % intervals over items; dashed: chance")

@@ -23,7 +23,7 @@ class Options:
 
     checkpoints: Annotated[Positional[tuple[str, ...]], arg(metavar="CHECKPOINT [CHECKPOINT ...]")] = ()
     """Folder of a run, of one of its checkpoints (RUN/checkpoints/STEP), or of converted weights; all others are
-    compared with the first."""
+    compared with the first, and must have its codec."""
     data: Annotated[str | None, arg(metavar="FOLDER")] = None
     """Where the recordings lie, as docs/evaluation/benchmark_data.md describes; unset: corpus/mini, a small set of
     synthetic speech."""
@@ -48,7 +48,7 @@ class Options:
     submission: bool = False
     """Also write files that ZeroSpeech's own toolkit reads."""
     verify: bool = False
-    """Only say which benchmarks and recordings are there, and what is wrong with them; takes no checkpoint."""
+    """Only say which benchmarks and recordings are there, and what is wrong with them; needs no checkpoint."""
     out: Annotated[str | None, arg(metavar="FOLDER")] = None
     """Folder for the results; unset: the command's name, with the data's, in the first checkpoint's folder. Results of
     the same question are replaced, a folder with other results is refused."""

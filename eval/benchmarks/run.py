@@ -55,14 +55,16 @@ def verify(found: find.Found, data: Path) -> int:
         problems = [*task.problems, *find.check(task)]
         items = len({pair.item for pair in task.pairs})
         title = titled(task.name, task.split)
-        print(f"  {title}: {len(task.pairs):,} pairs of {items:,} items, {len(problems)} problems")
+        counts = ((len(task.pairs), "pair"), (items, "item"), (len(problems), "problem"))
+        pairs, of_items, found_wrong = (f"{count:,} {noun}{'s' * (count != 1)}" for count, noun in counts)
+        print(f"  {title}: {pairs} of {of_items}, {found_wrong}")
         for line in shortened([f"{problem.name}: {problem.reason}" for problem in problems]):
             print(f"    {line}")
         wrong += problems
     for kind, entries in {"cannot be read": found.broken, "is not there": found.absent}.items():
         for name, reason in entries:
             print(f"  {name} {kind}: {reason}")
-    if not found.tasks:
+    if not found.tasks and not found.broken:
         raise InputError(f"{data} holds no benchmark: see docs/evaluation/benchmark_data.md for what is looked for.")
     return PARTIAL if wrong else 0
 
@@ -85,8 +87,8 @@ def _score(options: Options, command: str, data: Path, tasks: list[Task], broken
     infos = [checkpoint_info(checkpoint, brief=True) for checkpoint in checkpoints]
     setting = _setting(options, checkpoints, codec)
     folder = folders.find(options.out, command, paths[0], options.data)
-    sizes = [(results.titled(task.name, task.split), task.about, len(task.pairs)) for task in tasks]
-    subject = _subject(setting, sizes, infos)
+    facts = [(results.titled(task.name, task.split), task.about) for task in tasks]
+    subject = _subject(setting, facts, infos)
     folders.make(folder)
     replaced(folder, subject)  # errors are reported before the work
     with folders.staged(folder) as new:
@@ -112,7 +114,10 @@ def _score(options: Options, command: str, data: Path, tasks: list[Task], broken
     print(f"\n{table.table(evaluated)}\n")
     for line in shortened([f"{name} cannot be read: {reason}" for name, reason in broken]):
         print(line, file=sys.stderr)
-    for path in (folder / RESULTS, folder / results.PAIRS, *figure.draw(evaluated, folder)):
+    if options.submission and (options.limit or any(task.problems for task in summaries)):
+        print("submission files lack recordings, so ZeroSpeech's toolkit refuses them", file=sys.stderr)
+    submissions = [folder / SUBMISSION] if (folder / SUBMISSION).is_dir() else []
+    for path in (folder / RESULTS, folder / results.PAIRS, *submissions, *figure.draw(evaluated, folder)):
         print(path)
     print(f"took {spent['seconds']:.0f} s and at most {spent['peak_gigabytes']:.1f} GB of memory")
     return PARTIAL if broken or any(task.problems for task in summaries) else 0
@@ -168,11 +173,12 @@ def _setting(options: Options, checkpoints: Sequence[Checkpoint], codec: Codec) 
 
 
 def _subject(
-    setting: Setting, tasks: Iterable[tuple[str, dict[str, Any], int]], infos: Sequence[CheckpointInfo]
+    setting: Setting, tasks: Iterable[tuple[str, dict[str, Any]]], infos: Sequence[CheckpointInfo]
 ) -> folders.Subject:
-    """Returns what results are about; `tasks`: title, facts (`Task.about`) and number of pairs of each."""
+    """Returns what results are about; `tasks`: title and facts (`Task.about`, of all pairs before a limit) of each."""
     digests = {
-        title: f"{about.get('gold_sha256') or about.get('names_sha256')} {pairs} pairs" for title, about, pairs in tasks
+        title: f"{about.get('gold_sha256') or about.get('names_sha256')} {about.get('pairs')} pairs"
+        for title, about in tasks
     }
     question = {
         "--limit": setting.limit,
@@ -198,7 +204,7 @@ def replaced(folder: Path, subject: folders.Subject) -> list[str]:
     earlier: BenchmarkResults | None = folders.stored(folder, results.read, names)
     if earlier is None:
         return []
-    tasks = [(task.title, task.about, task.pairs) for task in earlier.tasks]
+    tasks = [(task.title, task.about) for task in earlier.tasks]
     folders.check(folder, _subject(earlier.setting, tasks, earlier.checkpoints), subject)
     return names
 

@@ -35,6 +35,12 @@ def view_names(results: BenchmarkResults) -> dict[View, str]:
     return {view: ", ".join(before.get(name, "") + getattr(view, name) for name in fields) for view in views}
 
 
+def checkpoint_names(results: BenchmarkResults) -> str:
+    """Returns the names of the checkpoints with their steps, joined by commas."""
+    named = [(info.name, info.about.get("step")) for info in results.checkpoints]
+    return ", ".join(cut(name, 60) + ("" if step is None else f" (step {step})") for name, step in named)
+
+
 def cut(name: str, width: int) -> str:
     """Returns `name` in at most `width` characters: of a longer one the beginning and the end."""
     if len(name) <= width:
@@ -63,6 +69,7 @@ def _head(results: BenchmarkResults) -> list[str]:
     width = max(map(len, setting.arms), default=0)
     return [
         f"{_count(len(results.tasks), 'tasks')} of {cut(setting.data, 60)}{subset}{codec}",
+        f"checkpoint{'s' * (len(results.checkpoints) > 1)} {checkpoint_names(results)}",
         f"rule {setting.rule}{other}: {setting.rules[setting.rule]}",
         f"text {' and '.join(setting.texts)}; voice {' and '.join(setting.voices)};"
         " every recording is read from a fresh state",
@@ -101,7 +108,9 @@ def _comparisons(results: BenchmarkResults) -> list[str]:
     rows = [("task", "view", "points", "better", "worse", "p", "Holm", "")]
     for comparison in results.comparisons:
         size = comparison.difference
-        points = f"{100 * size.mean:+z.1f} [{100 * size.low:+z.1f}, {100 * size.high:+z.1f}]" if size.n else "-"
+        # Where no item differs the bootstrap has nothing to draw from: [0, 0] would look certain.
+        bounds = f" [{100 * size.low:+z.1f}, {100 * size.high:+z.1f}]" if comparison.discordant else ""
+        points = f"{100 * size.mean:+z.1f}{bounds}" if size.n else "-"
         ps = [p_cell(p) for p in (comparison.p, comparison.adjusted)]
         counts = (f"{comparison.better:,}", f"{comparison.worse:,}")
         rows.append((comparison.title, names[comparison.view], points, *counts, *ps, verdict(comparison)))
@@ -113,13 +122,13 @@ def _comparisons(results: BenchmarkResults) -> list[str]:
         f" {_count(len(results.comparisons), 'comparisons')}",
     ]
     if out:
-        start.append(f"left out, because one of the two was not scored: {_count(out, 'pairs')} in all")
+        start.append(f"pairs left out because one of the two was not scored: {out:,}, counted in every comparison anew")
     return _wrapped(start) + _lines(rows, (8, 7, 9, 9, 11))
 
 
 def _problems(results: BenchmarkResults) -> list[str]:
     return [
-        f"{task.title}: {_count(task.unused, 'items')} not used, such as {task.problems[0].name}:"
+        f"{task.title}: {task.unused:,} not used (results.json names all), such as {task.problems[0].name}:"
         f" {task.problems[0].reason}"
         for task in results.tasks
         if task.problems

@@ -59,7 +59,8 @@ class Options:
     out: str
     """Folder for the benchmarks; new or empty."""
     pairs: int = 40
-    """Words, sentences, and pairs of each part of SALMon; words and sentences in every voice."""
+    """Words, sentences, and pairs of each part of SALMon; words and sentences in every voice.
+    At least 4."""
     stories: int = 24
     """Stories, in the first voice."""
     seed: int = 0

@@ -28,13 +28,16 @@ def draw(results: RecallResults) -> Any:
     """Returns a figure with a row of panels for each checkpoint, one panel for each kind."""
     kinds = [kind for kind in results.setting.kinds if any(kind in one.curves for one in results.checkpoints)]
     count = len(results.checkpoints)
-    size = (1.5 + 5.5 * len(kinds), 1.3 + 3.1 * count)
+    size = (1.5 + 5.5 * len(kinds), 1.5 + 3.1 * count)
     figure, axes = pyplot().subplots(
         count, len(kinds), figsize=size, squeeze=False, sharex=True, sharey="col", layout="constrained"
     )
+    data = results.setting.about.get("data")
+    of = f" of {Path(data).name}" if data else ""
     figure.suptitle(
-        f"Benefit of having heard it before; excerpts of {results.setting.excerpt / FRAME_RATE:g} s, codebooks weighted"
-        f" {results.setting.weighting}\nbars: 95 % over units; grey: within attention's reach, so not memory's alone",
+        f"Benefit of having heard it before\nexcerpts of {results.setting.excerpt / FRAME_RATE:g} s{of}, codebooks"
+        f" weighted {results.setting.weighting}\nbars: 95 % over units; grey: within attention's reach, so not memory's"
+        " alone",
         fontsize=10,
     )
     seconds = [point.seconds for one in results.checkpoints for curve in one.curves.values() for point in curve.gaps]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
 from eval.recall.analysis import benefits, heard, unheard
@@ -18,12 +19,14 @@ from ttt_jax.config import FRAME_RATE
 from ttt_jax.utils.command import shortened
 
 ITEMS = "items.csv"
+WIDTH = 120
 DIGITS = 5
 """Of a benefit in nats: arms without memory are 0 to all of them."""
 
 
 def table(results: RecallResults) -> str:
-    """Returns the results for a terminal: the setting, and for each checkpoint and kind a row for each gap."""
+    """Returns the results for a terminal: the setting, and for each checkpoint and kind a row for each gap
+    and arm, at most `WIDTH` characters wide unless names are long."""
     blocks = [_head(results)]
     for checkpoint in results.checkpoints:
         for kind, curve in checkpoint.curves.items():
@@ -50,29 +53,31 @@ def dropped(gaps: Sequence[Dropped]) -> list[str]:
 def _head(results: RecallResults) -> list[str]:
     setting = results.setting
     width = max(map(len, setting.arms))
-    return [
-        f"excerpts of {setting.excerpt / FRAME_RATE:g} s, {setting.items} items a gap, seed {setting.seed}; codebooks"
-        f" weighted {setting.weighting}: {WEIGHTINGS[setting.weighting]}",
-        "benefit: nats per token that having heard it saves the second time [95 % interval]; p: over all gaps (Holm)",
+    lines = [
+        f"excerpts of {setting.excerpt / FRAME_RATE:g} s, at most {setting.items} items a gap, seed {setting.seed};"
+        f" codebooks weighted {setting.weighting}: {WEIGHTINGS[setting.weighting]}",
+        "benefit: nats per token that having heard it saves the second time [95 % interval over units]; p: persist"
+        " against this arm, adjusted over the gaps (Holm)",
         *(f"  {arm:<{width}}  {meaning}" for arm, meaning in setting.arms.items()),
     ]
+    return [part for line in lines for part in _wrapped(line)]
 
 
 def _curve(checkpoint: CheckpointRecall, kind: str, curve: Curve) -> list[str]:
-    arms = list(curve.gaps[0].arms)
-    against = list(curve.gaps[0].against)
-    rows = [["gap", "items", "", *arms, *(f"p against {arm}" for arm in against)]]
+    rows = [["gap", "", "items", "arm", "benefit", "p"]]
     for point in curve.gaps:
-        rows.append(
-            [
-                f"{point.seconds:g} s",
-                f"{point.items}" + (f" of {point.items + point.failed}" if point.failed else ""),
-                f"{point.units} {point.unit}, {point.where}",
-                *(interval(point.arms[arm].benefit, DIGITS, signed=True) for arm in arms),
-                *(p_cell(point.against[arm].p_holm) for arm in against),
-            ]
-        )
-    return [f"{checkpoint.info.name}, {kind}: {KINDS[kind]}", *_aligned(rows), curve.verdict]
+        items = f"{point.items}" + (f" of {point.items + point.failed}" if point.failed else "")
+        about = [f"{point.seconds:g} s", point.where, f"{items}, {point.units} {point.unit}"]
+        for arm, own in point.arms.items():
+            p = p_cell(point.against[arm].p_holm) if arm in point.against else ""
+            rows.append([*about, arm, interval(own.benefit, DIGITS, signed=True), p])
+            about = [""] * len(about)
+    title = f"{checkpoint.info.name}, {kind}: {KINDS[kind]}"
+    return [*_wrapped(title), *_aligned(rows), *_wrapped(curve.verdict)]
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent="    ")
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from eval.benchmarks.layouts import MINI_PREFIX
-from eval.benchmarks.results import RULE_MEANINGS, TaskResults, ViewResults
+from eval.benchmarks.results import RULE_MEANINGS, Comparison, TaskResults, ViewResults
 from eval.benchmarks.scored import View
 from eval.report import published
 from eval.report.collect import PAIRS, Source
@@ -75,7 +76,9 @@ def _figure(runs: Runs, mini: bool, rule: str, items: str, bars: list[Bar]) -> F
         f"{'Mini tasks of synthetic speech, not the official ones' if mini else 'Official tasks'}; {items}; rule"
         f" {rule}: {RULE_MEANINGS.get(rule, rule)}."
     )
-    title = "Mini tasks: accuracy" if mini else "Accuracy"
+    title = f"{'Mini tasks: accuracy' if mini else 'Accuracy'}, {items}"
+    if "checkpoint" not in told:  # else the legend names it
+        title += f": {views[0].checkpoint}"
     keys = frozenset(bar.run for bar in bars)
     return Figure(title, caption, "", "accuracy, %", series, keys, "bars", [(50, "chance")], from_zero=True)
 
@@ -99,12 +102,17 @@ def _row(runs: Runs, source: Source, task: TaskResults, view: ViewResults, rule:
         Cell(view.voice),
         estimate(view.accuracies[rule], 1, scale=100),
         estimate(view.in_vocab[rule], 1, scale=100) if rule in view.in_vocab else words(None),
-        number(task.items, "d"),
+        number(view.accuracies[rule].n, "d"),
         number(view.scored, "d"),
         number(view.ties, "d"),
         number(view.failed, "d"),
         number(task.about.get("problems"), "d"),
     )
+
+
+def _difference(entry: Comparison) -> Estimate:
+    """Returns the difference, without bounds where no item differs: the bootstrap then has nothing to draw from."""
+    return entry.difference if entry.discordant else entry.difference._replace(low=math.nan, high=math.nan)
 
 
 def _comparisons(runs: Runs, source: Source) -> Table | None:
@@ -116,7 +124,7 @@ def _comparisons(runs: Runs, source: Source) -> Table | None:
             Cell(entry.title),
             Cell(name(entry.view)),
             Cell(name(entry.base)),
-            estimate(entry.difference, 1, signed=True, scale=100),
+            estimate(_difference(entry), 1, signed=True, scale=100),
             number(entry.better, "d"),
             number(entry.worse, "d"),
             p_value(entry.p),

@@ -112,7 +112,8 @@ def estimate(value: Estimate, digits: int = 4, signed: bool = False, scale: floa
         return NOTHING
     value = Estimate(value.mean * scale, value.low * scale, value.high * scale, value.n)
     bounds = (value.low, value.high) if math.isfinite(value.low + value.high) else None
-    text = interval(value if bounds else value._replace(n=1), digits, signed)
+    # Bounds of one unit are shown where its method has them (an accuracy of one item).
+    text = interval(value._replace(n=2 if bounds else 1), digits, signed)
     return Cell(text, value.mean, bounds)
 
 

@@ -11,6 +11,7 @@ from eval.report.collect import RECALL, Source
 from eval.report.parts import Cell, Figure, Note, Row, Section, Table, curve, estimate, number, of, p_value, seconds
 from eval.report.runs import Run, Runs
 from eval.results.figures import CHECKPOINTS, COLOURS
+from eval.results.folder import OWN_DATA
 from eval.stats.estimates import Estimate
 
 DASHES = {"reset": "dash", "permuted": "dot"}
@@ -62,10 +63,11 @@ def _together(runs: Runs, sources: Sequence[Source], kind: str) -> list[Figure]:
                     values = [gap.arms[checkpoint.main].benefit for gap in gaps]
                     series.append(curve(name, [gap.seconds for gap in gaps], values, colour=colour, run=run.key))
         if len(series) > 1:
-            how = f"excerpts of {seconds(excerpt):g} s of the same recordings, codebooks weighted {weighting}"
+            data = members[0].results.setting.about.get("data") or OWN_DATA
+            how = f"excerpts of {seconds(excerpt):g} s of the same recordings ({data}), codebooks weighted {weighting}"
             caption = f"{kind}: {KINDS[kind]}; {how}."
             axes = ("gap, seconds", "benefit, nats per token")
-            title = f"Recall, all runs: {kind}"
+            title = f"Recall, all runs: {kind}, {data}"
             figures.append(Figure(title, caption, *axes, series, frozenset(keys), zero=True, log=True))
     return figures
 
@@ -88,7 +90,7 @@ def _recalled(
     where = ", ".join(f"{words} {at:.4g} s" for at, words in marks)
     caption = f"Benefit by gap and arm with 95 % intervals, excerpts of {seconds(setting.excerpt):g} s{how}; {where}."
     axes = ("gap, seconds", "benefit, nats per token")
-    title = f"{kind}: {run.name}"
+    title = f"{kind}: {run.name}{f', {data}' if data else ''}"
     figure = Figure(f"Recall, {title}", caption, *axes, series, keys, marks=marks, zero=True, log=True)
     heads = ("Gap, s", "Where", "Arm", "Benefit, nats", "Heard, nats", "Unheard, nats", "Persist minus it", "p (Holm)")
     rows = [_row(gap, arm) for gap in recalled.gaps for arm in checkpoint.arms if arm in gap.arms]
@@ -103,10 +105,10 @@ def _row(gap: AtGap, arm: str) -> Row:
         number(gap.seconds, "g"),
         Cell(gap.where),
         Cell(arm),
-        estimate(own.benefit, 4, signed=True),
+        estimate(own.benefit, 5, signed=True),
         estimate(own.heard, 4),
         estimate(own.unheard, 4),
-        number(against and against.test.mean, "+.4f"),
+        number(against and against.test.mean, "+.5f"),
         p_value(against and against.p_holm),
         number(gap.items, "d"),
         Cell(f"{gap.units} {gap.unit}", gap.units),
@@ -124,7 +126,7 @@ def _compared(runs: Runs, source: Source) -> Table:
             Cell(main[name]),
             Cell(kind),
             number(seconds(entry.gap), "g"),
-            estimate(Estimate(entry.test.mean, entry.test.low, entry.test.high, entry.test.n), 4, signed=True),
+            estimate(Estimate(entry.test.mean, entry.test.low, entry.test.high, entry.test.n), 5, signed=True),
             p_value(entry.p_holm),
             number(entry.test.n, "d"),
         )

@@ -158,7 +158,7 @@ FACTS = ("Run", "Tags", "Step", "Preset", "Model", "TTT layers", "Inner model", 
 def _facts(run: Run) -> Row:
     info, model = run.info, _dict(run.config.get("model"))
     ttt = _dict(model.get("ttt"))
-    layers = _ranges(info.ttt_layers) if info else ttt.get("layers")
+    layers = _ranges(info.ttt_layers) if info else _named(ttt.get("layers"))
     size = f"{model['dim']} × {model['num_layers']} layers" if {"dim", "num_layers"} <= model.keys() else None
     hidden = ttt.get("hidden")
     inner = None
@@ -191,8 +191,15 @@ def _ranges(layers: Sequence[int]) -> str:
     return ", ".join(f"{part[0]} to {part[-1]}" if len(part) > 2 else ", ".join(map(str, part)) for part in parts)
 
 
+def _named(layers: Any) -> Any:
+    """Returns the TTT layers of a configuration; None if it has none."""
+    return None if layers == "none" else layers
+
+
 def _own_tags(run: Run) -> list[str]:
-    tags = ["TTT" if run.info.ttt_layers else "no TTT"] if run.info else []
+    layers = _dict(_dict(run.config.get("model")).get("ttt")).get("layers")
+    known = run.info is not None or layers is not None
+    tags = ["TTT" if (run.info.ttt_layers if run.info else _named(layers)) else "no TTT"] if known else []
     if _dict(_dict(run.config.get("model")).get("lora")).get("rank"):
         tags.append("LoRA")
     if run.info and run.info.seed is None:

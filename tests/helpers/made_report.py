@@ -104,11 +104,16 @@ def _accuracy(mean: float, n: int = 200) -> Estimate:
     return Estimate(mean, mean - half, mean + half, n)
 
 
+MINI_AND_OFFICIAL = ("mini-swuggy", "mini-sblimp", "mini-salmon/gender", "swuggy")
+
+
 def suite(
     folder: Path,
     infos=(ONE, TWO),
-    tasks=("mini-swuggy", "mini-sblimp", "mini-salmon/gender", "swuggy"),
+    tasks=MINI_AND_OFFICIAL,
     limit: int | None = None,
+    data: str = "data/mini",
+    items: int = 200,
 ) -> Path:
     """Results of `suite`: mini tasks, and an official one; of a part of the items they are 10 points lower."""
     rule = "kyutai mean"
@@ -117,7 +122,7 @@ def suite(
     for i, name in enumerate(tasks):
         split = "dev" if name.endswith(("swuggy", "sblimp")) else ""
         first = 0.5 if limit is None else 0.4
-        accuracies = [_accuracy(first + 0.04 * i + 0.02 * j) for j in range(len(views))]
+        accuracies = [_accuracy(first + 0.04 * i + 0.02 * j, items) for j in range(len(views))]
         own = [
             ViewResults(*view, {rule: accuracy}, {rule: accuracy} if "swuggy" in name else {}, {}, {}, 200, 3, 1)
             for view, accuracy in zip(views, accuracies, strict=True)
@@ -127,9 +132,7 @@ def suite(
         for view in views[1:]:
             difference = Estimate(0.02, -0.01, 0.05, 200)
             comparisons.append(Comparison(name, split, views[0], view, 200, 1, 0.5, 0.52, difference, 30, 26, 0.6, 1.0))
-    setting = PairSetting(
-        rule, "data/mini", "dev", limit, 0, ("padding",), ("moshi",), made_scores.ARMS, {"name": "made"}, 2
-    )
+    setting = PairSetting(rule, data, "dev", limit, 0, ("padding",), ("moshi",), made_scores.ARMS, {"name": "made"}, 2)
     means = [Mean("mini-salmon", "", ["mini-salmon/gender"], views[0], {rule: _accuracy(0.58)})]
     folder.mkdir(parents=True)
     schema.write(folder, BenchmarkResults(setting, list(infos), made_tasks, comparisons, means), ABOUT)
@@ -147,7 +150,7 @@ def _at_gap(gap: int, level: float) -> recall.AtGap:
     return recall.AtGap(gap, where, 24, 0, 12, "speakers", arms, against)
 
 
-def recalled(folder: Path, infos=(ONE, TWO), excerpt: int = 50) -> Path:
+def recalled(folder: Path, infos=(ONE, TWO), excerpt: int = 50, file=FILE) -> Path:
     """Results of `recall`."""
     setting = recall.Setting(
         [recall.HEARD], excerpt, 24, [50, 125, 750, 3750], 5, 0, "equal", made_scores.ARMS, {"data": None}
@@ -166,7 +169,7 @@ def recalled(folder: Path, infos=(ONE, TWO), excerpt: int = 50) -> Path:
         info.name: {recall.HEARD: [recall.Between(750, MeanTest(-0.02, -0.03, -0.01, 12, 1e-4), 2e-4)]}
         for info in infos[1:]
     }
-    schema.write(folder, recall.RecallResults(setting, checkpoints, dropped, [FILE], [], between), ABOUT)
+    schema.write(folder, recall.RecallResults(setting, checkpoints, dropped, [file], [], between), ABOUT)
     return folder
 
 

@@ -39,13 +39,14 @@ function shownSeries(card) {
 }
 
 // An interval over two units is so wide that it would flatten every curve: only the data table has it.
-const isFirm = (series, i) => series.low[i] !== null && series.high[i] !== null && series.n[i] > 2;
+const isKnown = (series, i) => series.low[i] !== null && series.high[i] !== null;
+const isFirm = (series, i) => isKnown(series, i) && series.n[i] > 2;
 
-function intervals(series, values) {
+function intervals(series, values, isShown = isFirm) {
   if (!series.low.length) {
     return undefined;
   }
-  const apart = (bounds) => values.map((value, i) => (isFirm(series, i) ? Math.abs(bounds[i] - value) : 0));
+  const apart = (bounds) => values.map((value, i) => (isShown(series, i) ? Math.abs(bounds[i] - value) : 0));
   return {
     type: "data", symmetric: false, array: apart(series.high), arrayminus: apart(series.low), thickness: 1.3, width: 4,
     color: colourOf("text"),
@@ -67,7 +68,7 @@ function traces(figure, series) {
   const colour = ink(series.colour);
   const common = { x: series.x, y: series.y, name: shortened(series.name), legendgroup: series.name };
   if (figure.kind === "bars") {
-    return [{ ...common, type: "bar", marker: { color: colour }, error_y: intervals(series, series.y) }];
+    return [{ ...common, type: "bar", marker: { color: colour }, error_y: intervals(series, series.y, isKnown) }];
   }
   if (figure.kind === "points") {
     const bars = intervals(series, series.x);

@@ -141,7 +141,7 @@ def test_bad_recordings_are_named_and_counted_and_never_scored(run, data, tmp_pa
     assert {problem.name for problem in task.problems} == {"A/1", "B/2"}
     (row,) = [row for row in rows(tmp_path / "out") if row["outcome"] == ""]
     assert (row["key"], row["right"]) == ("A/1", "")
-    assert "2 items not used, such as" in capsys.readouterr().out
+    assert "2 not used (results.json names all), such as" in capsys.readouterr().out
 
 
 def test_recordings_of_which_none_can_be_used_leave_nothing(run, data, tmp_path):
@@ -164,6 +164,22 @@ def test_verify_needs_no_model(data, tmp_path, capsys):
     assert "w1A.wav is unreadable" in capsys.readouterr().out
 
 
+def test_verify_names_a_table_without_a_column(data, tmp_path, capsys):
+    root = shutil.copytree(data / "lexical", tmp_path / "lexical")
+    gold = (root / "dev" / "gold.csv").read_text()
+    (root / "dev" / "gold.csv").write_text(gold.replace("voice", "speaker", 1))
+    assert main(["swuggy", "--data", str(root), "--verify"]) == PARTIAL
+    assert "gold.csv has no column voice" in capsys.readouterr().out
+
+
+def test_incomplete_submission_files_are_said(run, data, tmp_path, capsys):
+    flags = ["--limit", "2", "--arms", "off", "--submission", "--out", str(tmp_path / "out")]
+    assert main(["swuggy", str(run), "--data", str(data), *flags]) == 0
+    shown = capsys.readouterr()
+    assert str(tmp_path / "out" / "submission") in shown.out.splitlines()
+    assert "submission files lack recordings" in shown.err
+
+
 def test_a_limit_takes_whole_items(run, data, tmp_path):
     flags = ["--limit", "2", "--arms", "off", "--out", str(tmp_path / "out")]
     assert main(["swuggy", str(run), "--data", str(data), *flags]) == 0
@@ -179,7 +195,7 @@ def test_results_of_another_question_are_not_replaced(run, data, out, tmp_path):
     for flags, message in {
         ("--arms", "off"): "--arms persist,frozen,off, not off",
         ("--text", "padding"): "--text absent, not padding",
-        ("--limit", "2"): "--limit None, not 2|other content",
+        ("--limit", "2"): "--limit None, not 2",
     }.items():
         with pytest.raises(InputError, match=message):
             main([*same, *flags])

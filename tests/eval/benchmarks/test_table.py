@@ -37,9 +37,10 @@ def test_a_row_for_every_task_and_view(found):
     (mean,) = [line for line in lines if line.startswith("salmon, mean of 2") and " persist " in line]
     assert table.percent(found.means[0].accuracies[DEFAULT]) in mean
     assert "at most 100 items a task (seed 0), codec mimi" in lines[0]
+    assert lines[1] == "checkpoint base", "one checkpoint is named nowhere else"
     assert found.setting.rules[DEFAULT] in " ".join(text.split())
     assert "chance is 50 %" in text
-    assert lines[-1] == "sblimp (dev): 1 item not used, such as 12: its wrong side is missing"
+    assert lines[-1] == ("sblimp (dev): 1 not used (results.json names all), such as 12: its wrong side is missing")
 
 
 def test_intervals_that_contain_chance_are_marked():
@@ -54,12 +55,17 @@ def test_comparisons_have_a_verdict_and_say_what_is_left_out(found):
     start = next(i for i, line in enumerate(lines) if line.startswith("compared with persist"))
     assert "Holm: p adjusted for 4 comparisons" in lines[start + 1]
     out = sum(own.left_out for own in found.comparisons)
-    assert lines[start + 2] == f"left out, because one of the two was not scored: {out} pairs in all"
+    assert lines[start + 2] == (
+        f"pairs left out because one of the two was not scored: {out}, counted in every comparison anew"
+    )
     rows = lines[start + 4 : start + 8]
     for row, own in zip(rows, found.comparisons, strict=True):
         assert row.startswith(own.task)
         assert row.endswith(summary.verdict(own))
     assert rows[-1].split()[2:] == ["-", "0", "0", "-", "-", "undecided"]
+    alike = dataclasses.replace(found.comparisons[0], better=0, worse=0, difference=Estimate(0.0, 0.0, 0.0, 40))
+    row = table.table(dataclasses.replace(found, comparisons=[alike])).splitlines()
+    assert any(line.split()[3:5] == ["+0.0", "0"] for line in row if "undecided" in line), "no interval of no width"
     clear = dataclasses.replace(found.comparisons[0], p=1e-5, adjusted=4e-5, better=30, worse=2)
     clear = dataclasses.replace(clear, difference=Estimate(0.25, 0.2, 0.3, 40))
     row = table.table(dataclasses.replace(found, comparisons=[clear])).splitlines()

@@ -10,6 +10,7 @@ from eval.recall.play import CUE, play
 from eval.recall.results import HEARD, WHO, CheckpointRecall, Dropped, RecallResults, Setting
 from eval.results.figures import COLOURS, pyplot
 from eval.results.schema import CheckpointInfo
+from eval.stats.estimates import interval
 from tests.helpers import recall_players as players
 
 GAPS = (25, 75, 150, 250)
@@ -68,7 +69,7 @@ def test_one_item_and_one_kind_can_be_drawn(tmp_path):
     assert all(path.stat().st_size > 1000 for path in written)
 
 
-def test_the_table_has_a_row_for_each_gap():
+def test_the_table_has_a_row_for_each_gap_and_arm():
     made = results([LONG])
     text = table.table(made)
     rows = [line for line in text.splitlines() if line.startswith(("2 s", "6 s", "12 s", "20 s"))]
@@ -76,8 +77,14 @@ def test_the_table_has_a_row_for_each_gap():
     assert "within one layer's window" in rows[0]
     assert "within attention's reach" in rows[1]
     assert "beyond attention's reach" in rows[2]
+    assert sum(line.split()[0] == "reset" for line in text.splitlines() if line.strip()) == 2 * len(GAPS) + 1
+    assert max(map(len, text.splitlines())) <= table.WIDTH
     for kind in (HEARD, WHO):
-        assert made.checkpoints[0].curves[kind].verdict in text
+        curve = made.checkpoints[0].curves[kind]
+        assert curve.verdict in " ".join(text.split())
+        for point in curve.gaps:
+            for own in point.arms.values():
+                assert interval(own.benefit, table.DIGITS, signed=True) in text
 
 
 def test_dropped_gaps_of_one_reason_share_a_sentence():

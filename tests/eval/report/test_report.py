@@ -1,5 +1,6 @@
 """The page over made-up results of every kind: what it shows, what it leaves out, and what it refuses."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -144,13 +145,38 @@ def test_accuracies_on_other_items_do_not_stand_for_each_other(tmp_path):
     made_report.suite(tmp_path / "all")
     made_report.suite(tmp_path / "part", limit=50)
     shown = made_page(tmp_path, tmp_path / "all", tmp_path / "part")
-    figures = [figure for figure in shown.data["figures"] if figure["title"] == "Accuracy"]
+    figures = [figure for figure in shown.data["figures"] if figure["title"].startswith("Accuracy")]
     assert [figure["series"][0]["y"] for figure in figures] == [[62.0], [52.0]]
     assert ["at most 50 items of a task, seed 0" in figure["caption"] for figure in figures] == [False, True]
     heads, one, _ = shown.tables["Runs"]
     cells = {head: cell for head, cell in zip(heads, one, strict=True) if head.startswith("swuggy (dev)")}
     assert [cell[:4] for cell in cells.values()] == ["62.0", "52.0"]
     assert ["at most 50 items" in head for head in cells] == [False, True]
+
+
+def test_accuracies_on_other_recordings_do_not_stand_side_by_side(tmp_path):
+    for i, data in enumerate(("one/set", "another/set")):
+        made_report.suite(tmp_path / "results" / str(i), data=data, items=1)
+    found = made_page(tmp_path, tmp_path / "results")
+    titles = [figure["title"] for figure in found.data["figures"] if figure["title"].startswith("Mini tasks")]
+    assert titles == [f"Mini tasks: accuracy, {data}/set, all items" for data in ("one", "another")]
+    heads = found.tables["Runs"][0]
+    assert [f"mini-swuggy (dev) %, {data}, all items, kyutai mean" in heads for data in ("one/set", "another/set")] == [
+        True,
+        True,
+    ]
+    row = found.tables["Accuracies: one/set"][1]
+    assert "[" in row[5], "an accuracy of one item has an interval"
+
+
+def test_recall_on_other_recordings_is_another_figure(tmp_path):
+    for i, digest in enumerate(("same", "same", "other")):
+        file = dataclasses.replace(made_report.FILE, digest=digest)
+        made_report.recalled(tmp_path / str(i), [(made_report.ONE, made_report.TWO, made_report.PLAIN)[i]], file=file)
+    alone = made_page(tmp_path, tmp_path / "0", tmp_path / "2")
+    assert not any("all runs" in figure["title"] for figure in alone.data["figures"])
+    together = made_page(tmp_path, tmp_path / "0", tmp_path / "1", tmp_path / "2").figure("Recall, all runs")
+    assert len(together["series"]) == 2
 
 
 def test_published_rows_are_apart_with_source_and_caveat(whole):
@@ -186,7 +212,7 @@ def test_recall_of_other_excerpts_is_not_drawn_together(tmp_path):
     for excerpt, drawn in ((50, 1), (100, 0)):
         other = made_report.recalled(tmp_path / str(excerpt), (made_report.TWO,), excerpt)
         figures = made_page(tmp_path, tmp_path / "one", other).data["figures"]
-        assert sum(figure["title"] == "Recall, all runs: heard-before" for figure in figures) == drawn
+        assert sum(figure["title"].startswith("Recall, all runs: heard-before") for figure in figures) == drawn
 
 
 def test_checkpoints_of_one_evaluation_are_paired(whole):
@@ -213,7 +239,7 @@ def test_recall_by_gap(whole):
     half = "half of the benefit at 60 s is left at 91.5 s [70 s, beyond the longest gap]."
     assert whole.text.count(half) == 2, "once for each run, in its verdict"
     assert whole.text.lower().count("half of the benefit") == 2
-    row = ["60", "-0.0200 [-0.0300, -0.0100]", "< 0.001", "12"]
+    row = ["60", "-0.02000 [-0.03000, -0.01000]", "< 0.001", "12"]
     assert whole.tables["Recall beside one"][1] == [SCRIPT, "persist", "heard-before", *row]
     assert "gap of 3600 s: left out, no speaker has an hour of speech." in whole.text
 
