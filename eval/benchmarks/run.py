@@ -114,9 +114,9 @@ def _score(options: Options, command: str, data: Path, tasks: list[Task], broken
     print(f"\n{table.table(evaluated)}\n")
     for line in shortened([f"{name} cannot be read: {reason}" for name, reason in broken]):
         print(line, file=sys.stderr)
-    if options.submission and (options.limit or any(task.problems for task in summaries)):
-        print("submission files lack recordings, so ZeroSpeech's toolkit refuses them", file=sys.stderr)
     submissions = [folder / SUBMISSION] if (folder / SUBMISSION).is_dir() else []
+    if submissions and (options.limit or any(task.problems for task in summaries if _is_submitted(task.name))):
+        print("submission files lack recordings, so ZeroSpeech's toolkit refuses them", file=sys.stderr)
     for path in (folder / RESULTS, folder / results.PAIRS, *submissions, *figure.draw(evaluated, folder)):
         print(path)
     print(f"took {spent['seconds']:.0f} s and at most {spent['peak_gigabytes']:.1f} GB of memory")
@@ -209,13 +209,19 @@ def replaced(folder: Path, subject: folders.Subject) -> list[str]:
     return names
 
 
+def _is_submitted(task: str) -> bool:
+    from eval.benchmarks import submission
+
+    return task.removeprefix(MINI_PREFIX) in submission.FOLDERS
+
+
 def _submit(folder: Path, tasks: Sequence[tuple[Task, dict[View, Scored]]], rule: str) -> None:
     """Writes the scores of every view as submission files, a folder for each view."""
     from eval.benchmarks import submission
     from ttt_jax.utils.paths import file_name
 
     for task, views in tasks:
-        if task.name.removeprefix(MINI_PREFIX) not in submission.FOLDERS:
+        if not _is_submitted(task.name):
             continue
         for view, scored in views.items():
             values = {}
