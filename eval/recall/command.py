@@ -170,15 +170,15 @@ def evaluate(
             names = arms[checkpoint.name]
             of_checkpoint = played[checkpoint.name] = _played(checkpoint, items, names, options.batch)
             curves = analysis.curves(of_checkpoint, info, names[0], setting, schema.units(infos)[1])
-            if not curves:
-                raise InputError(
-                    f"{checkpoint.name} gives no finite predictions of any item: its fast weights or its weights have"
-                    " diverged, so lower ttt.base_lr or bound them (ttt.horizon, ttt.max_displacement)."
-                )
             failed = sum(one.losses is None for one in of_checkpoint)
             if failed:
                 print(f"left out: {failed} items of which {checkpoint.name} gives no finite predictions")
             recalls.append(results.CheckpointRecall(info, list(names), names[0], curves, failed))
+        if not any(one.curves for one in recalls):
+            raise InputError(
+                f"{recalls[0].info.name} gives no finite predictions of any item: its fast weights or its weights have"
+                " diverged, so lower ttt.base_lr or bound them (ttt.horizon, ttt.max_displacement)."
+            )
         by_name = {one.info.name: (played[one.info.name], one.main) for one in recalls}
         first, *others = by_name
         between = {name: analysis.between(by_name[first], by_name[name], setting) for name in others}

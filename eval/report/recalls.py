@@ -28,7 +28,7 @@ def sections(runs: Runs, sources: Sequence[Source]) -> list[Section]:
                 if kind in checkpoint.curves:
                     run = runs.of(source, checkpoint.info.name)
                     blocks += _recalled(run, source, checkpoint, kind, checkpoint.curves[kind])
-    blocks += [_compared(runs, source) for source in sources if source.results.between]
+    blocks += [_compared(runs, source) for source in sources if any(source.results.between.values())]
     for source in sources:
         keys = frozenset(runs.of(source, info.name).key for info in source.checkpoints)
         blocks += [

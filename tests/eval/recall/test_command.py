@@ -12,6 +12,7 @@ from eval.__main__ import main
 from eval.recall import figure, play, results
 from eval.recall.command import Options
 from eval.recall.results import BEYOND, HEARD, WHO
+from eval.report import command as report
 from eval.streaming import runner
 from tests.helpers import micro, quick
 from tests.helpers.eval_models import DIGEST, write_codes, write_run
@@ -192,6 +193,23 @@ def test_predictions_that_are_not_finite_are_no_recall(run, data, tmp_path, monk
     with pytest.raises(InputError, match="memory gives no finite predictions"):
         main(["recall", str(run), "--data", str(data), "--out", str(tmp_path / "out"), *WORDS])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_diverged_costs_the_others_nothing(run, other, data, tmp_path, monkeypatch, capsys):
+    params_of = loading.params_of
+
+    def broken(checkpoint):
+        params = params_of(checkpoint)
+        return params | {"text_head": params["text_head"] * np.nan} if checkpoint.name == run.name else params
+
+    monkeypatch.setattr(loading, "params_of", broken)
+    words = ["recall", str(run), str(other), "--data", str(data), *WORDS]
+    assert main([*words, "--out", str(tmp_path / "out")]) == PARTIAL
+    first, second = results.read(tmp_path / "out").checkpoints
+    assert (first.curves, first.failed, second.failed) == ({}, 8, 0)
+    assert list(second.curves) == list(results.KINDS)
+    assert "left out: 8 items of which memory gives no finite predictions" in capsys.readouterr().out
+    assert report.main(report.Options((str(tmp_path / "out"),), str(tmp_path / "page.html"))) == 0
 
 
 def test_items_that_are_not_finite_are_counted(run, data, tmp_path, monkeypatch, capsys):
