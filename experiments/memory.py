@@ -68,7 +68,7 @@ REPLAY = dataclasses.replace(
 second finds what was said so many frames ago, which is no recall of what is heard."""
 EXCERPT = 25
 """Frames of an excerpt, 2 s: no multiple of a mini-batch, so that a replay finds the TTT layers in another phase."""
-FRESH = Settings("replay", files=64, frames=2700, every=2620, seed=3000)
+FRESH = Settings("replay", files=32, frames=2700, every=2620, seed=3000)
 """Streams in which nothing comes again, for `python -m eval recall` to replay."""
 GAPS = "5.12,10,20,40,80,160"
 """Seconds; 64 to 2,000 frames."""
@@ -155,17 +155,15 @@ class Experiment:
         self._compare("speech", self._conditions("speech"), None)
 
     def replay(self) -> None:
-        """Excerpts that come again, with TTT layers and without; then spoken recall, of codes and of speech."""
-        for way in ("persist", "none"):
-            self._train(way, WAYS[way](REPLAY), ("replay",))
-        kept, none = (self._runs(way, "replay") for way in ("persist", "none"))
-        conditions = [f"persist={kept}@persist", f"reset={kept}@reset", f"frozen={kept}@frozen", f"none={none}@off"]
+        """Excerpts that come again; then spoken recall, of codes and of speech."""
+        self._train("persist", REPLAY, ("replay",))
+        runs, fresh = self._runs("persist", "replay"), self._data("fresh", "replay", FRESH)
+        conditions = [f"{arm}={runs}@{arm}" for arm in ("persist", "reset", "frozen", "off")]
         self._compare("tasks-replay", conditions, self._heldout("replay"))
-        runs, fresh = [*kept.split(","), *none.split(",")], self._data("fresh", "replay", FRESH)
-        codes = ["--kind", "heard-before", "--data", str(fresh), "--gaps", GAPS, "--items", "64"]
+        codes = ["--kind", "heard-before", "--data", str(fresh), "--gaps", GAPS]
         for name, flags in {"recall-codes": codes, "recall-speech": ["--data", str(dataset.embedded())]}.items():
             place = ["--batch", "16", "--out", str(self._out(name))]
-            self.code = max(self.code, evaluate(["recall", *runs, *flags, *place]))
+            self.code = max(self.code, evaluate(["recall", *runs.split(","), *flags, *place]))
 
     def _variants(self, part: str, variants: dict[str, Change]) -> None:
         for variant, change in variants.items():
