@@ -1,7 +1,7 @@
 """Times benchmarks of pairs once the recordings are encoded: ``python -m bench.pairs``.
 
-Recordings of random codes through random weights, by `eval.benchmarks.scoring`. Beside many recordings a call stands
-one recording a call, as scorers do that take one file after the other.
+Recordings of random codes through random weights, by `eval.benchmarks.scoring.losses`. Beside many recordings a call
+stands one recording a call, as scorers do that take one file after the other.
 
     python -m bench.pairs                # tiny, on a CPU
     python -m bench.pairs --shape 7b     # the 7B in bfloat16, TTT (b = 16) in layers 29 to 31, 1,000 pairs of 3 s
@@ -14,7 +14,7 @@ import argparse
 import numpy as np
 
 from bench.figures import device, peak, random_params, seconds, spread
-from eval.benchmarks.scoring import Entry, call_frames, call_rows, score
+from eval.benchmarks.scoring.losses import Entry, call_frames, call_rows, score
 from ttt_jax.config import FRAME_RATE, MODEL_PRESETS, MoshiConfig, TTTConfig
 
 
@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=3.0, help="of a recording")
     parser.add_argument("--alone", type=int, default=50, help="recordings that are scored one a call")
+    parser.add_argument("--batch", type=int, default=None, help="recordings of a call of many; unset: by the device")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     cfg = MODEL_PRESETS["tiny"]
@@ -38,11 +39,11 @@ def main() -> None:
     silence, length = rng.integers(0, cfg.card, (books, frames), np.int32), call_frames(frames + cfg.max_delay)
     print(
         f"{device()}; {args.shape}, {args.pairs} pairs, {frames} frames a recording; calls of"
-        f" {call_rows(length, 1, None)} recordings and {length} frames",
+        f" {call_rows(length, 1, args.batch)} recordings and {length} frames",
         flush=True,
     )
     ways = {
-        "persist": (entries, ("persist",), None),
+        "persist": (entries, ("persist",), args.batch),
         "persist, frozen, off": (entries, ("persist", "frozen", "off"), None),
         "persist, one recording a call": (entries[: args.alone], ("persist",), 1),
     }

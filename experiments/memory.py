@@ -259,7 +259,8 @@ class Options:
     part: Positional[Literal["tasks", "inner", "place", "speech", "replay"] | None] = None
     """tasks: recall, speaker, control, the MLP at b = 16, trained in four ways. inner: recall, linear and MLP, b = 1
     and 16. place: recall, the TTT layer in the first, the middle and the last layer. speech: the embedded speech,
-    trained in four ways. replay: excerpts that come again, and spoken recall of them."""
+    trained in four ways. replay: excerpts that come again, and spoken recall of them
+    (docs/results/recall.md)."""
     folder: Annotated[Positional[str | None], arg(metavar="[FOLDER]")] = None
     """The same for all parts; what exists in it is used."""
     seeds: Annotated[str | None, arg(metavar="N,N,...")] = None

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval.benchmarks.commands.options import Options
 from eval.benchmarks.layouts import MINI_PREFIX, find
-from eval.benchmarks.options import Options
 from eval.benchmarks.pairs import Task
 from eval.benchmarks.scored import Scored, View
 from eval.benchmarks.subset import limit
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ttt_jax.checkpoints.loading import Checkpoint
     from ttt_jax.codec import Codec
 
-MINI = Path(__file__).parents[2] / "corpus" / "mini"
+MINI = Path(__file__).parents[3] / "corpus" / "mini"
 """The shipped set of `python -m eval make-mini`."""
 SUBMISSION = "submission"
 
@@ -71,8 +71,9 @@ def verify(found: find.Found, data: Path) -> int:
 
 def _score(options: Options, command: str, data: Path, tasks: list[Task], broken: Sequence[Skipped]) -> int:
     """Scores the pairs of all tasks under all checkpoints, prints and stores the results; returns the exit code."""
-    from eval.benchmarks import figure, measure, results, summary, table
-    from eval.benchmarks.scoring import check
+    from eval.benchmarks import figure, results, summary, table
+    from eval.benchmarks.scoring import measure
+    from eval.benchmarks.scoring.losses import check
     from eval.streaming.score_files import checkpoint_info
     from ttt_jax.checkpoints import loading
 

@@ -1,16 +1,16 @@
-"""`python -m eval storycloze`. Imports no jax."""
+"""`python -m eval swuggy`. Imports no jax."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from eval.benchmarks import options as shared
-from eval.benchmarks import run
+from eval.benchmarks.commands import options as shared
+from eval.benchmarks.commands import run
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(shared.Options):
-    """Score right endings of spoken stories against wrong ones: sStoryCloze (sSC) and tStoryCloze (tSC), what is there.
+    """Score words against non-words (ZeroSpeech 2021, lexical), a pair at a time.
 
     docs/evaluation/benchmarks.md says what the numbers mean. Scores are kept as they come: a run that was killed goes
     on where it stopped.
@@ -21,4 +21,4 @@ class Options(shared.Options):
 
 def main(options: Options) -> int:
     """Runs the command; returns the exit code. Raises `InputError`."""
-    return run.main(options, "storycloze", "sstorycloze", "tstorycloze")
+    return run.main(options, "swuggy", "swuggy")

@@ -51,7 +51,7 @@ class Losses(NamedTuple):
 def call_rows(frames: int, arms: int, batch: int | None) -> int:
     """Returns recordings of a call of so many frames under so many arms: `batch`, or what keeps a device busy.
 
-    On a GPU the 7B then takes 20 GB beside its weights.
+    With twice as many, three arms of the 7B did not fit on an H200.
     """
     return batch or max(1, (1024 if jax.default_backend() == "cpu" else 4096) // (frames * arms))
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from eval.benchmarks.kept import Kept
-from eval.benchmarks.options import Options
+from eval.benchmarks.commands.options import Options
 from eval.benchmarks.pairs import Task
-from eval.benchmarks.recordings import encode
 from eval.benchmarks.rules import RULES
 from eval.benchmarks.rules import score as by_rule
 from eval.benchmarks.scored import Scored, View
-from eval.benchmarks.scoring import Entry, score
+from eval.benchmarks.scoring.kept import Kept
+from eval.benchmarks.scoring.losses import Entry, score
+from eval.benchmarks.scoring.recordings import encode
 from eval.results.schema import Skipped
 from ttt_jax.checkpoints import loading
 from ttt_jax.checkpoints.loading import Checkpoint

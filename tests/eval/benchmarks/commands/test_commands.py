@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from eval.__main__ import main
-from eval.benchmarks import measure, results
+from eval.benchmarks import results
+from eval.benchmarks.commands.run import _codec
 from eval.benchmarks.rules import RULES
-from eval.benchmarks.run import _codec
+from eval.benchmarks.scoring import measure
 from eval.streaming import runner
 from tests.helpers import benchmark_files, eval_models, micro, quick
 from tests.helpers.eval_models import write_run

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from eval.benchmarks import options as shared
-from eval.benchmarks import run
+from eval.benchmarks.commands import options as shared
+from eval.benchmarks.commands import run
 
 
 @dataclasses.dataclass(frozen=True)

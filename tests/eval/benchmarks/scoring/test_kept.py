@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eval.benchmarks.kept import Kept
+from eval.benchmarks.scoring.kept import Kept
 
 SUMS = {"persist": np.array([1 / 3, 2.5]), "off": np.array([np.nan, 1e-300])}
 

@@ -1,16 +1,16 @@
-"""`python -m eval sblimp`. Imports no jax."""
+"""`python -m eval salmon`. Imports no jax."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from eval.benchmarks import options as shared
-from eval.benchmarks import run
+from eval.benchmarks.commands import options as shared
+from eval.benchmarks.commands import run
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(shared.Options):
-    """Score grammatical sentences against ungrammatical ones (ZeroSpeech 2021, syntactic), a pair at a time.
+    """Score recordings that stay consistent against recordings that do not: SALMon, all parts and their mean.
 
     docs/evaluation/benchmarks.md says what the numbers mean. Scores are kept as they come: a run that was killed goes
     on where it stopped.
@@ -21,4 +21,4 @@ class Options(shared.Options):
 
 def main(options: Options) -> int:
     """Runs the command; returns the exit code. Raises `InputError`."""
-    return run.main(options, "sblimp", "sblimp")
+    return run.main(options, "salmon", "salmon")

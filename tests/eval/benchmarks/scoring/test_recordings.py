@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from eval.benchmarks import recordings
-from eval.benchmarks.recordings import encode
+from eval.benchmarks.scoring import recordings
+from eval.benchmarks.scoring.recordings import encode
 from ttt_jax.codec import load_codec
 
 RATES = (16000, 24000)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval.benchmarks import scoring
-from eval.benchmarks.scoring import Entry, call_frames, call_rows, check, score
+from eval.benchmarks.scoring import losses as losses_
+from eval.benchmarks.scoring.losses import Entry, call_frames, call_rows, check, score
 from eval.streaming import runner
 from eval.streaming.weighting import weights
 from tests.helpers import micro, quick
@@ -155,7 +155,7 @@ def test_short_windows_change_no_prediction(monkeypatch):
     cfg = dataclasses.replace(CFG, context=300)
     entry = Entry(codes(40)[0], "absent", "moshi")
     short = scored([entry], cfg)[0]
-    monkeypatch.setattr(scoring, "_short", lambda cfg, frames: cfg)
+    monkeypatch.setattr(losses_, "_short", lambda cfg, frames: cfg)
     whole = scored([entry], cfg)[0]
     for arm in ARMS:
         np.testing.assert_allclose(short.nats[arm], whole.nats[arm], rtol=1e-5)
@@ -163,8 +163,8 @@ def test_short_windows_change_no_prediction(monkeypatch):
 
 def test_windows_stay_as_they_are_where_the_layers_would_be_stacked_otherwise():
     cfg = dataclasses.replace(CFG, num_layers=4, context=300, layer_context=((0, 100),), ttt=TTTConfig(layers="3"))
-    assert scoring._short(cfg, 48) == cfg
-    assert scoring._short(dataclasses.replace(cfg, layer_context=()), 48).contexts == (48,) * 4
+    assert losses_._short(cfg, 48) == cfg
+    assert losses_._short(dataclasses.replace(cfg, layer_context=()), 48).contexts == (48,) * 4
 
 
 def test_rules_are_weighted_sums_and_means():

@@ -1,0 +1,1 @@
+"""From recordings to scores: encoded once, scored by every checkpoint, kept on disk as they come."""
