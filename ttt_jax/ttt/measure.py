@@ -11,13 +11,14 @@ from ttt_jax.ttt.network import (
     Descent,
     Frames,
     Network,
+    Readable,
     apply,
     causal,
     gelu,
     halves,
     layer_norm,
+    overlap,
     read,
-    readable,
     squared_norm,
 )
 
@@ -40,32 +41,36 @@ def measure(
     scale: jax.Array,
     bias: jax.Array,
     displacement: Network,
-    open_sum: Network,
+    now: Readable,
     descent: Descent,
+    place: jax.Array,
     x: Frames,
 ) -> InnerMeasurement:
-    """`InnerMeasurement` of the frames of a mini-batch, [B, H, C] each; arguments as in `inner.inner_scan` and
-    `network`."""
+    """`InnerMeasurement` of the frames of a mini-batch, [B, H, C] each.
+
+    Args:
+      base, scale, bias, x: as in `inner.advance`.
+      displacement: at the start of the mini-batch; now: `network.readable` of it.
+      descent: steps in the S slots of the mini-batch, those of earlier calls included.
+      place: slot of each frame, int32 [C] or [B, 1, C].
+    """
 
     def loss(y: jax.Array) -> jax.Array:
         return 0.5 * ((layer_norm(y, scale, bias) - x.t) ** 2).sum(-1)
 
-    if open_sum:
-        displacement = jax.tree.map(jnp.subtract, displacement, open_sum)
     k, at_base = halves(x.kq)[0], halves(x.at_base)[0]
-    gram = jnp.einsum("BHCI,BHSI->BHCS", k, k) + 1
-    upto = causal(gram)
+    slots = descent.inputs[0].shape[-2]
+    upto = causal(place, slots)
     # All frames before and after their step, in one pass.
-    seen = jnp.concatenate([jnp.tril(upto, -1), upto])
-    now = readable(base, displacement)
+    seen = jnp.concatenate([causal(place - 1, slots), upto], -2)
     twice = lambda y: jnp.concatenate([y, y], -2)  # noqa: E731
-    after_steps = read(now, twice(at_base + apply(k, now[0])), jnp.where(seen, twice(gram), 0), descent, seen)
+    after_steps = read(now, twice(at_base + apply(k, *now[0])), overlap(twice(k), descent.inputs[0], seen), descent, seen)
     at_w0 = at_base  # reads no state, so that NaN in a state does not reach it
-    for w, b in base[1:]:
-        at_w0 = jnp.einsum("BHCI,HIO->BHCO", gelu(at_w0), w) + b[:, None]
+    for affine in base[1:]:
+        at_w0 = apply(gelu(at_w0), affine)
     # |displacement - sum of steps|^2, multiplied out so that no prefix of the sum is formed.
     moved = squared_norm(displacement)[..., None]
-    both = upto[:, :, None] & upto[:, None]  # [i, j, k]: frame i has seen j and k
+    both = upto[..., :, None] & upto[..., None, :]  # [i, j, k]: frame i has seen j and k
     for affine, x_k, step in zip(displacement, *descent, strict=True):
         cross = (apply(x_k, affine) * step).sum(-1)
         square = (jnp.einsum("BHCI,BHSI->BHCS", x_k, x_k) + 1) * jnp.einsum("BHCO,BHSO->BHCS", step, step)
@@ -74,5 +79,5 @@ def measure(
     return InnerMeasurement(
         loss(at_w0),
         *(loss(y) for y in halves(after_steps)),
-        jnp.sqrt(jnp.maximum(moved, 0) / squared_norm(base)[:, None]),
+        jnp.sqrt(jnp.maximum(moved, 0) / squared_norm(base)[..., None]),
     )

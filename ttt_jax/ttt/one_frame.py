@@ -1,0 +1,46 @@
+"""The inner loop for a call of one frame, as a live stream makes it: every weight is read, few are written.
+
+It gives what `inner.inner_scan` gives, to rounding. What costs a frame is reading fast weights and base; the scan would
+also sum them, write the displacement whether or not a mini-batch closes, and place a single frame in slots.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.config import TTTConfig
+from ttt_jax.ttt.inner import advance
+from ttt_jax.ttt.measure import InnerMeasurement
+from ttt_jax.ttt.network import Inputs, Network, prepare
+from ttt_jax.ttt.state import TTTState, descended
+
+
+def one_frame(
+    base: Network,
+    scale: jax.Array,
+    bias: jax.Array,
+    state: TTTState,
+    inputs: Inputs,
+    mask: jax.Array,
+    cfg: TTTConfig,
+    measured: bool = False,
+) -> tuple[TTTState, jax.Array, InnerMeasurement | None]:
+    """Runs the inner loop over one frame; arguments and results as of `inner.inner_scan` with T = 1.
+
+    A mini-batch that the frame fills stays open in the state, for `state.close`.
+    """
+    x = prepare(base, Inputs(*(jnp.moveaxis(y, 1, 2) for y in inputs)))
+    x = x._replace(eta=jnp.where(mask[:, None], x.eta, 0))
+    phase = state.count % cfg.mini_batch
+    ln = scale[:, None], bias[:, None]
+    steps, out = advance(base, *ln, state.displacement, x, state.open_steps, phase, mask, measured, apart=True)
+    z, measurement = jax.tree.map(lambda y: _masked(jnp.moveaxis(y, 2, 1), mask), out)
+    count = state.count + mask[:, 0]
+    if state.open_steps:
+        return TTTState(state.displacement, steps, count), z, measurement
+    return TTTState(descended(state.displacement, steps, mask[:, 0], base, cfg), (), count), z, measurement
+
+
+def _masked(x: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 2)), x, 0)
