@@ -185,7 +185,11 @@ def digests_of(weights: list[TTTState]) -> list[list[str]]:
 def vectors(state: State, cfg: MoshiConfig) -> Iterator[np.ndarray]:
     """Yields fast weights minus base of each TTT layer, [B, weights], after the steps of the open mini-batch."""
     for w in fast_weights(state, cfg):
-        now = jax.tree.map(np.subtract, w.displacement, total(w.open_steps, np.ones(len(w.count)))) if w.open_steps else w.displacement
+        now = (
+            jax.tree.map(np.subtract, w.displacement, total(w.open_steps, np.ones(len(w.count))))
+            if w.open_steps
+            else w.displacement
+        )
         yield np.concatenate([leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(now)], 1)
 
 

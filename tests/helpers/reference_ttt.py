@@ -1,8 +1,8 @@
 """The TTT layer as plain gradient descent: NumPy, float64, a loop over rows, frames and heads, every W_i formed.
 
 Written from the specification, with no parallel form anywhere, to be what the layer under test is compared with. The
-network of a head is a list of (weight [I, O], bias [O]); a state is (displacement, open_steps, count) in the layer's own
-shapes: tuples of ([B, H, I, O], [B, H, O]), the two factors of every step ([B, H, b, I], [B, H, b, O]), and int [B].
+network of a head is a list of (weight [I, O], bias [O]); a state is (displacement, open_steps, count) in the layer's
+own shapes: tuples of ([B, H, I, O], [B, H, O]), the two factors of every step ([B, H, b, I], [B, H, b, O]), int [B].
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def ttt_layer(p, x, mask, state, *, heads, base_lr, ttt):
         total = [[(0 * w, 0 * b) for w, b in base[h]] for h in range(heads)]
         for h in range(heads if open_steps else 0):
             for slot in range(ttt.mini_batch):
-                total[h] = add(total[h], outer([(x[row, h, slot], g[row, h, slot]) for x, g in zip(*open_steps)]))
+                total[h] = add(
+                    total[h], outer([(x[row, h, slot], g[row, h, slot]) for x, g in zip(*open_steps, strict=True)])
+                )
         for frame in np.flatnonzero(mask[row]):
             position = count[row] % ttt.mini_batch if ttt.rope else None
             q, k, t, eta = frame_inputs(p, x[row, frame], heads, base_lr, ttt.pre_norm, position)
@@ -125,7 +127,10 @@ def ttt_layer(p, x, mask, state, *, heads, base_lr, ttt):
                 gradient = inner_gradient(start, k[h], t[h], scale, bias)
                 total[h] = add(total[h], outer(gradient), eta[h])
                 for n in range(maps if open_steps else 0):
-                    open_steps[0][n][row, h, slot], open_steps[1][n][row, h, slot] = gradient[n][0], eta[h] * gradient[n][1]
+                    open_steps[0][n][row, h, slot], open_steps[1][n][row, h, slot] = (
+                        gradient[n][0],
+                        eta[h] * gradient[n][1],
+                    )
                 now = add(start, total[h], -1.0)
                 z.append(q[h] + layer_norm(network(now, q[h]), scale, bias, 1e-8))
                 losses = [inner_loss(w, k[h], t[h], scale, bias) for w in (base[h], before, now)]

@@ -83,7 +83,6 @@ def advance(
     x: Frames,
     open_steps: Descent | tuple[()] = (),
     phase: jax.Array | None = None,
-    valid: jax.Array | None = None,
     measured: bool = False,
     apart: bool = False,
 ) -> tuple[Descent, tuple[jax.Array, InnerMeasurement | None]]:
@@ -92,7 +91,7 @@ def advance(
     Args:
       base, displacement: of the weights at which the mini-batch started; scale, bias: inner LayerNorm [H, 1, D].
       x: C frames, with `prepare`d products.
-      open_steps: steps of frames before these, of `TTTState`; phase, valid: places of the frames, as in `network.put`.
+      open_steps: of `TTTState`, if frames may stand before these; phase: int32 [B], how many.
       measured: whether to measure, too; apart: as in `network.readable`.
 
     Returns:
@@ -100,9 +99,14 @@ def advance(
     """
     now = readable(base, displacement, apart)
     k_first, q_first = halves(x.at_base + apply(x.kq, *now[0]))
-    steps, q, of_keys, place = descend(now, k_first, scale, bias, x), halves(x.kq)[1], x.overlap, jnp.arange(x.t.shape[2])
+    steps, q, of_keys, place = (
+        descend(now, k_first, scale, bias, x),
+        halves(x.kq)[1],
+        x.overlap,
+        jnp.arange(x.t.shape[2]),
+    )
     if open_steps:
-        steps, place = put(open_steps, steps, phase, valid), phase[:, None, None] + place
+        steps, place = put(open_steps, steps, phase, x.eta), phase[:, None, None] + place
     seen = causal(place, steps.inputs[0].shape[2])
     if open_steps:
         of_keys = overlap(q, steps.inputs[0], seen)
@@ -141,8 +145,8 @@ def inner_scan(
     place = layout(mask, state.count, cfg.mini_batch)
     batches = place.frame.shape[1]
     xs = Inputs(*(_to_slots(x, place.frame) for x in inputs))
-    filled = jnp.moveaxis(place.frame < mask.shape[1], 1, 0)
-    xs, closes = xs._replace(eta=jnp.where(filled[:, :, None], xs.eta, 0)), place.closes.T
+    filled = jnp.moveaxis(place.frame < mask.shape[1], 1, 0)[:, :, None]
+    xs, closes = xs._replace(eta=jnp.where(filled, xs.eta, 0)), place.closes.T
 
     # Over a mesh the scan reads a copy for each row, so that gradients are summed over rows, and so over devices, once
     # after the scan instead of in each of its steps.
@@ -157,8 +161,7 @@ def inner_scan(
     phase, valid = state.count % cfg.mini_batch, mask.sum(1, dtype=jnp.int32)
     if open_steps:
         first = prepare(of_rows, jax.tree.map(lambda x: x[0], xs))
-        earlier = open_steps, phase, filled[0]
-        steps, out = advance(of_rows, row_scale, row_bias, displacement, first, *earlier, measured)
+        steps, out = advance(of_rows, row_scale, row_bias, displacement, first, open_steps, phase, measured)
         displacement = descended(displacement, steps, closes[0], of_rows, cfg)
         open_steps = cleared(steps, closes[0])
         outs.append(jax.tree.map(lambda y: y[None], out))
@@ -173,9 +176,8 @@ def inner_scan(
         now = readable(of_rows, displacement)
         k_first = halves(last.at_base + apply(last.kq, *now[0]))[0]
         steps = descend(now, k_first, row_scale, row_bias, last)
-        empty = jax.tree.map(jnp.zeros_like, open_steps)
-        steps = put(empty, steps, jnp.zeros_like(phase), _pick(filled, index) & ~_pick(closes, index)[:, None])
-        open_steps = _where(index == 0, open_steps, steps)
+        steps = put(jax.tree.map(jnp.zeros_like, open_steps), steps, jnp.zeros_like(phase), last.eta)
+        open_steps = _where(index == 0, open_steps, cleared(steps, _pick(closes, index)))
     z, measurement = jax.tree.map(lambda *ys: _to_frames(jnp.concatenate(ys), place.slot, mask), *outs)
     return TTTState(displacement, open_steps, state.count + valid), z, measurement
 

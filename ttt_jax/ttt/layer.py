@@ -15,9 +15,8 @@ from ttt_jax.nn.init import fan_in_normal, fan_in_uniform, linear_kernel
 from ttt_jax.nn.linear import Kernel, linear
 from ttt_jax.nn.norms import rms_norm
 from ttt_jax.nn.rotary import rotate
-from ttt_jax.ttt import network
+from ttt_jax.ttt import inner, network
 from ttt_jax.ttt import state as ttt_state
-from ttt_jax.ttt.inner import inner_scan
 from ttt_jax.ttt.measure import InnerMeasurement
 from ttt_jax.ttt.one_frame import one_frame
 from ttt_jax.ttt.state import TTTState
@@ -119,7 +118,7 @@ class TTTLayer(nn.Module):
         )
         # Sharded by heads over a mesh: the inner loop then needs nothing from another device.
         inputs = network.Inputs(*(by_rows(y, None, "tensor") for y in (q, k, target, eta)))
-        run = one_frame if x.shape[1] == 1 else inner_scan
+        run = one_frame if x.shape[1] == 1 else inner.inner_scan
         after, z, of_inner = run(base, scale, bias, state, inputs, mask, cfg.ttt, measured)
         if control is not None:
             after = _where(control.learns, after, state)

@@ -64,7 +64,9 @@ def measure(
     # All frames before and after their step, in one pass.
     seen = jnp.concatenate([causal(place - 1, slots), upto], -2)
     twice = lambda y: jnp.concatenate([y, y], -2)  # noqa: E731
-    after_steps = read(now, twice(at_base + apply(k, *now[0])), overlap(twice(k), descent.inputs[0], seen), descent, seen)
+    after_steps = read(
+        now, twice(at_base + apply(k, *now[0])), overlap(twice(k), descent.inputs[0], seen), descent, seen
+    )
     at_w0 = at_base  # reads no state, so that NaN in a state does not reach it
     for affine in base[1:]:
         at_w0 = apply(gelu(at_w0), affine)

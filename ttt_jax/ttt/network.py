@@ -181,19 +181,19 @@ def read(weights: Readable, first: jax.Array, of_first: jax.Array, descent: Desc
     return x
 
 
-def put(filled: Descent, own: Descent, phase: jax.Array, valid: jax.Array) -> Descent:
-    """Puts steps of `own` frames, from their slot 0 on, into the slots of `filled` from each row's phase on.
+def put(earlier: Descent, own: Descent, phase: jax.Array, eta: jax.Array) -> Descent:
+    """`earlier` steps with those of `own` frames in the slots from each row's phase on.
 
     Args:
-      filled: S slots of which those before the phase hold steps; own: C slots.
-      phase: int32 [B]; valid: bool [B, C], false in empty slots of `own`, whose numbers go nowhere.
+      earlier: S slots, those before the phase full; own: C slots.
+      phase: int32 [B]; eta: rates of the own frames [B, H, C]. With a rate of 0, as in empty slots, nothing is put, so
+        that a frame that teaches nothing leaves no trace.
     """
-    slots = filled.inputs[0].shape[2]
-    index = jnp.arange(slots) - phase[:, None]
-    own_index = jnp.clip(index, 0, valid.shape[1] - 1)
-    is_own = (index == own_index) & jnp.take_along_axis(valid, own_index, 1)
+    index = jnp.arange(earlier.inputs[0].shape[2]) - phase[:, None]
+    own_index = jnp.clip(index, 0, eta.shape[2] - 1)
     take = lambda x: jnp.take_along_axis(x, own_index[:, None, :, None], 2)  # noqa: E731
-    return jax.tree.map(lambda old, new: jnp.where(is_own[:, None, :, None], take(new), old), filled, own)
+    is_own = (index == own_index)[:, None, :, None] & take(eta[..., None] != 0)
+    return jax.tree.map(lambda old, new: jnp.where(is_own, take(new), old), earlier, own)
 
 
 def total(descent: Descent, factor: jax.Array) -> Network:

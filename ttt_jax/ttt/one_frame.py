@@ -34,7 +34,7 @@ def one_frame(
     x = x._replace(eta=jnp.where(mask[:, None], x.eta, 0))
     phase = state.count % cfg.mini_batch
     ln = scale[:, None], bias[:, None]
-    steps, out = advance(base, *ln, state.displacement, x, state.open_steps, phase, mask, measured, apart=True)
+    steps, out = advance(base, *ln, state.displacement, x, state.open_steps, phase, measured, apart=True)
     z, measurement = jax.tree.map(lambda y: _masked(jnp.moveaxis(y, 2, 1), mask), out)
     count = state.count + mask[:, 0]
     if state.open_steps:

@@ -22,7 +22,7 @@ class TTTState(NamedTuple):
     """Fast weights minus base after the mini-batches that are full, [B, H, I, O] and [B, H, O]."""
     open_steps: Descent | tuple[()]
     """Steps of the mini-batch that is still open, [B, H, b, I] and [B, H, b, O], frame after frame from slot 0; 0 from
-    the row's phase on. () with b = 1, where every frame closes a mini-batch."""
+    the row's phase on, and where the rate was 0. () with b = 1, where every frame closes a mini-batch."""
     count: jax.Array
     """Valid frames seen, int32 [B]; modulo b it is the row's phase in its mini-batch."""
 
