@@ -226,7 +226,7 @@ FLAWS = {
     "look-ahead": Flaw(
         a_later_frame_changes_no_earlier_output,
         (network, state, *OF_INNER),
-        {"return jnp.arange(slots) <= place[..., None]": "return jnp.ones((*place.shape, slots), bool)"},
+        {"return jnp.tril(jnp.ones((frames, frames), bool))": "return jnp.ones((frames, frames), bool)"},
     ),
     "state lost": Flaw(
         a_call_hands_on_what_it_learned,
@@ -257,11 +257,7 @@ FLAWS = {
     "doubled update": Flaw(
         a_read_is_one_step_down,
         OF_INNER,
-        {
-            "z = q + layer_norm(read(": "twice = steps._replace(steps=tuple(2 * step for step in steps.steps))\n"
-            "    z = q + layer_norm(read(",
-            "of_keys, steps, seen": "of_keys, twice, seen",
-        },
+        {"Seen(own, x.overlap": "Seen(own._replace(steps=tuple(2 * step for step in own.steps)), x.overlap"},
     ),
     "reset to noise": Flaw(a_reset_row_is_a_fresh_one, (model,), RESET_TO_NOISE),
     "TTT states reset to noise": Flaw(a_row_reset_in_its_ttt_states_goes_on_with_fresh_ones, (model,), RESET_TO_NOISE),

@@ -116,7 +116,7 @@ def check_format(stored: Stored, expected: str) -> None:
     if (found := stored.about.get("format")) != expected:
         raise InputError(
             f"{stored.path} has the format {found!r}, not {expected!r}, in which TTT states hold the steps of the open"
-            f" mini-batch instead of their sum: give {stored.wanted} by this version, or go on with the one that wrote it."
+            f" mini-batch, not their sum: give {stored.wanted} by this version, or go on with the one that wrote it."
         )
 
 

@@ -252,21 +252,22 @@ def _over_layers(
     block, length = Block(cfg, run.has_ttt, remat if run.has_ttt else "none"), run.stop - run.start
     sink = Sink(cfg.attention_sink, cfg.max_period) if cfg.attention_sink else None
     if x.shape[1] == 1:
-        kv_caches, ttts, measurements = state.kv_cache, state.ttt, []
+        kv_caches, ttts, measurements = state.kv_cache, [], []
         for i in range(length):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], params, is_leaf=lambda leaf: isinstance(leaf, tuple))
             attend = partial(
                 attention.attend_one, kv_caches=kv_caches, layer=i, position=start, mask=mask[:, 0], sink=sink
             )
-            ttt = jax.tree.map(lambda leaf, i=i: leaf[i], ttts)
+            ttt = jax.tree.map(lambda leaf, i=i: leaf[i], state.ttt)
             x, (kv_caches, ttt, measurement) = block.apply(
                 {"params": layer}, x, mask, start[:, None], attend, ttt, measured, control, close=False
             )
-            ttts = jax.tree.map(lambda leaf, new, i=i: leaf.at[i].set(new), ttts, ttt)
+            ttts.append(ttt)
             measurements.append(measurement)
+        ttt, measurement = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *of) for of in (ttts, measurements))
         if run.has_ttt:
-            ttts = close(state.ttt, ttts, ttt_layer.base_of(params["ttt"]), cfg.ttt)
-        return x, RunState(kv_caches, ttts), jax.tree.map(lambda *leaves: jnp.stack(leaves), *measurements)
+            ttt = close(state.ttt, ttt, ttt_layer.base_of(params["ttt"]), cfg.ttt)
+        return x, RunState(kv_caches, ttt), measurement
 
     fused = attention.can_fuse(x.shape[1], run.context, cfg.head_dim, x.dtype, sink)
     if fused:

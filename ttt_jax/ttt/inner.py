@@ -24,6 +24,7 @@ from ttt_jax.ttt.network import (
     Frames,
     Inputs,
     Network,
+    Seen,
     apply,
     causal,
     descend,
@@ -86,32 +87,26 @@ def advance(
     measured: bool = False,
     apart: bool = False,
 ) -> tuple[Descent, tuple[jax.Array, InnerMeasurement | None]]:
-    """Steps of the frames of a mini-batch, and what is put out for them.
+    """Steps of frames of a mini-batch, and what is put out for them.
 
     Args:
       base, displacement: of the weights at which the mini-batch started; scale, bias: inner LayerNorm [H, 1, D].
-      x: C frames, with `prepare`d products.
-      open_steps: of `TTTState`, if frames may stand before these; phase: int32 [B], how many.
+      x: C frames, with products that `prepare` made.
+      open_steps: of frames of the mini-batch before these, in the slots before the `phase` (int32 [B]).
       measured: whether to measure, too; apart: as in `network.readable`.
 
     Returns:
-      The steps of all frames of the mini-batch so far; z [B, H, C, D] and the measurement or None.
+      The steps of the C frames; z [B, H, C, D] and the measurement or None.
     """
-    now = readable(base, displacement, apart)
+    now, q = readable(base, displacement, apart), halves(x.kq)[1]
     k_first, q_first = halves(x.at_base + apply(x.kq, *now[0]))
-    steps, q, of_keys, place = (
-        descend(now, k_first, scale, bias, x),
-        halves(x.kq)[1],
-        x.overlap,
-        jnp.arange(x.t.shape[2]),
-    )
+    own = descend(now, k_first, scale, bias, x)
+    taken = [Seen(own, x.overlap, causal(q.shape[2]))]
     if open_steps:
-        steps, place = put(open_steps, steps, phase, x.eta), phase[:, None, None] + place
-    seen = causal(place, steps.inputs[0].shape[2])
-    if open_steps:
-        of_keys = overlap(q, steps.inputs[0], seen)
-    z = q + layer_norm(read(now, q_first, of_keys, steps, seen), scale, bias)
-    return steps, (z, measure(base, scale, bias, displacement, now, steps, place, x) if measured else None)
+        is_open = jnp.arange(open_steps.inputs[0].shape[2]) < phase[:, None, None, None]
+        taken.append(Seen(open_steps, overlap(q, open_steps.inputs[0], is_open), is_open))
+    z = q + layer_norm(read(now, q_first, *taken), scale, bias)
+    return own, (z, measure(base, scale, bias, displacement, now, taken, x) if measured else None)
 
 
 def inner_scan(
@@ -161,7 +156,8 @@ def inner_scan(
     phase, valid = state.count % cfg.mini_batch, mask.sum(1, dtype=jnp.int32)
     if open_steps:
         first = prepare(of_rows, jax.tree.map(lambda x: x[0], xs))
-        steps, out = advance(of_rows, row_scale, row_bias, displacement, first, open_steps, phase, measured)
+        own, out = advance(of_rows, row_scale, row_bias, displacement, first, open_steps, phase, measured)
+        steps = put(open_steps, own, phase, first.eta)
         displacement = descended(displacement, steps, closes[0], of_rows, cfg)
         open_steps = cleared(steps, closes[0])
         outs.append(jax.tree.map(lambda y: y[None], out))

@@ -72,7 +72,7 @@ class TTTLayer(nn.Module):
           state: of `init_state` or of the previous call.
           measured: whether to measure, too.
           control: by row; None: every row learns, and gates are as learned.
-          close: whether a mini-batch that a call of one frame fills is closed here, and not by the caller.
+          close: whether a call of one frame closes its mini-batch; else the caller does, by `state.close`.
 
         Returns:
           [B, T, dim] in the type of `x`, the new state, and the measurement or None.
@@ -118,12 +118,18 @@ class TTTLayer(nn.Module):
         )
         # Sharded by heads over a mesh: the inner loop then needs nothing from another device.
         inputs = network.Inputs(*(by_rows(y, None, "tensor") for y in (q, k, target, eta)))
-        run = one_frame if x.shape[1] == 1 else inner.inner_scan
-        after, z, of_inner = run(base, scale, bias, state, inputs, mask, cfg.ttt, measured)
-        if control is not None:
-            after = _where(control.learns, after, state)
-        if x.shape[1] == 1 and close:
-            after = ttt_state.close(state, after, base, cfg.ttt)
+        arguments = base, scale, bias, state, inputs, mask, cfg.ttt, measured
+        if x.shape[1] == 1:
+            after, z, of_inner = one_frame(*arguments)
+            if control is not None:  # with a rate of 0 it has left no step
+                after = after._replace(count=jnp.where(control.learns, after.count, state.count))
+            if close:
+                run = jax.tree.map(lambda leaf: leaf[None], (state, after, base))
+                after = jax.tree.map(lambda leaf: leaf[0], ttt_state.close(*run, cfg.ttt))
+        else:
+            after, z, of_inner = inner.inner_scan(*arguments)
+            if control is not None:
+                after = _where(control.learns, after, state)
 
         z = z.reshape(x.shape)
         if cfg.ttt.post_norm:

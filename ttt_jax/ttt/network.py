@@ -66,6 +66,16 @@ class Descent(NamedTuple):
     product."""
 
 
+class Seen(NamedTuple):
+    """Steps of S slots as C frames see them."""
+
+    steps: Descent
+    overlap: jax.Array
+    """`overlap` of the frames' vectors with the keys of the steps, [B, H, C, S]."""
+    seen: jax.Array
+    """Whether a frame has seen a step, bool [C, S] or [B, 1, 1, S]."""
+
+
 def widths(head_dim: int, hidden: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """(I, O) of every affine map of an inner network with the given hidden widths in multiples of `head_dim`."""
     sizes = (head_dim, *(m * head_dim for m in hidden), head_dim)
@@ -105,8 +115,8 @@ def apply(x: jax.Array, *parts: Affine) -> jax.Array:
 def prepare(base: Network, x: Inputs) -> Frames:
     """Frames [..., B, H, C, D] with their products with the base weights: for all mini-batches at once, ahead of the
     scan."""
-    kq, frames = jnp.concatenate([x.k, x.q], -2), jnp.arange(x.k.shape[-2])
-    return Frames(kq, x.t, x.eta, apply(kq, base[0]), overlap(x.q, x.k, causal(frames, len(frames))))
+    kq = jnp.concatenate([x.k, x.q], -2)
+    return Frames(kq, x.t, x.eta, apply(kq, base[0]), overlap(x.q, x.k, causal(x.k.shape[-2])))
 
 
 def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -114,9 +124,9 @@ def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x[..., : x.shape[-2] // 2, :], x[..., x.shape[-2] // 2 :, :]
 
 
-def causal(place: jax.Array, slots: int) -> jax.Array:
-    """Whether frames in the slots `place` [..., C] of a mini-batch have seen each of its `slots`: bool [..., C, S]."""
-    return jnp.arange(slots) <= place[..., None]
+def causal(frames: int) -> jax.Array:
+    """Whether frame i has seen frame j <= i: bool [C, C]."""
+    return jnp.tril(jnp.ones((frames, frames), bool))
 
 
 def overlap(x: jax.Array, inputs: jax.Array, seen: jax.Array) -> jax.Array:
@@ -163,21 +173,24 @@ def descend(weights: Readable, first: jax.Array, scale: jax.Array, bias: jax.Arr
     return Descent(tuple(inputs), tuple(x.eta[..., None] * g for g in grads))
 
 
-def read(weights: Readable, first: jax.Array, of_first: jax.Array, descent: Descent, seen: jax.Array) -> jax.Array:
-    """f_{W_i}(x_i) [B, H, C, D], W_i being `weights` less the steps in the slots j that frame i has seen, never formed.
+def read(weights: Readable, first: jax.Array, *taken: Seen) -> jax.Array:
+    """f_{W_i}(x_i) [B, H, C, D], W_i being `weights` less the steps `taken` that frame i has seen, never formed.
 
     Args:
       weights: of `readable`; first: output of the first map for x, [B, H, C, O].
-      of_first: `overlap` of x with the keys, [B, H, C, S]; seen: of `causal`.
+      taken: `Seen.overlap` of x with the keys.
     """
     # XLA joins products that share a factor and would copy all weights beside the steps to do so: barriers keep these
     # apart.
-    descent = jax.lax.optimization_barrier(descent)
-    x = first - jnp.einsum("BHCS,BHSO->BHCO", of_first, descent.steps[0])
-    for parts, x_k, step in zip(weights[1:], descent.inputs[1:], descent.steps[1:], strict=True):
+    taken = jax.lax.optimization_barrier(taken)
+    x = first - sum(jnp.einsum("BHCS,BHSO->BHCO", of_keys, steps.steps[0]) for steps, of_keys, _ in taken)
+    for layer, parts in enumerate(weights[1:], 1):
         x = gelu(x)
-        of_input = overlap(jax.lax.optimization_barrier(x), x_k, seen)
-        x = apply(x, *parts) - jnp.einsum("BHCS,BHSO->BHCO", of_input, step)
+        held = jax.lax.optimization_barrier(x)
+        x = apply(x, *parts)
+        for steps, _, seen in taken:
+            of_inputs = overlap(held, steps.inputs[layer], seen)
+            x -= jnp.einsum("BHCS,BHSO->BHCO", of_inputs, steps.steps[layer])
     return x
 
 

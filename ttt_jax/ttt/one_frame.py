@@ -13,7 +13,7 @@ from ttt_jax.config import TTTConfig
 from ttt_jax.ttt.inner import advance
 from ttt_jax.ttt.measure import InnerMeasurement
 from ttt_jax.ttt.network import Inputs, Network, prepare
-from ttt_jax.ttt.state import TTTState, descended
+from ttt_jax.ttt.state import TTTState
 
 
 def one_frame(
@@ -28,18 +28,18 @@ def one_frame(
 ) -> tuple[TTTState, jax.Array, InnerMeasurement | None]:
     """Runs the inner loop over one frame; arguments and results as of `inner.inner_scan` with T = 1.
 
-    A mini-batch that the frame fills stays open in the state, for `state.close`.
+    The state waits for `state.close`: its displacement is that before the frame, its `open_steps` are the frame's own
+    alone, with a single slot.
     """
     x = prepare(base, Inputs(*(jnp.moveaxis(y, 1, 2) for y in inputs)))
     x = x._replace(eta=jnp.where(mask[:, None], x.eta, 0))
-    phase = state.count % cfg.mini_batch
     ln = scale[:, None], bias[:, None]
-    steps, out = advance(base, *ln, state.displacement, x, state.open_steps, phase, measured, apart=True)
+    phase = state.count % cfg.mini_batch
+    own, out = advance(base, *ln, state.displacement, x, state.open_steps, phase, measured, apart=True)
+    # As `put` has it, a frame that teaches nothing leaves no trace.
+    own = own._replace(inputs=jax.tree.map(lambda y: jnp.where(x.eta[..., None] != 0, y, 0), own.inputs))
     z, measurement = jax.tree.map(lambda y: _masked(jnp.moveaxis(y, 2, 1), mask), out)
-    count = state.count + mask[:, 0]
-    if state.open_steps:
-        return TTTState(state.displacement, steps, count), z, measurement
-    return TTTState(descended(state.displacement, steps, mask[:, 0], base, cfg), (), count), z, measurement
+    return TTTState(state.displacement, own, state.count + mask[:, 0]), z, measurement
 
 
 def _masked(x: jax.Array, mask: jax.Array) -> jax.Array:

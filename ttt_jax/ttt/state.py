@@ -6,6 +6,7 @@ Shapes: B rows, H heads, b frames of a mini-batch, I and O the widths that one a
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -45,21 +46,30 @@ def descended(displacement: Network, steps: Descent, closes: jax.Array, base: Ne
 
 
 def close(before: TTTState, after: TTTState, base: Network, cfg: TTTConfig) -> TTTState:
-    """Closes the mini-batches that the one frame between two states has filled: `after` may still hold their steps.
+    """The state after one frame: its step joins the open mini-batch, and mini-batches that are full are closed.
 
-    One frame in b closes a mini-batch. All others would read and write the displacement for nothing, hence the
-    condition. States may be those of a run of L layers, leaves [L, B, ...].
+    One frame in b fills a mini-batch. All others would read and write the displacement for nothing, hence the
+    condition. The steps are joined inside it and outside, so that nothing is written for the other branch.
+
+    Args:
+      before: of a run of L layers before the frame, leaves [L, B, ...]; after: of `one_frame`.
+      base: W0 of the run, [L, H, I, O] and [L, H, O]; cfg: of the layers.
     """
-    if not after.open_steps:
-        return after
-    closes = (after.count > before.count) & (after.count % cfg.mini_batch == 0)
+    b = cfg.mini_batch
+    slot = jnp.where(after.count > before.count, before.count % b, b)  # b: of no step
+    closes = slot == b - 1
 
-    def closed(displacement: Network, steps: Descent, closes: jax.Array, base: Network) -> tuple[Network, Descent]:
-        return descended(displacement, steps, closes, base, cfg), cleared(steps, closes)
+    def joined() -> Descent:
+        if not before.open_steps:
+            return after.open_steps
+        own = (jnp.arange(b) == slot[..., None])[:, :, None, :, None]
+        return jax.tree.map(lambda old, new: jnp.where(own, new, old), before.open_steps, after.open_steps)
 
-    apply = jax.vmap(closed) if closes.ndim > 1 else closed
-    moved = jax.lax.cond(closes.any(), lambda *parts: apply(*parts, closes, base), lambda *parts: parts, *after[:2])
-    return TTTState(*moved, after.count)
+    def closed(displacement: Network) -> Network:
+        return jax.vmap(partial(descended, cfg=cfg))(displacement, joined(), closes, base)
+
+    displacement = jax.lax.cond(closes.any(), closed, lambda displacement: displacement, before.displacement)
+    return TTTState(displacement, jax.vmap(cleared)(joined(), closes) if before.open_steps else (), after.count)
 
 
 def cleared(steps: Descent, rows: jax.Array) -> Descent:
