@@ -113,14 +113,15 @@ def print_one_frame(args: argparse.Namespace, batch: int, b: int, bandwidth: flo
 
     def stream(one: Callable, base, scale, bias, state, inputs, mask):
         def frame(state: TTTState, inputs):
-            layers, outs = [], []
+            layers, bases, outs = [], [], []
             for i in range(LAYERS):
                 of_layer, old, x = jax.tree.map(lambda leaf, i=i: leaf[i], ((base, scale, bias), state, inputs))
                 new, z, _ = one(*of_layer, old, x, mask, cfg)
                 layers.append(new)
+                bases.append(of_layer[0])
                 outs.append(z)
             after, outs = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *of) for of in (layers, outs))
-            return (close(state, after, base, cfg) if one is one_frame else after), outs
+            return (close(state, after, bases, cfg) if one is one_frame else after), outs
 
         return jax.lax.scan(frame, state, inputs)
 

@@ -252,7 +252,7 @@ def _over_layers(
     block, length = Block(cfg, run.has_ttt, remat if run.has_ttt else "none"), run.stop - run.start
     sink = Sink(cfg.attention_sink, cfg.max_period) if cfg.attention_sink else None
     if x.shape[1] == 1:
-        kv_caches, ttts, measurements = state.kv_cache, [], []
+        kv_caches, ttts, bases, measurements = state.kv_cache, [], [], []
         for i in range(length):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], params, is_leaf=lambda leaf: isinstance(leaf, tuple))
             attend = partial(
@@ -262,12 +262,13 @@ def _over_layers(
             x, (kv_caches, ttt, measurement) = block.apply(
                 {"params": layer}, x, mask, start[:, None], attend, ttt, measured, control, close=False
             )
-            ttts.append(ttt)
+            if run.has_ttt:
+                ttts.append(ttt)
+                bases.append(ttt_layer.base_of(layer["ttt"]))
             measurements.append(measurement)
-        ttt, measurement = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *of) for of in (ttts, measurements))
-        if run.has_ttt:
-            ttt = close(state.ttt, ttt, ttt_layer.base_of(params["ttt"]), cfg.ttt)
-        return x, RunState(kv_caches, ttt), measurement
+        stack = lambda *leaves: jnp.stack(leaves)  # noqa: E731
+        ttt = close(state.ttt, jax.tree.map(stack, *ttts), bases, cfg.ttt) if run.has_ttt else None
+        return x, RunState(kv_caches, ttt), jax.tree.map(stack, *measurements)
 
     fused = attention.can_fuse(x.shape[1], run.context, cfg.head_dim, x.dtype, sink)
     if fused:

@@ -124,8 +124,8 @@ class TTTLayer(nn.Module):
             if control is not None:  # with a rate of 0 it has left no step
                 after = after._replace(count=jnp.where(control.learns, after.count, state.count))
             if close:
-                run = jax.tree.map(lambda leaf: leaf[None], (state, after, base))
-                after = jax.tree.map(lambda leaf: leaf[0], ttt_state.close(*run, cfg.ttt))
+                run = jax.tree.map(lambda leaf: leaf[None], (state, after))
+                after = jax.tree.map(lambda leaf: leaf[0], ttt_state.close(*run, [base], cfg.ttt))
         else:
             after, z, of_inner = inner.inner_scan(*arguments)
             if control is not None:
@@ -170,7 +170,7 @@ def _where(rows: jax.Array, a: TTTState, b: TTTState) -> TTTState:
 
 
 def base_of(params: Mapping[str, jax.Array]) -> network.Network:
-    """The learned start W0 among the parameters of one layer, or of a run of layers."""
+    """The learned start W0 among the parameters of a layer."""
     maps = sum(name.startswith("inner_w") for name in params)
     wide = lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32))  # noqa: E731
     return tuple(network.Affine(wide(params[f"inner_w{i}"]), wide(params[f"inner_b{i}"])) for i in range(maps))

@@ -6,6 +6,7 @@ Shapes: B rows, H heads, b frames of a mini-batch, I and O the widths that one a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -45,31 +46,35 @@ def descended(displacement: Network, steps: Descent, closes: jax.Array, base: Ne
     return _retained(jax.tree.map(jnp.add, displacement, taken), base, closes, cfg)
 
 
-def close(before: TTTState, after: TTTState, base: Network, cfg: TTTConfig) -> TTTState:
+def close(before: TTTState, after: TTTState, base: Sequence[Network], cfg: TTTConfig) -> TTTState:
     """The state after one frame: its step joins the open mini-batch, and mini-batches that are full are closed.
 
     One frame in b fills a mini-batch. All others would read and write the displacement for nothing, hence the
-    condition. The steps are joined inside it and outside, so that nothing is written for the other branch.
+    condition. Steps are joined in it once more, so that nothing is written ahead for a branch that is not taken.
 
     Args:
       before: of a run of L layers before the frame, leaves [L, B, ...]; after: of `one_frame`.
-      base: W0 of the run, [L, H, I, O] and [L, H, O]; cfg: of the layers.
+      base: W0 of each layer; cfg: of the layers.
     """
     b = cfg.mini_batch
     slot = jnp.where(after.count > before.count, before.count % b, b)  # b: of no step
     closes = slot == b - 1
 
     def joined() -> Descent:
-        if not before.open_steps:
+        if b == 1:
             return after.open_steps
         own = (jnp.arange(b) == slot[..., None])[:, :, None, :, None]
         return jax.tree.map(lambda old, new: jnp.where(own, new, old), before.open_steps, after.open_steps)
 
     def closed(displacement: Network) -> Network:
-        return jax.vmap(partial(descended, cfg=cfg))(displacement, joined(), closes, base)
+        # The bound alone reads the base.
+        of_run = jax.tree.map(lambda *leaves: jnp.stack(leaves), *base) if cfg.max_displacement is not None else ()
+        return jax.vmap(partial(descended, cfg=cfg))(displacement, joined(), closes, of_run)
 
+    if b == 1:
+        return TTTState(closed(before.displacement), (), after.count)
     displacement = jax.lax.cond(closes.any(), closed, lambda displacement: displacement, before.displacement)
-    return TTTState(displacement, jax.vmap(cleared)(joined(), closes) if before.open_steps else (), after.count)
+    return TTTState(displacement, jax.vmap(cleared)(joined(), closes), after.count)
 
 
 def cleared(steps: Descent, rows: jax.Array) -> Descent:
