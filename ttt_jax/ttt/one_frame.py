@@ -36,8 +36,8 @@ def one_frame(
     ln = scale[:, None], bias[:, None]
     phase = state.count % cfg.mini_batch
     own, out = advance(base, *ln, state.displacement, x, state.open_steps, phase, measured, apart=True)
-    # As `put` has it, a frame that teaches nothing leaves no trace.
-    own = own._replace(inputs=jax.tree.map(lambda y: jnp.where(x.eta[..., None] != 0, y, 0), own.inputs))
+    # As `put` has it, a frame that teaches nothing leaves no trace, not even the sign of a 0.
+    own = jax.tree.map(lambda y: jnp.where(x.eta[..., None] != 0, y, 0), own)
     z, measurement = jax.tree.map(lambda y: _masked(jnp.moveaxis(y, 2, 1), mask), out)
     return TTTState(state.displacement, own, state.count + mask[:, 0]), z, measurement
 
