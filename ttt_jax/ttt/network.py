@@ -182,7 +182,7 @@ def read(weights: Readable, first: jax.Array, *taken: Seen) -> jax.Array:
     """
     # XLA joins products that share a factor and would copy all weights beside the steps to do so: barriers keep these
     # apart.
-    taken = jax.lax.optimization_barrier(taken)
+    taken = [part._replace(steps=jax.lax.optimization_barrier(part.steps)) for part in taken]
     x = first - sum(jnp.einsum("BHCS,BHSO->BHCO", of_keys, steps.steps[0]) for steps, of_keys, _ in taken)
     for layer, parts in enumerate(weights[1:], 1):
         x = gelu(x)
