@@ -35,8 +35,8 @@ from ttt_jax.config import MoshiConfig, TTTConfig, check, model_preset
 from ttt_jax.data import corpus
 from ttt_jax.moshi import model
 from ttt_jax.moshi.delays import columns
-from ttt_jax.ttt.inner import TTTState
 from ttt_jax.ttt.layer import Measurement, TTTLayer, init_state
+from ttt_jax.ttt.state import TTTState
 
 CALL = 512  # frames of a call
 PERIOD = 39 * CALL

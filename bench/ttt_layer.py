@@ -4,12 +4,17 @@ Per inner mini-batch size and batch: milliseconds forward and forward + backward
 of a peer measured in the same run, the plain causal dual form in a `lax.scan` (2-layer MLP, bfloat16 products, whole
 mini-batches of one phase: no masks, no streaming state, no bound). Two limits stand beside them: the time to read and
 write the fast weights once per mini-batch at the memory bandwidth that a copy reaches here, and that of the products
-alone at the rate that a large matrix product reaches here.
+products alone at the rate that a large matrix product reaches here.
+
+``--one-frame`` times calls of one frame instead, as a live stream makes them: three layers, one after another for every
+frame. Their limit is the time to read base and displacement once a frame and to write the displacement once a
+mini-batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -22,6 +27,11 @@ import numpy as np
 from bench.figures import copy_bandwidth, device, product_rate
 from ttt_jax.config import TTTConfig, default_base_lr
 from ttt_jax.ttt import inner, network
+from ttt_jax.ttt.one_frame import one_frame
+from ttt_jax.ttt.state import TTTState, close, init_state
+
+LAYERS = 3
+"""Of the mode of one frame: as many as the 7B has by default."""
 
 
 def main() -> None:
@@ -33,9 +43,19 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--mini-batches", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--one-frame", action="store_true", help="calls of one frame, one after another")
     args = parser.parse_args()
     print(f"{device()}; {args.heads} heads x {args.width}, {args.frames} frames")
-    bandwidth, rate = copy_bandwidth(), product_rate(jnp.float32)
+    bandwidth = copy_bandwidth()
+    if args.one_frame:
+        print(f"a copy moves {bandwidth / 1e9:.0f} GB/s; {LAYERS} layers")
+        print(
+            "batch    b   ours: median us a frame (spread)   scan of one: median us (spread)    limit us   ours/limit"
+        )
+        for batch, b in itertools.product(args.batches, args.mini_batches):
+            print_one_frame(args, batch, b, bandwidth)
+        return
+    rate = product_rate(jnp.float32)
     print(
         f"a copy moves {bandwidth / 1e9:.0f} GB/s, a float32 product of default precision runs at {rate / 1e12:.1f}"
         " TFLOP/s"
@@ -54,7 +74,7 @@ def print_cell(args: argparse.Namespace, batch: int, b: int, bandwidth: float, r
     heads, width, frames = args.heads, args.width, args.frames
     cfg = TTTConfig(mini_batch=b)
     base, scale, bias, inputs, weight = arrays(batch, heads, width, frames, cfg)
-    state = inner.init_state(batch, heads, width, cfg.hidden, b, jnp.float32)
+    state = init_state(batch, heads, width, cfg.hidden, b, jnp.float32)
     mask = jnp.ones((batch, frames), bool)
 
     def ours(base, scale, bias, displacement, inputs, state, mask):
@@ -76,6 +96,47 @@ def print_cell(args: argparse.Namespace, batch: int, b: int, bandwidth: float, r
             f" {flops * products / rate * 1e3:.2f}",
             flush=True,
         )
+
+
+def print_one_frame(args: argparse.Namespace, batch: int, b: int, bandwidth: float) -> None:
+    """Prints the times of a frame in calls of one frame, and their limit."""
+    cfg, heads = TTTConfig(mini_batch=b), LAYERS * args.heads
+    base, scale, bias, inputs, _ = arrays(batch, heads, args.width, args.frames, cfg)
+    of_layers = lambda x: jnp.stack(jnp.split(x, LAYERS, 0))  # noqa: E731
+    base, scale, bias = jax.tree.map(of_layers, (base, scale, bias))
+    # [T, L, B, 1, H, ...]
+    inputs = jax.tree.map(lambda x: jnp.stack(jnp.split(jnp.moveaxis(x, 1, 0)[:, :, None], LAYERS, 3), 1), inputs)
+    state = jax.vmap(lambda _: init_state(batch, args.heads, args.width, cfg.hidden, b, jnp.float32))(
+        jnp.arange(LAYERS)
+    )
+    mask = jnp.ones((batch, 1), bool)
+
+    def stream(one: Callable, base, scale, bias, state, inputs, mask):
+        def frame(state: TTTState, inputs):
+            layers, bases, outs = [], [], []
+            for i in range(LAYERS):
+                of_layer, old, x = jax.tree.map(lambda leaf, i=i: leaf[i], ((base, scale, bias), state, inputs))
+                new, z, _ = one(*of_layer, old, x, mask, cfg)
+                layers.append(new)
+                bases.append(of_layer[0])
+                outs.append(z)
+            after, outs = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *of) for of in (layers, outs))
+            return (close(state, after, bases, cfg) if one is one_frame else after), outs
+
+        return jax.lax.scan(frame, state, inputs)
+
+    arguments = (base, scale, bias, state, inputs, mask)
+    shown = []
+    for one in (one_frame, inner.inner_scan):
+        middle, least, most = (
+            t * 1e3 / args.frames for t in spread(jax.jit(partial(stream, one)), arguments, args.repeats)
+        )
+        shown.append((middle, f"{middle:9.1f} ({least:.1f}-{most:.1f})"))
+    of_base, moved = (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (base, state.displacement))
+    limit = (of_base + moved + moved / b) / bandwidth * 1e6
+    print(
+        f"{batch:5d} {b:4d} {shown[0][1]:>34s} {shown[1][1]:>33s} {limit:11.1f} {shown[0][0] / limit:12.2f}", flush=True
+    )
 
 
 def program(fun: Callable, name: str) -> Callable:

@@ -24,7 +24,8 @@ from ttt_jax.config import MoshiConfig
 from ttt_jax.moshi import model
 from ttt_jax.moshi.loss import token_losses
 from ttt_jax.moshi.model import Params, State
-from ttt_jax.ttt.inner import TTTState
+from ttt_jax.ttt.network import total
+from ttt_jax.ttt.state import TTTState
 
 CALL = 7
 """Frames of the shorter calls that streaming is compared with; no divisor of the usual mini-batches."""
@@ -42,7 +43,7 @@ class Trace(NamedTuple):
     """A stream of N calls of B rows through L TTT layers; index 0 of the first axis is the fresh state."""
 
     digest: np.ndarray
-    """SHA-256 of displacement and open gradient sums, str [N + 1, L, B]."""
+    """SHA-256 of displacement and steps of the open mini-batch, str [N + 1, L, B]."""
     nats: np.ndarray
     """Losses, float [B, 1 + Q, T]."""
     state: State
@@ -177,14 +178,18 @@ def digest_of(tree: object) -> str:
 
 
 def digests_of(weights: list[TTTState]) -> list[list[str]]:
-    """Returns digests by layer and row of displacement and open sums, without the count, which every frame changes."""
+    """Returns digests by layer and row of displacement and open steps, without the count, which every frame changes."""
     return [[digest_of(jax.tree.map(lambda leaf, r=r: leaf[r], w[:2])) for r in range(len(w.count))] for w in weights]
 
 
 def vectors(state: State, cfg: MoshiConfig) -> Iterator[np.ndarray]:
     """Yields fast weights minus base of each TTT layer, [B, weights], after the steps of the open mini-batch."""
     for w in fast_weights(state, cfg):
-        now = jax.tree.map(np.subtract, w.displacement, w.open_sum) if w.open_sum else w.displacement
+        now = (
+            jax.tree.map(np.subtract, w.displacement, total(w.open_steps, np.ones(len(w.count))))
+            if w.open_steps
+            else w.displacement
+        )
         yield np.concatenate([leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(now)], 1)
 
 

@@ -264,6 +264,18 @@ def test_another_architecture_is_not_called_damaged(run, caplog, change, problem
     assert named_steps(run) == {"1", "2", "3"}
 
 
+def test_streams_with_the_sum_of_the_open_mini_batch_are_refused(run):
+    params, state = content()
+    older, newer = ({**state, "layers": {"ttt": {name: (jnp.zeros(3),)}}} for name in ("open_sum", "open_steps"))
+    checkpoints = Checkpoints(run, keep=4)
+    checkpoints.save(4, params, older, {}, {})
+    checkpoints.close()
+    with pytest.raises(
+        InputError, match=r"checkpoints/4 is of an older version, .*\(open_sum\).*\(open_steps\): go on"
+    ):
+        Checkpoints(run).restore(lambda meta: (params, newer))
+
+
 def test_errors_of_the_caller_are_not_damage(run):
     def wrong(meta):
         raise ZeroDivisionError

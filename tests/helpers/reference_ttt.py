@@ -1,8 +1,8 @@
 """The TTT layer as plain gradient descent: NumPy, float64, a loop over rows, frames and heads, every W_i formed.
 
 Written from the specification, with no parallel form anywhere, to be what the layer under test is compared with. The
-network of a head is a list of (weight [I, O], bias [O]); a state is (displacement, open_sum, count) in the layer's own
-shapes: tuples of ([B, H, I, O], [B, H, O]) and int [B].
+network of a head is a list of (weight [I, O], bias [O]); a state is (displacement, open_steps, count) in the layer's
+own shapes: tuples of ([B, H, I, O], [B, H, O]), the two factors of every step ([B, H, b, I], [B, H, b, O]), int [B].
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def inner_loss(weights, k, t, scale, bias):
 
 
 def inner_gradient(weights, k, t, scale, bias):
-    """Gradient of `inner_loss` with respect to every weight and bias, by the chain rule from the output down."""
+    """Gradient of `inner_loss` by the chain rule from the output down: of every map its input and the gradient at its
+    output."""
     before, x = [], k  # before: what enters each map's activation, None at the bottom
     inputs = []
     for layer, (w, b) in enumerate(weights):
@@ -53,7 +54,7 @@ def inner_gradient(weights, k, t, scale, bias):
     d_x = (np.eye(len(x)) - 1 / len(x) - np.outer(unit, unit) / len(x)) @ d_unit / spread
     gradient = [None] * len(weights)
     for layer in reversed(range(len(weights))):
-        gradient[layer] = (np.outer(inputs[layer], d_x), d_x)
+        gradient[layer] = (inputs[layer], d_x)
         if layer:
             d_x = (weights[layer][0] @ d_x) * gelu_slope(before[layer])
     return gradient
@@ -62,6 +63,11 @@ def inner_gradient(weights, k, t, scale, bias):
 def add(a, b, factor=1.0):
     """a + factor * b, map by map."""
     return [(wa + factor * wb, ba + factor * bb) for (wa, ba), (wb, bb) in zip(a, b, strict=True)]
+
+
+def outer(factors):
+    """The step in weights and biases from the input and the gradient of every map."""
+    return [(np.outer(x, g), g) for x, g in factors]
 
 
 def frame_inputs(p, x, heads, base_lr, pre_norm, position=None):
@@ -97,32 +103,43 @@ def ttt_layer(p, x, mask, state, *, heads, base_lr, ttt):
     p = {name: np.asarray(value, np.float64) for name, value in p.items()}
     maps = len(state[0])
     out, measured = np.zeros(x.shape), np.zeros((4, *x.shape[:2], heads))
-    displacement, open_sum = (
-        [(np.array(w, np.float64), np.array(b, np.float64)) for w, b in part] for part in state[:2]
-    )
+    displacement = [(np.array(w, np.float64), np.array(b, np.float64)) for w, b in state[0]]
+    open_steps = tuple(tuple(np.array(part, np.float64) for part in parts) for parts in state[1])
     count = np.array(state[2])
     for row in range(x.shape[0]):
         base = [[(p[f"inner_w{n}"][h], p[f"inner_b{n}"][h]) for n in range(maps)] for h in range(heads)]
         moved = [[(w[row, h], b[row, h]) for w, b in displacement] for h in range(heads)]
-        total = [
-            [(w[row, h], b[row, h]) for w, b in open_sum] or [(0 * w, 0 * b) for w, b in base[h]] for h in range(heads)
-        ]
+        total = [[(0 * w, 0 * b) for w, b in base[h]] for h in range(heads)]
+        for h in range(heads if open_steps else 0):
+            for slot in range(ttt.mini_batch):
+                total[h] = add(
+                    total[h], outer([(x[row, h, slot], g[row, h, slot]) for x, g in zip(*open_steps, strict=True)])
+                )
         for frame in np.flatnonzero(mask[row]):
             position = count[row] % ttt.mini_batch if ttt.rope else None
             q, k, t, eta = frame_inputs(p, x[row, frame], heads, base_lr, ttt.pre_norm, position)
-            count[row] += 1
+            slot, count[row] = count[row] % ttt.mini_batch, count[row] + 1
             z = []
             for h in range(heads):
                 scale, bias = p["ln_scale"][h], p["ln_bias"][h]
                 start = add(base[h], moved[h])
                 before = add(start, total[h], -1.0)
-                total[h] = add(total[h], inner_gradient(start, k[h], t[h], scale, bias), eta[h])
+                gradient = inner_gradient(start, k[h], t[h], scale, bias)
+                total[h] = add(total[h], outer(gradient), eta[h])
+                for n in range(maps if open_steps else 0):
+                    open_steps[0][n][row, h, slot], open_steps[1][n][row, h, slot] = (
+                        gradient[n][0],
+                        eta[h] * gradient[n][1],
+                    )
                 now = add(start, total[h], -1.0)
                 z.append(q[h] + layer_norm(network(now, q[h]), scale, bias, 1e-8))
                 losses = [inner_loss(w, k[h], t[h], scale, bias) for w in (base[h], before, now)]
                 measured[:, row, frame, h] = *losses, norm(add(moved[h], total[h], -1.0)) / norm(base[h])
                 if count[row] % ttt.mini_batch == 0:
                     moved[h], total[h] = add(moved[h], total[h], -1.0), add(total[h], total[h], -1.0)
+                    for parts in open_steps:
+                        for part in parts:
+                            part[row, h] = 0
                     if ttt.horizon is not None:
                         moved[h] = add(moved[h], moved[h], np.exp(-ttt.mini_batch / ttt.horizon) - 1)
                     if ttt.max_displacement is not None:
@@ -136,6 +153,4 @@ def ttt_layer(p, x, mask, state, *, heads, base_lr, ttt):
             for n in range(maps):
                 for part in (0, 1):
                     displacement[n][part][row, h] = moved[h][n][part]
-                    if open_sum:
-                        open_sum[n][part][row, h] = total[h][n][part]
-    return out, (displacement, open_sum, count), measured
+    return out, (displacement, open_steps, count), measured

@@ -81,7 +81,7 @@ reset_ttt_rows = quick_jit(model.reset_ttt_rows)
 
 
 def floats(state):
-    """The part of a state that has gradients: keys and values, displacements, open sums."""
+    """The part of a state that has gradients: keys and values, displacements, open steps."""
     return {name: (run.kv_cache, run.ttt[:2] if run.ttt else ()) for name, run in state.layers.items()}
 
 
@@ -90,7 +90,7 @@ def with_floats(state, moved):
     layers = {}
     for name, (kv_cache, ttt) in moved.items():
         old = state.layers[name].ttt
-        layers[name] = model.RunState(kv_cache, old._replace(displacement=ttt[0], open_sum=ttt[1]) if ttt else old)
+        layers[name] = model.RunState(kv_cache, old._replace(displacement=ttt[0], open_steps=ttt[1]) if ttt else old)
     return state._replace(layers=layers)
 
 
@@ -139,12 +139,12 @@ def carried_state(cfg, rng):
         if ttt is None:
             return model.RunState(kv_cache, None)
         count = rng.integers(0, 3 * b, ttt.count.shape, dtype=np.int32)
-        is_open = lambda x: (count % b > 0).reshape(count.shape + (1,) * (x.ndim - 2))  # noqa: E731
+        held = lambda x: (np.arange(x.shape[3]) < (count % b)[..., None])[:, :, None, :, None]  # noqa: E731
         return model.RunState(
             kv_cache,
             ttt._replace(
                 displacement=jax.tree.map(lambda x: 0.2 * normal(x), ttt.displacement),
-                open_sum=jax.tree.map(lambda x: 0.2 * normal(x) * is_open(x), ttt.open_sum),
+                open_steps=jax.tree.map(lambda x: 0.2 * normal(x) * held(x), ttt.open_steps),
                 count=count,
             ),
         )

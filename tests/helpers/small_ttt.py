@@ -84,7 +84,7 @@ def value_and_grads(params, x, mask, state, weights, cfg):
     """A loss that reads outputs and state alike, and its gradients to parameters, x and the carried weights."""
 
     def loss(params, x, moved):
-        out, new = apply(params, x, mask, state._replace(displacement=moved[0], open_sum=moved[1]), cfg)
+        out, new = apply(params, x, mask, state._replace(displacement=moved[0], open_steps=moved[1]), cfg)
         return sum(
             (a * b).sum() for a, b in zip(jax.tree.leaves((out, new[:2])), jax.tree.leaves(weights), strict=True)
         )
@@ -114,10 +114,14 @@ def carried_state(cfg, rng, rows=ROWS):
     state = init_state(cfg, rows)
     count = rng.integers(0, 3 * b, rows)
     small = lambda leaf: 0.2 * np.asarray(leaf)  # noqa: E731
-    inside = lambda leaf: leaf * (count % b > 0).reshape(-1, *(1,) * (leaf.ndim - 1))  # noqa: E731
     moved = jax.tree.map(small, random_like(state.displacement, rng))
-    open_sum = jax.tree.map(inside, jax.tree.map(small, random_like(state.open_sum, rng)))
-    return state._replace(displacement=moved, open_sum=open_sum, count=np.asarray(count, np.int32))
+    open_steps = up_to(count % b, jax.tree.map(small, random_like(state.open_steps, rng)))
+    return state._replace(displacement=moved, open_steps=open_steps, count=np.asarray(count, np.int32))
+
+
+def up_to(phase, steps):
+    """Steps [B, H, b, ...] of the slots before the phase of each row, 0 in the others."""
+    return jax.tree.map(lambda leaf: leaf * (np.arange(leaf.shape[2]) < phase[:, None])[:, None, :, None], steps)
 
 
 def module(cfg) -> Module:
@@ -134,7 +138,7 @@ def module(cfg) -> Module:
 
     def spoil(state):
         nan = lambda leaf: leaf * np.array([1, np.nan]).reshape(-1, *(1,) * (leaf.ndim - 1))  # noqa: E731
-        return state._replace(displacement=jax.tree.map(nan, state[0]), open_sum=jax.tree.map(nan, state[1]))
+        return state._replace(displacement=jax.tree.map(nan, state[0]), open_steps=jax.tree.map(nan, state[1]))
 
     return Module(
         call=partial(call, cfg=cfg),

@@ -321,6 +321,15 @@ def test_a_state_knows_its_sink_and_older_ones_have_none(tmp_path):
         stream_state.load_state(path, sunk)
 
 
+def test_a_state_with_the_sum_of_the_open_mini_batch_is_refused(tmp_path):
+    path = tmp_path / "state"
+    # As they were written before there were formats.
+    stream_state.write(path, model.init_state(CFG, 1), {"model": stream_state.describe(CFG)})
+    message = r"has the format None, not 'ttt_jax.state/2', in which TTT states hold the steps .* give a state that"
+    with pytest.raises(InputError, match=message):
+        stream_state.load_state(path, CFG)
+
+
 def test_state_that_is_not_written_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "state"
     stream_state.save_state(path, model.init_state(CFG, 1), CFG)

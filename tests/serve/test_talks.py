@@ -195,9 +195,11 @@ def test_files_that_are_no_talk_of_this_model(tmp_path):
     path.write_bytes(whole[:-9] + b"\x01" + whole[-8:])
     with pytest.raises(InputError, match="checksum does not match"):
         saved.load(path, speech, "digest")
-    save_file(load_file(path), path, {"format": "something"})
-    with pytest.raises(InputError, match="has the format 'something'"):
-        saved.load(path, speech, "digest")
+    older = r"has the format 'ttt_jax.talk/1', not 'ttt_jax.talk/2', in which TTT states hold the steps .* give a talk"
+    for version, message in (("something", "has the format 'something'"), ("ttt_jax.talk/1", older)):
+        save_file(load_file(path), path, {"format": version})
+        with pytest.raises(InputError, match=message):
+            saved.load(path, speech, "digest")
 
 
 def test_memory_on_frozen_and_off():

@@ -142,10 +142,11 @@ def test_the_inner_loop_is_one_network_forward_twice_back_once_and_its_steps(hid
     vectors = shape((1, heads, b, width))
 
     def mini_batch(base, k, q, t, eta, scale):
-        first, overlap = partial(network.apply, affine=base[0]), jnp.einsum("BHCI,BHSI->BHCS", q, k)
+        seen, weights = network.causal(b), tuple((affine,) for affine in base)
+        overlap = network.overlap(q, k, seen)
         frames = network.Frames(jnp.concatenate([k, q], -2), t, eta, None, overlap)
-        descent = network.descend(base, first(k), scale, scale, frames)
-        read = network.read(base, first(q), overlap, descent, network.causal(overlap))
+        descent = network.descend(weights, network.apply(k, base[0]), scale, scale, frames)
+        read = network.read(weights, network.apply(q, base[0]), network.Seen(descent, overlap, seen))
         return read, network.total(descent, jnp.ones(1))
 
     traced = jax.make_jaxpr(mini_batch)(base, vectors, vectors, vectors, shape((1, heads, b)), shape((heads, 1, width)))

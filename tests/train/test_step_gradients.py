@@ -237,8 +237,8 @@ def second_chunk(cfg, first, seed=8, poison=False):
     _, stream = sums_of(params, first, stream, cfg=cfg)
     if poison:
         run = stream.layers[TTT_RUN]
-        noise = random_like(run.ttt.displacement, np.random.default_rng(1))
-        layers = {**stream.layers, TTT_RUN: run._replace(ttt=run.ttt._replace(displacement=noise, open_sum=noise))}
+        noise, steps = random_like(run.ttt[:2], np.random.default_rng(1))
+        layers = {**stream.layers, TTT_RUN: run._replace(ttt=run.ttt._replace(displacement=noise, open_steps=steps))}
         stream = stream._replace(layers=layers)
     sums, stream = sums_of(params, batch(seed=seed), stream, cfg=cfg)
     return sums.rows, stream.layers[TTT_RUN].ttt

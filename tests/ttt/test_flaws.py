@@ -21,7 +21,7 @@ from tests.helpers.drawing import digest, quick_jit, random_params
 from tests.helpers.small_ttt import ROWS, TOL, carried_state, config
 from ttt_jax.config import DepthConfig, MoshiConfig, TTTConfig
 from ttt_jax.moshi import model
-from ttt_jax.ttt import inner, layer, network
+from ttt_jax.ttt import inner, layer, network, state
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -225,21 +225,21 @@ FLAWS = {
     ),
     "look-ahead": Flaw(
         a_later_frame_changes_no_earlier_output,
-        (network, *OF_INNER),
-        {"return jnp.tril(jnp.ones(overlap.shape[-2:], bool))": "return jnp.ones(overlap.shape[-2:], bool)"},
+        (network, state, *OF_INNER),
+        {"return jnp.tril(jnp.ones((frames, frames), bool))": "return jnp.ones((frames, frames), bool)"},
     ),
     "state lost": Flaw(
         a_call_hands_on_what_it_learned,
         OF_INNER,
-        {"return TTTState(displacement, open_sum, ": "return TTTState(state.displacement, state.open_sum, "},
+        {"return TTTState(displacement, open_steps, ": "return TTTState(state.displacement, state.open_steps, "},
     ),
     "row 0 for all": Flaw(
         rows_keep_states_of_their_own,
         OF_INNER,
         {
-            "return TTTState(displacement, open_sum, state.count + valid)": (
+            "return TTTState(displacement, open_steps, state.count + valid)": (
                 "first = lambda s: jnp.broadcast_to(s[:1], s.shape)\n"
-                "    return TTTState(*jax.tree.map(first, (displacement, open_sum)), state.count + valid)"
+                "    return TTTState(*jax.tree.map(first, (displacement, open_steps)), state.count + valid)"
             )
         },
     ),
@@ -257,11 +257,7 @@ FLAWS = {
     "doubled update": Flaw(
         a_read_is_one_step_down,
         OF_INNER,
-        {
-            "z = q + layer_norm(read(": "twice = descent._replace(steps=tuple(2 * step for step in descent.steps))\n"
-            "        z = q + layer_norm(read(",
-            "x.overlap, descent, causal": "x.overlap, twice, causal",
-        },
+        {"Seen(own, x.overlap": "Seen(own._replace(steps=tuple(2 * step for step in own.steps)), x.overlap"},
     ),
     "reset to noise": Flaw(a_reset_row_is_a_fresh_one, (model,), RESET_TO_NOISE),
     "TTT states reset to noise": Flaw(a_row_reset_in_its_ttt_states_goes_on_with_fresh_ones, (model,), RESET_TO_NOISE),

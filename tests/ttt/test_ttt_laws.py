@@ -33,6 +33,7 @@ from tests.helpers.small_ttt import (
     reference,
     run_split,
     setting,
+    up_to,
     value_and_grads,
 )
 from ttt_jax.ttt.layer import init_state
@@ -49,7 +50,7 @@ def test_reference_gradient_equals_finite_differences(hidden):
         for i, o in zip(sizes[:-1], sizes[1:], strict=True)
     ]
     k, t, scale, bias = rng.standard_normal((4, 8))
-    gradient = reference_ttt.inner_gradient(weights, k, t, scale, bias)
+    gradient = reference_ttt.outer(reference_ttt.inner_gradient(weights, k, t, scale, bias))
     direction = [(rng.standard_normal(w.shape), rng.standard_normal(b.shape)) for w, b in weights]
     step = 1e-6
     up, down = (
@@ -100,7 +101,7 @@ def test_outer_gradients_equal_finite_differences(hidden, mini_batch, x64):
 
     def loss(sign):
         p, y, moved = jax.tree.map(lambda a, d: a + sign * step * d, point, direction)
-        carried = state._replace(displacement=moved[0], open_sum=moved[1])
+        carried = state._replace(displacement=moved[0], open_steps=moved[1])
         return value_and_grads(p, y, mask, carried, weights, cfg=cfg)[0]
 
     expected = sum(map(np.vdot, jax.tree.leaves(grads), jax.tree.leaves(direction)))
@@ -131,8 +132,10 @@ def test_an_open_mini_batch_is_filled_from_any_place(x64):
     params, x, rng = setting(cfg, 16, frames)
     carried = carried_state(cfg, rng)
     for phase in range(4):
-        open_sum = jax.tree.map(lambda leaf, phase=phase: leaf * (phase > 0) + 0.1 * (phase > 0), carried.open_sum)
-        state = carried._replace(open_sum=open_sum, count=np.full(ROWS, 8 + phase, np.int32))
+        steps = jax.tree.map(lambda leaf: leaf + 0.1, carried.open_steps)
+        state = carried._replace(
+            open_steps=up_to(np.full(ROWS, phase), steps), count=np.full(ROWS, 8 + phase, np.int32)
+        )
         for valid in range(1, 6):
             mask = np.broadcast_to(np.arange(frames) < valid, (ROWS, frames))
             expected = reference(params, x, mask, state, cfg)

@@ -69,6 +69,17 @@ def test_streaming_compiles_once():
     assert step._cache_size() == 1
 
 
+def test_a_frame_that_closes_no_mini_batch_computes_no_displacement():
+    for mini_batch, computes in ((4, {"cond"}), (1, {"add", "dot_general", "mul"})):
+        cfg = config((4,), mini_batch, dtype="float32")
+        x, mask = jnp.zeros((ROWS, 1, DIM)), jnp.ones((ROWS, 1), bool)
+        state = init_state(cfg, ROWS)
+        program = jax.make_jaxpr(partial(apply, cfg=cfg))(init_shapes(cfg), x, mask, state)
+        size = state.displacement[0].w.size
+        made = {eqn.primitive.name for eqn in program.eqns if any(size == out.aval.size for out in eqn.outvars)}
+        assert made - {"broadcast_in_dim", "squeeze", "reshape", "transpose"} == computes
+
+
 def test_displacement_is_finer_than_bfloat16_in_a_bfloat16_model():
     cfg = config((), 1, dtype="bfloat16")
     params, x, _ = setting(cfg, 11, FRAMES)

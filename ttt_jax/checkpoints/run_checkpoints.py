@@ -325,8 +325,13 @@ def _check_same(folder: Path, stored: Mapping[str, Sequence[Any]], like: Mapping
     for name in expected:
         if name in saved:
             problems += wrong_types({name: saved[name][0]}, expected[name][0])
+    how = "go on with the version of ttt_jax in its meta, or start the run anew"
+    if any("/open_sum/" in name for name in saved):
+        raise InputError(
+            f"{folder} is of an older version, whose streams hold the sum of the open mini-batch (open_sum) where this"
+            f" one's hold its steps (open_steps): {how}."
+        )
     if problems:
-        how = "go on with the version of ttt_jax in its meta, or start the run anew"
         raise InputError(f"{folder} is of another version or architecture ({'; '.join(problems)}): {how}.")
 
 

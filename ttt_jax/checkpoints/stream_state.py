@@ -23,22 +23,26 @@ from ttt_jax.moshi.model import State, init_state
 from ttt_jax.utils import config_json, trees
 from ttt_jax.utils.files import write_atomically
 
+FORMAT = "ttt_jax.state/2"
+
 
 def save_state(path: str | Path, state: State, cfg: MoshiConfig) -> None:
     """Writes `state` to `path`, at once or not at all: a tensor for each leaf, the model's configuration, a checksum.
 
     Raises `InputError` if it cannot be written; what was there before is left as it was.
     """
-    write(path, state, {"model": describe(cfg)})
+    write(path, state, {"format": FORMAT, "model": describe(cfg)})
 
 
 def load_state(path: str | Path, cfg: MoshiConfig) -> State:
     """Returns the state in `path`, bit for bit, so that a stream goes on as if it had never stopped.
 
-    Raises `InputError` if the file is damaged or is not the state of a model with the configuration `cfg`.
+    Raises `InputError` if the file is damaged or is not the state of a model with the configuration `cfg`, or if
+    another version of this package wrote it.
     """
     stored = read(path, "a state that save_state wrote")
     check_model(stored, cfg)
+    check_format(stored, FORMAT)
     rows = stored.leaves["position"].shape[0] if "position" in stored.leaves else 1
     return jax.tree.map(jnp.asarray, stored.like(jax.eval_shape(lambda: init_state(cfg, rows))))
 
@@ -105,6 +109,15 @@ def read(path: str | Path, wanted: str) -> Stored:
     except SafetensorError as error:
         raise InputError(f"{path} is damaged or no safetensors file ({error}): give {wanted}.") from None
     return Stored(path, leaves, about, about.pop("checksum", None), wanted)
+
+
+def check_format(stored: Stored, expected: str) -> None:
+    """Raises `InputError` unless a file has the format `expected`; the first formats held `open_sum`."""
+    if (found := stored.about.get("format")) != expected:
+        raise InputError(
+            f"{stored.path} has the format {found!r}, not {expected!r}, in which TTT states hold the steps of the open"
+            f" mini-batch, not their sum: give {stored.wanted} by this version, or go on with the one that wrote it."
+        )
 
 
 def check_model(stored: Stored, cfg: MoshiConfig) -> None:

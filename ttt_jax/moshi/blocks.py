@@ -14,8 +14,8 @@ from ttt_jax.nn.init import linear_kernel
 from ttt_jax.nn.linear import declare, linear
 from ttt_jax.nn.norms import rms_norm
 from ttt_jax.nn.rotary import rotate
-from ttt_jax.ttt.inner import TTTState
 from ttt_jax.ttt.layer import Control, Measurement, TTTLayer
+from ttt_jax.ttt.state import TTTState
 
 Remat = Literal["none", "dots", "layers"]
 REMAT = {
@@ -78,13 +78,14 @@ class Block(nn.Module):
         ttt: TTTState | None,
         measured: bool = False,
         control: Control | None = None,
+        close: bool = True,
     ) -> tuple[jax.Array, tuple[Any, TTTState | None, Measurement | None]]:
         """One layer over a call.
 
         Args:
           x: [B, T, dim]; mask: bool [B, T]; position: int32 [B, T]; attend: attention's rule;
           ttt: the TTT state, None in layers without TTT; measured: whether to measure TTT layers;
-          control: of TTT layers, by row.
+          control: of TTT layers, by row; close: as in `TTTLayer`.
 
         Returns:
           x and (the caller's result of `attend`, new TTT state, measurement); the last two are None in layers without
@@ -101,6 +102,6 @@ class Block(nn.Module):
         x = x + update
         measurement = None
         if self.has_ttt:
-            x, ttt, measurement = TTTLayer(self.cfg, name="ttt")(x, mask, ttt, measured, control)
+            x, ttt, measurement = TTTLayer(self.cfg, name="ttt")(x, mask, ttt, measured, control, close)
         x = x + feed_forward(self.cfg, name="ffn")(rms_norm(x, norm("norm2")))
         return x, (kept, ttt, measurement)

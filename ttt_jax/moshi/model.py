@@ -25,8 +25,8 @@ from ttt_jax.moshi.sink import Sink
 from ttt_jax.nn.init import embedding, linear_kernel
 from ttt_jax.nn.linear import init_kernel, kernel, linear
 from ttt_jax.nn.norms import rms_norm
-from ttt_jax.ttt import inner
 from ttt_jax.ttt import layer as ttt_layer
+from ttt_jax.ttt.state import TTTState, close
 
 Params = dict[str, Any]
 PRNG = "threefry2x32"
@@ -36,7 +36,7 @@ class RunState(NamedTuple):
     """State of a run of L equal layers, leaves [L, B, ...]."""
 
     kv_cache: attention.KVCache
-    ttt: inner.TTTState | None
+    ttt: TTTState | None
 
 
 class State(NamedTuple):
@@ -247,24 +247,28 @@ def _over_layers(
 
     A call of many frames scans the layers, which compiles one layer. A call of one frame unrolls them and updates
     states in place: library products copy weights out of a scanned stack, and at one frame that copy would take nearly
-      all of the time.
+    all of the time. Its mini-batches close in the stack, after the last layer, for the same reason.
     """
     block, length = Block(cfg, run.has_ttt, remat if run.has_ttt else "none"), run.stop - run.start
     sink = Sink(cfg.attention_sink, cfg.max_period) if cfg.attention_sink else None
     if x.shape[1] == 1:
-        kv_caches, ttts, measurements = state.kv_cache, state.ttt, []
+        kv_caches, ttts, bases, measurements = state.kv_cache, [], [], []
         for i in range(length):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], params, is_leaf=lambda leaf: isinstance(leaf, tuple))
             attend = partial(
                 attention.attend_one, kv_caches=kv_caches, layer=i, position=start, mask=mask[:, 0], sink=sink
             )
-            ttt = jax.tree.map(lambda leaf, i=i: leaf[i], ttts)
+            ttt = jax.tree.map(lambda leaf, i=i: leaf[i], state.ttt)
             x, (kv_caches, ttt, measurement) = block.apply(
-                {"params": layer}, x, mask, start[:, None], attend, ttt, measured, control
+                {"params": layer}, x, mask, start[:, None], attend, ttt, measured, control, close=False
             )
-            ttts = jax.tree.map(lambda leaf, new, i=i: leaf.at[i].set(new), ttts, ttt)
+            if run.has_ttt:
+                ttts.append(ttt)
+                bases.append(ttt_layer.base_of(layer["ttt"]))
             measurements.append(measurement)
-        return x, RunState(kv_caches, ttts), jax.tree.map(lambda *leaves: jnp.stack(leaves), *measurements)
+        stack = lambda *leaves: jnp.stack(leaves)  # noqa: E731
+        ttt = close(state.ttt, jax.tree.map(stack, *ttts), bases, cfg.ttt) if run.has_ttt else None
+        return x, RunState(kv_caches, ttt), jax.tree.map(stack, *measurements)
 
     fused = attention.can_fuse(x.shape[1], run.context, cfg.head_dim, x.dtype, sink)
     if fused:

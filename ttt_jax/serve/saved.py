@@ -14,7 +14,7 @@ from ttt_jax.errors import InputError
 from ttt_jax.serve.speech import Speech
 from ttt_jax.serve.talks import Talk
 
-FORMAT = "ttt_jax.talk/1"
+FORMAT = "ttt_jax.talk/2"
 _WANTED = "a talk that was saved"
 
 
@@ -40,8 +40,7 @@ def load(path: str | Path, speech: Speech, weights: str) -> Talk:
     Raises `InputError` if the file is damaged, or the talk is of another model, codec or other weights.
     """
     stored = stream_state.read(path, _WANTED)
-    if stored.about.get("format") != FORMAT:
-        raise InputError(f"{path} has the format {stored.about.get('format')!r}, not {FORMAT!r}: give {_WANTED}.")
+    stream_state.check_format(stored, FORMAT)
     stream_state.check_model(stored, speech.cfg)
     for name, digest in (("codec", speech.codec.digest), ("weights", weights)):
         if stored.about.get(name) != digest:

@@ -2,7 +2,9 @@
 network.
 
 - `network.py`: the inner network, its gradient, reading through steps: plain functions on arrays
-- `inner.py`: the state, and the scan over mini-batches
+- `state.py`: the state, and how a mini-batch closes
+- `inner.py`: the scan over mini-batches
+- `one_frame.py`: calls of one frame
 - `measure.py`: what fast weights know of each frame
 - `laws.py`: the layer's laws, tried on this very machine by the doctor
 - `layer.py`: the layer's parameters and the map from hidden vectors to inner queries, keys, targets and rates

@@ -11,7 +11,6 @@ one affine map of the inner network joins. Everything here is float32, or float6
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -21,34 +20,23 @@ from ttt_jax.config import TTTConfig
 from ttt_jax.distributed.sharding import per_row
 from ttt_jax.ttt.measure import InnerMeasurement, measure
 from ttt_jax.ttt.network import (
-    Affine,
+    Descent,
     Frames,
     Inputs,
     Network,
+    Seen,
     apply,
     causal,
     descend,
     halves,
     layer_norm,
+    overlap,
     prepare,
+    put,
     read,
     readable,
-    squared_norm,
-    total,
-    widths,
 )
-
-
-class TTTState(NamedTuple):
-    """State of a TTT layer, row by row. A fresh state is zeros and needs no parameters."""
-
-    displacement: Network
-    """Fast weights minus base, [B, H, I, O] and [B, H, O]."""
-    open_sum: Network
-    """Rate-weighted gradients of the mini-batch that is still open, same shapes; () with b = 1, where every frame
-    closes a mini-batch."""
-    count: jax.Array
-    """Valid frames seen, int32 [B]; modulo b it is the row's phase in its mini-batch."""
+from ttt_jax.ttt.state import TTTState, cleared, descended
 
 
 class Layout(NamedTuple):
@@ -62,42 +50,11 @@ class Layout(NamedTuple):
     """Slot of each frame in the flattened [M * C], int32 [B, T]; M * C for masked frames."""
 
 
-def init_state(
-    batch: int, heads: int, head_dim: int, hidden: tuple[int, ...], mini_batch: int, dtype: jnp.dtype
-) -> TTTState:
-    """A fresh state for `batch` rows: zeros."""
-
-    def zeros() -> Network:
-        return tuple(
-            Affine(jnp.zeros((batch, heads, i, o), dtype), jnp.zeros((batch, heads, o), dtype))
-            for i, o in widths(head_dim, hidden)
-        )
-
-    return TTTState(zeros(), zeros() if mini_batch > 1 else (), jnp.zeros((batch,), jnp.int32))
-
-
-def scaled(network: Network, factor: jax.Array) -> Network:
-    """`network` [B, H, ...] times `factor` [B, H] or [B, 1]."""
-    return jax.tree.map(lambda w: w * factor.reshape(factor.shape + (1,) * (w.ndim - 2)), network)
-
-
-def retain(displacement: Network, base: Network, closes: jax.Array, cfg: TTTConfig) -> Network:
-    """The displacement after decay and bound in rows whose mini-batch closes (bool [B])."""
-    if cfg.horizon is not None:
-        kept = jnp.where(closes, math.exp(-cfg.mini_batch / cfg.horizon), 1).astype(base[0].w.dtype)
-        displacement = scaled(displacement, kept[:, None])
-    if cfg.max_displacement is not None:
-        norm, limit = squared_norm(displacement), cfg.max_displacement**2 * squared_norm(base)
-        beyond = closes[:, None] & (norm > limit) & (limit > 0)  # a base of zeros sets no bound
-        displacement = scaled(displacement, jnp.sqrt(jnp.where(beyond, limit, 1) / jnp.where(beyond, norm, 1)))
-    return displacement
-
-
 def layout(mask: jax.Array, count: jax.Array, mini_batch: int) -> Layout:
     """Places the valid frames of a call in the mini-batches of their rows, each row from its phase.
 
-    The first mini-batch of a call may be one that earlier calls opened: its frames lie at the left, the gradients
-    before them are in the state. A call of T frames thus touches at most ceil((T - 1) / b) + 1 mini-batches of min(b,
+    The first mini-batch of a call may be one that earlier calls opened: its frames lie at the left, the steps before
+    them are in the state. A call of T frames thus touches at most ceil((T - 1) / b) + 1 mini-batches of min(b,
     T) slots.
 
     Args:
@@ -119,6 +76,39 @@ def layout(mask: jax.Array, count: jax.Array, mini_batch: int) -> Layout:
     return Layout(frame.reshape(rows, batches, slots), closes, slot)
 
 
+def advance(
+    base: Network,
+    scale: jax.Array,
+    bias: jax.Array,
+    displacement: Network,
+    x: Frames,
+    open_steps: Descent | tuple[()] = (),
+    phase: jax.Array | None = None,
+    measured: bool = False,
+    apart: bool = False,
+) -> tuple[Descent, tuple[jax.Array, InnerMeasurement | None]]:
+    """Steps of frames of a mini-batch, and what is put out for them.
+
+    Args:
+      base, displacement: of the weights at which the mini-batch started; scale, bias: inner LayerNorm [H, 1, D].
+      x: C frames, with products that `prepare` made.
+      open_steps: of frames of the mini-batch before these, in the slots before the `phase` (int32 [B]).
+      measured: whether to measure, too; apart: as in `network.readable`.
+
+    Returns:
+      The steps of the C frames; z [B, H, C, D] and the measurement or None.
+    """
+    now, q = readable(base, displacement, apart), halves(x.kq)[1]
+    k_first, q_first = halves(x.at_base + apply(x.kq, *now[0]))
+    own = descend(now, k_first, scale, bias, x)
+    taken = [Seen(own, x.overlap, causal(q.shape[2]))]
+    if open_steps:
+        is_open = jnp.arange(open_steps.inputs[0].shape[2]) < phase[:, None, None, None]
+        taken.append(Seen(open_steps, overlap(q, open_steps.inputs[0], is_open), is_open))
+    z = q + layer_norm(read(now, q_first, *taken), scale, bias)
+    return own, (z, measure(base, scale, bias, displacement, now, taken, x) if measured else None)
+
+
 def inner_scan(
     base: Network,
     scale: jax.Array,
@@ -132,8 +122,8 @@ def inner_scan(
     """Runs the inner loop over a call of any length.
 
     The scan carries the displacement and adds the base where weights are read: forming the displacement as a difference
-    would lose small updates to rounding. It does not carry the sum of the open mini-batch: only the first mini-batch of
-    a call starts from one, and the sum of the mini-batch that stays open is computed once, at the end.
+    would lose small updates to rounding. It does not carry steps: only the first mini-batch of a call may have some
+    before its own, and those of the mini-batch that stays open are computed once more, at the end.
 
     Args:
       base: W0, [H, I, O] and [H, O]; scale, bias: inner LayerNorm [H, D].
@@ -148,7 +138,7 @@ def inner_scan(
     """
     scale, bias = scale[:, None], bias[:, None]
     place = layout(mask, state.count, cfg.mini_batch)
-    batches, slots = place.frame.shape[1:]
+    batches = place.frame.shape[1]
     xs = Inputs(*(_to_slots(x, place.frame) for x in inputs))
     filled = jnp.moveaxis(place.frame < mask.shape[1], 1, 0)[:, :, None]
     xs, closes = xs._replace(eta=jnp.where(filled, xs.eta, 0)), place.closes.T
@@ -157,47 +147,35 @@ def inner_scan(
     # after the scan instead of in each of its steps.
     of_rows, row_scale, row_bias = per_row((base, scale, bias), mask.shape[0])
 
-    def advance(displacement: Network, open_sum: Network, x: Frames):
-        """The steps of the frames of one mini-batch, and what is put out for them."""
-        now = readable(of_rows, displacement)
-        k_first, q_first = halves(x.at_base + apply(x.kq, now[0]))
-        descent, q = descend(now, k_first, row_scale, row_bias, x), halves(x.kq)[1]
-        if open_sum:
-            now, q_first = jax.tree.map(jnp.subtract, now, open_sum), q_first - apply(q, open_sum[0])
-        z = q + layer_norm(read(now, q_first, x.overlap, descent, causal(x.overlap)), row_scale, row_bias)
-        return descent, (z, measure(base, scale, bias, displacement, open_sum, descent, x) if measured else None)
-
     def body(displacement: Network, x: tuple[Frames, jax.Array]):
         frames, closes = x
-        descent, out = advance(displacement, (), frames)
-        displacement = jax.tree.map(jnp.add, displacement, total(descent, -closes.astype(scale.dtype)))
-        return retain(displacement, of_rows, closes, cfg), out
+        steps, out = advance(of_rows, row_scale, row_bias, displacement, frames, measured=measured)
+        return descended(displacement, steps, closes, of_rows, cfg), out
 
-    displacement, open_sum, outs = state.displacement, state.open_sum, []
-    if open_sum:
-        descent, out = advance(displacement, open_sum, prepare(of_rows, jax.tree.map(lambda x: x[0], xs)))
-        open_sum = jax.tree.map(jnp.add, open_sum, total(descent, jnp.ones(mask.shape[0], scale.dtype)))
-        displacement = _where(closes[0], jax.tree.map(jnp.subtract, displacement, open_sum), displacement)
-        displacement = retain(displacement, base, closes[0], cfg)
+    displacement, open_steps, outs = state.displacement, state.open_steps, []
+    phase, valid = state.count % cfg.mini_batch, mask.sum(1, dtype=jnp.int32)
+    if open_steps:
+        first = prepare(of_rows, jax.tree.map(lambda x: x[0], xs))
+        own, out = advance(of_rows, row_scale, row_bias, displacement, first, open_steps, phase, measured)
+        steps = put(open_steps, own, phase, first.eta)
+        displacement = descended(displacement, steps, closes[0], of_rows, cfg)
+        open_steps = cleared(steps, closes[0])
         outs.append(jax.tree.map(lambda y: y[None], out))
     if len(outs) < batches:
         rest = jax.tree.map(lambda x: x[len(outs) :], (xs, closes))
         ahead = lambda x: (prepare(of_rows, x[0]), x[1])  # noqa: E731
         displacement, out = _grouped_scan(body, ahead, displacement, rest, batches - len(outs), cfg.remat_group)
         outs.append(out)
-    valid = mask.sum(1, dtype=jnp.int32)
-    if open_sum:
-        reached = state.count % cfg.mini_batch + valid  # frames since the first mini-batch began
-        index, newly_open = reached // cfg.mini_batch, jax.tree.map(jnp.zeros_like, open_sum)
-        if batches > 1:
-            last = prepare(of_rows, jax.tree.map(lambda x: _pick(x, jnp.minimum(index, batches - 1)), xs))
-            now = readable(of_rows, displacement)
-            first = halves(last.at_base + apply(last.kq, now[0]))[0]
-            is_open = (reached % cfg.mini_batch > 0).astype(first.dtype)
-            newly_open = total(descend(now, first, scale, bias, last), is_open)
-        open_sum = _where(index == 0, open_sum, newly_open)
+    if open_steps and batches > 1:
+        index = jnp.minimum((phase + valid) // cfg.mini_batch, batches - 1)
+        last = prepare(of_rows, jax.tree.map(lambda x: _pick(x, index), xs))
+        now = readable(of_rows, displacement)
+        k_first = halves(last.at_base + apply(last.kq, *now[0]))[0]
+        steps = descend(now, k_first, row_scale, row_bias, last)
+        steps = put(jax.tree.map(jnp.zeros_like, open_steps), steps, jnp.zeros_like(phase), last.eta)
+        open_steps = _where(index == 0, open_steps, cleared(steps, _pick(closes, index)))
     z, measurement = jax.tree.map(lambda *ys: _to_frames(jnp.concatenate(ys), place.slot, mask), *outs)
-    return TTTState(displacement, open_sum, state.count + valid), z, measurement
+    return TTTState(displacement, open_steps, state.count + valid), z, measurement
 
 
 def _to_slots(x: jax.Array, frame: jax.Array) -> jax.Array:
@@ -222,7 +200,7 @@ def _pick(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index.reshape(1, -1, *(1,) * (x.ndim - 2)), 0)[0]
 
 
-def _where(rows: jax.Array, a: Network, b: Network) -> Network:
+def _where(rows: jax.Array, a: Descent, b: Descent) -> Descent:
     return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y), a, b)
 
 

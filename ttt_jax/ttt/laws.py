@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax.config import MoshiConfig, TTTConfig
-from ttt_jax.ttt.inner import Network, TTTState
 from ttt_jax.ttt.layer import TTTLayer, init_state
+from ttt_jax.ttt.network import Network
+from ttt_jax.ttt.state import TTTState
 from ttt_jax.utils.xla import QUICK, known_options
 
 ROWS, FRAMES, WIDTH, HEADS = 2, 24, 16, 2

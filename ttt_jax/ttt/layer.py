@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,7 +16,10 @@ from ttt_jax.nn.linear import Kernel, linear
 from ttt_jax.nn.norms import rms_norm
 from ttt_jax.nn.rotary import rotate
 from ttt_jax.ttt import inner, network
+from ttt_jax.ttt import state as ttt_state
 from ttt_jax.ttt.measure import InnerMeasurement
+from ttt_jax.ttt.one_frame import one_frame
+from ttt_jax.ttt.state import TTTState
 
 UNIT_EPS = 1e-12  # under the root of the norm of q and k
 TARGET_EPS = 1e-10  # added to the target's variance
@@ -55,10 +59,11 @@ class TTTLayer(nn.Module):
         self,
         x: jax.Array,
         mask: jax.Array,
-        state: inner.TTTState,
+        state: TTTState,
         measured: bool = False,
         control: Control | None = None,
-    ) -> tuple[jax.Array, inner.TTTState, Measurement | None]:
+        close: bool = True,
+    ) -> tuple[jax.Array, TTTState, Measurement | None]:
         """Runs the layer over a call of any length.
 
         Args:
@@ -67,6 +72,7 @@ class TTTLayer(nn.Module):
           state: of `init_state` or of the previous call.
           measured: whether to measure, too.
           control: by row; None: every row learns, and gates are as learned.
+          close: whether a call of one frame closes its mini-batch; else the caller does, by `state.close`.
 
         Returns:
           [B, T, dim] in the type of `x`, the new state, and the measurement or None.
@@ -112,8 +118,18 @@ class TTTLayer(nn.Module):
         )
         # Sharded by heads over a mesh: the inner loop then needs nothing from another device.
         inputs = network.Inputs(*(by_rows(y, None, "tensor") for y in (q, k, target, eta)))
-        after, z, of_inner = inner.inner_scan(base, scale, bias, state, inputs, mask, cfg.ttt, measured)
-        state = after if control is None else _where(control.learns, after, state)
+        arguments = base, scale, bias, state, inputs, mask, cfg.ttt, measured
+        if x.shape[1] == 1:
+            after, z, of_inner = one_frame(*arguments)
+            if control is not None:  # with a rate of 0 it has left no step
+                after = after._replace(count=jnp.where(control.learns, after.count, state.count))
+            if close:
+                run = jax.tree.map(lambda leaf: leaf[None], (state, after))
+                after = jax.tree.map(lambda leaf: leaf[0], ttt_state.close(*run, [base], cfg.ttt))
+        else:
+            after, z, of_inner = inner.inner_scan(*arguments)
+            if control is not None:
+                after = _where(control.learns, after, state)
 
         z = z.reshape(x.shape)
         if cfg.ttt.post_norm:
@@ -131,8 +147,8 @@ class TTTLayer(nn.Module):
         update = gate * output
         out = jnp.where(mask[..., None], x + update.astype(x.dtype), 0)
         if of_inner is None:
-            return out, state, None
-        return out, state, Measurement(of_inner, *(jnp.where(mask[..., None], y, 0) for y in (eta, x, output)))
+            return out, after, None
+        return out, after, Measurement(of_inner, *(jnp.where(mask[..., None], y, 0) for y in (eta, x, output)))
 
     def _project(self, name: str, x: jax.Array, like: str | None = None) -> jax.Array:
         """x through the affine map `name`; its initial value is that of the map `like`, or random."""
@@ -149,11 +165,18 @@ class TTTLayer(nn.Module):
         )
 
 
-def _where(rows: jax.Array, a: inner.TTTState, b: inner.TTTState) -> inner.TTTState:
+def _where(rows: jax.Array, a: TTTState, b: TTTState) -> TTTState:
     return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y), a, b)
 
 
-def init_state(cfg: MoshiConfig, batch: int) -> inner.TTTState:
+def base_of(params: Mapping[str, jax.Array]) -> network.Network:
+    """The learned start W0 among the parameters of a layer."""
+    maps = sum(name.startswith("inner_w") for name in params)
+    wide = lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32))  # noqa: E731
+    return tuple(network.Affine(wide(params[f"inner_w{i}"]), wide(params[f"inner_b{i}"])) for i in range(maps))
+
+
+def init_state(cfg: MoshiConfig, batch: int) -> TTTState:
     """A fresh state of one TTT layer for `batch` rows: float32 zeros (float64 where the model is)."""
     dtype = jnp.promote_types(cfg.dtype, jnp.float32)
-    return inner.init_state(batch, cfg.num_heads, cfg.head_dim, cfg.ttt.hidden, cfg.ttt.mini_batch, dtype)
+    return ttt_state.init_state(batch, cfg.num_heads, cfg.head_dim, cfg.ttt.hidden, cfg.ttt.mini_batch, dtype)

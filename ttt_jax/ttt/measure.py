@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ttt_jax.ttt.network import (
-    Descent,
     Frames,
     Network,
+    Readable,
+    Seen,
     apply,
-    causal,
     gelu,
     halves,
     layer_norm,
+    overlap,
     read,
-    readable,
     squared_norm,
 )
 
@@ -40,33 +41,39 @@ def measure(
     scale: jax.Array,
     bias: jax.Array,
     displacement: Network,
-    open_sum: Network,
-    descent: Descent,
+    now: Readable,
+    taken: Sequence[Seen],
     x: Frames,
 ) -> InnerMeasurement:
-    """`InnerMeasurement` of the frames of a mini-batch, [B, H, C] each; arguments as in `inner.inner_scan` and
-    `network`."""
+    """`InnerMeasurement` of the frames of a mini-batch, [B, H, C] each.
+
+    Args:
+      base, scale, bias, displacement, x: as in `inner.advance`; now: `network.readable` of base and displacement.
+      taken: steps of the frames themselves, then those of frames before them, as the queries see them.
+    """
 
     def loss(y: jax.Array) -> jax.Array:
         return 0.5 * ((layer_norm(y, scale, bias) - x.t) ** 2).sum(-1)
 
-    if open_sum:
-        displacement = jax.tree.map(jnp.subtract, displacement, open_sum)
     k, at_base = halves(x.kq)[0], halves(x.at_base)[0]
-    gram = jnp.einsum("BHCI,BHSI->BHCS", k, k) + 1
-    upto = causal(gram)
-    # All frames before and after their step, in one pass.
-    seen = jnp.concatenate([jnp.tril(upto, -1), upto])
-    now = readable(base, displacement)
     twice = lambda y: jnp.concatenate([y, y], -2)  # noqa: E731
-    after_steps = read(now, twice(at_base + apply(k, now[0])), jnp.where(seen, twice(gram), 0), descent, seen)
+    # All frames before and after their step, in one pass.
+    own, *earlier = (part.seen for part in taken)
+    masks = jnp.concatenate([jnp.tril(own, -1), own]), *earlier
+    of_both = [
+        Seen(of, overlap(twice(k), of.inputs[0], seen), seen) for (of, *_), seen in zip(taken, masks, strict=True)
+    ]
+    after_steps = read(now, twice(at_base + apply(k, *now[0])), *of_both)
     at_w0 = at_base  # reads no state, so that NaN in a state does not reach it
-    for w, b in base[1:]:
-        at_w0 = jnp.einsum("BHCI,HIO->BHCO", gelu(at_w0), w) + b[:, None]
+    for affine in base[1:]:
+        at_w0 = apply(gelu(at_w0), affine)
     # |displacement - sum of steps|^2, multiplied out so that no prefix of the sum is formed.
+    steps = jax.tree.map(lambda *parts: jnp.concatenate(parts, 2), *(part.steps for part in taken))
+    shape = len(k), 1, k.shape[2]
+    upto = jnp.concatenate([jnp.broadcast_to(part.seen, (*shape, part.seen.shape[-1])) for part in taken], -1)
     moved = squared_norm(displacement)[..., None]
-    both = upto[:, :, None] & upto[:, None]  # [i, j, k]: frame i has seen j and k
-    for affine, x_k, step in zip(displacement, *descent, strict=True):
+    both = upto[..., :, None] & upto[..., None, :]  # [i, j, k]: frame i has seen j and k
+    for affine, x_k, step in zip(displacement, *steps, strict=True):
         cross = (apply(x_k, affine) * step).sum(-1)
         square = (jnp.einsum("BHCI,BHSI->BHCS", x_k, x_k) + 1) * jnp.einsum("BHCO,BHSO->BHCS", step, step)
         moved -= 2 * jnp.where(upto, cross[..., None, :], 0).sum(-1)
@@ -74,5 +81,5 @@ def measure(
     return InnerMeasurement(
         loss(at_w0),
         *(loss(y) for y in halves(after_steps)),
-        jnp.sqrt(jnp.maximum(moved, 0) / squared_norm(base)[:, None]),
+        jnp.sqrt(jnp.maximum(moved, 0) / squared_norm(base)[..., None]),
     )

@@ -25,6 +25,8 @@ class Affine(NamedTuple):
 
 
 Network = tuple[Affine, ...]
+Readable = tuple[tuple[Affine, ...], ...]
+"""Of each affine map the parts whose sum it is."""
 
 
 class Inputs(NamedTuple):
@@ -52,13 +54,26 @@ class Frames(NamedTuple):
 
 
 class Descent(NamedTuple):
-    """Gradient steps of the frames of a mini-batch, all taken at the same weights, as factors of outer products."""
+    """Gradient steps of the frames of a mini-batch, all taken at the same weights, as factors of outer products.
+
+    Here C counts slots of the mini-batch; the step in an empty slot is 0.
+    """
 
     inputs: tuple[jax.Array, ...]
     """Inputs of each affine map, [B, H, C, I]."""
     steps: tuple[jax.Array, ...]
     """Rate times loss gradient at the output of each map, [B, H, C, O]: the step of frame c in the weights is the outer
     product."""
+
+
+class Seen(NamedTuple):
+    """Steps of S slots as C frames see them."""
+
+    steps: Descent
+    overlap: jax.Array
+    """`overlap` of the frames' vectors with the keys of the steps, [B, H, C, S]."""
+    seen: jax.Array
+    """Whether a frame has seen a step, bool [C, S] or [B, 1, 1, S]."""
 
 
 def widths(head_dim: int, hidden: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -91,18 +106,17 @@ def gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * c * (1 + 3 * a * x * x)
 
 
-def apply(x: jax.Array, affine: Affine) -> jax.Array:
-    """[B, H, C, I] -> [B, H, C, O]."""
-    return jnp.einsum("BHCI,BHIO->BHCO", x, affine.w) + affine.b[:, :, None]
+def apply(x: jax.Array, *parts: Affine) -> jax.Array:
+    """[..., H, C, I] -> [..., H, C, O] through the sum of maps, a product for each; a base's [H, I, O] serve all
+    rows."""
+    return sum(jnp.einsum("...HCI,...HIO->...HCO", x, w) + b[..., None, :] for w, b in parts)
 
 
 def prepare(base: Network, x: Inputs) -> Frames:
     """Frames [..., B, H, C, D] with their products with the base weights: for all mini-batches at once, ahead of the
     scan."""
     kq = jnp.concatenate([x.k, x.q], -2)
-    at_base = jnp.einsum("...HCI,...HIO->...HCO", kq, base[0].w) + base[0].b[..., None, :]
-    overlap = jnp.einsum("...CI,...SI->...CS", x.q, x.k) + 1
-    return Frames(kq, x.t, x.eta, at_base, jnp.where(causal(overlap), overlap, 0))
+    return Frames(kq, x.t, x.eta, apply(kq, base[0]), overlap(x.q, x.k, causal(x.k.shape[-2])))
 
 
 def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -110,21 +124,32 @@ def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x[..., : x.shape[-2] // 2, :], x[..., x.shape[-2] // 2 :, :]
 
 
-def causal(overlap: jax.Array) -> jax.Array:
-    """Whether frame i has seen frame j <= i: bool [C, C] for an overlap [..., C, C]."""
-    return jnp.tril(jnp.ones(overlap.shape[-2:], bool))
+def causal(frames: int) -> jax.Array:
+    """Whether frame i has seen frame j <= i: bool [C, C]."""
+    return jnp.tril(jnp.ones((frames, frames), bool))
 
 
-def readable(base: Network, displacement: Network) -> Network:
-    """Weights that a mini-batch reads: base plus displacement; for the first map the displacement alone, since `Frames`
+def overlap(x: jax.Array, inputs: jax.Array, seen: jax.Array) -> jax.Array:
+    """<x_i, x_j> + 1 where frame i has seen slot j, else 0: [..., C, S] for x [..., C, I] and inputs [..., S, I].
+
+    The 1 is the bias: its update does not depend on the input.
+    """
+    return jnp.where(seen, jnp.einsum("...CI,...SI->...CS", x, inputs) + 1, 0)
+
+
+def readable(base: Network, displacement: Network, apart: bool = False) -> Readable:
+    """Weights that a mini-batch reads: base plus displacement; of the first map the displacement alone, since `Frames`
     hold the rest.
 
-    The sum costs a pass over all weights; the first map needs none, since its inputs are known ahead of the scan.
+    The sum costs a pass over all weights, which the products of a mini-batch of many frames repay; `apart` leaves the
+    summands to the products. The first map needs no sum, since its inputs are known ahead of the scan.
     """
-    return displacement[:1] + jax.tree.map(jnp.add, base[1:], displacement[1:])
+    pairs = zip(base[1:], displacement[1:], strict=True)
+    rest = tuple(pair if apart else (jax.tree.map(jnp.add, *pair),) for pair in pairs)
+    return (displacement[:1], *rest)
 
 
-def descend(weights: Network, first: jax.Array, scale: jax.Array, bias: jax.Array, x: Frames) -> Descent:
+def descend(weights: Readable, first: jax.Array, scale: jax.Array, bias: jax.Array, x: Frames) -> Descent:
     """Each frame's step on the inner loss 0.5 * |LN(f_W(k)) - t|^2, all taken at the same weights.
 
     Args:
@@ -133,39 +158,55 @@ def descend(weights: Network, first: jax.Array, scale: jax.Array, bias: jax.Arra
       x: the frames of a mini-batch; eta is 0 in empty slots.
     """
     inputs, slopes, y = [halves(x.kq)[0]], [], first
-    for affine in weights[1:]:
+    for parts in weights[1:]:
         y, slope = gelu_and_slope(y)
         inputs.append(y)
         slopes.append(slope)
-        y = apply(y, affine)
+        y = apply(y, *parts)
     normed, rstd = normalise(y)
     g = (scale * normed + bias - x.t) * scale
     g = (g - g.mean(-1, keepdims=True) - normed * (g * normed).mean(-1, keepdims=True)) * rstd
     grads = [g]
-    for affine, slope in zip(weights[:0:-1], slopes[::-1], strict=True):
-        g = jnp.einsum("BHCO,BHIO->BHCI", g, affine.w) * slope
+    for parts, slope in zip(weights[:0:-1], slopes[::-1], strict=True):
+        g = sum(jnp.einsum("...HCO,...HIO->...HCI", g, w) for w, _ in parts) * slope
         grads.insert(0, g)
     return Descent(tuple(inputs), tuple(x.eta[..., None] * g for g in grads))
 
 
-def read(weights: Network, first: jax.Array, overlap: jax.Array, descent: Descent, seen: jax.Array) -> jax.Array:
-    """f_{W_i}(x_i) [B, H, C, D], W_i being `weights` less the steps of the frames j that frame i has seen, never
-    formed.
+def read(weights: Readable, first: jax.Array, *taken: Seen) -> jax.Array:
+    """f_{W_i}(x_i) [B, H, C, D], W_i being `weights` less the steps `taken` that frame i has seen, never formed.
 
     Args:
       weights: of `readable`; first: output of the first map for x, [B, H, C, O].
-      overlap: <x_i, k_j> + 1 where frame i has seen j, else 0, [B, H, C, C]; seen: bool [C, C].
+      taken: `Seen.overlap` of x with the keys.
     """
     # XLA joins products that share a factor and would copy all weights beside the steps to do so: barriers keep these
     # apart.
-    descent = jax.lax.optimization_barrier(descent)
-    x = first - jnp.einsum("BHCS,BHSO->BHCO", overlap, descent.steps[0])
-    for affine, x_k, step in zip(weights[1:], descent.inputs[1:], descent.steps[1:], strict=True):
+    taken = [part._replace(steps=jax.lax.optimization_barrier(part.steps)) for part in taken]
+    x = first - sum(jnp.einsum("BHCS,BHSO->BHCO", of_keys, steps.steps[0]) for steps, of_keys, _ in taken)
+    for layer, parts in enumerate(weights[1:], 1):
         x = gelu(x)
-        # The +1 is the bias: its update does not depend on the input.
-        overlap = jnp.einsum("BHCI,BHSI->BHCS", jax.lax.optimization_barrier(x), x_k) + 1
-        x = apply(x, affine) - jnp.einsum("BHCS,BHSO->BHCO", jnp.where(seen, overlap, 0), step)
+        held = jax.lax.optimization_barrier(x)
+        x = apply(x, *parts)
+        for steps, _, seen in taken:
+            of_inputs = overlap(held, steps.inputs[layer], seen)
+            x -= jnp.einsum("BHCS,BHSO->BHCO", of_inputs, steps.steps[layer])
     return x
+
+
+def put(earlier: Descent, own: Descent, phase: jax.Array, eta: jax.Array) -> Descent:
+    """`earlier` steps with those of `own` frames in the slots from each row's phase on.
+
+    Args:
+      earlier: S slots, those before the phase full; own: C slots.
+      phase: int32 [B]; eta: rates of the own frames [B, H, C]. With a rate of 0, as in empty slots, nothing is put, so
+        that a frame that teaches nothing leaves no trace.
+    """
+    index = jnp.arange(earlier.inputs[0].shape[2]) - phase[:, None]
+    own_index = jnp.clip(index, 0, eta.shape[2] - 1)
+    take = lambda x: jnp.take_along_axis(x, own_index[:, None, :, None], 2)  # noqa: E731
+    is_own = (index == own_index)[:, None, :, None] & take(eta[..., None] != 0)
+    return jax.tree.map(lambda old, new: jnp.where(is_own, take(new), old), earlier, own)
 
 
 def total(descent: Descent, factor: jax.Array) -> Network:

@@ -58,11 +58,11 @@ def edit_ttt(params, **leaves):
 
 
 def with_ttt(state, change):
-    """The state with the displacement and open sums of the TTT layer changed."""
+    """The state with the displacement and open steps of the TTT layer changed."""
     run_state = state.layers[RUN]
     ttt = run_state.ttt._replace(
         displacement=jax.tree.map(change, run_state.ttt.displacement),
-        open_sum=jax.tree.map(change, run_state.ttt.open_sum),
+        open_steps=jax.tree.map(change, run_state.ttt.open_steps),
     )
     return state._replace(layers={**state.layers, RUN: run_state._replace(ttt=ttt)})
 
@@ -84,7 +84,7 @@ def keeps_the_old_state(params, frames, mask, state):
 def keeps_the_old_fast_weights(params, frames, mask, state):
     nats, new = forward(params, frames, mask, state)
     old = state.layers[RUN].ttt
-    ttt = new.layers[RUN].ttt._replace(displacement=old.displacement, open_sum=old.open_sum)
+    ttt = new.layers[RUN].ttt._replace(displacement=old.displacement, open_steps=old.open_steps)
     return nats, new._replace(layers={**new.layers, RUN: new.layers[RUN]._replace(ttt=ttt)})
 
 
@@ -206,7 +206,7 @@ def test_every_layer_is_checked():
 def test_the_digest_does_not_see_the_count():
     (ttt,) = check.fast_weights(model.init_state(MODEL, 2), MODEL)
     counted = ttt._replace(count=ttt.count + 1)
-    moved = ttt._replace(open_sum=jax.tree.map(lambda leaf: leaf + 1, ttt.open_sum))
+    moved = ttt._replace(open_steps=jax.tree.map(lambda leaf: leaf + 1, ttt.open_steps))
     assert check.digests_of([ttt]) == check.digests_of([counted]) != check.digests_of([moved])
 
 
