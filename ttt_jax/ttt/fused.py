@@ -97,7 +97,9 @@ def _local(
 
     def chunk(carry: tuple[Weights, Weights], x: tuple[Frames, Marks]):
         arguments = Arguments(base, scale, bias, *carry, opened, x[0])
-        z, end, last, measurement = run(chain, plan, measured, arguments, x[1])
+        # The barrier keeps results that nobody uses: JAX's rule for `optimize_remat` under nested `jax.checkpoint` fails
+        # if it has removed some of them (`jax.custom_derivatives._remat_opt_dce`, up to 0.12).
+        z, end, last, measurement = jax.lax.optimization_barrier(run(chain, plan, measured, arguments, x[1]))
         # An open mini-batch stays out of the displacement, but `total` held its earlier steps.
         closes = x[1].closes[:, 0]
         end = jax.tree.map(lambda w, d: jnp.where(closes.reshape(-1, *(1,) * (w.ndim - 1)), w, d), end, carry[0])
@@ -108,7 +110,7 @@ def _local(
         (end, _), ys = chunk((displacement, total), jax.tree.map(lambda x: x[0], xs))
         z, last, measurement = jax.tree.map(lambda y: y[None], ys)
     else:
-        (end, _), (z, last, measurement) = jax.lax.scan(jax.checkpoint(chunk), (displacement, total), xs)
+        (end, _), (z, last, measurement) = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), (displacement, total), xs)
 
     z, measurement = jax.tree.map(lambda y: rearrange(_by_row(y, rows), places.slot, places.frame), (z, measurement))
     count = state.count + mask.sum(1, dtype=jnp.int32)
