@@ -81,6 +81,13 @@ def value_and_grads(scan, base, scale, bias, state, inputs, mask, cfg, weights):
     return jax.value_and_grad(loss, range(5))(base, scale, bias, tuple(state[:2]), inputs)
 
 
+def of_held_slots(tree, args, b):
+    """Gradients without those to open steps in slots from the phase on, where nothing is held."""
+    held = (np.arange(b) < args[3].count[:, None] % b)[:, None, :, None]
+    only = lambda x: jax.tree.map(lambda g: np.asarray(g) * held, x) if isinstance(x, Descent) else x  # noqa: E731
+    return jax.tree.map(only, tree, is_leaf=lambda x: isinstance(x, Descent))
+
+
 def loss_weights(args, seed=7):
     """Random weights of the parts that `value_and_grads` reads."""
     rng, state = np.random.default_rng(seed), args[3]

@@ -3,6 +3,8 @@ network.
 
 - `network.py`: the inner network, its gradient, reading through steps: plain functions on arrays
 - `inner.py`: the state, and the scan over mini-batches
+- `fused.py`: the same with the sequential part as a kernel (`ttt_jax.kernels`): the call; `chained.py`: its gradient
+- `slots.py`: places of frames for it; `groups.py`, `group_measure.py`: what reads weights after it; `fold.py`: `vmap`
 - `measure.py`: what fast weights know of each frame
 - `laws.py`: the layer's laws, tried on this very machine by the doctor
 - `layer.py`: the layer's parameters and the map from hidden vectors to inner queries, keys, targets and rates

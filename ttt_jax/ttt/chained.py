@@ -13,20 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.kernels.chain import Adjoint, C, Factors, Given, Saved, Start, Steps, Weights
+from ttt_jax.kernels.chain import Adjoint, Factors, Given, Saved, Start, Steps, Weights
 from ttt_jax.ttt.fold import over_mapped
 from ttt_jax.ttt.group_measure import measure
-from ttt_jax.ttt.groups import Map, Plan, maps, pick, read
+from ttt_jax.ttt.groups import Map, maps, pick, read
 from ttt_jax.ttt.measure import InnerMeasurement
-
-
-class Frames(NamedTuple):
-    """Frames of mini-batches in their slots; empty slots hold 0."""
-
-    q: jax.Array  # [N, M, b, D]
-    k: jax.Array  # [N, M, b, D]
-    t: jax.Array  # [N, M, b, D]
-    eta: jax.Array  # [N, M, b]
+from ttt_jax.ttt.slots import Frames, Plan, from_steps, grouped, in_steps, to_steps
 
 
 class Opened(NamedTuple):
@@ -106,10 +98,10 @@ def _forward(chain: Any, plan: Plan, measured: bool, save: bool, x: Arguments, m
     call = over_mapped(lambda heads, rows: chain.forward(rows[0], *heads, rows[1], **sizes, save=save))
     factors, at, end, saved = call((base, x.scale, x.bias), (steps, start))
     network, scale, bias = _network(plan, x, marks, at, factors)
-    z = read(network, scale, bias, _grouped(plan, x.frames.q), plan)
+    z = read(network, scale, bias, grouped(plan, x.frames.q), plan)
     measurement = None
     if measured:
-        k, t = _grouped(plan, x.frames.k), _grouped(plan, x.frames.t)
+        k, t = grouped(plan, x.frames.k), grouped(plan, x.frames.t)
         norms = _squared_norm(x.displacement), _squared_norm(_per_row(x.base, x))
         measurement = measure(network, scale, bias, k, t, *norms, plan)
         measurement = jax.tree.map(lambda y: y.reshape(x.frames.eta.shape), measurement)
@@ -127,11 +119,11 @@ def _run_bwd(chain: Any, plan: Plan, measured: bool, residuals: Any, d: Results)
         """What `_forward` computes from the chain's results; head by row, since gradients are scaled by row."""
         x_ = x._replace(base=base, scale=scale, bias=bias, opened=opened, frames=x.frames._replace(q=q, k=k))
         network, scale, bias = _network(plan, x_, marks, at, factors)
-        return read(network, scale, bias, _grouped(plan, q), plan), _opened(plan, network, marks.last)
+        return read(network, scale, bias, grouped(plan, q), plan), _opened(plan, network, marks.last)
 
     base, scale, bias = _per_row((x.base, x.scale, x.bias), x)
     _, pull = jax.vjp(after, base, scale, bias, at, factors, x.opened, x.frames.q, x.frames.k)
-    dbase, dscale, dbias, dat, dfactors, dopened, dq, dk = pull((_grouped(plan, d.z), d.opened))
+    dbase, dscale, dbias, dat, dfactors, dopened, dq, dk = pull((grouped(plan, d.z), d.opened))
 
     steps = _steps(plan, x, marks)
 
@@ -142,7 +134,7 @@ def _run_bwd(chain: Any, plan: Plan, measured: bool, residuals: Any, d: Results)
     e, pull_error = jax.vjp(error, scale, bias, steps.target)
     m1, m2 = e.mean(2), (e * saved.zn).mean(2)
     g0 = e - m1[:, :, None] - saved.zn * m2[:, :, None]
-    given = Given(g0, m1, m2, dfactors.x2, dfactors.n1, _in_steps(dfactors.n2, e.dtype), dat, d.end)
+    given = Given(g0, m1, m2, dfactors.x2, dfactors.n1, in_steps(dfactors.n2, e.dtype), dat, d.end)
     sizes = {"P": plan.steps, "U": plan.group, "keep": plan.keep}
     call = over_mapped(lambda scale, rows: chain.backward(rows[0], scale, *rows[1:], **sizes))
     adjoint = call(x.scale, (steps, factors, saved, given))
@@ -154,9 +146,9 @@ def _run_bwd(chain: Any, plan: Plan, measured: bool, residuals: Any, d: Results)
     of_base = jax.tree.map(lambda w, g: w + g.sum(1, dtype=w.dtype), _local(adjoint, factors, steps.k), dat)
     of_frames = Frames(
         dq,
-        dk + _from_steps(plan, adjoint.dk.sum(2)),
-        _from_steps(plan, dtarget),
-        _from_steps(plan, adjoint.drate[:, :, None])[..., 0],
+        dk + from_steps(plan, adjoint.dk.sum(2)),
+        from_steps(plan, dtarget),
+        from_steps(plan, adjoint.drate[:, :, None])[..., 0],
     )
     of_rows = Arguments(
         jax.tree.map(jnp.add, dbase, of_base),
@@ -232,32 +224,9 @@ def _steps(plan: Plan, x: Arguments, marks: Marks) -> Steps:
     """What the chain takes."""
     wide = x.frames.q.dtype
     operands = jnp.float16 if wide == jnp.float32 else wide
-    k, t = (_to_steps(plan, y) for y in (x.frames.k.astype(operands), x.frames.t))
-    rate = _to_steps(plan, x.frames.eta[..., None])[..., 0]
+    k, t = (to_steps(plan, y) for y in (x.frames.k.astype(operands), x.frames.t))
+    rate = to_steps(plan, x.frames.eta[..., None])[..., 0]
     return Steps(k, jnp.swapaxes(t, 2, 3), rate, jnp.repeat(marks.closes.astype(wide), plan.steps, 1))
-
-
-def _to_steps(plan: Plan, x: jax.Array) -> jax.Array:
-    """[N, M, b, X] -> [N, S, C, X]."""
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, plan.slots - plan.mini_batch), (0, 0)))
-    return x.reshape(len(x), -1, C, x.shape[-1])
-
-
-def _from_steps(plan: Plan, x: jax.Array) -> jax.Array:
-    """[N, S, X, C] -> [N, M, b, X]."""
-    x = jnp.swapaxes(x, 2, 3)
-    return x.reshape(len(x), -1, plan.slots, x.shape[-1])[:, :, : plan.mini_batch]
-
-
-def _in_steps(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """[N, G, X, L] of all slots -> [N, S, X, C]."""
-    x = x.astype(dtype).reshape(*x.shape[:3], -1, C)
-    return jnp.moveaxis(x, 3, 2).reshape(len(x), -1, x.shape[2], C)
-
-
-def _grouped(plan: Plan, x: jax.Array) -> jax.Array:
-    """[N, M, b, X] -> [N, G, R b, X]."""
-    return x.reshape(len(x), -1, plan.per_group * plan.mini_batch, x.shape[-1])
 
 
 def _network(plan: Plan, x: Arguments, marks: Marks, at: Weights, factors: Factors):
@@ -273,7 +242,7 @@ def _network(plan: Plan, x: Arguments, marks: Marks, at: Weights, factors: Facto
 
     factors = Factors(*map(of_frames, factors, x.opened[1:]))
     base, scale, bias = _per_row((x.base, x.scale, x.bias), x)
-    return maps(base, at, factors, _grouped(plan, x.frames.k)), scale, bias
+    return maps(base, at, factors, grouped(plan, x.frames.k)), scale, bias
 
 
 def _opened(plan: Plan, network: tuple[Map, Map], last: jax.Array) -> Opened:

@@ -14,10 +14,10 @@ from ttt_jax.config import TTTConfig
 from ttt_jax.distributed.sharding import ROWS
 from ttt_jax.kernels import plain
 from ttt_jax.kernels.chain import Weights
-from ttt_jax.ttt.chained import Arguments, Frames, Marks, Opened, run
+from ttt_jax.ttt.chained import Arguments, Marks, Opened, run
 from ttt_jax.ttt.measure import InnerMeasurement
 from ttt_jax.ttt.network import Affine, Descent, Inputs, Network
-from ttt_jax.ttt.slots import Places, place, plan_of, rearrange
+from ttt_jax.ttt.slots import Frames, Places, place, plan_of, rearrange
 
 CHUNK_BYTES = 16e9
 """Bytes that the backward pass may hold of one layer: weights of every mini-batch and hidden activations. A longer call
@@ -97,8 +97,8 @@ def _local(
 
     def chunk(carry: tuple[Weights, Weights], x: tuple[Frames, Marks]):
         arguments = Arguments(base, scale, bias, *carry, opened, x[0])
-        # The barrier keeps results that nobody uses: JAX's rule for `optimize_remat` under nested `jax.checkpoint` fails
-        # if it has removed some of them (`jax.custom_derivatives._remat_opt_dce`, up to 0.12).
+        # The barrier keeps results that nobody uses: having removed some, JAX (up to 0.12) fails under a
+        # `jax.checkpoint` around another one (rule of `optimize_remat`, `_remat_opt_dce`).
         z, end, last, measurement = jax.lax.optimization_barrier(run(chain, plan, measured, arguments, x[1]))
         # An open mini-batch stays out of the displacement, but `total` held its earlier steps.
         closes = x[1].closes[:, 0]
@@ -110,7 +110,9 @@ def _local(
         (end, _), ys = chunk((displacement, total), jax.tree.map(lambda x: x[0], xs))
         z, last, measurement = jax.tree.map(lambda y: y[None], ys)
     else:
-        (end, _), (z, last, measurement) = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), (displacement, total), xs)
+        (end, _), (z, last, measurement) = jax.lax.scan(
+            jax.checkpoint(chunk, prevent_cse=False), (displacement, total), xs
+        )
 
     z, measurement = jax.tree.map(lambda y: rearrange(_by_row(y, rows), places.slot, places.frame), (z, measurement))
     count = state.count + mask.sum(1, dtype=jnp.int32)

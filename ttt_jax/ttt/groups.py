@@ -20,31 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.kernels.chain import C, Factors, Weights
+from ttt_jax.kernels.chain import Factors, Weights
 from ttt_jax.ttt.network import gelu, layer_norm
-
-
-class Plan(NamedTuple):
-    """How the mini-batches of a call are laid out: constants of its program."""
-
-    mini_batch: int
-    """b."""
-    steps: int
-    """P, steps of a mini-batch."""
-    group: int
-    """U, steps of a group."""
-    keep: float
-    """c, what remains of the displacement after a mini-batch."""
-
-    @property
-    def per_group(self) -> int:
-        """R, mini-batches of a group."""
-        return self.group // self.steps
-
-    @property
-    def slots(self) -> int:
-        """Slots of a mini-batch, empty ones included."""
-        return self.steps * C
+from ttt_jax.ttt.slots import Plan
 
 
 class Reach(NamedTuple):
@@ -75,8 +53,11 @@ def product(spec: str, a: jax.Array, b: jax.Array, operands: jnp.dtype) -> jax.A
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _product(spec: str, operands: jnp.dtype, types: tuple[jnp.dtype, jnp.dtype], a: jax.Array, b: jax.Array):
-    sums = jnp.promote_types(operands, jnp.float32)
-    return jnp.einsum(spec, a.astype(operands), b.astype(operands), preferred_element_type=sums)
+    return _einsum(spec, operands, jnp.promote_types(operands, jnp.float32), a, b)
+
+
+def _einsum(spec: str, operands: jnp.dtype, result: jnp.dtype, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a.astype(operands), b.astype(operands), preferred_element_type=result)
 
 
 def _product_fwd(spec, operands, types, a, b):
@@ -86,9 +67,9 @@ def _product_fwd(spec, operands, types, a, b):
 
 def _product_bwd(spec, operands, types, kept, dc):
     (of_a, of_b), of_c = spec.split("->")[0].split(","), spec.split("->")[1]
-    da = _product(f"{of_c},{of_b}->{of_a}", operands, types, dc, kept[1])
-    db = _product(f"{of_c},{of_a}->{of_b}", operands, types, dc, kept[0])
-    return da.astype(types[0]), db.astype(types[1])
+    da = _einsum(f"{of_c},{of_b}->{of_a}", operands, types[0], dc, kept[1])
+    db = _einsum(f"{of_c},{of_a}->{of_b}", operands, types[1], dc, kept[0])
+    return da, db
 
 
 _product.defvjp(_product_fwd, _product_bwd)

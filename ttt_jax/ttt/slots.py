@@ -8,7 +8,38 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.kernels.chain import C
-from ttt_jax.ttt.groups import Plan
+
+
+class Plan(NamedTuple):
+    """How the mini-batches of a call are laid out: constants of its program."""
+
+    mini_batch: int
+    """b."""
+    steps: int
+    """P, steps of a mini-batch."""
+    group: int
+    """U, steps of a group."""
+    keep: float
+    """c, what remains of the displacement after a mini-batch."""
+
+    @property
+    def per_group(self) -> int:
+        """R, mini-batches of a group."""
+        return self.group // self.steps
+
+    @property
+    def slots(self) -> int:
+        """Slots of a mini-batch, empty ones included."""
+        return self.steps * C
+
+
+class Frames(NamedTuple):
+    """Frames of mini-batches in their slots; empty slots hold 0."""
+
+    q: jax.Array  # [N, M, b, D]
+    k: jax.Array  # [N, M, b, D]
+    t: jax.Array  # [N, M, b, D]
+    eta: jax.Array  # [N, M, b]
 
 
 class Places(NamedTuple):
@@ -83,3 +114,26 @@ def plan_of(frames: int, mini_batch: int, keep: float, held: int, most: float) -
         if best is None or padded < best[0]:
             best = padded, plan, chunks, of_chunk * plan.per_group
     return best[1:]
+
+
+def to_steps(plan: Plan, x: jax.Array) -> jax.Array:
+    """[N, M, b, X] -> [N, S, C, X]."""
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, plan.slots - plan.mini_batch), (0, 0)))
+    return x.reshape(len(x), -1, C, x.shape[-1])
+
+
+def from_steps(plan: Plan, x: jax.Array) -> jax.Array:
+    """[N, S, X, C] -> [N, M, b, X]."""
+    x = jnp.swapaxes(x, 2, 3)
+    return x.reshape(len(x), -1, plan.slots, x.shape[-1])[:, :, : plan.mini_batch]
+
+
+def in_steps(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """[N, G, X, L] of all slots -> [N, S, X, C]."""
+    x = x.astype(dtype).reshape(*x.shape[:3], -1, C)
+    return jnp.moveaxis(x, 3, 2).reshape(len(x), -1, x.shape[2], C)
+
+
+def grouped(plan: Plan, x: jax.Array) -> jax.Array:
+    """[N, M, b, X] -> [N, G, R b, X]."""
+    return x.reshape(len(x), -1, plan.per_group * plan.mini_batch, x.shape[-1])
