@@ -170,14 +170,15 @@ run.defvjp(_run_fwd, _run_bwd, optimize_remat=True)  # under `jax.checkpoint` th
 
 
 def _power_of_two(tree: Any) -> jax.Array:
-    """[N]: brings the largest entry of each n's incoming gradients to between 1/2 and 1.
+    """[N]: brings the largest entry of each n's incoming gradients to between 1/8 and 1/4.
 
-    What the backward pass computes from them spreads to both sides: sums over frames, and steps' gradients divided by
-    the deviation of outputs, above; local gradients times the rate below. One leaves room for both.
+    What the backward pass computes from them spreads to both sides: sums over frames, and gradients divided by the
+    deviation of the inner network's outputs, are larger; what has passed a rate is smaller. Overflow costs the whole
+    step, underflow little. At width 128 over 512 frames 16 times less and 64 times more gave the same errors.
     """
-    largest = [jnp.abs(g).reshape(len(g), -1).max(1) for g in jax.tree.leaves(tree) if g.size]
+    largest = [jnp.abs(g).reshape(len(g), -1).max(1) for g in jax.tree.leaves(tree)]
     exponent = jnp.frexp(jnp.stack(largest).max(0))[1]
-    return jnp.ldexp(jnp.ones((), largest[0].dtype), -jnp.clip(exponent, -100, 100))
+    return jnp.ldexp(jnp.ones((), largest[0].dtype), -jnp.clip(exponent, -100, 100) - 2)
 
 
 def _scaled(tree: Any, factor: jax.Array) -> Any:
