@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.kernels.chain import Adjoint, Factors, Given, Saved, Start, Steps, Weights
+from ttt_jax.kernels.chain import Adjoint, Factors, Given, Start, Steps, Weights
 from ttt_jax.ttt.fold import over_mapped
 from ttt_jax.ttt.group_measure import measure
 from ttt_jax.ttt.groups import Map, maps, pick, read
@@ -34,8 +34,9 @@ class Arguments(NamedTuple):
     """Of `run`."""
 
     base: Weights
-    """W0, [H, ...]; scale, bias: inner LayerNorm, [H, D]."""
+    """W0, [H, ...]."""
     scale: jax.Array
+    """Of the inner LayerNorm, as `bias`, [H, D]."""
     bias: jax.Array
     displacement: Weights
     """That the first mini-batch reads, [N, ...]."""
@@ -71,31 +72,22 @@ class Results(NamedTuple):
     """[N, M, b] each, without gradient."""
 
 
-class Kept(NamedTuple):
-    """What the forward pass keeps."""
-
-    at: Weights
-    factors: Factors
-    saved: Saved
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def run(chain: Any, plan: Plan, measured: bool, x: Arguments, marks: Marks) -> Results:
-    """Runs `chain` (`kernels.plain` or one with its functions) over M mini-batches, whole groups, and reads."""
+    """Runs `chain`, a module with the functions of `kernels.plain`, over M mini-batches, whole groups, and reads."""
     return _forward(chain, plan, measured, False, x, marks)[0]
 
 
 def _run_fwd(chain: Any, plan: Plan, measured: bool, x: Arguments, marks: Marks) -> tuple[Results, Any]:
-    results, kept = _forward(chain, plan, measured, True, x, marks)
-    return results, (x, marks, kept)
+    results, (at, factors, saved) = _forward(chain, plan, measured, True, x, marks)
+    return results, (x, marks, (at.b1, at.b2), factors, saved)
 
 
 def _forward(chain: Any, plan: Plan, measured: bool, save: bool, x: Arguments, marks: Marks):
     steps = _steps(plan, x, marks)
     base = _narrow(x.base, steps.k.dtype)
     start = Start(x.total, _narrow(_plus(_per_row(base, x), x.displacement), steps.k.dtype))
-    sizes = {"P": plan.steps, "U": plan.group, "keep": plan.keep}
-    call = over_mapped(lambda heads, rows: chain.forward(rows[0], *heads, rows[1], **sizes, save=save))
+    call = over_mapped(lambda heads, rows: chain.forward(rows[0], *heads, rows[1], **_sizes(plan), save=save))
     factors, at, end, saved = call((base, x.scale, x.bias), (steps, start))
     network, scale, bias = _network(plan, x, marks, at, factors)
     z = read(network, scale, bias, grouped(plan, x.frames.q), plan)
@@ -106,11 +98,12 @@ def _forward(chain: Any, plan: Plan, measured: bool, save: bool, x: Arguments, m
         measurement = measure(network, scale, bias, k, t, *norms, plan)
         measurement = jax.tree.map(lambda y: y.reshape(x.frames.eta.shape), measurement)
     results = Results(z.reshape(x.frames.q.shape), end, _opened(plan, network, marks.last), measurement)
-    return results, Kept(at, factors, saved)
+    return results, (at, factors, saved)
 
 
 def _run_bwd(chain: Any, plan: Plan, measured: bool, residuals: Any, d: Results) -> tuple[Arguments, None]:
-    x, marks, (at, factors, saved) = residuals
+    x, marks, (b1, b2), factors, saved = residuals
+    at = Weights(saved.w1[:, :: plan.per_group], b1, saved.w2[:, :: plan.per_group], b2)
     d = d._replace(measurement=None)
     power = _power_of_two(d)
     d = _scaled(d, power)
@@ -126,23 +119,13 @@ def _run_bwd(chain: Any, plan: Plan, measured: bool, residuals: Any, d: Results)
     dbase, dscale, dbias, dat, dfactors, dopened, dq, dk = pull((grouped(plan, d.z), d.opened))
 
     steps = _steps(plan, x, marks)
-
-    def error(scale: jax.Array, bias: jax.Array, target: jax.Array) -> jax.Array:
-        scale, bias = scale[:, None, :, None], bias[:, None, :, None]
-        return (scale * saved.zn + bias - target) * scale
-
-    e, pull_error = jax.vjp(error, scale, bias, steps.target)
-    m1, m2 = e.mean(2), (e * saved.zn).mean(2)
-    g0 = e - m1[:, :, None] - saved.zn * m2[:, :, None]
-    given = Given(g0, m1, m2, dfactors.x2, dfactors.n1, in_steps(dfactors.n2, e.dtype), dat, d.end)
-    sizes = {"P": plan.steps, "U": plan.group, "keep": plan.keep}
-    call = over_mapped(lambda scale, rows: chain.backward(rows[0], scale, *rows[1:], **sizes))
+    e, pull_error = jax.vjp(partial(_error, saved.zn), scale, bias, steps.target)
+    given = _given(e, saved.zn, dfactors, dat, d.end)
+    call = over_mapped(lambda scale, rows: chain.backward(rows[0], scale, *rows[1:], **_sizes(plan)))
     adjoint = call(x.scale, (steps, factors, saved, given))
-
     dscale_, dbias_, dtarget = pull_error(adjoint.de)
     # The first mini-batch reads `displacement`; all others what has become of `total`.
-    first = _local(adjoint, factors, steps.k, plan.slots)
-    first = jax.tree.map(lambda w, g: w + g[:, 0], first, dat)
+    first = jax.tree.map(lambda w, g: w + g[:, 0], _local(adjoint, factors, steps.k, plan.slots), dat)
     of_base = jax.tree.map(lambda w, g: w + g.sum(1, dtype=w.dtype), _local(adjoint, factors, steps.k), dat)
     of_frames = Frames(
         dq,
@@ -167,6 +150,23 @@ def _run_bwd(chain: Any, plan: Plan, measured: bool, residuals: Any, d: Results)
 
 
 run.defvjp(_run_fwd, _run_bwd, optimize_remat=True)  # under `jax.checkpoint` the first pass keeps nothing
+
+
+def _sizes(plan: Plan) -> dict[str, Any]:
+    """The constants of a chain."""
+    return {"P": plan.steps, "U": plan.group, "keep": plan.keep}
+
+
+def _error(zn: jax.Array, scale: jax.Array, bias: jax.Array, target: jax.Array) -> jax.Array:
+    """e of `kernels.chain.Given`, [N, S, D, C]."""
+    scale, bias = scale[:, None, :, None], bias[:, None, :, None]
+    return (scale * zn + bias - target) * scale
+
+
+def _given(e: jax.Array, zn: jax.Array, dfactors: Factors, dat: Weights, dend: Weights) -> Given:
+    m1, m2 = e.mean(2), (e * zn).mean(2)
+    g0 = e - m1[:, :, None] - zn * m2[:, :, None]
+    return Given(g0, m1, m2, dfactors.x2, dfactors.n1, in_steps(dfactors.n2, e.dtype), dat, dend)
 
 
 def _power_of_two(tree: Any) -> jax.Array:
