@@ -142,6 +142,8 @@ def test_no_rate_leaves_the_weights_alone():
     args = (*args[:4], args[4]._replace(eta=np.zeros_like(args[4].eta)), args[5])
     state, _, measurement = call(*args, cfg, True)
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(state[:2]))
+    assert_same_bits(split_call(*args, cfg)[0].open_steps, args[3].open_steps)
+    assert not any(np.signbit(leaf).any() for leaf in jax.tree.leaves(split_call(*args, cfg)[0].open_steps))
     assert_close(measurement.loss_before, measurement.loss_base, 1e-5)
     assert_same_bits(measurement.loss_after, measurement.loss_before)
     assert (np.asarray(measurement.displacement) == 0).all()

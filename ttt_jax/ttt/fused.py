@@ -103,7 +103,7 @@ def _local(
         # An open mini-batch stays out of the displacement, but `total` held its earlier steps.
         closes = x[1].closes[:, 0]
         end = jax.tree.map(lambda w, d: jnp.where(closes.reshape(-1, *(1,) * (w.ndim - 1)), w, d), end, carry[0])
-        return (end, end), (z, last, measurement)
+        return (end, end), (z, _left(last, *x), measurement)
 
     xs = frames._replace(k=k), marks
     if chunks == 1:
@@ -116,7 +116,7 @@ def _local(
 
     z, measurement = jax.tree.map(lambda y: rearrange(_by_row(y, rows), places.slot, places.frame), (z, measurement))
     count = state.count + mask.sum(1, dtype=jnp.int32)
-    return TTTState(_network(end, rows), _open_steps(last, here, places, b), count), z, measurement
+    return TTTState(_network(end, rows), _open_steps(last, here, rows, b), count), z, measurement
 
 
 def _keep(cfg: TTTConfig) -> float:
@@ -151,19 +151,25 @@ def _opened(state: TTTState, displacement: Weights, b: int) -> Opened:
     return Opened(*turned.inputs, *(-x for x in turned.steps))
 
 
-def _open_steps(last: Opened, here: jax.Array, places: Places, b: int) -> Descent | tuple[()]:
+def _left(last: Opened, frames: Frames, marks: Marks) -> Descent:
+    """The steps of the mini-batch `Marks.last`, [N, X, b]; 0 where the rate is 0: what teaches nothing leaves no
+    trace."""
+    eta = jnp.take_along_axis(frames.eta, marks.last[:, None, None], 1)
+    there = (eta != 0) | (marks.held & (marks.last == 0)[:, None])[:, None]
+    steps = Descent((last.k, last.x2), (-last.n1, -last.n2))
+    return jax.tree.map(lambda x: jnp.where(there, x, 0), steps)
+
+
+def _open_steps(last: Descent, here: jax.Array, rows: int, b: int) -> Descent | tuple[()]:
     """The new state's open mini-batch, from the last mini-batch of each chunk [chunks, N, X, b]."""
     if b == 1:
         return ()
-    rows = len(places.phase)
 
     def of_state(x: jax.Array) -> jax.Array:
         x = jnp.where(here[:, :, None, None], x, 0).sum(0)
-        x = jnp.swapaxes(x, 1, 2).reshape(rows, -1, b, x.shape[1])
-        return jnp.where((jnp.arange(b) < places.reached[:, None] % b)[:, None, :, None], x, 0)
+        return jnp.swapaxes(x, 1, 2).reshape(rows, -1, b, x.shape[1])
 
-    k, x2, n1, n2 = map(of_state, last)
-    return Descent((k, x2), (-n1, -n2))
+    return jax.tree.map(of_state, last)
 
 
 def _sum(opened: Opened) -> Weights:
