@@ -89,7 +89,7 @@ def _local(
 
     base = _weights(base)
     displacement = _weights(jax.tree.map(_flat, state.displacement))
-    opened = _opened(state, displacement, b)
+    opened = _opened(state, displacement, marks.held[0])
     # Earlier keys of the first mini-batch get the input of their second map from the chain, too.
     held = marks.held[0][:, None, :, None]
     k = frames.k.at[0, :, :1].set(jnp.where(held, jnp.swapaxes(opened.k, 1, 2)[:, None], frames.k[0, :, :1]))
@@ -116,7 +116,7 @@ def _local(
 
     z, measurement = jax.tree.map(lambda y: rearrange(_by_row(y, rows), places.slot, places.frame), (z, measurement))
     count = state.count + mask.sum(1, dtype=jnp.int32)
-    return TTTState(_network(end, rows), _open_steps(last, here, rows, b), count), z, measurement
+    return TTTState(_network(end, rows), _open_steps(state, last, here, places.reached < b), count), z, measurement
 
 
 def _keep(cfg: TTTConfig) -> float:
@@ -142,34 +142,43 @@ def _marks(places: Places, b: int, chunks: int, heads: int) -> tuple[Marks, jax.
     return Marks(closes, held & first, jnp.clip(last, 0, closes.shape[2] - 1)), here
 
 
-def _opened(state: TTTState, displacement: Weights, b: int) -> Opened:
+def _opened(state: TTTState, displacement: Weights, held: jax.Array) -> Opened:
     """The state's open mini-batch as the chain knows it; zeros with b = 1."""
     if not state.open_steps:
         k, x2 = (jnp.zeros((*x.shape, 1), x.dtype) for x in (displacement.b2, displacement.b1))
         return Opened(k, x2, x2, k)
-    turned = jax.tree.map(lambda x: jnp.swapaxes(_flat(x), 1, 2), state.open_steps)
-    return Opened(*turned.inputs, *(-x for x in turned.steps))
+    steps = jax.tree.map(lambda x: jnp.where(held[:, None], jnp.swapaxes(_flat(x), 1, 2), 0), state.open_steps)
+    return Opened(*steps.inputs, *(-x for x in steps.steps))
 
 
-def _left(last: Opened, frames: Frames, marks: Marks) -> Descent:
-    """The steps of the mini-batch `Marks.last`, [N, X, b]; 0 where the rate is 0: what teaches nothing leaves no
-    trace."""
-    eta = jnp.take_along_axis(frames.eta, marks.last[:, None, None], 1)
-    there = (eta != 0) | (marks.held & (marks.last == 0)[:, None])[:, None]
-    steps = Descent((last.k, last.x2), (-last.n1, -last.n2))
-    return jax.tree.map(lambda x: jnp.where(there, x, 0), steps)
+def _left(last: Opened, frames: Frames, marks: Marks) -> tuple[Descent, jax.Array]:
+    """Steps of the frames of the mini-batch `Marks.last`, [N, b, X], and whether a slot has one, bool [N, b, 1]. As in
+    `network.put`, a frame with a rate of 0 leaves none."""
+    turned = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), last)
+    eta = jnp.take_along_axis(frames.eta, marks.last[:, None, None], 1)[:, 0, :, None]
+    return Descent((turned.k, turned.x2), (-turned.n1, -turned.n2)), eta != 0
 
 
-def _open_steps(last: Descent, here: jax.Array, rows: int, b: int) -> Descent | tuple[()]:
-    """The new state's open mini-batch, from the last mini-batch of each chunk [chunks, N, X, b]."""
-    if b == 1:
+def _open_steps(
+    state: TTTState, last: tuple[Descent, jax.Array], here: jax.Array, first: jax.Array
+) -> Descent | tuple[()]:
+    """The new state's open mini-batch.
+
+    Args:
+      last: of `_left` for each chunk; here: whether the chunk has the row's last mini-batch, bool [chunks, N].
+      first: rows whose first mini-batch is the last one, bool [B].
+    """
+    if not state.open_steps:
         return ()
+    steps, there = last
+    there = there & here[:, :, None, None]
 
-    def of_state(x: jax.Array) -> jax.Array:
-        x = jnp.where(here[:, :, None, None], x, 0).sum(0)
-        return jnp.swapaxes(x, 1, 2).reshape(rows, -1, b, x.shape[1])
+    def of_state(old: jax.Array, new: jax.Array) -> jax.Array:
+        of_row = lambda x: x.reshape(*old.shape[:3], -1)  # noqa: E731
+        new = of_row(jnp.where(there, new, 0).sum(0))
+        return jnp.where(of_row(there.any(0)), new, jnp.where(first[:, None, None, None], old, 0))
 
-    return jax.tree.map(of_state, last)
+    return jax.tree.map(of_state, state.open_steps, steps)
 
 
 def _sum(opened: Opened) -> Weights:
