@@ -1,0 +1,103 @@
+"""Settings, inputs and a loss for tests of `ttt.fused`, and `inner_scan` on the same state."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.helpers.drawing import quick_jit, random_mask
+from ttt_jax.config import TTTConfig
+from ttt_jax.ttt import inner
+from ttt_jax.ttt.fused import fused_scan
+from ttt_jax.ttt.network import Affine, Descent, Inputs, layer_norm, total
+from ttt_jax.ttt.state import TTTState
+
+ROWS, HEADS, D, K = 2, 2, 16, 64
+
+
+def config(mini_batch=4, horizon=100.0, **ttt):
+    return TTTConfig(layers="0", mini_batch=mini_batch, horizon=horizon, **ttt)
+
+
+def drawn(seed, frames, mini_batch, rows=ROWS, fresh=False):
+    """Arguments of `fused_scan` up to the mask, in float64: a state at any phases, gaps in the mask."""
+    rng = np.random.default_rng(seed)
+    normal = rng.standard_normal
+    base = (
+        Affine(normal((HEADS, D, K)) / D**0.5, 0.1 * normal((HEADS, K))),
+        Affine(normal((HEADS, K, D)) / K**0.5, 0.1 * normal((HEADS, D))),
+    )
+    scale, bias = 1 + 0.2 * normal((HEADS, D)), 0.2 * normal((HEADS, D))
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    shape = (rows, frames, HEADS, D)
+    inputs = Inputs(
+        unit(normal(shape)),
+        unit(normal(shape)),
+        np.asarray(layer_norm(normal(shape), scale, bias)),
+        min(0.5, 8 / mini_batch) / D / (1 + np.exp(-normal(shape[:3]))),
+    )
+    count = np.asarray(rng.integers(0, 3 * mini_batch, rows), np.int32)
+    moved = jax.tree.map(lambda w: 0.05 * normal((rows, *w.shape)), base)
+    held = (np.arange(mini_batch) < count[:, None] % mini_batch)[:, None, :, None]
+    wide = lambda size, factor: held * factor * normal((rows, HEADS, mini_batch, size))  # noqa: E731
+    steps = Descent((wide(D, 0.3), wide(K, 0.3)), (wide(K, 0.02), wide(D, 0.02)))
+    state = TTTState(moved, steps if mini_batch > 1 else (), count)
+    if fresh:
+        state = jax.tree.map(np.zeros_like, state)
+    return base, scale, bias, state, inputs, random_mask(rng, (rows, frames))
+
+
+def narrow(tree):
+    """In float32."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float32) if x.dtype == np.float64 else x, tree)
+
+
+def summed(steps):
+    """The sum of the steps of an open mini-batch."""
+    return total(steps, jnp.ones(len(steps.inputs[0]), steps.inputs[0].dtype)) if steps else ()
+
+
+def plainly(*args):
+    """`inner_scan`, with the sum of the open steps in place of these."""
+    state, *rest = inner.inner_scan(*args)
+    return state._replace(open_steps=summed(state.open_steps)), *rest
+
+
+def fused(*args):
+    """`fused_scan`, with the sum of the open steps in place of these."""
+    state, *rest = fused_scan(*args)
+    return state._replace(open_steps=summed(state.open_steps)), *rest
+
+
+def value_and_grads(scan, base, scale, bias, state, inputs, mask, cfg, weights):
+    """A loss that reads z and the new state, and its gradients to all numbers that go in."""
+
+    def loss(base, scale, bias, moved, inputs):
+        old = state._replace(displacement=moved[0], open_steps=moved[1])
+        new, z, _ = scan(base, scale, bias, old, inputs, mask, cfg)
+        parts = jax.tree.leaves((z, new[0], new[1]))
+        return sum((a * b).sum() for a, b in zip(parts, jax.tree.leaves(weights), strict=True))
+
+    return jax.value_and_grad(loss, range(5))(base, scale, bias, tuple(state[:2]), inputs)
+
+
+def of_held_slots(tree, args, b):
+    """Gradients without those to open steps in slots from the phase on, where nothing is held."""
+    held = (np.arange(b) < args[3].count[:, None] % b)[:, None, :, None]
+    only = lambda x: jax.tree.map(lambda g: np.asarray(g) * held, x) if isinstance(x, Descent) else x  # noqa: E731
+    return jax.tree.map(only, tree, is_leaf=lambda x: isinstance(x, Descent))
+
+
+def loss_weights(args, seed=7):
+    """Random weights of the parts that `value_and_grads` reads."""
+    rng, state = np.random.default_rng(seed), args[3]
+    like = (args[4].q, state.displacement, state.displacement if state.open_steps else ())
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), like)
+
+
+call = quick_jit(fused, static_argnums=(6, 7))
+plain_call = quick_jit(plainly, static_argnums=(6, 7))
+grads = quick_jit(partial(value_and_grads, fused), static_argnums=6)
+plain_grads = quick_jit(partial(value_and_grads, plainly), static_argnums=6)
+split_call = quick_jit(fused_scan, static_argnums=(6, 7))
