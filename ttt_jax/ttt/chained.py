@@ -115,7 +115,9 @@ def _run_bwd(chain: Any, plan: Plan, measured: bool, residuals: Any, d: Results)
         return read(network, scale, bias, grouped(plan, q), plan), _opened(plan, network, marks.last)
 
     base, scale, bias = _per_row((x.base, x.scale, x.bias), x)
-    _, pull = jax.vjp(after, base, scale, bias, at, factors, x.opened, x.frames.q, x.frames.k)
+    # The gradient of n2 goes on to targets and rates, which its rounding to the type of operands would reach.
+    wide = factors._replace(n2=factors.n2.astype(x.frames.q.dtype))
+    _, pull = jax.vjp(after, base, scale, bias, at, wide, x.opened, x.frames.q, x.frames.k)
     dbase, dscale, dbias, dat, dfactors, dopened, dq, dk = pull((grouped(plan, d.z), d.opened))
 
     steps = _steps(plan, x, marks)

@@ -63,7 +63,7 @@ def _moved(network: tuple[Map, Map], start: jax.Array, plan: Plan) -> jax.Array:
     for of in network:
         inputs, steps = jnp.swapaxes(of.inputs, -1, -2), jnp.swapaxes(of.steps, -1, -2)
         cross += (of.at_start(inputs) * steps).sum(-1)
-        square = product("ngoi,ngoj->ngij", of.steps, of.steps, of.steps.dtype)
+        square = product("ngoi,ngoj->ngij", of.steps, of.steps, of.w.dtype)
         gram += of.overlap(inputs) * square
     # One row more than frames: the end of the group, decay included.
     kept, seen = (np.concatenate([x, plan.keep * x[-1:]]) for x in reach(plan, start.dtype))

@@ -94,19 +94,19 @@ class Map(NamedTuple):
 
     def at_start(self, x: jax.Array) -> jax.Array:
         """What the displacement at the group's start adds for x [N, G, L, I], [N, G, L, O]."""
-        return product("ngli,ngio->nglo", x, self.w, self.steps.dtype) + self.b[:, :, None]
+        return product("ngli,ngio->nglo", x, self.w, self.w.dtype) + self.b[:, :, None]
 
     def at_base(self, x: jax.Array) -> jax.Array:
         """Output at the base."""
-        return product("ngli,nio->nglo", x, self.base_w, self.steps.dtype) + self.base_b[:, None, None]
+        return product("ngli,nio->nglo", x, self.base_w, self.w.dtype) + self.base_b[:, None, None]
 
     def overlap(self, x: jax.Array) -> jax.Array:
         """<x_i, input_j> + 1, [N, G, L, L]; the one is the bias, whose step does not depend on the input."""
-        return product("ngli,ngij->nglj", x, self.inputs, self.steps.dtype) + 1
+        return product("ngli,ngij->nglj", x, self.inputs, self.w.dtype) + 1
 
     def moved(self, overlap: jax.Array) -> jax.Array:
         """What the steps add to the output, from `overlap` times what each frame has seen."""
-        return product("nglj,ngoj->nglo", overlap, self.steps, self.steps.dtype)
+        return product("nglj,ngoj->nglo", overlap, self.steps, self.w.dtype)
 
 
 def maps(base: Weights, at: Weights, factors: Factors, k: jax.Array) -> tuple[Map, Map]:
