@@ -14,10 +14,10 @@ pytestmark = pytest.mark.integration
 meshes = pytest.mark.parametrize(
     ("mesh", "shard"),
     [
-        ("2,2,2", [1, 72, 1, 16]),
-        ("2,2,2 in chunks", [1, 72, 1, 16]),
-        ("rows do not divide", [3, 72, 1, 16]),
-        ("heads do not divide", [2, 72, 2, 16]),
+        ("2,2,2", [1, 150, 1, 16]),
+        ("2,2,2 in chunks", [1, 150, 1, 16]),
+        ("rows do not divide", [3, 150, 1, 16]),
+        ("heads do not divide", [2, 150, 2, 16]),
     ],
 )
 

@@ -14,12 +14,13 @@ import numpy as np
 
 from tests.helpers.drawing import OPTIONS
 from tests.helpers.many_devices import loops
-from tests.helpers.small_fused import config, drawn, fused, loss_weights, value_and_grads
+from tests.helpers.small_fused import config, drawn, loss_weights, value_and_grads
 from ttt_jax.distributed import sharding
 from ttt_jax.ttt import fused as module
+from ttt_jax.ttt.fused import fused_scan
 
 MESHES = {"2,2,2": (4, (2, 2, 2)), "rows do not divide": (3, (2, 2, 2)), "heads do not divide": (4, (1, 2, 4))}
-FRAMES, MINI_BATCH = 72, 4
+FRAMES, MINI_BATCH = 150, 4
 
 
 def worst(got: object, expected: object) -> float:
@@ -38,7 +39,7 @@ def run(rows: int, sizes: tuple[int, int, int]) -> dict:
     weights = loss_weights(args)
 
     def both(*args):
-        return fused(*args[:6], cfg, True), value_and_grads(fused, *args[:6], cfg, args[6])
+        return fused_scan(*args[:6], cfg, True), value_and_grads(fused_scan, *args[:6], cfg, args[6])
 
     expected = jax.jit(both, compiler_options=OPTIONS)(*args, weights)
     with jax.set_mesh(sharding.make_mesh(*sizes)):

@@ -1,16 +1,15 @@
-"""Settings, inputs and a loss for tests of `ttt.fused`, and `inner_scan` on the same state."""
+"""Settings, inputs and a loss for tests of `ttt.fused`."""
 
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tests.helpers.drawing import quick_jit, random_mask
 from ttt_jax.config import TTTConfig
-from ttt_jax.ttt import inner
 from ttt_jax.ttt.fused import fused_scan
-from ttt_jax.ttt.network import Affine, Descent, Inputs, layer_norm, total
+from ttt_jax.ttt.inner import inner_scan
+from ttt_jax.ttt.network import Affine, Descent, Inputs, layer_norm
 from ttt_jax.ttt.state import TTTState
 
 ROWS, HEADS, D, K = 2, 2, 16, 64
@@ -53,23 +52,6 @@ def narrow(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float32) if x.dtype == np.float64 else x, tree)
 
 
-def summed(steps):
-    """The sum of the steps of an open mini-batch."""
-    return total(steps, jnp.ones(len(steps.inputs[0]), steps.inputs[0].dtype)) if steps else ()
-
-
-def plainly(*args):
-    """`inner_scan`, with the sum of the open steps in place of these."""
-    state, *rest = inner.inner_scan(*args)
-    return state._replace(open_steps=summed(state.open_steps)), *rest
-
-
-def fused(*args):
-    """`fused_scan`, with the sum of the open steps in place of these."""
-    state, *rest = fused_scan(*args)
-    return state._replace(open_steps=summed(state.open_steps)), *rest
-
-
 def value_and_grads(scan, base, scale, bias, state, inputs, mask, cfg, weights):
     """A loss that reads z and the new state, and its gradients to all numbers that go in."""
 
@@ -82,22 +64,13 @@ def value_and_grads(scan, base, scale, bias, state, inputs, mask, cfg, weights):
     return jax.value_and_grad(loss, range(5))(base, scale, bias, tuple(state[:2]), inputs)
 
 
-def of_held_slots(tree, args, b):
-    """Gradients without those to open steps in slots from the phase on, where nothing is held."""
-    held = (np.arange(b) < args[3].count[:, None] % b)[:, None, :, None]
-    only = lambda x: jax.tree.map(lambda g: np.asarray(g) * held, x) if isinstance(x, Descent) else x  # noqa: E731
-    return jax.tree.map(only, tree, is_leaf=lambda x: isinstance(x, Descent))
-
-
 def loss_weights(args, seed=7):
     """Random weights of the parts that `value_and_grads` reads."""
     rng, state = np.random.default_rng(seed), args[3]
-    like = (args[4].q, state.displacement, state.displacement if state.open_steps else ())
-    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), like)
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), (args[4].q, *state[:2]))
 
 
-call = quick_jit(fused, static_argnums=(6, 7))
-plain_call = quick_jit(plainly, static_argnums=(6, 7))
-grads = quick_jit(partial(value_and_grads, fused), static_argnums=6)
-plain_grads = quick_jit(partial(value_and_grads, plainly), static_argnums=6)
-split_call = quick_jit(fused_scan, static_argnums=(6, 7))
+call = quick_jit(fused_scan, static_argnums=(6, 7))
+plain_call = quick_jit(inner_scan, static_argnums=(6, 7))
+grads = quick_jit(partial(value_and_grads, fused_scan), static_argnums=6)
+plain_grads = quick_jit(partial(value_and_grads, inner_scan), static_argnums=6)

@@ -15,14 +15,11 @@ from tests.helpers.small_fused import (
     call,
     config,
     drawn,
-    fused,
     grads,
     loss_weights,
     narrow,
-    of_held_slots,
     plain_call,
     plain_grads,
-    split_call,
     value_and_grads,
 )
 from ttt_jax.kernels import plain
@@ -31,7 +28,7 @@ from ttt_jax.ttt.fused import fused_scan
 from ttt_jax.ttt.slots import plan_of
 
 TOL = 1e-10
-LENGTHS = {1: 12, 4: 28, 16: 70, 40: 100, 64: 100}
+LENGTHS = {1: 140, 4: 140, 16: 140, 40: 170, 64: 200}
 """Frames of a call by mini-batch: two groups and more, the last one not full."""
 sizes = pytest.mark.parametrize("b", LENGTHS)
 settings = pytest.mark.parametrize(
@@ -73,25 +70,25 @@ def test_gradients_are_those_of_the_scan(b, horizon, x64):
     args, cfg = drawn(b, LENGTHS[b], b), config(b, horizon)
     weights = loss_weights(args)
     got, expected = (f(*args, cfg, weights) for f in (grads, plain_grads))
-    assert_close(of_held_slots(got, args, b), of_held_slots(expected, args, b), TOL)
+    assert_close(got, expected, TOL)
 
 
 @pytest.mark.parametrize(
     ("b", "parts"),
     [
-        (4, (1, 1, 1, 12, 1, 12)),
-        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1, (5, 1, 6)), (16, (9, 1, 60)), (40, (9, 91)))),
+        (4, (1, 1, 1, 70, 1, 66)),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1, (70, 1, 69)), (16, (9, 1, 130)), (40, (9, 161)))),
     ],
 )
 def test_any_split_gives_the_same_results(b, parts, x64):
     args, cfg = drawn(b, LENGTHS[b], b), config(b)
     *front, state, inputs, mask = args
     for tolerance, kind in ((TOL, lambda x: x), (FORWARD, narrow)):
-        one, z, _ = split_call(*kind(args), cfg)
+        one, z, _ = call(*kind(args), cfg)
         new, outs = kind(state), []
         for piece in pieces(parts):
             part = jax.tree.map(lambda x, piece=piece: x[:, piece], kind(inputs))
-            new, out, _ = split_call(*kind(front), new, part, mask[:, piece], cfg)
+            new, out, _ = call(*kind(front), new, part, mask[:, piece], cfg)
             outs.append(out)
         assert_close((new, np.concatenate(outs, 1)), (one, z), tolerance)
 
@@ -106,7 +103,7 @@ def test_one_frame_at_a_time_from_any_phase(x64):
         assert_close(
             call(*args[:3], state, *args[4:], cfg, False), plain_call(*args[:3], state, *args[4:], cfg, False), TOL
         )
-        new = split_call(*args[:3], state, *args[4:], cfg)[0]
+        new = call(*args[:3], state, *args[4:], cfg)[0]
         filled = np.abs(np.asarray(new.open_steps.inputs[0])).sum(-1) > 0
         np.testing.assert_array_equal(filled, np.arange(4) < (new.count % 4)[:, None, None] + np.zeros((1, HEADS, 1)))
 
@@ -142,8 +139,8 @@ def test_no_rate_leaves_the_weights_alone():
     args = (*args[:4], args[4]._replace(eta=np.zeros_like(args[4].eta)), args[5])
     state, _, measurement = call(*args, cfg, True)
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(state[:2]))
-    assert_same_bits(split_call(*args, cfg)[0].open_steps, args[3].open_steps)
-    assert not any(np.signbit(leaf).any() for leaf in jax.tree.leaves(split_call(*args, cfg)[0].open_steps))
+    assert_same_bits(call(*args, cfg)[0].open_steps, args[3].open_steps)
+    assert not any(np.signbit(leaf).any() for leaf in jax.tree.leaves(call(*args, cfg)[0].open_steps))
     assert_close(measurement.loss_before, measurement.loss_base, 1e-5)
     assert_same_bits(measurement.loss_after, measurement.loss_before)
     assert (np.asarray(measurement.displacement) == 0).all()
@@ -165,11 +162,11 @@ def test_float16_is_off_by_its_rounding_alone(b, x64):
 def test_gradients_of_any_size_are_off_by_the_rounding_of_float16_alone(b, x64):
     args, cfg = drawn(b, LENGTHS[b], b), config(b)
     weights = loss_weights(args)
-    exact = of_held_slots(grads(*args, cfg, weights)[1], args, b)
+    exact = grads(*args, cfg, weights)[1]
     for size in (1.0, 1e-8, 1e4):
         got = grads(*narrow(args), cfg, narrow(jax.tree.map(lambda w, size=size: size * w, weights)))[1]
         assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype("float32")}
-        got = jax.tree.map(lambda g, size=size: np.asarray(g, np.float64) / size, of_held_slots(got, args, b))
+        got = jax.tree.map(lambda g, size=size: np.asarray(g, np.float64) / size, got)
         assert 1e-5 < relative(got, exact) < BACKWARD
 
 
@@ -188,15 +185,15 @@ def few_chunks(monkeypatch, args, cfg):
 
 
 def test_chunks_give_the_same_gradients(x64, monkeypatch):
-    args, cfg = drawn(9, 72, 4), config()
+    args, cfg = drawn(9, 150, 4), config()
     weights = loss_weights(args)
     expected, results = grads(*args, cfg, weights), call(*args, cfg, True)
     few_chunks(monkeypatch, args, cfg)
-    assert plan_of(72, 4, 1.0, module._held(args[0], cfg, ROWS * HEADS), module.CHUNK_BYTES)[1] == 2
-    for scan in (fused, jax.checkpoint(fused, static_argnums=6)):
+    assert plan_of(150, 4, 1.0, module._held(args[0], cfg, ROWS * HEADS), module.CHUNK_BYTES)[1] == 2
+    for scan in (fused_scan, jax.checkpoint(fused_scan, static_argnums=6)):
         got = quick_jit(partial(value_and_grads, scan), static_argnums=6)(*args, cfg, weights)
         assert_close(got, expected, TOL)
-    assert_close(quick_jit(fused, static_argnums=(6, 7))(*args, cfg, True), results, TOL)
+    assert_close(quick_jit(fused_scan, static_argnums=(6, 7))(*args, cfg, True), results, TOL)
 
 
 def test_a_first_pass_under_checkpoint_saves_nothing():
@@ -233,7 +230,7 @@ def test_arms_side_by_side(base, x64):
     weights = [loss_weights(arm, seed) for seed, arm in enumerate(arms)]
     stack = lambda *leaves: np.stack(leaves)  # noqa: E731
     expected = jax.tree.map(stack, *(grads(*arm, cfg, w) for arm, w in zip(arms, weights, strict=True)))
-    side_by_side = jax.vmap(lambda *args: value_and_grads(fused, *args[:6], cfg, args[6]), (base, *(0,) * 6))
+    side_by_side = jax.vmap(lambda *args: value_and_grads(fused_scan, *args[:6], cfg, args[6]), (base, *(0,) * 6))
     together = jax.tree.map(stack, *(arm[1:] for arm in arms))
     bases = arms[0][0] if base is None else jax.tree.map(stack, *(arm[0] for arm in arms))
     got = quick_jit(side_by_side)(bases, *together, jax.tree.map(stack, *weights))
@@ -246,15 +243,15 @@ def test_arms_side_by_side(base, x64):
         (2048, 16, 1, 5, 130),  # 129 mini-batches
         (2048, 64, 4, 4, 33),
         (100, 40, 3, 6, 4),
-        (64, 1, 1, 8, 64),
-        (1, 16, 1, 4, 4),
+        (64, 1, 1, 64, 64),
+        (1, 16, 1, 1, 1),
         (300, 256, 16, 16, 3),
     ],
 )
 def test_calls_are_laid_out_with_few_empty_steps(frames, b, steps, group, batches):
     plan, chunks, of_chunk = plan_of(frames, b, 1.0, 1, 1e9)
     assert (plan.steps, plan.group, chunks, of_chunk) == (steps, group, 1, batches)
-    assert 64 <= 16 * plan.group <= 128 or plan.group == plan.steps
+    assert 64 <= b * plan.per_group <= 128 or plan.per_group in (1, of_chunk)
 
 
 def test_long_calls_go_in_equal_chunks():

@@ -4,9 +4,6 @@ Only the keys' side of the inner loop is sequential: weights give a gradient, th
 chain runs that side. It gives each frame's step as factors of outer products, and the displacement at the start of
 every group of mini-batches. Whatever reads the weights is computed from those, in parallel over groups (`ttt.groups`).
 
-Base and displacement are rounded to operands apart and multiplied apart. Their sum would lose of the displacement what
-the rounding of the base takes.
-
 Sizes: N rows times heads (n = row * heads + head), H heads, D head width, K hidden width, C = 16 slots of a step, P
 steps of a mini-batch, M mini-batches, S = M P steps, U steps of a group (a multiple of P), G = S / U groups, L = U C
 slots of a group, NC parts in which the hidden units are split. Tokens are the last axis of factors. "Operands" are
@@ -55,7 +52,8 @@ class Start(NamedTuple):
     total: Weights
     """Displacement with the steps that earlier calls made in the open mini-batch, [N, ...]."""
     read: Weights
-    """Displacement that the first mini-batch reads, without those steps; matrices are operands, [N, ...]."""
+    """What the first mini-batch reads beside the base: the displacement without those steps; matrices are operands,
+    [N, ...]."""
 
 
 class Factors(NamedTuple):
@@ -108,12 +106,9 @@ class Adjoint(NamedTuple):
     """What the adjoint of a chain gives.
 
     The gradient to the base is the sum over all slots of dz1 k^T (w1), dp n2^T + x2 dz2^T (w2), dz1 (b1) and dz2 (b2).
-    The gradient to keys is left to the caller: it needs no more than what is here (`ttt.groups.to_keys`).
+    That to the keys needs no chain (`ttt.groups.key_gradient`).
     """
 
-    u1: jax.Array
-    """What the last mini-batch of every group reads of the adjoint of the first map's displacement: that after it, times
-    `keep` if it closes; operands [N, G, K, D]."""
     dz1: jax.Array
     """Of the outputs of the first map and of p, operands [N, G, K, L]."""
     dp: jax.Array
@@ -124,7 +119,10 @@ class Adjoint(NamedTuple):
     drate: jax.Array
     """Of rates, [N, S, C]; arbitrary in empty slots."""
     dstart: Weights
-    """Of `Start.total` and the displacement in `Start.read` together, [N, ...].
+    """Of `Start.total` and `Start.read` together, [N, ...].
 
     That of `total` alone is this less the first mini-batch's part of the gradient to the base and less `dat[:, 0]`.
     """
+    u1: jax.Array
+    """Adjoint of the first map's displacement with the steps of the last mini-batch of every group, before decay,
+    operands [N, G, K, D]."""

@@ -63,7 +63,7 @@ def backward(
         *given.dend,
     )
     dstart = Weights(w1, b1, w2, b2.sum(1))
-    return Adjoint(u1, _in_groups(dz1), _in_groups(dp), _in_groups(dz2), de, drate, dstart)
+    return Adjoint(_in_groups(dz1), _in_groups(dp), _in_groups(dz2), de, drate, dstart, u1)
 
 
 def _shape(steps: Steps, P: int, U: int, keep: float, save: bool) -> mlp.Shape:

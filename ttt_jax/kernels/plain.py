@@ -18,11 +18,6 @@ def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-def both(spec: str, base: jax.Array, displacement: jax.Array, x: jax.Array) -> jax.Array:
-    """Product of the weights, which are never summed, and x."""
-    return product(spec, base, x) + product(spec, displacement, x)
-
-
 def gelu(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """GELU by the tanh formula, its slope and its second derivative."""
     c, a = 0.7978845608028654, 0.044715  # sqrt(2 / pi); Hendrycks and Gimpel 2016
@@ -56,20 +51,20 @@ def forward(
       save: whether to keep what `backward` needs.
 
     Returns:
-      The steps of all slots; the displacement at the start of every group, matrices are operands [N, G, ...]; the
-      displacement after the call [N, ...], with `Start.total` counted in; what is saved, or None.
+      The steps of all slots; the displacement at the start of every group, matrices are operands [N, G, ...]; that
+      after the call [N, ...]; what is saved, or None.
     """
     operands = steps.k.dtype
     base, scale, bias = _repeat((base, scale, bias), len(steps.k))
 
     def advance(carry: tuple[Weights, Weights], x: tuple[jax.Array, ...]):
         total, read = carry
+        w1, w2 = (base.w1, read.w1), (base.w2, read.w2)
         k, target, rate, closes = x
-        b1, b2 = base.b1 + read.b1, base.b2 + read.b2
-        z1 = both("nkd,ndc->nkc", base.w1, read.w1, k) + b1[..., None]
+        z1 = _sum_of("nkd,ndc->nkc", w1, k) + (base.b1 + read.b1)[..., None]
         x2, slope, _ = gelu(z1)
         x2 = x2.astype(operands)
-        z2 = b2[..., None] + both("npkd,npkc->npdc", _parts(base.w2), _parts(read.w2), _parts(x2)).sum(1)
+        z2 = (base.b2 + read.b2)[..., None] + _back(w2, x2)
         centred = z2 - z2.mean(1, keepdims=True)
         rstd = jax.lax.rsqrt((centred * centred).mean(1, keepdims=True) + EPS)
         zn = centred * rstd
@@ -77,13 +72,13 @@ def forward(
         g0 = e - e.mean(1, keepdims=True) - zn * (e * zn).mean(1, keepdims=True)
         step2 = -rate * rstd * g0
         n2 = step2.astype(operands)
-        p = both("nkd,ndc->nkc", base.w2, read.w2, n2)
+        p = _sum_of("nkd,ndc->nkc", w2, n2)
         step1 = p * slope
         n1 = step1.astype(operands)
         change = Weights(product("nkc,ndc->nkd", n1, k), step1.sum(-1), product("nkc,ndc->nkd", x2, n2), step2.sum(-1))
         after = jax.tree.map(lambda w, d: jnp.where(_like(closes, w) > 0, keep * (w + d), w), total, change)
         saved = (read.w2, z1.astype(operands), p.astype(operands), zn, rstd) if save else None
-        return (after, _narrow(after, operands)), (Factors(x2, n1, n2), saved)
+        return (after, _readable(after, operands)), (Factors(x2, n1, n2), saved)
 
     def group(carry: tuple[Weights, Weights], x: tuple[jax.Array, ...]):
         last, out = jax.lax.scan(advance, carry, x)
@@ -113,14 +108,14 @@ def backward(
 ) -> Adjoint:
     """The adjoint of `forward`, whose arguments and results it takes, run from the last mini-batch to the first."""
     operands = steps.k.dtype
-    base, scale = _repeat((base.w2, scale[..., None]), len(steps.k))
+    base, scale = _repeat((base, scale[..., None]), len(steps.k))
     width = scale.shape[1]
     in_groups = partial(_from_groups, per_group=U // P)
-    of_group = lambda w: jnp.moveaxis(w, 1, 0).reshape(-1, U // P, len(w), *w.shape[2:])  # noqa: E731
+    w2 = jnp.moveaxis(saved.w2, 1, 0).reshape(-1, U // P, len(steps.k), *saved.w2.shape[2:])
     in_slots = partial(_from_steps, P=P, U=U)
     xs = (
         _mini_batches(steps, P, U),
-        of_group(saved.w2),
+        w2,
         tuple(in_groups(x) for x in (*factors, saved.z1, saved.p, given.dx2, given.dn1)),
         tuple(in_slots(x) for x in (saved.zn, given.g0, given.dn2)),
         tuple(in_slots(x[:, :, None]) for x in (saved.rstd, given.m1, given.m2)),
@@ -129,16 +124,16 @@ def backward(
     def mean(x: jax.Array) -> jax.Array:
         return x.mean(1, keepdims=True)
 
-    def recede(total: Weights, x: tuple[tuple[jax.Array, ...], ...]):
-        (k, _, rate, closes), w2, (x2, _, n2, z1, p, dx2, dn1), (zn, g0, dn2), (rstd, m1, m2) = x
+    def recede(total: Weights, x: tuple):
+        (k, _, rate, closes), w2, (x2, n1, n2, z1, p, dx2, dn1), (zn, g0, dn2), (rstd, m1, m2) = x
         total = jax.tree.map(lambda w: jnp.where(_like(closes, w) > 0, keep * w, w), total)
         u1, u2, f = total.w1.astype(operands), total.w2.astype(operands), closes[:, None, None]
         _, slope, curvature = gelu(z1.astype(rate.dtype))
         dn1 = dn1 + f * (product("nkd,ndc->nkc", u1, k) + total.b1[..., None])
         dx2 = dx2 + f * product("nkd,ndc->nkc", u2, n2)
-        dn2 = dn2 + f * (product("npkd,npkc->npdc", _parts(u2), _parts(x2)).sum(1) + total.b2[..., None])
+        dn2 = dn2 + f * (_back((u2,), x2) + total.b2[..., None])
         dp = (dn1 * slope).astype(operands)
-        dn2 = dn2 + both("npkd,npkc->npdc", _parts(base), _parts(w2), _parts(dp)).sum(1)
+        dn2 = dn2 + _back((base.w2, w2), dp)
         # n2 = -rate rstd g0, and g0 from e and zn.
         dg0 = -rate * rstd * dn2
         mu, dg = mean(dg0 * zn), (dn2 * g0).sum(1, keepdims=True)
@@ -146,7 +141,7 @@ def backward(
         dzn = scale * scale * de - dg0 * m2 - (g0 + m1 + zn * m2) * mu
         dz2 = rstd * (dzn - mean(dzn) - zn * (mean(dzn * zn) - rate * dg * rstd / width))
         dz2_ = dz2.astype(operands)
-        dx2 = dx2 + both("nkd,ndc->nkc", base, w2, dz2_)
+        dx2 = dx2 + _sum_of("nkd,ndc->nkc", (base.w2, w2), dz2_)
         dz1 = dx2 * slope + dn1 * p * curvature
         dz1_ = dz1.astype(operands)
         local = Weights(
@@ -155,18 +150,19 @@ def backward(
             product("nkc,ndc->nkd", dp, n2) + product("nkc,ndc->nkd", x2, dz2_),
             dz2.sum(-1),
         )
-        out = u1, (dz1_, dp, dz2_), de, -rstd * dg
-        return jax.tree.map(jnp.add, total, local), out
+        return jax.tree.map(jnp.add, total, local), ((dz1_, dp, dz2_), de, -rstd * dg)
 
     def group(total: Weights, x: tuple):
         dat, x = x
+        last = _like(x[0][3][-1], total.w1)
+        u1 = jnp.where(last > 0, keep * total.w1, total.w1).astype(operands)
         total, out = jax.lax.scan(recede, total, x, reverse=True)
-        return jax.tree.map(jnp.add, total, dat), out
+        return jax.tree.map(jnp.add, total, dat), (u1, out)
 
     dat = jax.tree.map(lambda w: jnp.moveaxis(w, 1, 0), given.dat)
-    dstart, (u1, local, de, drate) = jax.lax.scan(group, given.dend, (dat, xs), reverse=True)
-    u1 = jnp.moveaxis(u1[:, -1], 0, 1)
-    return Adjoint(u1, *map(_to_groups, local), _to_steps(de), _to_steps(drate)[:, :, 0], dstart)
+    dstart, (u1, (local, de, drate)) = jax.lax.scan(group, given.dend, (dat, xs), reverse=True)
+    u1 = jnp.moveaxis(u1, 0, 1)
+    return Adjoint(*map(_to_groups, local), _to_steps(de), _to_steps(drate)[:, :, 0], dstart, u1)
 
 
 def _repeat(tree, length: int):
@@ -174,8 +170,19 @@ def _repeat(tree, length: int):
     return jax.tree.map(lambda x: jnp.tile(x, (length // len(x), *(1,) * (x.ndim - 1))), tree)
 
 
-def _narrow(weights: Weights, operands: jnp.dtype) -> Weights:
-    return weights._replace(w1=weights.w1.astype(operands), w2=weights.w2.astype(operands))
+def _readable(displacement: Weights, operands: jnp.dtype) -> Weights:
+    """What a mini-batch reads beside the base."""
+    return displacement._replace(w1=displacement.w1.astype(operands), w2=displacement.w2.astype(operands))
+
+
+def _sum_of(spec: str, weights: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
+    """Sum of the products of each of `weights`, a base and its displacement, with x."""
+    return sum(product(spec, w, x) for w in weights)
+
+
+def _back(weights: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
+    """Products of [N, K, D] with [N, K, C] over the hidden units, part by part: [N, D, C]."""
+    return _sum_of("npkd,npkc->npdc", tuple(map(_parts, weights)), _parts(x)).sum(1)
 
 
 def _parts(x: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ttt_jax.kernels.chain import Adjoint, Factors, Given, Start, Steps, Weights
 from ttt_jax.ttt.fold import over_mapped
 from ttt_jax.ttt.group_measure import measure
-from ttt_jax.ttt.groups import Map, maps, pick, read, to_keys
+from ttt_jax.ttt.groups import Map, key_gradient, maps, pick, read
 from ttt_jax.ttt.measure import InnerMeasurement
 from ttt_jax.ttt.slots import Frames, Plan, from_steps, grouped, in_steps, to_steps
 
@@ -80,7 +80,7 @@ def run(chain: Any, plan: Plan, measured: bool, x: Arguments, marks: Marks) -> R
 
 def _run_fwd(chain: Any, plan: Plan, measured: bool, x: Arguments, marks: Marks) -> tuple[Results, Any]:
     results, (at, factors, saved) = _forward(chain, plan, measured, True, x, marks)
-    return results, (x, marks, (at.w1, at.b1, at.b2), factors, saved)
+    return results, (x, marks, at._replace(w2=None), factors, saved)  # w2 is in `saved`
 
 
 def _forward(chain: Any, plan: Plan, measured: bool, save: bool, x: Arguments, marks: Marks):
@@ -102,8 +102,8 @@ def _forward(chain: Any, plan: Plan, measured: bool, save: bool, x: Arguments, m
 
 
 def _run_bwd(chain: Any, plan: Plan, measured: bool, residuals: Any, d: Results) -> tuple[Arguments, None]:
-    x, marks, (w1, b1, b2), factors, saved = residuals
-    at = Weights(w1, b1, saved.w2[:, :: plan.per_group], b2)
+    x, marks, at, factors, saved = residuals
+    at = at._replace(w2=saved.w2[:, :: plan.per_group])
     d = d._replace(measurement=None)
     power = _power_of_two(d)
     d = _scaled(d, power)
@@ -115,7 +115,7 @@ def _run_bwd(chain: Any, plan: Plan, measured: bool, residuals: Any, d: Results)
         return read(network, scale, bias, grouped(plan, q), plan), _opened(plan, network, marks.last)
 
     base, scale, bias = _per_row((x.base, x.scale, x.bias), x)
-    # The gradient of n2 goes on to targets and rates, which its rounding to the type of operands would reach.
+    # The gradient of n2 goes on to targets and rates: it is not rounded to the type of n2.
     wide = factors._replace(n2=factors.n2.astype(x.frames.q.dtype))
     _, pull = jax.vjp(after, base, scale, bias, at, wide, x.opened, x.frames.q, x.frames.k)
     dbase, dscale, dbias, dat, dfactors, dopened, dq, dk = pull((grouped(plan, d.z), d.opened))
@@ -123,16 +123,21 @@ def _run_bwd(chain: Any, plan: Plan, measured: bool, residuals: Any, d: Results)
     steps = _steps(plan, x, marks)
     e, pull_error = jax.vjp(partial(_error, saved.zn), scale, bias, steps.target)
     given = _given(e, saved.zn, dfactors, dat, d.end)
-    narrow = _narrow(x.base, steps.k.dtype)
     call = over_mapped(lambda heads, rows: chain.backward(rows[0], *heads, *rows[1:], **_sizes(plan)))
-    adjoint = call((narrow, x.scale), (steps, factors, saved, given))
+    adjoint = call((_narrow(x.base, steps.k.dtype), x.scale), (steps, factors, saved, given))
     dscale_, dbias_, dtarget = pull_error(adjoint.de)
     # The first mini-batch reads `displacement`; all others what has become of `total`.
     first = jax.tree.map(lambda w, g: w + g[:, 0], _local(adjoint, factors, steps.k, plan.slots), dat)
     of_base = _local(adjoint, factors, steps.k)
+    network = _network(plan, x, marks, at, factors)[0]
+    # Earlier steps of the first mini-batch are summed in `total`, not by the chain.
+    closes = marks.closes.reshape(len(marks.closes), -1, plan.per_group)
+    summed = jnp.repeat(marks.closes[:, :, None], plan.mini_batch, 2).at[:, 0].min(~marks.held)
+    summed = grouped(plan, summed[..., None].astype(e.dtype))[..., 0]
+    chain_dk = key_gradient(network[0], _of_frames(plan, adjoint.dz1), adjoint.u1, closes, summed, plan)
     of_frames = Frames(
         dq,
-        dk + _to_keys(plan, x, narrow.w1, at.w1, adjoint, factors, marks),
+        dk + chain_dk.reshape(dk.shape),
         from_steps(plan, dtarget),
         from_steps(plan, adjoint.drate[:, :, None])[..., 0],
     )
@@ -231,35 +236,23 @@ def _steps(plan: Plan, x: Arguments, marks: Marks) -> Steps:
 
 def _network(plan: Plan, x: Arguments, marks: Marks, at: Weights, factors: Factors):
     """The two maps of `groups.maps` with scale and bias by row; steps of `opened` are put in their slots."""
-    factors = Factors(*(_with_earlier(plan, *y, marks.held) for y in zip(factors, x.opened[1:], strict=True)))
+    b = plan.mini_batch
+
+    def of_frames(y: jax.Array, held: jax.Array) -> jax.Array:
+        """[N, G, X, L]: empty slots left out, and the steps of earlier calls put in."""
+        y = _of_frames(plan, y)
+        if b == 1:
+            return y
+        return y.at[:, 0, :, :b].set(jnp.where(marks.held[:, None], held.astype(y.dtype), y[:, 0, :, :b]))
+
+    factors = Factors(*map(of_frames, factors, x.opened[1:]))
     base, scale, bias = _per_row((x.base, x.scale, x.bias), x)
     return maps(base, at, factors, grouped(plan, x.frames.k)), scale, bias
 
 
-def _to_keys(
-    plan: Plan, x: Arguments, base: jax.Array, at: jax.Array, adjoint: Adjoint, factors: Factors, marks: Marks
-) -> jax.Array:
-    """What the chain's adjoint passes to keys, [N, M, b, D]."""
-    closes = jnp.repeat(marks.closes, plan.mini_batch, 1)
-    own = jnp.pad(~marks.held, ((0, 0), (0, closes.shape[1] - plan.mini_batch)), constant_values=True)
-    closes, own = (y.reshape(len(at), at.shape[1], -1, 1) for y in (closes, own))
-    n1 = _with_earlier(plan, factors.n1, x.opened.n1, marks.held)
-    k, dz1 = grouped(plan, x.frames.k), _of_frames(plan, adjoint.dz1)
-    return to_keys(_per_row(base, x), at, adjoint.u1, dz1, n1, k, closes, own, plan).reshape(x.frames.k.shape)
-
-
-def _with_earlier(plan: Plan, y: jax.Array, earlier: jax.Array, held: jax.Array) -> jax.Array:
-    """`_of_frames` with the steps that earlier calls made in the first mini-batch, [N, X, b], where they are `held`."""
-    y, b = _of_frames(plan, y), plan.mini_batch
-    if b == 1:
-        return y
-    return y.at[:, 0, :, :b].set(jnp.where(held[:, None], earlier.astype(y.dtype), y[:, 0, :, :b]))
-
-
 def _of_frames(plan: Plan, y: jax.Array) -> jax.Array:
-    """[N, G, X, L] without the slots that no mini-batch fills."""
-    y = y.reshape(*y.shape[:3], plan.per_group, plan.slots)[..., : plan.mini_batch]
-    return y.reshape(*y.shape[:3], -1)
+    """[N, G, X, L] with empty slots left out."""
+    return y.reshape(*y.shape[:3], plan.per_group, plan.slots)[..., : plan.mini_batch].reshape(*y.shape[:3], -1)
 
 
 def _opened(plan: Plan, network: tuple[Map, Map], last: jax.Array) -> Opened:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.ttt.groups import Map, product, reach, started
+from ttt_jax.ttt.groups import Map, output, product, reach
 from ttt_jax.ttt.measure import InnerMeasurement
 from ttt_jax.ttt.network import gelu, layer_norm
 from ttt_jax.ttt.slots import Plan
@@ -37,17 +37,14 @@ def measure(
     def loss(y: jax.Array) -> jax.Array:
         return 0.5 * ((layer_norm(y, scale[:, None, None], bias[:, None, None]) - t) ** 2).sum(-1)
 
-    def after(x: jax.Array, seen: np.ndarray) -> jax.Array:
-        return started(second, x, plan) + second.moved(second.overlap(x) * seen)
-
     # Before and after its own step a frame has seen the same other frames.
     strict = seen - np.eye(len(seen), dtype=seen.dtype)
-    before = started(first, k, plan) + first.moved(first.overlap(k) * strict)
+    before = output(first, k, strict, plan)
     own = ((k * k).sum(-1, keepdims=True) + 1) * jnp.swapaxes(first.steps, -1, -2)
     return InnerMeasurement(
         loss(second.at_base(gelu(first.at_base(k)))),
-        loss(after(gelu(before), strict)),
-        loss(after(gelu(before + own), seen)),
+        loss(output(second, gelu(before), strict, plan)),
+        loss(output(second, gelu(before + own), seen, plan)),
         jnp.sqrt(jnp.maximum(_moved(network, moved, plan), 0) / base_norm[:, None, None]),
     )
 

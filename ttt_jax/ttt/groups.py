@@ -1,12 +1,11 @@
 """Reading fast weights after the chain has run: in dual form over a group of mini-batches, for all groups in parallel.
 
-Frame i of a group that starts at the displacement D_g reads, in the m-th of the group's mini-batches (m = 0 is the
-first),
+Frame i of a group that starts at weights W_g reads, in the m-th of the group's mini-batches (m = 0 is the first),
 
-    W_i = W_0 + c^m D_g + sum over frames j <= i of c^(m - m_j) step_j,
+    W_i = W_0 + c^m (W_g - W_0) + sum over frames j <= i of c^(m - m_j) step_j,
 
-where c is what a mini-batch's end keeps of the displacement. W_i is never formed: a step is an outer product, so its
-part is attention with a fixed mask (see `network.read`, which does the same within one mini-batch).
+from the displacement W_g - W_0, where c is what a mini-batch's end keeps of it. W_i is never formed: a step is an outer
+product, so its part is attention with a fixed mask (see `network.read`, which does the same within one mini-batch).
 
 Sizes as in `kernels.chain`, but for L, here the slots of a group that hold frames: R b, with R mini-batches of b
 frames. Weights and factors are the chain's: matrices and factors are operands, tokens are the last axis of factors.
@@ -93,7 +92,7 @@ class Map(NamedTuple):
     """What frames add at the output, [N, G, O, L]."""
 
     def at_start(self, x: jax.Array) -> jax.Array:
-        """What the displacement at the group's start adds for x [N, G, L, I], [N, G, L, O]."""
+        """What the displacement at the group's start adds to the output for x [N, G, L, I], [N, G, L, O]."""
         return product("ngli,ngio->nglo", x, self.w, self.w.dtype) + self.b[:, :, None]
 
     def at_base(self, x: jax.Array) -> jax.Array:
@@ -103,10 +102,6 @@ class Map(NamedTuple):
     def overlap(self, x: jax.Array) -> jax.Array:
         """<x_i, input_j> + 1, [N, G, L, L]; the one is the bias, whose step does not depend on the input."""
         return product("ngli,ngij->nglj", x, self.inputs, self.w.dtype) + 1
-
-    def moved(self, overlap: jax.Array) -> jax.Array:
-        """What the steps add to the output, from `overlap` times what each frame has seen."""
-        return product("nglj,ngoj->nglo", overlap, self.steps, self.w.dtype)
 
 
 def maps(base: Weights, at: Weights, factors: Factors, k: jax.Array) -> tuple[Map, Map]:
@@ -123,55 +118,55 @@ def maps(base: Weights, at: Weights, factors: Factors, k: jax.Array) -> tuple[Ma
     )
 
 
-def started(of: Map, x: jax.Array, plan: Plan) -> jax.Array:
-    """Output for x [N, G, L, I] before any step of the group, its displacement decayed: [N, G, L, O]."""
-    return of.at_base(x) + reach(plan, of.b.dtype).kept * of.at_start(x)
-
-
-def to_keys(
-    base: jax.Array,
-    at: jax.Array,
-    u1: jax.Array,
-    dz1: jax.Array,
-    n1: jax.Array,
-    k: jax.Array,
-    closes: jax.Array,
-    own: jax.Array,
-    plan: Plan,
-) -> jax.Array:
-    """Gradient to the keys that the chain passed through the first map, [N, G, L, D].
-
-    A key was multiplied by the weights, to give z1, and it is a factor of the frame's own step, which all later
-    mini-batches read. Neither the weights nor their adjoint of a mini-batch is formed: both are read in dual form, the
-    adjoint from the group's end.
+def output(of: Map, x: jax.Array, seen: np.ndarray, plan: Plan) -> jax.Array:
+    """Output of the map for x [N, G, L, I] at the weights W_i of each frame, [N, G, L, O].
 
     Args:
-      base: W0 of the first map [N, K, D]; at: its displacement at the groups' starts [N, G, K, D].
-      u1: of `kernels.chain.Adjoint`; dz1, n1: of the frames [N, G, K, L]; k: keys [N, G, L, D].
-      closes: whether the frame's mini-batch closes, bool [N, G, L, 1].
-      own: whether the frame's step is the chain's, not one of an earlier call, bool [N, G, L, 1].
+      seen: c^(m_i - m_j) where frame i has seen frame j, else 0, [L, L].
     """
-    of = partial(product, operands=n1.dtype)
-    kept = reach(plan, k.dtype).kept
-    batch = np.repeat(np.arange(plan.per_group), plan.mini_batch)
-    ahead = batch[:, None] - batch
-    before = np.where(ahead > 0, plan.keep ** np.maximum(ahead, 0).astype(np.float64), 0).astype(k.dtype)
-    # What is left of a step at the last mini-batch: those from its own on that close have decayed it.
-    closing = closes[:, :, :: plan.mini_batch].sum(2, keepdims=True)
-    left = plan.keep ** (jnp.minimum(closing, plan.per_group - 1) - batch[:, None]).astype(k.dtype)
-    overlap = of("ngki,ngkj->ngij", dz1, n1) * before
-    read = of("ngki,nkd->ngid", dz1, base) + kept * of("ngki,ngkd->ngid", dz1, at) + of("ngij,ngjd->ngid", overlap, k)
-    taught = left * of("ngki,ngkd->ngid", n1, u1) + of("ngji,ngjd->ngid", overlap, k)
-    return read + jnp.where(closes & own, taught, 0)
+    kept = reach(plan, of.b.dtype).kept
+    # Products first: XLA lets one add to another instead of writing each.
+    moved = product("nglj,ngoj->nglo", of.overlap(x) * seen, of.steps, of.w.dtype)
+    moved += product("ngli,ngio->nglo", kept * x, of.w, of.w.dtype)
+    moved += product("ngli,nio->nglo", x, of.base_w, of.w.dtype)
+    return moved + (of.base_b[:, None, None] + kept * of.b[:, :, None])
 
 
 def read(network: tuple[Map, Map], scale: jax.Array, bias: jax.Array, q: jax.Array, plan: Plan) -> jax.Array:
     """q + LN(f_{W_i}(q)) for queries [N, G, L, D]; scale, bias: [N, D]."""
     first, second = network
     seen = reach(plan, q.dtype).seen
-    x = gelu(started(first, q, plan) + first.moved(first.overlap(q) * seen))
-    y = started(second, x, plan) + second.moved(second.overlap(x) * seen)
+    y = output(second, gelu(output(first, q, seen, plan)), seen, plan)
     return q + layer_norm(y, scale[:, None, None], bias[:, None, None])
+
+
+def key_gradient(
+    first: Map, dz1: jax.Array, u1: jax.Array, closes: jax.Array, summed: jax.Array, plan: Plan
+) -> jax.Array:
+    """What the chain's adjoint passes to the keys, in dual form like reading: [N, G, L, D].
+
+    Keys enter the first map, whose weights are W_i less the steps of their own mini-batch, and they are the inputs of
+    steps that all later mini-batches read.
+
+    Args:
+      first: the first map. dz1: adjoint of its output, operands [N, G, K, L]; u1: as in `kernels.chain.Adjoint`.
+      closes: whether a mini-batch is full at the end of the call, bool [N, G, R].
+      summed: 1 where the frame's step goes into the displacement by this call, else 0, [N, G, L].
+    """
+    operands = dz1.dtype
+    times = partial(product, operands=operands)
+    kept, seen = reach(plan, first.b.dtype)
+    batch = np.arange(len(seen)) // plan.mini_batch
+    before = seen * (batch[:, None] > batch)
+    # Decays between a mini-batch's end and the place of u1: the last one's if the last one is full.
+    ends = closes.sum(-1) - closes[:, :, -1]
+    ahead = jnp.asarray(plan.keep, kept.dtype) ** jnp.maximum(ends[:, :, None] - batch, 0)[..., None]
+    k = jnp.swapaxes(first.inputs, -1, -2)
+    dk = times("ngkl,ndk->ngld", dz1, first.base_w) + kept * times("ngkl,ngdk->ngld", dz1, first.w)
+    cross = times("ngki,ngkj->ngij", dz1, first.steps)
+    dk += times("ngij,ngjd->ngid", cross * before, k)
+    later = ahead * times("ngkl,ngkd->ngld", first.steps, u1) + times("ngji,ngjd->ngid", cross * before, k)
+    return dk + summed[..., None] * later
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -92,7 +92,7 @@ rearrange.defvjp(
 
 
 def plan_of(frames: int, mini_batch: int, keep: float, held: int, most: float) -> tuple[Plan, int, int]:
-    """Lays out a call of T frames in chunks of whole groups of 64 to 128 slots, with as few empty ones as possible.
+    """Lays out a call of T frames in chunks of whole groups of 64 to 128 frames, or of all, with as few empty slots as possible.
 
     Args:
       frames: T; mini_batch: b; keep: as in `Plan`.
@@ -104,7 +104,10 @@ def plan_of(frames: int, mini_batch: int, keep: float, held: int, most: float) -
     batches = -(-(frames - 1) // mini_batch) + 1
     steps = -(-mini_batch // C)
     best = None
-    for group in [u for u in range(8, 3, -1) if u % steps == 0] or [steps]:
+    widest = min(batches, max(1, 128 // mini_batch))
+    narrowest = min(widest, -(-64 // mini_batch))
+    for per_group in range(widest, narrowest - 1, -1):
+        group = per_group * steps
         plan = Plan(mini_batch, steps, group, keep)
         groups = -(-batches // plan.per_group)
         chunks = min(groups, max(1, -(-groups * plan.per_group * held // int(most))))
