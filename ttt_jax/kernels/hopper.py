@@ -10,6 +10,7 @@ import jax
 
 from ttt_jax.kernels import mlp, mlp_adjoint
 from ttt_jax.kernels.chain import Adjoint, Factors, Given, Saved, Start, Steps, Weights
+from ttt_jax.kernels.cluster import Shape
 
 
 def forward(
@@ -66,9 +67,9 @@ def backward(
     return Adjoint(_in_groups(dz1), _in_groups(dp), _in_groups(dz2), de, drate, dstart, u1)
 
 
-def _shape(steps: Steps, P: int, U: int, keep: float, save: bool) -> mlp.Shape:
+def _shape(steps: Steps, P: int, U: int, keep: float, save: bool) -> Shape:
     n, count, _, width = steps.k.shape
-    return mlp.Shape(n, width, count, P, U, keep, save)
+    return Shape(n, width, count, P, U, keep, save)
 
 
 def _in_groups(x: jax.Array) -> jax.Array:
