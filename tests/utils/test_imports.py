@@ -17,6 +17,7 @@ ROOMS = (
     ("ttt_jax.config",),
     ("ttt_jax.distributed",),
     ("ttt_jax.nn",),
+    ("ttt_jax.kernels",),
     ("ttt_jax.ttt",),
     ("ttt_jax.moshi",),
     ("ttt_jax.codec",),
