@@ -146,7 +146,7 @@ def module(cfg, tolerance=TOL) -> Module:
         return jax.tree.map(keep, state)
 
     def spoil(state):
-        nan = lambda leaf: leaf * np.array([1, np.nan]).reshape(-1, *(1,) * (leaf.ndim - 1))  # noqa: E731
+        nan = lambda leaf: leaf * np.array([1, np.nan], leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1))  # noqa: E731
         return state._replace(displacement=jax.tree.map(nan, state[0]), open_steps=jax.tree.map(nan, state[1]))
 
     return Module(
@@ -158,8 +158,8 @@ def module(cfg, tolerance=TOL) -> Module:
         reset=reset,
         row=of_row,
         spoil=spoil,
-        draw=lambda x, rng: rng.standard_normal(x.shape),
-        garbage=lambda x, rng: rng.choice([np.nan, np.inf, 1e300], x.shape),
+        draw=lambda x, rng: rng.standard_normal(x.shape).astype(x.dtype),
+        garbage=lambda x, rng: rng.choice(np.array([np.nan, np.inf, np.finfo(x.dtype).max], x.dtype), x.shape),
         tolerance=tolerance,
     )
 
