@@ -6,8 +6,8 @@ import jax
 
 from ttt_jax.config import TTTConfig
 from ttt_jax.kernels import choice
+from ttt_jax.ttt import inner
 from ttt_jax.ttt.fused import fused_scan
-from ttt_jax.ttt.inner import inner_scan
 from ttt_jax.ttt.measure import InnerMeasurement
 from ttt_jax.ttt.network import Inputs, Network
 from ttt_jax.ttt.state import TTTState
@@ -29,5 +29,5 @@ def inner_loop(
     """
     chain = choice.chain(cfg, inputs.q.shape[-1], mask.shape[1], inputs.q.dtype)
     if chain is None:
-        return inner_scan(base, scale, bias, state, inputs, mask, cfg, measured)
+        return inner.inner_scan(base, scale, bias, state, inputs, mask, cfg, measured)
     return fused_scan(base, scale, bias, state, inputs, mask, cfg, measured, chain)
