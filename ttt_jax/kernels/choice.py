@@ -1,4 +1,4 @@
-"""Which implementation runs a call of the inner loop: the fused kernels where they can run and are quicker, or the scan.
+"""Which implementation runs a call of the inner loop: fused kernels where they can run and are quicker, or the scan.
 
 Kernels are imported here alone, and only where they can run.
 """
