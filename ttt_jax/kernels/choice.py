@@ -20,6 +20,7 @@ CAPABILITY = "9.0"
 OLDEST_JAX = (0, 11, 2)
 """Of whose Pallas the kernels are written."""
 WIDTHS = (64, 128)
+"""Of heads."""
 HIDDEN = (4,)
 SHORTEST = 32
 """Frames of a call from which `auto` takes the kernels."""
