@@ -2,7 +2,6 @@
 much shared memory."""
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from tests.helpers.hopper import Setting, value_and_grads
@@ -25,7 +24,7 @@ def test_the_fused_inner_loop_lowers_for_cuda(width, mini_batch):
     def gradients(args, weights):
         return value_and_grads(lambda *args: fused_scan(*args, chain=hopper), setting.cfg, args, weights)
 
-    args, weights = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), setting.drawn(0))
+    args, weights = setting.drawn(0)
     for function, inputs in ((forward, args), (gradients, (args, weights))):
         lowered = jax.jit(function).trace(*inputs).lower(lowering_platforms=("cuda",))
         assert "mosaic_gpu" in lowered.as_text()
