@@ -85,8 +85,8 @@ class TTTConfig(Checked):
     remat_group: int = 16
     """Mini-batches whose activations the backward pass computes again together: memory for time, the same results."""
     impl: Impl = "auto"
-    """What runs the inner loop: "xla", a scan; "pallas", fused kernels for NVIDIA GPUs of compute capability 9.0;
-    "auto", the kernels where they can run and are quicker. The same results to rounding."""
+    """What runs the inner loop: a scan (xla), fused kernels for NVIDIA GPUs of compute capability 9.0 (pallas), or the
+    kernels where they can run and are quicker (auto). The same results to rounding."""
 
     def _rules(self) -> Iterator[tuple[str, str]]:
         b, lr, horizon, bound = self.mini_batch, self.base_lr, self.horizon, self.max_displacement

@@ -102,7 +102,7 @@ def test_short_calls_take_them_only_where_they_are_asked_for(hopper):
 
 def test_xla_never_takes_them(hopper):
     assert choice.chain(TTTConfig(impl="xla"), *CALL) is None
-    assert choice.described(TTTConfig(impl="xla"), *CALL) == "the scan in XLA, since ttt.impl is xla"
+    assert choice.described(TTTConfig(impl="xla"), *CALL) == "a scan, since ttt.impl is xla"
 
 
 def test_auto_says_what_it_takes_once_for_each_reason(hopper, caplog):
@@ -112,8 +112,8 @@ def test_auto_says_what_it_takes_once_for_each_reason(hopper, caplog):
         choice.chain(TTTConfig(impl="xla"), *CALL)
         choice.chain(TTTConfig(impl="pallas"), *CALL)
     assert [record.getMessage() for record in caplog.records] == [
-        "TTT layers run as fused kernels (Pallas)",
-        "TTT layers run as the scan in XLA, since the call has fewer than 32 frames",
+        "TTT layers run as fused kernels",
+        "TTT layers run as a scan, since the call has fewer than 32 frames",
     ]
 
 

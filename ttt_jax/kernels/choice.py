@@ -78,7 +78,7 @@ def why_not(cfg: TTTConfig, head_dim: int, frames: int, dtype: np.dtype) -> str 
 def described(cfg: TTTConfig, head_dim: int, frames: int, dtype: np.dtype) -> str:
     """The implementation that a call takes, and why, for people; arguments as of `why_not`."""
     reason = why_not(cfg, head_dim, frames, dtype)
-    return f"the scan in XLA, since {reason}" if reason else "fused kernels (Pallas)"
+    return f"a scan, since {reason}" if reason else "fused kernels"
 
 
 def _device() -> jax.Device:
