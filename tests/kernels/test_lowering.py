@@ -25,6 +25,6 @@ def test_the_fused_inner_loop_lowers_for_cuda(width, mini_batch):
         return value_and_grads(lambda *args: fused_scan(*args, chain=hopper), setting.cfg, args, weights)
 
     args, weights = setting.drawn(0)
-    for function, inputs in ((forward, args), (gradients, (args, weights))):
+    for function, inputs, kernels in ((forward, args, 1), (gradients, (args, weights), 2)):
         lowered = jax.jit(function).trace(*inputs).lower(lowering_platforms=("cuda",))
-        assert "mosaic_gpu" in lowered.as_text()
+        assert lowered.as_text().count("custom_call @mosaic_gpu") == kernels
