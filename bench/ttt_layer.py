@@ -1,10 +1,11 @@
 """Times the TTT inner loop against a plain scan and against the device's own limits: ``python -m bench.ttt_layer``.
 
-Per inner mini-batch size and batch: milliseconds forward and forward + backward, of `ttt_jax.ttt.inner.inner_scan` and
-of a peer measured in the same run, the plain causal dual form in a `lax.scan` (2-layer MLP, bfloat16 products, whole
-mini-batches of one phase: no masks, no streaming state, no bound). Two limits stand beside them: the time to read and
-write the fast weights once per mini-batch at the memory bandwidth that a copy reaches here, and that of the products
-products alone at the rate that a large matrix product reaches here.
+Per inner mini-batch size and batch: milliseconds forward and forward + backward, of the scan
+(`ttt_jax.ttt.inner.inner_scan`), of the fused kernels where they can run, and of a peer measured in the same run, the
+plain causal dual form in a `lax.scan` (2-layer MLP, bfloat16 products, whole mini-batches of one phase: no masks, no
+streaming state, no bound). Two limits stand beside them: the time to read and write the fast weights once per
+mini-batch at the memory bandwidth that a copy reaches here, and that of the products alone at the rate that a large
+matrix product reaches here. Both are the scan's: the kernels keep the weights on the chip.
 
 ``--one-frame`` times calls of one frame instead, as a live stream makes them: three layers, one after another for every
 frame. Their limit is the time to read base and displacement once a frame and to write the displacement once a
@@ -14,6 +15,7 @@ mini-batch.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import math
 import time
@@ -26,10 +28,16 @@ import numpy as np
 
 from bench.figures import copy_bandwidth, device, product_rate
 from ttt_jax.config import TTTConfig, default_base_lr
+from ttt_jax.kernels import choice
 from ttt_jax.ttt import inner, network
+from ttt_jax.ttt.loop import inner_loop
 from ttt_jax.ttt.one_frame import one_frame
 from ttt_jax.ttt.state import TTTState, close, init_state
 
+PASSES = {"forward": (1, 1), "forward+backward": (4, 3)}
+"""Products and readings of all weights, in those of the forward pass: the backward pass reads the weights again, and
+reads and writes their gradients."""
+PATHS = ("xla", "pallas", "plain")
 LAYERS = 3
 """Of the mode of one frame: as many as the 7B has by default."""
 
@@ -42,6 +50,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128, help="of a head")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--mini-batches", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=PASSES)
+    parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=PATHS, help="plain: the peer")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--one-frame", action="store_true", help="calls of one frame, one after another")
     args = parser.parse_args()
@@ -60,39 +70,45 @@ def main() -> None:
         f"a copy moves {bandwidth / 1e9:.0f} GB/s, a float32 product of default precision runs at {rate / 1e12:.1f}"
         " TFLOP/s"
     )
-    print(
-        "batch    b  pass                ours: median ms (spread)    plain scan: median ms (spread)   ratio  "
-        " us/mini-batch   limits ms: weights, products"
-    )
+    reason = choice.why_not(TTTConfig(impl="pallas"), args.width, args.frames, jnp.dtype("float32"))
+    if reason and "pallas" in args.paths:
+        args.paths.remove("pallas")
+        print(f"the fused kernels do not run here: {reason}")
+    columns = "".join(f"{f'{path}: median ms (spread)':>33s}" for path in args.paths)
+    print(f"batch    b  {'pass':18s}{columns}   limits ms: weights, products")
     for batch in args.batches:
         for b in args.mini_batches:
             print_cell(args, batch, b, bandwidth, rate)
 
 
 def print_cell(args: argparse.Namespace, batch: int, b: int, bandwidth: float, rate: float) -> None:
-    """Prints the figures of one batch and inner mini-batch size, forward and forward + backward."""
+    """Prints the figures of one batch and inner mini-batch size, by pass."""
     heads, width, frames = args.heads, args.width, args.frames
     cfg = TTTConfig(mini_batch=b)
     base, scale, bias, inputs, weight = arrays(batch, heads, width, frames, cfg)
     state = init_state(batch, heads, width, cfg.hidden, b, jnp.float32)
     mask = jnp.ones((batch, frames), bool)
 
-    def ours(base, scale, bias, displacement, inputs, state, mask):
-        state, z, _ = inner.inner_scan(base, scale, bias, state._replace(displacement=displacement), inputs, mask, cfg)
+    def by(impl: str, base, scale, bias, displacement, inputs, state, mask):
+        old, ttt = state._replace(displacement=displacement), dataclasses.replace(cfg, impl=impl)
+        state, z, _ = inner_loop(base, scale, bias, old, inputs, mask, ttt)
         return state.displacement, z
 
-    plain = partial(plain_scan, mini_batch=b, group=math.gcd(cfg.remat_group, frames // b))
+    functions = {
+        "xla": partial(by, "xla"),
+        "pallas": partial(by, "pallas"),
+        "plain": partial(plain_scan, mini_batch=b, group=math.gcd(cfg.remat_group, frames // b)),
+    }
     arguments = (base, scale, bias, state.displacement, inputs, state, mask, weight)
     points = width * 4 * width
     flops = batch * heads * frames * (7 * 2 * points + (20 * b * width if b > 1 else 0))
     traffic = 2 * 4 * batch * heads * 2 * points * (frames // b)
-    # Backward reads the weights again, and reads and writes their gradients.
-    for name, products, reads in (("forward", 1, 1), ("forward + backward", 4, 3)):
-        times = [spread(program(fun, name), arguments, args.repeats) for fun in (ours, plain)]
-        shown = [f"{middle:9.2f} ({least:.2f}-{most:.2f})" for middle, least, most in times]
+    for name in args.passes:
+        products, reads = PASSES[name]
+        times = [spread(program(functions[path], name), arguments, args.repeats) for path in args.paths]
+        shown = "".join(f"{f'{middle:.2f} ({least:.2f}-{most:.2f})':>33s}" for middle, least, most in times)
         print(
-            f"{batch:5d} {b:4d}  {name:18s} {shown[0]:>25s} {shown[1]:>31s} {times[0][0] / times[1][0]:9.2f}"
-            f" {times[0][0] * 1e3 / (frames // b):12.1f} {traffic * reads / bandwidth * 1e3:14.2f},"
+            f"{batch:5d} {b:4d}  {name:18s}{shown} {traffic * reads / bandwidth * 1e3:20.2f},"
             f" {flops * products / rate * 1e3:.2f}",
             flush=True,
         )

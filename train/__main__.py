@@ -113,7 +113,8 @@ def _first_change(config: TrainConfig, stored: TrainConfig) -> str | None:
     """The flag of the first field that a resumed run may not change."""
     old = _flags(config_json.to_dict(stored))
     for flag, value in _flags(config_json.to_dict(config)).items():
-        if value != old[flag] and flag.split(".")[0].removeprefix("--") not in CHANGEABLE:
+        field = flag.removeprefix("--").replace("-", "_")
+        if value != old[flag] and not any(f"{field}.".startswith(f"{name}.") for name in CHANGEABLE):
             return flag
     return None
 
@@ -138,7 +139,8 @@ def main(args: Sequence[str]) -> int:
     from train import loop, setup
 
     if options.resume is not None:
-        changes = {} if config is None else {name: getattr(config, name) for name in CHANGEABLE}
+        fields = {name.split(".")[0] for name in CHANGEABLE}
+        changes = {} if config is None else {field: getattr(config, field) for field in fields}
         return loop.resume(local(options.resume), **changes)
     if options.dry_run:
         return loop.dry_run(config)

@@ -235,7 +235,7 @@ PRESETS: dict[str, TrainConfig] = {
 """Named runs: `tiny` takes minutes on a laptop's CPU, `small` on a GPU; `moshi-7b` has the shape of Kyutai's model."""
 
 
-CHANGEABLE = ("mesh", "accumulate", "remat")
+CHANGEABLE = ("mesh", "accumulate", "remat", "model.ttt.impl")
 """Fields that may change when a run is resumed: they decide how it is computed, not what."""
 
 

@@ -10,10 +10,11 @@ import numpy as np
 
 from train.config import TrainConfig
 from train.initial_params import Parameters
-from train.setup import Run
+from train.setup import Run, inner_loop
 from train.step import Metrics
 from ttt_jax.config import FRAME_RATE
 from ttt_jax.data.corpus import Corpus
+from ttt_jax.kernels import choice
 from ttt_jax.utils.command import shortened
 
 log = logging.getLogger("train")
@@ -56,6 +57,8 @@ def _run(run: Run) -> None:
     kept = {"persist": "kept along each file", "reset": "cleared at every chunk"}[cfg.state]
     ttt = (layers, cfg.model.ttt.mini_batch, cfg.model.inner_lr, kept)
     log.info("TTT       layers %s, mini-batch %d, inner rate %g, %s", *ttt)
+    if cfg.model.ttt_layers:
+        log.info("          run as %s", choice.described(*inner_loop(cfg)))
 
 
 def _missing(corpus: Corpus) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -24,6 +25,7 @@ from train.step import TrainState, state_like
 from ttt_jax.checkpoints import weights
 from ttt_jax.checkpoints.run_checkpoints import FOLDER, open_run
 from ttt_jax.codec import MIMI, MIMI_AT, Codec
+from ttt_jax.config import TTTConfig
 from ttt_jax.data import corpus as corpora
 from ttt_jax.data import unigram
 from ttt_jax.data.corpus import Corpus, CorpusConfig
@@ -31,6 +33,7 @@ from ttt_jax.data.frames import Recording
 from ttt_jax.data.text import Tokenizer
 from ttt_jax.distributed import sharding
 from ttt_jax.errors import InputError
+from ttt_jax.kernels import choice
 from ttt_jax.utils import config_json
 from ttt_jax.utils.command import keep_compiled, machine
 from ttt_jax.utils.paths import local
@@ -61,6 +64,8 @@ def prepare(cfg: TrainConfig, run_dir: Path, load: Callable[..., Corpus] = corpo
     if not os.access(writable, os.W_OK):
         raise InputError(f"run_dir {run_dir} cannot be made ({writable} is not writable): give another --run-dir.")
     trackers.check(cfg.tensorboard, cfg.wandb)
+    if cfg.model.ttt_layers:
+        choice.chain(*inner_loop(cfg))
     initial_params.check_base(cfg)
     cfg = with_codec_of_base(cfg)
     codec, tokenizer = corpora.load_coders(cfg.data, cfg.model.card, cfg.model.text_card)
@@ -187,6 +192,12 @@ def fit_model(cfg: TrainConfig, codec: Codec, tokenizer: Tokenizer) -> TrainConf
     # The default inner rate may change in later versions: the run stores its own.
     ttt = dataclasses.replace(model.ttt, base_lr=model.inner_lr)
     return dataclasses.replace(cfg, model=dataclasses.replace(model, ttt=ttt))
+
+
+def inner_loop(cfg: TrainConfig) -> tuple[TTTConfig, int, int, np.dtype]:
+    """Returns what `choice` asks about the calls of the inner loop that a step makes."""
+    dtype = jnp.promote_types(cfg.model.dtype, jnp.float32)
+    return cfg.model.ttt, cfg.model.head_dim, cfg.data.chunk, dtype
 
 
 def find_mesh(cfg: TrainConfig) -> Mesh:

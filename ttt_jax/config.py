@@ -19,6 +19,7 @@ from ttt_jax.utils import config_json
 Preset = TypeVar("Preset")
 Dtype = Literal["float32", "bfloat16", "float64"]
 Part = Literal["attention", "ffn", "depth", "heads"]
+Impl = Literal["auto", "xla", "pallas"]
 FRAME_RATE = 12.5  # frames per second of Moshi and Mimi
 
 
@@ -83,6 +84,9 @@ class TTTConfig(Checked):
     """LayerNorm in front of its output projection."""
     remat_group: int = 16
     """Mini-batches whose activations the backward pass computes again together: memory for time, the same results."""
+    impl: Impl = "auto"
+    """What runs the inner loop: a scan (xla), fused kernels for NVIDIA GPUs of compute capability 9.0 (pallas), or the
+    kernels where they can run and are quicker (auto). The same results to rounding."""
 
     def _rules(self) -> Iterator[tuple[str, str]]:
         b, lr, horizon, bound = self.mini_batch, self.base_lr, self.horizon, self.max_displacement

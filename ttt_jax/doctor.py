@@ -155,9 +155,21 @@ def _show_devices() -> bool:
         limit = (device.memory_stats() or {}).get("bytes_limit")
         memory = f", {limit / 1e9:.1f} GB of memory for JAX" if limit else ""
         _line(f"device {device.id}", f"{device.device_kind} ({device.platform}){memory}")
+    _line("TTT layers", inner_loop())
     if {device.platform for device in devices} == {"cpu"} and shutil.which("nvidia-smi"):
         print(textwrap.fill(unused_gpu(), 98, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
     return True
+
+
+def inner_loop() -> str:
+    """Returns what runs the inner loop on this machine at default settings, in the 7B's sizes, and why."""
+    import numpy as np
+
+    from ttt_jax.config import MoshiConfig
+    from ttt_jax.kernels import choice
+
+    cfg = MoshiConfig()
+    return choice.described(cfg.ttt, cfg.head_dim, cfg.context, np.dtype("float32"))
 
 
 def unused_gpu() -> str:

@@ -1,5 +1,7 @@
 """Checkpoints to evaluate are known by their weights, not by where they lie."""
 
+import dataclasses
+
 import pytest
 
 from tests.helpers import micro
@@ -36,3 +38,12 @@ def test_added_layers_make_other_weights_on_the_same_base():
     assert weights.digest(base, changed) == weights.digest(base, files)
     assert weights.digest(whole, changed) != weights.digest(whole, files)
     assert weights.digest(whole, beside) == weights.digest(whole, files)
+
+
+def test_a_model_that_was_trained_with_kernels_does_not_ask_for_them(tmp_path):
+    from tests.helpers.eval_models import write_run
+
+    for impl, loaded in (("pallas", "auto"), ("xla", "xla")):
+        model = dataclasses.replace(CFG.model, ttt=dataclasses.replace(CFG.model.ttt, impl=impl))
+        run = write_run(tmp_path / impl, dataclasses.replace(CFG, model=model))
+        assert loading.load(run).cfg.ttt.impl == loaded

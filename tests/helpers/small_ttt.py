@@ -37,20 +37,29 @@ shallow_networks = pytest.mark.parametrize(
 )
 
 
-def grid(*default):
-    """Inner networks and mini-batch sizes; pairs that are not in `default` are slow."""
+def grid(*default, fused=False):
+    """Inner networks and mini-batch sizes; pairs that are not in `default` are slow. With `fused` also the 2-layer MLP
+    by the fused path ("fused-4"), and an argument `impl`."""
+    networks = [(name, hidden, "xla") for name, hidden in NETWORKS.items()]
+    if fused:
+        networks.append(("fused", NETWORKS["mlp2"], "pallas"))
     return pytest.mark.parametrize(
-        ("hidden", "mini_batch"),
+        ("hidden", "mini_batch", "impl") if fused else ("hidden", "mini_batch"),
         [
-            pytest.param(hidden, b, id=f"{name}-{b}", marks=() if f"{name}-{b}" in default else pytest.mark.slow)
-            for name, hidden in NETWORKS.items()
+            pytest.param(
+                *((hidden, b, impl) if fused else (hidden, b)),
+                id=f"{name}-{b}",
+                marks=() if f"{name}-{b}" in default else pytest.mark.slow,
+            )
+            for name, hidden, impl in networks
             for b in (1, 4, 16, 64)
         ],
     )
 
 
-pairs = grid("linear-1", "mlp2-4")
-"""Laws that hold by the same lines of code for every network: one pair each of b = 1 and of more."""
+pairs = grid("linear-1", "mlp2-4", "fused-4", fused=True)
+"""Laws that hold by the same lines of code for every network: one pair each of b = 1 and of more, and one of the fused
+path, which runs its plain chain here (tests/ttt/conftest.py)."""
 
 
 def config(hidden=(4,), mini_batch=4, dtype="float64", **ttt) -> MoshiConfig:
@@ -124,7 +133,7 @@ def up_to(phase, steps):
     return jax.tree.map(lambda leaf: leaf * (np.arange(leaf.shape[2]) < phase[:, None])[:, None, :, None], steps)
 
 
-def module(cfg) -> Module:
+def module(cfg, tolerance=TOL) -> Module:
     """The layer as `tests.helpers.contract.verify` takes it."""
 
     def of_row(tree, index):
@@ -137,7 +146,7 @@ def module(cfg) -> Module:
         return jax.tree.map(keep, state)
 
     def spoil(state):
-        nan = lambda leaf: leaf * np.array([1, np.nan]).reshape(-1, *(1,) * (leaf.ndim - 1))  # noqa: E731
+        nan = lambda leaf: leaf * np.array([1, np.nan], leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1))  # noqa: E731
         return state._replace(displacement=jax.tree.map(nan, state[0]), open_steps=jax.tree.map(nan, state[1]))
 
     return Module(
@@ -149,9 +158,9 @@ def module(cfg) -> Module:
         reset=reset,
         row=of_row,
         spoil=spoil,
-        draw=lambda x, rng: rng.standard_normal(x.shape),
-        garbage=lambda x, rng: rng.choice([np.nan, np.inf, 1e300], x.shape),
-        tolerance=TOL,
+        draw=lambda x, rng: rng.standard_normal(x.shape).astype(x.dtype),
+        garbage=lambda x, rng: rng.choice(np.array([np.nan, np.inf, np.finfo(x.dtype).max], x.dtype), x.shape),
+        tolerance=tolerance,
     )
 
 

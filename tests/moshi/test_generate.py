@@ -321,6 +321,12 @@ def test_a_state_knows_its_sink_and_older_ones_have_none(tmp_path):
         stream_state.load_state(path, sunk)
 
 
+def test_a_state_goes_on_by_any_implementation(tmp_path):
+    path, state, ttt = tmp_path / "state", model.init_state(CFG, 1), dataclasses.replace(CFG.ttt, impl="xla")
+    stream_state.save_state(path, state, CFG)
+    equal(stream_state.load_state(path, dataclasses.replace(CFG, ttt=ttt)), state)
+
+
 def test_a_state_with_the_sum_of_the_open_mini_batch_is_refused(tmp_path):
     path = tmp_path / "state"
     # As they were written before there were formats.

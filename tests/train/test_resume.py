@@ -141,6 +141,13 @@ def test_a_taken_run_folder_is_refused(runs):
         loop.start([dataclasses.replace(CONFIG, run_dir=str(runs[0] / "whole"))])
 
 
+def test_kernels_that_cannot_run_are_refused_before_there_is_a_folder(tmp_path):
+    model = dataclasses.replace(CONFIG.model, ttt=dataclasses.replace(CONFIG.model.ttt, impl="pallas"))
+    with pytest.raises(InputError, match="ttt.impl=pallas cannot run here: the device is cpu"):
+        loop.start([dataclasses.replace(CONFIG, model=model, run_dir=str(tmp_path / "run"))])
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_refuses_other_data(runs, tmp_path):
     stopped = tmp_path / "stopped"
     shutil.copytree(runs[0] / "stopped", stopped)

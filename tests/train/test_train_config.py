@@ -48,6 +48,17 @@ def test_options_of_the_run_are_taken_from_anywhere_on_the_line():
     assert (options.resume, config) == ("runs/x", None)
 
 
+def test_a_resumed_run_may_be_computed_in_another_way(tmp_path):
+    config_json.write_json(tmp_path / "config.json", config_json.to_dict(PRESETS["tiny"]))
+    options, config = parse(["--resume", str(tmp_path), "--model.ttt.impl", "xla", "--remat", "dots"])
+    ttt = dataclasses.replace(PRESETS["tiny"].model.ttt, impl="xla")
+    model = dataclasses.replace(PRESETS["tiny"].model, ttt=ttt)
+    assert config == dataclasses.replace(PRESETS["tiny"], model=model, remat="dots", run_dir=None)
+    for field, value in (("model.ttt.mini-batch", "8"), ("model.context", "9")):
+        with pytest.raises(InputError, match=f"takes no --{field}: use --from"):
+            parse(["--resume", str(tmp_path), f"--{field}", value])
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -30,7 +30,7 @@ def test_a_sound_machine_passes_in_a_minute():
     done = run(JAX_PLATFORMS="cpu")
     assert time.monotonic() - before < 60
     assert done.returncode == 0, done.stdout + done.stderr
-    for words in ("python", "jaxlib", "orbax-checkpoint", "device 0", "cpu", "python -m train", "pytest"):
+    for words in ("python", "jaxlib", "orbax-checkpoint", "device 0", "cpu", "TTT layers", "python -m train", "pytest"):
         assert words in done.stdout
     verdicts = re.findall(r"^  (\d) .*(PASS|FAIL)", done.stdout, flags=re.MULTILINE)
     assert {law for law, _ in verdicts} == set("12467")
@@ -242,6 +242,12 @@ def test_an_older_python_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "PYTHON", (99, 0))
     assert doctor.main([]) == 1
     assert "install 99.0 or later" in capsys.readouterr().out
+
+
+def test_the_implementation_of_the_inner_loop_is_reported(capsys):
+    assert doctor._show_devices()
+    line = "  TTT layers        a scan, since the device is cpu, no NVIDIA GPU of compute capability 9.0"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_an_unused_gpu_is_reported(monkeypatch, capsys):

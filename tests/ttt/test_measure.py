@@ -42,8 +42,8 @@ def assert_measured(params, x, mask, state, cfg):
 @pairs
 @given(seed=seeds)
 @few
-def test_measured_losses_are_those_of_the_written_out_descent(hidden, mini_batch, x64, seed):
-    cfg = config(hidden, mini_batch)
+def test_measured_losses_are_those_of_the_written_out_descent(hidden, mini_batch, impl, x64, seed):
+    cfg = config(hidden, mini_batch, impl=impl)
     params, x, rng = setting(cfg, seed, FRAMES)
     assert_measured(params, x, random_mask(rng, (ROWS, FRAMES)), carried_state(cfg, rng), cfg)
 

@@ -11,6 +11,7 @@ from tests.helpers.contract import verify
 from tests.helpers.drawing import (
     assert_close,
     assert_same_bits,
+    digest,
     few,
     random_like,
     random_mask,
@@ -37,6 +38,10 @@ from tests.helpers.small_ttt import (
     value_and_grads,
 )
 from ttt_jax.ttt.layer import init_state
+
+FLOAT16 = 2e-3
+"""Of outputs, states and gradients in units of the larger of 1 and a leaf's greatest magnitude, where products multiply
+float16 numbers, off by up to 4.9e-4 each."""
 
 # The reference itself
 
@@ -66,11 +71,11 @@ def test_reference_gradient_equals_finite_differences(hidden):
 # Law 1
 
 
-@grid("mlp5-4")  # the others: the contract below
+@grid("mlp5-4", fused=True)  # the others: the contract below
 @given(seed=seeds)
 @few
-def test_parallel_form_equals_written_out_descent(hidden, mini_batch, x64, seed):
-    cfg, frames = config(hidden, mini_batch), 12
+def test_parallel_form_equals_written_out_descent(hidden, mini_batch, impl, x64, seed):
+    cfg, frames = config(hidden, mini_batch, impl=impl), 12
     params, x, rng = setting(cfg, seed, frames)
     for state in (init_state(cfg, ROWS), carried_state(cfg, rng)):
         mask = random_mask(rng, (ROWS, frames))
@@ -89,8 +94,8 @@ def test_mini_batches_longer_than_a_call(mini_batch, x64):
 
 
 @pairs
-def test_outer_gradients_equal_finite_differences(hidden, mini_batch, x64):
-    cfg, frames = config(hidden, mini_batch), PARTS[0][0]
+def test_outer_gradients_equal_finite_differences(hidden, mini_batch, impl, x64):
+    cfg, frames = config(hidden, mini_batch, impl=impl), PARTS[0][0]
     params, x, rng = setting(cfg, 2, frames)
     state, mask = carried_state(cfg, rng), random_mask(rng, (ROWS, frames))
     weights = random_like((x, state[:2]), rng)
@@ -114,8 +119,8 @@ def test_outer_gradients_equal_finite_differences(hidden, mini_batch, x64):
 @pairs
 @given(seed=seeds)
 @few
-def test_the_layer_keeps_its_contract(hidden, mini_batch, x64, seed):
-    cfg = config(hidden, mini_batch)
+def test_the_layer_keeps_its_contract(hidden, mini_batch, impl, x64, seed):
+    cfg = config(hidden, mini_batch, impl=impl)
     params, x, rng = setting(cfg, seed)
     state, mask = carried_state(cfg, rng), random_mask(rng, (ROWS, FRAMES))
     verify(module(cfg), params, x, mask, state, rng, PARTS)
@@ -123,6 +128,21 @@ def test_the_layer_keeps_its_contract(hidden, mini_batch, x64, seed):
     assert_close((out, new), reference(params, x, mask, state, cfg), TOL)
     assert (out[~mask] == 0).all()
     np.testing.assert_array_equal(new.count, state.count + mask.sum(1))
+
+
+@pytest.mark.parametrize("mini_batch", [4, *(pytest.param(b, marks=pytest.mark.slow) for b in (1, 16))])
+def test_the_fused_path_keeps_the_contract_with_float16_products(mini_batch):
+    cfg = config((4,), mini_batch, dtype="float32", impl="pallas")
+    params, x, rng = setting(cfg, 4)
+    verify(module(cfg, FLOAT16), params, x, random_mask(rng, (ROWS, FRAMES)), carried_state(cfg, rng), rng, PARTS)
+
+
+def test_the_fused_path_changes_results_by_rounding_only(x64):
+    params, x, rng = setting(config(), 5)
+    state, mask = carried_state(config(), rng), random_mask(rng, (ROWS, FRAMES))
+    scan, fused = (call(params, x, mask, state, cfg=config(impl=impl)) for impl in ("xla", "pallas"))
+    assert_close(fused, scan, TOL)
+    assert digest(fused) != digest(scan)
 
 
 def test_an_open_mini_batch_is_filled_from_any_place(x64):
@@ -154,10 +174,10 @@ def test_every_variant_keeps_the_contract(variant, x64):
 
 
 @pytest.mark.slow
-@grid()
+@grid(fused=True)
 @given(seed=seeds, parts=splits(32))
-def test_any_split_gives_the_same_outputs_and_state(hidden, mini_batch, x64, seed, parts):
-    cfg = config(hidden, mini_batch)
+def test_any_split_gives_the_same_outputs_and_state(hidden, mini_batch, impl, x64, seed, parts):
+    cfg = config(hidden, mini_batch, impl=impl)
     params, x, rng = setting(cfg, seed, frames=32)
     state, mask = carried_state(cfg, rng), random_mask(rng, (ROWS, 32))
     assert_close(run_split(params, x, mask, state, cfg, parts), call(params, x, mask, state, cfg=cfg), TOL)
@@ -189,8 +209,8 @@ def test_closed_gate_returns_the_input_exactly(dtype):
 
 
 @pairs
-def test_gradient_reaches_the_base_weights_past_a_cut_state(hidden, mini_batch, x64):
-    cfg = config(hidden, mini_batch)
+def test_gradient_reaches_the_base_weights_past_a_cut_state(hidden, mini_batch, impl, x64):
+    cfg = config(hidden, mini_batch, impl=impl)
     frames = max(PARTS[0][0], mini_batch)  # weights move where a mini-batch closes: one at least
     params, x, rng = setting(cfg, 9, frames)
     mask = np.ones((ROWS, frames), bool)

@@ -68,6 +68,7 @@ def test_impossible_layers_are_refused(text, words):
         (lambda: TTTConfig(mini_batch=1.5), "ttt.mini_batch is 1.5, but must be of type int"),
         (lambda: TTTConfig(hidden=(2.5,)), "ttt.hidden is 2.5, but must be of type int"),
         (lambda: TTTConfig(hidden=4), "ttt.hidden is 4, but must be a list"),
+        (lambda: TTTConfig(impl="cuda"), "ttt.impl is 'cuda', but must be 'auto' or 'xla' or 'pallas'"),
         (lambda: TTTConfig(rope="no"), "ttt.rope is 'no', but must be of type bool"),
         (lambda: TTTConfig(base_lr=True), "ttt.base_lr is True, but must be of type float"),
         (lambda: TTTConfig(layers=(1, 2)), "ttt.layers is (1, 2), but must be of type str"),

@@ -64,15 +64,26 @@ def load(path: str | Path) -> Checkpoint:
         data = run.meta["config"]["data"]
         fields = {field.name: data[field.name] for field in dataclasses.fields(CorpusConfig)}
         speech = config_json.from_dict(CorpusConfig, fields, f"the checkpoint in {path}")
-        return Checkpoint(name, run.config, run.params, {"path": str(path), **run.meta}, speech, data["chunk"])
+        return Checkpoint(
+            name, _portable(run.config), run.params, {"path": str(path), **run.meta}, speech, data["chunk"]
+        )
     if (path / weights.CONFIG).is_file():
         folder = weights.load(path)
         digest = weights.digest(weights.tensors(folder.cfg), folder.info["files"])
-        return Checkpoint(name, folder.cfg, folder.params, {"path": str(path), **folder.info, "weights": digest})
+        return Checkpoint(
+            name, _portable(folder.cfg), folder.params, {"path": str(path), **folder.info, "weights": digest}
+        )
     raise InputError(
         f"{path} is no checkpoint (it has neither {CHECKPOINTS}/ nor {weights.CONFIG}): give the folder of a"
         " run or of converted weights."
     )
+
+
+def _portable(cfg: MoshiConfig) -> MoshiConfig:
+    """Returns `cfg` without a demand for kernels: where a model was trained binds no other machine."""
+    if cfg.ttt.impl != "pallas":
+        return cfg
+    return dataclasses.replace(cfg, ttt=dataclasses.replace(cfg.ttt, impl="auto"))
 
 
 def load_all(paths: Sequence[str | Path], keep: bool = True) -> list[Checkpoint]:

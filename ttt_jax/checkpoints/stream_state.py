@@ -136,7 +136,9 @@ def check_model(stored: Stored, cfg: MoshiConfig) -> None:
 
 def describe(cfg: MoshiConfig) -> str:
     """Returns what a state depends on of its model's configuration, JSON."""
-    return json.dumps(config_json.to_dict(_model(cfg)))
+    model = config_json.to_dict(_model(cfg))
+    del model["ttt"]["impl"]  # how a stream is computed; older states do not name it
+    return json.dumps(model)
 
 
 def _type(dtype: np.dtype) -> str:

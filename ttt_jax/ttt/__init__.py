@@ -3,6 +3,7 @@ network.
 
 - `network.py`: the inner network, its gradient, reading through steps: plain functions on arrays
 - `state.py`: the state, and how a mini-batch closes
+- `loop.py`: the inner loop over a call of several frames, by `inner.py` or `fused.py`
 - `inner.py`: the scan over mini-batches
 - `one_frame.py`: calls of one frame
 - `fused.py`: the scan with its sequential part as a kernel (`ttt_jax.kernels`): the call; `chained.py`: its gradient

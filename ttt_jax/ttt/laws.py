@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,9 +20,10 @@ from ttt_jax.ttt.network import Network
 from ttt_jax.ttt.state import TTTState
 from ttt_jax.utils.xla import QUICK, known_options
 
-ROWS, FRAMES, WIDTH, HEADS = 2, 24, 16, 2
+ROWS, FRAMES = 2, 24
 TTT = TTTConfig(layers="0", mini_batch=4, horizon=40.0)
 """A horizon so short that almost half of what was learned decays within `FRAMES` frames."""
+LAYER = MoshiConfig(dim=16, num_heads=2, num_layers=1, ttt=TTT)
 
 EXACT = {"float64": 0.0, "float32": 0.0}
 ROUNDING = {"float64": 1e-10, "float32": 1e-4}
@@ -53,15 +55,16 @@ def layer_apply(
     return TTTLayer(cfg).apply({"params": params}, x, mask, state)[:2]
 
 
-def check_laws(apply: Callable = layer_apply, dtype: str = "float64") -> list[Finding]:
+def check_laws(apply: Callable = layer_apply, dtype: str = "float64", layer: MoshiConfig = LAYER) -> list[Finding]:
     """Tries all laws; a layer that raises is a finding, too.
 
     Args:
       apply: pure function with the arguments and results of `layer_apply`.
       dtype: "float64", or "float32", with looser tolerances, for devices without float64.
+      layer: sizes of the layer; `FRAMES` frames end a mini-batch.
     """
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
-        trial, findings = _Trial(apply, dtype), []
+        trial, findings = _Trial(apply, dataclasses.replace(layer, dtype=dtype)), []
         for law, text, measure, allowed in LAWS:
             try:
                 error, problem = measure(trial), None
@@ -74,11 +77,10 @@ def check_laws(apply: Callable = layer_apply, dtype: str = "float64") -> list[Fi
 class _Trial:
     """A layer with random parameters and frames: x [B, T, D], gaps bool [B, T] (row 0 is all valid, row 1 has gaps)."""
 
-    def __init__(self, apply: Callable, dtype: str):
-        cfg = MoshiConfig(dim=WIDTH, num_heads=HEADS, num_layers=1, dtype=dtype, ttt=TTT)
-        rng = np.random.default_rng(0)
+    def __init__(self, apply: Callable, cfg: MoshiConfig):
+        dtype, rng = cfg.dtype, np.random.default_rng(0)
         self.apply, self.call, self.cfg = apply, _jit(apply, static_argnames="cfg"), cfg
-        self.x = rng.standard_normal((ROWS, FRAMES, WIDTH)).astype(dtype)
+        self.x = rng.standard_normal((ROWS, FRAMES, cfg.dim)).astype(dtype)
         self.gaps = rng.random((ROWS, FRAMES)) < 0.7
         self.gaps[0] = True
         init = lambda key: TTTLayer(cfg).init(key, self.x, self.gaps, init_state(cfg, ROWS))["params"]  # noqa: E731

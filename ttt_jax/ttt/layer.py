@@ -15,8 +15,9 @@ from ttt_jax.nn.init import fan_in_normal, fan_in_uniform, linear_kernel
 from ttt_jax.nn.linear import Kernel, linear
 from ttt_jax.nn.norms import rms_norm
 from ttt_jax.nn.rotary import rotate
-from ttt_jax.ttt import inner, network
+from ttt_jax.ttt import network
 from ttt_jax.ttt import state as ttt_state
+from ttt_jax.ttt.loop import inner_loop
 from ttt_jax.ttt.measure import InnerMeasurement
 from ttt_jax.ttt.one_frame import one_frame
 from ttt_jax.ttt.state import TTTState
@@ -127,7 +128,7 @@ class TTTLayer(nn.Module):
                 run = jax.tree.map(lambda leaf: leaf[None], (state, after))
                 after = jax.tree.map(lambda leaf: leaf[0], ttt_state.close(*run, [base], cfg.ttt))
         else:
-            after, z, of_inner = inner.inner_scan(*arguments)
+            after, z, of_inner = inner_loop(*arguments)
             if control is not None:
                 after = _where(control.learns, after, state)
 
