@@ -34,11 +34,16 @@ def hopper(monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("impl", ["auto", "pallas"])
-def test_a_hopper_gpu_runs_them(hopper, impl, width):
-    assert choice.why_not(TTTConfig(impl=impl), width, *CALL[1:]) is None
-    assert choice.chain(TTTConfig(impl=impl), width, *CALL[1:]) is hopper
+@pytest.mark.parametrize(("impl", "width", "b"), [("auto", 128, 16), ("pallas", 128, 1), ("pallas", 64, 16)])
+def test_a_hopper_gpu_runs_them(hopper, impl, width, b):
+    cfg = TTTConfig(impl=impl, mini_batch=b)
+    assert choice.why_not(cfg, width, *CALL[1:]) is None
+    assert choice.chain(cfg, width, *CALL[1:]) is hopper
+
+
+def test_auto_takes_them_only_where_they_were_timed(hopper):
+    assert choice.why_not(TTTConfig(), 64, *CALL[1:]) == "kernels for heads of width 64 were not timed"
+    assert choice.why_not(TTTConfig(mini_batch=4), *CALL) == "kernels for mini-batches of 4 were not timed"
 
 
 @pytest.mark.parametrize(
@@ -47,6 +52,7 @@ def test_a_hopper_gpu_runs_them(hopper, impl, width):
         ({"hidden": ()}, {}, "ttt.hidden is (), not (4,)"),
         ({"hidden": (4, 4)}, {}, "ttt.hidden is (4, 4), not (4,)"),
         ({"max_displacement": 2.0}, {}, "ttt.max_displacement is 2.0, a bound that the kernels do not apply"),
+        ({"base_lr": 1e-4}, {}, "ttt.base_lr is 0.0001, and steps below 0.01 are too small for float16"),
         ({}, {"width": 32}, "heads are 32 wide, not 64 or 128"),
         ({}, {"dtype": jnp.dtype("float64")}, "the layer computes in float64, not float32"),
     ],

@@ -22,8 +22,10 @@ OLDEST_JAX = (0, 11, 2)
 WIDTHS = (64, 128)
 """Of heads."""
 HIDDEN = (4,)
-SHORTEST = 32
-"""Frames of a call from which `auto` takes the kernels."""
+SMALLEST_LR = 0.01
+"""Inner learning rate below which steps come too near to float16's smallest numbers (6e-8)."""
+SHORTEST, NARROWEST, SMALLEST_BATCH = 32, 128, 16
+"""Frames of a call, head width and mini-batch from which `auto` takes the kernels: smaller ones were not timed."""
 
 log = logging.getLogger("ttt_jax")
 
@@ -70,8 +72,14 @@ def why_not(cfg: TTTConfig, head_dim: int, frames: int, dtype: np.dtype) -> str 
         return f"heads are {head_dim} wide, not {' or '.join(map(str, WIDTHS))}"
     if dtype != np.float32:
         return f"the layer computes in {np.dtype(dtype)}, not float32"
+    if cfg.base_lr is not None and 0 < cfg.base_lr < SMALLEST_LR:
+        return f"ttt.base_lr is {cfg.base_lr}, and steps below {SMALLEST_LR} are too small for float16"
     if cfg.impl == "auto" and frames < SHORTEST:
         return f"the call has fewer than {SHORTEST} frames"
+    if cfg.impl == "auto" and head_dim < NARROWEST:
+        return f"kernels for heads of width {head_dim} were not timed"
+    if cfg.impl == "auto" and cfg.mini_batch < SMALLEST_BATCH:
+        return f"kernels for mini-batches of {cfg.mini_batch} were not timed"
     return None
 
 

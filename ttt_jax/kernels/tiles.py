@@ -71,7 +71,8 @@ def plus(init: jax.Array, *pairs: tuple[Any, Ref]) -> jax.Array:
 
 def transposed(ref: Ref) -> Ref:
     """A matrix in shared memory, read the other way round."""
-    return plgpu.transpose_ref(ref, (1, 0))
+    # References have the method from 0.12 on, which does not want the function any more.
+    return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
 
 def rows(x: jax.Array, columns: int) -> jax.Array:

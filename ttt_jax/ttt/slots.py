@@ -92,7 +92,9 @@ rearrange.defvjp(
 
 
 def plan_of(frames: int, mini_batch: int, keep: float, held: int, most: float) -> tuple[Plan, int, int]:
-    """Lays out a call of T frames in chunks of whole groups of 64 to 128 frames, or of all, with as few empty slots as possible.
+    """Lays out a call of T frames in chunks of whole groups, with as few empty slots as possible.
+
+    A group has 64 to 128 frames, or all of the call.
 
     Args:
       frames: T; mini_batch: b; keep: as in `Plan`.
