@@ -189,3 +189,20 @@ def test_no_rate_leaves_the_weights_alone(programs, setting):
     assert all((x == 0).all() for x in jax.tree.leaves(state[:2]))
     assert_close((measured.loss_before, measured.loss_after), (measured.loss_base,) * 2, 1e-5)
     assert (measured.displacement == 0).all()
+
+
+@pytest.mark.parametrize("mapped", ["base", "scale"])
+def test_arms_side_by_side_are_those_one_by_one(mapped):
+    setting = Setting(128, 16, frames=64)
+    arms = [setting.drawn(seed)[0] for seed in (0, 1)]
+    own = {"base": 0, "scale": 1}[mapped]  # the other one is shared
+    shared = [x for i, x in enumerate(arms[0]) if i != own]
+
+    def call(x):
+        args = [*shared]
+        args.insert(own, x)
+        return kernel(*args, setting.cfg)[1]
+
+    together = jax.jit(jax.vmap(call))(jax.tree.map(lambda *xs: np.stack(xs), *(arm[own] for arm in arms)))
+    one_by_one = jax.jit(call)
+    assert_close(together, np.stack([one_by_one(arm[own]) for arm in arms]), ROUNDING)

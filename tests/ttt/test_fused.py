@@ -244,7 +244,7 @@ def test_arms_side_by_side(base, x64):
         (2048, 64, 4, 4, 33),
         (100, 40, 3, 6, 4),
         (64, 1, 1, 64, 64),
-        (1, 16, 1, 1, 1),
+        (1, 16, 1, 2, 2),
         (300, 256, 16, 16, 3),
     ],
 )
@@ -259,3 +259,10 @@ def test_long_calls_go_in_equal_chunks():
     assert batches % plan.per_group == 0
     assert batches * 1000 <= 50_000
     assert chunks * batches >= 129
+
+
+@pytest.mark.parametrize("b", [1, 4, 16, 17, 64])
+def test_no_chunk_holds_more_than_it_may(b):
+    for most in (10_000, 33_000, 100_000):
+        plan, _, batches = plan_of(2048, b, 1.0, 100, most)
+        assert batches * 100 <= max(most, 100 * plan.per_group)

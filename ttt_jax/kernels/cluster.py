@@ -28,8 +28,8 @@ R = 64
 class Shape(NamedTuple):
     """Sizes and settings of a kernel; letters as in `kernels.chain`."""
 
-    heads: int
-    """N."""
+    lanes: int
+    """N, rows times heads."""
     width: int
     """D, 64 or 128."""
     steps: int
@@ -107,7 +107,8 @@ def buffer(scratch: Ref, place: Place, first: int, count: int) -> Ref:
 
 
 def meet(barrier: Ref, warpgroups: int) -> None:
-    """Makes what the block has written to shared memory readable for products and copies of all its warpgroups."""
+    """Waits for all warpgroups of the block, and makes what they have written to shared memory readable for products
+    and copies."""
     plgpu.commit_smem()
     if warpgroups > 1:
         plgpu.barrier_arrive(barrier)
@@ -121,7 +122,7 @@ def launch(body, shape: Shape, out_type: list, scratch_types: list, *args: jax.A
         functools.partial(body, shape),
         out_type=tuple(out_type),
         scratch_types=[*scratch_types, barrier],
-        grid=(shape.heads,),
+        grid=(shape.lanes,),
         grid_names=("head",),
         cluster=(NC,),
         cluster_names=("block",),
@@ -246,6 +247,7 @@ def open_mail(mail: Ref) -> None:
         pointer = utils.memref_ptr(mail)
         utils.inline_ptx("mbarrier.init.shared::cta.b64 [$0], 1;", pointer, predicate=first, has_side_effects=True)
         utils.inline_ptx("fence.mbarrier_init.release.cluster;", has_side_effects=True)
+        utils.warpgroup_barrier()
 
     init(mail)
 

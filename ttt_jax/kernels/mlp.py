@@ -8,8 +8,8 @@ whole call. Products read the base and a float16 copy of the displacement in sha
 3. LayerNorm, the inner loss's gradient and n2: every block for all slots, so that n2 need not be sent;
 4. p = W2 n2 and n1, and the steps n1 k^T and x2 n2^T added to the displacement.
 
-Tokens are the columns of all arrays. `_s` marks shared memory, `_out` results; those that leave through shared memory
-are written while the step goes on.
+Tokens are the columns of all arrays. `_s` marks shared memory, `_out` results. Tiles are copied out while the step goes
+on; a warpgroup waits for its own copies before it writes a tile again.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def kernel(s: Shape, *args: jax.Array) -> tuple[jax.Array, ...]:
       x2, n1, n2 [N, G, X, U, C]; w1, b1, w2 and b2 at the groups' starts and after the call, b2 in parts [...,
       warpgroups, D]; with `s.save` (w2 at the starts is then left out) w2 of all mini-batches, z1, p, zn, rstd.
     """
-    n, d, hidden, groups = s.heads, s.width, s.hidden, s.groups
+    n, d, hidden, groups = s.lanes, s.width, s.hidden, s.groups
     full, half = (lambda *shape, t=t: jax.ShapeDtypeStruct(shape, t) for t in (F32, F16))
     of_hidden = half(n, groups, hidden, s.group, C)
     out = [of_hidden, of_hidden, half(n, groups, d, s.group, C), half(n, groups, hidden, d), full(n, groups, hidden)]
@@ -99,8 +99,11 @@ def _body(s: Shape, *refs: Ref) -> None:
 
     at = place(s)
     n, block, wg, d = at.n, at.block, at.wg, s.width
-    h = lax.rem(n, base_w1.shape[0])
     units, ours, own = at.of_head, at.of_block, at.own
+
+    def entry(ref: Ref) -> Ref:
+        """Of an array for heads, or for rows and heads."""
+        return ref.at[lax.rem(n, ref.shape[0])]
 
     def fetch(i: jax.Array, slot: jax.Array) -> None:
         @pl.when(wg == 0)
@@ -109,15 +112,15 @@ def _body(s: Shape, *refs: Ref) -> None:
 
     @pl.when(wg == 0)
     def _():
-        weights = (base_w1.at[h], base1_s), (base_w2.at[h], base2_s), (read_w1.at[n], d1_s), (read_w2.at[n], d2_s)
+        weights = (entry(base_w1), base1_s), (entry(base_w2), base2_s), (read_w1.at[n], d1_s), (read_w2.at[n], d2_s)
         for ref, to in weights:
             plgpu.copy_gmem_to_smem(ref.at[at.all_of_block], to, start_barrier)
 
     fetch(0, 0)
     w1, w2 = load(total_w1.at[n, units], TILE), load(total_w2.at[n, units], TILE)
     b1, read1 = load(total_b1.at[n, units], ROW), load(read_b1.at[n, units], ROW)
-    base1, base2 = load(base_b1.at[h, units], ROW), load(base_b2.at[h], ROW)
-    scale, bias = load(scale_ref.at[h], ROW), load(bias_ref.at[h], ROW)
+    base1, base2 = load(entry(base_b1).at[units], ROW), load(entry(base_b2), ROW)
+    scale, bias = load(entry(scale_ref), ROW), load(entry(bias_ref), ROW)
     # Each warpgroup sums the second bias over its own slots: the bias is the sum of these parts.
     here = jnp.where(wg == 0, 1.0, 0.0).astype(F32)
     b2 = load(total_b2.at[n], ROW) * here
@@ -163,7 +166,7 @@ def _body(s: Shape, *refs: Ref) -> None:
             z1_s.at[ours][...] = z1.astype(F16)
         meet(warpgroups.at[0], s.warpgroups)
 
-        # The other warpgroup has left the step before: what that read may be written.
+        # Both warpgroups are in this step: what they read in the step before may be overwritten.
         @pl.when(i + 1 < s.steps)
         def _():
             fetch(i + 1, 1 - slot)
@@ -236,7 +239,7 @@ def _body(s: Shape, *refs: Ref) -> None:
             d2_s.at[ours][...] = w2.astype(F16)
             plgpu.commit_smem()
 
-        # The copies of this step's weights have left, all but the last so many copies.
+        # All copies but the newest have been read, and the newest are of this step's slots: the weights may be renewed.
         plgpu.wait_smem_to_gmem(4 if s.save else 2, wait_read_only=True)
         if s.per_batch == 1:
             renew()

@@ -57,7 +57,7 @@ def kernel(s: Shape, *args: jax.Array) -> tuple[jax.Array, ...]:
     Returns:
       u1, dz1, dp, dz2, de, drate, and w1, b1, w2, b2 of `dstart`, b2 in parts [N, warpgroups, D].
     """
-    n, d, hidden, wgs = s.heads, s.width, s.hidden, s.warpgroups
+    n, d, hidden, wgs = s.lanes, s.width, s.hidden, s.warpgroups
     full, half = (lambda *shape, t=t: jax.ShapeDtypeStruct(shape, t) for t in (F32, F16))
     of_hidden = half(n, s.groups, hidden, s.group, C)
     out = [half(n, s.groups, hidden, d), of_hidden, of_hidden, half(n, s.groups, d, s.group, C)]
@@ -162,7 +162,7 @@ def _body(s: Shape, *refs: Ref) -> None:
         meet(warpgroups.at[0], s.warpgroups)
         pl.when(t == 0)(lambda: plgpu.copy_smem_to_gmem(u1_s.at[ours], u1_out.at[n, g, units]))
 
-        # The other warpgroup has left the step before: what that read may be written.
+        # Both warpgroups are in this step: what they read in the step before may be overwritten.
         @pl.when(i > 0)
         def _():
             fetch(i - 1, 1 - slot)
@@ -184,7 +184,6 @@ def _body(s: Shape, *refs: Ref) -> None:
         part = plus(part, (transposed(base2_s.at[:, ours]), dp_s), (transposed(d2_s.at[:, ours]), dp_s))
         plgpu.barrier_wait(cluster)
         send(part, parts_s.at[block, ours], mail)
-        # Meanwhile:
         plgpu.copy_smem_to_gmem(dp_s.at[ours], dp_out.at[n, g, units, u])
         dw2 = plus(dw2, (dp.astype(F16), transposed(n2)))
 

@@ -1,4 +1,6 @@
-"""The MLP chain in plain JAX: the same splitting and the same roundings as the GPU kernel, on any device.
+"""The MLP chain in plain JAX: the splitting and the roundings of the GPU kernels, on any device.
+
+One rounding differs: in the adjoint the kernel computes x2 again, from the z1 that was saved as operands.
 
 Slots of a mini-batch are handled at once: [N, ..., P C], tokens last.
 """

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from ttt_jax.config import TTTConfig
 from ttt_jax.distributed.sharding import ROWS
 from ttt_jax.kernels import plain
-from ttt_jax.kernels.chain import Weights
+from ttt_jax.kernels.chain import C, Weights
 from ttt_jax.ttt.chained import Arguments, Marks, Opened, run
 from ttt_jax.ttt.measure import InnerMeasurement
 from ttt_jax.ttt.network import Affine, Descent, Inputs, Network
@@ -83,7 +83,7 @@ def _local(
     base = _weights(base)
     displacement = _weights(jax.tree.map(_flat, state.displacement))
     opened = _opened(state, displacement, marks.held[0])
-    # Earlier keys of the first mini-batch get the input of their second map from the chain, too.
+    # Reading takes the keys of earlier steps from the call's frames.
     held = marks.held[0][:, None, :, None]
     k = frames.k.at[0, :, :1].set(jnp.where(held, jnp.swapaxes(opened.k, 1, 2)[:, None], frames.k[0, :, :1]))
     total = jax.tree.map(jnp.add, displacement, _sum(opened))
@@ -120,7 +120,7 @@ def _held(base: Network, cfg: TTTConfig, lanes: int) -> int:
     """Bytes that the backward pass holds of a mini-batch: float16 weights; of every hidden unit and slot four float16
     numbers, and about as many float32 ones while it reads."""
     width, hidden = base[0].w.shape[1:]
-    return lanes * hidden * (2 * width + 24 * max(cfg.mini_batch, 16))
+    return lanes * hidden * (2 * width + 24 * C * -(-cfg.mini_batch // C))
 
 
 def _marks(places: Places, b: int, chunks: int, heads: int) -> tuple[Marks, jax.Array]:

@@ -94,7 +94,8 @@ rearrange.defvjp(
 def plan_of(frames: int, mini_batch: int, keep: float, held: int, most: float) -> tuple[Plan, int, int]:
     """Lays out a call of T frames in chunks of whole groups, with as few empty slots as possible.
 
-    A group has 64 to 128 frames, or all of the call.
+    A group has 64 to 128 frames, or one mini-batch where that is more, or all of the call. It has two steps at least,
+    as the adjoint kernel needs.
 
     Args:
       frames: T; mini_batch: b; keep: as in `Plan`.
@@ -106,15 +107,16 @@ def plan_of(frames: int, mini_batch: int, keep: float, held: int, most: float) -
     batches = -(-(frames - 1) // mini_batch) + 1
     steps = -(-mini_batch // C)
     best = None
-    widest = min(batches, max(1, 128 // mini_batch))
-    narrowest = min(widest, -(-64 // mini_batch))
+    least = 2 if steps == 1 else 1
+    widest = max(least, min(batches, 128 // mini_batch))
+    narrowest = max(least, min(widest, -(-64 // mini_batch)))
     for per_group in range(widest, narrowest - 1, -1):
         group = per_group * steps
         plan = Plan(mini_batch, steps, group, keep)
         groups = -(-batches // plan.per_group)
-        chunks = min(groups, max(1, -(-groups * plan.per_group * held // int(most))))
-        of_chunk = -(-groups // chunks)
+        of_chunk = max(1, min(groups, int(most // (per_group * held))))
         chunks = -(-groups // of_chunk)
+        of_chunk = -(-groups // chunks)
         padded = chunks * of_chunk * group
         if best is None or padded < best[0]:
             best = padded, plan, chunks, of_chunk * plan.per_group
