@@ -4,8 +4,8 @@ For every frame i of a mini-batch that starts at weights W, the parallel ("dual"
 descent reads, W_i = W - sum_{j<=i} eta_j grad l(W; k_j, t_j), without forming W_i (`network.py`). The scan goes over
 mini-batches.
 
-Shapes: B rows, T frames, H heads, D head width, M mini-batches that a call touches, C slots in one, I and O the widths that
-one affine map of the inner network joins. Everything here is float32, or float64 when the input is.
+Shapes: B rows, T frames, H heads, D head width, M mini-batches that a call touches, C slots in one, I and O the widths
+that one affine map of the inner network joins. Everything here is float32, or float64 when the input is.
 """
 
 from __future__ import annotations
