@@ -1,6 +1,4 @@
-"""What the kernels of the inner loop's sequential part take and give.
-
-The inner network is the linear one, of one affine map, or the 2-layer MLP, of two.
+"""What the kernels of the inner loop's sequential part take and give, for the linear inner network and the 2-layer MLP.
 
 Only the keys' side of the inner loop is sequential: weights give a gradient, the gradient gives the next weights. A
 chain runs that side. It gives each frame's step as factors of outer products, and the displacement at the start of
@@ -31,9 +29,9 @@ class Affine(NamedTuple):
     """One affine map of the inner network, or something of its shape: a displacement, an adjoint."""
 
     w: jax.Array
-    """Of the first map (out, in), of the second (in, out): [..., D, D] of the linear network, [..., K, D] of the MLP."""
+    """(out, in) of the first map, (in, out) of the second: [..., K, D] each, [..., D, D] in the linear network."""
     b: jax.Array
-    """Of the output's width, [..., D] or [..., K]."""
+    """[..., K] of the MLP's first map, else [..., D]."""
 
 
 Weights = tuple[Affine, ...]

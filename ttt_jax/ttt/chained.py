@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.kernels.chain import Adjoint, Affine, Factors, Given, Saved, Start, Steps, Weights, narrow, outer
+from ttt_jax.kernels.chain import Adjoint, Affine, Factors, Given, Start, Steps, Weights, narrow, outer
 from ttt_jax.ttt.fold import over_mapped
 from ttt_jax.ttt.group_measure import measure
 from ttt_jax.ttt.groups import Map, key_gradient, maps, pick, read

@@ -1,5 +1,5 @@
-"""The inner loop with a fused chain (`kernels`): what `inner.inner_scan` computes, without bound, for the linear network
-and the 2-layer MLP."""
+"""The inner loop with a fused chain (`kernels`): what `inner.inner_scan` computes, without a bound, for the linear
+network and the 2-layer MLP."""
 
 from __future__ import annotations
 
