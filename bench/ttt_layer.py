@@ -2,8 +2,8 @@
 
 Per inner mini-batch size and batch: milliseconds forward and forward + backward, of the scan
 (`ttt_jax.ttt.inner.inner_scan`), of the fused kernels where they can run, and of a peer measured in the same run, the
-plain causal dual form in a `lax.scan` (2-layer MLP, bfloat16 products, whole mini-batches of one phase: no masks, no
-streaming state, no bound). Two limits stand beside them: the time to read and write the fast weights once per
+plain causal dual form in a `lax.scan` (2-layer MLP alone, bfloat16 products, whole mini-batches of one phase: no masks,
+no streaming state, no bound). Two limits stand beside them: the time to read and write the fast weights once per
 mini-batch at the memory bandwidth that a copy reaches here, and that of the products alone at the rate that a large
 matrix product reaches here. Both are the scan's: the kernels keep the weights on the chip.
 
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--width", type=int, default=128, help="of a head")
+    parser.add_argument("--hidden", type=int, nargs="*", default=[4], help="as ttt.hidden; without numbers: linear")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--mini-batches", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=PASSES)
@@ -70,10 +71,14 @@ def main() -> None:
         f"a copy moves {bandwidth / 1e9:.0f} GB/s, a float32 product of default precision runs at {rate / 1e12:.1f}"
         " TFLOP/s"
     )
-    reason = choice.why_not(TTTConfig(impl="pallas"), args.width, args.frames, jnp.dtype("float32"))
+    cfg = TTTConfig(impl="pallas", hidden=tuple(args.hidden))
+    reason = choice.why_not(cfg, args.width, args.frames, jnp.dtype("float32"))
     if reason and "pallas" in args.paths:
         args.paths.remove("pallas")
         print(f"the fused kernels do not run here: {reason}")
+    if cfg.hidden != (4,) and "plain" in args.paths:
+        args.paths.remove("plain")
+        print(f"the peer is an MLP with ttt.hidden (4,), not {cfg.hidden}")
     columns = "".join(f"{f'{path}: median ms (spread)':>33s}" for path in args.paths)
     print(f"batch    b  {'pass':18s}{columns}   limits ms: weights, products")
     for batch in args.batches:
@@ -84,7 +89,7 @@ def main() -> None:
 def print_cell(args: argparse.Namespace, batch: int, b: int, bandwidth: float, rate: float) -> None:
     """Prints the figures of one batch and inner mini-batch size, by pass."""
     heads, width, frames = args.heads, args.width, args.frames
-    cfg = TTTConfig(mini_batch=b)
+    cfg = TTTConfig(mini_batch=b, hidden=tuple(args.hidden))
     base, scale, bias, inputs, weight = arrays(batch, heads, width, frames, cfg)
     state = init_state(batch, heads, width, cfg.hidden, b, jnp.float32)
     mask = jnp.ones((batch, frames), bool)
@@ -100,9 +105,13 @@ def print_cell(args: argparse.Namespace, batch: int, b: int, bandwidth: float, r
         "plain": partial(plain_scan, mini_batch=b, group=math.gcd(cfg.remat_group, frames // b)),
     }
     arguments = (base, scale, bias, state.displacement, inputs, state, mask, weight)
-    points = width * 4 * width
-    flops = batch * heads * frames * (7 * 2 * points + (20 * b * width if b > 1 else 0))
-    traffic = 2 * 4 * batch * heads * 2 * points * (frames // b)
+    maps = network.widths(width, cfg.hidden)
+    points = [i * o for i, o in maps]
+    # Keys and queries through all maps, the steps of all, and the gradient back through all but the first.
+    through = 3 * sum(points) + sum(points[1:])
+    between = b * sum(map(sum, maps)) if b > 1 else 0
+    flops = 2 * batch * heads * frames * (through + between)
+    traffic = 2 * 4 * batch * heads * sum(points) * (frames // b)
     for name in args.passes:
         products, reads = PASSES[name]
         times = [spread(program(functions[path], name), arguments, args.repeats) for path in args.paths]
@@ -116,7 +125,7 @@ def print_cell(args: argparse.Namespace, batch: int, b: int, bandwidth: float, r
 
 def print_one_frame(args: argparse.Namespace, batch: int, b: int, bandwidth: float) -> None:
     """Prints the times of a frame in calls of one frame, and their limit."""
-    cfg, heads = TTTConfig(mini_batch=b), LAYERS * args.heads
+    cfg, heads = TTTConfig(mini_batch=b, hidden=tuple(args.hidden)), LAYERS * args.heads
     base, scale, bias, inputs, _ = arrays(batch, heads, args.width, args.frames, cfg)
     of_layers = lambda x: jnp.stack(jnp.split(x, LAYERS, 0))  # noqa: E731
     base, scale, bias = jax.tree.map(of_layers, (base, scale, bias))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from ttt_jax.config import TTTConfig, default_base_lr
-from ttt_jax.ttt.network import Affine, Descent, Inputs
+from ttt_jax.ttt.network import Affine, Descent, Inputs, widths
 from ttt_jax.ttt.state import TTTState
 
 ROWS, HEADS = 2, 2
@@ -19,10 +19,12 @@ class Setting(NamedTuple):
     """Of a head."""
     mini_batch: int
     frames: int = 2048
+    hidden: tuple[int, ...] = (4,)
+    """Of the inner network, as in `TTTConfig`."""
 
     @property
     def cfg(self) -> TTTConfig:
-        return TTTConfig(layers="0", mini_batch=self.mini_batch)
+        return TTTConfig(layers="0", mini_batch=self.mini_batch, hidden=self.hidden)
 
     def drawn(self, seed, dtype=np.float32):
         """Arguments of `inner_scan` up to the mask, and weights for a loss that reads z and the new state.
@@ -33,7 +35,7 @@ class Setting(NamedTuple):
         rng, width, b = np.random.default_rng(seed), self.width, self.mini_batch
         normal = lambda *shape: rng.standard_normal(shape).astype(dtype)  # noqa: E731
         unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
-        sizes = ((width, 4 * width), (4 * width, width))
+        sizes = widths(width, self.hidden)
         base = tuple(Affine(normal(HEADS, i, o) / np.sqrt(i, dtype=dtype), 0.1 * normal(HEADS, o)) for i, o in sizes)
         count = rng.integers(0, 3 * b, ROWS).astype(np.int32)
         held = (np.arange(b) < count[:, None] % b)[:, None, :, None]
@@ -43,7 +45,7 @@ class Setting(NamedTuple):
         )
         inputs, steps = (
             tuple(held * factor * unit(normal(ROWS, HEADS, b, size)) for size in pair)
-            for factor, pair in ((dtype(1), (width, 4 * width)), (dtype(0.02), (4 * width, width)))
+            for factor, pair in zip((dtype(1), dtype(0.02)), zip(*sizes, strict=True), strict=True)
         )
         state = TTTState(moved, Descent(inputs, steps) if b > 1 else (), count)
         shape = (ROWS, self.frames, HEADS)

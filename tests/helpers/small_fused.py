@@ -9,24 +9,23 @@ from tests.helpers.drawing import quick_jit, random_mask
 from ttt_jax.config import TTTConfig
 from ttt_jax.ttt.fused import fused_scan
 from ttt_jax.ttt.inner import inner_scan
-from ttt_jax.ttt.network import Affine, Descent, Inputs, layer_norm
+from ttt_jax.ttt.network import Affine, Descent, Inputs, layer_norm, widths
 from ttt_jax.ttt.state import TTTState
 
-ROWS, HEADS, D, K = 2, 2, 16, 64
+ROWS, HEADS, D = 2, 2, 16
+MLP, LINEAR = (4,), ()
 
 
 def config(mini_batch=4, horizon=100.0, **ttt):
     return TTTConfig(layers="0", mini_batch=mini_batch, horizon=horizon, **ttt)
 
 
-def drawn(seed, frames, mini_batch, rows=ROWS, fresh=False):
+def drawn(seed, frames, mini_batch, rows=ROWS, fresh=False, hidden=MLP):
     """Arguments of `fused_scan` up to the mask, in float64: a state at any phases, gaps in the mask."""
     rng = np.random.default_rng(seed)
     normal = rng.standard_normal
-    base = (
-        Affine(normal((HEADS, D, K)) / D**0.5, 0.1 * normal((HEADS, K))),
-        Affine(normal((HEADS, K, D)) / K**0.5, 0.1 * normal((HEADS, D))),
-    )
+    sizes = widths(D, hidden)
+    base = tuple(Affine(normal((HEADS, i, o)) / i**0.5, 0.1 * normal((HEADS, o))) for i, o in sizes)
     scale, bias = 1 + 0.2 * normal((HEADS, D)), 0.2 * normal((HEADS, D))
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
     shape = (rows, frames, HEADS, D)
@@ -40,7 +39,7 @@ def drawn(seed, frames, mini_batch, rows=ROWS, fresh=False):
     moved = jax.tree.map(lambda w: 0.05 * normal((rows, *w.shape)), base)
     held = (np.arange(mini_batch) < count[:, None] % mini_batch)[:, None, :, None]
     wide = lambda size, factor: held * factor * normal((rows, HEADS, mini_batch, size))  # noqa: E731
-    steps = Descent((wide(D, 0.3), wide(K, 0.3)), (wide(K, 0.02), wide(D, 0.02)))
+    steps = Descent(tuple(wide(i, 0.3) for i, _ in sizes), tuple(wide(o, 0.02) for _, o in sizes))
     state = TTTState(moved, steps if mini_batch > 1 else (), count)
     if fresh:
         state = jax.tree.map(np.zeros_like, state)

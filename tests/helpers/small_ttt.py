@@ -39,10 +39,10 @@ shallow_networks = pytest.mark.parametrize(
 
 def grid(*default, fused=False):
     """Inner networks and mini-batch sizes; pairs that are not in `default` are slow. With `fused` also the 2-layer MLP
-    by the fused path ("fused-4"), and an argument `impl`."""
+    and the linear network by the fused path ("fused-4", "fused_linear-4"), and an argument `impl`."""
     networks = [(name, hidden, "xla") for name, hidden in NETWORKS.items()]
     if fused:
-        networks.append(("fused", NETWORKS["mlp2"], "pallas"))
+        networks += [("fused", NETWORKS["mlp2"], "pallas"), ("fused_linear", NETWORKS["linear"], "pallas")]
     return pytest.mark.parametrize(
         ("hidden", "mini_batch", "impl") if fused else ("hidden", "mini_batch"),
         [

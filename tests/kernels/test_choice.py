@@ -24,33 +24,43 @@ CALL = 128, 2048, jnp.dtype("float32")
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A Hopper GPU and a jax that knows it, and stands for the module of the kernels."""
-    module = ModuleType("hopper")
+    """A Hopper GPU and a jax that knows it, and stands for the modules of the kernels; that of the MLP's."""
+    modules = [ModuleType(name) for name in ("hopper", "hopper_linear")]
     monkeypatch.setattr(choice, "_device", lambda: HOPPER)
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
-    monkeypatch.setitem(sys.modules, "ttt_jax.kernels.hopper", module)
-    monkeypatch.setattr(kernels, "hopper", module, raising=False)
+    for module in modules:
+        monkeypatch.setitem(sys.modules, f"ttt_jax.kernels.{module.__name__}", module)
+        monkeypatch.setattr(kernels, module.__name__, module, raising=False)
     choice._say.cache_clear()
-    return module
+    return modules[0]
 
 
-@pytest.mark.parametrize(("impl", "width", "b"), [("auto", 128, 16), ("pallas", 128, 1), ("pallas", 64, 16)])
-def test_a_hopper_gpu_runs_them(hopper, impl, width, b):
-    cfg = TTTConfig(impl=impl, mini_batch=b)
+@pytest.mark.parametrize(
+    ("impl", "width", "b", "hidden", "name"),
+    [
+        ("auto", 128, 16, (4,), "hopper"),
+        ("pallas", 128, 1, (4,), "hopper"),
+        ("pallas", 64, 16, (4,), "hopper"),
+        ("pallas", 128, 16, (), "hopper_linear"),
+    ],
+)
+def test_a_hopper_gpu_runs_them(hopper, impl, width, b, hidden, name):
+    cfg = TTTConfig(impl=impl, mini_batch=b, hidden=hidden)
     assert choice.why_not(cfg, width, *CALL[1:]) is None
-    assert choice.chain(cfg, width, *CALL[1:]) is hopper
+    assert choice.chain(cfg, width, *CALL[1:]).__name__ == name
 
 
 def test_auto_takes_them_only_where_they_were_timed(hopper):
     assert choice.why_not(TTTConfig(), 64, *CALL[1:]) == "kernels for heads of width 64 were not timed"
     assert choice.why_not(TTTConfig(mini_batch=4), *CALL) == "kernels for mini-batches of 4 were not timed"
+    assert choice.why_not(TTTConfig(hidden=()), *CALL) == "kernels for the linear network were not timed"
 
 
 @pytest.mark.parametrize(
     ("cfg", "call", "reason"),
     [
-        ({"hidden": ()}, {}, "ttt.hidden is (), not (4,)"),
-        ({"hidden": (4, 4)}, {}, "ttt.hidden is (4, 4), not (4,)"),
+        ({"hidden": (2,)}, {}, "ttt.hidden is (2,), not () or (4,)"),
+        ({"hidden": (4, 4)}, {}, "ttt.hidden is (4, 4), not () or (4,)"),
         ({"max_displacement": 2.0}, {}, "ttt.max_displacement is 2.0, a bound that the kernels do not apply"),
         ({"base_lr": 1e-4}, {}, "ttt.base_lr is 0.0001, and steps below 0.01 are too small for float16"),
         ({}, {"width": 32}, "heads are 32 wide, not 64 or 128"),
@@ -142,5 +152,5 @@ from ttt_jax.config import TTTConfig
 from ttt_jax.kernels import choice
 import ttt_jax.ttt.layer
 assert choice.chain(TTTConfig(), 128, 2048, jnp.dtype("float32")) is None
-assert not {"jax.experimental.pallas.mosaic_gpu", "ttt_jax.kernels.hopper"} & set(sys.modules)"""
+assert not {"jax.experimental.pallas.mosaic_gpu", "ttt_jax.kernels.cluster"} & set(sys.modules)"""
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

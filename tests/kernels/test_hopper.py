@@ -32,7 +32,11 @@ WORSE = 1.5
 """Error that is allowed, in errors of the scan with TF32 products."""
 
 SETTINGS = [Setting(128, b) for b in (1, 4, 16, 64)] + [Setting(64, b) for b in (16, 40)]
-settings = pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s.width}-{s.mini_batch}")
+SETTINGS += [Setting(width, b, hidden=()) for width, b in ((128, 1), (128, 16), (128, 64), (64, 40))]
+settings = pytest.mark.parametrize(
+    "setting", SETTINGS, ids=lambda s: f"{'mlp' if s.hidden else 'linear'}-{s.width}-{s.mini_batch}"
+)
+networks = pytest.mark.parametrize("hidden", [(4,), ()], ids=["mlp", "linear"])
 widths = pytest.mark.parametrize("width", [64, 128])
 
 
@@ -89,11 +93,12 @@ def test_this_machine_takes_them_by_itself():
         assert choice.chain(TTTConfig(), 128, 2048, jnp.dtype("float32")) is None
 
 
+@networks
 @widths
-def test_laws_that_a_device_can_break(width):
+def test_laws_that_a_device_can_break(width, hidden):
     """Their law on gradients takes finite differences, for which float16 is too coarse; gradients are compared with
     those in float64 below."""
-    ttt = dataclasses.replace(laws.TTT, impl="pallas")
+    ttt = dataclasses.replace(laws.TTT, impl="pallas", hidden=hidden)
     layer = MoshiConfig(dim=HEADS * width, num_heads=HEADS, num_layers=1, ttt=ttt)
     allowed = {1: ROUNDING, 2: ROUNDING, 4: 0, 6: 0}
     found = {finding.law: finding for finding in laws.check_laws(dtype="float32", layer=layer)}

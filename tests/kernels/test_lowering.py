@@ -19,20 +19,21 @@ from ttt_jax.moshi import model
 # ruff: noqa: E402  the kernels are imported where jax has what they need
 pytest.importorskip("jax", minversion="0.11.2", reason="the kernels need jax 0.11.2")
 
-from ttt_jax.kernels import hopper
+from ttt_jax.kernels import hopper, hopper_linear
 from ttt_jax.ttt.fused import fused_scan
 
 
 @pytest.mark.parametrize("mini_batch", [1, 16, 64])
 @pytest.mark.parametrize("width", [64, 128])
-def test_the_fused_inner_loop_lowers_for_cuda(width, mini_batch):
-    setting = Setting(width, mini_batch, frames=max(32, 4 * mini_batch))
+@pytest.mark.parametrize(("hidden", "chain"), [((4,), hopper), ((), hopper_linear)], ids=["mlp", "linear"])
+def test_the_fused_inner_loop_lowers_for_cuda(hidden, chain, width, mini_batch):
+    setting = Setting(width, mini_batch, max(32, 4 * mini_batch), hidden)
 
     def forward(*args):
-        return fused_scan(*args, setting.cfg, chain=hopper)
+        return fused_scan(*args, setting.cfg, chain=chain)
 
     def gradients(args, weights):
-        return value_and_grads(lambda *args: fused_scan(*args, chain=hopper), setting.cfg, args, weights)
+        return value_and_grads(lambda *args: fused_scan(*args, chain=chain), setting.cfg, args, weights)
 
     args, weights = setting.drawn(0)
     for function, inputs, kernels in ((forward, args, 1), (gradients, (args, weights), 2)):

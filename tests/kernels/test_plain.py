@@ -1,4 +1,4 @@
-"""The MLP chain in plain JAX: its adjoint against automatic differentiation, and its roundings."""
+"""The chain in plain JAX: its adjoint against automatic differentiation, and its roundings."""
 
 from functools import partial
 
@@ -9,40 +9,40 @@ import pytest
 
 from tests.helpers.drawing import assert_close, quick_jit
 from ttt_jax.kernels import plain
-from ttt_jax.kernels.chain import C, Given, Start, Steps, Weights
+from ttt_jax.kernels.chain import Affine, C, Factors, Given, Start, Steps, narrow, outer
 from ttt_jax.ttt.groups import key_gradient, maps
 from ttt_jax.ttt.slots import Plan
 
 ROWS, HEADS, D, K, P, U, GROUPS = 2, 2, 16, 64, 2, 4, 2
 N, S, KEEP = ROWS * HEADS, U * GROUPS, 0.9
 
+MLP, LINEAR = (((K, D), (K,)), ((K, D), (D,))), (((D, D), (D,)),)
+networks = pytest.mark.parametrize("sizes", [MLP, LINEAR], ids=["mlp", "linear"])
+"""By the shapes of each map's matrix and bias."""
+
 forward = quick_jit(partial(plain.forward, P=P, U=U, keep=KEEP), static_argnames="save")
 backward = quick_jit(partial(plain.backward, P=P, U=U, keep=KEEP))
 
 
-def network(rng, *lead):
-    return Weights(*(rng.standard_normal((*lead, *size)) for size in ((K, D), (K,), (K, D), (D,))))
+def network(rng, sizes, *lead):
+    return tuple(Affine(*(rng.standard_normal((*lead, *size)) for size in shapes)) for shapes in sizes)
 
 
-def drawn(rng):
+def drawn(rng, sizes):
     """Arguments of `forward` in float64: rows end in their third and fourth mini-batch, the last one full."""
-    base = jax.tree.map(lambda w: 0.3 * w, network(rng, HEADS))
+    base = jax.tree.map(lambda w: 0.3 * w, network(rng, sizes, HEADS))
     scale, bias = 1 + 0.2 * rng.standard_normal((HEADS, D)), 0.2 * rng.standard_normal((HEADS, D))
     k = rng.standard_normal((N, S, C, D)) / D**0.5
     rate = 0.02 * rng.random((N, S, C))
     closes = np.ones((N, S))
     closes[:HEADS, 2 * P :], rate[:HEADS, 3 * P - 1 :], rate[:, :, 13:] = 0, 0, 0
-    moved = jax.tree.map(lambda w: 0.1 * w, network(rng, N))
+    moved = jax.tree.map(lambda w: 0.1 * w, network(rng, sizes, N))
     start = Start(moved, moved)  # no earlier steps: with some, the dual form needs those among the factors
     return Steps(k, rng.standard_normal((N, S, D, C)), rate, closes), base, scale, bias, start
 
 
 def cast(tree, dtype):
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
-
-
-def matrices(weights, dtype):
-    return weights._replace(w1=jnp.asarray(weights.w1, dtype), w2=jnp.asarray(weights.w2, dtype))
 
 
 def per_head(x):
@@ -54,17 +54,27 @@ def slots(x):
     return x.reshape(N, GROUPS, U, *x.shape[2:]).transpose(0, 1, 3, 2, 4).reshape(N, GROUPS, x.shape[2], -1)
 
 
-def test_the_adjoint_is_that_of_automatic_differentiation(x64):
+def local(k, factors, got):
+    """Gradient to weights that are read, from factors of the slots that read them."""
+    add = lambda a, b: jnp.einsum("ngil,ngjl->nij", a, b)  # noqa: E731
+    grads = [add(*pair) for pair in outer(k, factors._replace(steps=got.dz))]
+    grads[1:] = [w + add(p, n) for w, p, n in zip(grads[1:], got.dp, factors.steps[1:], strict=True)]
+    return tuple(Affine(w, dz.sum((1, 3))) for w, dz in zip(grads, got.dz, strict=True))
+
+
+@networks
+def test_the_adjoint_is_that_of_automatic_differentiation(sizes, x64):
     rng = np.random.default_rng(0)
-    steps, base, scale, bias, start = drawn(rng)
+    steps, base, scale, bias, start = drawn(rng, sizes)
     factors, at, end, saved = forward(steps, base, scale, bias, start, save=True)
     plainly = forward(steps, base, scale, bias, start, save=False)
     assert plainly[3] is None
     assert_close(plainly[:3], (factors, at, end), 0)
-    np.testing.assert_array_equal(saved.w2[:, :: U // P], at.w2)
+    if saved.hidden:
+        np.testing.assert_array_equal(saved.hidden.w2[:, :: U // P], at[1].w)
 
     dfactors, dat, dend = jax.tree.map(lambda x: rng.standard_normal(x.shape), (factors, at, end))
-    for d in dfactors:  # nothing reads what lies behind a mini-batch that stays open
+    for d in jax.tree.leaves(dfactors):  # nothing reads what lies behind a mini-batch that stays open
         d[:HEADS, -1, :, P * C :] = 0
 
     def loss(k, target, rate, base, scale, bias, start):
@@ -78,27 +88,18 @@ def test_the_adjoint_is_that_of_automatic_differentiation(x64):
     tile = lambda x: jnp.tile(x, (ROWS, 1))[:, None, :, None]  # noqa: E731
     e = (tile(scale) * saved.zn + tile(bias) - steps.target) * tile(scale)
     m1, m2 = e.mean(2), (e * saved.zn).mean(2)
-    dn2 = dfactors.n2.reshape(N, GROUPS, D, U, C).transpose(0, 1, 3, 2, 4).reshape(N, S, D, C)
-    given = Given(e - m1[:, :, None] - saved.zn * m2[:, :, None], m1, m2, dfactors.x2, dfactors.n1, dn2, dat, dend)
+    *inner, dn = dfactors.steps
+    dn = dn.reshape(N, GROUPS, D, U, C).transpose(0, 1, 3, 2, 4).reshape(N, S, D, C)
+    g0 = e - m1[:, :, None] - saved.zn * m2[:, :, None]
+    given = Given(g0, m1, m2, Factors(dfactors.inputs, (*inner, dn)), dat, dend)
     got = backward(steps, base, scale, factors, saved, given)
 
     k = slots(jnp.swapaxes(steps.k, 2, 3))
-    dbase = Weights(
-        jnp.einsum("ngkl,ngdl->nkd", got.dz1, k),
-        got.dz1.sum((1, 3)),
-        jnp.einsum("ngkl,ngdl->nkd", got.dp, factors.n2) + jnp.einsum("ngkl,ngdl->nkd", factors.x2, got.dz2),
-        got.dz2.sum((1, 3)),
-    )
     first = P * C
-    dread = Weights(
-        jnp.einsum("nkl,ndl->nkd", got.dz1[:, 0, :, :first], k[:, 0, :, :first]),
-        got.dz1[:, 0, :, :first].sum(2),
-        jnp.einsum("nkl,ndl->nkd", got.dp[:, 0, :, :first], factors.n2[:, 0, :, :first])
-        + jnp.einsum("nkl,ndl->nkd", factors.x2[:, 0, :, :first], got.dz2[:, 0, :, :first]),
-        got.dz2[:, 0, :, :first].sum(2),
-    )
+    of_first = lambda tree: jax.tree.map(lambda x: x[:, :1, :, :first], tree)  # noqa: E731
+    dread = local(of_first(k), of_first(factors), got._replace(dz=of_first(got.dz), dp=of_first(got.dp)))
     dread = jax.tree.map(lambda w, d: w + d[:, 0], dread, dat)
-    dbase = jax.tree.map(per_head, dbase)
+    dbase = jax.tree.map(per_head, local(k, factors, got))
     dtotal = jax.tree.map(jnp.subtract, got.dstart, dread)
     by_e = slots(got.de)
     dscale = slots(2 * tile(scale) * saved.zn + tile(bias) - steps.target)
@@ -106,7 +107,7 @@ def test_the_adjoint_is_that_of_automatic_differentiation(x64):
     closes = steps.closes[:, ::P].reshape(N, GROUPS, -1)
     keys = k.swapaxes(2, 3)
     first_map = maps(jax.tree.map(lambda w: np.concatenate([w] * ROWS), base), at, factors, keys)[0]
-    dk = key_gradient(first_map, got.dz1, got.u1, closes, np.repeat(closes, first, 2), Plan(first, P, U, KEEP))
+    dk = key_gradient(first_map, got.dz[0], got.u1, closes, np.repeat(closes, first, 2), Plan(first, P, U, KEEP))
     parts = (
         (dk.reshape(N, S, C, D), expected[0]),
         (-got.de * tile(scale), expected[1]),
@@ -120,24 +121,25 @@ def test_the_adjoint_is_that_of_automatic_differentiation(x64):
         assert_close(one, other, 1e-10)
 
 
+@networks
 @pytest.mark.parametrize("heads", ["shared", "of each row"])
-def test_float16_operands_are_off_by_their_rounding_alone(heads, x64):
+def test_float16_operands_are_off_by_their_rounding_alone(heads, sizes, x64):
     rng = np.random.default_rng(1)
-    steps, base, scale, bias, start = drawn(rng)
+    steps, base, scale, bias, start = drawn(rng, sizes)
     exact = forward(steps, base, scale, bias, start, save=False)
     if heads == "of each row":
         base, scale, bias = jax.tree.map(lambda x: np.concatenate([x] * ROWS), (base, scale, bias))
-    narrow = cast(steps, jnp.float32)._replace(k=jnp.asarray(steps.k, jnp.float16))
+    steps = cast(steps, jnp.float32)._replace(k=jnp.asarray(steps.k, jnp.float16))
     base, start = cast((base, start), jnp.float32)
     got = forward(
-        narrow,
-        matrices(base, jnp.float16),
+        steps,
+        narrow(base, jnp.float16),
         *cast((scale, bias), jnp.float32),
-        start._replace(read=matrices(start.read, jnp.float16)),
+        start._replace(read=narrow(start.read, jnp.float16)),
         save=True,
     )
-    assert [x.dtype for x in got[0]] == [jnp.float16] * 3
-    assert {x.dtype for x in got[2]} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(got[0])} == {jnp.dtype("float16")}
+    assert {x.dtype for x in jax.tree.leaves(got[2])} == {jnp.dtype("float32")}
     for a, b in zip(jax.tree.leaves(got[:3]), jax.tree.leaves(exact[:3]), strict=True):
         error = np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
         assert error < 1e-3, error

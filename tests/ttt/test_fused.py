@@ -11,6 +11,8 @@ import pytest
 from tests.helpers.drawing import assert_close, assert_same_bits, pieces, quick_jit
 from tests.helpers.small_fused import (
     HEADS,
+    LINEAR,
+    MLP,
     ROWS,
     call,
     config,
@@ -31,10 +33,17 @@ TOL = 1e-10
 LENGTHS = {1: 140, 4: 140, 16: 140, 40: 170, 64: 200}
 """Frames of a call by mini-batch: two groups and more, the last one not full."""
 sizes = pytest.mark.parametrize("b", LENGTHS)
+NETWORKS = {"mlp": MLP, "linear": LINEAR}
+networks = pytest.mark.parametrize("hidden", NETWORKS.values(), ids=NETWORKS.keys())
 settings = pytest.mark.parametrize(
-    ("b", "horizon"),
+    ("b", "horizon", "hidden"),
     [
-        pytest.param(b, horizon, marks=() if (b, horizon) in ((1, 100.0), (4, 100.0), (40, None)) else pytest.mark.slow)
+        pytest.param(
+            *(b, horizon, hidden),
+            id=f"{name}-{b}-{horizon}",
+            marks=() if (b, horizon) in ((1, 100.0), (4, 100.0), (40, None)) else pytest.mark.slow,
+        )
+        for name, hidden in NETWORKS.items()
         for b in LENGTHS
         for horizon in (100.0, None)
     ],
@@ -56,8 +65,8 @@ def relative(got, expected):
 
 
 @settings
-def test_results_are_those_of_the_scan(b, horizon, x64):
-    args, cfg = drawn(b, LENGTHS[b], b), config(b, horizon)
+def test_results_are_those_of_the_scan(b, horizon, hidden, x64):
+    args, cfg = drawn(b, LENGTHS[b], b, hidden=hidden), config(b, horizon, hidden=hidden)
     *got, measurement = call(*args, cfg, True)
     *expected, of_scan = plain_call(*args, cfg, True)
     assert_close(got, expected, TOL)
@@ -66,13 +75,14 @@ def test_results_are_those_of_the_scan(b, horizon, x64):
 
 
 @settings
-def test_gradients_are_those_of_the_scan(b, horizon, x64):
-    args, cfg = drawn(b, LENGTHS[b], b), config(b, horizon)
+def test_gradients_are_those_of_the_scan(b, horizon, hidden, x64):
+    args, cfg = drawn(b, LENGTHS[b], b, hidden=hidden), config(b, horizon, hidden=hidden)
     weights = loss_weights(args)
     got, expected = (f(*args, cfg, weights) for f in (grads, plain_grads))
     assert_close(got, expected, TOL)
 
 
+@networks
 @pytest.mark.parametrize(
     ("b", "parts"),
     [
@@ -80,8 +90,8 @@ def test_gradients_are_those_of_the_scan(b, horizon, x64):
         *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1, (70, 1, 69)), (16, (9, 1, 130)), (40, (9, 161)))),
     ],
 )
-def test_any_split_gives_the_same_results(b, parts, x64):
-    args, cfg = drawn(b, LENGTHS[b], b), config(b)
+def test_any_split_gives_the_same_results(b, parts, hidden, x64):
+    args, cfg = drawn(b, LENGTHS[b], b, hidden=hidden), config(b, hidden=hidden)
     *front, state, inputs, mask = args
     for tolerance, kind in ((TOL, lambda x: x), (FORWARD, narrow)):
         one, z, _ = call(*kind(args), cfg)
@@ -93,8 +103,9 @@ def test_any_split_gives_the_same_results(b, parts, x64):
         assert_close((new, np.concatenate(outs, 1)), (one, z), tolerance)
 
 
-def test_one_frame_at_a_time_from_any_phase(x64):
-    cfg, args = config(), drawn(5, 1, 4)
+@networks
+def test_one_frame_at_a_time_from_any_phase(hidden, x64):
+    cfg, args = config(hidden=hidden), drawn(5, 1, 4, hidden=hidden)
     for phase in range(5):
         count = np.full(ROWS, phase, np.int32)
         held = (np.arange(4) < phase % 4)[:, None]
@@ -111,8 +122,9 @@ def test_one_frame_at_a_time_from_any_phase(x64):
 # Laws
 
 
-def test_masked_frames_may_hold_anything(x64):
-    args, cfg = drawn(3, LENGTHS[4], 4), config()
+@networks
+def test_masked_frames_may_hold_anything(hidden, x64):
+    args, cfg = drawn(3, LENGTHS[4], 4, hidden=hidden), config(hidden=hidden)
     *front, inputs, mask = args
     spoilt = jax.tree.map(lambda x: np.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), x, np.nan), inputs)
     weights = loss_weights(args)
@@ -122,8 +134,9 @@ def test_masked_frames_may_hold_anything(x64):
     assert (np.asarray(clean[4].k)[~mask] == 0).all()
 
 
-def test_a_row_of_nan_stays_alone(x64):
-    args, cfg = drawn(4, LENGTHS[4], 4), config()
+@networks
+def test_a_row_of_nan_stays_alone(hidden, x64):
+    args, cfg = drawn(4, LENGTHS[4], 4, hidden=hidden), config(hidden=hidden)
     state = args[3]._replace(displacement=jax.tree.map(lambda x: x * np.array([1, np.nan]).reshape(
         -1, *(1,) * (x.ndim - 1)), args[3].displacement))  # fmt: skip
     row = lambda tree, i: jax.tree.map(lambda x: x[i], tree)  # noqa: E731
@@ -134,8 +147,9 @@ def test_a_row_of_nan_stays_alone(x64):
     assert_same_bits(measurement.loss_base, sound.loss_base)
 
 
-def test_no_rate_leaves_the_weights_alone():
-    args, cfg = narrow(drawn(6, LENGTHS[4], 4, fresh=True)), config()
+@networks
+def test_no_rate_leaves_the_weights_alone(hidden):
+    args, cfg = narrow(drawn(6, LENGTHS[4], 4, fresh=True, hidden=hidden)), config(hidden=hidden)
     args = (*args[:4], args[4]._replace(eta=np.zeros_like(args[4].eta)), args[5])
     state, _, measurement = call(*args, cfg, True)
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(state[:2]))
@@ -149,18 +163,20 @@ def test_no_rate_leaves_the_weights_alone():
 # Float16
 
 
+@networks
 @sizes
-def test_float16_is_off_by_its_rounding_alone(b, x64):
-    args, cfg = drawn(b, LENGTHS[b], b), config(b)
+def test_float16_is_off_by_its_rounding_alone(b, hidden, x64):
+    args, cfg = drawn(b, LENGTHS[b], b, hidden=hidden), config(b, hidden=hidden)
     exact = call(*args, cfg, True)
     got = call(*narrow(args), cfg, True)
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype("float32"), jnp.dtype("int32")}
     assert 1e-5 < relative(got, exact) < FORWARD
 
 
+@networks
 @pytest.mark.parametrize("b", [4, *(pytest.param(b, marks=pytest.mark.slow) for b in (1, 64))])
-def test_gradients_of_any_size_are_off_by_the_rounding_of_float16_alone(b, x64):
-    args, cfg = drawn(b, LENGTHS[b], b), config(b)
+def test_gradients_of_any_size_are_off_by_the_rounding_of_float16_alone(b, hidden, x64):
+    args, cfg = drawn(b, LENGTHS[b], b, hidden=hidden), config(b, hidden=hidden)
     weights = loss_weights(args)
     exact = grads(*args, cfg, weights)[1]
     for size in (1.0, 1e-8, 1e4):
@@ -184,8 +200,9 @@ def few_chunks(monkeypatch, args, cfg):
     monkeypatch.setattr(module, "CHUNK_BYTES", 10 * module._held(args[0], cfg, ROWS * HEADS))
 
 
-def test_chunks_give_the_same_gradients(x64, monkeypatch):
-    args, cfg = drawn(9, 150, 4), config()
+@networks
+def test_chunks_give_the_same_gradients(hidden, x64, monkeypatch):
+    args, cfg = drawn(9, 150, 4, hidden=hidden), config(hidden=hidden)
     weights = loss_weights(args)
     expected, results = grads(*args, cfg, weights), call(*args, cfg, True)
     few_chunks(monkeypatch, args, cfg)
@@ -221,10 +238,14 @@ def test_a_first_pass_under_checkpoint_saves_nothing():
     assert passes(jax.checkpoint) == (1, 1)
 
 
-@pytest.mark.parametrize("base", [0, None], ids=["bases", "one base"])
-def test_arms_side_by_side(base, x64):
-    cfg = config()
-    arms = [drawn(seed, LENGTHS[4], 4) for seed in (1, 2)]
+@pytest.mark.parametrize(
+    ("base", "hidden"),
+    [(0, MLP), (None, MLP), (None, LINEAR)],
+    ids=["bases", "one base", "one base, linear"],
+)
+def test_arms_side_by_side(base, hidden, x64):
+    cfg = config(hidden=hidden)
+    arms = [drawn(seed, LENGTHS[4], 4, hidden=hidden) for seed in (1, 2)]
     if base is None:
         arms = [(arms[0][0], *arm[1:]) for arm in arms]
     weights = [loss_weights(arm, seed) for seed, arm in enumerate(arms)]

@@ -1,4 +1,4 @@
-"""What the kernels of the inner loop's sequential part take and give; the inner network is a 2-layer MLP.
+"""What the kernels of the inner loop's sequential part take and give, for the linear inner network and the 2-layer MLP.
 
 Only the keys' side of the inner loop is sequential: weights give a gradient, the gradient gives the next weights. A
 chain runs that side. It gives each frame's step as factors of outer products, and the displacement at the start of
@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 C = 16
 """Slots of a step."""
@@ -24,13 +25,17 @@ EPS = 1e-8
 """Added to the variance in the inner LayerNorm."""
 
 
-class Weights(NamedTuple):
-    """Weights of an MLP, or something of their shape: a displacement, an adjoint."""
+class Affine(NamedTuple):
+    """One affine map of the inner network, or something of its shape: a displacement, an adjoint."""
 
-    w1: jax.Array  # [..., K, D], (out, in)
-    b1: jax.Array  # [..., K]
-    w2: jax.Array  # [..., K, D], (in, out)
-    b2: jax.Array  # [..., D]
+    w: jax.Array
+    """(out, in) of the first map, (in, out) of the second: [..., K, D] each, [..., D, D] in the linear network."""
+    b: jax.Array
+    """[..., K] of the MLP's first map, else [..., D]."""
+
+
+Weights = tuple[Affine, ...]
+"""The maps of a network, from the keys to the output: one in the linear network, two in the MLP."""
 
 
 class Steps(NamedTuple):
@@ -59,16 +64,15 @@ class Start(NamedTuple):
 class Factors(NamedTuple):
     """The step of every slot as factors of outer products, operands; the step of an empty slot is 0."""
 
-    x2: jax.Array
-    """Input of the second map, [N, G, K, L]."""
-    n1: jax.Array
-    """What a frame adds to the first map at its output, minus rate times gradient, [N, G, K, L]."""
-    n2: jax.Array
-    """The same of the second map, [N, G, D, L]."""
+    inputs: tuple[jax.Array, ...]
+    """Inputs of the maps behind the first, whose inputs are the keys: x2 [N, G, K, L] of the MLP."""
+    steps: tuple[jax.Array, ...]
+    """What a frame adds to each map at its output, minus rate times gradient: n1 [N, G, K, L] and n2 [N, G, D, L] of
+    the MLP, n [N, G, D, L] of the linear network."""
 
 
-class Saved(NamedTuple):
-    """What the forward pass keeps for the adjoint."""
+class Hidden(NamedTuple):
+    """What the forward pass of the MLP keeps of its hidden units."""
 
     w2: jax.Array
     """Displacement of the second map that each mini-batch reads, operands [N, M, K, D]."""
@@ -76,8 +80,15 @@ class Saved(NamedTuple):
     """Output of the first map, operands [N, G, K, L]."""
     p: jax.Array
     """W2 n2, the first map's step before the slope of GELU, operands [N, G, K, L]."""
+
+
+class Saved(NamedTuple):
+    """What the forward pass keeps for the adjoint."""
+
+    hidden: Hidden | None
+    """None of the linear network."""
     zn: jax.Array
-    """Normalised output of the second map, [N, S, D, C]."""
+    """Normalised output of the network, [N, S, D, C]."""
     rstd: jax.Array
     """One over its standard deviation, [N, S, C]."""
 
@@ -91,11 +102,8 @@ class Given(NamedTuple):
     """Mean of e over the head's width, [N, S, C]."""
     m2: jax.Array
     """Mean of e zn, [N, S, C]."""
-    dx2: jax.Array
-    """Adjoints of `Factors`: of x2 and n1 operands, [N, G, K, L]."""
-    dn1: jax.Array
-    dn2: jax.Array
-    """Of n2, [N, S, D, C]."""
+    factors: Factors
+    """Adjoints of `Factors`: operands, as those are, but for the last map's step, [N, S, D, C]."""
     dat: Weights
     """Of the displacement at the start of every group, matrices are operands, [N, G, ...]."""
     dend: Weights
@@ -105,15 +113,14 @@ class Given(NamedTuple):
 class Adjoint(NamedTuple):
     """What the adjoint of a chain gives.
 
-    The gradient to the base is the sum over all slots of dz1 k^T (w1), dp n2^T + x2 dz2^T (w2), dz1 (b1) and dz2 (b2).
-    That to the keys needs no chain (`ttt.groups.key_gradient`).
+    The gradient to the base is the sum over all slots of dz1 k^T (w of the first map), dp n2^T + x2 dz2^T (w of the
+    second), dz1 and dz2 (b). That to the keys needs no chain (`ttt.groups.key_gradient`).
     """
 
-    dz1: jax.Array
-    """Of the outputs of the first map and of p, operands [N, G, K, L]."""
-    dp: jax.Array
-    dz2: jax.Array
-    """Of the outputs of the second map, operands [N, G, D, L]."""
+    dz: tuple[jax.Array, ...]
+    """Of the outputs of each map, operands: dz1 [N, G, K, L] and dz2 [N, G, D, L], or dz1 [N, G, D, L] alone."""
+    dp: tuple[jax.Array, ...]
+    """Of `Hidden.p`, operands [N, G, K, L]; () of the linear network."""
     de: jax.Array
     """Of e (see `Given.g0`), [N, S, D, C]."""
     drate: jax.Array
@@ -125,4 +132,19 @@ class Adjoint(NamedTuple):
     """
     u1: jax.Array
     """Adjoint of the first map's displacement with the steps of the last mini-batch of every group, before decay,
-    operands [N, G, K, D]."""
+    operands [N, G, K, D], or [N, G, D, D]."""
+
+
+def narrow(weights: Weights, operands: jnp.dtype) -> Weights:
+    """Weights with matrices as operands."""
+    return tuple(of._replace(w=of.w.astype(operands)) for of in weights)
+
+
+def outer(k: jax.Array, factors: Factors) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    """Of each map the two factors of its matrix's steps, in the order of the matrix's axes.
+
+    Args:
+      k: keys, tokens last, in the slots of `factors`.
+    """
+    first, *rest = factors.steps
+    return (first, k), *zip(factors.inputs, rest, strict=True)

@@ -21,7 +21,8 @@ OLDEST_JAX = (0, 11, 2)
 """Of whose Pallas the kernels are written."""
 WIDTHS = (64, 128)
 """Of heads."""
-HIDDEN = (4,)
+HIDDEN = (), (4,)
+"""Of inner networks: the linear one and the 2-layer MLP."""
 SMALLEST_LR = 0.01
 """Inner learning rate below which steps come too near to float16's smallest numbers (6e-8)."""
 SHORTEST, NARROWEST, SMALLEST_BATCH = 32, 128, 16
@@ -43,9 +44,9 @@ def chain(cfg: TTTConfig, head_dim: int, frames: int, dtype: np.dtype) -> Module
         _say(described(cfg, head_dim, frames, dtype))
     if reason:
         return None
-    from ttt_jax.kernels import hopper
+    from ttt_jax.kernels import hopper, hopper_linear
 
-    return hopper
+    return hopper if cfg.hidden else hopper_linear
 
 
 def why_not(cfg: TTTConfig, head_dim: int, frames: int, dtype: np.dtype) -> str | None:
@@ -64,8 +65,8 @@ def why_not(cfg: TTTConfig, head_dim: int, frames: int, dtype: np.dtype) -> str 
         return f"the device is {device.device_kind}, no NVIDIA GPU of compute capability {CAPABILITY}"
     if jax.__version_info__ < OLDEST_JAX:
         return f"jax is {jax.__version__}, older than {'.'.join(map(str, OLDEST_JAX))}"
-    if cfg.hidden != HIDDEN:
-        return f"ttt.hidden is {cfg.hidden}, not {HIDDEN}"
+    if cfg.hidden not in HIDDEN:
+        return f"ttt.hidden is {cfg.hidden}, not {' or '.join(map(str, HIDDEN))}"
     if cfg.max_displacement is not None:
         return f"ttt.max_displacement is {cfg.max_displacement}, a bound that the kernels do not apply"
     if head_dim not in WIDTHS:
@@ -74,6 +75,8 @@ def why_not(cfg: TTTConfig, head_dim: int, frames: int, dtype: np.dtype) -> str 
         return f"the layer computes in {np.dtype(dtype)}, not float32"
     if cfg.base_lr is not None and 0 < cfg.base_lr < SMALLEST_LR:
         return f"ttt.base_lr is {cfg.base_lr}, and steps below {SMALLEST_LR} are too small for float16"
+    if cfg.impl == "auto" and not cfg.hidden:
+        return "kernels for the linear network were not timed"
     if cfg.impl == "auto" and frames < SHORTEST:
         return f"the call has fewer than {SHORTEST} frames"
     if cfg.impl == "auto" and head_dim < NARROWEST:

@@ -8,6 +8,7 @@ Mosaic GPU; `tests/kernels/test_lowering.py` lowers them on both ends of the ran
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -100,12 +101,6 @@ def place(s: Shape) -> Place:
     return Place(n, block, wg, of_head, of_block, pl.ds(block * s.units, s.units), pl.ds(wg * s.own_slots, s.own_slots))
 
 
-def buffer(scratch: Ref, place: Place, first: int, count: int) -> Ref:
-    """Room for `count` sums of `column_sums` behind `first` others; `scratch`: [warpgroups, ...]."""
-    size = 4 * place.own.size
-    return scratch.at[place.wg, pl.ds(size * first, size * count)]
-
-
 def meet(barrier: Ref, warpgroups: int) -> None:
     """Waits for all warpgroups of the block, and makes what they have written to shared memory readable for products
     and copies."""
@@ -151,7 +146,7 @@ def column_sums(scratch: Ref, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     Pallas sums one array at a time, in a buffer that all warpgroups share, so that two of them may not sum at once.
 
     Args:
-      scratch: of `buffer`; no other sum of the step may use it.
+      scratch: 4 n numbers for each array; no other sum of the step may use it.
     """
     (_, n), count = arrays[0].shape, len(arrays)
     out = tuple(plgpu.ShapeDtypeStruct((n,), F32, layout=COL) for _ in arrays)
@@ -189,6 +184,21 @@ def column_sums(scratch: Ref, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(results)
 
     return sums(scratch, *arrays)
+
+
+def summing(scratch: Ref, wg: jax.Array | int, slots: int) -> Callable[..., tuple[jax.Array, ...]]:
+    """`sums(first, *arrays)`: `column_sums` of arrays [D, slots], with a buffer behind those of `first` others.
+
+    Args:
+      scratch: [warpgroups, 4 slots for each sum of a step].
+      wg: the running warpgroup.
+    """
+    size = 4 * slots
+
+    def sums(first: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return column_sums(scratch.at[wg, pl.ds(size * first, size * len(arrays))], *arrays)
+
+    return sums
 
 
 def store_own_slots(value: jax.Array, ref: Ref, place: Place) -> None:

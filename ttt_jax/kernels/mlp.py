@@ -20,21 +20,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ttt_jax.kernels.chain import EPS, NC, C
+from ttt_jax.kernels.chain import NC, C
 from ttt_jax.kernels.cluster import (
     MAIL,
     R,
     Shape,
     await_mail,
-    buffer,
-    column_sums,
     launch,
     meet,
     open_mail,
     place,
     send,
     store_own_slots,
+    summing,
 )
+from ttt_jax.kernels.inner_loss import descend
 from ttt_jax.kernels.tiles import (
     COL,
     F16,
@@ -42,7 +42,6 @@ from ttt_jax.kernels.tiles import (
     ROW,
     TILE,
     Ref,
-    cols,
     gelu_and_slope,
     load,
     plus,
@@ -100,6 +99,7 @@ def _body(s: Shape, *refs: Ref) -> None:
     at = place(s)
     n, block, wg, d = at.n, at.block, at.wg, s.width
     units, ours, own = at.of_head, at.of_block, at.own
+    sums = summing(sums_s, wg, s.own_slots)
 
     def entry(ref: Ref) -> Ref:
         """Of an array for heads, or for rows and heads."""
@@ -178,11 +178,11 @@ def _body(s: Shape, *refs: Ref) -> None:
         if s.save:
             plgpu.copy_smem_to_gmem(z1_s.at[ours], z1_out.at[n, g, units, u])
 
-        # LayerNorm and the gradient, e = square zn + shift; its means are read off sums over z.
+        # LayerNorm and the gradient.
         target, rate = load(target_ref.at[n, i, :, own], TILE), load(rate_ref.at[n, i, own], COL)
         square = rows(scale * scale, s.own_slots)
         shift = rows(scale, s.own_slots) * (rows(bias, s.own_slots) - target)
-        (of_shift,) = column_sums(buffer(sums_s, at, 0, 1), shift)
+        (of_shift,) = sums(0, shift)
         z = base2
         for other in range(s.warpgroups):
             z += load(b2_s.at[other], ROW)
@@ -190,17 +190,10 @@ def _body(s: Shape, *refs: Ref) -> None:
         await_mail(mail, NC * d * C * 4, lax.rem(i, 2))
         for other in range(NC):
             z += load(parts_s.at[other, :, own], TILE)
-        (of_z,) = column_sums(buffer(sums_s, at, 1, 1), z)
-        z -= cols(of_z * (1 / d), d)
-        zz, sz, szz, hz = column_sums(buffer(sums_s, at, 2, 4), z * z, square * z, square * z * z, shift * z)
-        rstd = lax.rsqrt(zz * (1 / d) + EPS)
-        m1 = (of_shift + rstd * sz) * (1 / d)
-        m2 = rstd * (rstd * szz + hz) * (1 / d)
-        z *= cols(rstd, d)
-        n2 = (square * z + shift - cols(m1, d) - z * cols(m2, d)) * cols(-rate * rstd, d)
+        zn, rstd, n2 = descend(z, square, shift, of_shift, rate, sums)
         store_own_slots(n2, n2_s, at)
         if s.save:
-            zn_s.at[:, own][...] = z
+            zn_s.at[:, own][...] = zn
 
             @pl.when(block == 0)
             def _():

@@ -19,15 +19,15 @@ from ttt_jax.kernels.cluster import (
     R,
     Shape,
     await_mail,
-    buffer,
-    column_sums,
     launch,
     meet,
     open_mail,
     place,
     send,
     store_own_slots,
+    summing,
 )
+from ttt_jax.kernels.inner_loss import Known, recede
 from ttt_jax.kernels.tiles import (
     COL,
     F16,
@@ -35,7 +35,6 @@ from ttt_jax.kernels.tiles import (
     ROW,
     TILE,
     Ref,
-    cols,
     gelu_slope_bend,
     load,
     plus,
@@ -94,6 +93,7 @@ def _body(s: Shape, *refs: Ref) -> None:
     n, block, wg, d = at.n, at.block, at.wg, s.width
     h = lax.rem(n, scale_ref.shape[0])
     units, ours, own = at.of_head, at.of_block, at.own
+    sums = summing(sums_s, wg, s.own_slots)
 
     def fetch(i: jax.Array, slot: jax.Array) -> None:
         g, u = lax.div(i, s.group), lax.rem(i, s.group)
@@ -193,8 +193,8 @@ def _body(s: Shape, *refs: Ref) -> None:
         zn, g0 = load(zn_ref.at[n, i, :, own], TILE), load(g0_ref.at[n, i, :, own], TILE)
         dn2 = load(dn2_ref.at[n, i, :, own], TILE)
         scale = load(scale_ref.at[h], ROW)
-        square, over = rows(scale * scale, s.own_slots), 1 / d
-        of_square, sq_zn, sq_zn2 = column_sums(buffer(sums_s, at, 0, 3), square, square * zn, square * zn * zn)
+        known = Known(zn, g0, rows(scale * scale, s.own_slots), rate, rstd, m1, m2)
+        ahead = known.ahead(sums)
         ub2 = load(ub2_s.at[0], ROW)
         for other in range(1, s.warpgroups):
             ub2 += load(ub2_s.at[other], ROW)
@@ -202,24 +202,14 @@ def _body(s: Shape, *refs: Ref) -> None:
         await_mail(mail, NC * d * C * 4, lax.rem(done, 2))
         for other in range(NC):
             dn2 += load(parts_s.at[other, :, own], TILE)
-        # All sums that the rest needs, in one meeting of the warps.
-        dg, of_v, v_zn, v_sq, v_sq_zn = column_sums(
-            buffer(sums_s, at, 3, 5), dn2 * g0, dn2, dn2 * zn, dn2 * square, dn2 * square * zn
-        )
-        factor = -rate * rstd
-        of_v, v_zn, v_sq, v_sq_zn = factor * of_v, factor * v_zn, factor * v_sq, factor * v_sq_zn
-        v, mu, middle = dn2 * cols(factor, d), v_zn * over, of_v * over
-        de = v - cols(middle, d) - zn * cols(mu, d)
 
-        @pl.when(block == 0)
-        def _():
-            store(de_out.at[n, i, :, own], de)
-            store(drate_out.at[n, i, own], -dg * rstd)
+        def put(de: jax.Array, drate: jax.Array) -> None:
+            @pl.when(block == 0)
+            def _():
+                store(de_out.at[n, i, :, own], de)
+                store(drate_out.at[n, i, own], drate)
 
-        dzn = square * de - v * cols(m2, d) - (g0 + cols(m1, d) + zn * cols(m2, d)) * cols(mu, d)
-        shift = (v_sq - middle * of_square - mu * sq_zn - m2 * of_v) * over - mu * m1
-        turn = (v_sq_zn - middle * sq_zn - mu * sq_zn2 - m2 * v_zn - rate * dg * rstd) * over - mu * m2
-        dz2 = (dzn - cols(shift, d) - zn * cols(turn, d)) * cols(rstd, d)
+        dz2 = recede(dn2, known, ahead, sums, put)
         store_own_slots(dz2, dz2_s, at)
         db2 = db2 + jnp.sum(dz2, 1)
 

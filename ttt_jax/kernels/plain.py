@@ -1,4 +1,4 @@
-"""The MLP chain in plain JAX: the splitting and the roundings of the GPU kernels, on any device.
+"""The chain in plain JAX: the splitting and the roundings of the GPU kernels, on any device.
 
 One rounding differs: in the adjoint the kernel computes x2 again, from the z1 that was saved as operands.
 
@@ -12,7 +12,22 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.kernels.chain import EPS, NC, Adjoint, C, Factors, Given, Saved, Start, Steps, Weights
+from ttt_jax.kernels.chain import (
+    EPS,
+    NC,
+    Adjoint,
+    Affine,
+    C,
+    Factors,
+    Given,
+    Hidden,
+    Saved,
+    Start,
+    Steps,
+    Weights,
+    narrow,
+    outer,
+)
 
 
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -61,26 +76,32 @@ def forward(
 
     def advance(carry: tuple[Weights, Weights], x: tuple[jax.Array, ...]):
         total, read = carry
-        w1, w2 = (base.w1, read.w1), (base.w2, read.w2)
         k, target, rate, closes = x
-        z1 = _sum_of("nkd,ndc->nkc", w1, k) + (base.b1 + read.b1)[..., None]
-        x2, slope, _ = gelu(z1)
-        x2 = x2.astype(operands)
-        z2 = (base.b2 + read.b2)[..., None] + _back(w2, x2)
-        centred = z2 - z2.mean(1, keepdims=True)
+        matrices = [(of.w, moved.w) for of, moved in zip(base, read, strict=True)]
+        biases = [(of.b + moved.b)[..., None] for of, moved in zip(base, read, strict=True)]
+        first = _sum_of("nkd,ndc->nkc", matrices[0], k) + biases[0]
+        inputs, last = (), first
+        if len(base) == 2:
+            x2, slope, _ = gelu(first)
+            inputs = (x2.astype(operands),)
+            last = biases[1] + _back(matrices[1], *inputs)
+        centred = last - last.mean(1, keepdims=True)
         rstd = jax.lax.rsqrt((centred * centred).mean(1, keepdims=True) + EPS)
         zn = centred * rstd
         e = (scale[..., None] * zn + bias[..., None] - target) * scale[..., None]
         g0 = e - e.mean(1, keepdims=True) - zn * (e * zn).mean(1, keepdims=True)
-        step2 = -rate * rstd * g0
-        n2 = step2.astype(operands)
-        p = _sum_of("nkd,ndc->nkc", w2, n2)
-        step1 = p * slope
-        n1 = step1.astype(operands)
-        change = Weights(product("nkc,ndc->nkd", n1, k), step1.sum(-1), product("nkc,ndc->nkd", x2, n2), step2.sum(-1))
+        taken, hidden = (-rate * rstd * g0,), None
+        if len(base) == 2:
+            p = _sum_of("nkd,ndc->nkc", matrices[1], taken[0].astype(operands))
+            taken = p * slope, *taken
+            hidden = Hidden(read[1].w, first.astype(operands), p.astype(operands))
+        factors = Factors(inputs, tuple(step.astype(operands) for step in taken))
+        change = tuple(
+            Affine(product("nkc,ndc->nkd", *pair), step.sum(-1))
+            for pair, step in zip(outer(k, factors), taken, strict=True)
+        )
         after = jax.tree.map(lambda w, d: jnp.where(_like(closes, w) > 0, keep * (w + d), w), total, change)
-        saved = (read.w2, z1.astype(operands), p.astype(operands), zn, rstd) if save else None
-        return (after, _readable(after, operands)), (Factors(x2, n1, n2), saved)
+        return (after, narrow(after, operands)), (factors, (hidden, zn, rstd) if save else None)
 
     def group(carry: tuple[Weights, Weights], x: tuple[jax.Array, ...]):
         last, out = jax.lax.scan(advance, carry, x)
@@ -90,9 +111,11 @@ def forward(
     factors = jax.tree.map(_to_groups, factors)
     at = jax.tree.map(lambda w: jnp.moveaxis(w, 0, 1), at)
     if save:
-        w2, z1, p, zn, rstd = saved
-        w2 = jnp.moveaxis(w2.reshape(-1, *w2.shape[2:]), 0, 1)
-        saved = Saved(w2, _to_groups(z1), _to_groups(p), _to_steps(zn), _to_steps(rstd)[:, :, 0])
+        hidden, zn, rstd = saved
+        if hidden:
+            w2 = jnp.moveaxis(hidden.w2.reshape(-1, *hidden.w2.shape[2:]), 0, 1)
+            hidden = Hidden(w2, _to_groups(hidden.z1), _to_groups(hidden.p))
+        saved = Saved(hidden, _to_steps(zn), _to_steps(rstd)[:, :, 0])
     return factors, at, end, saved
 
 
@@ -113,13 +136,18 @@ def backward(
     base, scale = _repeat((base, scale[..., None]), len(steps.k))
     width = scale.shape[1]
     in_groups = partial(_from_groups, per_group=U // P)
-    w2 = jnp.moveaxis(saved.w2, 1, 0).reshape(-1, U // P, len(steps.k), *saved.w2.shape[2:])
     in_slots = partial(_from_steps, P=P, U=U)
+    hidden = None
+    if saved.hidden:
+        w2 = jnp.moveaxis(saved.hidden.w2, 1, 0).reshape(-1, U // P, len(steps.k), *saved.hidden.w2.shape[2:])
+        hidden = Hidden(w2, in_groups(saved.hidden.z1), in_groups(saved.hidden.p))
+    *inner, last = given.factors.steps
     xs = (
         _mini_batches(steps, P, U),
-        w2,
-        tuple(in_groups(x) for x in (*factors, saved.z1, saved.p, given.dx2, given.dn1)),
-        tuple(in_slots(x) for x in (saved.zn, given.g0, given.dn2)),
+        jax.tree.map(in_groups, factors),
+        Factors(*jax.tree.map(in_groups, (given.factors.inputs, tuple(inner)))),
+        hidden,
+        tuple(in_slots(x) for x in (last, saved.zn, given.g0)),
         tuple(in_slots(x[:, :, None]) for x in (saved.rstd, given.m1, given.m2)),
     )
 
@@ -127,54 +155,53 @@ def backward(
         return x.mean(1, keepdims=True)
 
     def recede(total: Weights, x: tuple):
-        (k, _, rate, closes), w2, (x2, n1, n2, z1, p, dx2, dn1), (zn, g0, dn2), (rstd, m1, m2) = x
+        (k, _, rate, closes), factors, d, hidden, (dn, zn, g0), (rstd, m1, m2) = x
         total = jax.tree.map(lambda w: jnp.where(_like(closes, w) > 0, keep * w, w), total)
-        u1, u2, f = total.w1.astype(operands), total.w2.astype(operands), closes[:, None, None]
-        _, slope, curvature = gelu(z1.astype(rate.dtype))
-        dn1 = dn1 + f * (product("nkd,ndc->nkc", u1, k) + total.b1[..., None])
-        dx2 = dx2 + f * product("nkd,ndc->nkc", u2, n2)
-        dn2 = dn2 + f * (_back((u2,), x2) + total.b2[..., None])
-        dp = (dn1 * slope).astype(operands)
-        dn2 = dn2 + _back((base.w2, w2), dp)
-        # n2 = -rate rstd g0, and g0 from e and zn.
-        dg0 = -rate * rstd * dn2
-        mu, dg = mean(dg0 * zn), (dn2 * g0).sum(1, keepdims=True)
+        u, f = narrow(total, operands), closes[:, None, None]
+        of_first = f * (product("nkd,ndc->nkc", u[0].w, k) + u[0].b[..., None])
+        if hidden:
+            (x2,), (_, n2), (dx2,), (dn1,) = *factors, *d
+            _, slope, curvature = gelu(hidden.z1.astype(rate.dtype))
+            dn1 = dn1 + of_first
+            dx2 = dx2 + f * product("nkd,ndc->nkc", u[1].w, n2)
+            dp = (dn1 * slope).astype(operands)
+            w2 = base[1].w, hidden.w2
+            dn = dn + f * (_back((u[1].w,), x2) + u[1].b[..., None]) + _back(w2, dp)
+        else:
+            dn = dn + of_first
+        # The last map's step is -rate rstd g0, and g0 comes from e and zn.
+        dg0 = -rate * rstd * dn
+        mu, dg = mean(dg0 * zn), (dn * g0).sum(1, keepdims=True)
         de = dg0 - mean(dg0) - zn * mu
         dzn = scale * scale * de - dg0 * m2 - (g0 + m1 + zn * m2) * mu
-        dz2 = rstd * (dzn - mean(dzn) - zn * (mean(dzn * zn) - rate * dg * rstd / width))
-        dz2_ = dz2.astype(operands)
-        dx2 = dx2 + _sum_of("nkd,ndc->nkc", (base.w2, w2), dz2_)
-        dz1 = dx2 * slope + dn1 * p * curvature
-        dz1_ = dz1.astype(operands)
-        local = Weights(
-            product("nkc,ndc->nkd", dz1_, k),
-            dz1.sum(-1),
-            product("nkc,ndc->nkd", dp, n2) + product("nkc,ndc->nkd", x2, dz2_),
-            dz2.sum(-1),
-        )
-        return jax.tree.map(jnp.add, total, local), ((dz1_, dp, dz2_), de, -rstd * dg)
+        dz = (rstd * (dzn - mean(dzn) - zn * (mean(dzn * zn) - rate * dg * rstd / width)),)
+        if hidden:
+            dx2 = dx2 + _sum_of("nkd,ndc->nkc", w2, dz[0].astype(operands))
+            dz = dx2 * slope + dn1 * hidden.p * curvature, *dz
+        rounded = tuple(y.astype(operands) for y in dz)
+        local = [product("nkc,ndc->nkd", rounded[0], k)]
+        if hidden:
+            local += [product("nkc,ndc->nkd", dp, n2) + product("nkc,ndc->nkd", x2, rounded[1])]
+        local = tuple(Affine(w, y.sum(-1)) for w, y in zip(local, dz, strict=True))
+        out = rounded, (dp,) if hidden else (), de, -rstd * dg
+        return jax.tree.map(jnp.add, total, local), out
 
     def group(total: Weights, x: tuple):
         dat, x = x
-        last = _like(x[0][3][-1], total.w1)
-        u1 = jnp.where(last > 0, keep * total.w1, total.w1).astype(operands)
+        first = total[0].w
+        u1 = jnp.where(_like(x[0][3][-1], first) > 0, keep * first, first).astype(operands)
         total, out = jax.lax.scan(recede, total, x, reverse=True)
         return jax.tree.map(jnp.add, total, dat), (u1, out)
 
     dat = jax.tree.map(lambda w: jnp.moveaxis(w, 1, 0), given.dat)
-    dstart, (u1, (local, de, drate)) = jax.lax.scan(group, given.dend, (dat, xs), reverse=True)
-    u1 = jnp.moveaxis(u1, 0, 1)
-    return Adjoint(*map(_to_groups, local), _to_steps(de), _to_steps(drate)[:, :, 0], dstart, u1)
+    dstart, (u1, (dz, dp, de, drate)) = jax.lax.scan(group, given.dend, (dat, xs), reverse=True)
+    dz, dp = jax.tree.map(_to_groups, (dz, dp))
+    return Adjoint(dz, dp, _to_steps(de), _to_steps(drate)[:, :, 0], dstart, jnp.moveaxis(u1, 0, 1))
 
 
 def _repeat(tree, length: int):
     """Leaves [H or N, ...] as [N, ...]."""
     return jax.tree.map(lambda x: jnp.tile(x, (length // len(x), *(1,) * (x.ndim - 1))), tree)
-
-
-def _readable(displacement: Weights, operands: jnp.dtype) -> Weights:
-    """What a mini-batch reads beside the base."""
-    return displacement._replace(w1=displacement.w1.astype(operands), w2=displacement.w2.astype(operands))
 
 
 def _sum_of(spec: str, weights: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:

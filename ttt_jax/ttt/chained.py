@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.kernels.chain import Adjoint, Factors, Given, Start, Steps, Weights
+from ttt_jax.kernels.chain import Adjoint, Affine, Factors, Given, Start, Steps, Weights, narrow, outer
 from ttt_jax.ttt.fold import over_mapped
 from ttt_jax.ttt.group_measure import measure
 from ttt_jax.ttt.groups import Map, key_gradient, maps, pick, read
@@ -24,10 +24,10 @@ from ttt_jax.ttt.slots import Frames, Plan, from_steps, grouped, in_steps, to_st
 class Opened(NamedTuple):
     """Steps of a mini-batch as factors, tokens last; 0 in empty slots."""
 
-    k: jax.Array  # [N, D, b]
-    x2: jax.Array  # [N, K, b]
-    n1: jax.Array  # [N, K, b]
-    n2: jax.Array  # [N, D, b]
+    k: jax.Array
+    """Keys, [N, D, b]."""
+    factors: Factors
+    """[N, ..., b] each."""
 
 
 class Arguments(NamedTuple):
@@ -80,13 +80,14 @@ def run(chain: Any, plan: Plan, measured: bool, x: Arguments, marks: Marks) -> R
 
 def _run_fwd(chain: Any, plan: Plan, measured: bool, x: Arguments, marks: Marks) -> tuple[Results, Any]:
     results, (at, factors, saved) = _forward(chain, plan, measured, True, x, marks)
-    return results, (x, marks, at._replace(w2=None), factors, saved)  # w2 is in `saved`
+    at = at[0], *(of._replace(w=None) for of in at[1:])  # `saved` has these matrices
+    return results, (x, marks, at, factors, saved)
 
 
 def _forward(chain: Any, plan: Plan, measured: bool, save: bool, x: Arguments, marks: Marks):
     steps = _steps(plan, x, marks)
-    base = _narrow(x.base, steps.k.dtype)
-    start = Start(x.total, _narrow(x.displacement, steps.k.dtype))
+    base = narrow(x.base, steps.k.dtype)
+    start = Start(x.total, narrow(x.displacement, steps.k.dtype))
     call = over_mapped(lambda heads, rows: chain.forward(rows[0], *heads, rows[1], **_sizes(plan), save=save))
     factors, at, end, saved = call((base, x.scale, x.bias), (steps, start))
     network, scale, bias = _network(plan, x, marks, at, factors)
@@ -103,7 +104,7 @@ def _forward(chain: Any, plan: Plan, measured: bool, save: bool, x: Arguments, m
 
 def _run_bwd(chain: Any, plan: Plan, measured: bool, residuals: Any, d: Results) -> tuple[Arguments, None]:
     x, marks, at, factors, saved = residuals
-    at = at._replace(w2=saved.w2[:, :: plan.per_group])
+    at = at[0], *(of._replace(w=saved.hidden.w2[:, :: plan.per_group]) for of in at[1:])
     d = d._replace(measurement=None)
     power = _power_of_two(d)
     d = _scaled(d, power)
@@ -115,8 +116,9 @@ def _run_bwd(chain: Any, plan: Plan, measured: bool, residuals: Any, d: Results)
         return read(network, scale, bias, grouped(plan, q), plan), _opened(plan, network, marks.last)
 
     base, scale, bias = _per_row((x.base, x.scale, x.bias), x)
-    # The gradient of n2 goes on to targets and rates: it is not rounded to the type of n2.
-    wide = factors._replace(n2=factors.n2.astype(x.frames.q.dtype))
+    # The gradient of the last map's step goes on to targets and rates: it is not rounded to the type of operands.
+    *inner, last = factors.steps
+    wide = factors._replace(steps=(*inner, last.astype(x.frames.q.dtype)))
     _, pull = jax.vjp(after, base, scale, bias, at, wide, x.opened, x.frames.q, x.frames.k)
     dbase, dscale, dbias, dat, dfactors, dopened, dq, dk = pull((grouped(plan, d.z), d.opened))
 
@@ -124,7 +126,7 @@ def _run_bwd(chain: Any, plan: Plan, measured: bool, residuals: Any, d: Results)
     e, pull_error = jax.vjp(partial(_error, saved.zn), scale, bias, steps.target)
     given = _given(e, saved.zn, dfactors, dat, d.end)
     call = over_mapped(lambda heads, rows: chain.backward(rows[0], *heads, *rows[1:], **_sizes(plan)))
-    adjoint = call((_narrow(x.base, steps.k.dtype), x.scale), (steps, factors, saved, given))
+    adjoint = call((narrow(x.base, steps.k.dtype), x.scale), (steps, factors, saved, given))
     dscale_, dbias_, dtarget = pull_error(adjoint.de)
     # The first mini-batch reads `displacement`; all others what has become of `total`.
     first = jax.tree.map(lambda w, g: w + g[:, 0], _local(adjoint, factors, steps.k, plan.slots), dat)
@@ -134,7 +136,7 @@ def _run_bwd(chain: Any, plan: Plan, measured: bool, residuals: Any, d: Results)
     closes = marks.closes.reshape(len(marks.closes), -1, plan.per_group)
     summed = jnp.repeat(marks.closes[:, :, None], plan.mini_batch, 2).at[:, 0].min(~marks.held)
     summed = grouped(plan, summed[..., None].astype(e.dtype))[..., 0]
-    chain_dk = key_gradient(network[0], _of_frames(plan, adjoint.dz1), adjoint.u1, closes, summed, plan)
+    chain_dk = key_gradient(network[0], _of_frames(plan, adjoint.dz[0]), adjoint.u1, closes, summed, plan)
     of_frames = Frames(
         dq,
         dk + chain_dk.reshape(dk.shape),
@@ -174,7 +176,8 @@ def _error(zn: jax.Array, scale: jax.Array, bias: jax.Array, target: jax.Array) 
 def _given(e: jax.Array, zn: jax.Array, dfactors: Factors, dat: Weights, dend: Weights) -> Given:
     m1, m2 = e.mean(2), (e * zn).mean(2)
     g0 = e - m1[:, :, None] - zn * m2[:, :, None]
-    return Given(g0, m1, m2, dfactors.x2, dfactors.n1, in_steps(dfactors.n2, e.dtype), dat, dend)
+    *inner, last = dfactors.steps
+    return Given(g0, m1, m2, dfactors._replace(steps=(*inner, in_steps(last, e.dtype))), dat, dend)
 
 
 def _power_of_two(tree: Any) -> jax.Array:
@@ -200,28 +203,25 @@ def _per_row(tree: Any, x: Arguments) -> Any:
     return jax.tree.map(lambda w: jnp.tile(w, (rows // len(w), *(1,) * (w.ndim - 1))), tree)
 
 
-def _narrow(weights: Weights, operands: jnp.dtype) -> Weights:
-    return weights._replace(w1=weights.w1.astype(operands), w2=weights.w2.astype(operands))
-
-
 def _squared_norm(weights: Weights) -> jax.Array:
-    return sum((w * w).reshape(len(w), -1).sum(1) for w in weights)
+    return sum((w * w).reshape(len(w), -1).sum(1) for w in jax.tree.leaves(weights))
 
 
 def _local(adjoint: Adjoint, factors: Factors, k: jax.Array, slots: int | None = None) -> Weights:
     """Gradient to the weights that mini-batches read, [N, ...]: of all slots, or of the first `slots` of them."""
-    k = k.reshape(len(k), factors.x2.shape[1], -1, k.shape[-1])
-    dz1, dp, dz2, x2, n2 = adjoint.dz1, adjoint.dp, adjoint.dz2, factors.x2, factors.n2
+    k = jnp.swapaxes(k.reshape(len(k), factors.steps[0].shape[1], -1, k.shape[-1]), 2, 3)
+    parts = k, factors, adjoint.dz, adjoint.dp
     if slots:
-        dz1, dp, dz2, x2, n2 = (y[:, :1, :, :slots] for y in (dz1, dp, dz2, x2, n2))
-        k = k[:, :1, :slots]
+        parts = jax.tree.map(lambda y: y[:, :1, :, :slots], parts)
+    k, factors, dz, dp = parts
     sums = jnp.promote_types(k.dtype, jnp.float32)
-    outer = partial(jnp.einsum, preferred_element_type=sums)
-    return Weights(
-        outer("ngkl,ngld->nkd", dz1, k),
-        dz1.sum((1, 3), dtype=sums),
-        outer("ngkl,ngdl->nkd", dp, n2) + outer("ngkl,ngdl->nkd", x2, dz2),
-        dz2.sum((1, 3), dtype=sums),
+    product = partial(jnp.einsum, "ngkl,ngdl->nkd", preferred_element_type=sums)
+    # A map's matrix is read by its inputs and, but for the first map's, by the step on its way back.
+    through_inputs = [product(*pair) for pair in outer(k, factors._replace(steps=dz))]
+    through_steps = [0, *map(product, dp, factors.steps[1:])]
+    return tuple(
+        Affine(by_inputs + by_steps, y.sum((1, 3), dtype=sums))
+        for by_inputs, by_steps, y in zip(through_inputs, through_steps, dz, strict=True)
     )
 
 
@@ -235,7 +235,7 @@ def _steps(plan: Plan, x: Arguments, marks: Marks) -> Steps:
 
 
 def _network(plan: Plan, x: Arguments, marks: Marks, at: Weights, factors: Factors):
-    """The two maps of `groups.maps` with scale and bias by row; steps of `opened` are put in their slots."""
+    """The maps of `groups.maps` with scale and bias by row; steps of `opened` are put in their slots."""
     b = plan.mini_batch
 
     def of_frames(y: jax.Array, held: jax.Array) -> jax.Array:
@@ -245,7 +245,7 @@ def _network(plan: Plan, x: Arguments, marks: Marks, at: Weights, factors: Facto
             return y
         return y.at[:, 0, :, :b].set(jnp.where(marks.held[:, None], held.astype(y.dtype), y[:, 0, :, :b]))
 
-    factors = Factors(*map(of_frames, factors, x.opened[1:]))
+    factors = jax.tree.map(of_frames, factors, x.opened.factors)
     base, scale, bias = _per_row((x.base, x.scale, x.bias), x)
     return maps(base, at, factors, grouped(plan, x.frames.k)), scale, bias
 
@@ -255,8 +255,8 @@ def _of_frames(plan: Plan, y: jax.Array) -> jax.Array:
     return y.reshape(*y.shape[:3], plan.per_group, plan.slots)[..., : plan.mini_batch].reshape(*y.shape[:3], -1)
 
 
-def _opened(plan: Plan, network: tuple[Map, Map], last: jax.Array) -> Opened:
+def _opened(plan: Plan, network: tuple[Map, ...], last: jax.Array) -> Opened:
     """The steps of the mini-batch `last` of each n."""
-    first, second = network
-    parts = first.inputs, second.inputs, first.steps, second.steps
-    return Opened(*(pick(y, last, plan.per_group).astype(first.b.dtype) for y in parts))
+    picked = lambda y: pick(y, last, plan.per_group).astype(network[0].b.dtype)  # noqa: E731
+    k, *inputs = (picked(of.inputs) for of in network)
+    return Opened(k, Factors(tuple(inputs), tuple(picked(of.steps) for of in network)))

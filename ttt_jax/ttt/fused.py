@@ -1,4 +1,5 @@
-"""The inner loop with a fused chain (`kernels`): what `inner.inner_scan` computes, for a 2-layer MLP without bound."""
+"""The inner loop with a fused chain (`kernels`): what `inner.inner_scan` computes, without a bound, for the linear
+network and the 2-layer MLP."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ from jax.sharding import PartitionSpec
 from ttt_jax.config import TTTConfig
 from ttt_jax.distributed.sharding import ROWS
 from ttt_jax.kernels import plain
-from ttt_jax.kernels.chain import C, Weights
+from ttt_jax.kernels.chain import Affine as ChainAffine
+from ttt_jax.kernels.chain import C, Factors, Weights, outer
 from ttt_jax.ttt.chained import Arguments, Marks, Opened, run
+from ttt_jax.ttt.groups import turned
 from ttt_jax.ttt.measure import InnerMeasurement
 from ttt_jax.ttt.network import Affine, Descent, Inputs, Network
 from ttt_jax.ttt.slots import Frames, Places, place, plan_of, rearrange
@@ -117,10 +120,10 @@ def _keep(cfg: TTTConfig) -> float:
 
 
 def _held(base: Network, cfg: TTTConfig, lanes: int) -> int:
-    """Bytes that the backward pass holds of a mini-batch: float16 weights; of every hidden unit and slot four float16
-    numbers, and about as many float32 ones while it reads."""
-    width, hidden = base[0].w.shape[1:]
-    return lanes * hidden * (2 * width + 24 * C * -(-cfg.mini_batch // C))
+    """Bytes that the backward pass holds of a mini-batch: float16 weights of maps behind the first; of every output of
+    the first map and slot four float16 numbers, and about as many float32 ones while it reads."""
+    weights = sum(of.w[0].size for of in base[1:])
+    return lanes * (2 * weights + 24 * base[0].w.shape[-1] * C * -(-cfg.mini_batch // C))
 
 
 def _marks(places: Places, b: int, chunks: int, heads: int) -> tuple[Marks, jax.Array]:
@@ -138,18 +141,19 @@ def _marks(places: Places, b: int, chunks: int, heads: int) -> tuple[Marks, jax.
 def _opened(state: TTTState, displacement: Weights, held: jax.Array) -> Opened:
     """The state's open mini-batch as the chain knows it; zeros with b = 1."""
     if not state.open_steps:
-        k, x2 = (jnp.zeros((*x.shape, 1), x.dtype) for x in (displacement.b2, displacement.b1))
-        return Opened(k, x2, x2, k)
+        outputs = tuple(jnp.zeros((*of.b.shape, 1), of.b.dtype) for of in displacement)
+        return Opened(outputs[-1], Factors(outputs[:-1], outputs))
     steps = jax.tree.map(lambda x: jnp.where(held[:, None], jnp.swapaxes(_flat(x), 1, 2), 0), state.open_steps)
-    return Opened(*steps.inputs, *(-x for x in steps.steps))
+    k, *inputs = steps.inputs
+    return Opened(k, Factors(tuple(inputs), tuple(-x for x in steps.steps)))
 
 
 def _left(last: Opened, frames: Frames, marks: Marks) -> tuple[Descent, jax.Array]:
     """Steps of the frames of the mini-batch `Marks.last`, [N, b, X], and whether a slot has one, bool [N, b, 1]. As in
     `network.put`, a frame with a rate of 0 leaves none."""
-    turned = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), last)
+    k, (inputs, steps) = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), last)
     eta = jnp.take_along_axis(frames.eta, marks.last[:, None, None], 1)[:, 0, :, None]
-    return Descent((turned.k, turned.x2), (-turned.n1, -turned.n2)), eta != 0
+    return Descent((k, *inputs), tuple(-x for x in steps)), eta != 0
 
 
 def _open_steps(
@@ -176,8 +180,8 @@ def _open_steps(
 
 def _sum(opened: Opened) -> Weights:
     """The sum of the steps."""
-    outer = partial(jnp.einsum, "nib,njb->nij")
-    return Weights(outer(opened.n1, opened.k), opened.n1.sum(-1), outer(opened.x2, opened.n2), opened.n2.sum(-1))
+    pairs = zip(outer(*opened), opened.factors.steps, strict=True)
+    return tuple(ChainAffine(jnp.einsum("nib,njb->nij", *pair), step.sum(-1)) for pair, step in pairs)
 
 
 def _flat(x: jax.Array) -> jax.Array:
@@ -186,13 +190,12 @@ def _flat(x: jax.Array) -> jax.Array:
 
 
 def _weights(network: Network) -> Weights:
-    (w1, b1), (w2, b2) = network
-    return Weights(jnp.swapaxes(w1, -1, -2), b1, w2, b2)
+    return turned(tuple(ChainAffine(*of) for of in network))
 
 
 def _network(weights: Weights, rows: int) -> Network:
-    w1, b1, w2, b2 = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[1:]), weights)
-    return Affine(jnp.swapaxes(w1, -1, -2), b1), Affine(w2, b2)
+    weights = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[1:]), weights)
+    return tuple(Affine(*of) for of in turned(weights))
 
 
 def _by_chunk(x: jax.Array, b: int, chunks: int, heads: int) -> jax.Array:

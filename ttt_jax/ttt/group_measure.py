@@ -15,7 +15,7 @@ from ttt_jax.ttt.slots import Plan
 
 
 def measure(
-    network: tuple[Map, Map],
+    network: tuple[Map, ...],
     scale: jax.Array,
     bias: jax.Array,
     k: jax.Array,
@@ -31,7 +31,7 @@ def measure(
       k, t: keys and targets [N, G, L, D].
       moved: squared norm of the displacement at the start of the call, [N]; base_norm: that of the base.
     """
-    first, second = network
+    first, *rest = network
     seen = reach(plan, k.dtype).seen
 
     def loss(y: jax.Array) -> jax.Array:
@@ -39,17 +39,20 @@ def measure(
 
     # Before and after its own step a frame has seen the same other frames.
     strict = seen - np.eye(len(seen), dtype=seen.dtype)
-    before = output(first, k, strict, plan)
-    own = ((k * k).sum(-1, keepdims=True) + 1) * jnp.swapaxes(first.steps, -1, -2)
+    at_base, before = first.at_base(k), output(first, k, strict, plan)
+    after = before + ((k * k).sum(-1, keepdims=True) + 1) * jnp.swapaxes(first.steps, -1, -2)
+    for of in rest:
+        at_base = of.at_base(gelu(at_base))
+        before, after = output(of, gelu(before), strict, plan), output(of, gelu(after), seen, plan)
     return InnerMeasurement(
-        loss(second.at_base(gelu(first.at_base(k)))),
-        loss(output(second, gelu(before), strict, plan)),
-        loss(output(second, gelu(before + own), seen, plan)),
+        loss(at_base),
+        loss(before),
+        loss(after),
         jnp.sqrt(jnp.maximum(_moved(network, moved, plan), 0) / base_norm[:, None, None]),
     )
 
 
-def _moved(network: tuple[Map, Map], start: jax.Array, plan: Plan) -> jax.Array:
+def _moved(network: tuple[Map, ...], start: jax.Array, plan: Plan) -> jax.Array:
     """Squared norm of W_i - W_0 of each frame, [N, G, L]; `start` [N] is that at the start of the call.
 
     Multiplied out, |c D + sum of steps|^2 = c^2 |D|^2 + 2 c sum <D, step> + sum <step, step>: none is formed. |D|^2 is

@@ -104,18 +104,22 @@ class Map(NamedTuple):
         return product("ngli,ngij->nglj", x, self.inputs, self.w.dtype) + 1
 
 
-def maps(base: Weights, at: Weights, factors: Factors, k: jax.Array) -> tuple[Map, Map]:
-    """The two maps of the MLP.
+def turned(weights: Weights) -> Weights:
+    """The chain's weights with all matrices (in, out), or the other way round."""
+    first, *rest = weights
+    return first._replace(w=jnp.swapaxes(first.w, -1, -2)), *rest
+
+
+def maps(base: Weights, at: Weights, factors: Factors, k: jax.Array) -> tuple[Map, ...]:
+    """The maps of the network.
 
     Args:
       base: [N, ...]; at: displacement at the start of every group, [N, G, ...].
       factors: of the slots that hold frames; k: keys [N, G, L, D].
     """
-    turned = partial(jnp.swapaxes, axis1=-1, axis2=-2)
-    return (
-        Map(turned(at.w1), at.b1, turned(base.w1), base.b1, turned(k), factors.n1),
-        Map(at.w2, at.b2, base.w2, base.b2, factors.x2, factors.n2),
-    )
+    inputs = jnp.swapaxes(k, -1, -2), *factors.inputs
+    parts = zip(turned(at), turned(base), inputs, factors.steps, strict=True)
+    return tuple(Map(*here, *start, x, step) for here, start, x, step in parts)
 
 
 def output(of: Map, x: jax.Array, seen: np.ndarray, plan: Plan) -> jax.Array:
@@ -132,11 +136,12 @@ def output(of: Map, x: jax.Array, seen: np.ndarray, plan: Plan) -> jax.Array:
     return moved + (of.base_b[:, None, None] + kept * of.b[:, :, None])
 
 
-def read(network: tuple[Map, Map], scale: jax.Array, bias: jax.Array, q: jax.Array, plan: Plan) -> jax.Array:
+def read(network: tuple[Map, ...], scale: jax.Array, bias: jax.Array, q: jax.Array, plan: Plan) -> jax.Array:
     """q + LN(f_{W_i}(q)) for queries [N, G, L, D]; scale, bias: [N, D]."""
-    first, second = network
     seen = reach(plan, q.dtype).seen
-    y = output(second, gelu(output(first, q, seen, plan)), seen, plan)
+    y = output(network[0], q, seen, plan)
+    for of in network[1:]:
+        y = output(of, gelu(y), seen, plan)
     return q + layer_norm(y, scale[:, None, None], bias[:, None, None])
 
 
@@ -149,7 +154,7 @@ def key_gradient(
     steps that all later mini-batches read.
 
     Args:
-      first: the first map. dz1: adjoint of its output, operands [N, G, K, L]; u1: as in `kernels.chain.Adjoint`.
+      first: the first map. dz1: adjoint of its output, operands [N, G, O, L]; u1: as in `kernels.chain.Adjoint`.
       closes: whether a mini-batch is full at the end of the call, bool [N, G, R].
       summed: 1 where the frame's step goes into the displacement by this call, else 0, [N, G, L].
     """
