@@ -16,8 +16,8 @@ from tests.helpers.drawing import OPTIONS
 from tests.helpers.many_devices import loops
 from tests.helpers.small_fused import config, drawn, loss_weights, value_and_grads
 from ttt_jax.distributed import sharding
-from ttt_jax.ttt import fused as module
-from ttt_jax.ttt.fused import fused_scan
+from ttt_jax.ttt.fused import scan as module
+from ttt_jax.ttt.fused.scan import fused_scan
 
 MESHES = {"2,2,2": (4, (2, 2, 2)), "rows do not divide": (3, (2, 2, 2)), "heads do not divide": (4, (1, 2, 4))}
 FRAMES, MINI_BATCH = 150, 4

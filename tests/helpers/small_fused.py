@@ -7,7 +7,7 @@ import numpy as np
 
 from tests.helpers.drawing import quick_jit, random_mask
 from ttt_jax.config import TTTConfig
-from ttt_jax.ttt.fused import fused_scan
+from ttt_jax.ttt.fused.scan import fused_scan
 from ttt_jax.ttt.inner import inner_scan
 from ttt_jax.ttt.network import Affine, Descent, Inputs, layer_norm, widths
 from ttt_jax.ttt.state import TTTState

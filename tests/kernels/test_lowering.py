@@ -20,7 +20,7 @@ from ttt_jax.moshi import model
 pytest.importorskip("jax", minversion="0.11.2", reason="the kernels need jax 0.11.2")
 
 from ttt_jax.kernels import hopper, hopper_linear
-from ttt_jax.ttt.fused import fused_scan
+from ttt_jax.ttt.fused.scan import fused_scan
 
 
 @pytest.mark.parametrize("mini_batch", [1, 16, 64])

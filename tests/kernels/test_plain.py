@@ -10,8 +10,8 @@ import pytest
 from tests.helpers.drawing import assert_close, quick_jit
 from ttt_jax.kernels import plain
 from ttt_jax.kernels.chain import Affine, C, Factors, Given, Start, Steps, narrow, outer
-from ttt_jax.ttt.groups import key_gradient, maps
-from ttt_jax.ttt.slots import Plan
+from ttt_jax.ttt.fused.groups import key_gradient, maps
+from ttt_jax.ttt.fused.slots import Plan
 
 ROWS, HEADS, D, K, P, U, GROUPS = 2, 2, 16, 64, 2, 4, 2
 N, S, KEEP = ROWS * HEADS, U * GROUPS, 0.9

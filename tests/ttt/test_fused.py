@@ -25,9 +25,9 @@ from tests.helpers.small_fused import (
     value_and_grads,
 )
 from ttt_jax.kernels import plain
-from ttt_jax.ttt import fused as module
-from ttt_jax.ttt.fused import fused_scan
-from ttt_jax.ttt.slots import plan_of
+from ttt_jax.ttt.fused import scan as module
+from ttt_jax.ttt.fused.scan import fused_scan
+from ttt_jax.ttt.fused.slots import plan_of
 
 TOL = 1e-10
 LENGTHS = {1: 140, 4: 140, 16: 140, 40: 170, 64: 200}

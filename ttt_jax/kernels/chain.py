@@ -2,7 +2,8 @@
 
 Only the keys' side of the inner loop is sequential: weights give a gradient, the gradient gives the next weights. A
 chain runs that side. It gives each frame's step as factors of outer products, and the displacement at the start of
-every group of mini-batches. Whatever reads the weights is computed from those, in parallel over groups (`ttt.groups`).
+every group of mini-batches. Whatever reads the weights is computed from those, in parallel over groups
+(`ttt.fused.groups`).
 
 Sizes: N rows times heads (n = row * heads + head), H heads, D head width, K hidden width, C = 16 slots of a step, P
 steps of a mini-batch, M mini-batches, S = M P steps, U steps of a group (a multiple of P), G = S / U groups, L = U C
@@ -114,7 +115,7 @@ class Adjoint(NamedTuple):
     """What the adjoint of a chain gives.
 
     The gradient to the base is the sum over all slots of dz1 k^T (w of the first map), dp n2^T + x2 dz2^T (w of the
-    second), dz1 and dz2 (b). That to the keys needs no chain (`ttt.groups.key_gradient`).
+    second), dz1 and dz2 (b). That to the keys needs no chain (`ttt.fused.groups.key_gradient`).
     """
 
     dz: tuple[jax.Array, ...]

@@ -2,7 +2,7 @@
 
 As in the forward pass a head has one warpgroup; it holds the adjoint of the displacement in registers, float32. What
 the updates pass back reads u, a float16 copy of the adjoint as it is after the mini-batch. Weights are not read:
-through one map they pass gradients to the keys alone (`ttt.groups.key_gradient`).
+through one map they pass gradients to the keys alone (`ttt.fused.groups.key_gradient`).
 """
 
 from __future__ import annotations

@@ -3,11 +3,10 @@ network.
 
 - `network.py`: the inner network, its gradient, reading through steps: plain functions on arrays
 - `state.py`: the state, and how a mini-batch closes
-- `loop.py`: the inner loop over a call of several frames, by `inner.py` or `fused.py`
+- `loop.py`: the inner loop over a call of several frames, by `inner.py` or `fused`
 - `inner.py`: the scan over mini-batches
 - `one_frame.py`: calls of one frame
-- `fused.py`: the scan with its sequential part as a kernel (`ttt_jax.kernels`): the call; `chained.py`: its gradient
-- `slots.py`: places of frames for it; `groups.py`, `group_measure.py`: what reads weights after it; `fold.py`: `vmap`
+- `fused`: the scan with its sequential part as a kernel (`ttt_jax.kernels`)
 - `measure.py`: what fast weights know of each frame
 - `laws.py`: the layer's laws, tried on this very machine by the doctor
 - `layer.py`: the layer's parameters and the map from hidden vectors to inner queries, keys, targets and rates

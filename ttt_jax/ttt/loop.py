@@ -7,7 +7,7 @@ import jax
 from ttt_jax.config import TTTConfig
 from ttt_jax.kernels import choice
 from ttt_jax.ttt import inner
-from ttt_jax.ttt.fused import fused_scan
+from ttt_jax.ttt.fused.scan import fused_scan
 from ttt_jax.ttt.measure import InnerMeasurement
 from ttt_jax.ttt.network import Inputs, Network
 from ttt_jax.ttt.state import TTTState

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax.kernels.chain import Factors, Weights
+from ttt_jax.ttt.fused.slots import Plan
 from ttt_jax.ttt.network import gelu, layer_norm
-from ttt_jax.ttt.slots import Plan
 
 
 class Reach(NamedTuple):

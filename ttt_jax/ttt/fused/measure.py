@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.ttt.groups import Map, output, product, reach
+from ttt_jax.ttt.fused.groups import Map, output, product, reach
+from ttt_jax.ttt.fused.slots import Plan
 from ttt_jax.ttt.measure import InnerMeasurement
 from ttt_jax.ttt.network import gelu, layer_norm
-from ttt_jax.ttt.slots import Plan
 
 
 def measure(

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.kernels.chain import Adjoint, Affine, Factors, Given, Start, Steps, Weights, narrow, outer
-from ttt_jax.ttt.fold import over_mapped
-from ttt_jax.ttt.group_measure import measure
-from ttt_jax.ttt.groups import Map, key_gradient, maps, pick, read
+from ttt_jax.ttt.fused.fold import over_mapped
+from ttt_jax.ttt.fused.groups import Map, key_gradient, maps, pick, read
+from ttt_jax.ttt.fused.measure import measure
+from ttt_jax.ttt.fused.slots import Frames, Plan, from_steps, grouped, in_steps, to_steps
 from ttt_jax.ttt.measure import InnerMeasurement
-from ttt_jax.ttt.slots import Frames, Plan, from_steps, grouped, in_steps, to_steps
 
 
 class Opened(NamedTuple):

@@ -16,11 +16,11 @@ from ttt_jax.distributed.sharding import ROWS
 from ttt_jax.kernels import plain
 from ttt_jax.kernels.chain import Affine as ChainAffine
 from ttt_jax.kernels.chain import C, Factors, Weights, outer
-from ttt_jax.ttt.chained import Arguments, Marks, Opened, run
-from ttt_jax.ttt.groups import turned
+from ttt_jax.ttt.fused.chained import Arguments, Marks, Opened, run
+from ttt_jax.ttt.fused.groups import turned
+from ttt_jax.ttt.fused.slots import Frames, Places, place, plan_of, rearrange
 from ttt_jax.ttt.measure import InnerMeasurement
 from ttt_jax.ttt.network import Affine, Descent, Inputs, Network
-from ttt_jax.ttt.slots import Frames, Places, place, plan_of, rearrange
 from ttt_jax.ttt.state import TTTState
 
 CHUNK_BYTES = 16e9
